@@ -1,0 +1,202 @@
+"""Checkpoints: written aside and renamed, safetensors and plain tensors, no pickled code.
+
+run/checkpoints/step_000500/
+    model.safetensors   weights
+    trainer.pt          optimiser, gradient scaler, random state (read with weights_only=True)
+    tokenizer/          as transformers saves it
+    meta.json           step, config, encoder configs, data hash, versions, checksums
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mmclip import __version__
+from mmclip.config import Config, config_hash, parse
+from mmclip.models.encoders import rebuild_encoder
+from mmclip.models.mmclip import MMCLIP
+
+CHECKPOINTS = "checkpoints"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another run; the message names the next step."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read: the model, its tokenizer, and what meta.json says."""
+
+    folder: Path
+    model: MMCLIP
+    tokenizer: PreTrainedTokenizerFast
+    config: Config
+    meta: dict[str, Any]
+
+
+def code_version() -> dict[str, str]:
+    """Versions that a result depends on, and the commit where the code is a git checkout."""
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "mmclip": __version__,
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: MMCLIP,
+    tokenizer: PreTrainedTokenizerFast,
+    config: Config,
+    trainer: dict[str, Any],
+    facts: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes a checkpoint aside, syncs it to disk, renames it, and removes the oldest ones.
+
+    A process killed at any moment leaves either the whole checkpoint or none under its name.
+
+    Args:
+        run: The run's folder.
+        step: Optimiser steps done.
+        model: Not wrapped.
+        tokenizer: Of the text encoder.
+        config: The resolved configuration.
+        trainer: Tensors and plain values that training needs to go on.
+        facts: Further entries of meta.json (data hash, command).
+        keep: Number of newest checkpoints that stay.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    final = run / CHECKPOINTS / f"step_{step:06d}"
+    aside = final.with_name(final.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+    torch.save(trainer, aside / "trainer.pt")
+    tokenizer.save_pretrained(aside / "tokenizer")
+    meta = {
+        "step": step,
+        "config": config.model_dump(mode="json"),
+        "config_hash": config_hash(config),
+        "vision_config": model.vision_model.config.to_dict(),
+        "text_config": model.text_model.config.to_dict(),
+        "versions": code_version(),
+        **facts,
+        "sha256": {n: file_sha256(aside / n) for n in ("model.safetensors", "trainer.pt")},
+    }
+    (aside / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n", "utf-8")
+    for path in [*(p for p in aside.rglob("*") if p.is_file()), aside]:
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    _sync(final.parent)
+    for old in _finished(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _finished(run: Path) -> list[Path]:
+    folder = run / CHECKPOINTS
+    found = [p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".tmp"]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that a path names: itself, or the newest of a run's folder.
+
+    Raises:
+        CheckpointError: When there is none.
+    """
+    if (path / "meta.json").is_file() and (path / "model.safetensors").is_file():
+        return path
+    finished = _finished(path)
+    if not finished:
+        raise CheckpointError(
+            f"{path} holds no finished checkpoint; give the folder of a run that `mmclip "
+            f"pretrain` wrote, or one of its checkpoints/step_... folders"
+        )
+    return finished[-1]
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads model and tokenizer of a checkpoint or of a run's newest one. Executes no pickle.
+
+    Raises:
+        CheckpointError: When there is none, its files were changed, or the weights do not fit.
+    """
+    folder = find_checkpoint(path)
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    weights = folder / "model.safetensors"
+    if file_sha256(weights) != meta["sha256"]["model.safetensors"]:
+        raise CheckpointError(
+            f"{weights} is damaged (its checksum differs from meta.json); take an older checkpoint"
+        )
+    config = parse(Config, meta["config"], f"configuration in {folder / 'meta.json'}")
+    model = MMCLIP(
+        rebuild_encoder(meta["vision_config"]),
+        rebuild_encoder(meta["text_config"]),
+        config.model.embed_dim,
+        config.model.temperature,
+        config.model.max_logit_scale,
+    )
+    try:
+        model.load_state_dict(load_file(weights), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{weights} does not fit this version of the model: {error}"
+        ) from None
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return Checkpoint(folder, model.eval(), tokenizer, config, meta)
+
+
+def load_trainer_state(folder: Path) -> dict[str, Any]:
+    """What training needs to go on: plain values and tensors, read with weights_only=True.
+
+    Raises:
+        CheckpointError: When the file was changed since it was written.
+    """
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    path = folder / "trainer.pt"
+    if file_sha256(path) != meta["sha256"]["trainer.pt"]:
+        raise CheckpointError(
+            f"{path} is damaged (its checksum differs from meta.json); remove {folder} to resume "
+            f"from the checkpoint before it"
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)

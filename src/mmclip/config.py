@@ -1,0 +1,240 @@
+"""Typed configuration: frozen models, TOML files that may extend one another, `a.b=c` overrides.
+
+Every key is declared here, with its unit and its default. An unknown key is an error that lists
+the known ones. Values derived from the configuration are computed where they are used.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+GREY_MEAN, GREY_STD = 0.5, 0.25
+"""Film pixels, scaled to 0..1, are normalised by these. Source: ours, near the mean and deviation
+of chest films; one pair for every data set, so that no data set's statistics tell it apart."""
+
+
+class ConfigError(ValueError):
+    """A configuration breaks a rule; the message names the key, the rule and the known keys."""
+
+
+class Frozen(BaseModel):
+    """Base of every configuration model: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImageEncoderConfig(Frozen):
+    """The image encoder: a ViT of these sizes, or a pretrained one that brings its own."""
+
+    pretrained: str | None = None  # folder or hub id; then the sizes below are not used
+    width: int = Field(default=128, gt=0)
+    depth: int = Field(default=4, gt=0)
+    heads: int = Field(default=4, gt=0)
+    patch_px: int = Field(default=8, gt=0)
+
+
+class TextEncoderConfig(Frozen):
+    """The text encoder: a BERT of these sizes, or a pretrained one with its own tokenizer."""
+
+    pretrained: str | None = None  # folder or hub id; then the sizes below are not used
+    width: int = Field(default=128, gt=0)
+    depth: int = Field(default=2, gt=0)
+    heads: int = Field(default=4, gt=0)
+    vocab_size: int = Field(
+        default=8192, gt=5
+    )  # upper bound of the WordPiece vocabulary trained here
+
+
+class ModelConfig(Frozen):
+    """Encoders, projections and temperature."""
+
+    image: ImageEncoderConfig = ImageEncoderConfig()
+    text: TextEncoderConfig = TextEncoderConfig()
+    embed_dim: int = Field(default=128, gt=0)  # of the joint space
+    temperature: float = Field(
+        default=0.07, gt=0
+    )  # at the start; learned as a log scale [CLIP 2.5]
+    max_logit_scale: float = Field(default=100.0, gt=1)  # clamp of the learned scale [CLIP 2.5]
+
+
+class DataConfig(Frozen):
+    """What a step reads."""
+
+    film_px: int = Field(default=64, gt=0)  # side of the cached films; must equal the data folder's
+    max_tokens: int = Field(default=128, gt=2)
+    views: tuple[Literal["PA", "AP", "L", "unknown"], ...] = ("PA", "AP", "unknown")
+    sentence_drop_prob: float = Field(
+        default=0.0, ge=0, le=1
+    )  # share of reports read in part: ours
+
+
+class AugmentConfig(Frozen):
+    """Ranges of the film augmentation. No mirroring: reports say left and right."""
+
+    rotation_deg: float = Field(default=5.0, ge=0, lt=45)
+    translate_ratio: float = Field(default=0.05, ge=0, lt=0.5)  # of the film's side
+    scale_ratio: float = Field(default=0.1, ge=0, lt=0.5)  # 0.1: between 0.9 and 1.1 times
+    brightness: float = Field(default=0.1, ge=0, le=1)  # added, as a share of the grey range
+    contrast: float = Field(default=0.2, ge=0, lt=1)  # 0.2: between 0.8 and 1.2 times
+
+
+class TrainConfig(Frozen):
+    """The optimisation."""
+
+    seed: int = 0
+    steps: int = Field(default=1000, gt=0)  # optimiser steps
+    batch_size: int = Field(default=64, gt=1)  # pairs a step, over all processes and micro-batches
+    micro_batches: int = Field(
+        default=1, gt=0
+    )  # gradient accumulation: negatives are the micro-batch's
+    base_lr: float = Field(default=1e-3, gt=0)  # per 256 pairs; lr = base_lr * batch_size / 256
+    weight_decay: float = Field(default=0.05, ge=0)
+    beta2: float = Field(default=0.98, gt=0, lt=1)
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)  # of all steps
+    final_lr_ratio: float = Field(default=0.01, ge=0, le=1)  # of the peak, at the end of the cosine
+    clip_norm: float = Field(default=1.0, gt=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    log_every_steps: int = Field(default=10, gt=0)
+    save_every_steps: int = Field(default=500, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
+
+    @model_validator(mode="after")
+    def _batch_splits(self) -> "TrainConfig":
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of "
+                f"micro_batches={self.micro_batches}"
+            )
+        return self
+
+
+class Config(Frozen):
+    """One training run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> "Config":
+        px, patch = self.data.film_px, self.model.image.patch_px
+        if self.model.image.pretrained is None and px % patch:
+            raise ValueError(
+                f"data.film_px={px} is not a multiple of model.image.patch_px={patch}; "
+                f"{max(px // patch, 1) * patch} is"
+            )
+        return self
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], values: dict, origin: str) -> M:
+    """Validates values into a model, with errors that a user can act on.
+
+    Raises:
+        ConfigError: One line a problem, each with the key; an unknown key lists the known ones.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"]) or "configuration"
+            if problem["type"] == "extra_forbidden":
+                known = ", ".join(_known_keys(model, problem["loc"][:-1]))
+                lines.append(f"unknown key {key!r}; known here: {known}")
+            else:
+                lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}")
+        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _known_keys(model: type[BaseModel], path: tuple) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)
+
+
+def config_names() -> list[str]:
+    """The names of the configurations that come with the package."""
+    folder = resources.files("mmclip") / "configs"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith("toml"))
+
+
+def load_config(name_or_path: str = "tiny", overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration by name or path, then applies overrides.
+
+    A file may start with `extends = "NAME"`: then it holds only what differs from that one.
+
+    Args:
+        name_or_path: A name of `config_names()`, or a path that ends in .toml.
+        overrides: Such as "train.steps=200"; the value is read as TOML, else as a string.
+
+    Raises:
+        ConfigError: When there is no such file, or a key or value breaks a rule.
+    """
+    values = _read(name_or_path, seen=())
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"{override!r} is no override; write it as train.steps=200")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        node = values
+        *parents, last = key.strip().split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{override!r}: {part!r} is a value, not a section")
+        node[last] = value
+    return parse(Config, values, f"configuration {name_or_path}")
+
+
+def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if name_or_path in seen:
+        raise ConfigError(
+            f"{' -> '.join((*seen, name_or_path))}: configurations extend in a circle"
+        )
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+    elif name_or_path in config_names():
+        path = resources.files("mmclip") / "configs" / f"{name_or_path}.toml"
+    else:
+        raise ConfigError(
+            f"there is no configuration {name_or_path!r}; name one of {', '.join(config_names())}, "
+            f"or give a path that ends in .toml"
+        )
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no valid TOML: {error}") from None
+    base = values.pop("extends", None)
+    return values if base is None else _merge(_read(base, (*seen, name_or_path)), values)
+
+
+def _merge(base: dict, top: dict) -> dict:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def config_hash(config: BaseModel) -> str:
+    """SHA-256 of the resolved values: equal settings, equal hash, however they were written."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

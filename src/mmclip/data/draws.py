@@ -1,0 +1,100 @@
+"""Random draws keyed by (seed, purpose, epoch, film), and the rows that each step reads.
+
+Nothing here depends on the process, the worker, the batch, or what was drawn before. So a run can
+be resumed, or dealt out to more processes, without a change of what it sees.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+
+class Draw(IntEnum):
+    """What a keyed draw is for; each purpose has its own stream of numbers."""
+
+    ORDER = 0
+    AUGMENT = 1
+    SENTENCES = 2
+    SHUFFLE_PAIRS = 3
+
+
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _splitmix(x: np.ndarray) -> np.ndarray:
+    # The finaliser of SplitMix64 (Steele et al., OOPSLA 2014), a bijection that mixes all bits.
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * _MIX[0]
+        x = (x ^ (x >> np.uint64(27))) * _MIX[1]
+        return x ^ (x >> np.uint64(31))
+
+
+def keyed_uniform(
+    seed: int, purpose: Draw, epochs: np.ndarray, film_keys: np.ndarray, n_draws: int
+) -> np.ndarray:
+    """Uniform numbers in [0, 1) that depend on (seed, purpose, epoch, film) and on nothing else.
+
+    Args:
+        seed: The run's seed.
+        purpose: Which stream.
+        epochs: int [b], the epoch in which each row is drawn.
+        film_keys: uint64 [b], see `film_key`.
+        n_draws: Numbers a row.
+
+    Returns:
+        float64 [b, n_draws].
+
+    Source: counter-based random numbers (Salmon et al., SC 2011), here SplitMix64 over the key.
+    """
+    with np.errstate(over="ignore"):
+        state = _splitmix(np.asarray(film_keys, np.uint64) + _STEP)
+        for part in (np.uint64(seed % 2**64), np.uint64(purpose), np.asarray(epochs, np.uint64)):
+            state = _splitmix((state ^ part) + _STEP)
+        counter = np.arange(1, n_draws + 1, dtype=np.uint64) * _STEP
+        bits = _splitmix(state[:, None] + counter[None, :])
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def film_key(film_id: str) -> int:
+    """64 bits that stand for a film (or any other name) in keyed draws and comparisons."""
+    return int.from_bytes(hashlib.blake2b(film_id.encode(), digest_size=8).digest(), "big")
+
+
+def order_of_epoch(seed: int, epoch: int, film_keys: np.ndarray) -> np.ndarray:
+    """The permutation of the rows in an epoch: a sort by keyed draws."""
+    epochs = np.full(len(film_keys), epoch)
+    draws = keyed_uniform(seed, Draw.ORDER, epochs, film_keys, 1)[:, 0]
+    return np.argsort(draws, kind="stable")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows each step reads: one endless stream of permuted epochs, cut into batches.
+
+    No row is left out at an epoch's end, and no batch is short. The rows of a step follow from its
+    number, so there is no state to save.
+    """
+
+    film_keys: np.ndarray  # uint64 [n]
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.film_keys) < 2:
+            raise ValueError(
+                f"there are {len(self.film_keys)} rows to train on; a contrastive step needs two"
+            )
+
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers [batch_size] and the epoch of each [batch_size] for a step from 0 on."""
+        n = len(self.film_keys)
+        position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, within = np.divmod(position, n)
+        rows = np.empty_like(position)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = order_of_epoch(self.seed, int(epoch), self.film_keys)[within[here]]
+        return rows, epochs

@@ -1,0 +1,354 @@
+"""The film record and the manifest: what is known of each film, on disk as Parquet.
+
+A data folder, as `mmclip data build` leaves it and every other command reads it:
+
+    films.parquet    one row a film (or a text-only study), in the reader's order
+    films.npy        uint8 [n, px, px]: row i is the i-th record that has an image (data/cache.py)
+    excluded.jsonl   one line a row that was left out, with the reason
+    meta.json        counts, film size, checksums and the data hash that travels with every result
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Split = Literal["train", "val", "test"]
+View = Literal["PA", "AP", "L", "unknown"]
+Sex = Literal["F", "M"]
+
+PRESENT, ABSENT, UNCERTAIN = 1, 0, -1
+"""Values of a label. A finding that nobody looked for is unknown: it is not in the mapping."""
+
+MANIFEST_FILE, EXCLUDED_FILE, META_FILE = "films.parquet", "excluded.jsonl", "meta.json"
+
+
+class Reason(StrEnum):
+    """Why a row was left out. The text is what a user reads in excluded.jsonl."""
+
+    NO_ID = "the row has no film id"
+    NO_PATIENT = "the row has no patient id"
+    DUPLICATE_ID = "an earlier row has the same film id"
+    BAD_VALUE = "a value of the row cannot be read"
+    NOTHING_TO_LEARN = "the row has neither an image nor a report"
+    PATIENT_IN_TWO_SPLITS = "the patient is also in a split that is kept for evaluation"
+    IMAGE_OUTSIDE_ROOT = "the image lies outside the root folder"
+    IMAGE_MISSING = "the image file does not exist"
+    IMAGE_EMPTY = "the image file has 0 bytes"
+    IMAGE_UNREADABLE = "the file is no image that can be read"
+    IMAGE_TRUNCATED = "the image ends before its last row"
+    IMAGE_TOO_LARGE = "the image has more pixels than allowed"
+    IMAGE_BLANK = "all pixels of the image are (nearly) equal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Film:
+    """One film and all that is known of it; a study without a film has `image=None`.
+
+    Films of one study share `study_id` and the report. `labels` maps a finding to PRESENT, ABSENT
+    or UNCERTAIN; a finding that is not in it is unknown. `report` is what the text encoder reads:
+    cleaned, and None, never "", when there is nothing to read.
+    """
+
+    film_id: str
+    study_id: str
+    patient_id: str
+    source: str
+    split: Split | None = None  # None until `assign_splits`
+    image: str | None = None  # relative to the root folder, with "/" between parts
+    view: View = "unknown"
+    findings: str | None = None
+    impression: str | None = None
+    report: str | None = None
+    labels: Mapping[str, int] = field(default_factory=dict)
+    source_labels: tuple[str, ...] = ()  # in the source's own words
+    age_years: float | None = None
+    sex: Sex | None = None
+    width_px: int | None = None  # of the file, before any resizing
+    height_px: int | None = None
+    image_sha256: str | None = None  # of the file's bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Excluded:
+    """A row that was left out: which, why, and the detail that helps to mend it."""
+
+    row: int  # 0 is the first record of the source
+    film_id: str
+    reason: Reason
+    detail: str = ""
+
+
+Record = Film | Excluded
+"""What a reader yields, one for each row of its source: nothing is dropped in silence."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("film_id", pa.string(), nullable=False),
+        pa.field("study_id", pa.string(), nullable=False),
+        pa.field("patient_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("image", pa.string()),
+        pa.field("view", pa.string(), nullable=False),
+        pa.field("findings", pa.string()),
+        pa.field("impression", pa.string()),
+        pa.field("report", pa.string()),
+        pa.field("labels", pa.map_(pa.string(), pa.int8()), nullable=False),
+        pa.field("source_labels", pa.list_(pa.string()), nullable=False),
+        pa.field("age_years", pa.float64()),
+        pa.field("sex", pa.string()),
+        pa.field("width_px", pa.int32()),
+        pa.field("height_px", pa.int32()),
+        pa.field("image_sha256", pa.string()),
+    ]
+)
+
+
+class ManifestError(ValueError):
+    """A data folder or a record breaks a rule; the message names the rule and the next step."""
+
+
+def problem_of(film: Film) -> tuple[Reason, str] | None:
+    """The first rule that a record breaks, with a detail, or None for a sound record."""
+    if not film.film_id.strip():
+        return Reason.NO_ID, ""
+    if not film.patient_id.strip():
+        return Reason.NO_PATIENT, ""
+    if film.image is None and film.report is None:
+        return Reason.NOTHING_TO_LEARN, ""
+    if film.split is not None and film.split not in get_args(Split):
+        return Reason.BAD_VALUE, f"split {film.split!r} is none of {', '.join(get_args(Split))}"
+    if film.view not in get_args(View):
+        return Reason.BAD_VALUE, f"view {film.view!r} is none of {', '.join(get_args(View))}"
+    if film.report is not None and not film.report.strip():
+        return Reason.BAD_VALUE, "the report is empty; a film without a report has report=None"
+    bad = {k: v for k, v in film.labels.items() if v not in (PRESENT, ABSENT, UNCERTAIN)}
+    if bad:
+        return Reason.BAD_VALUE, f"labels {bad} are not 1 (present), 0 (absent) or -1 (uncertain)"
+    return None
+
+
+def validate(records: Iterable[Record]) -> tuple[list[Film], list[Excluded]]:
+    """Separates sound records from those that break a rule.
+
+    The rules: an id of its own, a patient, an image or a report, known values, and no patient in
+    two splits. Where a source names splits and one patient is in several, the films in the split
+    used last (test, then val) stay and the others are excluded, so that nothing leaks.
+
+    Returns:
+        The sound films in order, and the excluded rows in order. Their numbers add up to the
+        number of records.
+    """
+    films: list[tuple[int, Film]] = []
+    excluded: list[Excluded] = []
+    seen: set[str] = set()
+    split_of_patient: dict[str, Split] = {}
+    order = {split: i for i, split in enumerate(get_args(Split))}
+    for row, record in enumerate(records):
+        if isinstance(record, Excluded):
+            excluded.append(record)
+            continue
+        problem = problem_of(record)
+        if problem is None and record.film_id in seen:
+            problem = Reason.DUPLICATE_ID, ""
+        if problem is not None:
+            excluded.append(
+                Excluded(row=row, film_id=record.film_id, reason=problem[0], detail=problem[1])
+            )
+            continue
+        seen.add(record.film_id)
+        films.append((row, record))
+        if record.split is not None:
+            known = split_of_patient.get(record.patient_id, record.split)
+            split_of_patient[record.patient_id] = max(known, record.split, key=order.__getitem__)
+    kept: list[Film] = []
+    for row, film in films:
+        split = split_of_patient.get(film.patient_id)
+        if film.split is not None and film.split != split:
+            detail = f"split {film.split}, but the patient is also in {split}"
+            excluded.append(
+                Excluded(
+                    row=row,
+                    film_id=film.film_id,
+                    reason=Reason.PATIENT_IN_TWO_SPLITS,
+                    detail=detail,
+                )
+            )
+        else:
+            kept.append(film)
+    return kept, sorted(excluded, key=lambda e: e.row)
+
+
+def assign_splits(
+    films: Sequence[Film], seed: int = 0, val_ratio: float = 0.1, test_ratio: float = 0.1
+) -> list[Film]:
+    """Gives every film without a split the split of its patient, drawn by a hash of the patient id.
+
+    A patient who has a split already (given by the source for another film) keeps it. The draw
+    depends on the patient id and the seed alone, so adding patients moves no other patient.
+
+    Raises:
+        ValueError: When the ratios are negative or leave nothing to train on.
+    """
+    if val_ratio < 0 or test_ratio < 0 or val_ratio + test_ratio >= 1:
+        raise ValueError(
+            f"val_ratio={val_ratio} and test_ratio={test_ratio} must not be negative and must add "
+            f"up to less than 1"
+        )
+    given = {film.patient_id: film.split for film in films if film.split is not None}
+
+    def draw(patient_id: str) -> Split:
+        digest = hashlib.sha256(f"{seed}/{patient_id}".encode()).digest()
+        u = int.from_bytes(digest[:8], "big") / 2**64
+        return "test" if u < test_ratio else "val" if u < test_ratio + val_ratio else "train"
+
+    return [
+        film
+        if film.split is not None
+        else replace(film, split=given.get(film.patient_id) or draw(film.patient_id))
+        for film in films
+    ]
+
+
+def data_hash(films: Iterable[Film], film_px: int | None) -> str:
+    """SHA-256 over all records, in order, and the film size: equal data, equal hash.
+
+    Source: ours; a number without the hash of its data cannot be compared with another.
+    """
+    digest = hashlib.sha256(f"mmclip-manifest-1 film_px={film_px}\n".encode())
+    for film in films:
+        digest.update(json.dumps(asdict(film), sort_keys=True, ensure_ascii=False).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def to_table(films: Sequence[Film]) -> pa.Table:
+    """The records as an Arrow table of SCHEMA."""
+    columns = {name: [getattr(film, name) for film in films] for name in SCHEMA.names}
+    columns["labels"] = [list(film.labels.items()) for film in films]
+    columns["source_labels"] = [list(film.source_labels) for film in films]
+    return pa.table(columns, schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> Iterator[Film]:
+    """The records of an Arrow table of SCHEMA.
+
+    Raises:
+        ManifestError: When the columns are not those of SCHEMA.
+    """
+    if table.schema.names != SCHEMA.names:
+        missing = sorted(set(SCHEMA.names) - set(table.schema.names))
+        unknown = sorted(set(table.schema.names) - set(SCHEMA.names))
+        raise ManifestError(
+            f"the manifest has other columns than this version writes (missing {missing}, "
+            f"unknown {unknown}); build the data folder again with `mmclip data build`"
+        )
+    names = [f.name for f in fields(Film)]
+    for batch in table.to_batches(max_chunksize=4096):
+        for row in batch.to_pylist():
+            row["labels"] = dict(row["labels"])
+            row["source_labels"] = tuple(row["source_labels"])
+            yield Film(**{name: row[name] for name in names})
+
+
+def write_manifest(
+    folder: Path,
+    films: Sequence[Film],
+    excluded: Sequence[Excluded],
+    film_px: int | None,
+    about: Mapping,
+) -> dict:
+    """Writes films.parquet, excluded.jsonl and meta.json, each aside and then renamed, meta last.
+
+    Args:
+        folder: The data folder; made when absent.
+        films: Sound records, every one with a split.
+        excluded: The rows that were left out.
+        film_px: Side of the films in films.npy, or None for a text-only folder.
+        about: Further facts for meta.json (source, command, checksum of films.npy).
+
+    Returns:
+        The contents of meta.json.
+
+    Raises:
+        ManifestError: When a film has no split, or a patient is in two.
+    """
+    split_of: dict[str, Split | None] = {}
+    for film in films:
+        if film.split is None:
+            raise ManifestError(f"film {film.film_id} has no split; call assign_splits first")
+        if split_of.setdefault(film.patient_id, film.split) != film.split:
+            raise ManifestError(
+                f"patient {film.patient_id} is in the splits {split_of[film.patient_id]} and "
+                f"{film.split}; call validate first"
+            )
+    meta = {
+        "format": 1,
+        **about,
+        "film_px": film_px,
+        "data_hash": data_hash(films, film_px),
+        "n_rows": len(films) + len(excluded),
+        "n_films": len(films),
+        "n_excluded": len(excluded),
+        "n_with_image": sum(film.image is not None for film in films),
+        "n_with_report": sum(film.report is not None for film in films),
+        "n_paired": sum(film.image is not None and film.report is not None for film in films),
+        "n_studies": len({film.study_id for film in films}),
+        "n_patients": len(split_of),
+        "splits": dict(sorted(Counter(film.split for film in films).items(), key=str)),
+        "excluded": {str(r): n for r, n in Counter(e.reason for e in excluded).most_common()},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    parquet = folder / (MANIFEST_FILE + ".tmp")
+    pq.write_table(to_table(films), parquet, compression="zstd")
+    parquet.replace(folder / MANIFEST_FILE)
+    lines = "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in excluded)
+    write_text_atomic(folder / EXCLUDED_FILE, lines)
+    write_text_atomic(folder / META_FILE, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+    return meta
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a data folder.
+
+    Raises:
+        ManifestError: When the folder is no finished data folder.
+    """
+    path = folder / META_FILE
+    if not path.is_file():
+        raise ManifestError(
+            f"{folder} is no finished data folder ({META_FILE} is missing); "
+            f"make one with `mmclip data build`"
+        )
+    return json.loads(path.read_text("utf-8"))
+
+
+def read_manifest(folder: Path) -> list[Film]:
+    """All records of a data folder, checked against the data hash in meta.json.
+
+    Raises:
+        ManifestError: When the folder is unfinished or its manifest was changed after the build.
+    """
+    meta = read_meta(folder)
+    films = list(from_table(pq.read_table(folder / MANIFEST_FILE)))
+    if data_hash(films, meta["film_px"]) != meta["data_hash"]:
+        raise ManifestError(
+            f"{folder / MANIFEST_FILE} is not the manifest that {META_FILE} describes (the data "
+            f"hash differs); build the data folder again with `mmclip data build`"
+        )
+    return films
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Writes a text file aside and renames it, so that a reader never sees half of it."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, "utf-8")
+    aside.replace(path)

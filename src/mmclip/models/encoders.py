@@ -1,0 +1,265 @@
+"""Image and text encoders over transformers: from sizes, from a folder, or from the hub.
+
+Both encoders give `last_hidden_state` and `pooler_output`, which is what transformers'
+VisionTextDualEncoderModel reads, so that a trained pair can be exported without a change.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.image_processing_base import ImageProcessingMixin
+
+from mmclip.config import GREY_MEAN, GREY_STD, ImageEncoderConfig, TextEncoderConfig
+
+logger = logging.getLogger(__name__)
+
+RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""The normalisation of a pretrained three-channel encoder whose folder has no
+preprocessor_config.json. Source: ImageNet, as in torchvision's and timm's weights."""
+
+
+class EncoderError(ValueError):
+    """Weights or a configuration that cannot serve as an encoder here; names the next step."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of pretrained weights: nothing is loaded or left out in silence."""
+
+    name: str
+    missing: tuple[str, ...]  # parameters of the model that the file lacks: newly initialised
+    unexpected: tuple[str, ...]  # weights of the file that the model has no place for
+    mismatched: tuple[str, ...]
+
+    def __str__(self) -> str:
+        def listed(names: tuple[str, ...]) -> str:
+            shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            return f"{len(names)} ({shown})" if names else "0"
+
+        return (
+            f"{self.name}: missing and newly initialised {listed(self.missing)}; "
+            f"not used {listed(self.unexpected)}; other shape {listed(self.mismatched)}"
+        )
+
+
+def build_image_encoder(config: ImageEncoderConfig, film_px: int) -> PreTrainedModel:
+    """An image encoder for one-channel films of film_px x film_px.
+
+    A pretrained encoder keeps its weights: a three-channel patch projection is folded into one
+    channel (the same output as for the film repeated three times, at a third of the work), and
+    the position grid is resampled to the film's size.
+
+    Raises:
+        EncoderError: When the weights cannot be found, are no ViT-like encoder, or film_px is not
+            a multiple of its patch size.
+    """
+    if config.pretrained is None:
+        vit = ViTConfig(
+            hidden_size=config.width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.width,
+            image_size=film_px,
+            patch_size=config.patch_px,
+            num_channels=1,
+        )
+        return ViTModel(vit, add_pooling_layer=True)
+    encoder = _load_pretrained(config.pretrained)
+    if not hasattr(encoder.config, "patch_size"):
+        raise EncoderError(
+            f"{config.pretrained} is a {encoder.config.model_type!r} model without patches; "
+            f"model.image.pretrained takes a vision transformer"
+        )
+    fold_to_one_channel(encoder, *_normalisation_of(config.pretrained))
+    resize_position_grid(encoder, film_px)
+    return encoder
+
+
+def build_text_encoder(
+    config: TextEncoderConfig, vocab_size: int, max_tokens: int, pad_token_id: int
+) -> PreTrainedModel:
+    """A text encoder for `vocab_size` token ids and up to `max_tokens` tokens.
+
+    Dropout is 0: every random draw of a run is keyed by film, and dropout's cannot be.
+
+    Raises:
+        EncoderError: When pretrained weights cannot be found or do not fit the tokenizer.
+    """
+    if config.pretrained is None:
+        bert = BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=config.width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.width,
+            max_position_embeddings=max_tokens,
+            pad_token_id=pad_token_id,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        return BertModel(bert, add_pooling_layer=True)
+    encoder = _load_pretrained(config.pretrained)
+    if encoder.config.vocab_size < vocab_size:
+        raise EncoderError(
+            f"{config.pretrained} knows {encoder.config.vocab_size} tokens, its tokenizer has "
+            f"{vocab_size}; take both from the same folder"
+        )
+    if encoder.config.max_position_embeddings < max_tokens:
+        raise EncoderError(
+            f"{config.pretrained} reads at most {encoder.config.max_position_embeddings} tokens; "
+            f"set data.max_tokens to that or less (it is {max_tokens})"
+        )
+    return encoder
+
+
+def rebuild_encoder(config: dict[str, Any]) -> PreTrainedModel:
+    """An encoder with fresh weights from its own configuration, as a checkpoint holds it."""
+    made = AutoConfig.for_model(**config)
+    return AutoModel.from_config(made)
+
+
+def _load_pretrained(name: str) -> PreTrainedModel:
+    # A pytorch_model.bin is read by torch.load(weights_only=True): it cannot run code.
+    try:
+        config = AutoConfig.from_pretrained(name)
+        for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if hasattr(config, key):
+                setattr(config, key, 0.0)
+        encoder, info = AutoModel.from_pretrained(
+            name, config=config, output_loading_info=True
+        )
+    except (OSError, ValueError, UnpicklingError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise EncoderError(
+            f"cannot load {name!r} ({first}); give a folder with config.json and "
+            f"model.safetensors (or pytorch_model.bin), or the id of a model on the Hugging Face hub"
+        ) from error
+    report = LoadReport(
+        name=name,
+        missing=tuple(sorted(info["missing_keys"])),
+        unexpected=tuple(sorted(info["unexpected_keys"])),
+        mismatched=tuple(sorted(str(m) for m in info["mismatched_keys"])),
+    )
+    logger.info("%s", report)
+    return encoder
+
+
+def patch_projection(encoder: PreTrainedModel) -> nn.Conv2d:
+    """The convolution that turns pixels into patch features.
+
+    Raises:
+        EncoderError: When the encoder has none.
+    """
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            return module
+    raise EncoderError(f"{encoder.config.model_type!r} has no patch projection")
+
+
+def _normalisation_of(name: str) -> tuple[Sequence[float], Sequence[float]]:
+    try:
+        facts, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:
+        logger.info("%s has no preprocessor_config.json; taking ImageNet's normalisation", name)
+        return RGB_MEAN, RGB_STD
+    return facts.get("image_mean", RGB_MEAN), facts.get("image_std", RGB_STD)
+
+
+def fold_to_one_channel(
+    encoder: PreTrainedModel,
+    rgb_mean: Sequence[float] = RGB_MEAN,
+    rgb_std: Sequence[float] = RGB_STD,
+) -> None:
+    """Makes a three-channel encoder take one channel, normalised by GREY_MEAN and GREY_STD.
+
+    With x the film in 0..1, channel c of the old input is (x - m_c) / s_c, and x = g z + m for the
+    new input z. So w' = g sum_c w_c / s_c, and the bias takes up sum_c w_c (m - m_c) / s_c over
+    the kernel: exact everywhere, as patches do not overlap and are not padded.
+    """
+    old = patch_projection(encoder)
+    if old.in_channels == 1:
+        return
+    if old.in_channels != 3:
+        raise EncoderError(f"an encoder of {old.in_channels} channels; only 1 and 3 are supported")
+    new = nn.Conv2d(1, old.out_channels, old.kernel_size, old.stride)  # pyright: ignore[reportArgumentType]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (rgb_mean, rgb_std))
+    with torch.no_grad():
+        weight = old.weight / std
+        new.weight.copy_(GREY_STD * weight.sum(1, keepdim=True))
+        shift = (weight * (GREY_MEAN - mean)).sum((1, 2, 3))
+        assert new.bias is not None
+        new.bias.copy_(shift if old.bias is None else old.bias + shift)
+    for parent in encoder.modules():
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
+        if not isinstance(parent, nn.Conv2d) and getattr(parent, "num_channels", None) == 3:
+            parent.num_channels = 1  # pyright: ignore[reportArgumentType]
+    encoder.config.num_channels = 1
+
+
+def resize_position_grid(encoder: PreTrainedModel, film_px: int) -> None:
+    """Resamples the learned position grid of a ViT-like encoder to films of film_px.
+
+    Bicubic over the square grid; class and register tokens in front of it keep theirs.
+
+    Raises:
+        EncoderError: When film_px is not a multiple of the patch size, or the encoder keeps its
+            positions in another way than a table of [1, tokens, width].
+    """
+    patch = encoder.config.patch_size
+    if film_px % patch:
+        raise EncoderError(
+            f"data.film_px={film_px} is not a multiple of the encoder's patch size {patch}; "
+            f"{max(film_px // patch, 1) * patch} is"
+        )
+    if encoder.config.image_size == film_px:
+        return
+    embeddings: Any = getattr(encoder, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if not isinstance(table, nn.Parameter):
+        raise EncoderError(
+            f"the position grid of {encoder.config.model_type!r} cannot be resized; build the "
+            f"films at its own size, {encoder.config.image_size} px"
+        )
+    old_side, side = encoder.config.image_size // patch, film_px // patch
+    n_prefix = table.shape[1] - old_side**2
+    prefix, grid = table[:, :n_prefix], table[:, n_prefix:]
+    grid = grid.reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)  # 1 d h w
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    grid = grid.permute(0, 2, 3, 1).reshape(1, side**2, -1)
+    embeddings.position_embeddings = nn.Parameter(torch.cat([prefix, grid], 1).detach())
+    for module in (embeddings, embeddings.patch_embeddings):
+        module.image_size = (film_px, film_px)
+    embeddings.patch_embeddings.num_patches = side**2
+    encoder.config.image_size = film_px
+
+
+def pooled(output: Any, encoder: PreTrainedModel) -> Tensor:
+    """The pooled output [b, d], which the projection reads.
+
+    Raises:
+        EncoderError: When the encoder pools nothing.
+    """
+    value = getattr(output, "pooler_output", None)
+    if value is None:
+        raise EncoderError(
+            f"{encoder.config.model_type!r} gives no pooler_output; take a ViT- or BERT-like "
+            f"encoder with a pooling layer"
+        )
+    return value

@@ -1,0 +1,294 @@
+"""One training loop on Accelerate: micro-batches, precision, processes, logs, exact resume."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmclip.checkpoint import load_trainer_state
+from mmclip.config import TrainConfig
+from mmclip.data.dataset import Batch
+from mmclip.progress import progress
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term became infinite or not a number; the message names it and the saved batch."""
+
+
+class Batches(Protocol):
+    """What the loop reads: the rows `part` of the batch of a step."""
+
+    def batch(self, step: int, part: slice) -> Batch: ...
+
+
+LossSums = Callable[[nn.Module, Batch], dict[str, Tensor]]
+"""Sums of each loss term over the elements of this process's rows."""
+
+LossCounts = Callable[[Batch], dict[str, int]]
+"""Elements of each loss term in these rows; known before the model has run."""
+
+
+@dataclass
+class TrainState:
+    """All that changes while training runs."""
+
+    model: nn.Module  # wrapped by Accelerate
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # optimiser steps done
+    log: dict[str, float] = field(default_factory=dict)  # of the last step
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up to the peak, then a cosine to final_lr_ratio of it.
+
+    The peak is base_lr * batch_size / 256. The first step is not at 0.
+
+    Source: linear scaling [Goyal et al., arXiv:1706.02677]; cosine [arXiv:1608.03983].
+    """
+    peak = config.base_lr * config.batch_size / 256
+    warmup = round(config.warmup_ratio * config.steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(config.steps - warmup, 1)
+    return peak * (
+        config.final_lr_ratio + (1 - config.final_lr_ratio) * (1 + math.cos(math.pi * done)) / 2
+    )
+
+
+def make_optimizer(model: nn.Module, no_decay: set[str], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW in two groups, with weight decay and without."""
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if n not in no_decay], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if n in no_decay], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.base_lr, betas=(0.9, config.beta2), eps=1e-6)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, sizes: list[int], rank: int) -> Tensor:
+        ctx.sizes, ctx.rank = sizes, rank
+        padded = local.new_zeros((max(sizes), *local.shape[1:]))
+        padded[: len(local)] = local
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        # Each process holds a part of the loss: a row's gradient is the sum over all of them.
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad)
+        start = sum(ctx.sizes[: ctx.rank])
+        return grad[start : start + ctx.sizes[ctx.rank]], None, None
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """The rows [b, ...] of all processes, in the order of their ranks, with gradients to each.
+
+    Processes may hold different numbers of rows. With one process, the input itself.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return local
+    size = torch.tensor([len(local)], device=local.device)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    numbers = [int(s) for s in sizes]
+    gathered = _GatherRows.apply(local.contiguous(), numbers, dist.get_rank())
+    assert isinstance(gathered, Tensor)
+    return gathered
+
+
+def part_of(batch_size: int, micro: int, n_micro: int, rank: int, world: int) -> slice:
+    """The rows of a batch that fall to a process in a micro-batch; shares differ by one at most."""
+    per_micro = batch_size // n_micro
+    start = micro * per_micro
+    return slice(start + rank * per_micro // world, start + (rank + 1) * per_micro // world)
+
+
+def train_step(
+    accelerator: Accelerator,
+    state: TrainState,
+    batches: Batches,
+    loss_sums: LossSums,
+    loss_counts: LossCounts,
+    weights: Mapping[str, float],
+    config: TrainConfig,
+) -> dict[str, Tensor]:
+    """One optimiser step.
+
+    Each term is the sum over the elements it applies to, in all processes and micro-batches,
+    divided by their number: the gradient does not depend on how the rows are dealt out, but for
+    the contrastive negatives, which are the micro-batch's.
+
+    Returns:
+        The terms (means over the global batch), the gradient's norm and the learning rate.
+
+    Raises:
+        NonFiniteLoss: Before the optimiser has moved, on every process alike.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    micro = [
+        batches.batch(
+            state.step, part_of(config.batch_size, m, config.micro_batches, rank, world)
+        ).to(accelerator.device)
+        for m in range(config.micro_batches)
+    ]
+    local = {k: float(sum(loss_counts(b)[k] for b in micro)) for k in weights}
+    counts = accelerator.reduce(
+        torch.tensor(list(local.values()), device=accelerator.device), reduction="sum"
+    )
+    assert isinstance(counts, Tensor)
+    count = dict(zip(weights, counts.clamp(min=1), strict=True))
+    sums = {k: torch.zeros((), device=accelerator.device) for k in weights}
+    for m, batch in enumerate(micro):
+        last = m == len(micro) - 1
+        with torch.enable_grad() if last else accelerator.no_sync(state.model):
+            terms = loss_sums(state.model, batch)
+            loss = torch.stack([weights[k] * terms[k] / count[k] for k in weights]).sum()
+            # DistributedDataParallel averages over processes; the loss is a sum over them.
+            accelerator.backward(loss * world)
+        sums = {k: sums[k] + terms[k].detach() for k in weights}
+    stacked = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
+    assert isinstance(stacked, Tensor)
+    means = {k: s / count[k] for k, s in zip(weights, stacked, strict=True)}
+    if not bool(torch.isfinite(stacked).all()):
+        bad = [k for k, v in means.items() if not torch.isfinite(v)]
+        raise NonFiniteLoss(f"step {state.step}: the loss term {', '.join(bad)} is not finite")
+    grad_norm = accelerator.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+    lr = learning_rate(state.step, config)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    return {**means, "grad_norm": torch.as_tensor(grad_norm), "lr": torch.tensor(lr)}
+
+
+def fit(
+    accelerator: Accelerator,
+    state: TrainState,
+    batches: Batches,
+    loss_sums: LossSums,
+    loss_counts: LossCounts,
+    weights: Mapping[str, float],
+    config: TrainConfig,
+    run: Path,
+    save: Callable[[TrainState], None],
+) -> TrainState:
+    """Trains from state.step to config.steps; logs, saves, and stops on a non-finite loss.
+
+    Args:
+        accelerator: Prepared; it decides device, precision and processes.
+        state: New or resumed; changed in place.
+        batches: Where rows come from.
+        loss_sums: The model's loss terms on a batch.
+        loss_counts: The number of elements of each term in a batch.
+        weights: Of each term; the terms not named are not trained.
+        config: The optimisation.
+        run: Folder of metrics.jsonl and of what a failure leaves.
+        save: Writes a checkpoint; called on the main process.
+
+    Raises:
+        NonFiniteLoss: The batch is saved as safetensors beside the names of its films.
+    """
+    main = accelerator.is_main_process
+    log_path = run / "metrics.jsonl"
+    if main:
+        _cut_log(log_path, state.step)
+    began, since = time.monotonic(), state.step
+    with progress("training", config.steps, state.step, show=main) as advance:
+        while state.step < config.steps:
+            try:
+                values = train_step(
+                    accelerator, state, batches, loss_sums, loss_counts, weights, config
+                )
+            except NonFiniteLoss as error:
+                where = _save_failed(accelerator, state, batches, config, run)
+                raise NonFiniteLoss(
+                    f"{error}; this process's rows are in {where}; a lower train.base_lr or "
+                    f"train.precision=fp32 is the usual remedy"
+                ) from None
+            note = None
+            if state.step % config.log_every_steps == 0 or state.step == config.steps:
+                seconds = time.monotonic() - began
+                films_per_s = (state.step - since) * config.batch_size / seconds
+                began, since = time.monotonic(), state.step
+                state.log = {k: float(v) for k, v in values.items()}
+                loss = sum(weights[k] * state.log[k] for k in weights)
+                line = {"step": state.step, "loss": loss, **state.log, "films_per_s": films_per_s}
+                accelerator.log(line, step=state.step)
+                note = f"loss {loss:.3f}  {films_per_s:.0f} films/s"
+                if main:
+                    with log_path.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+            advance(1, note)
+            if state.step % config.save_every_steps == 0 or state.step == config.steps:
+                if main:
+                    save(state)
+                accelerator.wait_for_everyone()
+    return state
+
+
+def _cut_log(path: Path, step: int) -> None:
+    # A run killed after its last checkpoint logged steps that will be logged again.
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break  # half a line, written as the process was killed
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(kept), "utf-8")
+    aside.replace(path)
+
+
+def _save_failed(
+    accelerator: Accelerator, state: TrainState, batches: Batches, config: TrainConfig, run: Path
+) -> Path:
+    rank, world = accelerator.process_index, accelerator.num_processes
+    folder = run / f"nonfinite_step_{state.step:06d}_process_{rank}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for m in range(config.micro_batches):
+        batch = batches.batch(
+            state.step, part_of(config.batch_size, m, config.micro_batches, rank, world)
+        )
+        tensors = {k: v.contiguous() for k, v in batch.tensors().items()}
+        save_file(tensors, folder / f"batch_{m}.safetensors")
+        (folder / f"batch_{m}_films.txt").write_text("\n".join(batch.film_ids) + "\n", "utf-8")
+    return folder
+
+
+def trainer_state(accelerator: Accelerator, state: TrainState) -> dict[str, Any]:
+    """What a checkpoint must hold beside the weights, as tensors and plain values."""
+    return {
+        "step": state.step,
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "torch_rng": torch.get_rng_state(),
+    }
+
+
+def restore_trainer_state(accelerator: Accelerator, state: TrainState, folder: Path) -> None:
+    """Puts optimiser, scaler, random state and step back as `trainer_state` gave them."""
+    saved = load_trainer_state(folder)
+    state.step = saved["step"]
+    state.optimizer.load_state_dict(saved["optimizer"])
+    if accelerator.scaler is not None and saved["scaler"] is not None:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    torch.set_rng_state(saved["torch_rng"])

@@ -1,0 +1,116 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmclip.losses import contrastive_sum, positive_pairs
+from tests.oracles import contrastive_sum_loop, positive_pairs_loop
+
+
+def unit(n: int, e: int, seed: int) -> torch.Tensor:
+    rows = torch.randn(n, e, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(rows, dim=-1)
+
+
+def all_candidates(n: int) -> torch.Tensor:
+    return torch.ones(n, dtype=torch.bool)
+
+
+def test_two_orthogonal_pairs_by_hand():
+    e = torch.eye(2)
+    loss = contrastive_sum(
+        e, e, torch.eye(2, dtype=torch.bool), all_candidates(2), torch.tensor(1.0)
+    )
+    assert loss.item() == pytest.approx(2 * (math.log(math.e + 1) - 1), rel=1e-6)
+
+
+def test_collapsed_embeddings_score_chance():
+    e = F.normalize(torch.ones(4, 8), dim=1)
+    loss = contrastive_sum(
+        e, e, torch.eye(4, dtype=torch.bool), all_candidates(4), torch.tensor(14.0)
+    )
+    assert loss.item() / 4 == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_one_positive_a_row_is_the_cross_entropy_of_clip():
+    image, text, scale = unit(6, 8, 0), unit(6, 8, 1), torch.tensor(10.0)
+    eye = torch.eye(6, dtype=torch.bool)
+    ours = (
+        contrastive_sum(image, text, eye, all_candidates(6), scale)
+        + contrastive_sum(text, image, eye, all_candidates(6), scale)
+    ) / 12
+    logits = scale * image @ text.T
+    theirs = (
+        F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.T, torch.arange(6))
+    ) / 2
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 10_000))
+def test_loss_equals_the_slow_loop(n_query: int, n_candidates: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    query, candidates = unit(n_query, 5, seed), unit(n_candidates, 5, seed + 1)
+    is_positive = torch.rand(n_query, n_candidates, generator=generator) < 0.4
+    is_candidate = torch.rand(n_candidates, generator=generator) < 0.7
+    is_candidate[0] = True
+    ours = contrastive_sum(query, candidates, is_positive, is_candidate, torch.tensor(7.0))
+    slow = contrastive_sum_loop(query, candidates, is_positive, is_candidate, 7.0)
+    assert ours.item() == pytest.approx(slow, rel=1e-4, abs=1e-5)
+
+
+def test_equal_texts_are_never_negatives():
+    # Films 0 and 1 have the same report. The best embedding puts both on it: nothing is lost
+    # against each other, which single-positive targets would punish without end.
+    image = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    keys = torch.tensor([[0, 5], [1, 5], [2, 6]])
+    is_positive = positive_pairs(keys, keys)
+    scale = torch.tensor(50.0)
+    loss = contrastive_sum(image, image, is_positive, all_candidates(3), scale)
+    assert loss.item() == pytest.approx(2 * math.log(2), abs=1e-4)  # the even split of a shared 1
+    single = contrastive_sum(
+        image, image, torch.eye(3, dtype=torch.bool), all_candidates(3), scale
+    )
+    query = image.clone().requires_grad_()
+    contrastive_sum(query, image, is_positive, all_candidates(3), scale).backward()
+    assert query.grad is not None and query.grad.abs().max() < 1e-4
+    assert single.item() == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_a_row_that_is_no_candidate_changes_nothing():
+    image, text, scale = unit(4, 8, 0), unit(4, 8, 1), torch.tensor(9.0)
+    eye = torch.eye(4, dtype=torch.bool)
+    few = contrastive_sum(image[:3], text[:3], eye[:3, :3], all_candidates(3), scale)
+    is_candidate = torch.tensor([True, True, True, False])
+    all_rows = contrastive_sum(image, text, eye, is_candidate, scale)
+    assert all_rows.item() == pytest.approx(few.item(), rel=1e-6)
+
+
+def test_no_rows_give_zero_that_still_carries_a_gradient_path():
+    text = unit(3, 8, 0).requires_grad_()
+    loss = contrastive_sum(
+        torch.zeros(0, 8),
+        text,
+        torch.zeros(0, 3, dtype=torch.bool),
+        all_candidates(3),
+        torch.tensor(5.0),
+    )
+    loss.backward()
+    assert loss.item() == 0 and text.grad is not None and not text.grad.any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(-1, 3), st.integers(-1, 3)), min_size=1, max_size=6))
+def test_positives_equal_the_slow_loop_and_are_symmetric(rows: list[tuple[int, int]]):
+    keys = torch.tensor(rows)
+    ours = positive_pairs(keys, keys)
+    assert torch.equal(ours, positive_pairs_loop(keys, keys))
+    assert torch.equal(ours, ours.T)
+
+
+def test_a_negative_key_is_no_key():
+    keys = torch.tensor([[-1, 4], [-1, 5]])
+    assert positive_pairs(keys, keys).tolist() == [[True, False], [False, True]]
