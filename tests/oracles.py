@@ -34,3 +34,156 @@ def positive_pairs_loop(keys: Tensor, others: Tensor) -> Tensor:
                 int(a) == int(b) and int(a) >= 0 for a, b in zip(keys[i], others[j], strict=True)
             )
     return out
+
+
+def patchify_loop(film: Tensor, patch_px: int) -> Tensor:
+    """One patch after another in reading order, each patch's pixels in reading order."""
+    b, _, h, w = film.shape
+    rows = []
+    for i in range(b):
+        patches = []
+        for top in range(0, h, patch_px):
+            for left in range(0, w, patch_px):
+                patches.append(
+                    [
+                        float(film[i, 0, top + y, left + x])
+                        for y in range(patch_px)
+                        for x in range(patch_px)
+                    ]
+                )
+        rows.append(patches)
+    return torch.tensor(rows)
+
+
+def cosine_of(a: list[float], b: list[float]) -> float:
+    """Cosine of two vectors, 0 if one is zero."""
+    lengths = math.hypot(*a) * math.hypot(*b)
+    return sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0
+
+
+def response_score_loop(
+    kind: str,
+    patches: Tensor,
+    embedding: Tensor,
+    tokens: Tensor,
+    is_chosen: Tensor,
+    attention: Tensor,
+) -> Tensor:
+    """Each candidate score, one patch at a time, in Python floats."""
+    b, n, e = patches.shape
+    out = torch.zeros(b, n)
+    for i in range(b):
+        chosen = [t for t in range(tokens.shape[1]) if is_chosen[i, t]]
+        logit = {
+            (p, t): float(patches[i, p] @ tokens[i, t]) / math.sqrt(e)
+            for p in range(n)
+            for t in chosen
+        }
+        for p in range(n):
+            if kind == "embedding":
+                out[i, p] = cosine_of(patches[i, p].tolist(), embedding[i].tolist())
+                continue
+            if not chosen:
+                continue
+            weight = [math.exp(logit[p, t]) for t in chosen]
+            if kind == "attended":
+                mixed = [
+                    sum(w * float(tokens[i, t, k]) for w, t in zip(weight, chosen, strict=True))
+                    for k in range(e)
+                ]
+                out[i, p] = cosine_of(patches[i, p].tolist(), mixed)
+            elif kind == "logsumexp":
+                out[i, p] = math.log(sum(weight))
+            elif kind == "token_attention":
+                shares = [
+                    math.exp(logit[p, t]) / sum(math.exp(logit[q, t]) for q in range(n))
+                    for t in chosen
+                ]
+                out[i, p] = sum(shares) / len(shares)
+            else:
+                heads = range(attention.shape[1])
+                shares = [float(attention[i, h, t, p]) for h in heads for t in chosen]
+                out[i, p] = sum(shares) / len(shares)
+    return out
+
+
+def masked_patches_loop(
+    score: Tensor, noise: Tensor, mask_ratio: float, randomness: float
+) -> Tensor:
+    """Ranks the patches of each film, mixes with the noise, hides the highest."""
+    b, n = score.shape
+    out = torch.zeros(b, n, dtype=torch.bool)
+    for i in range(b):
+        order = sorted(range(n), key=lambda p: (float(score[i, p]), float(noise[i, p])))
+        priority = {
+            p: (1 - randomness) * place / max(n - 1, 1) + randomness * float(noise[i, p])
+            for place, p in enumerate(order)
+        }
+        for p in sorted(priority, key=lambda p: priority[p])[n - round(mask_ratio * n) :]:
+            out[i, p] = True
+    return out
+
+
+def masked_entities_loop(
+    groups: Tensor,
+    is_maskable: Tensor,
+    group_draws: Tensor,
+    token_draws: Tensor,
+    mask_ratio: float,
+) -> Tensor:
+    """Hides whole concepts of one text at a time, or 15 % of the tokens where there is none."""
+    out = torch.zeros_like(is_maskable)
+    for i in range(len(groups)):
+        words = [t for t in range(groups.shape[1]) if is_maskable[i, t]]
+        concepts = sorted({int(groups[i, t]) for t in words} - {0})
+        if concepts:
+            concepts.sort(key=lambda g: float(group_draws[i, g]))
+            hidden = concepts[: max(1, round(mask_ratio * len(concepts)))]
+            chosen = [t for t in words if int(groups[i, t]) in hidden]
+        else:
+            words.sort(key=lambda t: float(token_draws[i, t]))
+            chosen = words[: max(1, round(0.15 * len(words)))]
+        for t in chosen:
+            out[i, t] = True
+    return out
+
+
+def add_cues_loop(
+    is_masked: Tensor,
+    groups: Tensor,
+    cue_groups: Tensor,
+    is_maskable: Tensor,
+    cue_draws: Tensor,
+    hide_prob: float,
+) -> Tensor:
+    """Hides the cue of each hidden concept whose draw says so, token by token."""
+    out = is_masked.clone()
+    for i in range(len(groups)):
+        hidden = {int(g) for g, m in zip(groups[i], is_masked[i], strict=True) if m and g > 0}
+        for t in range(groups.shape[1]):
+            g = int(cue_groups[i, t])
+            if g in hidden and groups[i, t] == 0 and is_maskable[i, t]:
+                out[i, t] |= bool(cue_draws[i, g] < hide_prob)
+    return out
+
+
+def masked_patch_sum_loop(pred: Tensor, target: Tensor, is_masked: Tensor) -> float:
+    """Mean squared error of each hidden patch, value by value, added up."""
+    total = 0.0
+    for i in range(len(pred)):
+        for p in range(pred.shape[1]):
+            if is_masked[i, p]:
+                errors = [
+                    (float(x) - float(y)) ** 2
+                    for x, y in zip(pred[i, p], target[i, p], strict=True)
+                ]
+                total += sum(errors) / len(errors)
+    return total
+
+
+def masked_token_sum_loop(logits: Tensor, targets: Tensor) -> float:
+    """-log softmax of each hidden token, added up."""
+    total = 0.0
+    for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
+        total += math.log(sum(math.exp(v) for v in row)) - row[target]
+    return total

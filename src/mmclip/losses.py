@@ -5,6 +5,7 @@ the same number however the rows are dealt out. A mean of means is not.
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -52,3 +53,31 @@ def contrastive_sum(
     log_prob = logits - logits.logsumexp(1, keepdim=True)
     picked = torch.where(is_positive, log_prob, 0.0).sum(1)
     return -(picked / n_positive.clamp(min=1))[n_positive > 0].sum()
+
+
+def masked_patch_sum(
+    pred: Float[Tensor, "b n p"], target: Float[Tensor, "b n p"], is_masked: Bool[Tensor, "b n"]
+) -> Float[Tensor, ""]:
+    """Mean squared error of each hidden patch, summed over the hidden patches.
+
+    Args:
+        pred: Output of the image decoder, in per-patch standard deviations.
+        target: As `patches.normalise_patches` gives it.
+        is_masked: The patches that were hidden; the others add nothing.
+
+    Source: MAE section 3 (arXiv:2111.06377); docs/method.md, row "image target".
+    """
+    per_patch = (pred.float() - target.float()).square().mean(-1)
+    return torch.where(is_masked, per_patch, 0.0).sum()
+
+
+def masked_token_sum(logits: Float[Tensor, "m v"], targets: Int[Tensor, " m"]) -> Float[Tensor, ""]:
+    """Cross-entropy of the hidden tokens, summed over them.
+
+    Args:
+        logits: Output of the text decoder.
+        targets: Token ids that were hidden, in the same order: `ids[is_masked]`.
+
+    Source: BERT section 3.1 (arXiv:1810.04805).
+    """
+    return F.cross_entropy(logits.float(), targets, reduction="sum")

@@ -1,0 +1,65 @@
+"""What a film tells without being read: scores that a result must exceed to mean anything."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from mmclip.data.dataset import Rows
+from mmclip.metrics import auroc
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Inverse regularisation strengths tried. [chosen: from nearly constant to nearly free]"""
+
+
+def thumbnails(rows: Rows, side: int = 8) -> Float[np.ndarray, "n s"]:
+    """Films averaged to side x side and laid flat: position and brightness, and no shape."""
+    pixels = rows.pixels(np.arange(len(rows))).float().unsqueeze(1)
+    small: torch.Tensor = F.interpolate(pixels, size=(side, side), mode="area")
+    return small.flatten(1).double().numpy()
+
+
+def logistic_scores(
+    train: Float[np.ndarray, "n d"],
+    train_labels: Float[np.ndarray, "n k"],
+    val: Float[np.ndarray, "v d"],
+    val_labels: Float[np.ndarray, "v k"],
+    test: Float[np.ndarray, "t d"],
+) -> Float[np.ndarray, "t k"]:
+    """Scores of a logistic regression a finding; its strength is chosen on the validation rows.
+
+    Unknown labels (NaN) are left out. A finding with one class in the training rows scores 0.5
+    throughout; without both classes in the validation rows the strongest regularisation is taken.
+    """
+    scores = np.full((len(test), train_labels.shape[1]), 0.5)
+    for k in range(train_labels.shape[1]):
+        is_known = ~np.isnan(train_labels[:, k])
+        y = train_labels[is_known, k]
+        if len(np.unique(y)) < 2:
+            continue
+        best = -1.0
+        for strength in STRENGTHS:
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+            model.fit(train[is_known], y)
+            reached = auroc(val_labels[:, k], model.predict_proba(val)[:, 1]) or 0.0
+            if reached > best:
+                best, scores[:, k] = reached, model.predict_proba(test)[:, 1]
+    return scores
+
+
+def thumbnail_scores(
+    train: Rows, val: Rows, test: Rows, findings: Sequence[str]
+) -> Float[np.ndarray, "t k"]:
+    """Scores of the test films by a logistic regression on 8 x 8 thumbnails."""
+    return logistic_scores(
+        thumbnails(train),
+        train.labels(findings),
+        thumbnails(val),
+        val.labels(findings),
+        thumbnails(test),
+    )

@@ -1,0 +1,292 @@
+"""Intervals of metrics by resampling patients, and the scores of a run with them.
+
+The bootstrap is ours, as resampling by a loop over scikit-learn takes hours where this takes
+seconds; tests hold it to scikit-learn's values in each draw.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array
+
+from mmclip.metrics import (
+    Operating,
+    Threshold,
+    at_threshold,
+    auprc,
+    auroc,
+    count_labels,
+    f1_of_counts,
+    known,
+    mcc_of_counts,
+)
+
+Interval = tuple[float, float]
+
+_CHUNK_ELEMENTS = 2**22
+"""Weights held at once, films x draws: 32 MiB an array. [chosen: bounds memory at any size]"""
+
+
+class Draws(NamedTuple):
+    """Metrics of each bootstrap draw and finding, [draws, k]; NaN where a draw lacks one class."""
+
+    auroc: Float[np.ndarray, "draws k"]
+    auprc: Float[np.ndarray, "draws k"]
+    f1: Float[np.ndarray, "draws k"]
+    mcc: Float[np.ndarray, "draws k"]
+
+
+def bootstrap_metrics(
+    labels: Float[np.ndarray, "n k"],
+    scores: Float[np.ndarray, "n k"],
+    patients: Sequence[Hashable] | Int[np.ndarray, " n"],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+    thresholds: Sequence[float | None] | None = None,
+) -> Draws:
+    """AUROC, AUPRC, F1 and MCC of `draws` resamples of whole patients with replacement.
+
+    Films of one patient are alike, so resampling films would make intervals too narrow. A draw
+    gives each patient a weight, how often it was drawn, and one draw serves all findings: columns
+    of a row belong together, so that a macro average per row is valid. Every metric is computed
+    for all draws at once from films sorted once: with weighted counts p_g, q_g of positives and
+    negatives in tie group g, highest scores first,
+
+        AUROC = sum_g p_g (Q - sum_{h<=g} q_h + q_g / 2) / (P Q)
+        AUPRC = sum_g (p_g / P) (sum_{h<=g} p_h / sum_{h<=g} (p_h + q_h))
+
+    Args:
+        labels: 1, 0 or NaN.
+        scores: Finite wherever the label is known.
+        patients: The patient of each row.
+        draws: Number of resamples.
+        seed: Of the draws; the same patients and seed give the same draws for any model.
+        thresholds: The cut of each finding, for F1 and MCC; None for a finding without one.
+
+    Returns:
+        Arrays [draws, k]. NaN where the draw holds no positive or no negative film of a finding;
+        F1 and MCC also where the finding has no cut.
+
+    Source: Mann-Whitney with case weights; equals scikit-learn's metrics with sample_weight.
+    """
+    n, k = labels.shape
+    code_of = {patient: i for i, patient in enumerate(dict.fromkeys(_hashable(patients)))}
+    code = np.array([code_of[patient] for patient in _hashable(patients)], dtype=np.int64)
+    if len(code) != n:
+        raise ValueError(f"{len(code)} patients for {n} rows of labels; give one for each row")
+    cuts = [None] * k if thresholds is None else list(thresholds)
+    counted = [_count(labels[:, i], scores[:, i], code, len(code_of), cuts[i]) for i in range(k)]
+    out = Draws(*(np.full((draws, k), np.nan) for _ in Draws._fields))
+    rng = np.random.default_rng(seed)
+    step = max(1, _CHUNK_ELEMENTS // max(n, 1))
+    for start in range(0, draws, step):
+        rows = slice(start, min(start + step, draws))
+        # [patients, draws in the chunk]; drawn one by one, so that the chunk size changes nothing.
+        weight = np.stack(
+            [
+                np.bincount(rng.integers(0, len(code_of), len(code_of)), minlength=len(code_of))
+                for _ in range(rows.start, rows.stop)
+            ],
+            axis=1,
+        ).astype(np.float64)
+        for i, finding in enumerate(counted):
+            for column, values in zip(out, _weighted_metrics(finding, weight), strict=True):
+                column[rows, i] = values
+    return out
+
+
+def bootstrap_difference(
+    labels: Float[np.ndarray, "n k"],
+    scores_a: Float[np.ndarray, "n k"],
+    scores_b: Float[np.ndarray, "n k"],
+    patients: Sequence[Hashable] | Int[np.ndarray, " n"],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Draws:
+    """Metrics of model a minus those of model b, draw by draw on the same resampled patients.
+
+    F1 and MCC are NaN: cuts belong to one model and do not pair.
+    """
+    a = bootstrap_metrics(labels, scores_a, patients, draws=draws, seed=seed)
+    b = bootstrap_metrics(labels, scores_b, patients, draws=draws, seed=seed)
+    return Draws(*(x - y for x, y in zip(a, b, strict=True)))
+
+
+def macro_draws(
+    values: Float[np.ndarray, "draws k"], counted: Sequence[int]
+) -> Float[np.ndarray, " draws"]:
+    """The mean over the counted findings in each draw, left to those that the draw defines.
+
+    A draw that defines none of them is NaN. With ten films of each class, the rule of
+    `score_findings`, a finding is undefined in a draw only where few patients hold them all.
+    """
+    chosen = values[:, list(counted)]
+    is_defined = ~np.isnan(chosen)
+    total = np.where(is_defined, chosen, 0.0).sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return total / is_defined.sum(axis=1)
+
+
+def percentile_interval(
+    values: Float[np.ndarray, " draws"], level: float = 0.95
+) -> Interval | None:
+    """The central share of the defined draws; None when fewer than half of them are defined.
+
+    Source: percentile bootstrap. [chosen: what a minority of the draws says is no interval]
+    """
+    defined = values[~np.isnan(values)]
+    if 2 * len(defined) < len(values) or not len(defined):
+        return None
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def score_findings(
+    labels: Float[np.ndarray, "n k"],
+    scores: Float[np.ndarray, "n k"],
+    patients: Sequence[Hashable] | Int[np.ndarray, " n"],
+    findings: Sequence[str],
+    *,
+    thresholds: Mapping[str, Threshold] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    min_count: int = 10,
+) -> dict:
+    """Every metric of every finding with its interval: the `scores` part of results.json.
+
+    Args:
+        labels: 1, 0 or NaN; a column a finding.
+        scores: Same shape.
+        patients: The patient of each row.
+        findings: The names of the columns, in order.
+        thresholds: Cuts by finding, chosen elsewhere; without one, F1 and the like are None.
+        draws: Bootstrap resamples of patients.
+        seed: Of the resamples.
+        min_count: A finding counts towards the macro average when it has at least this many
+            positive and as many negative films. [chosen: below ten, one film moves it by points]
+
+    Returns:
+        The fields of `mmclip.results.Scores`: `findings` in the given order, without those that
+        lack a class, which are in `undefined` with the reason and counts; `macro_*` over
+        `macro_findings`, None when no finding counts.
+    """
+    if len(set(findings)) != len(findings) or len(findings) != labels.shape[1]:
+        raise ValueError(
+            f"{len(findings)} findings ({len(set(findings))} distinct) for {labels.shape[1]} "
+            f"columns of labels; name each column once"
+        )
+    cut_of = dict(thresholds or {})
+    cuts = [cut_of[name].value if name in cut_of else None for name in findings]
+    resampled = bootstrap_metrics(labels, scores, patients, draws=draws, seed=seed, thresholds=cuts)
+    draws_of = dict(zip(Draws._fields, resampled, strict=True))
+    scored, undefined = [], []
+    for i, name in enumerate(findings):
+        counts = count_labels(labels[:, i])
+        row = {"finding": name, **counts._asdict()}
+        if not (counts.n_positive and counts.n_negative):
+            missing = [k for k in ("positive", "negative") if not row[f"n_{k}"]]
+            undefined.append(row | {"reason": f"no {' and no '.join(missing)} film"})
+            continue
+        cut = cut_of.get(name)
+        called = None if cut is None else at_threshold(labels[:, i], scores[:, i], cut.value)
+        at_cut = called._asdict() if called else dict.fromkeys(Operating._fields)
+        row |= {
+            "in_macro": min(counts.n_positive, counts.n_negative) >= min_count,
+            "auroc": auroc(labels[:, i], scores[:, i]),
+            "auprc": auprc(labels[:, i], scores[:, i]),
+            **at_cut,
+            **{f"{metric}_ci": percentile_interval(d[:, i]) for metric, d in draws_of.items()},
+            "threshold": None if cut is None else cut._asdict(),
+        }
+        scored.append(row)
+    counted = [row for row in scored if row["in_macro"]]
+    columns = [list(findings).index(row["finding"]) for row in counted]
+    macro: dict[str, float | Interval | None] = {}
+    for metric, values in draws_of.items():
+        points = [row[metric] for row in counted]
+        # A macro over fewer findings than `macro_findings` names would mislead: all or none.
+        complete = bool(points) and None not in points
+        macro[f"macro_{metric}"] = float(np.mean(points)) if complete else None
+        interval = percentile_interval(macro_draws(values, columns)) if complete else None
+        macro[f"macro_{metric}_ci"] = interval
+    return {
+        **macro,
+        "macro_findings": [row["finding"] for row in counted],
+        "min_count": min_count,
+        "n_films": len(labels),
+        "n_patients": len(set(_hashable(patients))),
+        "bootstrap_draws": draws,
+        "findings": scored,
+        "undefined": undefined,
+    }
+
+
+def _hashable(patients: Sequence[Hashable] | np.ndarray) -> list[Hashable]:
+    return patients.tolist() if isinstance(patients, np.ndarray) else list(patients)
+
+
+class _Counted(NamedTuple):
+    """Films of one finding counted by patient (columns), ready for any patient weights."""
+
+    positive: csr_array  # [tie groups, patients], highest scores first
+    negative: csr_array
+    called: csr_array | None  # [2, patients]: true and false positives of the cut
+
+
+def _count(
+    labels: np.ndarray, scores: np.ndarray, code: np.ndarray, n_patients: int, cut: float | None
+) -> _Counted | None:
+    """Counts by tie group and patient; None when the finding lacks a class."""
+    if known(labels, scores) is None:
+        return None
+    is_known = ~np.isnan(labels)
+    is_positive, scores, code = labels[is_known] == 1, scores[is_known], code[is_known]
+    distinct, group = np.unique(-scores, return_inverse=True)
+    has_positive = np.bincount(group, weights=is_positive, minlength=len(distinct)) > 0
+    # Neighbouring groups without positives act as one in both sums: for a rare finding this
+    # leaves a few hundred groups of many thousand films.
+    is_first = np.append(True, has_positive[1:] | has_positive[:-1])
+    group = (np.cumsum(is_first) - 1)[group]
+
+    def table(row: np.ndarray, column: np.ndarray, n_rows: int) -> csr_array:
+        shape = (n_rows, n_patients)
+        return csr_array((np.ones(len(row)), (row, column)), shape=shape)
+
+    n_groups = int(is_first.sum())
+    positive = table(group[is_positive], code[is_positive], n_groups)
+    negative = table(group[~is_positive], code[~is_positive], n_groups)
+    if cut is None:
+        return _Counted(positive, negative, None)
+    is_called = scores >= cut
+    called = table((~is_positive[is_called]).astype(np.int64), code[is_called], 2)
+    return _Counted(positive, negative, called)
+
+
+def _weighted_metrics(
+    counted: _Counted | None, weight: np.ndarray
+) -> tuple[np.ndarray | float, np.ndarray | float, np.ndarray | float, np.ndarray | float]:
+    """AUROC, AUPRC, F1 and MCC under the patient weights of each draw, [patients, draws]."""
+    if counted is None:
+        return np.nan, np.nan, np.nan, np.nan
+    p, q = counted.positive @ weight, counted.negative @ weight
+    tp, fp = np.cumsum(p, axis=0), np.cumsum(q, axis=0)
+    n_positive, n_negative = tp[-1], fp[-1]
+    both = np.where((n_positive > 0) & (n_negative > 0), 1.0, np.nan)
+    n_positive, n_negative = n_positive * both, n_negative * both
+    lost = np.einsum("gb,gb->b", p, fp - 0.5 * q)
+    auroc_b = 1.0 - lost / (n_positive * n_negative)
+    tp /= np.maximum(tp + fp, 1.0)  # now the precision at each group
+    auprc_b = np.einsum("gb,gb->b", p, tp) / n_positive
+    if counted.called is None:
+        return auroc_b, auprc_b, np.nan, np.nan
+    tp, fp = counted.called @ weight
+    return (
+        auroc_b,
+        auprc_b,
+        f1_of_counts(tp, fp, n_positive),
+        mcc_of_counts(tp, fp, n_positive, n_negative),
+    )

@@ -1,0 +1,268 @@
+"""The command line. Each command reads its arguments, calls one stage, and prints what came out.
+
+Imports of torch and transformers happen inside the commands, so that --help is quick.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from mmclip import __version__
+from mmclip.progress import console
+
+app = typer.Typer(
+    name="mmclip",
+    help="Pre-train on chest X-rays and reports; classify zero-shot.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+data_app = typer.Typer(help="Build data folders.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+FolderOption = Annotated[
+    list[Path], typer.Option("--data", help="Data folder of `mmclip data build`; may be repeated.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override, e.g. train.steps=200; may be repeated.", metavar="KEY=V"),
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and details.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Settings of every command."""
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(message)s"
+    )
+    for noisy in ("matplotlib", "PIL", "urllib3", "filelock", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("mmclip").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def _command() -> str:
+    return " ".join(["mmclip", *sys.argv[1:]])
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, run and results.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the made films, the weights and the order.")] = 0,
+    shuffle_pairs: Annotated[
+        bool, typer.Option("--shuffle-pairs", help="Control: deal films the reports of others.")
+    ] = False,
+    set_: SetOption = None,
+) -> None:
+    """Made films and reports, a tiny model, a zero-shot result and a page to look at.
+
+    Example: `mmclip demo --seed 1 --out runs/demo-seed1`
+    """
+    from mmclip.demo import run_demo
+
+    page = run_demo(out, seed, shuffle_pairs, tuple(set_ or ()), _command())
+    print(page)
+
+
+@data_app.command("build")
+def data_build(
+    name: Annotated[str, typer.Argument(help="Reader: csv, openi.")],
+    root_: Annotated[Path, typer.Option("--root", help="The data set, as downloaded.")],
+    out: Annotated[Path, typer.Option(help="The data folder to make.")],
+    film_px: Annotated[int, typer.Option(help="Side of the cached films, in pixels.", min=8)] = 224,
+    mapping: Annotated[
+        Path | None, typer.Option(help="For csv: TOML file that says what the columns mean.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="For csv: the table, if it is not the mapping's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the splits, where the source has none.")] = 0,
+    val_ratio: Annotated[float, typer.Option(help="Of patients without a split.")] = 0.1,
+    test_ratio: Annotated[float, typer.Option(help="Of patients without a split.")] = 0.1,
+    workers: Annotated[int, typer.Option(help="Processes; 0 takes all cores.", min=0)] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished build of other data.")
+    ] = False,
+) -> None:
+    """Reads a data set and leaves a checked, hashed folder with films resized once.
+
+    Example: `mmclip data build csv --root films/ --mapping films.toml --out data/films`
+    """
+    from mmclip.data.build import build_data
+    from mmclip.data.sources import open_reader
+    from mmclip.progress import progress
+
+    records = open_reader(name, root_, mapping=mapping, table=table)
+    with progress("reading films", 1) as advance:
+        meta = build_data(
+            records,
+            root_,
+            out,
+            film_px=film_px,
+            seed=seed,
+            val_ratio=val_ratio,
+            test_ratio=test_ratio,
+            workers=workers or os.cpu_count() or 1,
+            about={"reader": name, "command": _command()},
+            on_progress=advance,
+            overwrite=overwrite,
+        )
+    _print_meta(meta, out)
+
+
+def _print_meta(meta: dict, out: Path) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = [
+        ("rows read", meta["n_rows"]),
+        ("kept", meta["n_films"]),
+        ("  with a film", meta["n_with_image"]),
+        ("  with a report", meta["n_with_report"]),
+        ("  with both", meta["n_paired"]),
+        ("excluded", meta["n_excluded"]),
+        *((f"  {reason}", n) for reason, n in meta["excluded"].items()),
+        ("studies", meta["n_studies"]),
+        ("patients", meta["n_patients"]),
+        *((f"split {name}", n) for name, n in meta["splits"].items()),
+    ]
+    for what, n in rows:
+        table.add_row(what, f"{n:,}", style="yellow" if what == "excluded" and n else "")
+    console.print(table)
+    console.print(f"data hash {meta['data_hash'][:16]}")
+    print(out)
+
+
+@app.command()
+def doctor(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Data folders and runs to examine.")
+    ] = None,
+) -> None:
+    """Says what is installed, which device is used, and what of the given folders is sound.
+
+    Example: `mmclip doctor data/films runs/first`
+    """
+    from mmclip.doctor import examine, examine_machine
+
+    sound = True
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for finding in examine_machine():
+        table.add_row("ok", finding.what, finding.detail)
+    for folder in folders or ():
+        table.add_row("", "", "")
+        table.add_row("", str(folder), "")
+        for finding in examine(folder):
+            sound &= finding.is_sound
+            mark = "ok" if finding.is_sound else "[red]BAD[/]"
+            table.add_row(mark, finding.what, finding.detail)
+    console.print(table)
+    if not sound:
+        raise typer.Exit(1)
+
+
+@app.command()
+def pretrain(
+    data: FolderOption,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    config: Annotated[str, typer.Option(help="Name (tiny, paper) or a path to a TOML.")] = "tiny",
+    set_: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    shuffle_pairs: Annotated[
+        bool, typer.Option("--shuffle-pairs", help="Control: deal films the reports of others.")
+    ] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")] = False,
+) -> None:
+    """Pre-trains image and text encoder on films with reports.
+
+    Example: `mmclip pretrain --data data/films --config tiny --set train.steps=2000 --out runs/a`
+
+    On several GPUs: `accelerate launch -m mmclip pretrain ...` or
+    `torchrun --nproc-per-node 2 -m mmclip pretrain ...`, with the same arguments.
+    """
+    from mmclip.config import load_config
+    from mmclip.pretrain import Job
+    from mmclip.pretrain import pretrain as run
+
+    job = Job(
+        folders=tuple(data),
+        run=out,
+        config=load_config(config, set_ or ()),
+        command=_command(),
+        resume=resume,
+        shuffle_pairs=shuffle_pairs,
+        wandb=wandb,
+        cpu=cpu,
+    )
+    print(run(job))
+
+
+@app.command()
+def zeroshot(
+    run: Annotated[Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.")],
+    data: FolderOption,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, scores.npz and the page.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    source: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    finding: Annotated[
+        list[str] | None, typer.Option(help="Only these, in order; may be repeated.")
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="Prompt set: a name or a path.")] = "default",
+    draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Scores films by what a report would say of them; AUROC with 95 % intervals.
+
+    Example: `mmclip zeroshot --run runs/a --data data/films --source kermany --out runs/a/kermany`
+    """
+    from mmclip.evaluate import evaluate_zeroshot
+
+    results = evaluate_zeroshot(
+        run,
+        tuple(data),
+        out,
+        split=split,
+        sources=tuple(source or ()),
+        findings=tuple(finding or ()),
+        prompt_set=prompts,
+        draws=draws,
+        seed=seed,
+        command=_command(),
+    )
+    print(json.dumps(results))
+
+
+def main() -> None:
+    """Runs the command line; an error is one line, a traceback needs --debug."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        known = isinstance(error, ValueError | OSError | RuntimeError)
+        kind = "" if known else f"unexpected {type(error).__name__}: "
+        hint = "" if known else " (run again with --debug after `mmclip` for the traceback)"
+        console.print(f"error: {kind}{error}{hint}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)

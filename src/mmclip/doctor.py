@@ -1,0 +1,106 @@
+"""What is installed, which device is used, and what of a data folder or a run is sound."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmclip.checkpoint import CheckpointError, load_checkpoint
+from mmclip.data.cache import CacheError, verify_cache
+from mmclip.data.manifest import META_FILE, ManifestError, read_manifest, read_meta
+
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow", "spacy")
+OPTIONAL = ("wandb",)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    what: str
+    detail: str
+    is_sound: bool = True
+
+
+def examine_machine() -> Iterator[Finding]:
+    """Versions and device."""
+    yield Finding("mmclip", importlib.metadata.version("mmclip"))
+    yield Finding("python", f"{platform.python_version()} on {platform.platform(terse=True)}")
+    for name in PACKAGES:
+        yield Finding(name, importlib.metadata.version(name))
+    for name in OPTIONAL:
+        try:
+            yield Finding(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, f"not installed (optional; pip install 'mmclip[{name}]')")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(i)
+            yield Finding(f"cuda:{i}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB")
+    else:
+        yield Finding(
+            "device",
+            f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores "
+            f"({torch.backends.cpu.get_cpu_capability()}); torch sees no GPU",
+        )
+
+
+def examine_data(folder: Path) -> Iterator[Finding]:
+    """Whether a data folder is finished and unchanged."""
+    try:
+        meta = read_meta(folder)
+        films = read_manifest(folder)
+    except (ManifestError, OSError) as error:
+        yield Finding("manifest", str(error), is_sound=False)
+        return
+    yield Finding(
+        "manifest",
+        f"{len(films)} rows of {meta['n_patients']} patients, {meta['n_paired']} with film and "
+        f"report, {meta['n_excluded']} excluded; data hash {meta['data_hash'][:12]}",
+    )
+    splits = ", ".join(f"{name} {n}" for name, n in meta["splits"].items())
+    yield Finding("splits", f"{splits}; no patient is in two")
+    if meta["film_px"] is None:
+        yield Finding("films", "none: the folder is text only")
+        return
+    try:
+        verify_cache(folder, meta["films_sha256"])
+    except (CacheError, OSError) as error:
+        yield Finding("films", str(error), is_sound=False)
+    else:
+        yield Finding("films", f"{meta['n_with_image']} of {meta['film_px']} px; checksum as built")
+
+
+def examine_run(folder: Path) -> Iterator[Finding]:
+    """Whether a run holds a checkpoint that loads."""
+    try:
+        found = load_checkpoint(folder)
+    except (CheckpointError, OSError) as error:
+        yield Finding("checkpoint", str(error), is_sound=False)
+        return
+    yield Finding(
+        "checkpoint",
+        f"{found.folder.name} of data {found.meta['data_hash'][:12]}, config "
+        f"{found.meta['config_hash'][:12]}; weights load, checksum as written",
+    )
+
+
+def examine(folder: Path) -> Iterator[Finding]:
+    """A folder of either kind, told by what it holds."""
+    if not folder.is_dir():
+        yield Finding(str(folder), "is no folder", is_sound=False)
+    elif (folder / META_FILE).is_file() and not (folder / "model.safetensors").is_file():
+        yield from examine_data(folder)
+    elif (folder / "checkpoints").is_dir() or (folder / "model.safetensors").is_file():
+        yield from examine_run(folder)
+    else:
+        yield Finding(
+            str(folder),
+            f"is neither a data folder ({META_FILE}) nor a run (checkpoints/): "
+            f"`mmclip data build` or `mmclip pretrain` did not finish there",
+            is_sound=False,
+        )

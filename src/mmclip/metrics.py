@@ -1,0 +1,252 @@
+"""How well scores tell films with a finding from films without it, and how sure that is.
+
+Labels are float arrays with 1 (present), 0 (absent) and NaN (unknown); scores are finite, higher
+for "present". Unknown labels are left out, never counted as absent. A metric of a finding that
+lacks one class is undefined: None here and listed with its counts in results, never NaN or 0.
+
+Point values come from scikit-learn; their intervals are in `mmclip.bootstrap`.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.special import gammaln
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    matthews_corrcoef,
+    recall_score,
+    roc_auc_score,
+    roc_curve,
+)
+
+ThresholdRule = Literal["f1", "mcc", "youden"]
+CutRule = ThresholdRule | Literal["even"]
+"""How a cut came about: best by a rule on some films, or where both prompts fit equally well."""
+
+
+class Counts(NamedTuple):
+    """Films of one finding by what is known of them."""
+
+    n_positive: int
+    n_negative: int
+    n_unknown: int
+
+
+class Threshold(NamedTuple):
+    """A cut (score >= value means present), how it came about, and on which films.
+
+    A cut that was chosen on the films that it is judged on flatters the model, so results always
+    say which split chose it.
+    """
+
+    value: float
+    rule: CutRule
+    chosen_on: str
+
+
+class Operating(NamedTuple):
+    """What one cut does to one finding."""
+
+    f1: float
+    mcc: float
+    accuracy: float
+    sensitivity: float
+    specificity: float
+
+
+class Retrieval(NamedTuple):
+    """Share of a query's positives among its first k, and share of queries with at least one."""
+
+    recall: float
+    hit: float
+
+
+def count_labels(labels: Float[np.ndarray, " n"]) -> Counts:
+    """Positive, negative and unknown labels.
+
+    Raises:
+        ValueError: When a label is none of 1, 0 and NaN.
+    """
+    n_positive, n_negative = int((labels == 1).sum()), int((labels == 0).sum())
+    n_unknown = int(np.isnan(labels).sum())
+    if n_positive + n_negative + n_unknown != labels.size:
+        other = sorted({float(v) for v in labels if not np.isnan(v)} - {0.0, 1.0})
+        raise ValueError(
+            f"labels {other[:3]} are none of 1 (present), 0 (absent) and NaN (unknown); decide "
+            f"first what an uncertain label counts as"
+        )
+    return Counts(n_positive, n_negative, n_unknown)
+
+
+def known(
+    labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]] | None:
+    """Labels and scores of the films whose label is known, or None when a class is missing.
+
+    Raises:
+        ValueError: When a label is none of 1, 0 and NaN, or the score of a labelled film is not
+            finite.
+    """
+    counts = count_labels(labels)
+    is_known = ~np.isnan(labels)
+    if not np.isfinite(scores[is_known]).all():
+        row = int(np.flatnonzero(is_known & ~np.isfinite(scores))[0])
+        raise ValueError(f"the score of row {row} is {scores[row]}; scores must be finite")
+    if counts.n_positive == 0 or counts.n_negative == 0:
+        return None
+    return labels[is_known], scores[is_known]
+
+
+def auroc(labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float | None:
+    """Area under the ROC curve over known labels; None when a class is missing."""
+    pair = known(labels, scores)
+    return None if pair is None else float(roc_auc_score(*pair))
+
+
+def auprc(labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float | None:
+    """Average precision over known labels; None when a class is missing.
+
+    Its chance level is the share of positives, so compare it within one data set only.
+    """
+    pair = known(labels, scores)
+    return None if pair is None else float(average_precision_score(*pair))
+
+
+def f1_of_counts(tp: np.ndarray, fp: np.ndarray, n_positive: np.ndarray | int) -> np.ndarray:
+    """F1 from true and false positives."""
+    return 2 * tp / (tp + fp + n_positive)
+
+
+def mcc_of_counts(
+    tp: np.ndarray, fp: np.ndarray, n_positive: np.ndarray | int, n_negative: np.ndarray | int
+) -> np.ndarray:
+    """Matthews correlation; 0 where all films are called the same (scikit-learn's convention)."""
+    called, left = tp + fp, n_positive + n_negative - tp - fp
+    scale = np.sqrt(called * left * n_positive * n_negative)
+    return (tp * n_negative - fp * n_positive) / np.where(scale == 0, np.inf, scale)
+
+
+def choose_threshold(
+    labels: Float[np.ndarray, " n"],
+    scores: Float[np.ndarray, " n"],
+    rule: ThresholdRule = "f1",
+) -> float | None:
+    """The score that, used as a cut (score >= cut is present), does best by a rule.
+
+    Args:
+        labels: Of validation films; the cut is then applied to other films.
+        scores: Of the same films.
+        rule: The value to maximise: F1, Matthews correlation, or sensitivity + specificity - 1.
+
+    Returns:
+        The highest of the best cuts; None when a class is missing.
+    """
+    pair = known(labels, scores)
+    if pair is None:
+        return None
+    fpr, tpr, cuts = roc_curve(*pair, drop_intermediate=False)
+    n_positive, n_negative, _ = count_labels(pair[0])
+    # The first cut is infinite: nothing is called present. It never beats calling all present.
+    tp, fp = tpr[1:] * n_positive, fpr[1:] * n_negative
+    if rule == "youden":
+        value = tpr[1:] - fpr[1:]
+    elif rule == "f1":
+        value = f1_of_counts(tp, fp, n_positive)
+    else:
+        value = mcc_of_counts(tp, fp, n_positive, n_negative)
+    # Equal counts can differ in the last bit, which must not decide between cuts.
+    return float(cuts[1:][np.argmax(np.round(value, 12))])
+
+
+def choose_thresholds(
+    labels: Float[np.ndarray, "n k"],
+    scores: Float[np.ndarray, "n k"],
+    findings: Sequence[str],
+    *,
+    rule: ThresholdRule = "f1",
+    chosen_on: str = "val",
+) -> dict[str, Threshold]:
+    """A cut for each finding that has both classes; findings without are not in the mapping."""
+    chosen = {
+        name: choose_threshold(labels[:, i], scores[:, i], rule) for i, name in enumerate(findings)
+    }
+    return {n: Threshold(cut, rule, chosen_on) for n, cut in chosen.items() if cut is not None}
+
+
+def at_threshold(
+    labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"], threshold: float
+) -> Operating | None:
+    """F1, MCC, accuracy, sensitivity and specificity of a cut; None when a class is missing.
+
+    A cut that calls no film present has F1 0 and MCC 0 (scikit-learn's convention).
+    """
+    pair = known(labels, scores)
+    if pair is None:
+        return None
+    truth, called = pair[0] == 1, pair[1] >= threshold
+    return Operating(
+        f1=float(f1_score(truth, called)),
+        mcc=float(matthews_corrcoef(truth, called)),
+        accuracy=float(accuracy_score(truth, called)),
+        sensitivity=float(recall_score(truth, called)),
+        specificity=float(recall_score(truth, called, pos_label=0)),
+    )
+
+
+def recall_at_k(
+    similarity: Float[np.ndarray, "q c"],
+    is_positive: Bool[np.ndarray, "q c"],
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[int, Retrieval]:
+    """Retrieval when a query has several right answers, as equal reports are all right.
+
+    Candidates of equal similarity stand in random order, and the result is the exact expectation
+    over that order: embeddings that collapsed to one point get recall k / c and no more.
+
+    Args:
+        similarity: Of each query (row) with each candidate.
+        is_positive: The right answers of each query, by the rule that the training used
+            (`losses.positive_pairs`).
+        ks: How many candidates are looked at.
+
+    Returns:
+        For each k, means over the queries. `recall` cannot reach 1 where a query has more than k
+        positives; `hit` is what most papers call R@k, and at chance it exceeds k / c where a
+        query has several positives.
+
+    Raises:
+        ValueError: When a k is outside 1..c, or a query has no positive.
+    """
+    n = similarity.shape[1]
+    bad = [k for k in ks if not 1 <= k <= n]
+    if bad:
+        raise ValueError(f"k={bad[0]} is not within 1..{n}, the number of candidates")
+    n_positive = is_positive.sum(axis=1)
+    if not n_positive.all():
+        row = int(np.flatnonzero(n_positive == 0)[0])
+        raise ValueError(f"query {row} has no positive among the candidates; leave it out")
+    descending = -np.sort(-similarity, axis=1)
+    out = {}
+    for k in ks:
+        edge = descending[:, k - 1 : k]
+        above, tied = similarity > edge, similarity == edge
+        places = k - above.sum(axis=1)  # left for the tied ones
+        n_tied = tied.sum(axis=1)
+        found = (above & is_positive).sum(axis=1)
+        tied_positive = (tied & is_positive).sum(axis=1)
+        recall = (found + places * tied_positive / n_tied) / n_positive
+        # No positive among the places: C(t - p, r) / C(t, r), and 0 where r > t - p.
+        n_wrong = np.maximum(n_tied - tied_positive, places)
+        miss = np.exp(_log_choose(n_wrong, places) - _log_choose(n_tied, places))
+        miss = np.where(places <= n_tied - tied_positive, miss, 0.0)
+        hit = np.where(found > 0, 1.0, 1.0 - miss)
+        out[k] = Retrieval(float(recall.mean()), float(hit.mean()))
+    return out
+
+
+def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
+    return gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(n - k + 1.0)

@@ -1,0 +1,281 @@
+"""The two decoders: each rebuilds what is hidden of one modality with the help of the other.
+
+Pre-norm transformers. A row without the other modality is decoded from its own alone.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+MLP_RATIO = 4
+"""Width of the hidden layer of a block, in widths. Source: usual practice (ViT, BERT, MAE)."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one sequence to another, or to itself.
+
+    Keys and values have no bias: a key's cancels in the softmax and would never get a gradient, a
+    value's is the same as the output's.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"decoder width {width} is not a multiple of its {heads} heads")
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(context_width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b s w"],
+        context: Float[Tensor, "b c cw"],
+        is_valid: Bool[Tensor, "b c"] | None = None,
+        want_weights: bool = False,
+    ) -> tuple[Float[Tensor, "b s w"], Float[Tensor, "b heads s c"] | None]:
+        """What x gathers from the context.
+
+        Args:
+            x: Asks.
+            context: Answers.
+            is_valid: False on padding of the context; None if there is none. A row without a valid
+                token gathers 0.
+            want_weights: Also give the weights, in float32 and without gradient; the fused kernel
+                that computes the result does not show them.
+        """
+        b, s, width = x.shape
+        query = self.query(x).view(b, s, self.heads, -1).transpose(1, 2)
+        key_value = self.key_value(context).view(b, context.shape[1], 2, self.heads, -1)
+        key, value = key_value.permute(2, 0, 3, 1, 4).unbind()  # b heads c w/heads
+        may_attend = is_alone = None
+        if is_valid is not None:
+            # Without a valid key the softmax is undefined: such a row attends anywhere, for 0.
+            is_alone = ~is_valid.any(1)[:, None, None]
+            may_attend = (is_valid[:, None] | is_alone)[:, None]  # b 1 1 c
+        gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=may_attend)
+        out = self.out(gathered.transpose(1, 2).reshape(b, s, width))
+        if is_alone is not None:
+            out = out.masked_fill(is_alone, 0.0)
+        if not want_weights:
+            return out, None
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            logits = query.float() @ key.float().mT / math.sqrt(width // self.heads)
+            if may_attend is not None:
+                logits = logits.masked_fill(~may_attend, -torch.inf)
+            weights = logits.softmax(-1)
+            return out, weights if is_alone is None else weights.masked_fill(is_alone[:, None], 0.0)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, and two layers a token."""
+
+    def __init__(self, width: int, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.self_norm = nn.LayerNorm(width)
+        self.self_attention = Attention(width, heads, width)
+        self.cross_norm = nn.LayerNorm(width)
+        self.cross_attention = Attention(width, heads, context_width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width)
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b s w"],
+        is_valid: Bool[Tensor, "b s"] | None,
+        context: Float[Tensor, "b c cw"],
+        context_is_valid: Bool[Tensor, "b c"] | None,
+        want_weights: bool = False,
+    ) -> tuple[Float[Tensor, "b s w"], Float[Tensor, "b heads s c"] | None]:
+        """The next x, and the weights of the cross-attention if wanted."""
+        normed = self.self_norm(x)
+        x = x + self.self_attention(normed, normed, is_valid)[0]
+        gathered, weights = self.cross_attention(
+            self.cross_norm(x), context, context_is_valid, want_weights
+        )
+        x = x + gathered
+        return x + self.mlp(self.mlp_norm(x)), weights
+
+
+class ImageDecoder(nn.Module):
+    """ID of the paper: predicts the pixels of hidden patches from the others and from the text.
+
+    The class token is not among its inputs: it has pooled the whole film, hidden patches too.
+
+    Args:
+        feature_width: Of the image features.
+        text_width: Of the text features.
+        width: Of the decoder; a multiple of 4 and of `heads`.
+        depth: Blocks.
+        heads: Of each attention.
+        grid: Rows and columns of patches.
+        patch_px: Side of a patch.
+
+    Source: paper, figure 1B; mask token, fixed positions and linear head after MAE section 3.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        feature_width: int,
+        text_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: tuple[int, int],
+        patch_px: int,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(feature_width, width)
+        self.mask_token = nn.Parameter(torch.empty(width))
+        self.register_buffer("positions", grid_positions(grid, width), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads, text_width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, patch_px * patch_px)
+        self.apply(_init_linear)
+        nn.init.normal_(self.mask_token, std=0.02)  # [MAE, released code]
+
+    def forward(
+        self,
+        features: Float[Tensor, "b n d"],
+        is_masked: Bool[Tensor, "b n"],
+        text_features: Float[Tensor, "b t dt"],
+        text_is_valid: Bool[Tensor, "b t"],
+    ) -> Float[Tensor, "b n p"]:
+        """Pixels of every patch, in per-patch standard deviations.
+
+        Hidden features are replaced before anything mixes, so no prediction depends on them; what
+        stands in their places is without meaning (see `patches.place_visible`).
+
+        Args:
+            features: Of the image encoder, without the class token.
+            is_masked: The patches to predict.
+            text_features: Of the report or the prompt.
+            text_is_valid: False on padding, and everywhere in rows without a text.
+        """
+        embedded = self.embed(features)
+        x = torch.where(is_masked[..., None], self.mask_token, embedded) + self.positions
+        for block in self.blocks:
+            x, _ = block(x, None, text_features, text_is_valid)
+        return self.head(self.norm(x))
+
+
+class TextDecoder(nn.Module):
+    """TD of the paper: predicts the hidden tokens of a report from the others and from the film.
+
+    It reads the features that the text encoder gives for the report with [MASK] in the hidden
+    places. These carry position and context, and no trace of what is hidden.
+
+    Args:
+        feature_width: Of the text features and of the word embeddings.
+        image_width: Of the image features.
+        width: Of the decoder; a multiple of `heads`.
+        depth: Blocks.
+        heads: Of each attention.
+        vocab_size: Tokens to choose from.
+
+    Source: paper, figure 1B; the head is that of BERT's masked language model.
+    """
+
+    def __init__(
+        self,
+        feature_width: int,
+        image_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        vocab_size: int,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(feature_width, width)
+        self.blocks = nn.ModuleList(Block(width, heads, image_width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Sequential(
+            nn.Linear(width, feature_width), nn.GELU(), nn.LayerNorm(feature_width)
+        )
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.apply(_init_linear)
+
+    def forward(
+        self,
+        features: Float[Tensor, "b t dt"],
+        is_valid: Bool[Tensor, "b t"],
+        image_features: Float[Tensor, "b i d"],
+        is_masked: Bool[Tensor, "b t"],
+        word_embeddings: Float[Tensor, "v dt"],
+    ) -> Float[Tensor, "m v"]:
+        """Vocabulary logits of the hidden tokens; see `read` and `predict`."""
+        x, _ = self.read(features, is_valid, image_features)
+        return self.predict(x, is_masked, word_embeddings)
+
+    def read(
+        self,
+        features: Float[Tensor, "b t dt"],
+        is_valid: Bool[Tensor, "b t"],
+        image_features: Float[Tensor, "b i d"],
+        want_attention: bool = False,
+    ) -> tuple[Float[Tensor, "b t w"], Float[Tensor, "b heads t i"] | None]:
+        """Lets the tokens look at the film.
+
+        Args:
+            features: Of the text encoder.
+            is_valid: False on padding.
+            image_features: Patches and class token; all are real.
+            want_attention: Also give the weights with which each token looked at the film, the
+                heads of all blocks in a row, in float32 and without gradient.
+        """
+        x = self.embed(features)
+        attention = []
+        for block in self.blocks:
+            x, weights = block(x, is_valid, image_features, None, want_attention)
+            attention.append(weights)
+        return x, torch.cat(attention, 1) if want_attention else None
+
+    def predict(
+        self,
+        x: Float[Tensor, "b t w"],
+        is_masked: Bool[Tensor, "b t"],
+        word_embeddings: Float[Tensor, "v dt"],
+    ) -> Float[Tensor, "m v"]:
+        """Vocabulary logits of the hidden tokens only, in reading order, row after row.
+
+        Args:
+            x: As `read` gives it.
+            is_masked: The m tokens to predict.
+            word_embeddings: Of the text encoder, shared with the output.
+        """
+        return F.linear(self.head(self.norm(x[is_masked])), word_embeddings, self.bias)
+
+
+def grid_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n w"]:
+    """Fixed sine-cosine positions of a grid in reading order: half the width a row, half a column.
+
+    Raises:
+        ValueError: When the width is not a multiple of 4.
+
+    Source: MAE, released code; one axis as in Vaswani et al., section 3.5 (arXiv:1706.03762).
+    """
+    if width % 4:
+        raise ValueError(f"decoder width {width} is not a multiple of 4, as its positions need")
+    frequency = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
+
+    def along(axis: Tensor) -> Tensor:
+        angle = axis.flatten()[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+    rows, columns = (torch.arange(size, dtype=torch.float32) for size in grid)
+    return torch.cat([along(a) for a in torch.meshgrid(rows, columns, indexing="ij")], 1)
+
+
+def _init_linear(module: nn.Module) -> None:
+    # Source: MAE, released code.
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

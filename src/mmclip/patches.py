@@ -1,0 +1,76 @@
+"""Patches: from pixels and back, the image decoder's target, and the features of visible ones."""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def patchify(film: Float[Tensor, "b 1 h w"], patch_px: int) -> Float[Tensor, "b n p"]:
+    """The pixels of each patch, patches and pixels in reading order.
+
+    Raises:
+        ValueError: When patches do not fill the film.
+    """
+    b, _, h, w = film.shape
+    if h % patch_px or w % patch_px:
+        raise ValueError(f"a film of {h}x{w} px cannot be cut into patches of {patch_px} px")
+    grid = film.reshape(b, h // patch_px, patch_px, w // patch_px, patch_px)
+    patches = (h // patch_px) * (w // patch_px)
+    return grid.transpose(2, 3).reshape(b, patches, patch_px * patch_px)
+
+
+def unpatchify(patches: Float[Tensor, "b n p"], width_px: int) -> Float[Tensor, "b 1 h w"]:
+    """The film that `patchify` cut, given its width."""
+    b, n, p = patches.shape
+    side, columns = math.isqrt(p), width_px // math.isqrt(p)
+    grid = patches.reshape(b, n // columns, columns, side, side).transpose(2, 3)
+    return grid.reshape(b, 1, n // columns * side, width_px)
+
+
+def normalise_patches(patches: Float[Tensor, "b n p"], eps: float = 1e-6) -> Float[Tensor, "b n p"]:
+    """Each patch scaled to mean 0, std 1: what the image decoder has to predict.
+
+    Args:
+        patches: Pixels.
+        eps: Added to the variance; a patch of one grey gives 0.
+
+    Source: MAE section 3 and its released code (unbiased variance, eps 1e-6).
+    """
+    var, mean = torch.var_mean(patches.float(), dim=-1, keepdim=True)
+    return (patches.float() - mean) / (var + eps).sqrt()
+
+
+def lesion_ratio_of_patches(
+    lesion: Float[Tensor, "b 1 h w"], patch_px: int
+) -> Float[Tensor, "b n"]:
+    """Share of each patch that a lesion covers; `lesion` is 1 inside and 0 outside."""
+    return patchify(lesion, patch_px).mean(-1)
+
+
+def keep_visible(
+    features: Float[Tensor, "b n d"], is_masked: Bool[Tensor, "b n"], n_masked: int
+) -> Float[Tensor, "b v d"]:
+    """The features that are not hidden, in their order: what an encoder of visible patches reads.
+
+    Args:
+        features: One a patch.
+        is_masked: Hides `n_masked` in every row.
+        n_masked: See `masked_patch_count`; an argument, so that the device need not be asked.
+    """
+    index = _visible_first(is_masked)[:, : is_masked.shape[1] - n_masked]
+    return features.gather(1, index[..., None].expand(-1, -1, features.shape[2]))
+
+
+def place_visible(
+    visible: Float[Tensor, "b v d"], is_masked: Bool[Tensor, "b n"]
+) -> Float[Tensor, "b n d"]:
+    """Puts what `keep_visible` kept back to its places, with 0 at the hidden ones."""
+    index = _visible_first(is_masked)[:, : visible.shape[1], None].expand_as(visible)
+    placed = visible.new_zeros(*is_masked.shape, visible.shape[2])
+    return placed.scatter(1, index, visible)
+
+
+def _visible_first(is_masked: Tensor) -> Tensor:
+    return is_masked.byte().argsort(dim=1, stable=True)

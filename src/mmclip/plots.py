@@ -1,0 +1,174 @@
+"""Plots of a run: ROC curves, score distributions, AUROC with intervals; for PNG and for the page.
+
+Figures are made without pyplot, so that nothing global changes and no display is needed.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from sklearn.metrics import roc_curve
+
+from mmclip.bootstrap import Interval
+from mmclip.metrics import known
+
+# On the page these become the theme's colours, so that the plots read in dark mode too.
+INK, QUIET, PRESENT, ABSENT, ACCENT = "#1d2733", "#667180", "#b65708", "#5478a0", "#0f766e"
+_THEME = {
+    INK: "var(--ink)",
+    QUIET: "var(--quiet)",
+    PRESENT: "var(--present)",
+    ABSENT: "var(--absent)",
+    ACCENT: "var(--accent)",
+}
+_STYLE: dict[Any, Any] = {"font.size": 8, "svg.fonttype": "none", "text.color": INK}
+_DASHED = (0, (3, 3))
+
+
+class Entry(NamedTuple):
+    """One line of the AUROC plot; a value of None is shown as undefined."""
+
+    name: str
+    auroc: float | None
+    interval: Interval | None
+    colour: str = INK
+
+
+class Panel(NamedTuple):
+    """One finding of the curves plot, with a positive and a negative film at least."""
+
+    title: str
+    labels: Float[np.ndarray, " n"]  # 1, 0 or NaN
+    scores: Float[np.ndarray, " n"]
+
+
+def roc_points(
+    labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"], most: int = 200
+) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]] | None:
+    """False and true positive rates of the ROC curve, thinned to at most `most` points.
+
+    Returns:
+        Both rates, from (0, 0) to (1, 1); None when a class is missing.
+    """
+    pair = known(labels, scores)
+    if pair is None:
+        return None
+    fpr, tpr, _ = roc_curve(*pair)
+    keep = np.unique(np.linspace(0, len(fpr) - 1, min(most, len(fpr))).round().astype(int))
+    return fpr[keep], tpr[keep]
+
+
+def auroc_figure(entries: Sequence[Entry], low: float) -> Figure:
+    """AUROC with intervals, a line an entry, on an axis from `low` to 1."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 0.8 + 0.26 * len(entries)), layout="constrained")
+        axes = figure.subplots()
+        _plain_axes(axes)
+        axes.axvline(0.5, color=QUIET, linewidth=0.7, linestyle=_DASHED)
+        for y, entry in enumerate(entries):
+            if entry.interval is not None:
+                axes.plot(entry.interval, (y, y), color=entry.colour, linewidth=1.4, alpha=0.6)
+            if entry.auroc is not None:
+                axes.plot(entry.auroc, y, "o", color=entry.colour, markersize=5, clip_on=False)
+        names = [e.name + (" (undefined)" if e.auroc is None else "") for e in entries]
+        axes.set_yticks(range(len(entries)), names, color=INK, fontsize=8)
+        axes.set(xlim=(low, 1), ylim=(len(entries) - 0.5, -0.5))
+        axes.set_xlabel("AUROC, 95 % interval over resampled patients; dashed: chance", fontsize=7)
+    return figure
+
+
+def curves_figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
+    """A panel a finding, with its title and one legend for all."""
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    with mpl.rc_context(_STYLE):
+        size = (3.6 * columns, 2.0 * lines + 0.3)
+        figure = Figure(figsize=size, layout="constrained")
+        all_axes = figure.subplots(lines, 2 * columns, squeeze=False).ravel()
+        for axes in all_axes[2 * len(panels) :]:
+            axes.set_axis_off()
+        for i, panel in enumerate(panels):
+            left, right = all_axes[2 * i : 2 * i + 2]
+            _draw_roc(left, panel)
+            _draw_scores(right, panel)
+            left.set_title(panel.title, loc="left", fontsize=9)
+        keys = [Patch(color=PRESENT, label="films with"), Patch(color=ABSENT, label="without")]
+        figure.legend(
+            handles=keys, loc="outside upper right", ncols=2, frameon=False, handlelength=1
+        )
+    return figure
+
+
+def curve_svg(panel: Panel) -> str:
+    """One finding for the page: an SVG element in theme colours and the page's font."""
+    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": panel.title}  # salts the ids
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(3.3, 1.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _draw_roc(left, panel)
+        _draw_scores(right, panel)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", svg)
+    svg = re.sub(r'^(<svg[^>]*?) width="[^"]*"', r"\1", svg)
+    svg = re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    # matplotlib numbers its groups anew in every figure; ids must be unique on the page.
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    for colour, variable in _THEME.items():
+        svg = svg.replace(colour, variable)
+    return svg
+
+
+def _plain_axes(axes: Axes) -> None:
+    axes.set_facecolor("none")
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set(color=QUIET, linewidth=0.6)
+    axes.tick_params(colors=QUIET, labelsize=7, width=0.6, length=2.5)
+    axes.xaxis.label.set_color(QUIET)
+    axes.yaxis.label.set_color(QUIET)
+
+
+def _draw_roc(axes: Axes, panel: Panel) -> None:
+    _plain_axes(axes)
+    axes.plot([0, 1], [0, 1], color=QUIET, linewidth=0.7, linestyle=_DASHED)
+    points = roc_points(panel.labels, panel.scores)
+    if points is None:
+        raise ValueError(f"{panel.title} lacks films with or without it: there is no curve to draw")
+    axes.fill_between(*points, color=ACCENT, alpha=0.10, linewidth=0)
+    axes.plot(*points, color=ACCENT, linewidth=1.5, solid_joinstyle="round", clip_on=False)
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+    axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
+    axes.set_xlabel("false positive rate", fontsize=7, labelpad=2)
+    axes.set_ylabel("true positive rate", fontsize=7, labelpad=2)
+
+
+def _draw_scores(axes: Axes, panel: Panel) -> None:
+    _plain_axes(axes)
+    scores = panel.scores[~np.isnan(panel.labels)]
+    low, high = float(scores.min()), float(scores.max())
+    if high - low < 1e-9:  # all equal
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, 17)
+    for value, colour in ((0, ABSENT), (1, PRESENT)):
+        chosen = panel.scores[panel.labels == value]
+        share = np.histogram(chosen, edges)[0] / len(chosen)
+        axes.stairs(share, edges, fill=True, color=colour, alpha=0.28, linewidth=0)
+        axes.stairs(share, edges, color=colour, linewidth=1.2)
+    axes.spines["left"].set_visible(False)
+    axes.set(yticks=(), xlim=(low, high))
+    axes.set_ylim(bottom=0)
+    axes.locator_params(axis="x", nbins=4)
+    axes.set_xlabel("score", fontsize=7, labelpad=2)

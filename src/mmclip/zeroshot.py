@@ -1,0 +1,244 @@
+"""Zero-shot classification: a film is compared with what a report would say of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from mmclip.bootstrap import score_findings
+from mmclip.checkpoint import Checkpoint
+from mmclip.data.dataset import Rows, normalise
+from mmclip.data.manifest import ManifestError, Split
+from mmclip.data.text import tokenise
+from mmclip.metrics import Threshold, choose_thresholds, known
+from mmclip.models.mmclip import MMCLIP
+from mmclip.progress import progress
+from mmclip.prompts import PromptSet
+
+FRONTAL = ("PA", "AP", "unknown")
+"""The views that are scored; a lateral film shows other things under the same name."""
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """One embedding a finding and side: the normalised mean over the wordings."""
+
+    positive: Float[Tensor, "k e"]
+    negative: Float[Tensor, "k e"]
+
+
+@torch.inference_mode()
+def embed_films(
+    model: MMCLIP, rows: Rows, batch_size: int = 256, show: bool = True
+) -> Float[Tensor, "n e"]:
+    """The embeddings of all films, on the CPU, in the order of the rows."""
+    device = model.logit_scale.device
+    out = []
+    with progress("embedding films", len(rows), show=show) as advance:
+        for start in range(0, len(rows), batch_size):
+            part = np.arange(start, min(start + batch_size, len(rows)))
+            image = normalise(rows.pixels(part)).to(device)
+            out.append(model.encode_image(image).embedding.cpu())
+            advance(len(part))
+    return torch.cat(out)
+
+
+@torch.inference_mode()
+def embed_texts(
+    model: MMCLIP,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    max_tokens: int,
+    batch_size: int = 256,
+) -> Float[Tensor, "n e"]:
+    """The embeddings of some texts, on the CPU; a text that occurs twice is encoded once."""
+    device = model.logit_scale.device
+    distinct = list(dict.fromkeys(texts))
+    out = []
+    for start in range(0, len(distinct), batch_size):
+        tokens = tokenise(tokenizer, distinct[start : start + batch_size], max_tokens=max_tokens)
+        ids = torch.from_numpy(tokens.ids).long().to(device)
+        is_valid = torch.from_numpy(tokens.is_valid).to(device)
+        out.append(model.encode_text(ids, is_valid).embedding.cpu())
+    number = {text: i for i, text in enumerate(distinct)}
+    return torch.cat(out)[[number[text] for text in texts]]
+
+
+def embed_prompts(
+    model: MMCLIP,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: PromptSet,
+    findings: Sequence[str],
+    max_tokens: int,
+) -> PromptEmbeddings:
+    """Embeds the prompts of each finding and averages the wordings of a side.
+
+    Source: prompt ensembling in embedding space, CLIP section 3.1.4 (arXiv:2103.00020).
+    """
+
+    def averaged(texts: Sequence[str]) -> Tensor:
+        return F.normalize(embed_texts(model, tokenizer, texts, max_tokens).mean(0), dim=-1)
+
+    sides = [prompts.texts(finding) for finding in findings]
+    return PromptEmbeddings(
+        positive=torch.stack([averaged(side.positives) for side in sides]),
+        negative=torch.stack([averaged(side.negatives) for side in sides]),
+    )
+
+
+def probabilities(
+    films: Float[Tensor, "n e"], prompts: PromptEmbeddings, scale: float
+) -> Float[np.ndarray, "n k"]:
+    """Softmax over the pair of prompts: the probability that the positive one fits the film.
+
+    Source: CheXzero (Tiu et al. 2022), methods, "softmax evaluation".
+    """
+    difference = films.double() @ (prompts.positive - prompts.negative).double().T
+    return torch.sigmoid(scale * difference).numpy()
+
+
+def rows_to_score(rows: Rows, split: Split, sources: Sequence[str] = ()) -> Rows:
+    """The labelled frontal films of a split, and of some sources if they are named.
+
+    Raises:
+        ManifestError: When none is left; it says what the folder holds.
+    """
+    known_sources = sorted({film.source for film in rows.films})
+    if unknown := sorted(set(sources) - set(known_sources)):
+        raise ManifestError(
+            f"there is no source {', '.join(unknown)} in this data; there are "
+            f"{', '.join(known_sources)}"
+        )
+    kept = rows.select(
+        [
+            film.split == split
+            and film.image is not None
+            and bool(film.labels)
+            and film.view in FRONTAL
+            and (not sources or film.source in sources)
+            for film in rows.films
+        ]
+    )
+    if not len(kept):
+        splits = sorted({str(f.split) for f in rows.films})
+        raise ManifestError(
+            f"no labelled frontal film in split {split!r} of source "
+            f"{', '.join(sources) or 'any'}; the data has the splits {', '.join(splits)} and the "
+            f"sources {', '.join(known_sources)}"
+        )
+    return kept
+
+
+def findings_of(rows: Rows) -> list[str]:
+    """All findings that some row is labelled with, in alphabetical order."""
+    return sorted({finding for film in rows.films for finding in film.labels})
+
+
+def threshold_of(
+    checkpoint: Checkpoint,
+    val: Rows | None,
+    prompts: PromptEmbeddings,
+    findings: Sequence[str],
+    scale: float,
+) -> dict[str, Threshold]:
+    """A threshold a finding: best F1 on the validation films, or the tie of the prompt pair.
+
+    Never chosen on the films that are scored. Without validation films that hold both classes,
+    the threshold is 0.5, where both prompts fit equally well: no data is needed for it.
+    """
+    even = {
+        f: Threshold(0.5, "even", "no data: where both prompts fit equally well") for f in findings
+    }
+    if val is None:
+        return even
+    labels = val.labels(findings)
+    scores = probabilities(embed_films(checkpoint.model, val, show=False), prompts, scale)
+    usable = [i for i in range(len(findings)) if known(labels[:, i], scores[:, i]) is not None]
+    chosen = choose_thresholds(labels[:, usable], scores[:, usable], [findings[i] for i in usable])
+    return {**even, **chosen}
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Raw scores, and what `score_findings` says of them."""
+
+    rows: Rows
+    findings: list[str]
+    labels: Float[np.ndarray, "n k"]
+    scores: Float[np.ndarray, "n k"]
+    summary: dict
+
+
+def zeroshot(
+    checkpoint: Checkpoint,
+    rows: Rows,
+    prompts: PromptSet,
+    *,
+    split: Split = "test",
+    sources: Sequence[str] = (),
+    findings: Sequence[str] = (),
+    draws: int = 1000,
+    seed: int = 0,
+) -> ZeroShot:
+    """Scores the films of a split for each finding, with intervals over patients.
+
+    Args:
+        checkpoint: The model.
+        rows: Of the data folders.
+        prompts: What stands for a finding.
+        split: Which films; thresholds come from "val" of the same sources unless that is it.
+        sources: Only these, when named.
+        findings: In this order; by default all that the films are labelled with.
+        draws: Bootstrap draws.
+        seed: Of the bootstrap.
+
+    Raises:
+        ManifestError: When there is nothing to score, or a finding is labelled in no film.
+    """
+    scored = rows_to_score(rows, split, sources)
+    there = findings_of(scored)
+    if missing := [f for f in findings if f not in there]:
+        raise ManifestError(
+            f"no film is labelled with {', '.join(missing)}; these films are labelled with "
+            f"{', '.join(there)}"
+        )
+    names = list(findings) or there
+    model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
+    scale = float(model.scale())
+    pair = embed_prompts(model, checkpoint.tokenizer, prompts, names, max_tokens)
+    scores = probabilities(embed_films(model, scored), pair, scale)
+    labels = scored.labels(names)
+    val = None
+    if split != "val":
+        try:
+            val = rows_to_score(rows, "val", sources)
+        except ManifestError:
+            val = None  # this source has no validation films
+    summary = score_findings(
+        labels,
+        scores,
+        [film.patient_id for film in scored.films],
+        names,
+        thresholds=threshold_of(checkpoint, val, pair, names, scale),
+        draws=draws,
+        seed=seed,
+    )
+    return ZeroShot(scored, names, labels, scores, summary)
+
+
+def save_scores(path: Path, result: ZeroShot) -> None:
+    """Raw scores and labels as scores.npz, so that any metric can be computed again."""
+    np.savez_compressed(
+        path,
+        film_id=np.array([film.film_id for film in result.rows.films]),
+        patient_id=np.array([film.patient_id for film in result.rows.films]),
+        findings=np.array(result.findings),
+        labels=result.labels,
+        scores=result.scores,
+    )

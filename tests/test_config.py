@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+
+from mmclip.config import ConfigError, config_hash, config_names, load_config
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_configuration_of_the_package_loads(name: str):
+    assert load_config(name).train.steps > 0
+
+
+def test_an_unknown_key_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.image\.dept'; known here: depth, "):
+        load_config("tiny", ["model.image.dept=3"])
+
+
+def test_overrides_are_read_as_toml_and_else_as_strings():
+    config = load_config("tiny", ["train.steps=7", "train.precision=bf16", 'data.views=["PA"]'])
+    assert (config.train.steps, config.train.precision) == (7, "bf16")
+    assert config.data.views == ("PA",)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps", "is no override"),
+        ("train.steps=0", r"train\.steps: Input should be greater than 0"),
+        ("train.steps.x=1", "is a value, not a section|Input should be"),
+        ("train.micro_batches=7", "batch_size=64 is not a multiple of micro_batches=7"),
+        ("data.film_px=63", r"is not a multiple of model\.image\.patch_px=8; 56 is"),
+    ],
+)
+def test_a_bad_override_says_what_is_wrong(override: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        load_config("tiny", ["train.steps=3", override])
+
+
+def test_a_file_holds_only_what_differs_from_the_one_it_extends(tmp_path: Path):
+    arm = tmp_path / "arm.toml"
+    arm.write_text('extends = "paper"\n[model.image]\ndepth = 2\n')
+    config, paper = load_config(str(arm)), load_config("paper")
+    assert config.model.image.depth == 2
+    assert config.model.image.width == paper.model.image.width
+    assert config.train == paper.train
+
+
+def test_files_that_extend_in_a_circle_are_refused(tmp_path: Path):
+    a, b = tmp_path / "a.toml", tmp_path / "b.toml"
+    a.write_text(f'extends = "{b}"')
+    b.write_text(f'extends = "{a}"')
+    with pytest.raises(ConfigError, match="in a circle"):
+        load_config(str(a))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("huge", "name one of paper, tiny"), ("none.toml", "cannot be read")]
+)
+def test_a_missing_configuration_says_what_there_is(name: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        load_config(name)
+
+
+def test_the_hash_follows_the_values_and_not_the_way_they_were_written():
+    default = load_config("tiny").train.steps
+    assert config_hash(load_config("tiny")) == config_hash(
+        load_config("tiny", [f"train.steps={default}"])
+    )
+    assert config_hash(load_config("tiny")) != config_hash(load_config("tiny", ["train.seed=1"]))

@@ -1,0 +1,337 @@
+"""The metrics: by hand, against scikit-learn, against a slow loop over resampled rows, faults."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    matthews_corrcoef,
+    roc_auc_score,
+)
+
+from mmclip.bootstrap import (
+    bootstrap_difference,
+    bootstrap_metrics,
+    macro_draws,
+    percentile_interval,
+    score_findings,
+)
+from mmclip.metrics import (
+    Counts,
+    Threshold,
+    at_threshold,
+    auprc,
+    auroc,
+    choose_threshold,
+    choose_thresholds,
+    count_labels,
+    recall_at_k,
+)
+
+NAN = float("nan")
+
+
+def made(n=300, k=4, n_patients=90, levels=0, seed=0):
+    """Labels with unknowns, scores (tied when `levels`), patients with several films each."""
+    rng = np.random.default_rng(seed)
+    patients = rng.integers(0, n_patients, n)
+    labels = (rng.random((n, k)) < np.linspace(0.08, 0.6, k)).astype(float)
+    scores = labels * 0.8 + rng.normal(size=(n, k))
+    if levels:
+        scores = np.round(scores * levels) / levels
+    labels[rng.random((n, k)) < 0.15] = np.nan
+    return labels, scores, patients
+
+
+def test_auroc_by_hand_counts_a_tie_as_half():
+    labels, scores = np.array([1.0, 1.0, 0.0]), np.array([0.9, 0.5, 0.5])
+    assert auroc(labels, scores) == pytest.approx((1 + 0.5) / 2)
+
+
+def test_unknown_labels_are_left_out_even_with_absurd_scores():
+    labels, scores = np.array([1.0, 0.0, NAN, NAN]), np.array([0.9, 0.1, 5.0, NAN])
+    assert auroc(labels, scores) == 1.0
+    assert auprc(labels, scores) == 1.0
+    assert count_labels(labels) == Counts(1, 1, 2)
+
+
+@pytest.mark.parametrize("labels", [[1.0, 1.0, NAN], [0.0, 0.0, 0.0], [NAN, NAN, NAN]])
+def test_a_missing_class_is_none_for_every_metric(labels):
+    labels, scores = np.array(labels), np.array([0.1, 0.2, 0.3])
+    assert auroc(labels, scores) is None
+    assert auprc(labels, scores) is None
+    assert choose_threshold(labels, scores) is None
+    assert at_threshold(labels, scores, 0.2) is None
+
+
+def test_an_uncertain_label_is_refused_by_value():
+    with pytest.raises(ValueError, match=r"labels \[-1\.0\] are none of 1 .* uncertain"):
+        auroc(np.array([1.0, 0.0, -1.0]), np.array([0.1, 0.2, 0.3]))
+
+
+def test_a_score_that_is_not_finite_is_refused_by_row():
+    with pytest.raises(ValueError, match="score of row 1 is nan"):
+        auroc(np.array([1.0, 0.0]), np.array([0.1, NAN]))
+
+
+@pytest.mark.parametrize("rule", ["f1", "mcc", "youden"])
+@pytest.mark.parametrize("levels", [0, 3])
+def test_the_chosen_threshold_is_the_best_of_all_scores(rule, levels):
+    labels, scores, _ = made(n=25, k=1, levels=levels, seed=3)
+    labels, scores = np.nan_to_num(labels[:, 0]), scores[:, 0]
+
+    def value(cut):
+        at = at_threshold(labels, scores, cut)
+        by_rule = {"f1": at.f1, "mcc": at.mcc, "youden": at.sensitivity + at.specificity - 1}
+        return by_rule[rule]
+
+    best = max(value(cut) for cut in scores)
+    chosen = choose_threshold(labels, scores, rule)
+    assert value(chosen) == pytest.approx(best, abs=1e-12)
+    assert chosen == max(cut for cut in scores if value(cut) > best - 1e-12)
+
+
+def test_at_threshold_by_hand():
+    at = at_threshold(np.array([1.0, 1.0, 0.0, 0.0]), np.array([0.9, 0.2, 0.7, 0.1]), 0.7)
+    assert (at.f1, at.accuracy, at.sensitivity, at.specificity, at.mcc) == (0.5, 0.5, 0.5, 0.5, 0)
+
+
+def test_a_cut_that_calls_nothing_has_f1_and_mcc_zero():
+    at = at_threshold(np.array([1.0, 0.0]), np.array([0.9, 0.2]), 5.0)
+    assert (at.f1, at.mcc, at.sensitivity, at.specificity) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("levels", [0, 2])
+def test_bootstrap_equals_sklearn_on_resampled_rows_in_each_draw(levels):
+    labels, scores, patients = made(levels=levels)
+    cuts = [0.5, None, 0.3, 9.0]
+    fast = bootstrap_metrics(labels, scores, patients, draws=15, seed=7, thresholds=cuts)
+    codes = {p: i for i, p in enumerate(dict.fromkeys(patients.tolist()))}
+    rows_of = [np.flatnonzero(patients == p) for p in codes]
+    rng = np.random.default_rng(7)
+    for b in range(15):
+        drawn = rng.integers(0, len(codes), len(codes))
+        rows = np.concatenate([rows_of[i] for i in drawn])
+        for j in range(labels.shape[1]):
+            is_known = ~np.isnan(labels[rows, j])
+            y, s = labels[rows, j][is_known], scores[rows, j][is_known]
+            assert fast.auroc[b, j] == pytest.approx(roc_auc_score(y, s), abs=1e-12)
+            assert fast.auprc[b, j] == pytest.approx(average_precision_score(y, s), abs=1e-12)
+            if cuts[j] is None:
+                assert np.isnan(fast.f1[b, j]) and np.isnan(fast.mcc[b, j])
+            else:
+                called = s >= cuts[j]
+                assert fast.f1[b, j] == pytest.approx(f1_score(y, called), abs=1e-12)
+                assert fast.mcc[b, j] == pytest.approx(matthews_corrcoef(y, called), abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([0.0, 1.0, NAN]), st.integers(0, 3), st.integers(0, 4)),
+        min_size=1,
+        max_size=25,
+    ),
+    seed=st.integers(0, 100),
+)
+def test_bootstrap_equals_weighted_sklearn_on_any_small_tied_input(rows, seed):
+    labels = np.array([[r[0]] for r in rows])
+    scores = np.array([[float(r[1])] for r in rows])
+    patients = [f"p{r[2]}" for r in rows]
+    fast = bootstrap_metrics(labels, scores, patients, draws=5, seed=seed)
+    order = list(dict.fromkeys(patients))
+    rng = np.random.default_rng(seed)
+    has_both = set(labels[~np.isnan(labels)]) == {0.0, 1.0}
+    for b in range(5):
+        drawn = np.bincount(rng.integers(0, len(order), len(order)), minlength=len(order))
+        weight = np.array([drawn[order.index(p)] for p in patients], dtype=float)
+        use = ~np.isnan(labels[:, 0]) & (weight > 0)
+        if has_both and set(labels[use, 0]) == {0.0, 1.0}:
+            arguments = labels[use, 0], scores[use, 0]
+            expected = roc_auc_score(*arguments, sample_weight=weight[use])
+            assert fast.auroc[b, 0] == pytest.approx(expected, abs=1e-12)
+            expected = average_precision_score(*arguments, sample_weight=weight[use])
+            assert fast.auprc[b, 0] == pytest.approx(expected, abs=1e-12)
+        else:
+            assert np.isnan(fast.auroc[b, 0])
+
+
+def test_bootstrap_does_not_depend_on_the_chunk_size(monkeypatch):
+    labels, scores, patients = made()
+    whole = bootstrap_metrics(labels, scores, patients, draws=30, seed=1)
+    monkeypatch.setattr("mmclip.bootstrap._CHUNK_ELEMENTS", 7 * len(labels))
+    again = bootstrap_metrics(labels, scores, patients, draws=30, seed=1)
+    for a, b in zip(whole, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_resampling_patients_widens_the_interval_of_repeated_films():
+    labels, scores, _ = made(n=80, k=1, seed=2)
+    labels = np.nan_to_num(labels)
+    tripled = np.repeat(labels, 3, axis=0), np.repeat(scores, 3, axis=0)
+
+    def width(patients):
+        low, high = percentile_interval(
+            bootstrap_metrics(*tripled, patients, draws=400).auroc[:, 0]
+        )
+        return high - low
+
+    assert width(np.repeat(np.arange(80), 3)) > 1.4 * width(np.arange(240))
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    truth = 0.5 * (1 + math.erf(1.0 / 2))  # two unit normals whose means are 1 apart
+    n, trials, hits = 120, 150, 0
+    rng = np.random.default_rng(0)
+    for trial in range(trials):
+        labels = (np.arange(n) % 3 == 0).astype(float)[:, None]
+        scores = labels + rng.normal(size=(n, 1))
+        drawn = bootstrap_metrics(labels, scores, np.arange(n), draws=200, seed=trial)
+        low, high = percentile_interval(drawn.auroc[:, 0])
+        hits += low <= truth <= high
+    assert 0.88 <= hits / trials <= 0.99
+
+
+def test_bootstrap_difference_uses_the_same_draws_for_both_models():
+    labels, scores, patients = made()
+    assert not bootstrap_difference(labels, scores, scores * 2, patients, draws=20).auroc.any()
+    worse = scores + np.random.default_rng(5).normal(size=scores.shape)
+    paired = bootstrap_difference(labels, scores, worse, patients, draws=300, seed=0).auroc[:, 3]
+    a = bootstrap_metrics(labels, scores, patients, draws=300, seed=0).auroc[:, 3]
+    b = bootstrap_metrics(labels, worse, patients, draws=300, seed=1).auroc[:, 3]
+    assert paired.std() < 0.9 * (a - b).std()
+
+
+def test_macro_draws_leave_out_findings_that_a_draw_does_not_define():
+    values = np.array([[0.6, 0.8, 0.1], [0.6, NAN, 0.1], [NAN, NAN, 0.1]])
+    np.testing.assert_allclose(macro_draws(values, [0, 1]), [0.7, 0.6, NAN])
+
+
+def test_percentile_interval_needs_half_of_the_draws():
+    assert percentile_interval(np.array([0.5, NAN, NAN])) is None
+    assert percentile_interval(np.array([])) is None
+    low, high = percentile_interval(np.linspace(0, 1, 1001))
+    assert (low, high) == pytest.approx((0.025, 0.975))
+
+
+def test_collapsed_scores_are_at_chance_with_no_width():
+    labels, scores, patients = made()
+    results = score_findings(labels, np.zeros_like(scores), patients, list("abcd"), draws=20)
+    for row in results["findings"]:
+        assert row["auroc"] == 0.5 and row["auroc_ci"] == (0.5, 0.5)
+        share = row["n_positive"] / (row["n_positive"] + row["n_negative"])
+        assert row["auprc"] == pytest.approx(share)
+    assert results["macro_auroc"] == 0.5
+
+
+def test_one_class_findings_are_listed_with_reason_and_counts():
+    labels, scores, patients = made()
+    labels[:, 1] = np.where(np.isnan(labels[:, 1]), np.nan, 0.0)
+    labels[:, 2] = np.nan
+    results = score_findings(labels, scores, patients, list("abcd"), draws=20)
+    assert [row["finding"] for row in results["findings"]] == ["a", "d"]
+    assert [(u["finding"], u["reason"]) for u in results["undefined"]] == [
+        ("b", "no positive film"),
+        ("c", "no positive and no negative film"),
+    ]
+    assert results["undefined"][1]["n_unknown"] == len(labels)
+    assert results["macro_findings"] == ["a", "d"]
+
+
+def test_permuted_findings_permute_the_results():
+    labels, scores, patients = made()
+    names, order = list("abcd"), [2, 0, 3, 1]
+    thresholds = choose_thresholds(labels, scores, names)
+    arguments = {"thresholds": thresholds, "draws": 30}
+    plain = score_findings(labels, scores, patients, names, **arguments)
+    moved = score_findings(
+        labels[:, order], scores[:, order], patients, [names[i] for i in order], **arguments
+    )
+    assert moved["findings"] == [plain["findings"][i] for i in order]
+    assert moved["macro_auroc"] == pytest.approx(plain["macro_auroc"], abs=1e-12)
+    assert moved["macro_auroc_ci"] == pytest.approx(plain["macro_auroc_ci"], abs=1e-12)
+
+
+def test_a_rare_finding_is_scored_but_left_out_of_the_macro():
+    labels, scores, patients = made()
+    labels[:, 0] = 0.0
+    labels[:3, 0] = 1.0
+    results = score_findings(labels, scores, patients, list("abcd"), draws=20)
+    rare = results["findings"][0]
+    assert rare["auroc"] is not None and not rare["in_macro"]
+    assert results["macro_findings"] == ["b", "c", "d"]
+    mean = np.mean([row["auroc"] for row in results["findings"][1:]])
+    assert results["macro_auroc"] == pytest.approx(mean)
+    every = score_findings(labels, scores, patients, list("abcd"), draws=20, min_count=3)
+    assert every["macro_findings"] == ["a", "b", "c", "d"]
+
+
+def test_threshold_metrics_say_where_the_cut_was_chosen_and_are_none_without_one():
+    labels, scores, patients = made()
+    cut = {"a": Threshold(0.4, "youden", "val")}
+    results = score_findings(labels, scores, patients, list("abcd"), thresholds=cut, draws=20)
+    first, second = results["findings"][:2]
+    assert first["threshold"] == {"value": 0.4, "rule": "youden", "chosen_on": "val"}
+    assert first["f1_ci"][0] <= first["f1"] <= first["f1_ci"][1]
+    assert second["threshold"] is second["f1"] is second["f1_ci"] is None
+    assert results["macro_f1"] is None
+    assert results["macro_auroc"] is not None
+
+
+def test_no_finding_counts_makes_the_macro_none():
+    labels, scores = np.full((4, 1), np.nan), np.zeros((4, 1))
+    results = score_findings(labels, scores, list("pqrs"), ["a"], draws=5)
+    assert results["macro_auroc"] is None and results["macro_auroc_ci"] is None
+
+
+def test_repeated_names_and_missing_patients_are_refused():
+    labels, scores, patients = made()
+    with pytest.raises(ValueError, match="name each column once"):
+        score_findings(labels, scores, patients, ["a", "a", "b", "c"], draws=5)
+    with pytest.raises(ValueError, match="299 patients for 300 rows"):
+        bootstrap_metrics(labels, scores, list(patients[:-1]), draws=5)
+
+
+def test_recall_by_hand():
+    similarity = np.array([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1]])
+    is_positive = np.array([[True, False, False], [False, True, True]])
+    at = recall_at_k(similarity, is_positive, ks=(1, 2, 3))
+    assert [at[k].hit for k in (1, 2, 3)] == [0.5, 1.0, 1.0]
+    assert [at[k].recall for k in (1, 2, 3)] == [0.5, 0.75, 1.0]
+
+
+def test_collapsed_embeddings_recall_k_of_n_exactly():
+    rng = np.random.default_rng(0)
+    texts = rng.integers(0, 8, 30)
+    is_positive = texts[:, None] == texts[None, :]
+    for k, at in recall_at_k(np.ones((30, 30)), is_positive, ks=(1, 5, 30)).items():
+        assert at.recall == pytest.approx(k / 30, abs=1e-12)
+    single = np.eye(30, dtype=bool)
+    assert recall_at_k(np.ones((30, 30)), single, ks=(5,))[5].hit == pytest.approx(5 / 30)
+
+
+def test_recall_equals_the_mean_over_random_orders_of_ties():
+    rng = np.random.default_rng(1)
+    similarity = rng.integers(0, 3, (6, 9)).astype(float)
+    is_positive = rng.random((6, 9)) < 0.3
+    is_positive[:, 0] = True
+    exact = recall_at_k(similarity, is_positive, ks=(4,))[4]
+    recall, hit = [], []
+    for _ in range(4000):
+        order = np.argsort(-(similarity + rng.random((6, 9)) * 0.5), axis=1)[:, :4]
+        found = np.take_along_axis(is_positive, order, axis=1).sum(axis=1)
+        recall.append((found / is_positive.sum(axis=1)).mean())
+        hit.append((found > 0).mean())
+    assert exact.recall == pytest.approx(np.mean(recall), abs=0.01)
+    assert exact.hit == pytest.approx(np.mean(hit), abs=0.01)
+
+
+def test_recall_refuses_a_k_beyond_the_candidates_and_a_query_without_answer():
+    with pytest.raises(ValueError, match=r"k=5 is not within 1\.\.3"):
+        recall_at_k(np.ones((3, 3)), np.eye(3, dtype=bool), ks=(1, 5))
+    with pytest.raises(ValueError, match="query 2 has no positive"):
+        recall_at_k(np.ones((3, 3)), np.diag([True, True, False]), ks=(1,))

@@ -1,0 +1,135 @@
+"""Prompt sets: every shipped text reads as English, and a faulty set is refused by name."""
+
+import re
+
+import pytest
+
+from mmclip.prompts import PromptError, known_prompt_sets, load_prompts
+
+NAMES = [
+    "cardiomegaly",
+    "pleural effusion",
+    "pneumothorax",
+    "consolidation",
+    "atelectasis",
+    "edema",
+    "nodule",
+    "mass",
+    "hernia",
+    "hiatal hernia",
+    "support devices",
+    "pneumonia",
+    "bacterial pneumonia",
+    "viral pneumonia",
+    "infiltration",
+    "emphysema",
+    "fibrosis",
+    "pleural thickening",
+    "tuberculosis",
+    "covid-19",
+    "lung opacity",
+    "fracture",
+    "rib fracture",
+    "hilar enlargement",
+    "no finding",
+]
+
+MINIMAL = """
+id = "mine"
+version = 1
+description = "A test."
+[templates]
+positive = ["There {is} {a_finding}."]
+negative = ["There {is} no {finding}."]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(text):
+        path = tmp_path / "mine.toml"
+        path.write_text(text, "utf-8")
+        return path
+
+    return written
+
+
+def test_there_are_sets_enough_to_measure_the_spread():
+    assert {"pair", "sentence", "default"} <= set(known_prompt_sets())
+
+
+@pytest.mark.parametrize("name", known_prompt_sets())
+def test_the_id_of_a_set_is_its_file_name(name):
+    assert load_prompts(name).id == name
+
+
+@pytest.mark.parametrize("name", known_prompt_sets())
+@pytest.mark.parametrize("finding", [*NAMES, "granuloma"])
+def test_every_finding_has_texts_that_differ_and_read_as_english(name, finding):
+    positives, negatives = load_prompts(name).texts(finding)
+    texts = positives + negatives
+    assert positives and negatives and len(set(texts)) == len(texts)
+    for text in texts:
+        assert not re.search(r"[{}]|\bno no\b|\ba a\b|\ba [aeiou]|\bno an? |  ", text, re.I), text
+        assert not re.search(r"\bis (no )?support devices", text), text
+
+
+def test_the_pair_is_the_name_and_its_negation():
+    assert load_prompts("pair").texts("Pleural_Effusion") == (
+        ("pleural effusion",),
+        ("no pleural effusion",),
+    )
+
+
+def test_phrases_give_articles_and_plurals():
+    sentence = load_prompts("sentence")
+    assert sentence.texts("nodule") == (("There is a nodule.",), ("There is no nodule.",))
+    assert sentence.texts("support devices").positives == ("There are support devices.",)
+    assert sentence.texts("support devices").negatives == ("There are no support devices.",)
+
+
+def test_own_wording_stands_in_place_of_the_templates():
+    positives, negatives = load_prompts("default").texts("cardiomegaly")
+    assert "The heart is enlarged." in positives and "The heart size is normal." in negatives
+
+
+def test_a_finding_without_own_wording_falls_back_on_the_templates(write):
+    own = MINIMAL + '[findings.mass]\npositive = ["A mass."]\nnegative = ["Clear."]\n'
+    prompts = load_prompts(write(own))
+    assert prompts.texts("mass") == (("A mass.",), ("Clear.",))
+    assert prompts.texts("cyst") == (("There is cyst.",), ("There is no cyst.",))
+
+
+def test_the_hash_follows_the_content_not_the_layout(write):
+    plain = load_prompts(write(MINIMAL)).hash
+    assert load_prompts(write("# a comment\n" + MINIMAL)).hash == plain
+    assert load_prompts(write(MINIMAL.replace("version = 1", "version = 2"))).hash != plain
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL.replace("{a_finding}", "{disease}"), "placeholder 'disease'; known are finding"),
+        (MINIMAL.replace("{a_finding}", "something"), "does not name the finding"),
+        (MINIMAL.replace('["There {is} {a_finding}."]', "[]"), "templates.positive"),
+        (MINIMAL.replace("id =", 'color = "red"\nid ='), "color.*known keys are id, version"),
+        (MINIMAL + '[phrases]\n"Big_Mass" = {}\n', "must be written 'big mass'"),
+        (MINIMAL + "[findings.mass]\npositive = ['x']\n", "findings.mass.negative"),
+        ("id = ", "is no TOML"),
+    ],
+)
+def test_a_faulty_set_is_refused_with_its_file_and_rule(write, text, message):
+    with pytest.raises(PromptError, match=f"mine.toml.*{message}"):
+        load_prompts(write(text))
+
+
+def test_an_unknown_set_lists_the_known_ones(tmp_path):
+    with pytest.raises(PromptError, match="no prompt set 'fancy'; known are default, pair"):
+        load_prompts("fancy")
+    with pytest.raises(PromptError, match="there is no prompt set"):
+        load_prompts(tmp_path / "absent.toml")
+
+
+def test_a_finding_needs_a_name():
+    with pytest.raises(PromptError, match="needs a name"):
+        load_prompts("pair").texts(" _ ")

@@ -1,0 +1,232 @@
+"""What a run leaves: results.json keeps its contract, the page needs nothing but itself."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from mmclip.bootstrap import score_findings
+from mmclip.metrics import auroc, choose_thresholds
+from mmclip.plots import roc_points
+from mmclip.prompts import load_prompts
+from mmclip.results import (
+    GalleryItem,
+    ResultsError,
+    share_below,
+    write_page,
+    write_plots,
+    write_results,
+)
+
+FINDINGS = ["edema", "mass", "tuberculosis"]
+REPORT = "Heart size is normal.\n<script>alert(1)</script> & no effusion."
+
+
+@pytest.fixture(scope="module")
+def table():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((80, 3)) < 0.3).astype(float)
+    labels[:, 2] = 0.0
+    labels[5, 0] = np.nan
+    scores = labels + rng.normal(size=labels.shape)
+    return {"findings": FINDINGS, "labels": labels, "scores": np.nan_to_num(scores)}
+
+
+@pytest.fixture
+def results(table):
+    scored = score_findings(
+        table["labels"],
+        table["scores"],
+        list(range(80)),
+        FINDINGS,
+        thresholds=choose_thresholds(table["labels"], table["scores"], FINDINGS),
+        draws=50,
+    )
+    return {
+        **scored,
+        "title": "Made <films>",
+        "kind": "demo",
+        "summary": "A model that was made up.",
+        "controls": {
+            "untrained": {"macro_auroc": 0.31, "macro_auroc_ci": (0.25, 0.4), "note": "random"},
+            "too small": {"macro_auroc": None, "note": "not enough films"},
+        },
+        "combinations": [
+            {
+                "finding": "mass",
+                "side": "left",
+                "size": "small",
+                "n_positive": 0,
+                "n_negative": 60,
+                "auroc": None,
+                "auroc_ci": None,
+            }
+        ],
+        "facts": {"training pairs": 2400},
+        "provenance": {
+            "command": "mmclip demo --seed 3",
+            "seed": 3,
+            "config_hash": "c" * 64,
+            "data_hash": "d" * 64,
+            "prompt_set": "default",
+            "prompt_hash": "e" * 64,
+            "commit": None,
+            "versions": {"mmclip": "0.1", "torch": "2.13"},
+            "device": "cpu",
+            "wall_s": 61.0,
+            "finished_at": "2026-01-02T03:04:05+00:00",
+        },
+    }
+
+
+@pytest.fixture
+def page(tmp_path, results, table):
+    film = np.tile(np.arange(64, dtype=np.uint8), (48, 1))
+    prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
+    gallery = [GalleryItem(0, "film-a", film, REPORT), GalleryItem(5, "film-b", film)]
+    return write_page(tmp_path, results, gallery, prompts=prompts, **table).read_text("utf-8")
+
+
+def test_results_json_is_sorted_complete_and_rounded_to_six_digits(tmp_path, results):
+    text = write_results(tmp_path / "run", results).read_text("utf-8")
+    read = json.loads(text)
+    assert list(read) == sorted(read)
+    assert read["macro_auroc"] == float(f"{results['macro_auroc']:.6g}")
+    assert [row["finding"] for row in read["findings"]] == ["edema", "mass"]
+    assert read["undefined"][0]["reason"] == "no positive film"
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert write_results(tmp_path / "again", results).read_text("utf-8") == text
+
+
+def test_a_cut_is_not_rounded_as_it_would_call_other_films(tmp_path, results):
+    results["findings"][0]["threshold"]["value"] = 0.123456789012
+    read = json.loads(write_results(tmp_path, results).read_text("utf-8"))
+    assert read["findings"][0]["threshold"]["value"] == 0.123456789012
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"macro_auroc": float("nan")}, "macro_auroc"),
+        ({"macro_auroc": 1.2}, "macro_auroc: .*less than or equal to 1"),
+        ({"colour": "red"}, "colour: .*not permitted"),
+        ({"kind": "other"}, "kind: .*'demo' or 'zeroshot'"),
+        ({"facts": {"loss": float("inf")}}, "facts.loss"),
+    ],
+)
+def test_results_that_break_the_contract_are_refused_by_field(tmp_path, results, change, message):
+    with pytest.raises(ResultsError, match=f"results: {message}"):
+        write_results(tmp_path, results | change)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_field_is_named(tmp_path, results):
+    del results["provenance"]["data_hash"]
+    with pytest.raises(ResultsError, match=r"provenance\.data_hash: Field required"):
+        write_results(tmp_path, results)
+
+
+def test_the_page_needs_no_other_file_and_no_network(page):
+    links = re.findall(r'(?:src|href|action)\s*=\s*["\']([^"\']*)', page)
+    links += re.findall(r"url\(\s*[\"']?([^)\"']*)", page)
+    assert links
+    for link in links:
+        assert link.startswith(("data:image/png;base64,", "#")), link[:60]
+    assert not re.search(r"<(script|link|iframe)|@import", page)
+
+
+def test_the_ids_of_the_page_are_unique_and_all_references_resolve(page):
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    references = re.findall(r'(?:url\(|href=")#([^")]+)', page)
+    assert len(set(ids)) == len(ids)
+    assert references and set(references) <= set(ids)
+
+
+def test_the_page_shows_text_as_text(page):
+    assert "<script>" not in page and "Made <films>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; no effusion." in page
+    assert "Made &lt;films&gt;" in page
+
+
+def test_the_page_says_how_the_numbers_came_about_and_what_they_are_not(page, results):
+    for text in (
+        f"{results['macro_auroc']:.3f}",
+        "mmclip demo --seed 3",
+        "d" * 64,
+        "c" * 64,
+        "2.13",
+        "2026-01-02 03:04 UTC",
+        "1 min 01 s",
+        "Training pairs",
+        "not for clinical use",
+        "drawn by a program",
+        "no positive film",
+        "Untrained",
+        "film-b",
+        "There is pulmonary edema.",
+    ):
+        assert text in page, text
+
+
+def test_the_page_says_how_each_cut_came_about(tmp_path, results, table):
+    results["findings"][1]["threshold"] = {"value": 0.5, "rule": "even", "chosen_on": "no film"}
+    prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
+    page = write_page(tmp_path, results, [], prompts=prompts, **table).read_text("utf-8")
+    assert "best by F1 on val (edema)" in page
+    assert "no film (mass)." in page
+
+
+def test_the_page_of_real_films_warns_of_shortcuts_instead(tmp_path, results, table):
+    prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
+    path = write_page(tmp_path, results | {"kind": "zeroshot"}, [], prompts=prompts, **table)
+    page = path.read_text("utf-8")
+    assert "without\n  reading lungs" in page and "drawn by a program" not in page
+
+
+def test_plots_follow_the_theme_of_the_page(page):
+    svgs = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(svgs) == 2
+    for svg in svgs:
+        assert "var(--accent)" in svg and "var(--present)" in svg
+        assert "DejaVu" not in svg and "<metadata" not in svg and "#0f766e" not in svg
+
+
+def test_a_page_without_any_defined_finding_is_still_a_page(tmp_path, results, table):
+    labels = np.full_like(table["labels"], np.nan)
+    nothing = score_findings(labels, table["scores"], list(range(80)), FINDINGS, draws=5)
+    table = table | {"labels": labels}
+    page = write_page(tmp_path, results | nothing, [], prompts={}, **table).read_text("utf-8")
+    assert "Undefined: no finding has 10 films with it" in page
+    assert "no positive and no negative film" in page
+    assert [p.name for p in write_plots(tmp_path, results | nothing, **table)] == ["auroc.png"]
+
+
+def test_plots_are_written_as_png(tmp_path, results, table):
+    paths = write_plots(tmp_path, results, **table)
+    assert [p.relative_to(tmp_path).as_posix() for p in paths] == [
+        "plots/auroc.png",
+        "plots/curves.png",
+    ]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+
+
+def test_scores_that_lack_a_finding_of_the_results_are_refused(tmp_path, results, table):
+    with pytest.raises(ResultsError, match="'mass' is no column"):
+        write_plots(tmp_path, results, **(table | {"findings": ["edema", "hernia", "x"]}))
+
+
+def test_roc_points_run_from_corner_to_corner_and_are_thinned():
+    rng = np.random.default_rng(0)
+    labels = (rng.random(3000) < 0.5).astype(float)
+    fpr, tpr = roc_points(labels, labels + rng.normal(size=3000), most=50)
+    assert len(fpr) <= 50
+    assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+    assert (np.diff(fpr) >= 0).all() and (np.diff(tpr) >= 0).all()
+    assert roc_points(np.ones(3), np.arange(3.0)) is None
+
+
+def test_the_mean_place_of_positive_films_is_the_auroc(table):
+    labels, scores = table["labels"][:, 1], np.round(table["scores"][:, 1])
+    places = [share_below(s, scores[labels == 0]) for s in scores[labels == 1]]
+    assert np.mean(places) == pytest.approx(auroc(labels, scores), abs=1e-12)

@@ -1,0 +1,233 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from mmclip.config import TrainConfig
+from mmclip.data.dataset import Batch
+from mmclip.pretrain import contrastive_counts, contrastive_sums
+from mmclip.train import (
+    NonFiniteLoss,
+    TrainState,
+    fit,
+    learning_rate,
+    make_optimizer,
+    part_of,
+    train_step,
+)
+from tests.test_models import small_model
+
+CONFIG = TrainConfig(steps=10, batch_size=8, base_lr=0.03, save_every_steps=5, log_every_steps=2)
+
+
+class MadeBatches:
+    """Random films and texts, the same for a step whoever asks for which part."""
+
+    def __init__(self, batch_size: int = 8, without_text: tuple[int, ...] = ()) -> None:
+        self.batch_size, self.without_text = batch_size, without_text
+
+    def batch(self, step: int, part: slice) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        n = self.batch_size
+        image = torch.randn(n, 1, 32, 32, generator=generator)
+        ids = torch.randint(5, 50, (n, 9), generator=generator)
+        is_valid = torch.arange(9)[None] < torch.randint(3, 10, (n, 1), generator=generator)
+        keys = torch.stack([torch.arange(n), torch.arange(n) // 2], 1)  # texts equal two by two
+        has_text = torch.ones(n, dtype=torch.bool)
+        has_text[list(self.without_text)] = False
+        tensors = (x[part] for x in (image, ids, is_valid, keys, has_text))
+        names = tuple(f"film-{i}" for i in range(n))[part]
+        return Batch(*tensors, film_ids=names)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def new_state(accelerator: Accelerator, config: TrainConfig = CONFIG) -> TrainState:
+    model = small_model()
+    optimizer = make_optimizer(model, model.no_decay_names(), config)
+    return TrainState(*accelerator.prepare(model, optimizer))
+
+
+def gradients(config: TrainConfig, batches: MadeBatches) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step, in whatever processes this runs."""
+    accelerator = Accelerator(cpu=True)
+    state = new_state(accelerator, config)
+    kept: dict[str, torch.Tensor] = {}
+
+    class Keep(torch.optim.SGD):
+        def step(self, closure=None):
+            names = [n for n, _ in accelerator.unwrap_model(state.model).named_parameters()]
+            for name, p in zip(names, self.param_groups[0]["params"], strict=True):
+                assert p.grad is not None, name
+                kept[name] = p.grad.clone()
+
+    state.optimizer = accelerator.prepare(Keep(state.model.parameters(), lr=1.0))
+    terms = train_step(
+        accelerator, state, batches, contrastive_sums, contrastive_counts,
+        {"contrastive": 1.0}, config,
+    )  # fmt: skip
+    return float(terms["contrastive"]), kept
+
+
+CASES = {
+    "equal shares": (8, ()),
+    "unequal rows per process": (7, ()),
+    "rows without a text": (8, (1, 6)),
+    "a process without pairs": (8, (4, 5, 6, 7)),
+}
+
+
+def in_one_process(case: str) -> tuple[float, dict[str, torch.Tensor]]:
+    n, without = CASES[case]
+    config = TrainConfig(batch_size=n, clip_norm=1e9)
+    return gradients(config, MadeBatches(n, without))
+
+
+def write_gradients_of_this_process(folder: Path) -> None:
+    """What each of two processes runs: see the test below."""
+    for case in CASES:
+        loss, kept = in_one_process(case)
+        if os.environ["RANK"] == "0":
+            torch.save({"loss": loss, "gradients": kept}, folder / f"{case}.pt")
+        AcceleratorState._reset_state(reset_partial_state=False)
+
+
+def test_two_processes_give_loss_and_gradients_of_one_on_the_joined_batch(tmp_path: Path):
+    code = (
+        "from pathlib import Path; from tests.test_train import write_gradients_of_this_process as w;"
+        f"w(Path({str(tmp_path)!r}))"
+    )
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    subprocess.run([*command, str(script)], check=True, env=environment, cwd=root, timeout=120)
+    for case in CASES:
+        together = torch.load(tmp_path / f"{case}.pt", weights_only=True)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        loss, alone = in_one_process(case)
+        assert together["loss"] == pytest.approx(loss, abs=1e-5), case
+        assert together["gradients"].keys() == alone.keys()
+        for name, gradient in alone.items():
+            torch.testing.assert_close(
+                together["gradients"][name], gradient, atol=1e-5, rtol=1e-5, msg=f"{case}: {name}"
+            )
+
+
+def test_shares_of_a_batch_partition_it():
+    for n_micro, world in [(1, 1), (1, 3), (2, 2), (4, 3)]:
+        rows = [
+            row
+            for micro in range(n_micro)
+            for rank in range(world)
+            for row in range(24)[part_of(24, micro, n_micro, rank, world)]
+        ]
+        assert rows == list(range(24))
+
+
+def test_learning_rate_warms_up_to_the_peak_and_ends_at_its_floor():
+    config = TrainConfig(
+        steps=100, batch_size=128, base_lr=1.0, warmup_ratio=0.1, final_lr_ratio=0.02
+    )
+    assert learning_rate(0, config) == pytest.approx(0.05)
+    assert learning_rate(9, config) == pytest.approx(0.5)  # base_lr * 128 / 256
+    assert learning_rate(10, config) == pytest.approx(0.5)
+    assert learning_rate(55, config) == pytest.approx(0.5 * 0.51)
+    assert learning_rate(100, config) == pytest.approx(0.5 * 0.02)
+
+
+def test_accumulation_divides_by_the_count_of_the_whole_batch():
+    # Micro-batches of one study each: their mean is not weighted by micro-batch but by row.
+    batches = MadeBatches(8, without_text=(4, 5, 6))
+    accelerator = Accelerator(cpu=True)
+    state = new_state(accelerator)
+    config = CONFIG.model_copy(update={"micro_batches": 2})
+    with torch.no_grad():
+        sums = [
+            float(contrastive_sums(state.model, batches.batch(0, half))["contrastive"])
+            for half in (slice(0, 4), slice(4, 8))
+        ]
+    terms = train_step(
+        accelerator, state, batches, contrastive_sums, contrastive_counts,
+        {"contrastive": 1.0}, config,
+    )  # fmt: skip
+    assert float(terms["contrastive"]) == pytest.approx(sum(sums) / 5, rel=1e-5)
+
+
+def fit_here(
+    run: Path, batches: MadeBatches, state: TrainState, accelerator: Accelerator, saved: list[int]
+) -> None:
+    fit(
+        accelerator, state, batches, contrastive_sums, contrastive_counts, {"contrastive": 1.0},
+        CONFIG, run, lambda s: saved.append(s.step),
+    )  # fmt: skip
+
+
+def test_one_batch_can_be_learnt_by_heart(tmp_path: Path):
+    class OneBatch(MadeBatches):
+        def batch(self, step: int, part: slice) -> Batch:
+            return super().batch(0, part)
+
+    accelerator = Accelerator(cpu=True)
+    config = TrainConfig(steps=60, batch_size=8, base_lr=0.1, log_every_steps=60)
+    state = new_state(accelerator, config)
+    fit(
+        accelerator, state, OneBatch(), contrastive_sums, contrastive_counts,
+        {"contrastive": 1.0}, config, tmp_path, lambda s: None,
+    )  # fmt: skip
+    # Texts are equal two by two, so the floor is log 2: the even split over two positives.
+    assert state.log["contrastive"] == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_the_log_has_a_line_every_so_many_steps_and_none_twice_after_a_crash(tmp_path: Path):
+    accelerator = Accelerator(cpu=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
+    state = new_state(accelerator)
+    state.step = 4
+    saved: list[int] = []
+    fit_here(tmp_path, MadeBatches(), state, accelerator, saved)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+    assert lines[-1].keys() >= {"loss", "contrastive", "lr", "grad_norm", "films_per_s"}
+    assert saved == [5, 10]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path: Path):
+    class Poisoned(MadeBatches):
+        def batch(self, step: int, part: slice) -> Batch:
+            batch = super().batch(step, part)
+            if step == 3:
+                batch.image[2] = torch.nan
+            return batch
+
+    accelerator = Accelerator(cpu=True)
+    state = new_state(accelerator)
+    with pytest.raises(NonFiniteLoss, match="step 3: the loss term contrastive is not finite"):
+        fit_here(tmp_path, Poisoned(), state, accelerator, [])
+    assert state.step == 3
+    assert all(p.isfinite().all() for p in state.model.parameters())
+    folder = tmp_path / "nonfinite_step_000003_process_0"
+    assert "film-2" in (folder / "batch_0_films.txt").read_text().split()
+    assert (folder / "batch_0.safetensors").is_file()
+
+
+def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path: Path):
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    state = new_state(accelerator)
+    fit_here(tmp_path, MadeBatches(), state, accelerator, [])
+    assert math.isfinite(state.log["contrastive"])
+    assert {p.dtype for p in state.model.parameters()} == {torch.float32}
