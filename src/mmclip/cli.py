@@ -100,7 +100,7 @@ def data_build(
     test_ratio: Annotated[float, typer.Option(help="Of patients without a split.")] = 0.1,
     workers: Annotated[int, typer.Option(help="Processes; 0 takes all cores.", min=0)] = 0,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a finished build of other data.")
+        bool, typer.Option("--overwrite", help="Replace a finished build.")
     ] = False,
 ) -> None:
     """Reads a data set and leaves a checked, hashed folder with films resized once.
@@ -109,23 +109,19 @@ def data_build(
     """
     from mmclip.data.build import build_data
     from mmclip.data.sources import open_reader
-    from mmclip.progress import progress
 
-    records = open_reader(name, root_, mapping=mapping, table=table)
-    with progress("reading films", 1) as advance:
-        meta = build_data(
-            records,
-            root_,
-            out,
-            film_px=film_px,
-            seed=seed,
-            val_ratio=val_ratio,
-            test_ratio=test_ratio,
-            workers=workers or os.cpu_count() or 1,
-            about={"reader": name, "command": _command()},
-            on_progress=advance,
-            overwrite=overwrite,
-        )
+    meta = build_data(
+        open_reader(name, root_, mapping=mapping, table=table),
+        root_,
+        out,
+        film_px=film_px,
+        seed=seed,
+        val_ratio=val_ratio,
+        test_ratio=test_ratio,
+        workers=workers or os.cpu_count() or 1,
+        about={"reader": name, "command": _command()},
+        overwrite=overwrite,
+    )
     _print_meta(meta, out)
 
 

@@ -79,7 +79,7 @@ class EntityFinder:
             for text, spans in zip(some, tagged, strict=True):
                 entities, marks = self._lexicon.scan(text)
                 if spans is not None:
-                    entities = [Entity(*span) for span in _longest_disjoint(spans)]
+                    entities = [Entity(*span) for span in _longest_disjoint(spans, set())]
                 yield _with_status(entities, marks)
 
 
@@ -247,17 +247,19 @@ class _Lexicon:
             if senses.roles - {"gap stop"}:
                 cues.append((start, end, senses.roles))
 
-        cues = _longest_disjoint(cues)
-        in_cue = {i for start, end, _ in cues for i in range(start, end)}
+        in_cue: set[int] = set()
         marks = [
             _mark(spans[start][0], spans[end - 1][1], roles)
-            for start, end, roles in cues
+            for start, end, roles in _longest_disjoint(cues, in_cue)
             if "pseudo" not in roles
         ]
+        taken: set[int] = set()  # "left hilar enlargement" is a hilar enlargement, not a left hilum
+        chosen = _longest_disjoint((f for f in found if f[2] == "finding"), taken)
+        taken |= in_cue
+        chosen += _longest_disjoint((f for f in found if f[2] != "finding"), taken)
         entities = [
             Entity(spans[start][0], spans[end - 1][1], kind, concept)
-            for start, end, kind, concept in _longest_disjoint(found)
-            if kind == "finding" or not in_cue.intersection(range(start, end))
+            for start, end, kind, concept in sorted(chosen)
         ]
         return entities, marks  # ... and characters here
 
@@ -286,10 +288,13 @@ def _expand(form: str) -> list[str]:
 _Span = TypeVar("_Span", bound=tuple)
 
 
-def _longest_disjoint(spans: Iterable[_Span]) -> list[_Span]:
-    """Of spans (start, end, ...) that overlap the longest, then the first; in order of start."""
+def _longest_disjoint(spans: Iterable[_Span], taken: set[int]) -> list[_Span]:
+    """Of spans (start, end, ...) that overlap the longest, then the first; in order of start.
+
+    Args:
+        taken: Places that no span may touch; those of the spans that are kept are added to it.
+    """
     kept: list[_Span] = []
-    taken: set[int] = set()
     for span in sorted(spans, key=lambda s: (s[0] - s[1], s[0])):
         places = range(span[0], span[1])
         if taken.isdisjoint(places):

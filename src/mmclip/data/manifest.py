@@ -136,7 +136,7 @@ def problem_of(film: Film) -> tuple[Reason, str] | None:
     return None
 
 
-def validate(records: Iterable[Record]) -> tuple[list[Film], list[Excluded]]:
+def validate(records: Iterable[Record]) -> tuple[list[tuple[int, Film]], list[Excluded]]:
     """Separates sound records from those that break a rule.
 
     The rules: an id of its own, a patient, an image or a report, known values, and no patient in
@@ -144,14 +144,14 @@ def validate(records: Iterable[Record]) -> tuple[list[Film], list[Excluded]]:
     used last (test, then val) stay and the others are excluded, so that nothing leaks.
 
     Returns:
-        The sound films in order, and the excluded rows in order. Their numbers add up to the
-        number of records.
+        The sound films in order, each with its row, and the excluded rows in order. Their
+        numbers add up to the number of records.
     """
     films: list[tuple[int, Film]] = []
     excluded: list[Excluded] = []
     seen: set[str] = set()
     split_of_patient: dict[str, Split] = {}
-    order = {split: i for i, split in enumerate(get_args(Split))}
+    order: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
     for row, record in enumerate(records):
         if isinstance(record, Excluded):
             excluded.append(record)
@@ -169,7 +169,7 @@ def validate(records: Iterable[Record]) -> tuple[list[Film], list[Excluded]]:
         if record.split is not None:
             known = split_of_patient.get(record.patient_id, record.split)
             split_of_patient[record.patient_id] = max(known, record.split, key=order.__getitem__)
-    kept: list[Film] = []
+    kept: list[tuple[int, Film]] = []
     for row, film in films:
         split = split_of_patient.get(film.patient_id)
         if film.split is not None and film.split != split:
@@ -183,7 +183,7 @@ def validate(records: Iterable[Record]) -> tuple[list[Film], list[Excluded]]:
                 )
             )
         else:
-            kept.append(film)
+            kept.append((row, film))
     return kept, sorted(excluded, key=lambda e: e.row)
 
 

@@ -48,9 +48,10 @@ class Attention(nn.Module):
                 that computes the result does not show them.
         """
         b, s, width = x.shape
-        query = self.query(x).view(b, s, self.heads, -1).transpose(1, 2)
-        key_value = self.key_value(context).view(b, context.shape[1], 2, self.heads, -1)
-        key, value = key_value.permute(2, 0, 3, 1, 4).unbind()  # b heads c w/heads
+        per_head = width // self.heads
+        query = self.query(x).unflatten(-1, (self.heads, per_head)).transpose(1, 2)
+        key_value = self.key_value(context).unflatten(-1, (2, self.heads, per_head))
+        key, value = key_value.permute(2, 0, 3, 1, 4).unbind()  # each b heads c per_head
         may_attend = is_alone = None
         if is_valid is not None:
             # Without a valid key the softmax is undefined: such a row attends anywhere, for 0.
@@ -63,7 +64,7 @@ class Attention(nn.Module):
         if not want_weights:
             return out, None
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            logits = query.float() @ key.float().mT / math.sqrt(width // self.heads)
+            logits = query.float() @ key.float().mT / math.sqrt(per_head)
             if may_attend is not None:
                 logits = logits.masked_fill(~may_attend, -torch.inf)
             weights = logits.softmax(-1)

@@ -147,7 +147,7 @@ def _load_pretrained(name: str) -> PreTrainedModel:
         first = str(error).strip().splitlines()[0]
         raise EncoderError(
             f"cannot load {name!r} ({first}); give a folder with config.json and "
-            f"model.safetensors (or pytorch_model.bin), or the id of a model on the Hugging Face hub"
+            f"model.safetensors (or pytorch_model.bin), or the id of a model on the hub"
         ) from error
     report = LoadReport(
         name=name,

@@ -319,7 +319,9 @@ def _fill(rng: np.random.Generator, template: str, lesion: Lesion, sizes: tuple)
 def _phrase(rng: np.random.Generator, lesion: Lesion) -> str:
     wording = WORDINGS[lesion.finding]
     both = lesion.side == "bilateral" and wording.plural
-    return _fill(rng, _choose(rng, wording.plural if both else wording.phrases), lesion, wording.sizes)
+    return _fill(
+        rng, _choose(rng, wording.plural if both else wording.phrases), lesion, wording.sizes
+    )
 
 
 def _statement(rng: np.random.Generator, lesion: Lesion, uncertain_prob: float) -> str:

@@ -7,14 +7,24 @@ Source of sizes: [chosen: life size where a textbook gives one, such as 3 cm bet
 mass; else by eye].
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool
 
-from mmclip.data.synthetic.phantom import CARINA_V, HILUM_U, HILUM_V, Canvas, Field, ramp, stroke
-from mmclip.data.synthetic.phantom import smooth_noise
+from mmclip.data.synthetic.phantom import (
+    CARINA_V,
+    HILUM_U,
+    HILUM_V,
+    Canvas,
+    Field,
+    ramp,
+    smooth_noise,
+    stroke,
+)
 from mmclip.data.synthetic.preset import SIZES, Preset, Side, Size
 
 DEVICES = ("endotracheal tube", "central venous catheter", "pacemaker", "nasogastric tube")
@@ -44,6 +54,10 @@ Pen = Callable[[Canvas, np.random.Generator, Lesion, Preset], Field]
 
 def _pick(lesion: Lesion, small: float, moderate: float, large: float) -> float:
     return (small, moderate, large)[SIZES.index(lesion.size)]
+
+
+def _sign(rng: np.random.Generator) -> float:
+    return 1.0 if rng.random() < 0.5 else -1.0
 
 
 def _lobes(rng: np.random.Generator, angle: Field, depth: float) -> Field:
@@ -119,14 +133,14 @@ def _consolidation(
     distance = np.sqrt(across**2 + down**2)
     fill = ramp(radius * (1 + 0.14 * uneven) - distance, 0.55 * radius)
     if rng.random() < 0.6:  # a fissure gives one straight, sharp border
-        below = rng.choice([-1.0, 1.0])
+        below = _sign(rng)
         border = (down - rng.uniform(-0.2, 0.2) * across) * below + 0.5 * radius
         fill *= ramp(border, canvas.pixel)
     hilum_u = HILUM_U if u0 > 0 else -HILUM_U
-    angle = np.arctan2(v0 - HILUM_V, u0 - hilum_u)
+    angle = math.atan2(v0 - HILUM_V, u0 - hilum_u)
     inside = ramp(0.75 * radius - distance, 0.2 * radius)
     for turn in (-0.4, 0.0, 0.4):
-        cos, sin = np.cos(angle + turn), np.sin(angle + turn)
+        cos, sin = math.cos(angle + turn), math.sin(angle + turn)
         bronchus = stroke(cos * down - sin * across + turn * 0.12, 0.008, canvas.pixel)
         fill *= 1 - 0.45 * bronchus * inside
     fill = np.clip(fill * (0.84 + 0.08 * uneven) * min(preset.lesion_contrast, 1.2), 0, 0.95)
@@ -185,16 +199,14 @@ def _nodule(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: Pr
     return np.maximum(field, distance <= 0.75 * canvas.pixel)
 
 
-def _atelectasis(
-    canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: Preset
-) -> Field:
+def _atelectasis(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: Preset) -> Field:
     length = _pick(lesion, 0.13, 0.17, 0.22) * preset.lesion_scale * rng.uniform(0.9, 1.1)
     thickness = _pick(lesion, 0.012, 0.015, 0.019) * preset.lesion_scale
     low = canvas.side(lesion.side) & (canvas.v > -0.15) & (canvas.air > 0.8)
     u0, v0 = canvas.site(rng, low)
-    tilt = rng.uniform(0.1, 0.55) * rng.choice([-1.0, 1.0])
+    tilt = rng.uniform(0.1, 0.55) * _sign(rng)
     bow = rng.uniform(-0.5, 0.5)
-    cos, sin = np.cos(tilt), np.sin(tilt)
+    cos, sin = math.cos(tilt), math.sin(tilt)
     across, down = canvas.u - u0, canvas.v - v0
     along = cos * across + sin * down
     aside = cos * down - sin * across + bow * along**2
@@ -219,8 +231,10 @@ def _fracture(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: 
     first = round((start - curve) / height + phase)
     for k in range(int(_pick(lesion, 1, 2, 3))):
         v0 = (first + k - phase) * height + curve
-        reach = np.clip((0.35 - v0) / (0.35 - a.apex_v), 0, 1)
-        u0 = sign * a.chest_half_width * np.sqrt(1 - reach**2.2) * (share + rng.uniform(-0.03, 0.03))
+        reach = min(max((0.35 - v0) / (0.35 - a.apex_v), 0), 1)
+        u0 = (
+            sign * a.chest_half_width * np.sqrt(1 - reach**2.2) * (share + rng.uniform(-0.03, 0.03))
+        )
         across, down = (canvas.u - u0) * sign, canvas.v - v0
         near = np.exp(-((across / 0.13) ** 2) - (down / (0.55 * height)) ** 4)
         step = ramp(across, 0.5 * canvas.pixel)
@@ -239,12 +253,12 @@ def _path(canvas: Canvas, points: list[tuple[float, float]]) -> Field:
     for _ in range(2):  # Chaikin's corner cutting
         cut = [
             (u0 + t * (u1 - u0), v0 + t * (v1 - v0))
-            for (u0, v0), (u1, v1) in zip(points[:-1], points[1:], strict=True)
+            for (u0, v0), (u1, v1) in pairwise(points)
             for t in (0.25, 0.75)
         ]
         points = [points[0], *cut, points[-1]]
     nearest = np.full_like(canvas.u, np.inf)
-    for (u0, v0), (u1, v1) in zip(points[:-1], points[1:], strict=True):
+    for (u0, v0), (u1, v1) in pairwise(points):
         du, dv = u1 - u0, v1 - v0
         t = ((canvas.u - u0) * du + (canvas.v - v0) * dv) / (du * du + dv * dv)
         t = np.clip(t, 0, 1)
@@ -254,16 +268,14 @@ def _path(canvas: Canvas, points: list[tuple[float, float]]) -> Field:
 
 
 def _devices(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: Preset) -> Field:
-    a, sign, field = canvas.anatomy, float(rng.choice([-1.0, 1.0])), np.zeros_like(canvas.u)
+    a, sign, field = canvas.anatomy, _sign(rng), np.zeros_like(canvas.u)
     wire = 0.005 * preset.lesion_scale
     for kind in lesion.kinds:
         level = 0.26
         if kind == "endotracheal tube":
             tip = CARINA_V - rng.uniform(0.1, 0.22)
             gap = _path(canvas, [(0.012, -1.3), (0.012, tip)])
-            drawn = np.maximum(
-                0.4 * (gap < 0.03), stroke(gap - 0.022, 0.6 * wire, canvas.pixel)
-            )
+            drawn = np.maximum(0.4 * (gap < 0.03), stroke(gap - 0.022, 0.6 * wire, canvas.pixel))
         elif kind == "central venous catheter":
             vein = [(sign * 0.62, -0.62), (sign * 0.4, -0.68), (sign * 0.18, -0.56)]
             if rng.random() < 0.5:
@@ -275,7 +287,12 @@ def _devices(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: P
             box = np.maximum(np.abs(canvas.u - u0) - 0.05, np.abs(canvas.v - v0) - 0.035)
             can = ramp(0.045 - np.maximum(box, 0), canvas.pixel)
             lead = [(u0, v0 - 0.06), (sign * 0.36, -0.66), (sign * 0.16, -0.56), (-0.06, -0.42)]
-            lead += [(-0.12, -0.1), (-0.1, 0.15), (0.04, a.dome_right_v), (0.22, a.dome_right_v + 0.05)]
+            lead += [
+                (-0.12, -0.1),
+                (-0.1, 0.15),
+                (0.04, a.dome_right_v),
+                (0.22, a.dome_right_v + 0.05),
+            ]
             drawn, level = np.maximum(can, stroke(_path(canvas, lead), wire, canvas.pixel)), 0.4
         else:
             gullet = [(0.03, -1.3), (0.035, -0.3), (0.05, 0.2), (0.06, a.dome_right_v + 0.1)]

@@ -1,4 +1,4 @@
-"""The healthy chest of a synthetic patient, and how it becomes a film.
+"""The healthy chest of a synthetic patient.
 
 Everything is drawn in anatomical coordinates: `u` runs from the patient's right (-1) to the left
 (+1), `v` from the neck (-1) to the abdomen (+1), and 1 is about 20 cm. A film is seen as if facing
@@ -6,15 +6,16 @@ the patient: the patient's right is on the image's left. Edges and lines are ant
 distance, so that every film size shows the same patient without supersampling.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float32
 
-from mmclip.data.manifest import Sex, View
-from mmclip.data.synthetic.preset import Preset, Side
+from mmclip.data.manifest import Sex
+from mmclip.data.synthetic.preset import Side
 
 Field = Float32[np.ndarray, "h w"]
 
@@ -104,24 +105,19 @@ def draw_anatomy(rng: np.random.Generator, sex: Sex) -> Anatomy:
 
 
 @dataclass(frozen=True)
-class Exposure:
-    """How one film was taken: position, dose, processing and what is written on it."""
+class Pose:
+    """How the patient stands before the film: what the anatomical coordinates become."""
 
-    view: View
     rotation_rad: float
     scale: float
     shift: tuple[float, float]
     stretch: float
-    gain: float
-    gamma: float
-    offset: float
-    inverse_noise: float
 
 
 class Canvas:
-    """One film while it is drawn: coordinates, the fields of the anatomy, and what findings change.
+    """One film while it is drawn: coordinates, fields of the anatomy, and what findings change.
 
-    Findings write to `air`, `vessels`, `density`, `ribs` and `rib_shift` only; `develop` reads them.
+    Findings write to `air`, `vessels`, `density`, `ribs` and `rib_shift` only.
 
     Attributes:
         pixel: Size of a pixel in anatomical units, the width of every sharp edge.
@@ -144,19 +140,19 @@ class Canvas:
         self,
         anatomy: Anatomy,
         film_px: int,
-        exposure: Exposure,
+        pose: Pose,
         known_sites: Sequence[tuple[float, float]] = (),
     ) -> None:
         a = anatomy
         grid = (np.arange(film_px, dtype=np.float32) + np.float32(0.5)) * (2 / film_px) - 1
-        x = (grid[None, :] - np.float32(exposure.shift[0])) / exposure.scale
-        y = (grid[:, None] - np.float32(exposure.shift[1])) / exposure.scale
-        cos, sin = np.cos(exposure.rotation_rad), np.sin(exposure.rotation_rad)
+        x = (grid[None, :] - np.float32(pose.shift[0])) / pose.scale
+        y = (grid[:, None] - np.float32(pose.shift[1])) / pose.scale
+        cos, sin = math.cos(pose.rotation_rad), math.sin(pose.rotation_rad)
         v = (sin * x + cos * y).astype(np.float32)
         amplitude, frequency, phase = a.bend
-        u = ((cos * x - sin * y) / exposure.stretch).astype(np.float32)
+        u = ((cos * x - sin * y) / pose.stretch).astype(np.float32)
         u += np.float32(amplitude) * np.sin(np.float32(frequency) * v + np.float32(phase))
-        self.anatomy, self.pixel = a, 2 / film_px / exposure.scale
+        self.anatomy, self.pixel = a, 2 / film_px / pose.scale
         self.u, self.v, self.r = u, v, np.abs(u)
         self.is_left = u > 0
 
@@ -227,7 +223,7 @@ def ramp(distance: Field, half_width: float) -> Field:
     return t * t * (3 - 2 * t)
 
 
-def stroke(distance: Field, half_width: float, pixel: float) -> Field:
+def stroke(distance: Field, half_width: float | Field, pixel: float) -> Field:
     """An anti-aliased line, 0..1, at distance 0; never thinner than it can be seen."""
     return np.clip((half_width - np.abs(distance)) / pixel + 0.75, 0, 1)
 
@@ -245,27 +241,7 @@ def smooth_noise(rng: np.random.Generator, film_px: int, n: int) -> Field:
     return basis @ weights @ basis.T
 
 
-def draw_exposure(rng: np.random.Generator, preset: Preset) -> Exposure:
-    """Draws how a film was taken, with the preset's spread of position and exposure."""
-    pose, light = preset.pose_spread, preset.exposure_spread
-
-    def spread(mean: float, half_range: float) -> float:
-        return float(rng.uniform(mean - half_range, mean + half_range))
-
-    return Exposure(
-        view="AP" if rng.random() < 0.15 else "PA",
-        rotation_rad=spread(0.0, 0.12 * pose),
-        scale=spread(0.98, 0.12 * pose),
-        shift=(spread(0.0, 0.12 * pose), spread(0.04, 0.10 * pose)),
-        stretch=spread(1.0, 0.06 * pose),
-        gain=float(np.exp(spread(-0.05, 0.22 * light))),
-        gamma=float(np.exp(spread(0.25, 0.30 * light))),
-        offset=spread(0.0, 0.06 * light),
-        inverse_noise=spread(1.0, 0.4),
-    )
-
-
-def _bones(canvas: Canvas) -> tuple[Field, Field]:
+def bones(canvas: Canvas) -> tuple[Field, Field]:
     """Density of ribs and clavicles, and of the spine, apart from the soft tissue."""
     a, r = canvas.anatomy, canvas.r
     v = canvas.v + canvas.rib_shift
@@ -302,16 +278,14 @@ def _bones(canvas: Canvas) -> tuple[Field, Field]:
     return ribs + clavicles, spine
 
 
-def _markings(canvas: Canvas) -> Field:
+def markings(canvas: Canvas) -> Field:
     """Vessels that branch from the hila and thin out towards the edge of the lung, 0..1."""
     a = canvas.anatomy
     hilum_v = np.where(canvas.is_left, np.float32(HILUM_V - 0.03), np.float32(HILUM_V))
     across, down = canvas.r - (HILUM_U - 0.05), canvas.v - hilum_v
     radius = np.sqrt(across**2 + down**2) + 1e-3
     angle = np.arctan2(down, across)
-    phase = np.where(
-        canvas.is_left, np.float32(a.vessel_phase[0]), np.float32(a.vessel_phase[1])
-    )
+    phase = np.where(canvas.is_left, np.float32(a.vessel_phase[0]), np.float32(a.vessel_phase[1]))
     bent = angle + 0.16 * np.sin(7 * radius + phase) + phase
 
     def fan(per_turn: float, width: float) -> Field:
@@ -323,100 +297,3 @@ def _markings(canvas: Canvas) -> Field:
     thin = fan(18, 0.004) * np.clip(radius * 8 - 1.2, 0, 1) * np.clip(1.3 - 1.9 * radius, 0, 1)
     hila = np.exp(-((across - 0.05) ** 2) / 0.004 - down**2 / 0.014) * a.hilum_scale
     return np.maximum(thick, 0.75 * thin) + 0.9 * hila
-
-
-def develop(
-    canvas: Canvas, exposure: Exposure, rng: np.random.Generator, preset: Preset
-) -> UInt8[np.ndarray, "h w"]:
-    """The film of a canvas: attenuation, tone curve, uneven exposure, noise, border and markers.
-
-    Nothing that is drawn at random here depends on the patient's findings.
-    """
-    a, u, v, r = canvas.anatomy, canvas.u, canvas.v, canvas.r
-    film_px, light = preset.film_px, preset.exposure_spread
-    torso = a.torso_half_width + 0.5 * ramp(-0.35 - v, 0.35)
-    shoulder = -0.86 + 0.3 * (r - 0.3) - 0.75 * np.exp(-((r / 0.26) ** 4))
-    body = ramp(torso - r, 0.03) * ramp(v - shoulder, 0.04)
-    thick = np.clip(1 - (r / torso) ** 2, 0, 1)
-
-    air = canvas.air
-    film = (a.wall_density + 0.17 * thick) * (1 - 0.68 * air)
-    film += 0.17 * canvas.central * canvas.lung
-    film += 0.12 * ramp(v - canvas.dome, 0.02)
-    bones, spine = _bones(canvas)
-    film += bones + spine
-    film += a.vessel_density * _markings(canvas) * canvas.vessels * air
-
-    trachea = TRACHEA_HALF_WIDTH - np.abs(u - 0.012)
-    film -= 0.13 * ramp(trachea, 0.015) * ramp(CARINA_V - v, 0.03)
-    main = np.abs(v - CARINA_V - 0.75 * r) - 0.03
-    film -= 0.07 * ramp(-main, 0.015) * ramp(0.22 - r, 0.02)
-    if a.bubble_radius > 0.015:
-        gas = np.sqrt(((u - a.bubble_u) / 1.7) ** 2 + (v - a.dome_left_v - 0.06 - a.bubble_radius) ** 2)
-        film -= 0.2 * ramp(a.bubble_radius - gas, 0.02) * (v > canvas.dome + 0.03)
-    if a.breast_density > 0:
-        oval = np.sqrt((r - 0.44) ** 2 + ((v - a.breast_v) / 1.1) ** 2)
-        lower = 0.45 + 0.55 * ramp(v - a.breast_v + 0.1, 0.2)
-        film += a.breast_density * lower * ramp(a.breast_radius - oval, 0.03)
-    blade = a.chest_half_width * 0.9 - 0.1 * np.clip(-v - 0.2, 0, 0.5)
-    film += 0.035 * ramp(r - blade, 0.012) * ramp(0.05 - v, 0.08)  # the shoulder blades
-    film += canvas.density
-    film *= body
-
-    film *= 1 + 0.10 * light * smooth_noise(rng, film_px, 4)
-    film += 0.055 * light * smooth_noise(rng, film_px, 6) * body
-    film = np.clip(film * exposure.gain + exposure.offset * body, 0.004, 2)
-    # The shoulder of the tone curve keeps dense parts from turning plain white.
-    film = (1.25 - 1.25 * np.exp(-1.5 * film)) ** np.float32(exposure.gamma)
-    film += rng.standard_normal(film.shape, dtype=np.float32) * (
-        preset.noise_ratio * exposure.inverse_noise
-    )
-    _write_on(film, rng)
-    return (np.clip(film, 0, 1) * 255).round().astype(np.uint8)
-
-
-GLYPHS = {
-    "L": "100100100100111",
-    "R": "110101110101101",
-    "P": "110101110100100",
-    "A": "010101111101101",
-    "0": "111101101101111",
-    "1": "010110010010111",
-    "2": "110001010100111",
-    "3": "110001010001110",
-    "4": "101101111001001",
-    "7": "111001010010010",
-}
-"""Letters of 5 rows and 3 columns, drawn by hand."""
-
-
-def _stamp(film: Field, text: str, row: int, column: int, zoom: int, level: float) -> None:
-    for i, character in enumerate(text):
-        glyph = np.array([*map(int, GLYPHS[character])], dtype=bool).reshape(5, 3)
-        glyph = glyph.repeat(zoom, 0).repeat(zoom, 1)
-        left = column + i * 4 * zoom
-        area = film[row : row + 5 * zoom, left : left + 3 * zoom]
-        area[glyph[: area.shape[0], : area.shape[1]]] = level
-
-
-def _write_on(film: Field, rng: np.random.Generator) -> None:
-    """Collimation border, side marker and burnt-in text, none of which knows of any finding."""
-    n = film.shape[0]
-    zoom = max(1, round(n / 80))
-    draws = rng.random(10)
-    numbers = "".join(rng.choice(list("012347"), 4))
-    level = 0.85 + 0.15 * float(draws[0])
-    for edge in range(4):  # collimation, each side of its own
-        if draws[1 + edge] < 0.25:
-            width = 1 + int(draws[1 + edge] * 4 * 0.05 * n)
-            view = np.rot90(film, edge)
-            view[:width] = 0.02
-    row = int((0.03 + 0.1 * draws[5]) * n)
-    if draws[6] < 0.45:
-        _stamp(film, "R", row, int((0.04 + 0.08 * draws[7]) * n), zoom, level)
-    elif draws[6] < 0.9:
-        _stamp(film, "L", row, int((0.86 + 0.06 * draws[7]) * n), zoom, level)
-    if draws[8] < 0.5:
-        text = ("AP" if draws[9] < 0.3 else "") + numbers
-        place = int(n - 8 * zoom) if draws[8] < 0.25 else row
-        _stamp(film, text, place, int((0.3 + 0.3 * draws[9]) * n), zoom, 0.75 * level)

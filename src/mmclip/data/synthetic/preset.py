@@ -110,7 +110,7 @@ class Preset:
             raise ValueError(f"n_held_out={self.n_held_out} needs combinations in held_out")
 
     def n_patients(self, split: Split) -> int:
-        """Patients of a split: in train with the unpaired, in test with the held out, at the end."""
+        """Patients of a split, with the unpaired of train and the held out of test at the end."""
         counts: dict[Split, int] = {
             "train": self.n_train + self.n_unpaired,
             "val": self.n_val,

@@ -1,0 +1,208 @@
+"""Image files of any kind a chest film comes in, to one uint8 grey film, air dark.
+
+A film that cannot be read whole is an error with a reason, never a film with a hole in it. No
+message holds anything of a DICOM header but technical facts: names and dates stay where they are.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydicom.errors import InvalidDicomError
+from pydicom.multival import MultiValue
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+from mmclip.data.manifest import Reason
+
+MAX_PX = 100_000_000
+"""Pixels of the largest film that is read. [chosen: detectors have up to 20 million]"""
+
+BLANK_RANGE = 3
+"""A film whose 1 % and 99 % quantiles differ by less is blank, in grey levels of 255. [chosen: the
+darkest of 3,620 real films has 40]"""
+
+_DICOM_MAGIC = b"DICM"
+
+_DICOM_FAULTS = (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError)
+"""What pydicom raises on a file that breaks the standard."""
+
+
+class FilmError(ValueError):
+    """A file gives no film; `reason` says why in a word of the manifest."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
+        self.reason, self.detail = reason, detail
+
+
+def read_film(path: Path, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w"]:
+    """One grey film from a PNG, JPEG, other raster or DICOM file; the kind is told by content.
+
+    Args:
+        path: The file.
+        max_px: A larger film is refused from its header, before any pixel is decoded.
+
+    Returns:
+        0..255, air dark.
+
+    Raises:
+        FilmError: When the file is missing, empty, no image, truncated, too large or blank.
+    """
+    return decode_film(read_bytes(path), max_px)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        FilmError: When there is no such file, it cannot be read, or it is empty.
+    """
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FilmError(Reason.IMAGE_MISSING) from None
+    except OSError as error:
+        raise FilmError(Reason.IMAGE_UNREADABLE, error.strerror or "") from None
+    if not content:
+        raise FilmError(Reason.IMAGE_EMPTY)
+    return content
+
+
+def decode_film(content: bytes, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w"]:
+    """As `read_film`, from the bytes of a file."""
+    is_dicom = content[128:132] == _DICOM_MAGIC
+    film = _decode_dicom(content, max_px) if is_dicom else _decode_raster(content, max_px)
+    low, high = np.quantile(film, [0.01, 0.99])
+    if high - low < BLANK_RANGE:
+        raise FilmError(Reason.IMAGE_BLANK, f"grey levels {low:.0f} to {high:.0f} of 255")
+    return film
+
+
+def _check_size(width: int, height: int, max_px: int) -> None:
+    if width * height > max_px:
+        raise FilmError(Reason.IMAGE_TOO_LARGE, f"{width} x {height}, at most {max_px:,} pixels")
+
+
+def _decode_raster(content: bytes, max_px: int) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            # Our own limit stands before any decoding; Pillow's would only warn.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content))
+    except Image.DecompressionBombError:
+        raise FilmError(Reason.IMAGE_TOO_LARGE, f"at most {max_px:,} pixels") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        raise FilmError(Reason.IMAGE_UNREADABLE, "not PNG, JPEG, DICOM or the like") from None
+    with image:
+        _check_size(*image.size, max_px)
+        if getattr(image, "n_frames", 1) > 1:
+            raise FilmError(Reason.IMAGE_UNREADABLE, "several frames: an animation, not a film")
+        try:
+            image.load()
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            detail = str(error).split("(")[0].strip()
+            raise FilmError(Reason.IMAGE_TRUNCATED, detail) from None
+        return _to_grey(ImageOps.exif_transpose(image))
+
+
+def _to_grey(image: Image.Image) -> np.ndarray:
+    """Any mode to uint8: 8 bits as they are, more bits by their own range, colour by luminance."""
+    if image.mode in ("L", "RGB", "CMYK", "YCbCr"):
+        return np.asarray(image.convert("L"))
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        # PadChest keeps 12 to 16 bits in 16-bit files without saying which: the film's own
+        # darkest and brightest pixels are the only range that is sure.
+        return stretch(np.asarray(image))
+    if image.mode in ("1", "P", "PA", "LA", "La", "RGBA", "RGBa", "RGBX", "HSV", "LAB"):
+        has_alpha = image.mode in ("PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info
+        if not has_alpha:
+            return np.asarray(image.convert("RGB").convert("L"))
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        return np.asarray(Image.alpha_composite(black, image.convert("RGBA")).convert("L"))
+    raise FilmError(Reason.IMAGE_UNREADABLE, f"pixel mode {image.mode}")
+
+
+def stretch(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
+    """Maps low..high (by default the extremes) to 0..255 uint8; what lies outside is clipped."""
+    low = float(values.min()) if low is None else low
+    high = float(values.max()) if high is None else high
+    scaled = (values.astype(np.float32) - low) * (255 / max(high - low, 1e-6))
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def _decode_dicom(content: bytes, max_px: int) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pydicom, on values that are not used here
+        try:
+            data = pydicom.dcmread(io.BytesIO(content))
+            rows, columns = int(data.get("Rows") or 0), int(data.get("Columns") or 0)
+            frames = int(data.get("NumberOfFrames") or 1)
+            samples = int(data.get("SamplesPerPixel") or 1)
+            n_bytes = rows * columns * samples * int(data.get("BitsAllocated") or 8) // 8
+        except (InvalidDicomError, EOFError, *_DICOM_FAULTS) as error:
+            raise FilmError(Reason.IMAGE_UNREADABLE, type(error).__name__) from None
+        _check_size(columns, rows, max_px)
+        if "PixelData" not in data or not rows or not columns:
+            raise FilmError(Reason.IMAGE_UNREADABLE, "a DICOM file without pixels")
+        if frames > 1:
+            raise FilmError(Reason.IMAGE_UNREADABLE, f"{frames} frames: a loop, not a film")
+        syntax = data.file_meta.get("TransferSyntaxUID")
+        if not (syntax and syntax.is_compressed) and len(data.PixelData) < n_bytes:
+            raise FilmError(
+                Reason.IMAGE_TRUNCATED, f"{len(data.PixelData):,} of {n_bytes:,} pixel bytes"
+            )
+        try:
+            return _dicom_to_grey(data)
+        except (*_DICOM_FAULTS, EOFError, NotImplementedError, RuntimeError) as error:
+            name = syntax.name if syntax else "unknown"
+            detail = f"pixels in transfer syntax {name!r}: {type(error).__name__}"
+            raise FilmError(Reason.IMAGE_UNREADABLE, detail) from None
+
+
+def _dicom_to_grey(data: pydicom.Dataset) -> np.ndarray:
+    """Modality LUT, then VOI LUT or the first window, then the photometric interpretation.
+
+    Without either, the film's own extremes are the range: the bits say nothing of a detector's.
+
+    Source: DICOM PS3.3 C.11.2.1.2 (window functions) and PS3.4 N.2 (order of the steps).
+    """
+    pixels = data.pixel_array
+    if pixels.ndim == 3:  # RGB-stored grey, or colour
+        full = 2 ** int(data.BitsStored) - 1
+        return np.asarray(Image.fromarray(stretch(pixels, 0, full)).convert("L"))
+    values = np.asarray(apply_modality_lut(pixels, data))
+    center, width = _first(data.get("WindowCenter")), _first(data.get("WindowWidth"))
+    if data.get("VOILUTSequence"):
+        bits = int(data.VOILUTSequence[0].LUTDescriptor[2])
+        film = stretch(apply_voi_lut(values, data, index=0), 0, 2**bits - 1)
+    elif center is None or width is None or width < 1:
+        film = stretch(values)
+    elif data.get("VOILUTFunction", "LINEAR") == "SIGMOID":
+        film = stretch(1 / (1 + np.exp(-4 * (values - center) / width)), 0, 1)
+    elif data.get("VOILUTFunction") == "LINEAR_EXACT":
+        film = stretch(values, center - width / 2, center + width / 2)
+    else:
+        film = stretch(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
+    return 255 - film if data.get("PhotometricInterpretation") == "MONOCHROME1" else film
+
+
+def _first(value: object) -> float | None:
+    """The first of one or several windows, or None where the tag is absent or empty."""
+    if value is None or value == "":
+        return None
+    return float(value[0] if isinstance(value, MultiValue) else value)  # pyright: ignore[reportArgumentType]
+
+
+def resize_film(film: UInt8[np.ndarray, "h w"], size_px: int) -> UInt8[np.ndarray, "s s"]:
+    """The film in a square of size_px, both sides scaled on their own, bilinear with antialias.
+
+    Source: what ViTImageProcessor does, so that an exported folder needs no other preprocessing.
+    """
+    if film.shape == (size_px, size_px):
+        return film
+    image = Image.fromarray(film).resize((size_px, size_px), Image.Resampling.BILINEAR)
+    return np.asarray(image)
