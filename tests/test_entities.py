@@ -126,6 +126,9 @@ SCOPES = [
     ("Possible effusion without pneumothorax.", ["?pleural effusion", "-pneumothorax"]),
     ("No effusion, possible edema.", ["-pleural effusion", "?edema"]),
     ("Pneumothorax?", ["?pneumothorax"]),
+    ("No pneumothorax, clearly, or effusion.", ["-pneumothorax", "-pleural effusion"]),
+    ("No edema or mass; and pneumonia cannot be excluded.", ["-edema", "-mass", "?pneumonia"]),
+    ("No edema, and pneumonia cannot be excluded.", ["-edema", "?pneumonia"]),
     ("1. No edema.\n2. Cardiomegaly.", ["-edema", "cardiomegaly"]),
     ("No edema\n\nNodule", ["-edema", "nodule"]),
     ("No pleural\neffusion or\npneumothorax.", ["-pleural effusion", "-pneumothorax"]),
@@ -208,6 +211,11 @@ def test_a_very_long_text_is_read_to_its_end(finder):  # in minutes if a join we
     text = "enlarged heart is enlarged no " * 5_000  # parts of words apart, and no full stop
     (found,) = finder.find([text])
     assert sum(e.concept == "cardiomegaly" for e in found) >= 5_000
+
+
+def test_a_finding_wins_over_a_longer_place(finder):
+    text = "Left hilar enlargement and a displaced left rib fracture."
+    assert findings(finder, text) == ["hilar enlargement", "rib fracture"]
 
 
 def test_longer_forms_win(finder):

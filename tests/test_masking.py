@@ -386,7 +386,7 @@ def test_token_masks_follow_a_permutation_and_stand_alone(made_texts: tuple[torc
 
 def test_a_concept_without_a_draw_is_one_clear_error():
     groups = torch.tensor([[1, 5]])
-    with pytest.raises(ValueError, match="concept 5, .* up to 2; draw 6 numbers a row"):
+    with pytest.raises(ValueError, match=r"concept 5, .* up to 2; draw 6 numbers a row"):
         choose_masked_entities(
             groups, torch.ones(1, 2, dtype=torch.bool), uniform(0, 1, 3), uniform(1, 1, 2), 0.5
         )
