@@ -99,6 +99,13 @@ def test_positions_by_hand():
     torch.testing.assert_close(angles, torch.tensor(want))
 
 
+def test_one_half_of_a_position_says_the_row_and_the_other_the_column():
+    row, column = grid_positions((2, 3), 16).view(2, 3, 16).split(8, -1)
+    assert torch.equal(row, row[:, :1].expand_as(row)) and not torch.equal(row[0], row[1])
+    assert torch.equal(column, column[:1].expand_as(column))
+    assert torch.pdist(column[0]).min() > 0.1
+
+
 def test_every_place_of_the_grid_has_its_own_position():
     positions = grid_positions((14, 14), 64)
     distance = torch.cdist(positions, positions) + 10 * torch.eye(196)

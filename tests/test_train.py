@@ -76,7 +76,7 @@ def gradients(config: TrainConfig, batches: MadeBatches) -> tuple[float, dict[st
 
     state.optimizer = accelerator.prepare(Keep(state.model.parameters(), lr=1.0))
     terms = train_step(
-        accelerator, state, batches, contrastive_sums, contrastive_counts,
+        accelerator, state, batches.batch, contrastive_sums, contrastive_counts,
         {"contrastive": 1.0}, config,
     )  # fmt: skip
     return float(terms["contrastive"]), kept
@@ -162,7 +162,7 @@ def test_accumulation_divides_by_the_count_of_the_whole_batch():
             for half in (slice(0, 4), slice(4, 8))
         ]
     terms = train_step(
-        accelerator, state, batches, contrastive_sums, contrastive_counts,
+        accelerator, state, batches.batch, contrastive_sums, contrastive_counts,
         {"contrastive": 1.0}, config,
     )  # fmt: skip
     assert float(terms["contrastive"]) == pytest.approx(sum(sums) / 5, rel=1e-5)
@@ -172,7 +172,7 @@ def fit_here(
     run: Path, batches: MadeBatches, state: TrainState, accelerator: Accelerator, saved: list[int]
 ) -> None:
     fit(
-        accelerator, state, batches, contrastive_sums, contrastive_counts, {"contrastive": 1.0},
+        accelerator, state, batches.batch, contrastive_sums, contrastive_counts, {"contrastive": 1.0},
         CONFIG, run, lambda s: saved.append(s.step),
     )  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_one_batch_can_be_learnt_by_heart(tmp_path: Path):
     config = TrainConfig(steps=60, batch_size=8, base_lr=0.1, log_every_steps=60)
     state = new_state(accelerator, config)
     fit(
-        accelerator, state, OneBatch(), contrastive_sums, contrastive_counts,
+        accelerator, state, OneBatch().batch, contrastive_sums, contrastive_counts,
         {"contrastive": 1.0}, config, tmp_path, lambda s: None,
     )  # fmt: skip
     # Texts are equal two by two, so the floor is log 2: the even split over two positives.

@@ -3,18 +3,21 @@
 Imports of torch and transformers happen inside the commands, so that --help is quick.
 """
 
-import json
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from mmclip import __version__
 from mmclip.progress import console
+
+if TYPE_CHECKING:
+    from mmclip.data.manifest import Split
+    from mmclip.results import RunResults
 
 app = typer.Typer(
     name="mmclip",
@@ -79,8 +82,8 @@ def demo(
     """
     from mmclip.demo import run_demo
 
-    page = run_demo(out, seed, shuffle_pairs, tuple(set_ or ()), _command())
-    print(page)
+    results = run_demo(out, seed, shuffle_pairs, tuple(set_ or ()), _command())
+    _print_results(results, out)
 
 
 @data_app.command("build")
@@ -224,26 +227,64 @@ def zeroshot(
     prompts: Annotated[str, typer.Option(help="Prompt set: a name or a path.")] = "default",
     draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")] = False,
 ) -> None:
     """Scores films by what a report would say of them; AUROC with 95 % intervals.
 
     Example: `mmclip zeroshot --run runs/a --data data/films --source kermany --out runs/a/kermany`
     """
-    from mmclip.evaluate import evaluate_zeroshot
+    import torch
 
-    results = evaluate_zeroshot(
+    from mmclip.zeroshot import evaluate
+
+    results = evaluate(
         run,
         tuple(data),
         out,
-        split=split,
+        split=_split(split),
         sources=tuple(source or ()),
         findings=tuple(finding or ()),
         prompt_set=prompts,
         draws=draws,
         seed=seed,
         command=_command(),
+        device=torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda"),
     )
-    print(json.dumps(results))
+    _print_results(results, out)
+
+
+def _split(name: str) -> "Split":
+    if name not in ("train", "val", "test"):
+        raise ValueError(f"split {name!r} is none of train, val, test")
+    return name
+
+
+def _print_results(results: "RunResults", out: Path) -> None:
+    """The table for people on stderr, the page's path on stdout."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("finding", "AUROC", "95 %", "AUPRC", "F1", "MCC", "present", "absent"):
+        table.add_column(column, justify="left" if column == "finding" else "right")
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    def interval(ci: tuple[float, float] | None) -> str:
+        return "–" if ci is None else f"{ci[0]:.3f}–{ci[1]:.3f}"
+
+    for row in results.findings:
+        values = (number(row.auroc), interval(row.auroc_ci), number(row.auprc), number(row.f1))
+        counts = (str(row.n_positive), str(row.n_negative))
+        table.add_row(row.finding, *values, number(row.mcc), *counts)
+    macro = (results.macro_auroc, results.macro_auprc, results.macro_f1, results.macro_mcc)
+    auroc, auprc, f1, mcc = map(number, macro)
+    spread = interval(results.macro_auroc_ci)
+    table.add_row("macro", auroc, spread, auprc, f1, mcc, "", "", style="bold")
+    for name, control in results.controls.items():
+        table.add_row(f"control: {name}", number(control.macro_auroc), style="dim")
+    console.print(table)
+    for row in results.undefined:
+        console.print(f"not scored: {row.finding} ({row.reason})", style="yellow")
+    print(out / "page.html")
 
 
 def main() -> None:

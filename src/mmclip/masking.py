@@ -376,7 +376,7 @@ def _groups_at(groups: Tensor, is_here: Tensor, n_groups: int) -> Tensor:
 
 
 def _share(is_candidate: Tensor, ratio: float) -> Tensor:
-    # In double: in float32, 0.15 * 30 is more than 4.5 and would round the other way.
+    # In double: in float32, 0.15 * 190 is not the 28.5 that it is in Python, and rounds elsewhere.
     return (ratio * is_candidate.sum(1).double()).round().clamp(min=1)
 
 

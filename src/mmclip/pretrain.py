@@ -175,7 +175,7 @@ def pretrain(job: Job) -> Path:
     fit(
         accelerator,
         state,
-        batches,
+        batches.batch,
         contrastive_sums,
         contrastive_counts,
         {"contrastive": 1.0},

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,8 @@ class NonFiniteLoss(RuntimeError):
     """A loss term became infinite or not a number; the message names it and the saved batch."""
 
 
-class Batches(Protocol):
-    """What the loop reads: the rows `part` of the batch of a step."""
-
-    def batch(self, step: int, part: slice) -> Batch: ...
+ReadBatch = Callable[[int, slice], Batch]
+"""What the loop reads from: (step, part) -> the rows `part` of the batch of a step."""
 
 
 LossSums = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -120,7 +118,7 @@ def part_of(batch_size: int, micro: int, n_micro: int, rank: int, world: int) ->
 def train_step(
     accelerator: Accelerator,
     state: TrainState,
-    batches: Batches,
+    read_batch: ReadBatch,
     loss_sums: LossSums,
     loss_counts: LossCounts,
     weights: Mapping[str, float],
@@ -140,7 +138,7 @@ def train_step(
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     micro = [
-        batches.batch(
+        read_batch(
             state.step, part_of(config.batch_size, m, config.micro_batches, rank, world)
         ).to(accelerator.device)
         for m in range(config.micro_batches)
@@ -179,7 +177,7 @@ def train_step(
 def fit(
     accelerator: Accelerator,
     state: TrainState,
-    batches: Batches,
+    read_batch: ReadBatch,
     loss_sums: LossSums,
     loss_counts: LossCounts,
     weights: Mapping[str, float],
@@ -192,7 +190,7 @@ def fit(
     Args:
         accelerator: Prepared; it decides device, precision and processes.
         state: New or resumed; changed in place.
-        batches: Where rows come from.
+        read_batch: Where rows come from.
         loss_sums: The model's loss terms on a batch.
         loss_counts: The number of elements of each term in a batch.
         weights: Of each term; the terms not named are not trained.
@@ -212,10 +210,10 @@ def fit(
         while state.step < config.steps:
             try:
                 values = train_step(
-                    accelerator, state, batches, loss_sums, loss_counts, weights, config
+                    accelerator, state, read_batch, loss_sums, loss_counts, weights, config
                 )
             except NonFiniteLoss as error:
-                where = _save_failed(accelerator, state, batches, config, run)
+                where = _save_failed(accelerator, state, read_batch, config, run)
                 raise NonFiniteLoss(
                     f"{error}; this process's rows are in {where}; a lower train.base_lr or "
                     f"train.precision=fp32 is the usual remedy"
@@ -258,14 +256,14 @@ def _cut_log(path: Path, step: int) -> None:
 
 
 def _save_failed(
-    accelerator: Accelerator, state: TrainState, batches: Batches, config: TrainConfig, run: Path
+    accelerator: Accelerator, state: TrainState, read_batch: ReadBatch, config: TrainConfig, run: Path
 ) -> Path:
     rank, world = accelerator.process_index, accelerator.num_processes
     folder = run / f"nonfinite_step_{state.step:06d}_process_{rank}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for m in range(config.micro_batches):
-        batch = batches.batch(
+        batch = read_batch(
             state.step, part_of(config.batch_size, m, config.micro_batches, rank, world)
         )
         tensors = {k: v.contiguous() for k, v in batch.tensors().items()}

@@ -1,8 +1,11 @@
 """Zero-shot classification: a film is compared with what a report would say of it."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,17 +15,28 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.bootstrap import score_findings
-from mmclip.checkpoint import Checkpoint
-from mmclip.data.dataset import Rows, normalise
+from mmclip.checkpoint import Checkpoint, code_version, load_checkpoint
+from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.manifest import ManifestError, Split
 from mmclip.data.text import tokenise
 from mmclip.metrics import Threshold, choose_thresholds, known
 from mmclip.models.mmclip import MMCLIP
 from mmclip.progress import progress
-from mmclip.prompts import PromptSet
+from mmclip.prompts import PromptSet, load_prompts
+from mmclip.results import (
+    GalleryItem,
+    RunResults,
+    checked,
+    write_page,
+    write_plots,
+    write_results,
+)
 
 FRONTAL = ("PA", "AP", "unknown")
 """The views that are scored; a lateral film shows other things under the same name."""
+
+GALLERY_FILMS = 12
+"""Films on the page, evenly spaced over the rows: not chosen by how well they came out."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +188,19 @@ class ZeroShot:
     scores: Float[np.ndarray, "n k"]
     summary: dict
 
+    def patients(self) -> list[str]:
+        """The patient of each row."""
+        return [film.patient_id for film in self.rows.films]
+
+    def gallery(self, rows: Sequence[int]) -> list[GalleryItem]:
+        """Some rows as the page shows them."""
+        pixels = self.rows.pixels(np.array(rows)).numpy()
+        films = [self.rows.films[row] for row in rows]
+        return [
+            GalleryItem(row, film.film_id, image, film.report)
+            for row, film, image in zip(rows, films, pixels, strict=True)
+        ]
+
 
 def zeroshot(
     checkpoint: Checkpoint,
@@ -185,6 +212,7 @@ def zeroshot(
     findings: Sequence[str] = (),
     draws: int = 1000,
     seed: int = 0,
+    thresholds: bool = True,
 ) -> ZeroShot:
     """Scores the films of a split for each finding, with intervals over patients.
 
@@ -197,6 +225,7 @@ def zeroshot(
         findings: In this order; by default all that the films are labelled with.
         draws: Bootstrap draws.
         seed: Of the bootstrap.
+        thresholds: Whether to choose thresholds and score F1 and the like.
 
     Raises:
         ManifestError: When there is nothing to score, or a finding is labelled in no film.
@@ -225,7 +254,7 @@ def zeroshot(
         scores,
         [film.patient_id for film in scored.films],
         names,
-        thresholds=threshold_of(checkpoint, val, pair, names, scale),
+        thresholds=threshold_of(checkpoint, val, pair, names, scale) if thresholds else None,
         draws=draws,
         seed=seed,
     )
@@ -241,4 +270,110 @@ def save_scores(path: Path, result: ZeroShot) -> None:
         findings=np.array(result.findings),
         labels=result.labels,
         scores=result.scores,
+    )
+
+
+def write_zeroshot(
+    out: Path,
+    result: ZeroShot,
+    checkpoint: Checkpoint,
+    prompts: PromptSet,
+    *,
+    title: str,
+    kind: Literal["demo", "zeroshot"],
+    summary: str,
+    command: str,
+    seed: int,
+    wall_s: float,
+    gallery: Sequence[GalleryItem],
+    controls: Mapping[str, dict] | None = None,
+    combinations: Sequence[dict] = (),
+    facts: Mapping[str, str | int | float] | None = None,
+) -> RunResults:
+    """Writes results.json, scores.npz, plots/ and page.html, and returns the results."""
+    device = checkpoint.model.logit_scale.device
+    results = checked(
+        {
+            **result.summary,
+            "title": title,
+            "kind": kind,
+            "summary": summary,
+            "controls": dict(controls or {}),
+            "combinations": list(combinations),
+            "facts": dict(facts or {}),
+            "provenance": {
+                "command": command,
+                "seed": seed,
+                "config_hash": checkpoint.meta["config_hash"],
+                "data_hash": result.rows.data_hash,
+                "prompt_set": f"{prompts.id} version {prompts.version}",
+                "prompt_hash": prompts.hash,
+                "commit": code_version()["commit"],
+                "versions": {k: v for k, v in code_version().items() if k != "commit"},
+                "device": f"{device.type}, {torch.get_num_threads()} threads",
+                "wall_s": wall_s,
+                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        }
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    save_scores(out / "scores.npz", result)
+    columns = {"findings": result.findings, "labels": result.labels, "scores": result.scores}
+    write_plots(out, results, **columns)
+    texts = {finding: prompts.texts(finding) for finding in result.findings}
+    write_page(out, results, gallery, **columns, prompts=texts)
+    write_results(out, results)
+    return results
+
+
+def evaluate(
+    run: Path,
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    split: Split,
+    sources: Sequence[str],
+    findings: Sequence[str],
+    prompt_set: str,
+    draws: int,
+    seed: int,
+    command: str,
+    device: torch.device,
+) -> RunResults:
+    """What `mmclip zeroshot` does: load, score, write results, plots and page."""
+    began = time.monotonic()
+    checkpoint = load_checkpoint(run)
+    checkpoint.model.to(device)
+    prompts = load_prompts(prompt_set)
+    rows = open_rows(folders, checkpoint.config.data.film_px)
+    result = zeroshot(
+        checkpoint,
+        rows,
+        prompts,
+        split=split,
+        sources=sources,
+        findings=findings,
+        draws=draws,
+        seed=seed,
+    )
+    where = f"split {split}" + (f" of {', '.join(sources)}" if sources else "")
+    shown = np.linspace(0, len(result.rows) - 1, min(GALLERY_FILMS, len(result.rows))).astype(int)
+    return write_zeroshot(
+        out,
+        result,
+        checkpoint,
+        prompts,
+        title=f"Zero-shot: {where}",
+        kind="zeroshot",
+        summary=f"{len(result.rows)} films, {where}, scored by {run.name}"
+        f" at step {checkpoint.meta['step']}",
+        command=command,
+        seed=seed,
+        wall_s=time.monotonic() - began,
+        gallery=result.gallery([int(row) for row in shown]),
+        facts={
+            "training pairs": checkpoint.meta["n_pairs"],
+            "training data": checkpoint.meta["data_hash"][:12],
+            "step": checkpoint.meta["step"],
+        },
     )

@@ -69,8 +69,9 @@ _HEADERS: dict[Kind, tuple[str, ...]] = {
 }
 _KIND_OF_GROUP: list[Kind] = list(_HEADERS)
 _HEADER = re.compile(
-    r"(?<![\w-])(?:%s)[ \t]*(?::|(?=\n|$))"
-    % "|".join(f"({'|'.join(names)})" for names in _HEADERS.values()),
+    r"(?<![\w-])(?:"
+    + "|".join("(" + "|".join(names) + ")" for names in _HEADERS.values())
+    + r")[ \t]*(?::|(?=\n|$))",
     re.IGNORECASE,
 )
 _BANNER = re.compile(
@@ -83,9 +84,22 @@ _MARK = r"(?:\[\*\*.*?\*\*\]|_{2,}|(?<![A-Za-z])(?:X{3,}|x{4,})(?![A-Za-z]))"
 # One or several marks with only separators between them, such as ___/___ or XXXX, XXXX.
 _MARKS = re.compile(rf"{_MARK}(?:[ \t]*[-/:,]?[ \t]*{_MARK})*", re.DOTALL)
 _MARKED_XRAY = re.compile(rf"\b(x)-{_MARK}", re.IGNORECASE)
+_GAP = "\0"  # stands for removed marks until the text around them is mended
+_MENDS = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (rf"[-/:]?{_GAP}[-/:](?=\w)|[-/]{_GAP}", _GAP),  # ___-year-old, Dual-XXXX
+        (rf"[(\[][\s,;:{_GAP}]*{_GAP}[\s,;:{_GAP}]*[)\]]", " "),
+        (rf"(^|[.?!]\s|[\n(])[ ]*(?:{_GAP}[\s.,;:?!]*)+([a-z]?)", r"\1\2"),
+        (rf"\s*[,;:]?\s*{_GAP}\s*(?=[.,;:?!)])", ""),
+        (rf"\s*{_GAP}\s*", " "),
+    )
+]
 _ITEM = re.compile(r"(?:(?<=[.;:?!])[ \t]+|(?<=[.;:?!])|^[ \t]*)\(?(\d{1,2})[.)](?=\s|[A-Z])", re.M)
 _BULLET = re.compile(r"^[ \t]*[-*•·][ \t]+", re.M)
-_EMPTY_BRACKETS = re.compile(r"\(\W*\)|\[\W*\]|\[<|>\]")
+_TEMPLATE_MARKS = re.compile(r"\[<|>\]")
+_PARAGRAPH_WITHOUT_STOP = re.compile(r"(?<=[A-Za-z0-9)])[ \t]*\n[ \t]*\n\s*(?=[A-Z])")
+_DOUBLE_STOP = re.compile(r"(?<=[.?!])(?:\s*\.)+(?=\s|$)")
 _NOTHING = {"", "none", "n/a", "na", "nan", "null", "nil", "not available", "not applicable"}
 
 _CHARACTERS = str.maketrans(
@@ -133,19 +147,17 @@ def _remove_numbering(text: str) -> str:
 
 def _clean(text: str) -> str | None:
     """One section as running text, or None when no words are left."""
-    text = _MARKED_XRAY.sub(r"\1-ray", text)  # Open-I hides the "ray" of every other x-ray
+    text = _MARKED_XRAY.sub(r"\1-ray", text)  # Open-I hides the "ray" of most x-rays
     text = _remove_numbering(text)
-    text = _MARKS.sub(" ", text)
-    text = re.sub(r"(?<=[A-Za-z0-9)])[ \t]*\n[ \t]*\n\s*(?=[A-Z])", ". ", text)
-    text = _EMPTY_BRACKETS.sub(" ", text)
+    text = _MARKS.sub(_GAP, text)
+    text = _TEMPLATE_MARKS.sub(" ", text)
+    text = _PARAGRAPH_WITHOUT_STOP.sub(". ", text)
+    for pattern, new in _MENDS:
+        text = pattern.sub(new, text)
     text = " ".join(text.split())
-    # What the removed marks leave behind: punctuation without its word.
-    text = re.sub(r"(?<![\w)\]%'\"])[-/:](?=\s|$)|(?<!\S)[-/:](?=[A-Za-z])", " ", text)
-    text = re.sub(r"\s+(?=[.,;:?!)])", "", text)
-    text = re.sub(r"\(\s+", "(", text)
-    text = re.sub(r"[,;:]+(?=[.?!])|(?<=[.?!;:,])[,;]+|(?<=[.?!])[.]+(?=\s|$)", "", text)
-    text = re.sub(r"^[\s.,;:?!)/]+|[\s,;:(/]+$", "", text)
-    text = " ".join(text.split())
+    text = re.sub(r"\s+(?=[.,;:)](?:\s|$))", "", text)
+    text = _DOUBLE_STOP.sub("", text)
+    text = text.lstrip(" .,;:?!)/").rstrip(" ,;:(/")
     if text.strip(" .").lower() in _NOTHING or not any(c.isalpha() for c in text):
         return None
     return text
@@ -164,8 +176,10 @@ def _sections(text: str) -> tuple[str, list[tuple[Kind, str]]]:
             assert match.lastindex is not None
             found.append((_KIND_OF_GROUP[match.lastindex - 1], match.start(), match.end()))
     ends = [start for _, start, _ in found[1:]] + [len(text)]
-    prefix = text[: found[0][1]] if found else text
-    return prefix, [(kind, text[a:end]) for (kind, _, a), end in zip(found, ends, strict=True)]
+    parts: list[tuple[Kind, str]] = [
+        (kind, text[start:end]) for (kind, _, start), end in zip(found, ends, strict=False)
+    ]
+    return text[: found[0][1]] if found else text, parts
 
 
 def _body(text: str, prefix: str, sections: Sequence[tuple[Kind, str]]) -> str:

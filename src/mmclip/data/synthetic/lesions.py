@@ -127,7 +127,7 @@ def _consolidation(
     canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: Preset
 ) -> Field:
     radius = _pick(lesion, 0.15, 0.2, 0.27) * preset.lesion_scale * rng.uniform(0.9, 1.1)
-    u0, v0 = canvas.site(rng, canvas.side(lesion.side) & (canvas.air > 0.8))
+    u0, v0 = canvas.site(rng, lesion.side, canvas.air > 0.8)
     uneven = smooth_noise(rng, len(canvas.u), 14)
     across, down = canvas.u - u0, canvas.v - v0
     distance = np.sqrt(across**2 + down**2)
@@ -180,7 +180,7 @@ def _mass(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: Pres
     radius = _pick(lesion, 0.095, 0.125, 0.155) * preset.lesion_scale * rng.uniform(0.92, 1.08)
     far = np.hypot(canvas.r - HILUM_U, canvas.v - HILUM_V) > 0.22 + 0.5 * radius
     inner = canvas.wall - canvas.r > 0.5 * radius
-    u0, v0 = canvas.site(rng, canvas.side(lesion.side) & far & inner)
+    u0, v0 = canvas.site(rng, lesion.side, far & inner)
     across, down = canvas.u - u0, canvas.v - v0
     angle = np.arctan2(down, across)
     lobes = _lobes(rng, angle, 0.07) + 0.02 * np.cos(13 * angle)
@@ -192,7 +192,7 @@ def _mass(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: Pres
 
 def _nodule(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: Preset) -> Field:
     radius = _pick(lesion, 0.042, 0.055, 0.068) * preset.lesion_scale
-    u0, v0 = canvas.site(rng, canvas.side(lesion.side) & (canvas.air > 0.8))
+    u0, v0 = canvas.site(rng, lesion.side, canvas.air > 0.8)
     distance = np.sqrt((canvas.u - u0) ** 2 + (canvas.v - v0) ** 2)
     field = ramp(radius - distance, 0.7 * canvas.pixel)
     canvas.density += 0.33 * preset.lesion_contrast * field
@@ -202,8 +202,7 @@ def _nodule(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: Pr
 def _atelectasis(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: Preset) -> Field:
     length = _pick(lesion, 0.13, 0.17, 0.22) * preset.lesion_scale * rng.uniform(0.9, 1.1)
     thickness = _pick(lesion, 0.012, 0.015, 0.019) * preset.lesion_scale
-    low = canvas.side(lesion.side) & (canvas.v > -0.15) & (canvas.air > 0.8)
-    u0, v0 = canvas.site(rng, low)
+    u0, v0 = canvas.site(rng, lesion.side, (canvas.v > -0.15) & (canvas.air > 0.8))
     tilt = rng.uniform(0.1, 0.55) * _sign(rng)
     bow = rng.uniform(-0.5, 0.5)
     cos, sin = math.cos(tilt), math.sin(tilt)
@@ -212,7 +211,7 @@ def _atelectasis(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, prese
     aside = cos * down - sin * across + bow * along**2
     taper = np.clip(1.15 - (along / length) ** 2, 0, 1)
     field = np.zeros_like(canvas.u)
-    for k in range(int(_pick(lesion, 1, 2, 2))):
+    for k in range((1, 2, 2)[SIZES.index(lesion.size)]):
         band = stroke(aside + 0.1 * k + 0.2 * k * along, thickness * taper, canvas.pixel)
         field = np.maximum(field, band * np.minimum(2 * taper, 1))
     field = field * canvas.lung * (1 - canvas.central) * canvas.side(lesion.side)
@@ -229,12 +228,11 @@ def _fracture(canvas: Canvas, rng: np.random.Generator, lesion: Lesion, preset: 
     share = rng.uniform(0.72, 0.86)
     curve = a.rib_slope * share**2 - 0.05 * share
     first = round((start - curve) / height + phase)
-    for k in range(int(_pick(lesion, 1, 2, 3))):
+    for k in range(1 + SIZES.index(lesion.size)):
         v0 = (first + k - phase) * height + curve
         reach = min(max((0.35 - v0) / (0.35 - a.apex_v), 0), 1)
-        u0 = (
-            sign * a.chest_half_width * np.sqrt(1 - reach**2.2) * (share + rng.uniform(-0.03, 0.03))
-        )
+        width = a.chest_half_width * math.sqrt(1 - reach**2.2)
+        u0 = sign * width * (share + rng.uniform(-0.03, 0.03))
         across, down = (canvas.u - u0) * sign, canvas.v - v0
         near = np.exp(-((across / 0.13) ** 2) - (down / (0.55 * height)) ** 4)
         step = ramp(across, 0.5 * canvas.pixel)

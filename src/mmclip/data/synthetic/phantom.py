@@ -193,16 +193,20 @@ class Canvas:
         return ramp(heart - self.r, soft) * (heart > 0.01), ramp(both - self.r, soft)
 
     def site(
-        self, rng: np.random.Generator, allowed: Bool[np.ndarray, "h w"]
+        self, rng: np.random.Generator, side: Side, allowed: Bool[np.ndarray, "h w"]
     ) -> tuple[float, float]:
-        """A random point (u, v) of free lung where `allowed` is true, or of any lung if none is."""
+        """A random point (u, v) of free lung on a side where `allowed` is true.
+
+        Where findings leave no such point, any point of that lung.
+        """
         draw = rng.random()
         if len(self.sites) < len(self.known_sites):
             site = self.known_sites[len(self.sites)]
         else:
-            places = np.flatnonzero(self.free & allowed)
+            lung = self.side(side) & (self.lung > 0.5)
+            places = np.flatnonzero(lung & self.free & allowed)
             if not places.size:
-                places = np.flatnonzero((self.lung > 0.5) & allowed)
+                places = np.flatnonzero(lung)
             place = places[int(draw * places.size)]
             site = float(self.u.flat[place]), float(self.v.flat[place])
         self.sites.append(site)
@@ -293,7 +297,7 @@ def markings(canvas: Canvas) -> Field:
         gap = np.abs(q - np.rint(q)) * (6.2832 / per_turn) * radius
         return np.clip((width - gap) / max(canvas.pixel, 0.012) + 0.5, 0, 1)
 
-    thick = fan(9, 0.014) * np.clip(1.6 - 4.0 * radius, 0, 1)
-    thin = fan(18, 0.004) * np.clip(radius * 8 - 1.2, 0, 1) * np.clip(1.3 - 1.9 * radius, 0, 1)
+    thick = fan(9.0, 0.014) * np.clip(1.6 - 4.0 * radius, 0, 1)
+    thin = fan(18.0, 0.004) * np.clip(radius * 8 - 1.2, 0, 1) * np.clip(1.3 - 1.9 * radius, 0, 1)
     hila = np.exp(-((across - 0.05) ** 2) / 0.004 - down**2 / 0.014) * a.hilum_scale
     return np.maximum(thick, 0.75 * thin) + 0.9 * hila

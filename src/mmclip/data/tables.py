@@ -1,0 +1,376 @@
+"""CSV tables of films, and the mapping that says what their columns and words mean."""
+
+import csv
+import hashlib
+import math
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from mmclip.config import Frozen, parse
+from mmclip.data.manifest import (
+    ABSENT,
+    PRESENT,
+    UNCERTAIN,
+    Excluded,
+    Film,
+    Reason,
+    Record,
+    Sex,
+    Split,
+    View,
+)
+from mmclip.data.text import Report, make_report, parse_report
+
+
+class SourceError(ValueError):
+    """A data set or its mapping cannot be read; the message names the place and the next step."""
+
+
+class Columns(Frozen):
+    """Names of the table's columns. A column that is not named here is not read."""
+
+    patient_id: str
+    film_id: str | None = None  # default: the image's
+    study_id: str | None = None  # default: see `read_csv`
+    image: str | None = None  # path relative to the root folder
+    report: str | None = None  # free text with or without headers; or the two sections below
+    findings: str | None = None
+    impression: str | None = None
+    split: str | None = None
+    view: str | None = None
+    source: str | None = None
+    age: str | None = None
+    sex: str | None = None
+    labels: str | None = None  # label words in one cell; or [labels.columns]
+
+    @model_validator(mode="after")
+    def _enough(self) -> "Columns":
+        if self.report is not None and (self.findings is not None or self.impression is not None):
+            raise ValueError("name either report, or findings and impression")
+        if self.film_id is None and self.image is None:
+            raise ValueError("name film_id or image: without them a row has no id")
+        return self
+
+
+class Meaning(Frozen):
+    """What one label word of a source says of findings."""
+
+    present: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    uncertain: tuple[str, ...] = ()
+
+
+class Labels(Frozen):
+    """How label cells are read. Finding names are lower-case radiology words.
+
+    Attributes:
+        separator: Between the words of a cell.
+        unknown: Words such as "todo": the film is not labelled, or not to the end.
+        blank: What an empty cell says of the source's findings.
+        map: Label word -> what it says. A word that is a finding's name in `closed`, in any case,
+            needs no entry.
+        closed: Source -> all the findings that its readers looked for: one of them that a labelled
+            film does not have is absent; any other finding is unknown. "*" stands for every source
+            that is not named.
+        columns: Table column -> finding, where each finding has its own column with 1 (present),
+            0 (absent) or -1 (uncertain), as in CheXpert.
+    """
+
+    separator: str = Field(default="|", min_length=1)
+    unknown: tuple[str, ...] = ()
+    blank: Literal["unknown", "absent"] = "unknown"
+    map: dict[str, Meaning] = Field(default_factory=dict)
+    closed: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    columns: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _canonical(self) -> "Labels":
+        names = {name for listed in self.closed.values() for name in listed}
+        names |= set(self.columns.values())
+        for meaning in self.map.values():
+            names |= {*meaning.present, *meaning.absent, *meaning.uncertain}
+        bad = sorted(name for name in names if name != " ".join(name.lower().split()) or not name)
+        if bad:
+            raise ValueError(f"finding names are lower case, single-spaced words; {bad} are not")
+        return self
+
+
+class CsvMapping(Frozen):
+    """What the columns and words of a CSV table mean."""
+
+    table: str = "studies.csv"  # relative to the root folder
+    delimiter: str = Field(default=",", min_length=1, max_length=1)
+    source: str = "csv"  # of every row, where no column names it
+    columns: Columns
+    views: dict[str, View] = Field(
+        default_factory=dict
+    )  # the table's word -> ours; PA, AP, L, lateral, ? need no entry
+    splits: dict[str, Split] = Field(
+        default_factory=dict
+    )  # likewise; train, val, test need no entry
+    labels: Labels = Labels()
+
+    @field_validator("views", "splits")
+    @classmethod
+    def _lower(cls, words: dict[str, str]) -> dict[str, str]:
+        return {word.strip().lower(): value for word, value in words.items()}
+
+    @model_validator(mode="after")
+    def _one_kind_of_labels(self) -> "CsvMapping":
+        if self.columns.labels is not None and self.labels.columns:
+            raise ValueError("name either columns.labels or [labels.columns]")
+        return self
+
+
+def load_mapping(path: Path) -> CsvMapping:
+    """Reads a mapping from its TOML file.
+
+    Raises:
+        SourceError: When the file cannot be read or is no TOML.
+        ConfigError: When a key is unknown or a value breaks a rule.
+    """
+    try:
+        values = tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise SourceError(f"the mapping {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SourceError(f"the mapping {path} is no valid TOML: {error}") from None
+    return parse(CsvMapping, values, f"mapping {path}")
+
+
+_VIEWS: dict[str, View] = {"": "unknown", "?": "unknown", "unknown": "unknown", "lateral": "L"}
+_VIEWS |= {view.lower(): view for view in get_args(View)}
+_SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}
+_BLANKS = {"", "nan", "n/a", "na", "none", "null"}
+
+
+def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iterator[Record]:
+    """The rows of a CSV table, one record each.
+
+    Without a study column, films of one patient with one report are a study, and a film without a
+    report is a study of its own. A row whose number of fields differs from the header's, or whose
+    labels contradict one another, is excluded; blank lines are no rows. Ages over 120 years, and
+    ages and sexes that cannot be read, are unknown.
+
+    Args:
+        root: Folder that the image paths are relative to.
+        table: Read in place of `mapping.table`.
+
+    Raises:
+        SourceError: At once, before any record: when the table cannot be read, lacks a column, or
+            holds label, view or split words that the mapping does not explain (all are listed).
+    """
+    path = root / mapping.table if table is None else table
+    _check_words(path, mapping)
+    return _csv_records(path, mapping)
+
+
+def _csv_records(path: Path, mapping: CsvMapping) -> Iterator[Record]:
+    for row, (cells, problem) in enumerate(read_rows(path, mapping)):
+        if problem:
+            yield Excluded(
+                row=row,
+                film_id=_film_id(cells, mapping.columns),
+                reason=Reason.BAD_VALUE,
+                detail=problem,
+            )
+        else:
+            yield _film(row, cells, mapping)
+
+
+def _film(row: int, cells: Mapping[str, str], mapping: CsvMapping) -> Record:
+    columns = mapping.columns
+    film_id, patient_id = _film_id(cells, columns), _cell(cells, columns.patient_id)
+    source = _cell(cells, columns.source) or mapping.source
+    try:
+        labels, words = _labels(cells, mapping, source)
+    except ValueError as error:
+        return Excluded(row=row, film_id=film_id, reason=Reason.BAD_VALUE, detail=str(error))
+    if columns.report is not None:
+        report = parse_report(_cell(cells, columns.report))
+    else:
+        report = make_report(_cell(cells, columns.findings), _cell(cells, columns.impression))
+    split = _cell(cells, columns.split).lower()
+    return Film(
+        film_id=film_id,
+        study_id=_cell(cells, columns.study_id) or _study_id(film_id, patient_id, report),
+        patient_id=patient_id,
+        source=source,
+        split=mapping.splits.get(split) or (cast(Split, split) if split else None),
+        image=_cell(cells, columns.image).replace("\\", "/") or None,
+        view=_view(_cell(cells, columns.view), mapping),
+        findings=report.findings,
+        impression=report.impression,
+        report=report.text,
+        labels=labels,
+        source_labels=words,
+        age_years=parse_age(_cell(cells, columns.age)),
+        sex=_SEXES.get(_cell(cells, columns.sex).lower()),
+    )
+
+
+def _cell(cells: Mapping[str, str], column: str | None) -> str:
+    """A cell without the white space around it; "" where it, or its column, is not there."""
+    value = "" if column is None else cells.get(column, "").strip()
+    return "" if value.lower() in _BLANKS else value
+
+
+def _film_id(cells: Mapping[str, str], columns: Columns) -> str:
+    return _cell(cells, columns.film_id or columns.image)
+
+
+def _study_id(film_id: str, patient_id: str, report: Report) -> str:
+    if report.text is None:
+        return film_id
+    return f"{patient_id}/{hashlib.sha256(report.text.encode()).hexdigest()[:12]}"
+
+
+def _view(word: str, mapping: CsvMapping) -> View:
+    return mapping.views.get(word.lower()) or _VIEWS[word.lower()]
+
+
+def parse_age(text: str) -> float | None:
+    """An age in years from "54", "54.0" or DICOM's "063Y", "018M"; None when it is unknown."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([YMWD]?)", text.strip().upper())
+    if match is None:
+        return None
+    age = float(match[1]) / {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}[match[2]]
+    return age if age <= 120 else None
+
+
+def _labels(
+    cells: Mapping[str, str], mapping: CsvMapping, source: str
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The known findings of a row, in the order of their names, and the source's own words."""
+    rules = mapping.labels
+    said: dict[str, set[int]] = {}
+    words: tuple[str, ...] = ()
+    closed = rules.closed.get(source, rules.closed.get("*", ()))
+    if rules.columns:
+        for column, finding in rules.columns.items():
+            value = _cell(cells, column)
+            if value:
+                said.setdefault(finding, set()).add(_value(value, column))
+            elif rules.blank == "absent":
+                said.setdefault(finding, set()).add(ABSENT)
+    elif mapping.columns.labels is not None:
+        words = _words(_cell(cells, mapping.columns.labels), rules)
+        for word in words:
+            meaning = rules.map.get(word)
+            if meaning is None:
+                meaning = Meaning() if word in rules.unknown else Meaning(present=(word.lower(),))
+            for value in (PRESENT, ABSENT, UNCERTAIN):
+                for finding in _findings(meaning, value):
+                    said.setdefault(finding, set()).add(value)
+        is_complete = bool(words) or rules.blank == "absent"
+        if is_complete and not set(words) & set(rules.unknown):
+            for finding in closed:
+                said.setdefault(finding, {ABSENT})
+    torn = sorted(finding for finding, values in said.items() if len(values) > 1)
+    if torn:
+        raise ValueError(f"the labels {', '.join(words) or 'of the row'} contradict: {torn}")
+    return {finding: next(iter(said[finding])) for finding in sorted(said)}, words
+
+
+def _findings(meaning: Meaning, value: int) -> tuple[str, ...]:
+    return {PRESENT: meaning.present, ABSENT: meaning.absent, UNCERTAIN: meaning.uncertain}[value]
+
+
+def _words(cell: str, rules: Labels) -> tuple[str, ...]:
+    return tuple(word for part in cell.split(rules.separator) if (word := part.strip()))
+
+
+def _value(text: str, column: str) -> int:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if number not in (PRESENT, ABSENT, UNCERTAIN):
+        raise ValueError(f"{column} is {text!r}, not 1, 0, -1 or blank")
+    return int(number)
+
+
+def _check_words(path: Path, mapping: CsvMapping) -> None:
+    """Refuses a table with words that the mapping does not explain, all at once."""
+    rules, columns = mapping.labels, mapping.columns
+    known_labels = {*rules.map, *rules.unknown}
+    names = {name for listed in rules.closed.values() for name in listed}
+    known_views, known_splits = {*_VIEWS, *mapping.views}, {"", *get_args(Split), *mapping.splits}
+    unmapped: dict[str, Counter[str]] = {"labels.map": Counter(), "views": Counter()}
+    unmapped["splits"] = Counter()
+    for cells, problem in read_rows(path, mapping):
+        if problem:
+            continue
+        for word in _words(_cell(cells, columns.labels), rules):
+            if word not in known_labels and word.lower() not in names:
+                unmapped["labels.map"][word] += 1
+        if (view := _cell(cells, columns.view)).lower() not in known_views:
+            unmapped["views"][view] += 1
+        if (split := _cell(cells, columns.split)).lower() not in known_splits:
+            unmapped["splits"][split] += 1
+    problems = [
+        f"[{section}] does not explain "
+        + ", ".join(f"{word!r} ({n})" for word, n in counts.most_common())
+        for section, counts in unmapped.items()
+        if counts
+    ]
+    if problems:
+        raise SourceError(f"{path}: {'; '.join(problems)}; add the words to the mapping")
+
+
+def read_rows(path: Path, mapping: CsvMapping) -> Iterator[tuple[dict[str, str], str]]:
+    """Each row's cells by column, and what is wrong with it ("" when nothing is)."""
+    try:
+        # utf-8-sig: spreadsheets write a byte order mark, which would hide the first column.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            # strict: else an unclosed quote swallows all rows behind it in silence.
+            reader = csv.reader(file, delimiter=mapping.delimiter, strict=True)
+            try:
+                header = [name.strip() for name in next(reader, [])]
+                _check_columns(path, header, mapping)
+                for values in reader:
+                    if len(values) <= 1 and not "".join(values).strip():
+                        continue  # a blank line
+                    problem = ""
+                    if len(values) != len(header):
+                        problem = f"the row has {len(values)} fields, the header {len(header)}"
+                    yield dict(zip(header, values, strict=False)), problem
+            except csv.Error as error:
+                raise SourceError(
+                    f"{path}, line {reader.line_num}: {error}; mend the quotes of the table"
+                ) from None
+    except OSError as error:
+        raise SourceError(f"the table {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SourceError(
+            f"{path}, line {_first_bad_line(path)}: not UTF-8; save the table as UTF-8 "
+            f"(for example by iconv -f latin1 -t utf-8)"
+        ) from None
+
+
+def _first_bad_line(path: Path) -> int:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError("only called for a file that is not UTF-8")
+
+
+def _check_columns(path: Path, header: list[str], mapping: CsvMapping) -> None:
+    named = {column for _, column in mapping.columns if column is not None}
+    named |= set(mapping.labels.columns)
+    if missing := sorted(named - set(header)):
+        raise SourceError(
+            f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
+            f"{', '.join(header) or 'none: the file is empty'}"
+        )
+    if doubled := sorted(name for name in named if header.count(name) > 1):
+        raise SourceError(f"{path} has {', '.join(doubled)} twice; rename one of the columns")

@@ -1,0 +1,188 @@
+"""The whole path on made films: draw, build, pre-train, score, show. What `make demo` runs."""
+
+import csv
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from mmclip.baselines import thumbnail_scores
+from mmclip.bootstrap import score_findings
+from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.config import Config, load_config
+from mmclip.data.build import build_data
+from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.manifest import META_FILE
+from mmclip.data.sources import open_reader
+from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, write_dataset
+from mmclip.pretrain import Job, build_model, pretrain
+from mmclip.progress import progress
+from mmclip.prompts import PromptSet, load_prompts
+from mmclip.results import RESULTS_FILE, GalleryItem, RunResults
+from mmclip.zeroshot import (
+    GALLERY_FILMS,
+    ZeroShot,
+    embed_films,
+    embed_prompts,
+    probabilities,
+    rows_to_score,
+    write_zeroshot,
+    zeroshot,
+)
+
+UNTRAINED_SEEDS = range(10)
+
+
+def run_demo(
+    out: Path, seed: int, shuffle_pairs: bool, overrides: tuple[str, ...], command: str
+) -> RunResults:
+    """Runs the demo and returns its results.
+
+    Started again after a kill it goes on where it was; after a finished run it starts anew.
+
+    Args:
+        out: raw/ (films and reports as a data set would come), data/, run/, results.json,
+            scores.npz, plots/, page.html.
+        seed: Of the weights, the order and the drawn films.
+        shuffle_pairs: The control: every film has the report of another.
+        overrides: Of the configuration "demo".
+        command: As typed, for the results.
+    """
+    began = time.monotonic()
+    config = load_config("demo", (*overrides, f"train.seed={seed}"))
+    preset = replace(PRESETS["demo"], seed=PRESETS["demo"].seed + seed)
+    if (out / RESULTS_FILE).is_file():
+        shutil.rmtree(out / "run", ignore_errors=True)
+        (out / RESULTS_FILE).unlink()
+    rows = open_rows([_make_data(out, preset)], config.data.film_px)
+    job = Job(
+        folders=(out / "data",),
+        run=out / "run",
+        config=config,
+        command=command,
+        resume=True,
+        shuffle_pairs=shuffle_pairs,
+    )
+    checkpoint = load_checkpoint(pretrain(job))
+    prompts = load_prompts("default")
+    held_out = _held_out(out / "raw")
+    ordinary = rows.select([film.film_id not in held_out for film in rows.films])
+    result = zeroshot(checkpoint, ordinary, prompts, findings=FINDINGS, seed=seed)
+    controls = {
+        "thumbnails": _thumbnails(ordinary, result),
+        "untrained": _untrained(config, checkpoint.tokenizer, result),
+    }
+    return write_zeroshot(
+        out,
+        result,
+        checkpoint,
+        prompts,
+        title="Demo: made films, tiny model",
+        kind="demo",
+        summary=(
+            "A tiny model trained on made films with reports, scored zero-shot on made patients "
+            "it has not seen"
+        )
+        + (", after training on shuffled pairs (a control)." if shuffle_pairs else "."),
+        command=command,
+        seed=seed,
+        wall_s=time.monotonic() - began,
+        controls=controls,
+        combinations=_combinations(rows, held_out, checkpoint, prompts, seed),
+        gallery=_gallery(result),
+        facts={
+            "training pairs": checkpoint.meta["n_pairs"],
+            "steps": config.train.steps,
+            "films": f"{config.data.film_px} px, made (preset demo, version {preset.version})",
+        },
+    )
+
+
+def _make_data(out: Path, preset: Preset) -> Path:
+    """Draws the films and builds the data folder, unless that is done."""
+    raw, data = out / "raw", out / "data"
+    if not (data / META_FILE).is_file():
+        total = sum(preset.n_patients(split) for split in ("train", "val", "test"))
+        with progress("drawing patients", total) as advance:
+            write_dataset(preset, raw, workers=2, on_progress=advance)
+        build_data(
+            open_reader("csv", raw, mapping=raw / "mapping.toml", table=None),
+            raw,
+            data,
+            film_px=preset.film_px,
+            about={"reader": "csv", "preset": f"{preset.name} version {preset.version}"},
+        )
+    return data
+
+
+def _held_out(raw: Path) -> dict[str, str]:
+    """The test films made to show a combination that training lacks: film id -> combination."""
+    with (raw / "studies.csv").open(newline="", encoding="utf-8") as file:
+        return {row["film_id"]: row["held_out"] for row in csv.DictReader(file) if row["held_out"]}
+
+
+def _thumbnails(rows: Rows, result: ZeroShot) -> dict:
+    """A logistic regression on 8 x 8 thumbnails, trained with labels: what brightness tells."""
+    train, val = (rows_to_score(rows, split) for split in ("train", "val"))
+    scores = thumbnail_scores(train, val, result.rows, result.findings)
+    found = score_findings(result.labels, scores, result.patients(), result.findings, draws=200)
+    return {
+        "macro_auroc": found["macro_auroc"],
+        "macro_auroc_ci": found["macro_auroc_ci"],
+        "note": "logistic regression on 8 x 8 thumbnails, trained with all labels of the training "
+        "films",
+    }
+
+
+def _untrained(config: Config, tokenizer: PreTrainedTokenizerFast, result: ZeroShot) -> dict:
+    """The same model before any training, over ten initialisations."""
+    found = []
+    prompts = load_prompts("default")
+    for seed in UNTRAINED_SEEDS:
+        torch.manual_seed(seed)
+        model = build_model(config, tokenizer).eval()
+        pair = embed_prompts(model, tokenizer, prompts, result.findings, config.data.max_tokens)
+        films = embed_films(model, result.rows, show=False)
+        scores = probabilities(films, pair, float(model.scale()))
+        summary = score_findings(result.labels, scores, result.patients(), result.findings, draws=1)
+        found.append(summary["macro_auroc"])
+    return {
+        "macro_auroc": float(np.mean(found)),
+        "note": f"the same model with random weights; mean of {len(found)} initialisations, "
+        f"{min(found):.3f} to {max(found):.3f}",
+    }
+
+
+def _combinations(
+    rows: Rows, held_out: dict[str, str], checkpoint: Checkpoint, prompts: PromptSet, seed: int
+) -> list[dict]:
+    """Test films of a finding, side and size that training lacks, against films without it."""
+    out = []
+    for name in sorted(set(held_out.values())):
+        finding, side, size = name.split("/")
+        keep = [
+            held_out.get(film.film_id) == name
+            or (film.split == "test" and film.film_id not in held_out and film.labels[finding] == 0)
+            for film in rows.films
+        ]
+        found = zeroshot(
+            checkpoint, rows.select(keep), prompts, findings=[finding], seed=seed, thresholds=False
+        ).summary["findings"][0]
+        keys = ("finding", "n_positive", "n_negative", "auroc", "auroc_ci")
+        out.append({**{k: found[k] for k in keys}, "side": side, "size": size})
+    return out
+
+
+def _gallery(result: ZeroShot) -> list[GalleryItem]:
+    """The first films of the test split that show each finding, and two without any."""
+    chosen: list[int] = []
+    for k in range(len(result.findings)):
+        with_it = [r for r in np.flatnonzero(result.labels[:, k] == 1) if r not in chosen]
+        chosen += [int(r) for r in with_it[:1]]
+    normal = np.flatnonzero(np.nansum(result.labels, 1) == 0)[:2]
+    chosen = [*chosen[: GALLERY_FILMS - len(normal)], *map(int, normal)]
+    return result.gallery(chosen)
