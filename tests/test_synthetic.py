@@ -40,11 +40,11 @@ TINY = replace(DEMO, name="tiny", n_train=30, n_val=10, n_test=10, n_held_out=12
 
 SAYS = {
     "atelectasis": r"atelecta",
-    "cardiomegaly": r"cardiomegaly|enlarge\w* of the heart|cardiac enlargement|heart is \w* ?enlarged",
+    "cardiomegaly": r"cardiomegaly|enlarge\w* of the heart|cardiac enlarg|heart is \w* ?enlarged",
     "consolidation": r"consolidation|airspace opacity",
     "edema": r"edema",
     "hiatal hernia": r"hernia",
-    "hilar enlargement": r"hilar (enlarge|promin|adeno)|enlargement of (the \w+ hilum|both hila|the hila)",
+    "hilar enlargement": r"hilar (enlarge|promin|adeno)|enlargement of (the \w+|both) hil|the hila$",
     "mass": r"\bmass\b",
     "nodule": r"nodule",
     "pleural effusion": r"effusion|pleural fluid|costophrenic angle is blunted",
@@ -58,12 +58,12 @@ DENIED = re.compile(r"^(No|There is no|There are no)\b")
 
 
 @cache
-def films(n: int = 700, split: str = "train") -> tuple[SyntheticFilm, ...]:
+def films(n: int = 420, split: str = "train") -> tuple[SyntheticFilm, ...]:
     return tuple(make_patient(DEMO, split, i) for i in range(n))  # pyright: ignore
 
 
 def sentences(text: str) -> list[str]:
-    return [s.strip() for s in re.split(r"(?<=[.])\s+(?:\d+\.\s+)?", text) if s.strip()]
+    return re.split(r"(?<=[.]) ", re.sub(r"(^| )\d+\. ", r"\1", text)) if text else []
 
 
 def statements(text: str, finding: str) -> tuple[int, int]:
@@ -269,11 +269,11 @@ def test_number_of_findings_follows_the_prior_and_findings_are_independent():
 
 def test_held_out_combinations_occur_in_their_test_patients_only():
     held_out = set(DEMO.held_out)
-    ordinary = [*films(), *films(150, "val"), *films(150, "test")]
+    ordinary = [*films(), *films(60, "val"), *films(60, "test")]
     seen = {Combination(x.finding, x.side, x.size) for made in ordinary for x in made.lesions}
     assert not seen & held_out
     assert all(made.held_out is None for made in ordinary)
-    for i in range(DEMO.n_test, DEMO.n_test + 30):
+    for i in range(DEMO.n_test, DEMO.n_test + 18):
         made = make_patient(DEMO, "test", i)
         shown = {Combination(x.finding, x.side, x.size) for x in made.lesions}
         assert made.held_out in held_out and shown & held_out == {made.held_out}
@@ -337,7 +337,8 @@ def test_side_in_the_report_is_the_side_of_the_mask():
             continue
         lesion, text = made.lesions[0], made.findings + " " + made.impression
         other = "right" if lesion.side == "left" else "left"
-        assert re.search(rf"\b{lesion.side}\b", text) and not re.search(rf"\b{other}\b", text)
+        assert re.search(rf"\b{lesion.side}\b", text, re.IGNORECASE), text
+        assert not re.search(rf"\b{other}\b", text, re.IGNORECASE), text
         columns = np.argwhere(made.masks[lesion.finding])[:, 1]
         # The patient's right is on the image's left, up to the patient's own shift and rotation.
         assert (columns.mean() < 40) if lesion.side == "right" else (columns.mean() > 24)
@@ -362,7 +363,7 @@ def test_reports_are_varied_and_well_formed():
     assert len(set(texts)) > 0.97 * len(texts)
     for made in films():
         for sentence in sentences(made.findings) + sentences(made.impression):
-            assert re.fullmatch(r"(\d+\. )?[A-Z][^{}]*\.", sentence), sentence
+            assert re.fullmatch(r"[A-Z][^{}]*\.", sentence), sentence
             assert "  " not in sentence and " ." not in sentence and " ," not in sentence
             assert not re.search(
                 r"\ba [aeiou]|\ban [^aeiou]|effusions is|\bnone\b(?! avail)", sentence

@@ -79,15 +79,14 @@ def _openi_documents(root: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _openi_views(root: Path) -> dict[str, View]:
-    """Views by film id without the leading "CXR<n>_"; frontal films are PA or AP, unsaid."""
+    """Laterals by Kaggle's name of the film; frontal films are PA or AP, which is not said."""
     path = root / OPENI_VIEWS
     if not path.is_file():
         return {}
     columns = Columns(film_id="filename", patient_id="uid", view="projection")
-    rows = read_rows(path, CsvMapping(columns=columns))
     return {
         cells["filename"].removesuffix(".dcm.png"): "L"
-        for cells, problem in rows
+        for cells, problem in read_rows(path, CsvMapping(columns=columns))
         if not problem and cells["projection"].strip().lower() == "lateral"
     }
 
@@ -120,7 +119,7 @@ def _openi_study(
             patient_id=study_id,
             source="openi",
             image=f"{OPENI_FILMS}/{image}.png" if image else None,
-            view=views.get(image.partition("_")[2], "unknown") if image else "unknown",
+            view=views.get(f"{Path(name).stem}_{image.rpartition('_')[2]}", "unknown"),
             findings=report.findings,
             impression=report.impression,
             report=report.text,

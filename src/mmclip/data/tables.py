@@ -65,6 +65,14 @@ class Meaning(Frozen):
     absent: tuple[str, ...] = ()
     uncertain: tuple[str, ...] = ()
 
+    def labels(self) -> list[tuple[str, int]]:
+        """Each finding that it speaks of, and the label."""
+        return [
+            *((finding, PRESENT) for finding in self.present),
+            *((finding, ABSENT) for finding in self.absent),
+            *((finding, UNCERTAIN) for finding in self.uncertain),
+        ]
+
 
 class Labels(Frozen):
     """How label cells are read. Finding names are lower-case radiology words.
@@ -108,12 +116,10 @@ class CsvMapping(Frozen):
     delimiter: str = Field(default=",", min_length=1, max_length=1)
     source: str = "csv"  # of every row, where no column names it
     columns: Columns
-    views: dict[str, View] = Field(
-        default_factory=dict
-    )  # the table's word -> ours; PA, AP, L, lateral, ? need no entry
-    splits: dict[str, Split] = Field(
-        default_factory=dict
-    )  # likewise; train, val, test need no entry
+    # The table's word -> ours, in any case. PA, AP, L, lateral, "?" and blank need no entry,
+    # nor do the splits train, val, test and blank.
+    views: dict[str, View] = Field(default_factory=dict)
+    splits: dict[str, Split] = Field(default_factory=dict)
     labels: Labels = Labels()
 
     @field_validator("views", "splits")
@@ -125,6 +131,9 @@ class CsvMapping(Frozen):
     def _one_kind_of_labels(self) -> "CsvMapping":
         if self.columns.labels is not None and self.labels.columns:
             raise ValueError("name either columns.labels or [labels.columns]")
+        words = self.labels.map or self.labels.closed or self.labels.unknown
+        if words and self.columns.labels is None:
+            raise ValueError("labels.map, closed and unknown need a column: name columns.labels")
         return self
 
 
@@ -247,39 +256,44 @@ def parse_age(text: str) -> float | None:
 def _labels(
     cells: Mapping[str, str], mapping: CsvMapping, source: str
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The known findings of a row, in the order of their names, and the source's own words."""
+    """The known findings of a row, in the order of their names, and the source's own words.
+
+    Raises:
+        ValueError: When a value cannot be read, or the labels contradict one another.
+    """
     rules = mapping.labels
+    words = _words(_cell(cells, mapping.columns.labels), rules)
     said: dict[str, set[int]] = {}
-    words: tuple[str, ...] = ()
-    closed = rules.closed.get(source, rules.closed.get("*", ()))
-    if rules.columns:
-        for column, finding in rules.columns.items():
-            value = _cell(cells, column)
-            if value:
-                said.setdefault(finding, set()).add(_value(value, column))
-            elif rules.blank == "absent":
-                said.setdefault(finding, set()).add(ABSENT)
-    elif mapping.columns.labels is not None:
-        words = _words(_cell(cells, mapping.columns.labels), rules)
-        for word in words:
-            meaning = rules.map.get(word)
-            if meaning is None:
-                meaning = Meaning() if word in rules.unknown else Meaning(present=(word.lower(),))
-            for value in (PRESENT, ABSENT, UNCERTAIN):
-                for finding in _findings(meaning, value):
-                    said.setdefault(finding, set()).add(value)
-        is_complete = bool(words) or rules.blank == "absent"
-        if is_complete and not set(words) & set(rules.unknown):
-            for finding in closed:
-                said.setdefault(finding, {ABSENT})
-    torn = sorted(finding for finding, values in said.items() if len(values) > 1)
+    for finding, label in _said_by_columns(cells, rules) + _said_by_words(words, rules):
+        said.setdefault(finding, set()).add(label)
+    is_labelled = bool(words) or rules.blank == "absent"
+    if is_labelled and not set(words) & set(rules.unknown):
+        for finding in rules.closed.get(source, rules.closed.get("*", ())):
+            said.setdefault(finding, {ABSENT})
+    torn = sorted(finding for finding, labels in said.items() if len(labels) > 1)
     if torn:
-        raise ValueError(f"the labels {', '.join(words) or 'of the row'} contradict: {torn}")
+        raise ValueError(f"the labels {', '.join(words)} contradict one another on {torn}")
     return {finding: next(iter(said[finding])) for finding in sorted(said)}, words
 
 
-def _findings(meaning: Meaning, value: int) -> tuple[str, ...]:
-    return {PRESENT: meaning.present, ABSENT: meaning.absent, UNCERTAIN: meaning.uncertain}[value]
+def _said_by_words(words: tuple[str, ...], rules: Labels) -> list[tuple[str, int]]:
+    said: list[tuple[str, int]] = []
+    for word in words:
+        if word in rules.map:
+            said += rules.map[word].labels()
+        elif word not in rules.unknown:
+            said.append((word.lower(), PRESENT))  # `_check_words` has seen that it is a finding
+    return said
+
+
+def _said_by_columns(cells: Mapping[str, str], rules: Labels) -> list[tuple[str, int]]:
+    said: list[tuple[str, int]] = []
+    for column, finding in rules.columns.items():
+        if value := _cell(cells, column):
+            said.append((finding, _value(value, column)))
+        elif rules.blank == "absent":
+            said.append((finding, ABSENT))
+    return said
 
 
 def _words(cell: str, rules: Labels) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ _BANNER = re.compile(
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
-_MARK = r"(?:\[\*\*.*?\*\*\]|_{2,}|(?<![A-Za-z])(?:X{3,}|x{4,})(?![A-Za-z]))"
+_MARK = r"(?:\[\*\*.*?\*\*\]|_{2,}|(?<![A-Za-z])(?:X{4,}|(?:XXX|x{4,})(?![A-Za-z])))"
 # One or several marks with only separators between them, such as ___/___ or XXXX, XXXX.
 _MARKS = re.compile(rf"{_MARK}(?:[ \t]*[-/:,]?[ \t]*{_MARK})*", re.DOTALL)
 _MARKED_XRAY = re.compile(rf"\b(x)-{_MARK}", re.IGNORECASE)
@@ -88,15 +88,18 @@ _GAP = "\0"  # stands for removed marks until the text around them is mended
 _MENDS = [
     (re.compile(pattern), new)
     for pattern, new in (
-        (rf"[-/:]?{_GAP}[-/:](?=\w)|[-/]{_GAP}", _GAP),  # ___-year-old, Dual-XXXX
+        (rf"[-/:]?{_GAP}(?:[-/:](?=\w)|'s\b)|[-/]{_GAP}", _GAP),  # ___-year-old, XXXX's, one-XXXX
         (rf"[(\[][\s,;:{_GAP}]*{_GAP}[\s,;:{_GAP}]*[)\]]", " "),
-        (rf"(^|[.?!]\s|[\n(])[ ]*(?:{_GAP}[\s.,;:?!]*)+([a-z]?)", r"\1\2"),
+        (rf"(^|[.?!]\s|[\n(])[ ]*(?:{_GAP}[\s.,;:?!]*)+", r"\1"),
         (rf"\s*[,;:]?\s*{_GAP}\s*(?=[.,;:?!)])", ""),
         (rf"\s*{_GAP}\s*", " "),
     )
 ]
-_ITEM = re.compile(r"(?:(?<=[.;:?!])[ \t]+|(?<=[.;:?!])|^[ \t]*)\(?(\d{1,2})[.)](?=\s|[A-Z])", re.M)
-_BULLET = re.compile(r"^[ \t]*[-*•·][ \t]+", re.M)
+_ITEM = re.compile(
+    r"(?:(?<=[.;:?!])[ \t]*|^[ \t]*)\(?(\d{1,2})[.)](?=\s|[A-Z])"  # 1. or (1)
+    r"|^[ \t]*[-*•·][ \t]+",
+    re.MULTILINE,
+)
 _TEMPLATE_MARKS = re.compile(r"\[<|>\]")
 _PARAGRAPH_WITHOUT_STOP = re.compile(r"(?<=[A-Za-z0-9)])[ \t]*\n[ \t]*\n\s*(?=[A-Z])")
 _DOUBLE_STOP = re.compile(r"(?<=[.?!])(?:\s*\.)+(?=\s|$)")
@@ -120,29 +123,22 @@ def _normalise(raw: str) -> str:
 
 
 def _remove_numbering(text: str) -> str:
-    """Removes "1.", "2)" and bullets of lists; an item always starts a new sentence.
+    """Removes "1.", "(2)" and bullets of lists; an item always starts a new sentence.
 
-    A number counts as one only where 1, or the last one's successor, may stand: "ribs 8 and 9."
-    broken before the 9 keeps its 9.
+    A number is one of a list only if it is 1 or the last one's successor: "ribs 8 and 9.", broken
+    before the 9, keeps its 9.
     """
-    last = 0
-
-    def replacement(match: re.Match[str]) -> str:
-        nonlocal last
-        number = int(match[1])
+    kept, at, last = [], 0, 0
+    for match in _ITEM.finditer(text):
         before = text[: match.start()].rstrip()
-        if number not in (1, last + 1) or before.endswith(("No.", "no.")):
-            return match[0]
-        last = number
-        return " " if not before or before[-1] in ".;:?!" else ". "
-
-    text = _ITEM.sub(replacement, text)
-
-    def bullet(match: re.Match[str]) -> str:
-        before = text[: match.start()].rstrip()
-        return "" if not before or before[-1] in ".;:?!," else ". "
-
-    return _BULLET.sub(bullet, text)
+        if match[1] is not None:
+            if int(match[1]) not in (1, last + 1) or before.endswith(("No.", "no.")):
+                continue
+            last = int(match[1])
+        ends_sentence = not before or before[-1] in ".,;:?!"
+        kept += [text[at : match.start()], " " if ends_sentence else ". "]
+        at = match.end()
+    return "".join([*kept, text[at:]])
 
 
 def _clean(text: str) -> str | None:
@@ -183,13 +179,18 @@ def _sections(text: str) -> tuple[str, list[tuple[Kind, str]]]:
 
 
 def _body(text: str, prefix: str, sections: Sequence[tuple[Kind, str]]) -> str:
-    """The prose that stands under no header, or behind the paragraph of one that says other things.
+    """The prose under no header: before the first, or behind what a header of another kind owns.
 
-    Titles ("PORTABLE CHEST, 5:21 A.M.") are no prose.
+    Such a header owns its paragraph; in a note of one paragraph without findings or impression,
+    where nothing shows the end of "Presentation: ...", its sentence. Titles ("PORTABLE CHEST,
+    5:21 A.M.") are no prose.
     """
+    is_note = not _PARAGRAPH.search(text.strip()) and all(kind == "other" for kind, _ in sections)
     loose = _PARAGRAPH.split(prefix)
     for kind, section in sections:
-        if kind == "other":
+        if is_note:
+            loose += [section[start:end] for start, end in split_sentences(section)[1:]]
+        elif kind == "other":
             loose += _PARAGRAPH.split(section.lstrip())[1:]
     return "\n\n".join(
         paragraph
@@ -217,7 +218,7 @@ def parse_report(raw: str | None) -> Report:
     2. No findings header: the prose outside all sections is the findings, if there is an
        impression, else it is `text` alone. This includes the paragraphs behind a comparison or
        technique, where MIMIC-CXR's headerless bodies stand. MIMIC-CXR's own code takes the last
-       paragraph only, which is often a remark on a telephone call; we take all of them.
+       paragraph only; a body of two would lose its first.
     3. No header at all: the whole text.
     """
     if raw is None:
@@ -317,31 +318,42 @@ def train_tokenizer(
     Equal texts give an equal vocabulary.
 
     Args:
-        vocab_size: Upper bound, special tokens included; a small corpus fills less.
+        vocab_size: Upper bound, special tokens included; a small corpus fills less. Single
+            characters are always in.
         min_frequency: How often a pair of pieces must occur to be merged.
 
     Raises:
         ValueError: When there are no words to train on.
     """
+    texts = list(texts)
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # pyright: ignore[reportCallIssue]
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # The trainer numbers "##a" and its like in the random order of a hash map, and breaks ties by
+    # these numbers. Named first, in order, they make equal texts give an equal vocabulary.
+    letters = sorted(set().union(*map(tokenizer.normalizer.normalize_str, texts)))
+    inner = [c for c in letters if len(tokenizer.pre_tokenizer.pre_tokenize_str(f"a{c}")) == 1]
+    inner = [c for c in inner if not c.isspace()]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{c}" for c in inner)],
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
+    vocab = tokenizer.get_vocab()
+    if len(vocab) <= len(SPECIAL_TOKENS):
         raise ValueError(
             "there are no words to train a tokenizer on; give reports, or name a pretrained text "
             "encoder by model.text.pretrained"
         )
+    # A new one, because in the trained one the pieces named above count as special tokens.
+    made = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))  # pyright: ignore[reportCallIssue]
+    made.normalizer, made.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
     cls_id, sep_id = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))
+    made.post_processor = processors.BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=made,
         pad_token="[PAD]",
         unk_token="[UNK]",
         cls_token="[CLS]",

@@ -23,6 +23,8 @@ MAPPING_FILE, PRESET_FILE, FILMS_FOLDER = "mapping.toml", "preset.json", "films"
 MAPPING = """\
 # How `mmclip data build csv` reads studies.csv. A finding that is not in `labels` is absent.
 
+source = "synthetic"
+
 [columns]
 film_id = "film_id"
 study_id = "study_id"
@@ -38,8 +40,8 @@ labels = "labels"
 
 [labels]
 separator = "|"
-closed = true
-findings = [{findings}]
+blank = "absent"
+closed = {{ "*" = [{findings}] }}
 """
 
 
@@ -83,7 +85,7 @@ def write_dataset(
     preset: Preset,
     root: Path,
     workers: int = 1,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int], None] = lambda n: None,
 ) -> Path:
     """Writes a data set as a real one looks, for `mmclip data build csv` to read.
 
@@ -94,7 +96,7 @@ def write_dataset(
     Args:
         root: Made when absent; must be empty or hold the same preset.
         workers: Processes.
-        on_progress: Called with the patients done and their total.
+        on_progress: Called with the number of patients done since the last call.
 
     Returns:
         `root`.
@@ -116,7 +118,6 @@ def write_dataset(
     write_text_atomic(known, about)
 
     splits: list[Split] = list(get_args(Split))
-    total = sum(preset.n_patients(split) for split in splits)
     step = 50
     chunks: list[tuple[Preset, Split, int, int, Path]] = [
         (preset, split, first, min(first + step, preset.n_patients(split)), films_folder)
@@ -124,14 +125,11 @@ def write_dataset(
         for first in range(0, preset.n_patients(split), step)
     ]
     rows: list[dict] = []
-    done = 0
 
     def collect(results: Iterable[list[dict]]) -> None:
-        nonlocal done
         for (_, _, first, last, _), result in zip(chunks, results, strict=True):
             rows.extend(result)
-            done += last - first
-            on_progress(done, total)
+            on_progress(last - first)
 
     if workers <= 1:
         collect(_save_chunk(*chunk) for chunk in chunks)
