@@ -71,9 +71,7 @@ def test_equal_texts_are_never_negatives():
     scale = torch.tensor(50.0)
     loss = contrastive_sum(image, image, is_positive, all_candidates(3), scale)
     assert loss.item() == pytest.approx(2 * math.log(2), abs=1e-4)  # the even split of a shared 1
-    single = contrastive_sum(
-        image, image, torch.eye(3, dtype=torch.bool), all_candidates(3), scale
-    )
+    single = contrastive_sum(image, image, torch.eye(3, dtype=torch.bool), all_candidates(3), scale)
     query = image.clone().requires_grad_()
     contrastive_sum(query, image, is_positive, all_candidates(3), scale).backward()
     assert query.grad is not None and query.grad.abs().max() < 1e-4

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,41 +12,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from mmclip.batch import Batch, Share
 from mmclip.config import TrainConfig
-from mmclip.data.dataset import Batch
-from mmclip.pretrain import contrastive_counts, contrastive_sums
+from mmclip.objective import Objective
 from mmclip.train import (
     NonFiniteLoss,
     TrainState,
     fit,
     learning_rate,
     make_optimizer,
-    part_of,
     train_step,
 )
-from tests.test_models import small_model
+from tests.made import PATCH_PX, WHOLE, MadeBatches, small_config, small_model
 
+CONTRASTIVE = Objective(small_config(), PATCH_PX)
 CONFIG = TrainConfig(steps=10, batch_size=8, base_lr=0.03, save_every_steps=5, log_every_steps=2)
-
-
-class MadeBatches:
-    """Random films and texts, the same for a step whoever asks for which part."""
-
-    def __init__(self, batch_size: int = 8, without_text: tuple[int, ...] = ()) -> None:
-        self.batch_size, self.without_text = batch_size, without_text
-
-    def batch(self, step: int, part: slice) -> Batch:
-        generator = torch.Generator().manual_seed(step)
-        n = self.batch_size
-        image = torch.randn(n, 1, 32, 32, generator=generator)
-        ids = torch.randint(5, 50, (n, 9), generator=generator)
-        is_valid = torch.arange(9)[None] < torch.randint(3, 10, (n, 1), generator=generator)
-        keys = torch.stack([torch.arange(n), torch.arange(n) // 2], 1)  # texts equal two by two
-        has_text = torch.ones(n, dtype=torch.bool)
-        has_text[list(self.without_text)] = False
-        tensors = (x[part] for x in (image, ids, is_valid, keys, has_text))
-        names = tuple(f"film-{i}" for i in range(n))[part]
-        return Batch(*tensors, film_ids=names)
 
 
 @pytest.fixture(autouse=True)
@@ -55,16 +36,20 @@ def _fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def new_state(accelerator: Accelerator, config: TrainConfig = CONFIG) -> TrainState:
-    model = small_model()
+def new_state(
+    accelerator: Accelerator, config: TrainConfig = CONFIG, objective: Objective = CONTRASTIVE
+) -> TrainState:
+    model = small_model(objective.config)
     optimizer = make_optimizer(model, model.no_decay_names(), config)
     return TrainState(*accelerator.prepare(model, optimizer))
 
 
-def gradients(config: TrainConfig, batches: MadeBatches) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of one step, in whatever processes this runs."""
+def gradients(
+    config: TrainConfig, batches: MadeBatches, objective: Objective
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Losses and gradients of one step, in whatever processes this runs."""
     accelerator = Accelerator(cpu=True)
-    state = new_state(accelerator, config)
+    state = new_state(accelerator, config, objective)
     kept: dict[str, torch.Tensor] = {}
 
     class Keep(torch.optim.SGD):
@@ -76,32 +61,35 @@ def gradients(config: TrainConfig, batches: MadeBatches) -> tuple[float, dict[st
 
     state.optimizer = accelerator.prepare(Keep(state.model.parameters(), lr=1.0))
     terms = train_step(
-        accelerator, state, batches.batch, contrastive_sums, contrastive_counts,
-        {"contrastive": 1.0}, config,
+        accelerator, state, batches.batch, objective.sums, objective.counts, objective.weights,
+        config,
     )  # fmt: skip
-    return float(terms["contrastive"]), kept
+    return {name: float(terms[name]) for name in objective.weights}, kept
 
 
-CASES = {
-    "equal shares": (8, ()),
-    "unequal rows per process": (7, ()),
-    "rows without a text": (8, (1, 6)),
-    "a process without pairs": (8, (4, 5, 6, 7)),
+CASES = {  # rows, those without a report, those with a prompt
+    "equal shares": (8, (), ()),
+    "unequal rows per process": (7, (), ()),
+    "rows without a text": (8, (1, 6), ()),
+    "a process without pairs": (8, (4, 5, 6, 7), ()),
+    "prompts beside and in place of reports": (8, (1, 5, 6, 7), (0, 1, 5, 6)),
 }
+ARMS = {"contrastive": (), "whole": WHOLE, "pixels": (*WHOLE, "image_mask.hide='pixels'")}
 
 
-def in_one_process(case: str) -> tuple[float, dict[str, torch.Tensor]]:
-    n, without = CASES[case]
+def in_one_process(case: str, arm: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    n, without, prompted = CASES[case]
     config = TrainConfig(batch_size=n, clip_norm=1e9)
-    return gradients(config, MadeBatches(n, without))
+    objective = Objective(small_config(*ARMS[arm]), PATCH_PX)
+    return gradients(config, MadeBatches(n, without, prompted), objective)
 
 
 def write_gradients_of_this_process(folder: Path) -> None:
     """What each of two processes runs: see the test below."""
-    for case in CASES:
-        loss, kept = in_one_process(case)
+    for case, arm in product(CASES, ARMS):
+        losses, kept = in_one_process(case, arm)
         if os.environ["RANK"] == "0":
-            torch.save({"loss": loss, "gradients": kept}, folder / f"{case}.pt")
+            torch.save({"losses": losses, "gradients": kept}, folder / f"{case}, {arm}.pt")
         AcceleratorState._reset_state(reset_partial_state=False)
 
 
@@ -116,27 +104,23 @@ def test_two_processes_give_loss_and_gradients_of_one_on_the_joined_batch(tmp_pa
     script = tmp_path / "script.py"
     script.write_text(code)
     subprocess.run([*command, str(script)], check=True, env=environment, cwd=root, timeout=120)
-    for case in CASES:
-        together = torch.load(tmp_path / f"{case}.pt", weights_only=True)
+    for case, arm in product(CASES, ARMS):
+        together = torch.load(tmp_path / f"{case}, {arm}.pt", weights_only=True)
         AcceleratorState._reset_state(reset_partial_state=True)
-        loss, alone = in_one_process(case)
-        assert together["loss"] == pytest.approx(loss, abs=1e-5), case
+        losses, alone = in_one_process(case, arm)
+        assert together["losses"] == pytest.approx(losses, abs=1e-5), (case, arm)
         assert together["gradients"].keys() == alone.keys()
         for name, gradient in alone.items():
             torch.testing.assert_close(
-                together["gradients"][name], gradient, atol=1e-5, rtol=1e-5, msg=f"{case}: {name}"
-            )
+                together["gradients"][name], gradient, atol=1e-5, rtol=1e-5,
+                msg=f"{case}, {arm}: {name}",
+            )  # fmt: skip
 
 
 def test_shares_of_a_batch_partition_it():
-    for n_micro, world in [(1, 1), (1, 3), (2, 2), (4, 3)]:
-        rows = [
-            row
-            for micro in range(n_micro)
-            for rank in range(world)
-            for row in range(24)[part_of(24, micro, n_micro, rank, world)]
-        ]
-        assert rows == list(range(24))
+    for n, of in [(24, 1), (24, 5), (7, 2), (3, 4)]:
+        rows = [row for index in range(of) for row in range(n)[Share(index, of).of_rows(n)]]
+        assert rows == list(range(n))
 
 
 def test_learning_rate_warms_up_to_the_peak_and_ends_at_its_floor():
@@ -152,18 +136,17 @@ def test_learning_rate_warms_up_to_the_peak_and_ends_at_its_floor():
 
 def test_accumulation_divides_by_the_count_of_the_whole_batch():
     # Micro-batches of one study each: their mean is not weighted by micro-batch but by row.
-    batches = MadeBatches(8, without_text=(4, 5, 6))
+    batches = MadeBatches(8, without_report=(4, 5, 6))
     accelerator = Accelerator(cpu=True)
     state = new_state(accelerator)
     config = CONFIG.model_copy(update={"micro_batches": 2})
     with torch.no_grad():
         sums = [
-            float(contrastive_sums(state.model, batches.batch(0, half))["contrastive"])
-            for half in (slice(0, 4), slice(4, 8))
+            float(CONTRASTIVE.sums(state.model, batches.batch(0, Share(half, 2)))["contrastive"])
+            for half in (0, 1)
         ]
     terms = train_step(
-        accelerator, state, batches.batch, contrastive_sums, contrastive_counts,
-        {"contrastive": 1.0}, config,
+        accelerator, state, batches.batch, CONTRASTIVE.sums, CONTRASTIVE.counts, CONTRASTIVE.weights, config,
     )  # fmt: skip
     assert float(terms["contrastive"]) == pytest.approx(sum(sums) / 5, rel=1e-5)
 
@@ -172,22 +155,21 @@ def fit_here(
     run: Path, batches: MadeBatches, state: TrainState, accelerator: Accelerator, saved: list[int]
 ) -> None:
     fit(
-        accelerator, state, batches.batch, contrastive_sums, contrastive_counts, {"contrastive": 1.0},
+        accelerator, state, batches.batch, CONTRASTIVE.sums, CONTRASTIVE.counts, CONTRASTIVE.weights,
         CONFIG, run, lambda s: saved.append(s.step),
     )  # fmt: skip
 
 
 def test_one_batch_can_be_learnt_by_heart(tmp_path: Path):
     class OneBatch(MadeBatches):
-        def batch(self, step: int, part: slice) -> Batch:
-            return super().batch(0, part)
+        def batch(self, step: int = 0, share: Share | None = None) -> Batch:
+            return super().batch(0, share)
 
     accelerator = Accelerator(cpu=True)
-    config = TrainConfig(steps=60, batch_size=8, base_lr=0.1, log_every_steps=60)
+    config = TrainConfig(steps=120, batch_size=8, base_lr=0.1, log_every_steps=120)
     state = new_state(accelerator, config)
     fit(
-        accelerator, state, OneBatch().batch, contrastive_sums, contrastive_counts,
-        {"contrastive": 1.0}, config, tmp_path, lambda s: None,
+        accelerator, state, OneBatch().batch, CONTRASTIVE.sums, CONTRASTIVE.counts, CONTRASTIVE.weights, config, tmp_path, lambda s: None,
     )  # fmt: skip
     # Texts are equal two by two, so the floor is log 2: the even split over two positives.
     assert state.log["contrastive"] == pytest.approx(math.log(2), abs=0.02)
@@ -208,8 +190,8 @@ def test_the_log_has_a_line_every_so_many_steps_and_none_twice_after_a_crash(tmp
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path: Path):
     class Poisoned(MadeBatches):
-        def batch(self, step: int, part: slice) -> Batch:
-            batch = super().batch(step, part)
+        def batch(self, step: int = 0, share: Share | None = None) -> Batch:
+            batch = super().batch(step, share)
             if step == 3:
                 batch.image[2] = torch.nan
             return batch

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mmclip import __version__
 from mmclip.config import Config, config_hash, parse
 from mmclip.models.encoders import rebuild_encoder
-from mmclip.models.mmclip import MMCLIP
+from mmclip.models.mmclip import MMCLIP, build_mmclip
 
 CHECKPOINTS = "checkpoints"
 
@@ -169,12 +169,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{weights} is damaged (its checksum differs from meta.json); take an older checkpoint"
         )
     config = parse(Config, meta["config"], f"configuration in {folder / 'meta.json'}")
-    model = MMCLIP(
-        rebuild_encoder(meta["vision_config"]),
-        rebuild_encoder(meta["text_config"]),
-        config.model.embed_dim,
-        config.model.temperature,
-        config.model.max_logit_scale,
+    model = build_mmclip(
+        config, rebuild_encoder(meta["vision_config"]), rebuild_encoder(meta["text_config"])
     )
     try:
         model.load_state_dict(load_file(weights), strict=True)

@@ -102,6 +102,9 @@ def data_build(
     val_ratio: Annotated[float, typer.Option(help="Of patients without a split.")] = 0.1,
     test_ratio: Annotated[float, typer.Option(help="Of patients without a split.")] = 0.1,
     workers: Annotated[int, typer.Option(help="Processes; 0 takes all cores.", min=0)] = 0,
+    entities: Annotated[
+        str, typer.Option(help="Finds entities in reports: lexicon, spacy:NAME or hf:NAME.")
+    ] = "lexicon",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished build.")
     ] = False,
@@ -122,6 +125,7 @@ def data_build(
         val_ratio=val_ratio,
         test_ratio=test_ratio,
         workers=workers or os.cpu_count() or 1,
+        entities=entities,
         about={"reader": name, "command": _command()},
         overwrite=overwrite,
     )

@@ -19,6 +19,13 @@ GREY_MEAN, GREY_STD = 0.5, 0.25
 of chest films; one pair for every data set, so that no data set's statistics tell it apart."""
 
 
+ScoreKind = Literal["embedding", "attended", "logsumexp", "token_attention", "decoder_attention"]
+"""The ways to say how strongly a patch responds to a text; see `masking.response_score`."""
+
+MaskPolicy = Literal["attention", "random", "least_responsive", "oracle"]
+"""Which patches are hidden first: the most responsive, any, the least responsive, the lesion's."""
+
+
 class ConfigError(ValueError):
     """A configuration breaks a rule; the message names the key, the rule and the known keys."""
 
@@ -51,16 +58,67 @@ class TextEncoderConfig(Frozen):
     )  # upper bound of the WordPiece vocabulary trained here
 
 
+class DecoderConfig(Frozen):
+    """A decoder. It is small: after pre-training it is thrown away [MAE 3]."""
+
+    width: int = Field(default=128, gt=0)
+    depth: int = Field(default=1, gt=0)
+    heads: int = Field(default=4, gt=0)
+
+
 class ModelConfig(Frozen):
-    """Encoders, projections and temperature."""
+    """Encoders, decoders, projections and temperature."""
 
     image: ImageEncoderConfig = ImageEncoderConfig()
     text: TextEncoderConfig = TextEncoderConfig()
+    image_decoder: DecoderConfig = DecoderConfig()  # built where loss.image is not 0
+    text_decoder: DecoderConfig = DecoderConfig()  # built where loss.text is not 0
     embed_dim: int = Field(default=128, gt=0)  # of the joint space
     temperature: float = Field(
         default=0.07, gt=0
     )  # at the start; learned as a log scale [CLIP 2.5]
     max_logit_scale: float = Field(default=100.0, gt=1)  # clamp of the learned scale [CLIP 2.5]
+
+
+class LossConfig(Frozen):
+    """Weights of the terms beside the contrastive one, whose weight is 1."""
+
+    image: float = Field(default=0.0, ge=0)  # AttMIM
+    text: float = Field(default=0.0, ge=0)  # EntMLM
+
+
+class ImageMaskConfig(Frozen):
+    """AttMIM: which patches are hidden. Source of the defaults: docs/method.md."""
+
+    mask_ratio: float = Field(default=0.5, gt=0, lt=1)  # of the patches
+    policy: MaskPolicy = "attention"
+    score: ScoreKind = "decoder_attention"
+    score_tokens: Literal["entities", "masked", "all"] = "masked"  # what a patch responds to
+    hide: Literal["features", "pixels"] = "features"  # after the encoder, or before it
+    anneal_from: float = Field(default=0.1, ge=0, le=1)  # as a share of all steps: random before
+    anneal_to: float = Field(default=0.5, ge=0, le=1)  # guided from here on
+    final_randomness: float = Field(default=0.2, ge=0, le=1)  # what stays to chance
+
+
+class TextMaskConfig(Frozen):
+    """EntMLM: which words are hidden. Source of the defaults: docs/method.md."""
+
+    mask_ratio: float = Field(default=0.5, ge=0, le=1)  # of the concepts of a text
+    policy: Literal["entities", "random"] = "entities"
+    kinds: tuple[Literal["finding", "anatomy", "modifier"], ...] = Field(
+        default=("finding", "anatomy", "modifier"), min_length=1
+    )
+    cue_prob: float = Field(default=0.5, ge=0, le=1)  # of hiding "no" with what it denies
+
+
+class UnpairedConfig(Frozen):
+    """Films with labels and without a report, and the prompts made of their labels."""
+
+    rows_per_pair: float = Field(default=0.0, ge=0)  # on top of the pairs of a step
+    prompts: str = "default"  # a set of disease_prompts/, or a path that ends in .toml
+    absent_prob: float = Field(default=0.5, ge=0, le=1)  # of saying what a film does not have
+    prompt_pairs: bool = False  # pairs with labels get a prompt too, which guides AttMIM
+    shuffle: bool = False  # control: every unpaired film has the labels of another
 
 
 class DataConfig(Frozen):
@@ -118,9 +176,26 @@ class Config(Frozen):
     """One training run."""
 
     model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    image_mask: ImageMaskConfig = ImageMaskConfig()
+    text_mask: TextMaskConfig = TextMaskConfig()
+    unpaired: UnpairedConfig = UnpairedConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _score_is_trained(self) -> "Config":
+        mask = self.image_mask
+        needs = (
+            mask.policy in ("attention", "least_responsive") and mask.score == "decoder_attention"
+        )
+        if self.loss.image and not self.loss.text and needs:
+            raise ValueError(
+                "image_mask.score='decoder_attention' is the attention of the text decoder, which "
+                "loss.text=0 leaves out; give loss.text a weight or choose another score"
+            )
+        return self
 
     @model_validator(mode="after")
     def _patches_fit(self) -> "Config":

@@ -7,18 +7,13 @@ film and epoch and not on the batch or the process. Nothing here passes a gradie
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-ScoreKind = Literal["embedding", "attended", "logsumexp", "token_attention", "decoder_attention"]
-"""The ways to say how strongly a patch responds to a text; see the functions *_score."""
-
-MaskPolicy = Literal["attention", "random", "least_responsive", "oracle"]
-"""Which patches are hidden first: the most responsive, any, the least responsive, the lesion's."""
+from mmclip.config import MaskPolicy, ScoreKind
 
 FALLBACK_TOKEN_RATIO = 0.15
 """Share of tokens hidden in a text without entities. Source: BERT section 3.1."""

@@ -5,17 +5,15 @@ run/config.json, metrics.jsonl, tensorboard/, tokenizer/, checkpoints/step_00050
 
 import json
 import logging
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType, set_seed
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.checkpoint import (
@@ -25,17 +23,18 @@ from mmclip.checkpoint import (
     save_checkpoint,
 )
 from mmclip.config import Config, config_hash
-from mmclip.data.dataset import Batch, PairedBatches, Rows, open_rows, paired_rows
+from mmclip.data.batches import TrainingBatches, is_pair, training_rows
+from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.manifest import ManifestError, write_text_atomic
+from mmclip.data.synthetic import read_masks
 from mmclip.data.text import load_tokenizer, train_tokenizer
-from mmclip.losses import contrastive_sum, positive_pairs
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
-from mmclip.models.mmclip import MMCLIP
+from mmclip.models.mmclip import MMCLIP, build_mmclip
+from mmclip.objective import Objective
 from mmclip.progress import console
 from mmclip.train import (
     TrainState,
     fit,
-    gather_rows,
     make_optimizer,
     restore_trainer_state,
     trainer_state,
@@ -54,43 +53,19 @@ class Job:
     command: str
     resume: bool = False
     shuffle_pairs: bool = False  # the control that must learn nothing
+    lesions: Path | None = None  # folder of a made data set, for policy "oracle"
     wandb: bool = False
     cpu: bool = False
-
-
-def contrastive_sums(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Runs the model on a batch and sums each loss term over this process's rows.
-
-    The contrastive term is the mean of the two directions; each row of this process is compared
-    with the rows of all processes.
-
-    Source: paper, figure 1B; docs/method.md, row "contrastive term".
-    """
-    image, text, scale = model(batch.image, batch.ids, batch.is_valid)
-    all_image, all_text = gather_rows(image.embedding), gather_rows(text.embedding)
-    all_keys, all_has_text = gather_rows(batch.keys), gather_rows(batch.has_text)
-    rows = batch.has_text
-    is_positive = positive_pairs(batch.keys[rows], all_keys)
-    to_text = contrastive_sum(image.embedding[rows], all_text, is_positive, all_has_text, scale)
-    to_image = contrastive_sum(text.embedding[rows], all_image, is_positive, all_has_text, scale)
-    return {"contrastive": (to_text + to_image) / 2}
-
-
-def contrastive_counts(batch: Batch) -> dict[str, int]:
-    """The number of rows that have a film and a text."""
-    return {"contrastive": int(batch.has_text.sum())}
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MMCLIP:
     """A model as configured, with pretrained encoders where they are named."""
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
-    return MMCLIP(
+    return build_mmclip(
+        config,
         build_image_encoder(config.model.image, config.data.film_px),
         build_text_encoder(config.model.text, len(tokenizer), config.data.max_tokens, pad),
-        config.model.embed_dim,
-        config.model.temperature,
-        config.model.max_logit_scale,
     )
 
 
@@ -119,16 +94,13 @@ def pretrain(job: Job) -> Path:
     seed = job.config.train.seed
     set_seed(seed)
     rows = open_rows(job.folders, job.config.data.film_px)
-    pairs = paired_rows(rows, "train", job.config.data)
-    if len(pairs) < 2:
-        raise ManifestError(
-            f"{', '.join(map(str, job.folders))}: {len(pairs)} of {len(rows)} rows have a film, a "
-            f"report, split 'train' and a view in {job.config.data.views}; contrastive training "
-            f"needs at least two"
-        )
+    chosen = training_rows(rows, job.config)
+    n_pairs = sum(map(is_pair, chosen.films))
+    _check_enough(job, rows, n_pairs, len(chosen) - n_pairs)
     facts = {
         "data_hash": rows.data_hash,
-        "n_pairs": len(pairs),
+        "n_pairs": n_pairs,
+        "n_unpaired": len(chosen) - n_pairs,
         "command": job.command,
         "shuffle_pairs": job.shuffle_pairs,
     }
@@ -139,14 +111,14 @@ def pretrain(job: Job) -> Path:
     else:
         checkpoint = load_checkpoint(found)
         tokenizer, model = checkpoint.tokenizer, checkpoint.model.train()
-    batches = PairedBatches(
-        pairs,
+    objective = Objective(job.config, model.vision_model.config.patch_size)
+    batches = TrainingBatches(
+        chosen,
         tokenizer,
-        job.config.data,
-        job.config.augment,
-        job.config.train.batch_size,
-        seed,
+        job.config,
+        objective.patch_px,
         job.shuffle_pairs,
+        None if job.lesions is None else read_lesions(job.lesions),
     )
     optimizer = make_optimizer(model, model.no_decay_names(), job.config.train)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -157,7 +129,7 @@ def pretrain(job: Job) -> Path:
         job.run.mkdir(parents=True, exist_ok=True)
         resolved = {"config": job.config.model_dump(mode="json"), **facts}
         write_text_atomic(job.run / "config.json", json.dumps(resolved, indent=2) + "\n")
-        _say_what_runs(job, accelerator, model, pairs, state)
+        _say_what_runs(job, accelerator, model, chosen, state)
     accelerator.init_trackers("mmclip" if job.wandb else "tensorboard", config=_flat(job.config))
 
     def save(state: TrainState) -> None:
@@ -176,15 +148,43 @@ def pretrain(job: Job) -> Path:
         accelerator,
         state,
         batches.batch,
-        contrastive_sums,
-        contrastive_counts,
-        {"contrastive": 1.0},
+        objective.sums,
+        objective.counts,
+        objective.weights,
         job.config.train,
         job.run,
         save,
     )
     accelerator.end_training()
     return find_checkpoint(job.run)
+
+
+def _check_enough(job: Job, rows: Rows, n_pairs: int, n_unpaired: int) -> None:
+    folders = ", ".join(map(str, job.folders))
+    if n_pairs < 2:
+        raise ManifestError(
+            f"{folders}: {n_pairs} of {len(rows)} rows have a film, a report, split 'train' and a "
+            f"view in {job.config.data.views}; contrastive training needs at least two"
+        )
+    if job.config.unpaired.rows_per_pair and not n_unpaired:
+        raise ManifestError(
+            f"{folders}: no training film has labels and no report, as "
+            f"unpaired.rows_per_pair={job.config.unpaired.rows_per_pair} asks for; set it to 0, or "
+            f"add a data folder with labelled films"
+        )
+    if job.config.image_mask.policy == "oracle" and job.config.loss.image and job.lesions is None:
+        raise ManifestError(
+            "image_mask.policy='oracle' needs the lesion masks of made films; give their folder "
+            "by --lesion-masks, or choose another policy"
+        )
+
+
+def read_lesions(folder: Path) -> dict[str, np.ndarray]:
+    """The pixels of all lesions of each made film; see `batches.LesionMasks`."""
+    joined: dict[str, np.ndarray] = {}
+    for (film_id, _), mask in read_masks(folder).items():
+        joined[film_id] = joined.get(film_id, False) | mask
+    return joined
 
 
 def _resumable(job: Job, facts: dict[str, Any]) -> Path | None:
@@ -211,13 +211,15 @@ def _resumable(job: Job, facts: dict[str, Any]) -> Path | None:
 
 
 def _say_what_runs(
-    job: Job, accelerator: Accelerator, model: MMCLIP, pairs: Rows, state: TrainState
+    job: Job, accelerator: Accelerator, model: MMCLIP, rows: Rows, state: TrainState
 ) -> None:
     train = job.config.train
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     per_micro = train.batch_size // train.micro_batches
+    n_pairs = sum(map(is_pair, rows.films))
+    unpaired = f" and {len(rows) - n_pairs} unpaired films" if len(rows) > n_pairs else ""
     console.print(
-        f"{len(pairs)} pairs of {len({f.patient_id for f in pairs.films})} patients, "
+        f"{n_pairs} pairs{unpaired} of {len({f.patient_id for f in rows.films})} patients, "
         f"{millions:.1f} million parameters, {accelerator.device.type} x "
         f"{accelerator.num_processes}, {train.precision}, {torch.get_num_threads()} threads"
     )
@@ -244,8 +246,3 @@ def _flat(config: Config) -> dict[str, Any]:
 
     walk("", config.model_dump(mode="json"))
     return out
-
-
-def launched_command(arguments: Sequence[str]) -> str:
-    """The command line as a user would type it again."""
-    return " ".join(["mmclip", *(os.path.relpath(a) if os.path.isabs(a) else a for a in arguments)])

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmclip.batch import Batch, Share
 from mmclip.checkpoint import load_trainer_state
 from mmclip.config import TrainConfig
-from mmclip.data.dataset import Batch
 from mmclip.progress import progress
 
 
@@ -25,8 +25,8 @@ class NonFiniteLoss(RuntimeError):
     """A loss term became infinite or not a number; the message names it and the saved batch."""
 
 
-ReadBatch = Callable[[int, slice], Batch]
-"""What the loop reads from: (step, part) -> the rows `part` of the batch of a step."""
+ReadBatch = Callable[[int, Share], Batch]
+"""What the loop reads from: (step, share) -> that share of the batch of a step."""
 
 
 LossSums = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -108,11 +108,10 @@ def gather_rows(local: Tensor) -> Tensor:
     return gathered
 
 
-def part_of(batch_size: int, micro: int, n_micro: int, rank: int, world: int) -> slice:
-    """The rows of a batch that fall to a process in a micro-batch; shares differ by one at most."""
-    per_micro = batch_size // n_micro
-    start = micro * per_micro
-    return slice(start + rank * per_micro // world, start + (rank + 1) * per_micro // world)
+def shares(n_micro: int, accelerator: Accelerator) -> list[Share]:
+    """What this process reads of a step, a micro-batch each."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    return [Share(m * world + rank, n_micro * world) for m in range(n_micro)]
 
 
 def train_step(
@@ -136,12 +135,9 @@ def train_step(
     Raises:
         NonFiniteLoss: Before the optimiser has moved, on every process alike.
     """
-    world, rank = accelerator.num_processes, accelerator.process_index
     micro = [
-        read_batch(
-            state.step, part_of(config.batch_size, m, config.micro_batches, rank, world)
-        ).to(accelerator.device)
-        for m in range(config.micro_batches)
+        read_batch(state.step, share).to(accelerator.device)
+        for share in shares(config.micro_batches, accelerator)
     ]
     local = {k: float(sum(loss_counts(b)[k] for b in micro)) for k in weights}
     counts = accelerator.reduce(
@@ -156,7 +152,7 @@ def train_step(
             terms = loss_sums(state.model, batch)
             loss = torch.stack([weights[k] * terms[k] / count[k] for k in weights]).sum()
             # DistributedDataParallel averages over processes; the loss is a sum over them.
-            accelerator.backward(loss * world)
+            accelerator.backward(loss * accelerator.num_processes)
         sums = {k: sums[k] + terms[k].detach() for k in weights}
     stacked = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
     assert isinstance(stacked, Tensor)
@@ -256,16 +252,18 @@ def _cut_log(path: Path, step: int) -> None:
 
 
 def _save_failed(
-    accelerator: Accelerator, state: TrainState, read_batch: ReadBatch, config: TrainConfig, run: Path
+    accelerator: Accelerator,
+    state: TrainState,
+    read_batch: ReadBatch,
+    config: TrainConfig,
+    run: Path,
 ) -> Path:
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank = accelerator.process_index
     folder = run / f"nonfinite_step_{state.step:06d}_process_{rank}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for m in range(config.micro_batches):
-        batch = read_batch(
-            state.step, part_of(config.batch_size, m, config.micro_batches, rank, world)
-        )
+    for m, share in enumerate(shares(config.micro_batches, accelerator)):
+        batch = read_batch(state.step, share)
         tensors = {k: v.contiguous() for k, v in batch.tensors().items()}
         save_file(tensors, folder / f"batch_{m}.safetensors")
         (folder / f"batch_{m}_films.txt").write_text("\n".join(batch.film_ids) + "\n", "utf-8")

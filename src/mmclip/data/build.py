@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmclip.data.cache import FilmFacts, build_cache
+from mmclip.data.entities import find_entities
 from mmclip.data.manifest import (
     META_FILE,
+    Entity,
     Excluded,
     Film,
     ManifestError,
@@ -31,6 +33,7 @@ def build_data(
     val_ratio: float = 0.1,
     test_ratio: float = 0.1,
     workers: int = 1,
+    entities: str = "lexicon",
     about: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> dict:
@@ -48,6 +51,7 @@ def build_data(
         val_ratio: Of the patients without a split.
         test_ratio: Of the patients without a split.
         workers: Processes that decode.
+        entities: What finds the entities of the reports; see `entities.EntityFinder`.
         about: Further facts for meta.json (reader, command).
         overwrite: Replace a finished build.
 
@@ -98,11 +102,24 @@ def build_data(
         raise ManifestError(f"nothing is left of {root}{why}")
     return write_manifest(
         out,
-        assign_splits(kept, seed, val_ratio, test_ratio),
+        assign_splits(_with_entities(kept, entities), seed, val_ratio, test_ratio),
         excluded,
         film_px if with_image else None,
-        {**(about or {}), "films_sha256": checksum},
+        {**(about or {}), "entities": entities, "films_sha256": checksum},
     )
+
+
+def _with_entities(films: Sequence[Film], backend: str) -> list[Film]:
+    """The films with the entities of their reports; equal reports are searched once."""
+    reports = list(dict.fromkeys(film.report for film in films if film.report is not None))
+    if not reports:
+        return list(films)
+    found: dict[str | None, tuple[Entity, ...]] = {None: ()}
+    with progress("finding entities", len(reports)) as advance:
+        for report, entities in zip(reports, find_entities(reports, backend), strict=True):
+            found[report] = tuple(entities)
+            advance(1)
+    return [replace(film, entities=found[film.report]) for film in films]
 
 
 def _is_inside(film: Film, root: Path) -> bool:

@@ -1,4 +1,4 @@
-"""From data folders to batches: the rows a task reads, and what a row becomes."""
+"""The rows that a task reads from data folders, their films as tensors, and augmentation."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,144 +10,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from mmclip.config import GREY_MEAN, GREY_STD, AugmentConfig, DataConfig
+from mmclip.config import GREY_MEAN, GREY_STD, AugmentConfig
 from mmclip.data.cache import FilmCache
-from mmclip.data.draws import Draw, Schedule, film_key, keyed_uniform
-from mmclip.data.manifest import Film, ManifestError, Split, read_manifest, read_meta
-from mmclip.data.text import split_sentences, tokenise
-
-
-@dataclass(frozen=True)
-class TokenisedReports:
-    """All reports of a data set as one flat array of tokens, without [CLS] and [SEP].
-
-    Report r is the tokens `start[r] : start[r + 1]`; `sentence` numbers the sentence of each token
-    from 0 within its report.
-    """
-
-    ids: np.ndarray  # int32 [total]
-    sentence: np.ndarray  # int16 [total]
-    start: np.ndarray  # int64 [r + 1]
-    n_sentences: np.ndarray  # int32 [r]
-    cls_id: int
-    sep_id: int
-    pad_id: int
-
-    def assemble(
-        self, reports: np.ndarray, max_tokens: int, keep_draws: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and validity [b, t] of some reports, whole or in part.
-
-        Args:
-            reports: int [b], report numbers.
-            max_tokens: Longer reports are cut.
-            keep_draws: Uniform [b, 1 + MAX_SENTENCES], see `kept_sentences`; None keeps all.
-
-        Returns:
-            ids int64 [b, t], with [CLS] first, [SEP] last and padding behind; is_valid bool [b, t].
-        """
-        rows = []
-        for i, report in enumerate(reports):
-            span = slice(self.start[report], self.start[report + 1])
-            ids = self.ids[span]
-            if keep_draws is not None:
-                keep = kept_sentences(int(self.n_sentences[report]), keep_draws[i])
-                ids = ids[keep[self.sentence[span]]]
-            rows.append(ids[: max_tokens - 2])
-        width = max(len(ids) for ids in rows) + 2
-        out = np.full((len(rows), width), self.pad_id, np.int64)
-        is_valid = np.zeros((len(rows), width), bool)
-        for i, ids in enumerate(rows):
-            out[i, 0], out[i, 1 : len(ids) + 1], out[i, len(ids) + 1] = (
-                self.cls_id,
-                ids,
-                self.sep_id,
-            )
-            is_valid[i, : len(ids) + 2] = True
-        return out, is_valid
-
-
-MAX_SENTENCES = 32
-"""Draws a row for choosing sentences; sentences behind these stay or go with the last one."""
-
-
-def kept_sentences(n_sentences: int, draws: np.ndarray) -> np.ndarray:
-    """Which sentences of a report stay when it is read in part: bool [n_sentences].
-
-    The number kept is uniform in 1..n, the choice is uniform given the number. Source: ours, after
-    the sentence sampling of ConVIRT (arXiv:2010.00747): a prompt is one sentence, and a model that
-    only ever read whole reports has not seen one alone.
-
-    Args:
-        n_sentences: Sentences of the report.
-        draws: Uniform [1 + MAX_SENTENCES]: one for the number, one a sentence for the choice.
-    """
-    n_kept = 1 + int(draws[0] * n_sentences)
-    order = np.argsort(draws[1:][np.minimum(np.arange(n_sentences), MAX_SENTENCES - 1)])
-    keep = np.zeros(n_sentences, bool)
-    keep[order[:n_kept]] = True
-    return keep
-
-
-def tokenise_reports(
-    tokenizer: PreTrainedTokenizerFast, reports: Sequence[str], max_tokens: int
-) -> TokenisedReports:
-    """Tokenises each report once and notes the sentence of every token."""
-    tokens = tokenise(tokenizer, reports, max_tokens=max_tokens)
-    ids, sentences, counts, n_sentences = [], [], [], []
-    for i, report in enumerate(reports):
-        offsets = tokens.offsets[i]
-        is_text = tokens.is_valid[i] & (offsets[:, 1] > offsets[:, 0])
-        ends = np.array([end for _, end in split_sentences(report)])
-        sentence = np.minimum(
-            np.searchsorted(ends, offsets[is_text, 0], side="right"), max(len(ends) - 1, 0)
-        )
-        # Numbered from 0 without gaps, also where a cut report lost its last sentences.
-        _, sentence = np.unique(sentence, return_inverse=True)
-        ids.append(tokens.ids[i][is_text])
-        sentences.append(sentence)
-        counts.append(int(is_text.sum()))
-        n_sentences.append(int(sentence.max()) + 1 if len(sentence) else 0)
-    special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
-    cls_id, sep_id, pad_id = (int(s) for s in special)  # pyright: ignore[reportArgumentType]
-    return TokenisedReports(
-        ids=np.concatenate(ids).astype(np.int32),
-        sentence=np.concatenate(sentences).astype(np.int16),
-        start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        n_sentences=np.array(n_sentences, np.int32),
-        cls_id=cls_id,
-        sep_id=sep_id,
-        pad_id=pad_id,
-    )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some rows as tensors. b films, t tokens."""
-
-    image: Float[Tensor, "b 1 h w"]  # model space, see `normalise`
-    ids: Tensor  # int64 [b, t]
-    is_valid: Tensor  # bool [b, t]
-    keys: Tensor  # int64 [b, 2]: study and text; equal in a column means positive
-    has_text: Tensor  # bool [b]
-    film_ids: tuple[str, ...]
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        move = (t.to(device, non_blocking=True) for t in self.tensors().values())
-        return Batch(*move, film_ids=self.film_ids)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        return {
-            "image": self.image,
-            "ids": self.ids,
-            "is_valid": self.is_valid,
-            "keys": self.keys,
-            "has_text": self.has_text,
-        }
+from mmclip.data.manifest import Film, ManifestError, read_manifest, read_meta
 
 
 def normalise(films: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b 1 h w"]:
@@ -167,20 +33,33 @@ def augment(
 
     Source: ours; small ranges, as a patient can turn and an exposure can differ.
     """
+    theta = affine_of(draws, config).to(image.device)
+    black = -GREY_MEAN / GREY_STD
+    u = 2 * draws.float() - 1  # -1..1
+    moved = warp(image - black, theta) + black
+    contrast = (1 + u[:, 4] * config.contrast).view(-1, 1, 1, 1).to(image.device)
+    brightness = (u[:, 5] * config.brightness / GREY_STD).view(-1, 1, 1, 1).to(image.device)
+    return moved * contrast + brightness
+
+
+def affine_of(draws: Float[Tensor, "b 6"], config: AugmentConfig) -> Float[Tensor, "b 2 3"]:
+    """Where each point of the augmented film comes from, in grid units (the side is 2 long)."""
     u = 2 * draws.float() - 1  # -1..1
     angle = torch.deg2rad(u[:, 0] * config.rotation_deg)
     scale = 1 / (1 + u[:, 1] * config.scale_ratio)
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     shift = 2 * config.translate_ratio * u[:, 2:4]  # grid units: the side is 2 long
-    theta = torch.stack(
+    return torch.stack(
         [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
     )
-    grid = F.affine_grid(theta.to(image.device), list(image.shape), align_corners=False)
-    black = -GREY_MEAN / GREY_STD
-    moved = F.grid_sample(image - black, grid, padding_mode="zeros", align_corners=False) + black
-    contrast = (1 + u[:, 4] * config.contrast).view(-1, 1, 1, 1).to(image.device)
-    brightness = (u[:, 5] * config.brightness / GREY_STD).view(-1, 1, 1, 1).to(image.device)
-    return moved * contrast + brightness
+
+
+def warp(
+    image: Float[Tensor, "b 1 h w"], theta: Float[Tensor, "b 2 3"]
+) -> Float[Tensor, "b 1 h w"]:
+    """Moves films as `affine_of` says, bilinear; what comes from outside is 0."""
+    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+    return F.grid_sample(image, grid, padding_mode="zeros", align_corners=False)
 
 
 @dataclass(frozen=True)
@@ -255,87 +134,3 @@ def open_rows(folders: Sequence[Path], film_px: int | None = None) -> Rows:
         )
     joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return Rows(tuple(films), tuple(caches), np.array(where, np.int64).reshape(-1, 2), joined)
-
-
-def paired_rows(rows: Rows, split: Split, config: DataConfig) -> Rows:
-    """The rows with film and report in a split and in the views of the configuration."""
-    return rows.select(
-        [
-            film.split == split
-            and film.image is not None
-            and film.report is not None
-            and film.view in config.views
-            for film in rows.films
-        ]
-    )
-
-
-class PairedBatches:
-    """The batches of a training run: film and report, every draw keyed by film and epoch."""
-
-    def __init__(
-        self,
-        rows: Rows,
-        tokenizer: PreTrainedTokenizerFast,
-        data: DataConfig,
-        augment_config: AugmentConfig,
-        batch_size: int,
-        seed: int,
-        shuffle_pairs: bool = False,
-    ) -> None:
-        """Tokenises the reports once.
-
-        Args:
-            rows: As `paired_rows` gives them.
-            tokenizer: Of the text encoder.
-            data: Lengths and sentence dropping.
-            augment_config: Ranges of the augmentation.
-            batch_size: Pairs a step, over all processes.
-            seed: Of every draw.
-            shuffle_pairs: Deal each film the report of another, fixed for the run: the control
-                under which nothing can be learnt.
-        """
-        self.rows, self.data, self.augment_config, self.seed = rows, data, augment_config, seed
-        self.film_keys = np.array([film_key(f.film_id) for f in rows.films], np.uint64)
-        self.schedule = Schedule(self.film_keys, batch_size, seed)
-        texts = [film.report or "" for film in rows.films]
-        distinct = sorted(set(texts))
-        number = {text: i for i, text in enumerate(distinct)}
-        self.report_of_row = np.array([number[text] for text in texts])
-        self.reports = tokenise_reports(tokenizer, distinct, data.max_tokens)
-        self.study_keys = np.array([film_key(f.study_id) >> 1 for f in rows.films], np.int64)
-        if shuffle_pairs:
-            u = keyed_uniform(seed, Draw.SHUFFLE_PAIRS, np.zeros(len(rows)), self.film_keys, 1)
-            order = np.argsort(u[:, 0])
-            self.report_of_row[order] = self.report_of_row[np.roll(order, 1)]
-            self.study_keys = self.film_keys.astype(np.int64) >> 1
-
-    def batch(self, step: int, part: slice = slice(None)) -> Batch:
-        """The batch of a step, or the part of it that falls to a process or micro-batch."""
-        rows, epochs = (x[part] for x in self.schedule.rows(step))
-        keys = self.film_keys[rows]
-        keep_draws = None
-        if self.data.sentence_drop_prob:
-            u = keyed_uniform(self.seed, Draw.SENTENCES, epochs, keys, 2 + MAX_SENTENCES)
-            whole = u[:, 0] >= self.data.sentence_drop_prob
-            u[whole, 1] = 1 - 2.0**-53  # all sentences are kept
-            keep_draws = u[:, 1:]
-        ids, is_valid = self.reports.assemble(
-            self.report_of_row[rows], self.data.max_tokens, keep_draws
-        )
-        draws = keyed_uniform(self.seed, Draw.AUGMENT, epochs, keys, 6)
-        image = augment(
-            normalise(self.rows.pixels(rows)), torch.from_numpy(draws).float(), self.augment_config
-        )
-        text_keys = [
-            film_key(row[valid].tobytes().hex()) >> 1
-            for row, valid in zip(ids, is_valid, strict=True)
-        ]
-        return Batch(
-            image=image,
-            ids=torch.from_numpy(ids),
-            is_valid=torch.from_numpy(is_valid),
-            keys=torch.from_numpy(np.stack([self.study_keys[rows], text_keys], 1).astype(np.int64)),
-            has_text=torch.ones(len(rows), dtype=torch.bool),
-            film_ids=tuple(self.rows.films[r].film_id for r in rows),
-        )

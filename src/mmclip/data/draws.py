@@ -18,6 +18,11 @@ class Draw(IntEnum):
     AUGMENT = 1
     SENTENCES = 2
     SHUFFLE_PAIRS = 3
+    PATCHES = 4
+    CONCEPTS = 5
+    CUES = 6
+    TOKENS = 7
+    PROMPT = 8
 
 
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -83,10 +88,8 @@ class Schedule:
     seed: int
 
     def __post_init__(self) -> None:
-        if len(self.film_keys) < 2:
-            raise ValueError(
-                f"there are {len(self.film_keys)} rows to train on; a contrastive step needs two"
-            )
+        if not len(self.film_keys):
+            raise ValueError("there are no rows to read from")
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers [batch_size] and the epoch of each [batch_size] for a step from 0 on."""

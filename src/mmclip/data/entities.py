@@ -16,7 +16,7 @@ from functools import cache
 from importlib import resources
 from itertools import islice, pairwise
 from operator import itemgetter
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import spacy
@@ -25,25 +25,7 @@ from spacy.matcher import PhraseMatcher
 from spacy.tokens import Doc
 from spacy.vocab import Vocab
 
-Kind = Literal["finding", "anatomy", "modifier"]
-Status = Literal["present", "negated", "uncertain"]
-
-
-@dataclass(frozen=True, slots=True)
-class Entity:
-    """A mention of a concept: text[start:end] of the report.
-
-    `status` says what the report claims of a finding; anatomy and modifiers are always "present".
-    `cue` is the span of the words that deny or doubt it, None for "present". The cue may lie inside
-    the entity ("heart is not enlarged").
-    """
-
-    start: int
-    end: int
-    kind: Kind
-    concept: str
-    status: Status = "present"
-    cue: tuple[int, int] | None = None
+from mmclip.data.manifest import Entity, EntityKind, EntityStatus
 
 
 class EntityFinder:
@@ -123,8 +105,8 @@ class _Mark(NamedTuple):
 
     start: int
     end: int
-    before: Status | None = None  # what it says of the findings after it in the clause
-    after: Status | None = None  # of the findings before it in the clause
+    before: EntityStatus | None = None  # what it says of the findings after it in the clause
+    after: EntityStatus | None = None  # of the findings before it in the clause
     nearest: bool = False  # `after` holds for the last finding before it only
 
 
@@ -150,7 +132,7 @@ def _with_status(entities: Sequence[Entity], marks: Sequence[_Mark]) -> list[Ent
             out.append(entity)
             continue
         first, last = bisect_left(starts, entity.start), bisect_right(ends, entity.end)
-        heard: list[tuple[int, Status, _Mark]] = [
+        heard: list[tuple[int, EntityStatus, _Mark]] = [
             (0, m.before, m) for m in marks[first:last] if m.before
         ]
         prior = bisect_right(ends, entity.start) - 1
@@ -175,16 +157,20 @@ _SENTENCE_ENDS = ".!?\n"
 _GAP = re.compile(r"\s*<(\d+)>\s*")
 _SET = re.compile(r"\{(\w+)\}")
 _GROUP = re.compile(r"\(([^()]*)\)")
-_KINDS: dict[str, Kind] = {"findings": "finding", "anatomy": "anatomy", "modifiers": "modifier"}
+_KINDS: dict[str, EntityKind] = {
+    "findings": "finding",
+    "anatomy": "anatomy",
+    "modifiers": "modifier",
+}
 
 
 @dataclass(slots=True)
 class _Senses:
     """What a phrase may stand for; most phrases have one sense."""
 
-    whole: list[tuple[Kind, str]] = field(default_factory=list)
+    whole: list[tuple[EntityKind, str]] = field(default_factory=list)
     left_of: list[int] = field(default_factory=list)  # numbers of forms
-    right_of: list[tuple[int, int, Kind, str]] = field(default_factory=list)  # form, gap, ...
+    right_of: list[tuple[int, int, EntityKind, str]] = field(default_factory=list)  # form, gap, ...
     roles: set[str] = field(default_factory=set)  # "negated before", "stop", "gap stop", ...
 
 
@@ -196,7 +182,9 @@ class _Lexicon:
         cues: Role ("negated before", "stop", "pseudo", ...) and phrase, in the same syntax.
     """
 
-    def __init__(self, forms: Iterable[tuple[Kind, str, str]], cues: Iterable[tuple[str, str]]):
+    def __init__(
+        self, forms: Iterable[tuple[EntityKind, str, str]], cues: Iterable[tuple[str, str]]
+    ):
         senses: dict[str, _Senses] = defaultdict(_Senses)
         for number, (kind, concept, form) in enumerate(forms):
             match _GAP.split(form):
@@ -226,7 +214,9 @@ class _Lexicon:
         """The entities of a text, all "present" so far, and the marks; both in order, disjoint."""
         spans = [m.span() for m in _WORD.finditer(text)]
         doc = Doc(self._vocab, words=[text[a:b].lower() for a, b in spans])
-        found: list[tuple[int, int, Kind, str]] = []  # start and end count words from here ...
+        found: list[
+            tuple[int, int, EntityKind, str]
+        ] = []  # start and end count words from here ...
         cues: list[tuple[int, int, set[str]]] = []
         lefts: dict[int, list[tuple[int, int]]] = defaultdict(list)
         walls: list[int] = []  # where no gap may reach over
@@ -266,7 +256,7 @@ class _Lexicon:
 
 def _mark(start: int, end: int, roles: set[str]) -> _Mark:
     """A mark of the roles that a phrase has in cues.toml; "stop" alone says nothing of findings."""
-    said: dict[str, Status] = {}
+    said: dict[str, EntityStatus] = {}
     for status in ("negated", "uncertain"):
         for place in ("before", "after", "between"):
             if f"{status} {place}" in roles:
@@ -310,8 +300,8 @@ def _read_lexicon(cues_only: bool = False) -> _Lexicon:
         path = resources.files("mmclip") / "lexicon" / f"{name}.toml"
         return tomllib.loads(path.read_text("utf-8"))
 
-    forms: list[tuple[Kind, str, str]] = []
-    kinds: dict[str, Kind] = {} if cues_only else _KINDS
+    forms: list[tuple[EntityKind, str, str]] = []
+    kinds: dict[str, EntityKind] = {} if cues_only else _KINDS
     for name, kind in kinds.items():
         entries = read(name)
         sets = {key: f"({'|'.join(some)})" for key, some in entries.pop("sets", {}).items()}
@@ -325,7 +315,7 @@ def _read_lexicon(cues_only: bool = False) -> _Lexicon:
 # -- other models in place of the lexicon --
 
 
-def _kind_of_label(label: str) -> Kind:
+def _kind_of_label(label: str) -> EntityKind:
     """The kind that a model's label means: by a telling part of its name, else a finding.
 
     Source: ours; covers the labels of RadGraph ("ANAT-DP", "OBS-DP"), of UMLS semantic types
@@ -344,7 +334,7 @@ def _concept_of(mention: str) -> str:
     return " ".join(mention.lower().split())
 
 
-_Tagged = tuple[int, int, Kind, str]
+_Tagged = tuple[int, int, EntityKind, str]
 _Tagger = Callable[[Sequence[str]], list[list[_Tagged]]]
 
 

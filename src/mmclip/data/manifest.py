@@ -48,13 +48,34 @@ class Reason(StrEnum):
     IMAGE_BLANK = "all pixels of the image are (nearly) equal"
 
 
+EntityKind = Literal["finding", "anatomy", "modifier"]
+EntityStatus = Literal["present", "negated", "uncertain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A mention of a concept: text[start:end] of the report.
+
+    `status` says what the report claims of a finding; anatomy and modifiers are always "present".
+    `cue` is the span of the words that deny or doubt it, None for "present". The cue may lie inside
+    the entity ("heart is not enlarged").
+    """
+
+    start: int
+    end: int
+    kind: EntityKind
+    concept: str
+    status: EntityStatus = "present"
+    cue: tuple[int, int] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Film:
     """One film and all that is known of it; a study without a film has `image=None`.
 
     Films of one study share `study_id` and the report. `labels` maps a finding to PRESENT, ABSENT
     or UNCERTAIN; a finding that is not in it is unknown. `report` is what the text encoder reads:
-    cleaned, and None, never "", when there is nothing to read.
+    cleaned, and None, never "", when there is nothing to read; `entities` are spans of it.
     """
 
     film_id: str
@@ -67,6 +88,7 @@ class Film:
     findings: str | None = None
     impression: str | None = None
     report: str | None = None
+    entities: tuple[Entity, ...] = ()
     labels: Mapping[str, int] = field(default_factory=dict)
     source_labels: tuple[str, ...] = ()  # in the source's own words
     age_years: float | None = None
@@ -89,6 +111,17 @@ class Excluded:
 Record = Film | Excluded
 """What a reader yields, one for each row of its source: nothing is dropped in silence."""
 
+_ENTITY = pa.struct(
+    [
+        pa.field("start", pa.int32(), nullable=False),
+        pa.field("end", pa.int32(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("concept", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("cue", pa.list_(pa.int32())),
+    ]
+)
+
 SCHEMA = pa.schema(
     [
         pa.field("film_id", pa.string(), nullable=False),
@@ -101,6 +134,7 @@ SCHEMA = pa.schema(
         pa.field("findings", pa.string()),
         pa.field("impression", pa.string()),
         pa.field("report", pa.string()),
+        pa.field("entities", pa.list_(_ENTITY), nullable=False),
         pa.field("labels", pa.map_(pa.string(), pa.int8()), nullable=False),
         pa.field("source_labels", pa.list_(pa.string()), nullable=False),
         pa.field("age_years", pa.float64()),
@@ -234,6 +268,7 @@ def to_table(films: Sequence[Film]) -> pa.Table:
     """The records as an Arrow table of SCHEMA."""
     columns = {name: [getattr(film, name) for film in films] for name in SCHEMA.names}
     columns["labels"] = [list(film.labels.items()) for film in films]
+    columns["entities"] = [[asdict(entity) for entity in film.entities] for film in films]
     columns["source_labels"] = [list(film.source_labels) for film in films]
     return pa.table(columns, schema=SCHEMA)
 
@@ -255,6 +290,10 @@ def from_table(table: pa.Table) -> Iterator[Film]:
     for batch in table.to_batches(max_chunksize=4096):
         for row in batch.to_pylist():
             row["labels"] = dict(row["labels"])
+            row["entities"] = tuple(
+                Entity(**{**e, "cue": None if e["cue"] is None else tuple(e["cue"])})
+                for e in row["entities"]
+            )
             row["source_labels"] = tuple(row["source_labels"])
             yield Film(**{name: row[name] for name in names})
 

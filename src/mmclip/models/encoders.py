@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mmclip.config import GREY_MEAN, GREY_STD, ImageEncoderConfig, TextEncoderConfig
+from mmclip.patches import keep_visible
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +142,7 @@ def _load_pretrained(name: str) -> PreTrainedModel:
         for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if hasattr(config, key):
                 setattr(config, key, 0.0)
-        encoder, info = AutoModel.from_pretrained(
-            name, config=config, output_loading_info=True
-        )
+        encoder, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True)
     except (OSError, ValueError, UnpicklingError) as error:
         first = str(error).strip().splitlines()[0]
         raise EncoderError(
@@ -248,6 +248,37 @@ def resize_position_grid(encoder: PreTrainedModel, film_px: int) -> None:
         module.image_size = (film_px, film_px)
     embeddings.patch_embeddings.num_patches = side**2
     encoder.config.image_size = film_px
+
+
+def encode_visible(
+    encoder: PreTrainedModel,
+    image: Float[Tensor, "b 1 h w"],
+    is_masked: Bool[Tensor, "b n"],
+    n_masked: int,
+) -> Float[Tensor, "b v d"]:
+    """Features of the visible patches of films of which the encoder sees nothing else.
+
+    Args:
+        encoder: Reads the class token and the visible patches.
+        image: Whole films.
+        is_masked: Hides `n_masked` patches in every film.
+        n_masked: See `masking.masked_patch_count`.
+
+    Raises:
+        EncoderError: When the encoder is no ViT of transformers, whose layers can be run apart.
+
+    Source: MAE section 3 (arXiv:2111.06377).
+    """
+    if not isinstance(encoder, ViTModel):
+        raise EncoderError(
+            f"image_mask.hide='pixels' needs a ViTModel, not {encoder.config.model_type!r}; set "
+            f"image_mask.hide='features'"
+        )
+    x = encoder.embeddings(image)
+    x = torch.cat([x[:, :1], keep_visible(x[:, 1:], is_masked, n_masked)], 1)
+    for layer in encoder.layers:
+        x = layer(x, None)
+    return encoder.layernorm(x)[:, 1:]
 
 
 def pooled(output: Any, encoder: PreTrainedModel) -> Tensor:

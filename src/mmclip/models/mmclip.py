@@ -1,7 +1,7 @@
-"""MMCLIP: two encoders, two projections, a learned temperature."""
+"""MMCLIP: two encoders, two projections, a learned temperature, and the decoders of training."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mmclip.models.encoders import pooled
+from mmclip.batch import Batch, Texts
+from mmclip.config import Config, MaskPolicy, ScoreKind
+from mmclip.masking import (
+    blend_scores,
+    choose_masked_patches,
+    masked_patch_count,
+    policy_score,
+    response_score,
+)
+from mmclip.models.decoders import ImageDecoder, TextDecoder
+from mmclip.models.encoders import encode_visible, pooled
+from mmclip.patches import place_visible
 
 
 class Encoded(NamedTuple):
@@ -19,11 +30,44 @@ class Encoded(NamedTuple):
     embedding: Float[Tensor, "b e"]  # projected and L2-normalised, float32
 
 
+class MaskPlan(NamedTuple):
+    """How AttMIM chooses what to hide at a point of training; see `config.ImageMaskConfig`."""
+
+    mask_ratio: float
+    policy: MaskPolicy
+    score: ScoreKind
+    score_tokens: Literal["entities", "masked", "all"]
+    hide: Literal["features", "pixels"]
+    randomness: float
+
+
+class Read(NamedTuple):
+    """What the model makes of some texts. m texts, t tokens, h hidden tokens."""
+
+    features: Float[Tensor, "m t d"]
+    embedding: Float[Tensor, "m e"]
+    token_logits: Float[Tensor, "h v"] | None  # None without a text decoder
+    attention: Float[Tensor, "m heads t n"] | None  # to the patches, from the hidden words' text
+
+
+class Outputs(NamedTuple):
+    """What the losses read. Rows without a text have a text embedding of 0."""
+
+    image_embedding: Float[Tensor, "b e"]
+    text_embedding: Float[Tensor, "b e"]
+    scale: Float[Tensor, ""]
+    token_logits: Float[Tensor, "h v"] | None  # of reports, then of prompts
+    patches: Float[Tensor, "b n p"] | None  # predicted pixels, see `ImageDecoder`
+    is_masked: Bool[Tensor, "b n"] | None
+    response: Float[Tensor, "b n"] | None  # what the choice went by, before policy and noise
+
+
 class MMCLIP(nn.Module):
-    """The model of the paper: image encoder, text encoder, joint space.
+    """The model of the paper: image encoder, text encoder, joint space, two decoders.
 
     Names and shapes of encoders, projections and `logit_scale` are those of transformers'
-    VisionTextDualEncoderModel (pooled output, bias-free linear projection).
+    VisionTextDualEncoderModel (pooled output, bias-free linear projection). A decoder is None
+    where its loss is not trained.
 
     Source: paper, figure 1B; CLIP section 2.3 (arXiv:2103.00020).
     """
@@ -35,6 +79,8 @@ class MMCLIP(nn.Module):
         embed_dim: int,
         temperature: float,
         max_logit_scale: float,
+        image_decoder: ImageDecoder | None = None,
+        text_decoder: TextDecoder | None = None,
     ) -> None:
         super().__init__()
         self.vision_model = image_encoder
@@ -45,6 +91,7 @@ class MMCLIP(nn.Module):
         self.max_logit_scale = max_logit_scale
         for layer in (self.visual_projection, self.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # [CLIP, released code]
+        self.image_decoder, self.text_decoder = image_decoder, text_decoder
 
     def encode_image(self, image: Float[Tensor, "b 1 h w"]) -> Encoded:
         """Encodes films in model space (see data.dataset.normalise)."""
@@ -62,17 +109,110 @@ class MMCLIP(nn.Module):
         """The inverse temperature; clamped, so that its gradient stops at the limit [CLIP 2.5]."""
         return self.logit_scale.exp().clamp(max=self.max_logit_scale)
 
-    def forward(
-        self,
-        image: Float[Tensor, "b 1 h w"],
-        ids: Int[Tensor, "r t"],
-        is_valid: Bool[Tensor, "r t"],
-    ) -> tuple[Encoded, Encoded, Float[Tensor, ""]]:
-        """Encodes films and texts, which may differ in number, and gives the inverse temperature.
+    def forward(self, batch: Batch, plan: MaskPlan | None = None) -> Outputs:
+        """All that a training step needs, in one call, as DistributedDataParallel wants it.
 
-        One call a step, so that DistributedDataParallel sees every parameter used once.
+        The film passes its encoder once (twice where `plan.hide` is "pixels"). Equal texts pass
+        theirs once.
+
+        Args:
+            batch: On the model's device.
+            plan: How to hide patches; None without an image decoder.
         """
-        return self.encode_image(image), self.encode_text(ids, is_valid), self.scale()
+        image = self.encode_image(batch.image)
+        reports = self.read(batch.reports, image.features)
+        prompts = self.read(batch.prompts, image.features)
+        # A row's text is its report, else its prompt: reports are put in place last.
+        both = ((batch.prompts, prompts), (batch.reports, reports))
+        text_embedding = image.embedding.new_zeros(image.embedding.shape)
+        for texts, read in both:
+            text_embedding = text_embedding.index_copy(0, texts.rows, read.embedding)
+        logits = [read.token_logits for read in (reports, prompts) if read.token_logits is not None]
+        token_logits = torch.cat(logits) if logits else None
+        patches = is_masked = response = None
+        if self.image_decoder is not None and plan is not None:
+            response = self._response(batch, image, reports, prompts, plan)
+            is_masked = choose_masked_patches(
+                policy_score(plan.policy, response, batch.lesion_ratio),
+                batch.patch_noise,
+                plan.mask_ratio,
+                plan.randomness,
+            )
+            features = image.features[:, 1:]
+            if plan.hide == "pixels":
+                n_masked = masked_patch_count(is_masked.shape[1], plan.mask_ratio)
+                visible = encode_visible(self.vision_model, batch.image, is_masked, n_masked)
+                features = place_visible(visible, is_masked)
+            context, is_valid = _side_by_side(batch, prompts.features, reports.features)
+            patches = self.image_decoder(features, is_masked, context, is_valid)
+        return Outputs(
+            image.embedding,
+            text_embedding,
+            self.scale(),
+            token_logits,
+            patches,
+            is_masked,
+            response,
+        )
+
+    def read(self, texts: Texts, image_features: Float[Tensor, "b i d"]) -> Read:
+        """Encodes texts as they are, and recovers their hidden words with the films' help.
+
+        Args:
+            texts: At most one a film.
+            image_features: Of all films of the batch, class token first.
+        """
+        ids, is_valid = texts.ids, texts.is_valid
+        if self.text_decoder is not None:
+            ids, is_valid = torch.cat([ids, texts.masked_ids]), is_valid.repeat(2, 1)
+        if not len(texts):
+            # BERT reads no empty batch, and every process must use every parameter: a text that
+            # nobody asks for.
+            width = ids.shape[1]
+            ids, is_valid = ids.new_zeros(1, width), is_valid.new_ones(1, width)
+        ids, which = torch.unique(ids, dim=0, return_inverse=True)
+        first = torch.zeros_like(is_valid[: len(ids)]).index_copy(0, which, is_valid)
+        encoded = self.encode_text(ids, first)
+        m = len(texts)
+        features, embedding = encoded.features[which[:m]], encoded.embedding[which[:m]]
+        if self.text_decoder is None:
+            return Read(features, embedding, None, None)
+        x, attention = self.text_decoder.read(
+            encoded.features[which[m : 2 * m]], texts.is_valid, image_features[texts.rows], True
+        )
+        words = self.text_model.get_input_embeddings().weight
+        assert isinstance(words, Tensor) and attention is not None
+        logits = self.text_decoder.predict(x, texts.is_masked, words)
+        return Read(features, embedding, logits, attention[..., 1:])
+
+    @torch.no_grad()
+    def _response(
+        self, batch: Batch, image: Encoded, reports: Read, prompts: Read, plan: MaskPlan
+    ) -> Float[Tensor, "b n"]:
+        """How strongly each patch responds to the texts of its row; 0 where nothing asks for it."""
+        features = image.features[:, 1:]
+        zero = features.new_zeros(features.shape[:2], dtype=torch.float32)
+        if plan.policy not in ("attention", "least_responsive") or plan.randomness == 1:
+            return zero
+        joint = self.visual_projection(features)
+        scores: list[Tensor] = []
+        for texts, read in ((batch.reports, reports), (batch.prompts, prompts)):
+            choices = {
+                "entities": texts.is_entity & texts.is_valid,
+                "masked": texts.is_masked,
+                "all": texts.is_valid,
+            }
+            score = response_score(
+                plan.score,
+                joint[texts.rows],
+                read.embedding,
+                self.text_projection(read.features),
+                choices[plan.score_tokens],
+                read.attention,
+            )
+            scores.append(zero.index_copy(0, texts.rows, score))
+        by_report, by_prompt = scores
+        return blend_scores(by_report, by_prompt, batch.has_report, batch.has_prompt)
 
     def no_decay_names(self) -> set[str]:
         """Parameters that weight decay would pull away from where they mean something.
@@ -86,3 +226,56 @@ class MMCLIP(nn.Module):
             for name, p in self.named_parameters()
             if p.ndim <= 1 or any(table in name for table in tables)
         }
+
+
+def _side_by_side(
+    batch: Batch, prompts: Float[Tensor, "p s d"], reports: Float[Tensor, "r t d"]
+) -> tuple[Float[Tensor, "b u d"], Bool[Tensor, "b u"]]:
+    """The features of each row's text, its report else its prompt, padded; and their validity."""
+    width = max(prompts.shape[1], reports.shape[1])
+    context = prompts.new_zeros(len(batch), width, prompts.shape[2])
+    is_valid = torch.zeros(len(batch), width, dtype=torch.bool, device=context.device)
+    for texts, features in ((batch.prompts, prompts), (batch.reports, reports)):
+        pad = width - features.shape[1]
+        context = context.index_copy(0, texts.rows, F.pad(features, (0, 0, 0, pad)))
+        is_valid = is_valid.index_copy(0, texts.rows, F.pad(texts.is_valid, (0, pad)))
+    return context, is_valid
+
+
+def build_mmclip(
+    config: Config, image_encoder: PreTrainedModel, text_encoder: PreTrainedModel
+) -> MMCLIP:
+    """A model around two encoders, with the decoders that the losses of the configuration need."""
+    vision, text = image_encoder.config, text_encoder.config
+    image_decoder = text_decoder = None
+    if config.loss.image:
+        side = vision.image_size // vision.patch_size
+        sizes = config.model.image_decoder
+        image_decoder = ImageDecoder(
+            vision.hidden_size,
+            text.hidden_size,
+            sizes.width,
+            sizes.depth,
+            sizes.heads,
+            (side, side),
+            vision.patch_size,
+        )
+    if config.loss.text:
+        sizes = config.model.text_decoder
+        text_decoder = TextDecoder(
+            text.hidden_size,
+            vision.hidden_size,
+            sizes.width,
+            sizes.depth,
+            sizes.heads,
+            text.vocab_size,
+        )
+    return MMCLIP(
+        image_encoder,
+        text_encoder,
+        config.model.embed_dim,
+        config.model.temperature,
+        config.model.max_logit_scale,
+        image_decoder,
+        text_decoder,
+    )

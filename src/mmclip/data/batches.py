@@ -1,0 +1,271 @@
+"""Training batches: which films a step reads, with what texts, and what of them is hidden.
+
+Every draw is keyed by (seed, purpose, epoch, film), so a row does not depend on its batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from mmclip.batch import Batch, Share, Texts
+from mmclip.config import Config
+from mmclip.data.corpus import (
+    MAX_SENTENCES,
+    TokenRows,
+    mark_concepts,
+    special_ids,
+    tokenise_corpus,
+)
+from mmclip.data.dataset import Rows, affine_of, augment, normalise, warp
+from mmclip.data.disease_prompts import (
+    NO_FINDING,
+    PROMPT_DRAWS,
+    DiseasePrompt,
+    load_disease_prompts,
+)
+from mmclip.data.draws import Draw, Schedule, film_key, keyed_uniform
+from mmclip.data.manifest import ABSENT, PRESENT, Entity, Film
+from mmclip.data.text import tokenise
+from mmclip.masking import (
+    add_cues,
+    choose_masked_entities,
+    maskable_tokens,
+    random_tokens_instead,
+)
+from mmclip.patches import lesion_ratio_of_patches
+
+LesionMasks = Mapping[str, Bool[np.ndarray, "h w"]]
+"""The pixels of all lesions of a made film, by film id; a film without lesions is not in it."""
+
+
+def is_pair(film: Film) -> bool:
+    """Whether a film has a report."""
+    return film.image is not None and film.report is not None
+
+
+def is_unpaired(film: Film) -> bool:
+    """Whether a film has no report, and labels that say something for sure."""
+    is_known = any(value in (PRESENT, ABSENT) for value in film.labels.values())
+    return film.image is not None and film.report is None and is_known
+
+
+def training_rows(rows: Rows, config: Config) -> Rows:
+    """The films to train on: pairs of split "train", and unpaired ones where they are asked for."""
+    wants_unpaired = config.unpaired.rows_per_pair > 0
+    return rows.select(
+        [
+            film.split == "train"
+            and film.view in config.data.views
+            and (is_pair(film) or (wants_unpaired and is_unpaired(film)))
+            for film in rows.films
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class _Said:
+    """The text of one kind of some rows, before anything is hidden."""
+
+    rows: Int[np.ndarray, " m"]  # of the batch
+    tokens: TokenRows
+
+
+class TrainingBatches:
+    """The batches of a run. Pairs and unpaired films are two endless streams of their own.
+
+    A step reads the same pairs whatever else it reads; unpaired films come on top.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerFast,
+        config: Config,
+        patch_px: int,
+        shuffle_pairs: bool = False,
+        lesions: LesionMasks | None = None,
+    ) -> None:
+        """Tokenises the reports once.
+
+        Args:
+            rows: As `training_rows` gives them.
+            tokenizer: Of the text encoder.
+            config: Of the run.
+            patch_px: Of the image encoder.
+            shuffle_pairs: Deal each film the report of another, fixed for the run: the control
+                under which nothing can be learnt.
+            lesions: For the oracle and for measuring; None where there are none.
+        """
+        self.rows, self.tokenizer, self.config, self.patch_px = rows, tokenizer, config, patch_px
+        self.lesions, self.seed = lesions, config.train.seed
+        self.film_keys = np.array([film_key(f.film_id) for f in rows.films], np.uint64)
+        has_report = np.array([is_pair(film) for film in rows.films], bool)
+        self.pairs, self.unpaired = np.flatnonzero(has_report), np.flatnonzero(~has_report)
+        n_pairs = config.train.batch_size
+        n_unpaired = round(config.unpaired.rows_per_pair * n_pairs)
+        self.streams = [(self.pairs, Schedule(self.film_keys[self.pairs], n_pairs, self.seed))]
+        if n_unpaired:
+            schedule = Schedule(self.film_keys[self.unpaired], n_unpaired, self.seed)
+            self.streams.append((self.unpaired, schedule))
+
+        texts: dict[str, tuple[Entity, ...]] = {}
+        for row in self.pairs:
+            film = rows.films[row]
+            chosen = (e for e in film.entities if e.kind in config.text_mask.kinds)
+            texts[str(film.report)] = tuple(chosen)
+        number = {text: i for i, text in enumerate(texts)}
+        self.report_of_row = np.array([number.get(str(f.report), -1) for f in rows.films])
+        self.corpus = tokenise_corpus(
+            tokenizer, list(texts), list(texts.values()), config.data.max_tokens
+        )
+        self.labels_of_row = np.arange(len(rows))
+        self.study_keys = np.array([film_key(f.study_id) >> 1 for f in rows.films], np.int64)
+        if shuffle_pairs:
+            self._deal_on(self.report_of_row, self.pairs)
+            self.study_keys = self.film_keys.astype(np.int64) >> 1
+        if config.unpaired.shuffle:
+            self._deal_on(self.labels_of_row, self.unpaired)
+        self.wordings = load_disease_prompts(config.unpaired.prompts)
+        self.n_findings = max(len(set(f.labels) - {NO_FINDING}) for f in rows.films)
+
+    def _deal_on(self, values: np.ndarray, rows: np.ndarray) -> None:
+        """Gives each of the rows the value of another one, in a fixed random circle."""
+        zeros = np.zeros(len(rows))
+        u = keyed_uniform(self.seed, Draw.SHUFFLE_PAIRS, zeros, self.film_keys[rows], 1)
+        order = rows[np.argsort(u[:, 0])]
+        values[order] = values[np.roll(order, 1)]
+
+    def batch(self, step: int, share: Share) -> Batch:
+        """A share of the batch of a step; the shares of all processes and micro-batches are it."""
+        parts = []
+        for stream, schedule in self.streams:
+            here, epochs = schedule.rows(step)
+            cut = share.of_rows(len(here))
+            parts.append((stream[here[cut]], epochs[cut]))
+        rows, epochs = (np.concatenate(column) for column in zip(*parts, strict=True))
+        reports, prompts = self._reports(rows, epochs), self._prompts(rows, epochs)
+        image, lesion_ratio, noise = self._films(rows, epochs)
+        return Batch(
+            image=image,
+            reports=self._hide(reports, rows, epochs, np.ones(len(reports.rows), bool)),
+            prompts=self._hide(prompts, rows, epochs, self.report_of_row[rows[prompts.rows]] < 0),
+            keys=self._keys(rows, reports, prompts),
+            patch_noise=noise,
+            lesion_ratio=lesion_ratio,
+            film_ids=tuple(self.rows.films[r].film_id for r in rows),
+            step=step,
+        )
+
+    def _draw(self, purpose: Draw, rows: np.ndarray, epochs: np.ndarray, n: int) -> np.ndarray:
+        return keyed_uniform(self.seed, purpose, epochs, self.film_keys[rows], n)
+
+    def _films(
+        self, rows: np.ndarray, epochs: np.ndarray
+    ) -> tuple[Float[Tensor, "b 1 h w"], Float[Tensor, "b n"] | None, Float[Tensor, "b n"]]:
+        draws = torch.from_numpy(self._draw(Draw.AUGMENT, rows, epochs, 6)).float()
+        image = augment(normalise(self.rows.pixels(rows)), draws, self.config.augment)
+        n_patches = (image.shape[-1] // self.patch_px) ** 2
+        noise = torch.from_numpy(self._draw(Draw.PATCHES, rows, epochs, n_patches)).float()
+        if self.lesions is None:
+            return image, None, noise
+        none = np.zeros(image.shape[-2:], bool)
+        masks = np.stack([self.lesions.get(self.rows.films[r].film_id, none) for r in rows])
+        theta = affine_of(draws, self.config.augment)
+        moved = warp(torch.from_numpy(masks).float().unsqueeze(1), theta)
+        return image, lesion_ratio_of_patches(moved, self.patch_px), noise
+
+    def _reports(self, rows: np.ndarray, epochs: np.ndarray) -> _Said:
+        here = np.flatnonzero(self.report_of_row[rows] >= 0)
+        data, keep_draws = self.config.data, None
+        if data.sentence_drop_prob:
+            u = self._draw(Draw.SENTENCES, rows[here], epochs[here], 2 + MAX_SENTENCES)
+            u[u[:, 0] >= data.sentence_drop_prob, 1] = 1 - 2.0**-53  # all sentences are kept
+            keep_draws = u[:, 1:]
+        numbers = self.report_of_row[rows[here]]
+        return _Said(here, self.corpus.assemble(numbers, data.max_tokens, keep_draws))
+
+    def _prompts(self, rows: np.ndarray, epochs: np.ndarray) -> _Said:
+        wants = (self.report_of_row[rows] < 0) | self.config.unpaired.prompt_pairs
+        draws = self._draw(Draw.PROMPT, rows, epochs, PROMPT_DRAWS + 2 * self.n_findings)
+        said: list[DiseasePrompt] = []
+        here = []
+        for i in np.flatnonzero(wants):
+            labels = self.rows.films[self.labels_of_row[rows[i]]].labels
+            prompt = self.wordings.write(labels, draws[i], self.config.unpaired.absent_prob)
+            if prompt is not None:
+                said.append(prompt)
+                here.append(i)
+        return _Said(np.array(here, np.int64), self._tokenise(said))
+
+    def _tokenise(self, prompts: Sequence[DiseasePrompt]) -> TokenRows:
+        if not prompts:
+            return self.corpus.assemble(np.zeros(0, np.int64), self.config.data.max_tokens)
+        texts = [prompt.text for prompt in prompts]
+        tokens = tokenise(self.tokenizer, texts, max_tokens=self.config.data.max_tokens)
+        marked = [
+            mark_concepts(prompt.entities, offsets)
+            for prompt, offsets in zip(prompts, tokens.offsets, strict=True)
+        ]
+        concepts, cues = (np.stack(column).astype(np.int64) for column in zip(*marked, strict=True))
+        return TokenRows(tokens.ids.astype(np.int64), tokens.is_valid, concepts, cues)
+
+    def _hide(
+        self, said: _Said, rows: np.ndarray, epochs: np.ndarray, may_hide: np.ndarray
+    ) -> Texts:
+        """Chooses the hidden words of some texts; none where `may_hide` is False."""
+        mask = self.config.text_mask
+        ids, is_valid, concepts, cues = (
+            torch.from_numpy(x)
+            for x in (said.tokens.ids, said.tokens.is_valid, said.tokens.concepts, said.tokens.cues)
+        )
+        is_masked = torch.zeros_like(is_valid)
+        if self.config.loss.text and len(said.rows):
+            n_groups = int(concepts.max()) + 1
+
+            def draw(purpose: Draw, n: int) -> Tensor:
+                found = self._draw(purpose, rows[said.rows], epochs[said.rows], n)
+                return torch.from_numpy(found).float()
+
+            is_maskable = maskable_tokens(ids, is_valid, self.tokenizer.all_special_ids)
+            token_draws = draw(Draw.TOKENS, ids.shape[1])
+            is_masked = choose_masked_entities(
+                concepts, is_maskable, draw(Draw.CONCEPTS, n_groups), token_draws, mask.mask_ratio
+            )
+            is_masked = add_cues(
+                is_masked, concepts, cues.clamp(max=n_groups - 1), is_maskable,
+                draw(Draw.CUES, n_groups), mask.cue_prob,
+            )  # fmt: skip
+            if mask.policy == "random":
+                is_masked = random_tokens_instead(is_masked, is_maskable, token_draws)
+            is_masked &= torch.from_numpy(may_hide)[:, None]
+        mask_id = special_ids(self.tokenizer)[3]
+        return Texts(
+            rows=torch.from_numpy(said.rows),
+            ids=ids,
+            is_valid=is_valid,
+            is_entity=concepts > 0,
+            is_masked=is_masked,
+            masked_ids=ids.masked_fill(is_masked, mask_id),
+        )
+
+    def _keys(self, rows: np.ndarray, reports: _Said, prompts: _Said) -> Int[Tensor, "b 3"]:
+        """Study, text and label set of each row; label sets count for prompts only.
+
+        A pair's labels are kept out of the loss: the report says what it says.
+        """
+        keys = np.full((len(rows), 3), -1, np.int64)
+        keys[:, 0] = self.study_keys[rows]
+        for said in (prompts, reports):  # a row's text is its report, else its prompt
+            for i, ids, is_valid in zip(
+                said.rows, said.tokens.ids, said.tokens.is_valid, strict=True
+            ):
+                keys[i, 1] = film_key(ids[is_valid].tobytes().hex()) >> 1
+        for i in np.setdiff1d(prompts.rows, reports.rows):
+            labels = self.rows.films[self.labels_of_row[rows[i]]].labels
+            keys[i, 2] = film_key(repr(sorted(labels.items()))) >> 1
+        return torch.from_numpy(keys)

@@ -1,0 +1,169 @@
+"""The reports of a data set as tokens: tokenised once, then read whole or in part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from transformers import PreTrainedTokenizerFast
+
+from mmclip.data.entities import is_entity_tokens
+from mmclip.data.manifest import Entity
+from mmclip.data.text import split_sentences, tokenise
+
+MAX_SENTENCES = 32
+"""Draws a row for choosing sentences; sentences behind these stay or go with the last one."""
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Some texts as tokens, padded at the end. n texts, t tokens.
+
+    Attributes:
+        concepts: Number of the concept that a token mentions, from 1 within its text; 0 for none.
+        cues: Number of the concept that a token denies or doubts; 0 for none.
+    """
+
+    ids: Int[np.ndarray, "n t"]
+    is_valid: Bool[np.ndarray, "n t"]
+    concepts: Int[np.ndarray, "n t"]
+    cues: Int[np.ndarray, "n t"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All reports as one flat array of tokens, without [CLS] and [SEP].
+
+    Report r is the tokens `start[r] : start[r + 1]`; `sentence` numbers the sentence of each token
+    from 0 within its report, `concept` and `cue` as in `TokenRows`.
+    """
+
+    ids: Int[np.ndarray, " total"]
+    sentence: Int[np.ndarray, " total"]
+    concept: Int[np.ndarray, " total"]
+    cue: Int[np.ndarray, " total"]
+    start: Int[np.ndarray, " starts"]  # one more than reports
+    n_sentences: Int[np.ndarray, " reports"]
+    special: tuple[int, int, int]  # ids of [CLS], [SEP] and padding
+
+    def assemble(
+        self,
+        reports: Int[np.ndarray, " n"],
+        max_tokens: int,
+        keep_draws: Float[np.ndarray, "n draws"] | None = None,
+    ) -> TokenRows:
+        """Some reports, whole or in part, with [CLS] first and [SEP] last.
+
+        Args:
+            reports: Report numbers.
+            max_tokens: Longer reports are cut.
+            keep_draws: Uniform [n, 1 + MAX_SENTENCES], see `kept_sentences`; None keeps all.
+        """
+        spans = []
+        for i, report in enumerate(reports):
+            tokens = np.arange(int(self.start[report]), int(self.start[report + 1]))
+            if keep_draws is not None:
+                keep = kept_sentences(int(self.n_sentences[report]), keep_draws[i])
+                tokens = tokens[keep[self.sentence[tokens]]]
+            spans.append(tokens[: max_tokens - 2])
+        width = max((len(tokens) for tokens in spans), default=0) + 2
+        cls_id, sep_id, pad_id = self.special
+        ids = np.full((len(spans), width), pad_id, np.int64)
+        concepts, cues = np.zeros_like(ids), np.zeros_like(ids)
+        is_valid = np.zeros(ids.shape, bool)
+        for i, tokens in enumerate(spans):
+            end = len(tokens) + 1
+            ids[i, 0], ids[i, 1:end], ids[i, end] = cls_id, self.ids[tokens], sep_id
+            concepts[i, 1:end], cues[i, 1:end] = self.concept[tokens], self.cue[tokens]
+            is_valid[i, : end + 1] = True
+        return TokenRows(ids, is_valid, concepts, cues)
+
+
+def kept_sentences(n_sentences: int, draws: Float[np.ndarray, " d"]) -> Bool[np.ndarray, " s"]:
+    """Which sentences of a report stay when it is read in part.
+
+    The number kept is uniform in 1..n, the choice is uniform given the number. Source: ours, after
+    the sentence sampling of ConVIRT (arXiv:2010.00747): a prompt is one sentence, and a model that
+    only ever read whole reports has not seen one alone.
+
+    Args:
+        n_sentences: Sentences of the report.
+        draws: Uniform [1 + MAX_SENTENCES]: one for the number, one a sentence for the choice.
+    """
+    n_kept = 1 + int(draws[0] * n_sentences)
+    order = np.argsort(draws[1:][np.minimum(np.arange(n_sentences), MAX_SENTENCES - 1)])
+    keep = np.zeros(n_sentences, bool)
+    keep[order[:n_kept]] = True
+    return keep
+
+
+def mark_concepts(
+    entities: Sequence[Entity], offsets: Int[np.ndarray, "t 2"]
+) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " t"]]:
+    """The concepts and the cues of one text, as in `TokenRows`.
+
+    A cue that governs several findings ("no effusion or pneumothorax") goes by the first of them.
+    """
+    concepts = is_entity_tokens(entities, offsets)
+    cues = np.zeros_like(concepts)
+    number: dict[str, int] = {}
+    start, end = offsets[:, 0], offsets[:, 1]
+    for entity in entities:
+        own = number.setdefault(entity.concept, len(number) + 1)
+        if entity.cue is not None:
+            touches = (start < entity.cue[1]) & (end > entity.cue[0]) & (end > start)
+            cues[touches & (cues == 0)] = own
+    return concepts, cues
+
+
+def tokenise_corpus(
+    tokenizer: PreTrainedTokenizerFast,
+    reports: Sequence[str],
+    entities: Sequence[Sequence[Entity]],
+    max_tokens: int,
+) -> Corpus:
+    """Tokenises each report once, and notes sentence, concept and cue of every token.
+
+    Args:
+        tokenizer: Of the text encoder.
+        reports: The texts, none of them empty.
+        entities: Of each report; leave those out that shall never be hidden.
+        max_tokens: Longer reports are cut.
+    """
+    columns: list[list[np.ndarray]] = [[], [], [], []]
+    n_sentences = []
+    tokens = tokenise(tokenizer, reports, max_tokens=max_tokens)
+    for i, report in enumerate(reports):
+        offsets = tokens.offsets[i]
+        is_text = tokens.is_valid[i] & (offsets[:, 1] > offsets[:, 0])
+        ends = np.array([end for _, end in split_sentences(report)])
+        sentence = np.minimum(
+            np.searchsorted(ends, offsets[is_text, 0], side="right"), max(len(ends) - 1, 0)
+        )
+        # Numbered from 0 without gaps, also where a cut report lost its last sentences.
+        _, sentence = np.unique(sentence, return_inverse=True)
+        concepts, cues = mark_concepts(entities[i], offsets[is_text])
+        for column, values in zip(
+            columns, (tokens.ids[i][is_text], sentence, concepts, cues), strict=True
+        ):
+            column.append(values)
+        n_sentences.append(int(sentence.max()) + 1 if len(sentence) else 0)
+
+    def joined(parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+
+    counts = [len(ids) for ids in columns[0]]
+    return Corpus(
+        *(joined(column) for column in columns),
+        start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        n_sentences=np.array(n_sentences, np.int32),
+        special=special_ids(tokenizer)[:3],
+    )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int, int, int]:
+    """The ids of [CLS], [SEP], padding and [MASK]; `text.load_tokenizer` requires them."""
+    t = tokenizer
+    ids = (t.cls_token_id, t.sep_token_id, t.pad_token_id, t.mask_token_id)
+    cls_id, sep_id, pad_id, mask_id = (int(i) for i in ids)  # pyright: ignore[reportArgumentType]
+    return cls_id, sep_id, pad_id, mask_id

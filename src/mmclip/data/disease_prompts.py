@@ -1,0 +1,161 @@
+"""Disease-kind prompts: what stands in the report's place for a film that has labels and no report.
+
+The wording is data (disease_prompts/*.toml). An unknown finding is not in the prompt, neither as
+present nor as absent; an uncertain one likewise.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from pydantic import Field, field_validator
+
+from mmclip.config import Frozen, parse
+from mmclip.data.manifest import ABSENT, PRESENT, Entity
+
+NO_FINDING = "no finding"
+"""The label that says of a film that nothing is wrong with it."""
+
+PROMPT_DRAWS = 4
+"""Draws that a prompt takes, beside two a finding."""
+
+
+class DiseasePrompt(NamedTuple):
+    """A prompt, and the names of the findings in it."""
+
+    text: str
+    entities: tuple[Entity, ...]
+
+
+class DiseasePromptSet(Frozen):
+    """Wordings, as read from a TOML file; disease_prompts/default.toml says what each key means.
+
+    Source: paper, disease-kind prompts, of which it gives one example; the wordings are ours.
+    """
+
+    id: str
+    version: int = Field(ge=1)
+    description: str
+    present: tuple[str, ...] = Field(min_length=1)
+    absent: tuple[str, ...] = Field(min_length=1)
+    normal: tuple[str, ...] = Field(min_length=1)
+    most_absent: int = Field(ge=1)
+    normal_from: int = Field(ge=1)
+    names: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+    @field_validator("present", "absent")
+    @classmethod
+    def _has_a_place(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            if text.count("{findings}") != 1:
+                raise ValueError(f"{text!r} must hold {{findings}} once")
+        return texts
+
+    def write(
+        self, labels: Mapping[str, int], draws: Float[np.ndarray, " d"], absent_prob: float
+    ) -> DiseasePrompt | None:
+        """A prompt that says which findings are present, and perhaps some that are not.
+
+        Args:
+            labels: As in `Film.labels`.
+            draws: Uniform, PROMPT_DRAWS and two a finding.
+            absent_prob: Of also naming absent findings; a film without present findings that
+                cannot be called normal names them always.
+
+        Returns:
+            None where the labels say nothing for sure.
+
+        Raises:
+            ValueError: When there are too few draws.
+        """
+        looked_for = sorted(set(labels) - {NO_FINDING})
+        if len(draws) < PROMPT_DRAWS + 2 * len(looked_for):
+            raise ValueError(
+                f"{len(draws)} draws for {len(looked_for)} findings; give "
+                f"{PROMPT_DRAWS + 2 * len(looked_for)}"
+            )
+        order, name_draws = np.split(draws[PROMPT_DRAWS:][: 2 * len(looked_for)], 2)
+        shuffled = [looked_for[i] for i in np.argsort(order, kind="stable")]
+        name = {
+            f: _pick(self.names.get(f, (f,)), u)
+            for f, u in zip(looked_for, name_draws, strict=True)
+        }
+        present = [f for f in shuffled if labels[f] == PRESENT]
+        absent = [f for f in shuffled if labels[f] == ABSENT]
+        is_normal = labels.get(NO_FINDING) == PRESENT or (
+            NO_FINDING not in labels and len(absent) == len(looked_for) >= self.normal_from
+        )
+        says_absent = bool(absent) and draws[0] < absent_prob
+        parts: list[tuple[str, Sequence[str], bool]] = []
+        if present:
+            parts.append((_pick(self.present, draws[1]), present, True))
+        elif is_normal:
+            parts.append((_pick(self.normal, draws[1]), (), True))
+        else:
+            says_absent = bool(absent)
+        if says_absent:
+            some = absent[: 1 + int(draws[2] * min(self.most_absent, len(absent)))]
+            parts.append((_pick(self.absent, draws[3]), some, False))
+        return _joined(parts, name) if parts else None
+
+
+def _joined(
+    parts: Sequence[tuple[str, Sequence[str], bool]], name: Mapping[str, str]
+) -> DiseasePrompt:
+    text, entities = "", []
+    for wording, findings, is_present in parts:
+        text += " " if text else ""
+        head, _, tail = wording.partition("{findings}")
+        cue = None
+        if not is_present:
+            at = head.lower().find("no ")
+            cue = (len(text) + at, len(text) + at + 2) if at >= 0 else None
+        sentence_start = len(text)
+        text += head
+        for i, finding in enumerate(findings):
+            between = ", " if is_present else " or "
+            text += "" if i == 0 else " and " if is_present and i == len(findings) - 1 else between
+            status = "present" if is_present else "negated"
+            start = len(text)
+            text += name[finding] if is_present else _without_article(name[finding])
+            entities.append(Entity(start, len(text), "finding", finding, status, cue))
+        text += tail
+        text = text[:sentence_start] + text[sentence_start].upper() + text[sentence_start + 1 :]
+    return DiseasePrompt(text, tuple(entities))
+
+
+def _without_article(name: str) -> str:
+    return name.removeprefix("an ").removeprefix("a ")
+
+
+def _pick(choices: Sequence[str], draw: float) -> str:
+    return choices[int(draw * len(choices))]
+
+
+def load_disease_prompts(name_or_path: str = "default") -> DiseasePromptSet:
+    """Reads a set of the package by name, or any by the path of its TOML file.
+
+    Raises:
+        ConfigError: When a key is unknown or a value breaks a rule.
+        ValueError: When there is no such set, or the file is no TOML.
+    """
+    folder = resources.files("mmclip") / "disease_prompts"
+    known = sorted(f.name.removesuffix(".toml") for f in folder.iterdir())
+    if name_or_path.endswith(".toml"):
+        source = Path(name_or_path)
+    elif name_or_path in known:
+        source = folder / f"{name_or_path}.toml"
+    else:
+        raise ValueError(
+            f"there are no disease-kind prompts {name_or_path!r}; known are {', '.join(known)}, or "
+            f"give the path of a .toml file"
+        )
+    try:
+        values = tomllib.loads(source.read_text("utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"disease-kind prompts {source} cannot be read: {error}") from None
+    return parse(DiseasePromptSet, values, f"disease-kind prompts {source}")

@@ -1,0 +1,93 @@
+"""The objective: which terms a configuration trains, their sums over a batch, and their counts.
+
+    L = L_contrastive + loss.image * L_AttMIM + loss.text * L_EntMLM
+
+Every term is a sum over the elements it applies to, here; the training loop divides it by their
+number over all processes and micro-batches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmclip.batch import Batch
+from mmclip.config import Config
+from mmclip.losses import contrastive_sum, masked_patch_sum, masked_token_sum, positive_pairs
+from mmclip.masking import masked_patch_count, randomness_at
+from mmclip.models.mmclip import MaskPlan, Outputs
+from mmclip.patches import normalise_patches, patchify
+from mmclip.train import gather_rows
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The terms of a configuration. Source: paper, section 3; docs/method.md."""
+
+    config: Config
+    patch_px: int  # of the image encoder
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term that is trained."""
+        loss = self.config.loss
+        wanted = {"contrastive": 1.0, "image": loss.image, "text": loss.text}
+        return {name: weight for name, weight in wanted.items() if weight}
+
+    def plan(self, step: int) -> MaskPlan | None:
+        """How patches are hidden at a step; None where no image term is trained."""
+        if not self.config.loss.image:
+            return None
+        mask = self.config.image_mask
+        return MaskPlan(
+            mask.mask_ratio,
+            mask.policy,
+            mask.score,
+            mask.score_tokens,
+            mask.hide,
+            randomness_at(
+                step / self.config.train.steps,
+                mask.anneal_from,
+                mask.anneal_to,
+                mask.final_randomness,
+            ),
+        )
+
+    def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Runs the model on this process's rows and sums each term over them."""
+        out: Outputs = model(batch, self.plan(batch.step))
+        terms = {"contrastive": contrastive_sums(out, batch)}
+        if out.patches is not None and out.is_masked is not None:
+            target = normalise_patches(patchify(batch.image, self.patch_px))
+            terms["image"] = masked_patch_sum(out.patches, target, out.is_masked)
+        if out.token_logits is not None:
+            hidden = [texts.ids[texts.is_masked] for texts in (batch.reports, batch.prompts)]
+            terms["text"] = masked_token_sum(out.token_logits, torch.cat(hidden))
+        return terms
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """The number of elements of each term: rows with a text, hidden patches, hidden tokens."""
+        hidden = masked_patch_count(batch.patch_noise.shape[1], self.config.image_mask.mask_ratio)
+        n_tokens = sum(int(texts.is_masked.sum()) for texts in (batch.reports, batch.prompts))
+        return {
+            "contrastive": int(batch.has_text.sum()),
+            "image": len(batch) * hidden,
+            "text": n_tokens,
+        }
+
+
+def contrastive_sums(out: Outputs, batch: Batch) -> Tensor:
+    """The mean of the two directions, summed over this process's rows that have a text.
+
+    Each row of this process is compared with the rows of all processes.
+
+    Source: paper, figure 1B; docs/method.md, row "contrastive term".
+    """
+    all_image, all_text = gather_rows(out.image_embedding), gather_rows(out.text_embedding)
+    all_keys, all_has_text = gather_rows(batch.keys), gather_rows(batch.has_text)
+    rows = batch.has_text
+    is_positive = positive_pairs(batch.keys[rows], all_keys)
+    image, text = out.image_embedding[rows], out.text_embedding[rows]
+    to_text = contrastive_sum(image, all_text, is_positive, all_has_text, out.scale)
+    to_image = contrastive_sum(text, all_image, is_positive, all_has_text, out.scale)
+    return (to_text + to_image) / 2

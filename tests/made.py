@@ -1,0 +1,148 @@
+"""Small data folders, random batches and small models, shared by tests."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mmclip.batch import Batch, Share, Texts
+from mmclip.config import Config, load_config
+from mmclip.data.build import build_data
+from mmclip.data.manifest import Film
+from mmclip.models.encoders import build_image_encoder, build_text_encoder
+from mmclip.models.mmclip import MMCLIP, build_mmclip
+
+VOCAB, MASK_ID, FILM_PX, PATCH_PX, N_PATCHES = 50, 4, 32, 8, 16
+SMALL = (
+    "model.embed_dim=16", "data.film_px=32", "model.image.width=32", "model.image.depth=2",
+    "model.image.heads=2", "model.text.width=24", "model.text.depth=2", "model.text.heads=2",
+    "model.image_decoder.width=16", "model.image_decoder.heads=2",
+    "model.text_decoder.width=16", "model.text_decoder.heads=2",
+)  # fmt: skip
+WHOLE = ("loss.image=1", "loss.text=1", "image_mask.anneal_from=0", "image_mask.anneal_to=0")
+
+
+def small_config(*overrides: str) -> Config:
+    return load_config("tiny", [*SMALL, *overrides])
+
+
+def small_model(config: Config | None = None, seed: int = 0) -> MMCLIP:
+    config = config or small_config()
+    torch.manual_seed(seed)
+    return build_mmclip(
+        config,
+        build_image_encoder(config.model.image, FILM_PX),
+        build_text_encoder(config.model.text, VOCAB, max_tokens=16, pad_token_id=0),
+    )
+
+
+def no_texts(width: int = 2) -> Texts:
+    ids = torch.zeros(0, width, dtype=torch.long)
+    is_valid = ids.bool()
+    return Texts(torch.zeros(0, dtype=torch.long), ids, is_valid, is_valid, is_valid, ids)
+
+
+def made_texts(rows: Sequence[int], n_tokens: int, generator: torch.Generator) -> Texts:
+    """Texts of 3 to `n_tokens` tokens, [CLS] and [SEP] included, with hidden words."""
+    m = len(rows)
+    ids = torch.randint(5, VOCAB, (m, n_tokens), generator=generator)
+    length = torch.randint(3, n_tokens + 1, (m, 1), generator=generator)
+    place = torch.arange(n_tokens)[None]
+    is_valid = place < length
+    ids = ids.masked_fill(~is_valid, 0)
+    ids[:, 0] = 2
+    ids = ids.masked_fill(place == length - 1, 3)
+    is_word = is_valid & (place > 0) & (place < length - 1)
+    is_masked = is_word & (torch.rand(ids.shape, generator=generator) < 0.4)
+    masked_ids = ids.masked_fill(is_masked, MASK_ID)
+    return Texts(
+        torch.tensor(list(rows), dtype=torch.long), ids, is_valid, is_word, is_masked, masked_ids
+    )
+
+
+def cut(texts: Texts, rows: slice) -> Texts:
+    """The texts of some rows, numbered from the first of them."""
+    keep = (texts.rows >= rows.start) & (texts.rows < rows.stop)
+    taken = texts.take(keep)
+    return Texts(**{**taken.tensors(), "rows": taken.rows - rows.start})
+
+
+def cut_batch(batch: Batch, rows: slice) -> Batch:
+    """Some rows of a batch as a batch of their own."""
+    return Batch(
+        image=batch.image[rows],
+        reports=cut(batch.reports, rows),
+        prompts=cut(batch.prompts, rows),
+        keys=batch.keys[rows],
+        patch_noise=batch.patch_noise[rows],
+        lesion_ratio=None if batch.lesion_ratio is None else batch.lesion_ratio[rows],
+        film_ids=batch.film_ids[rows],
+        step=batch.step,
+    )
+
+
+class MadeBatches:
+    """Random films and texts, the same for a step whoever asks for which share."""
+
+    def __init__(
+        self,
+        batch_size: int = 8,
+        without_report: Sequence[int] = (),
+        with_prompt: Sequence[int] = (),
+    ) -> None:
+        self.batch_size, self.without_report = batch_size, without_report
+        self.with_prompt = with_prompt
+
+    def batch(self, step: int = 0, share: Share | None = None) -> Batch:
+        n = self.batch_size
+        generator = torch.Generator().manual_seed(step)
+        reports = made_texts([i for i in range(n) if i not in self.without_report], 9, generator)
+        prompts = made_texts(self.with_prompt, 6, generator)
+        keys = torch.stack(  # texts are equal two by two, and label sets are not known
+            [torch.arange(n), torch.arange(n) // 2, torch.full((n,), -1)], 1
+        )
+        whole = Batch(
+            image=torch.randn(n, 1, FILM_PX, FILM_PX, generator=generator),
+            reports=reports,
+            prompts=prompts,
+            keys=keys,
+            patch_noise=torch.rand(n, N_PATCHES, generator=generator),
+            lesion_ratio=torch.rand(n, N_PATCHES, generator=generator),
+            film_ids=tuple(f"film-{i}" for i in range(n)),
+            step=step,
+        )
+        return whole if share is None else cut_batch(whole, share.of_rows(n))
+
+
+REPORTS = [
+    "The heart is enlarged. No pleural effusion. Clear lungs.",
+    "Large left pleural effusion. The heart size is normal.",
+    "No acute disease.",
+    "No acute disease.",
+]
+
+
+def write_films(root: Path, n: int = 8) -> list[Film]:
+    rng = np.random.default_rng(0)
+    films = []
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 256, (40, 48), dtype=np.uint8)).save(root / f"{i}.png")
+        film = Film(
+            film_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i}", source="made",
+            split="train", image=f"{i}.png", report=REPORTS[i % len(REPORTS)],
+            labels={"cardiomegaly": i % 2, "mass": -1}, view="PA",
+        )  # fmt: skip
+        films.append(film)
+    return films
+
+
+def write_folder(root: Path, n: int = 8) -> Path:
+    """A data folder of 32 px: the last film is a lateral, the last but one has no report."""
+    films = write_films(root, n)
+    films[-2] = replace(films[-2], report=None)
+    films[-1] = replace(films[-1], view="L")
+    build_data(films, root, root / "data", film_px=32)
+    return root / "data"

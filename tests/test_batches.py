@@ -1,0 +1,249 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmclip.batch import Batch, Share
+from mmclip.data.batches import TrainingBatches, training_rows
+from mmclip.data.corpus import MAX_SENTENCES, kept_sentences, mark_concepts, tokenise_corpus
+from mmclip.data.dataset import normalise, open_rows
+from mmclip.data.manifest import Entity
+from mmclip.data.text import train_tokenizer
+from tests.made import REPORTS, small_config, write_folder
+
+STILL = tuple(
+    f"augment.{name}=0"
+    for name in ("rotation_deg", "translate_ratio", "scale_ratio", "brightness", "contrast")
+)
+UNPAIRED = ("unpaired.rows_per_pair=0.5",)
+WORDS = [*REPORTS, "There is cardiomegaly. No evidence of cardiomegaly. An enlarged heart."]
+TOKENIZER = train_tokenizer(WORDS, vocab_size=300, min_frequency=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path)
+
+
+def make_batches(folder: Path, *overrides: str, **options) -> TrainingBatches:
+    config = small_config(
+        *STILL, "data.max_tokens=32", "train.batch_size=4", "train.seed=5", *overrides
+    )
+    rows = training_rows(open_rows([folder], 32), config)
+    return TrainingBatches(rows, TOKENIZER, config, patch_px=8, **options)
+
+
+def texts_of(batch: Batch) -> dict[str, str]:
+    """What each film of a batch comes with, as the tokenizer spells it."""
+    out = {}
+    for texts in batch.texts():
+        for row, ids in zip(texts.rows.tolist(), texts.ids, strict=True):
+            out[batch.film_ids[row]] = TOKENIZER.decode(ids, skip_special_tokens=True)
+    return out
+
+
+def test_pairs_have_film_report_split_and_view_and_unpaired_films_come_where_asked(folder: Path):
+    rows = open_rows([folder], 32)
+    paired = training_rows(rows, small_config())
+    assert [film.film_id for film in paired.films] == [f"f{i}" for i in range(6)]
+    both = training_rows(rows, small_config(*UNPAIRED))
+    assert [film.film_id for film in both.films] == [f"f{i}" for i in range(7)]
+
+
+def test_a_batch_holds_the_films_and_reports_of_its_rows(folder: Path):
+    batches = make_batches(folder)
+    films = {film.film_id: (i, film) for i, film in enumerate(batches.rows.films)}
+    batch = batches.batch(3, Share())
+    assert len(batch) == len(batch.reports) == 4 and not len(batch.prompts)
+    for row, film_id in enumerate(batch.film_ids):
+        i, film = films[film_id]
+        pixels = batches.rows.pixels(np.array([i]))
+        torch.testing.assert_close(batch.image[row], normalise(pixels)[0], atol=1e-4, rtol=0)
+        ids = batch.reports.ids[row][batch.reports.is_valid[row]].tolist()
+        assert ids == TOKENIZER(film.report)["input_ids"]
+
+
+def test_a_share_of_a_batch_is_that_share_of_each_stream(folder: Path):
+    batches = make_batches(folder, *UNPAIRED, "loss.text=1", "augment.rotation_deg=9")
+    whole = batches.batch(2, Share())
+    parts = [batches.batch(2, Share(i, 2)) for i in range(2)]
+    pairs = [film for part in parts for film in part.film_ids[:2]]
+    unpaired = [film for part in parts for film in part.film_ids[2:]]
+    assert (*pairs, *unpaired) == whole.film_ids
+    for part in parts:
+        for row, film_id in enumerate(part.film_ids[:2]):
+            there = whole.film_ids.index(film_id)
+            assert torch.equal(part.image[row], whole.image[there])
+            assert torch.equal(part.keys[row], whole.keys[there])
+            assert torch.equal(part.patch_noise[row], whole.patch_noise[there])
+            width = min(part.reports.ids.shape[1], whole.reports.ids.shape[1])
+            assert torch.equal(
+                part.reports.is_masked[row, :width], whole.reports.is_masked[there, :width]
+            )
+
+
+def test_a_step_reads_the_same_pairs_with_and_without_unpaired_films(folder: Path):
+    alone, mixed = make_batches(folder), make_batches(folder, *UNPAIRED)
+    for step in range(5):
+        a, b = alone.batch(step, Share()), mixed.batch(step, Share())
+        assert a.film_ids == b.film_ids[:4] and len(b) == 6
+        assert torch.equal(a.image, b.image[:4])
+
+
+def test_an_unpaired_film_has_a_prompt_of_its_certain_labels_in_the_reports_place(folder: Path):
+    batches = make_batches(folder, *UNPAIRED, "unpaired.absent_prob=1")
+    batch = batches.batch(0, Share())
+    said = texts_of(batch)["f6"]  # cardiomegaly is absent, and whether there is a mass is uncertain
+    assert "cardiomegaly" in said or "enlarged heart" in said
+    assert said.split()[0] in ("no", "there") and " no " in f" {said} " and "mass" not in said
+    assert batch.has_text.all() and batch.prompts.rows.tolist() == [4, 5]
+
+
+def test_equal_reports_have_equal_text_keys_and_others_not(folder: Path):
+    batches = make_batches(folder)
+    report_of = {film.film_id: film.report for film in batches.rows.films}
+    for step in range(6):
+        batch = batches.batch(step, Share())
+        for i, a in enumerate(batch.film_ids):
+            for j, b in enumerate(batch.film_ids):
+                same = bool(batch.keys[i, 1] == batch.keys[j, 1])
+                assert same == (report_of[a] == report_of[b])
+        assert (batch.keys[:, :2] >= 0).all()
+        assert (batch.keys[:, 2] == -1).all()  # the labels of pairs stay out of the loss
+
+
+def test_equal_label_sets_are_positives_whatever_the_wording(folder: Path):
+    batches = make_batches(folder, *UNPAIRED)
+    keys = batches.batch(0, Share()).keys
+    assert keys[4, 2] == keys[5, 2] >= 0  # the one unpaired film, twice
+
+
+def test_reports_read_in_part_are_whole_sentences_of_the_report(folder: Path):
+    batches = make_batches(folder, "data.sentence_drop_prob=1")
+    report_of = {film.film_id: film.report for film in batches.rows.films}
+    lengths = set()
+    for step in range(12):
+        for film_id, said in texts_of(batches.batch(step, Share())).items():
+            report = report_of[film_id]
+            assert report is not None
+            sentences = [s.strip() for s in report.lower().split(".") if s.strip()]
+            kept = [s.strip() for s in said.split(".") if s.strip()]
+            assert kept and all(s in sentences for s in kept)
+            assert kept == [s for s in sentences if s in kept]  # in the order of the report
+            lengths.add(len(kept))
+    assert lengths == {1, 2, 3}
+
+
+def test_the_number_of_kept_sentences_is_uniform():
+    rng = np.random.default_rng(0)
+    counts = np.bincount(
+        [kept_sentences(4, rng.random(1 + MAX_SENTENCES)).sum() for _ in range(4000)], minlength=5
+    )
+    assert counts[0] == 0
+    assert (abs(counts[1:] - 1000) < 4 * np.sqrt(750)).all()
+
+
+def test_shuffled_pairs_give_no_film_its_own_report(folder: Path):
+    straight, shuffled = make_batches(folder), make_batches(folder, shuffle_pairs=True)
+    assert sorted(straight.report_of_row) == sorted(shuffled.report_of_row)
+    assert (straight.report_of_row != shuffled.report_of_row).any()
+    assert len(set(shuffled.study_keys)) == len(shuffled.rows)
+
+
+def test_shuffled_prompts_are_the_labels_of_another_film(tmp_path: Path):
+    folder = write_folder(tmp_path, n=12)
+    rows = training_rows(open_rows([folder], 32), small_config(*UNPAIRED))
+    lonely = [i for i, film in enumerate(rows.films) if film.report is None]
+    batches = make_batches(folder, *UNPAIRED, "unpaired.shuffle=true")
+    assert sorted(batches.labels_of_row[lonely]) == lonely
+    assert (np.delete(batches.labels_of_row, lonely) == np.delete(np.arange(11), lonely)).all()
+
+
+def test_without_a_text_loss_nothing_is_hidden(folder: Path):
+    batch = make_batches(folder, *UNPAIRED).batch(0, Share())
+    assert not batch.reports.is_masked.any() and not batch.prompts.is_masked.any()
+    assert torch.equal(batch.reports.ids, batch.reports.masked_ids)
+
+
+def test_hidden_words_are_words_of_entities_and_show_the_mask_token(folder: Path):
+    batches = make_batches(folder, *UNPAIRED, "loss.text=1", "text_mask.cue_prob=0")
+    for step in range(6):
+        batch = batches.batch(step, Share())
+        for texts in (batch.reports, batch.prompts):
+            has_entity = texts.is_entity.any(1)
+            assert (texts.is_masked & ~texts.is_entity)[has_entity].sum() == 0
+            assert (texts.is_masked[has_entity].any(1)).all()
+            assert not (texts.is_masked & ~texts.is_valid).any()
+            assert (texts.masked_ids[texts.is_masked] == TOKENIZER.mask_token_id).all()
+            assert torch.equal(texts.masked_ids[~texts.is_masked], texts.ids[~texts.is_masked])
+            assert not torch.isin(texts.ids[texts.is_masked], torch.tensor([0, 2, 3])).any()
+
+
+def test_the_kinds_of_entities_that_are_hidden_are_those_of_the_configuration(folder: Path):
+    batches = make_batches(
+        folder, "loss.text=1", "text_mask.kinds=['finding']", "text_mask.mask_ratio=1",
+        "text_mask.cue_prob=0",
+    )  # fmt: skip
+    hidden = set()
+    for step in range(6):
+        texts = batches.batch(step, Share()).reports
+        for ids, is_masked in zip(texts.ids, texts.is_masked, strict=True):
+            hidden |= set(TOKENIZER.convert_ids_to_tokens(ids[is_masked].tolist()))
+    assert "effusion" in hidden and "left" not in hidden
+
+
+def test_a_pair_with_labels_gets_a_prompt_that_guides_and_is_not_learnt_from(folder: Path):
+    batches = make_batches(folder, "unpaired.prompt_pairs=true", "loss.text=1")
+    batch = batches.batch(0, Share())
+    assert len(batch.prompts) == len(batch.reports) == 4
+    assert not batch.prompts.is_masked.any() and batch.reports.is_masked.any()
+    reports, alone = batch.texts()
+    assert len(reports) == 4 and len(alone) == 0
+    assert (batch.keys[:, 2] == -1).all()
+
+
+def test_lesions_move_with_their_film(folder: Path):
+    lesion = np.zeros((32, 32), bool)
+    lesion[8:16, 16:24] = True  # the patch in row 1, column 2
+    lesions = {f"f{i}": lesion for i in range(6)}
+    still = make_batches(folder, lesions=lesions).batch(0, Share())
+    assert still.lesion_ratio is not None
+    assert still.lesion_ratio.argmax(1).tolist() == [6] * 4
+    torch.testing.assert_close(still.lesion_ratio.sum(1), torch.ones(4), atol=1e-4, rtol=0)
+    moving = make_batches(
+        folder, "augment.translate_ratio=0.2", "augment.rotation_deg=20", lesions=lesions
+    ).batch(0, Share())
+    assert moving.lesion_ratio is not None
+    # The film is white noise, so the lesion's pixels can be found again: warp both and compare.
+    assert not torch.equal(moving.lesion_ratio, still.lesion_ratio)
+    assert abs(float(moving.lesion_ratio.sum(1).mean()) - 1) < 0.5
+
+
+def test_a_long_report_is_cut_and_keeps_its_special_tokens():
+    corpus = tokenise_corpus(TOKENIZER, REPORTS, [()] * len(REPORTS), max_tokens=8)
+    rows = corpus.assemble(np.array([0, 2]), max_tokens=8)
+    assert rows.ids.shape == (2, 8)
+    assert rows.ids[0, 0] == TOKENIZER.cls_token_id and rows.ids[0, 7] == TOKENIZER.sep_token_id
+    assert rows.is_valid[0].all() and not rows.is_valid[1].all()
+
+
+def test_no_reports_are_an_empty_corpus_of_empty_rows():
+    rows = tokenise_corpus(TOKENIZER, [], [], max_tokens=8).assemble(np.zeros(0, np.int64), 8)
+    assert rows.ids.shape == (0, 2)
+
+
+def test_concepts_and_cues_by_hand():
+    #       0         1         2
+    #       0123456789012345678901234
+    text = "No effusion or nodule. Effusion"
+    offsets = np.array([[0, 0], [0, 2], [3, 11], [12, 14], [15, 21], [21, 22], [23, 31], [0, 0]])
+    entities = [
+        Entity(3, 11, "finding", "effusion", "negated", (0, 2)),
+        Entity(15, 21, "finding", "nodule", "negated", (0, 2)),
+        Entity(23, 31, "finding", "effusion"),
+    ]
+    assert text[15:21] == "nodule"
+    concepts, cues = mark_concepts(entities, offsets)
+    assert concepts.tolist() == [0, 0, 1, 0, 2, 0, 1, 0]
+    assert cues.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]  # by the first that it governs
