@@ -211,7 +211,9 @@ def pretrain(
         wandb=wandb,
         cpu=cpu,
     )
-    print(run(job))
+    newest = run(job)
+    if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start this once a process
+        print(newest)
 
 
 @app.command()
