@@ -128,9 +128,10 @@ def test_a_save_killed_at_any_step_leaves_whole_checkpoints_only(
     for number in range(n_calls):
         run = tmp_path / str(number)
         save(run, trained, 2, keep=1)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, at_call(number, getattr(owner, name)))
-            save(run, trained, 4, keep=1)
+            with pytest.raises(Killed):
+                save(run, trained, 4, keep=1)
         assert load_checkpoint(run).meta["step"] in (2, 4)
         save(run, trained, 4, keep=1)
         assert [p.name for p in (run / CHECKPOINTS).iterdir()] == ["step_000004"]
@@ -141,9 +142,10 @@ def test_a_checkpoint_half_removed_is_not_found(
 ):
     for step in (2, 4):
         save(tmp_path, trained, step)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", half_removed)
-        save(tmp_path, trained, 6)
+        with pytest.raises(Killed):
+            save(tmp_path, trained, 6)
     shutil.rmtree(tmp_path / CHECKPOINTS / "step_000004")
     shutil.rmtree(tmp_path / CHECKPOINTS / "step_000006")
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
@@ -246,5 +248,7 @@ def test_weights_of_another_model_are_refused(trained: Checkpoint, tmp_path: Pat
 
 def test_a_folder_without_checkpoints_is_refused_with_the_next_step(tmp_path: Path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match="give the folder of a run that `mmclip pretrain`"):
+        with pytest.raises(
+            CheckpointError, match="give the folder of a run that `mmclip pretrain`"
+        ):
             find_checkpoint(folder)

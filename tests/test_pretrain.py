@@ -16,7 +16,6 @@ from transformers import BertConfig, BertModel
 
 from mmclip.checkpoint import (
     CHECKPOINTS,
-    CheckpointError,
     find_checkpoint,
     load_checkpoint,
     load_trainer_state,
@@ -103,10 +102,8 @@ def test_ten_kills_change_neither_weights_nor_log(arguments: list, tmp_path: Pat
             time.sleep(draw.uniform(0, 0.2))
         assert running.kill().code == -9
         n_while_writing += any((run / CHECKPOINTS).glob("*.tmp"))
-        try:
+        if number or any((run / CHECKPOINTS).glob("step_*[0-9]")):
             load_checkpoint(run)
-        except CheckpointError as error:
-            assert number == 0 and "no finished checkpoint" in str(error)
     assert n_while_writing
     assert find_checkpoint(run).name < "step_000160"
     assert mmclip(tmp_path, *long, "--out", run, "--resume").code == 0

@@ -77,9 +77,7 @@ def test_probabilities_are_the_softmax_over_the_pair(scored: ZeroShot):
     assert ((scored.scores > 0) & (scored.scores < 1)).all()
 
 
-def test_collapsed_embeddings_score_one_half(
-    made_run: Path, rows: Rows, prompts: PromptSet
-):
+def test_collapsed_embeddings_score_one_half(made_run: Path, rows: Rows, prompts: PromptSet):
     collapsed = load_checkpoint(made_run)
     with torch.no_grad():
         collapsed.model.visual_projection.weight.zero_()
