@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -102,8 +103,8 @@ def test_ten_kills_change_neither_weights_nor_log(arguments: list, tmp_path: Pat
             time.sleep(draw.uniform(0, 0.2))
         assert running.kill().code == -9
         n_while_writing += any((run / CHECKPOINTS).glob("*.tmp"))
-        if number or any((run / CHECKPOINTS).glob("step_*[0-9]")):
-            load_checkpoint(run)
+        for whole in (run / CHECKPOINTS).glob("step_*[0-9]"):
+            load_checkpoint(whole)
     assert n_while_writing
     assert find_checkpoint(run).name < "step_000160"
     assert mmclip(tmp_path, *long, "--out", run, "--resume").code == 0
@@ -118,6 +119,21 @@ def test_ten_kills_change_neither_weights_nor_log(arguments: list, tmp_path: Pat
     for line, whole in zip(log_of(run), log_of(tmp_path / "whole"), strict=True):
         assert {**line, "films_per_s": 0} == {**whole, "films_per_s": 0}
     assert not list((run / CHECKPOINTS).glob("*.tmp"))
+
+
+def test_control_c_ends_a_run_in_one_word_and_leaves_its_checkpoint(
+    arguments: list, tmp_path: Path
+):
+    run = tmp_path / "run"
+    long = [*arguments, "--out", run, "--set", "train.steps=2000"]
+    running = start(tmp_path / "interrupted", *long)
+    until(lambda: (run / CHECKPOINTS / "step_000002").exists(), running)
+    assert running.process.pid is not None
+    os.kill(running.process.pid, signal.SIGINT)
+    ended = running.wait()
+    assert ended.code == 130 and ended.out == ""
+    assert ended.err.splitlines()[-1] == "interrupted" and "Traceback" not in ended.err
+    load_checkpoint(run)
 
 
 def test_resuming_a_finished_run_changes_nothing(arguments: list, made_run: Path, tmp_path: Path):

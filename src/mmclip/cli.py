@@ -294,9 +294,10 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # so typer ends at Ctrl-C, without a word
+            console.print("interrupted")
+        raise
     except Exception as error:
         if debug:
             raise
