@@ -177,7 +177,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: When there is none, its files were changed, or the weights do not fit.
     """
     folder = find_checkpoint(path)
-    meta = _read_meta(folder)
+    meta = checkpoint_meta(folder)
     weights = folder / "model.safetensors"
     for name, sha256 in meta["sha256"].items():
         if name != "trainer.pt" and not _is_intact(folder / name, sha256):
@@ -206,7 +206,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(folder, model.eval(), tokenizer, config, meta)
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def checkpoint_meta(folder: Path) -> dict[str, Any]:
+    """What meta.json of a checkpoint says.
+
+    Raises:
+        CheckpointError: When it is missing or no JSON.
+    """
     path = folder / "meta.json"
     try:
         return json.loads(path.read_text("utf-8"))
@@ -226,7 +231,7 @@ def load_trainer_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: When the file was changed since it was written, or holds code.
     """
-    meta = _read_meta(folder)
+    meta = checkpoint_meta(folder)
     path = folder / "trainer.pt"
     if not _is_intact(path, meta["sha256"]["trainer.pt"]):
         raise CheckpointError(
