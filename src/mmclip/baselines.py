@@ -46,7 +46,8 @@ def logistic_scores(
         for strength in STRENGTHS:
             model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
             model.fit(train[is_known], y)
-            reached = auroc(val_labels[:, k], model.predict_proba(val)[:, 1]) or 0.0
+            val_scores = model.predict_proba(val)[:, 1] if len(val) else np.zeros(0)
+            reached = auroc(val_labels[:, k], val_scores) or 0.0
             if reached > best:
                 best, scores[:, k] = reached, model.predict_proba(test)[:, 1]
     return scores

@@ -10,7 +10,9 @@ run/checkpoints/step_000500/
 import hashlib
 import json
 import os
+import pickle
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -80,7 +82,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint aside, syncs it to disk, renames it, and removes the oldest ones.
 
-    A process killed at any moment leaves either the whole checkpoint or none under its name.
+    A process killed at any moment leaves either the whole checkpoint or none under its name; what
+    it was writing or removing lies in a folder *.tmp, which the next save clears away.
 
     Args:
         run: The run's folder.
@@ -97,12 +100,16 @@ def save_checkpoint(
     """
     final = run / CHECKPOINTS / f"step_{step:06d}"
     aside = final.with_name(final.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in final.parent.glob("*.tmp"):
+        shutil.rmtree(left)
     aside.mkdir(parents=True)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
     torch.save(trainer, aside / "trainer.pt")
+    # safetensors lets only the owner read its files; colleagues may read what the folder lets them.
+    (aside / "model.safetensors").chmod((aside / "trainer.pt").stat().st_mode)
     tokenizer.save_pretrained(aside / "tokenizer")
+    written = sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*") if p.is_file())
     meta = {
         "step": step,
         "config": config.model_dump(mode="json"),
@@ -111,17 +118,25 @@ def save_checkpoint(
         "text_config": model.text_model.config.to_dict(),
         "versions": code_version(),
         **facts,
-        "sha256": {n: file_sha256(aside / n) for n in ("model.safetensors", "trainer.pt")},
+        "sha256": {name: file_sha256(aside / name) for name in written},
     }
     (aside / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n", "utf-8")
-    for path in [*(p for p in aside.rglob("*") if p.is_file()), aside]:
+    for path in [*aside.rglob("*"), aside]:
         _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        _remove(final)
     aside.rename(final)
     _sync(final.parent)
     for old in _finished(run)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: a half-removed folder must not pass for a checkpoint.
+    aside = folder.with_name(folder.name + ".removed.tmp")
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _sync(path: Path) -> None:
@@ -134,7 +149,7 @@ def _sync(path: Path) -> None:
 
 def _finished(run: Path) -> list[Path]:
     folder = run / CHECKPOINTS
-    found = [p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".tmp"]
+    found = [p for p in folder.glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
@@ -162,12 +177,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: When there is none, its files were changed, or the weights do not fit.
     """
     folder = find_checkpoint(path)
-    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    meta = checkpoint_meta(folder)
     weights = folder / "model.safetensors"
-    if file_sha256(weights) != meta["sha256"]["model.safetensors"]:
-        raise CheckpointError(
-            f"{weights} is damaged (its checksum differs from meta.json); take an older checkpoint"
-        )
+    for name, sha256 in meta["sha256"].items():
+        if name != "trainer.pt" and not _is_intact(folder / name, sha256):
+            raise CheckpointError(
+                f"{folder / name} is missing or damaged (its checksum differs from meta.json); "
+                f"take an older checkpoint"
+            )
     config = parse(Config, meta["config"], f"configuration in {folder / 'meta.json'}")
     model = build_mmclip(
         config, rebuild_encoder(meta["vision_config"]), rebuild_encoder(meta["text_config"])
@@ -178,21 +195,49 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{weights} does not fit this version of the model: {error}"
         ) from None
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'tokenizer'} cannot be loaded: {error}") from None
     return Checkpoint(folder, model.eval(), tokenizer, config, meta)
+
+
+def checkpoint_meta(folder: Path) -> dict[str, Any]:
+    """What meta.json of a checkpoint says.
+
+    Raises:
+        CheckpointError: When it is missing or no JSON.
+    """
+    path = folder / "meta.json"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is missing or damaged ({error}); take an older checkpoint"
+        ) from None
+
+
+def _is_intact(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256
 
 
 def load_trainer_state(folder: Path) -> dict[str, Any]:
     """What training needs to go on: plain values and tensors, read with weights_only=True.
 
     Raises:
-        CheckpointError: When the file was changed since it was written.
+        CheckpointError: When the file was changed since it was written, or holds code.
     """
-    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    meta = checkpoint_meta(folder)
     path = folder / "trainer.pt"
-    if file_sha256(path) != meta["sha256"]["trainer.pt"]:
+    if not _is_intact(path, meta["sha256"]["trainer.pt"]):
         raise CheckpointError(
-            f"{path} is damaged (its checksum differs from meta.json); remove {folder} to resume "
-            f"from the checkpoint before it"
+            f"{path} is missing or damaged (its checksum differs from meta.json); remove {folder} "
+            f"to resume from the checkpoint before it"
         )
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values, so mmclip did not write it; nothing "
+            f"of it was run. Remove {folder} to resume from the checkpoint before it"
+        ) from None

@@ -17,6 +17,7 @@ from mmclip.progress import console
 
 if TYPE_CHECKING:
     from mmclip.data.manifest import Split
+    from mmclip.doctor import Finding
     from mmclip.results import RunResults
 
 app = typer.Typer(
@@ -165,19 +166,18 @@ def doctor(
     """
     from mmclip.doctor import examine, examine_machine
 
-    sound = True
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for finding in examine_machine():
-        table.add_row("ok", finding.what, finding.detail)
+    def say(finding: "Finding") -> bool:
+        # One line each, never cut: it names paths, and logs are searched by them.
+        mark, style = ("ok", "") if finding.is_sound else ("BAD", "red")
+        line = f"{mark:<5}{finding.what:<14} {finding.detail}"
+        console.print(line, style=style, markup=False, soft_wrap=True)
+        return finding.is_sound
+
+    found = [say(finding) for finding in examine_machine()]
     for folder in folders or ():
-        table.add_row("", "", "")
-        table.add_row("", str(folder), "")
-        for finding in examine(folder):
-            sound &= finding.is_sound
-            mark = "ok" if finding.is_sound else "[red]BAD[/]"
-            table.add_row(mark, finding.what, finding.detail)
-    console.print(table)
-    if not sound:
+        console.print(f"\n{folder}", markup=False, soft_wrap=True)
+        found += [say(finding) for finding in examine(folder)]
+    if not all(found):
         raise typer.Exit(1)
 
 
@@ -215,7 +215,9 @@ def pretrain(
         wandb=wandb,
         cpu=cpu,
     )
-    print(run(job))
+    newest = run(job)
+    if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start this once a process
+        print(newest)
 
 
 @app.command()
@@ -296,14 +298,16 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # so typer ends at Ctrl-C, without a word
+            console.print("interrupted")
+        raise
     except Exception as error:
         if debug:
             raise
         known = isinstance(error, ValueError | OSError | RuntimeError)
         kind = "" if known else f"unexpected {type(error).__name__}: "
         hint = "" if known else " (run again with --debug after `mmclip` for the traceback)"
-        console.print(f"error: {kind}{error}{hint}", style="red", markup=False, soft_wrap=True)
+        said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        console.print(f"error: {kind}{said}{hint}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from mmclip.checkpoint import CheckpointError, load_checkpoint
+from mmclip.checkpoint import load_checkpoint, load_trainer_state
 from mmclip.data.cache import CacheError, verify_cache
-from mmclip.data.manifest import META_FILE, ManifestError, read_manifest, read_meta
+from mmclip.data.manifest import MANIFEST_FILE, META_FILE, ManifestError, read_manifest, read_meta
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow", "spacy")
 OPTIONAL = ("wandb",)
@@ -57,6 +57,14 @@ def examine_data(folder: Path) -> Iterator[Finding]:
     except (ManifestError, OSError) as error:
         yield Finding("manifest", str(error), is_sound=False)
         return
+    except ValueError as error:  # no JSON or no Parquet any more
+        yield Finding(
+            "manifest",
+            f"{META_FILE} or {MANIFEST_FILE} is damaged ({error}); build the folder again with "
+            f"`mmclip data build`",
+            is_sound=False,
+        )
+        return
     yield Finding(
         "manifest",
         f"{len(films)} rows of {meta['n_patients']} patients, {meta['n_paired']} with film and "
@@ -76,31 +84,37 @@ def examine_data(folder: Path) -> Iterator[Finding]:
 
 
 def examine_run(folder: Path) -> Iterator[Finding]:
-    """Whether a run holds a checkpoint that loads."""
+    """Whether a run holds a checkpoint that loads, and that training can go on from."""
     try:
         found = load_checkpoint(folder)
-    except (CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:
         yield Finding("checkpoint", str(error), is_sound=False)
         return
     yield Finding(
         "checkpoint",
         f"{found.folder.name} of data {found.meta['data_hash'][:12]}, config "
-        f"{found.meta['config_hash'][:12]}; weights load, checksum as written",
+        f"{found.meta['config_hash'][:12]}; weights load, checksums as written",
     )
+    try:
+        step = load_trainer_state(found.folder)["step"]
+    except (ValueError, OSError) as error:
+        yield Finding("trainer state", str(error), is_sound=False)
+    else:
+        yield Finding("trainer state", f"loads; --resume goes on from step {step}")
 
 
 def examine(folder: Path) -> Iterator[Finding]:
     """A folder of either kind, told by what it holds."""
     if not folder.is_dir():
-        yield Finding(str(folder), "is no folder", is_sound=False)
+        yield Finding("folder", f"{folder} is no folder", is_sound=False)
     elif (folder / META_FILE).is_file() and not (folder / "model.safetensors").is_file():
         yield from examine_data(folder)
     elif (folder / "checkpoints").is_dir() or (folder / "model.safetensors").is_file():
         yield from examine_run(folder)
     else:
         yield Finding(
-            str(folder),
-            f"is neither a data folder ({META_FILE}) nor a run (checkpoints/): "
+            "folder",
+            f"{folder} is neither a data folder ({META_FILE}) nor a run (checkpoints/): "
             f"`mmclip data build` or `mmclip pretrain` did not finish there",
             is_sound=False,
         )

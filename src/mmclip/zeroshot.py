@@ -239,7 +239,7 @@ def zeroshot(
         )
     names = list(findings) or there
     model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
-    scale = float(model.scale())
+    scale = float(model.scale().detach())
     pair = embed_prompts(model, checkpoint.tokenizer, prompts, names, max_tokens)
     scores = probabilities(embed_films(model, scored), pair, scale)
     labels = scored.labels(names)

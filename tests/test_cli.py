@@ -1,0 +1,276 @@
+"""The command line: help with examples, errors in one clear line, results alone on stdout."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+import mmclip as package
+from mmclip.cli import app
+from mmclip.data.synthetic import FINDINGS
+from tests.commands import Ended, mmclip
+
+
+def all_commands(command, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], TyperCommand]:
+    """Every command by the words that call it, groups left out."""
+    if not isinstance(command, TyperGroup):
+        return {path: command}
+    found = {}
+    for name, inner in command.commands.items():
+        found |= all_commands(inner, (*path, name))
+    return found
+
+
+COMMANDS = all_commands(get_command(app))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_the_help_of_every_command_has_an_example_that_parses(
+    path: tuple[str, ...], tmp_path: Path
+):
+    shown = mmclip(tmp_path, *path, "--help")
+    assert shown.code == 0 and "Example: mmclip" in shown.out
+    command = COMMANDS[path]
+    examples = re.findall(r"Example: `mmclip (.+)`", command.help or "")
+    assert examples
+    for example in examples:
+        words = example.split()
+        assert tuple(words[: len(path)]) == path
+        command.make_context(" ".join(path), words[len(path) :])  # raises on an unknown option
+
+
+def test_every_option_says_what_it_is():
+    silent = [
+        (*path, parameter.name)
+        for path, command in COMMANDS.items()
+        for parameter in command.params
+        if parameter.name != "help" and not getattr(parameter, "help", None)
+    ]
+    assert not silent
+
+
+def test_the_version_is_that_of_the_package_and_alone_on_stdout(tmp_path: Path):
+    assert mmclip(tmp_path, "--version") == (0, f"{package.__version__}\n", "")
+    code = [sys.executable, "-m", "mmclip", "--version"]
+    assert subprocess.check_output(code, text=True, timeout=60) == f"{package.__version__}\n"
+
+
+@pytest.fixture(scope="module")
+def shared(made_run: Path, made_data: Path) -> dict[str, Path]:
+    """Folders that a command can be given by name."""
+    return {"run": made_run, "data": made_data, "checkpoint": made_run / "checkpoints/step_000006"}
+
+
+def zeroshot_of(shared: dict[str, Path], tmp_path: Path, *more: str | Path) -> Ended:
+    given = ("--run", shared["run"], "--data", shared["data"], "--draws", "5")
+    return mmclip(tmp_path, "zeroshot", "--out", tmp_path / "out", *given, *more)
+
+
+def test_zeroshot_prints_the_page_on_stdout_and_the_table_on_stderr(
+    shared: dict[str, Path], tmp_path: Path
+):
+    ended = zeroshot_of(shared, tmp_path)
+    assert (ended.code, ended.out) == (0, f"{tmp_path / 'out' / 'page.html'}\n")
+    assert (tmp_path / "out" / "page.html").is_file()
+    assert "AUROC" in ended.err and "Warning" not in ended.err
+    assert all(finding in ended.err for finding in FINDINGS)
+
+
+def test_data_build_prints_the_folder_on_stdout_and_the_counts_on_stderr(
+    made_raw: Path, made_data: Path, tmp_path: Path
+):
+    given = ("--root", made_raw, "--mapping", made_raw / "mapping.toml", "--film-px", "32")
+    out = tmp_path / "data"
+    ended = mmclip(tmp_path, "data", "build", "csv", *given, "--out", out, "--workers", "1")
+    assert (ended.code, ended.out) == (0, f"{out}\n")
+    meta = json.loads((out / "meta.json").read_text())
+    assert f"data hash {meta['data_hash'][:16]}" in ended.err
+    assert meta["data_hash"] == json.loads((made_data / "meta.json").read_text())["data_hash"]
+    again = mmclip(tmp_path, "data", "build", "csv", *given, "--out", out, "--workers", "1")
+    assert "already holds a finished build" in again.error() and "--overwrite" in again.error()
+
+
+def pretrain_on(data: str, *more: str) -> Callable[[dict[str, Path], Path], Ended]:
+    """Trains on one of the shared folders, or on a folder in tmp_path."""
+
+    def run(shared: dict[str, Path], tmp_path: Path) -> Ended:
+        folder = shared.get(data, tmp_path / data)
+        return mmclip(
+            tmp_path, "pretrain", "--data", folder, "--out", tmp_path / "new", *more,
+            "--set", "train.steps=1",
+        )  # fmt: skip
+
+    return run
+
+
+def score(*more: str, run: str = "run", data: str = "data") -> Callable:
+    """Scores with one of the shared folders, or a folder in tmp_path, in either place."""
+
+    def call(shared: dict[str, Path], tmp_path: Path) -> Ended:
+        folders = {name: shared.get(name, tmp_path / name) for name in (run, data)}
+        return zeroshot_of({"run": folders[run], "data": folders[data]}, tmp_path, *more)
+
+    return call
+
+
+def build(name: str, *more: str) -> Callable:
+    """Builds from an empty folder."""
+
+    def call(shared: dict[str, Path], tmp_path: Path) -> Ended:
+        given = ("--root", tmp_path / "raw", "--out", tmp_path / "built")
+        return mmclip(tmp_path, "data", "build", name, *given, *more)
+
+    return call
+
+
+AT_32_PX = ("--set", "data.film_px=32")
+
+ERRORS = {
+    "no such data folder": (pretrain_on("nowhere"), ["nowhere is no finished data folder"]),
+    "a run as data": (pretrain_on("run", *AT_32_PX), ["no finished data folder", "mmclip data"]),
+    "films of another size": (pretrain_on("data"), ["32 px, 64 px are asked", "data.film_px=32"]),
+    "unknown configuration": (
+        pretrain_on("data", "--config", "huge"),
+        ["no configuration 'huge'", "demo, paper, tiny"],
+    ),
+    "no such TOML": (pretrain_on("data", "--config", "a.toml"), ["a.toml cannot be read"]),
+    "no override": (pretrain_on("data", "--set", "steps"), ["'steps' is no override"]),
+    "a value out of range": (
+        pretrain_on("data", "--set", "train.batch_size=1"),
+        ["train.batch_size", "greater than 1"],
+    ),
+    "no such run": (score(run="nowhere"), ["nowhere holds no finished checkpoint"]),
+    "data as a run": (score(run="data"), ["holds no finished checkpoint", "mmclip pretrain"]),
+    "no such scored folder": (score(data="nowhere"), ["nowhere is no finished data folder"]),
+    "unknown source": (score("--source", "chexpert"), ["no source chexpert", "synthetic"]),
+    "unknown split": (score("--split", "dev"), ["'dev' is none of train, val, test"]),
+    "unknown finding": (score("--finding", "gout"), ["labelled with gout", "nodule"]),
+    "a finding named twice": (score(*["--finding", "mass"] * 2), ["name each column once"]),
+    "unknown prompts": (score("--prompts", "rare"), ["no prompt set 'rare'", "default"]),
+    "unknown reader": (build("mimic"), ["no reader 'mimic'", "csv, openi"]),
+    "nothing to build from": (build("openi"), ["no folder", "--root"]),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_an_error_is_one_line_that_names_the_value_and_the_rule(
+    shared: dict[str, Path], tmp_path: Path, what: str
+):
+    call, parts = ERRORS[what]
+    error = call(shared, tmp_path).error()
+    assert all(part in error for part in parts), error
+    assert "unexpected" not in error
+    assert not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="read_meta takes any meta.json for a data folder's")
+def test_a_checkpoint_as_data_is_one_clear_line(shared: dict[str, Path], tmp_path: Path):
+    error = pretrain_on("checkpoint", *AT_32_PX)(shared, tmp_path).error()
+    assert "no finished data folder" in error
+
+
+def test_an_unfinished_data_folder_is_told_from_a_finished_one(
+    made_data: Path, shared: dict[str, Path], tmp_path: Path
+):
+    shutil.copytree(made_data, tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "meta.json").unlink()
+    error = pretrain_on("unfinished", *AT_32_PX)(shared, tmp_path).error()
+    assert "no finished data folder (meta.json is missing)" in error
+
+
+def test_a_corrupt_run_is_one_line_that_names_the_file(
+    made_run: Path, shared: dict[str, Path], tmp_path: Path
+):
+    run = shutil.copytree(made_run, tmp_path / "broken")
+    weights = run / "checkpoints/step_000006/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    error = score(run="broken")(shared, tmp_path).error()
+    assert f"{weights} is missing or damaged" in error and "take an older checkpoint" in error
+
+
+def test_an_error_of_several_lines_is_said_in_one(
+    made_run: Path, shared: dict[str, Path], tmp_path: Path
+):
+    run = shutil.copytree(made_run, tmp_path / "other")
+    meta = run / "checkpoints/step_000006/meta.json"
+    known = json.loads(meta.read_text())
+    known["config"]["model"]["embed_dim"] = 8
+    meta.write_text(json.dumps(known))
+    assert "size mismatch" in score(run="other")(shared, tmp_path).error()
+
+
+def test_debug_gives_the_traceback(shared: dict[str, Path], tmp_path: Path):
+    given = ("--data", tmp_path / "nowhere", "--out", tmp_path / "new")
+    ended = mmclip(tmp_path, "--debug", "pretrain", *given)
+    assert ended.code == 1
+    assert "Traceback" in ended.err and "ManifestError" in ended.err
+
+
+def test_an_option_that_is_missing_or_unknown_is_a_usage_error(tmp_path: Path):
+    for arguments in (["pretrain", "--out", "a"], ["zeroshot", "--ru", "a"], ["train"]):
+        ended = mmclip(tmp_path, *arguments)
+        assert ended.code == 2 and ended.out == "" and "Usage:" in ended.err
+
+
+def test_doctor_finds_sound_folders_sound(shared: dict[str, Path], tmp_path: Path):
+    ended = mmclip(tmp_path, "doctor", *shared.values())
+    assert ended.code == 0, ended.err
+    assert "BAD" not in ended.err and "checksum as built" in ended.err
+    assert ended.err.count("step_000006 of data") == 2
+
+
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+STEP = "checkpoints/step_000006"
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "damage"),
+    [
+        ("data", "films.npy", flip_last_bit),
+        ("data", "films.npy", Path.unlink),
+        ("data", "films.parquet", cut),
+        ("data", "films.parquet", Path.unlink),
+        ("data", "meta.json", cut),
+        ("data", "meta.json", Path.unlink),
+        ("run", f"{STEP}/model.safetensors", flip_last_bit),
+        ("run", f"{STEP}/model.safetensors", Path.unlink),
+        ("run", f"{STEP}/trainer.pt", flip_last_bit),
+        ("run", f"{STEP}/trainer.pt", Path.unlink),
+        ("run", f"{STEP}/tokenizer/tokenizer.json", cut),
+        ("run", f"{STEP}/meta.json", cut),
+        ("run", f"{STEP}/meta.json", Path.unlink),
+    ],
+)
+def test_doctor_finds_a_damaged_folder_and_names_the_file(
+    shared: dict[str, Path], tmp_path: Path, kind: str, file: str, damage: Callable[[Path], None]
+):
+    folder = shutil.copytree(shared[kind], tmp_path / "folder")
+    damage(folder / file)
+    ended = mmclip(tmp_path, "doctor", shared["data"], folder)
+    assert ended.code == 1
+    assert ended.out == "" and "Traceback" not in ended.err and "error: " not in ended.err
+    (bad,) = (line for line in ended.err.splitlines() if line.startswith("BAD"))
+    assert Path(file).name in bad
+
+
+def test_doctor_says_of_any_other_folder_what_it_is_not(tmp_path: Path):
+    ended = mmclip(tmp_path, "doctor", tmp_path, tmp_path / "nowhere")
+    assert ended.code == 1
+    assert f"{tmp_path} is neither a data folder (meta.json) nor a run" in ended.err
+    assert f"{tmp_path / 'nowhere'} is no folder" in ended.err

@@ -1,0 +1,262 @@
+"""Zero-shot scores: by hand, blind to test labels, and honest about what has no score."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.manifest import Film, ManifestError
+from mmclip.data.synthetic import FINDINGS
+from mmclip.prompts import PromptSet, load_prompts
+from mmclip.zeroshot import (
+    PromptEmbeddings,
+    ZeroShot,
+    embed_texts,
+    evaluate,
+    probabilities,
+    rows_to_score,
+    write_zeroshot,
+    zeroshot,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(made_run: Path) -> Checkpoint:
+    return load_checkpoint(made_run)
+
+
+@pytest.fixture(scope="module")
+def rows(made_data: Path) -> Rows:
+    return open_rows([made_data])
+
+
+@pytest.fixture(scope="module")
+def prompts() -> PromptSet:
+    return load_prompts("default")
+
+
+@pytest.fixture(scope="module")
+def scored(trained: Checkpoint, rows: Rows, prompts: PromptSet) -> ZeroShot:
+    return zeroshot(trained, rows, prompts, draws=20)
+
+
+def changed(rows: Rows, change: Callable[[Film], Film]) -> Rows:
+    return replace(rows, films=tuple(change(film) for film in rows.films))
+
+
+def by_finding(result: ZeroShot) -> dict[str, dict]:
+    return {row["finding"]: row for row in result.summary["findings"]}
+
+
+def test_probabilities_of_two_films_by_hand():
+    films = torch.eye(2)
+    prompts = PromptEmbeddings(
+        positive=torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]),
+        negative=torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]),
+    )
+    found = probabilities(films, prompts, scale=math.log(3))
+    # 3 / (3 + 1/3 * 3) = 3/4 where the positive prompt is nearer by 1; equal prompts give 1/2.
+    expected = [[3 / 4, 1 / 2, 3**0.6 / (1 + 3**0.6)], [1 / 4, 1 / 2, 1 / (1 + 3**0.2)]]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_probabilities_are_the_softmax_over_the_pair(scored: ZeroShot):
+    generator = torch.Generator().manual_seed(0)
+    films, positive, negative = (torch.randn(n, 8, generator=generator) for n in (5, 3, 3))
+    pair = torch.stack([films @ positive.T, films @ negative.T], -1) * 14.0
+    expected = pair.double().softmax(-1)[..., 0].numpy()
+    found = probabilities(films, PromptEmbeddings(positive, negative), 14.0)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert ((scored.scores > 0) & (scored.scores < 1)).all()
+
+
+def test_collapsed_embeddings_score_one_half(made_run: Path, rows: Rows, prompts: PromptSet):
+    collapsed = load_checkpoint(made_run)
+    with torch.no_grad():
+        collapsed.model.visual_projection.weight.zero_()
+    result = zeroshot(collapsed, rows, prompts, draws=5)
+    assert (result.scores == 0.5).all()
+    assert [row["auroc"] for row in result.summary["findings"]] == [0.5] * len(FINDINGS)
+
+
+def test_the_order_of_the_findings_is_the_order_of_the_results(
+    trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
+):
+    order = np.random.default_rng(0).permutation(len(scored.findings))
+    names = [scored.findings[i] for i in order]
+    result = zeroshot(trained, rows, prompts, findings=names, draws=20)
+    assert result.findings == names
+    assert [row["finding"] for row in result.summary["findings"]] == names
+    np.testing.assert_allclose(result.scores, scored.scores[:, order], rtol=1e-9)
+    for name, row in by_finding(scored).items():
+        theirs = by_finding(result)[name]
+        for metric in ("auroc", "auroc_ci", "auprc", "f1", "mcc", "n_positive", "n_negative"):
+            assert theirs[metric] == pytest.approx(row[metric], abs=1e-9), (name, metric)
+
+
+def test_findings_are_scored_alone_as_among_others(
+    trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
+):
+    result = zeroshot(trained, rows, prompts, findings=["nodule"], draws=20)
+    column = scored.findings.index("nodule")
+    np.testing.assert_allclose(result.scores[:, 0], scored.scores[:, column], rtol=1e-9)
+
+
+def test_labels_of_test_films_change_neither_scores_nor_thresholds(
+    trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
+):
+    def opposite(film: Film) -> Film:
+        if film.split != "test":
+            return film
+        return replace(film, labels={name: 1 - value for name, value in film.labels.items()})
+
+    result = zeroshot(trained, changed(rows, opposite), prompts, draws=20)
+    assert np.array_equal(result.labels, 1 - scored.labels)
+    assert np.array_equal(result.scores, scored.scores)
+    for name, row in by_finding(scored).items():
+        theirs = by_finding(result)[name]
+        assert theirs["threshold"] == row["threshold"]
+        assert theirs["auroc"] == pytest.approx(1 - row["auroc"])
+
+
+def test_thresholds_come_from_the_validation_films(
+    trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
+):
+    val = zeroshot(trained, rows, prompts, split="val", draws=5)
+    for name, row in by_finding(scored).items():
+        column = val.findings.index(name)
+        if 0 < val.labels[:, column].sum() < len(val.rows):
+            assert (row["threshold"]["rule"], row["threshold"]["chosen_on"]) == ("f1", "val")
+            assert row["threshold"]["value"] in val.scores[:, column]
+        else:
+            assert (row["threshold"]["rule"], row["threshold"]["value"]) == ("even", 0.5)
+    assert {row["threshold"]["rule"] for row in by_finding(val).values()} == {"even"}
+
+
+def test_without_validation_films_the_threshold_is_the_tie(
+    trained: Checkpoint, rows: Rows, prompts: PromptSet
+):
+    no_val = rows.select([film.split != "val" for film in rows.films])
+    for row in zeroshot(trained, no_val, prompts, draws=5).summary["findings"]:
+        assert row["threshold"]["value"] == 0.5
+        assert row["threshold"]["chosen_on"].startswith("no data")
+
+
+def test_findings_that_lack_a_class_are_listed_and_have_no_score(
+    trained: Checkpoint, rows: Rows, prompts: PromptSet, tmp_path: Path
+):
+    def one_sided(film: Film) -> Film:
+        return replace(film, labels={**film.labels, "mass": 0, "edema": 1, "nodule": -1})
+
+    result = zeroshot(trained, changed(rows, one_sided), prompts, draws=5)
+    n = len(result.rows)
+    assert result.summary["undefined"] == [
+        {"finding": "edema", "n_positive": n, "n_negative": 0, "n_unknown": 0,
+         "reason": "no negative film"},
+        {"finding": "mass", "n_positive": 0, "n_negative": n, "n_unknown": 0,
+         "reason": "no positive film"},
+        {"finding": "nodule", "n_positive": 0, "n_negative": 0, "n_unknown": n,
+         "reason": "no positive and no negative film"},
+    ]  # fmt: skip
+    assert len(by_finding(result)) == len(FINDINGS) - 3
+    assert not {"edema", "mass", "nodule"} & set(result.summary["macro_findings"])
+
+
+def test_results_of_films_without_any_finding_are_written_with_no_score(
+    trained: Checkpoint, rows: Rows, prompts: PromptSet, tmp_path: Path
+):
+    healthy = changed(rows, lambda film: replace(film, labels=dict.fromkeys(film.labels, 0)))
+    result = zeroshot(trained, healthy, prompts, draws=5)
+    write_zeroshot(
+        tmp_path, result, trained, prompts, title="t", kind="zeroshot", summary="s", command="c",
+        seed=0, wall_s=0.0, gallery=result.gallery([0]),
+    )  # fmt: skip
+    left = json.loads((tmp_path / "results.json").read_text())
+    assert left["findings"] == [] and left["macro_auroc"] is None
+    assert [row["finding"] for row in left["undefined"]] == sorted(FINDINGS)
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_lateral_and_unlabelled_films_and_films_of_other_splits_are_not_scored(rows: Rows):
+    test = [film for film in rows.films if film.split == "test"]
+    lateral, unlabelled = test[0].film_id, test[1].film_id
+
+    def change(film: Film) -> Film:
+        if film.film_id == lateral:
+            return replace(film, view="L")
+        return replace(film, labels={}) if film.film_id == unlabelled else film
+
+    kept = rows_to_score(changed(rows, change), "test")
+    assert [film.film_id for film in kept.films] == [film.film_id for film in test[2:]]
+
+
+def test_one_film_is_scored_as_among_others(
+    trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
+):
+    last = scored.rows.films[-1].film_id
+    alone = rows.select([film.film_id == last for film in rows.films])
+    result = zeroshot(trained, alone, prompts, draws=5)
+    np.testing.assert_allclose(result.scores[0], scored.scores[-1], rtol=1e-4)
+
+
+def test_equal_texts_are_encoded_once(trained: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+    n_encoded = 0
+    encode_text = trained.model.encode_text
+
+    def counting(ids: torch.Tensor, is_valid: torch.Tensor):
+        nonlocal n_encoded
+        n_encoded += len(ids)
+        return encode_text(ids, is_valid)
+
+    monkeypatch.setattr(trained.model, "encode_text", counting)
+    texts = ["No edema.", "Edema.", "No edema.", "No edema."]
+    found = embed_texts(trained.model, trained.tokenizer, texts, 32, batch_size=1)
+    assert n_encoded == 2
+    assert torch.equal(found[0], found[2]) and torch.equal(found[0], found[3])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_padding_changes_no_embedding(trained: Checkpoint):
+    model, tokenizer = trained.model, trained.tokenizer
+    texts = ["No edema.", "There is a large left pleural effusion and a small right nodule."]
+    together = embed_texts(model, tokenizer, texts, 64)
+    alone = torch.cat([embed_texts(model, tokenizer, [text], 64) for text in texts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_what_is_not_in_the_data_is_named_with_what_is(
+    trained: Checkpoint, rows: Rows, prompts: PromptSet
+):
+    with pytest.raises(ManifestError, match="no source chexpert in this data; there are synthetic"):
+        rows_to_score(rows, "test", ["chexpert"])
+    with pytest.raises(ManifestError, match="labelled with gout; these films are labelled with at"):
+        zeroshot(trained, rows, prompts, findings=["gout"])
+    no_test = rows.select([film.split != "test" for film in rows.films])
+    with pytest.raises(ManifestError, match="no labelled frontal film in split 'test'"):
+        rows_to_score(no_test, "test")
+
+
+def test_the_files_hold_what_the_results_say(made_run: Path, made_data: Path, tmp_path: Path):
+    results = evaluate(
+        made_run, [made_data], tmp_path, split="test", sources=(), findings=("nodule", "mass"),
+        prompt_set="default", draws=10, seed=0, command="mmclip zeroshot",
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    with np.load(tmp_path / "scores.npz") as stored:
+        assert stored["findings"].tolist() == ["nodule", "mass"]
+        assert len(set(stored["film_id"])) == results.n_films == len(stored["scores"])
+        assert len(set(stored["patient_id"])) == results.n_patients == 40
+        assert stored["labels"][:, 0].sum() == results.findings[0].n_positive
+    left = json.loads((tmp_path / "results.json").read_text())
+    meta = load_checkpoint(made_run).meta
+    assert left["provenance"]["config_hash"] == meta["config_hash"]
+    assert left["provenance"]["data_hash"] == meta["data_hash"]
+    assert left["facts"]["step"] == 6
+    assert (tmp_path / "page.html").is_file() and (tmp_path / "plots" / "auroc.png").is_file()
