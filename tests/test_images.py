@@ -138,6 +138,15 @@ def test_a_cut_file_is_no_film(kind, kept_ratio):
         assert reason in (Reason.IMAGE_TRUNCATED, Reason.IMAGE_UNREADABLE)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP", "JPEG2000"])
+def test_a_file_cut_at_any_byte_gives_the_whole_film_or_none(kind):
+    content = encoded(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8), kind)
+    whole = decode_film(content)
+    for length in range(8, len(content)):
+        film = film_or_error(content[:length])
+        assert isinstance(film, FilmError) or np.array_equal(film, whole), length
+
+
 def test_a_changed_byte_inside_a_png_is_not_called_a_cut():
     content = bytearray(encoded(ramp()))
     content[content.index(b"IDAT") + 8] ^= 0xFF

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mmclip.data.cache import FilmFacts, build_cache
+from mmclip.data.cache import FILMS_FILE, FilmFacts, build_cache
 from mmclip.data.manifest import (
     META_FILE,
     Excluded,
@@ -80,6 +80,8 @@ def build_data(
         paths = [root / str(film.image) for _, film in with_image]
         with progress("reading films", len(paths)) as advance:
             facts, checksum = build_cache(paths, out, film_px, workers, advance)
+    else:
+        (out / FILMS_FILE).unlink(missing_ok=True)  # of the build that is replaced
     known = iter(facts)
     kept: list[Film] = []
     for row, film in films:
