@@ -1,8 +1,8 @@
 """Small image files, made where a test needs them."""
 
 import io
-from collections.abc import Sequence
-from pathlib import Path
+import struct
+import zlib
 
 import numpy as np
 import pydicom
@@ -17,6 +17,13 @@ NAME, NUMBER = "Doe^Jane^Secret", "MRN-0815-4711"
 def ramp(height: int = 24, width: int = 32) -> np.ndarray:
     """uint8 [h, w]: dark at the top left, bright at the bottom right, no two corners equal."""
     return np.add.outer(np.arange(height) * 2, np.arange(width) * 6).astype(np.uint8)
+
+
+def blank(value: int, bright: int, n_bright: int) -> np.ndarray:
+    """uint8 [100, 100] of one value, with some other pixels at its start."""
+    film = np.full((100, 100), value, np.uint8)
+    film.flat[:n_bright] = bright
+    return film
 
 
 def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -64,7 +71,18 @@ def dicom(pixels: np.ndarray, **tags) -> bytes:
     return file.getvalue()
 
 
-def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
-    """A plain CSV file; cells must need no quotes."""
-    path.write_text("".join(",".join(cells) + "\n" for cells in (header, *rows)), "utf-8")
-    return path
+def huge_png(side_px: int) -> bytes:
+    """A whole, valid PNG of one bit a pixel, all black."""
+    packer = zlib.compressobj(1)
+    row = b"\0" * (1 + side_px // 8)
+    packed = b"".join(packer.compress(row * 1000) for _ in range(side_px // 1000)) + packer.flush()
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", side_px, side_px, 1, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    )

@@ -19,8 +19,7 @@ from mmclip.data.cache import FilmCache, verify_cache
 from mmclip.data.images import resize_film
 from mmclip.data.manifest import Film, ManifestError, Reason, read_manifest, read_meta
 from mmclip.data.tables import CsvMapping, SourceError, load_mapping, read_csv
-from tests.made_files import dicom, encoded, ramp
-from tests.test_images import blank, huge_png
+from tests.made_files import NAME, NUMBER, blank, dicom, encoded, huge_png, ramp
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL = REPOSITORY.parent / "shared" / "data" / "cxr"
@@ -242,6 +241,7 @@ def test_what_becomes_of_a_damaged_input(tmp_path: Path, name: str, mark: bytes)
     lines = [json.loads(line) for line in (out / "excluded.jsonl").read_text("utf-8").splitlines()]
     assert [line["reason"] for line in lines] == list(case.excluded)
     assert all(0 < line["row"] < n_rows - 1 for line in lines)
+    assert not any(word in str(lines) for word in (*NAME.split("^"), NUMBER))
     assert not lines or case.detail in lines[0]["detail"]
     first, *kept, last = read_manifest(out)
     pixels = FilmCache.open(out).films
@@ -310,6 +310,25 @@ def test_row_i_of_the_films_is_the_ith_record_with_an_image(tmp_path: Path):
         np.testing.assert_array_equal(image, resize_film(rolled, PX))
         assert (film.width_px, film.height_px) == (32, 24)
     verify_cache(tmp_path / "out", meta["films_sha256"])
+
+
+def test_excluded_rows_are_listed_in_their_order_whichever_step_left_them_out(tmp_path: Path):
+    films = write_root(tmp_path / "root")
+    images = {0: "no.png", 1: "../1.png", 3: "empty.png", 6: "../6.png", 7: "no.png"}
+    (tmp_path / "root" / "empty.png").touch()
+    films = [replace(film, image=images.get(i, film.image)) for i, film in enumerate(films)]
+    films[5] = replace(films[5], film_id="")
+    build_data(films, tmp_path / "root", tmp_path / "out", film_px=PX)
+    lines = (tmp_path / "out" / "excluded.jsonl").read_text().splitlines()
+    assert [(line["row"], line["reason"]) for line in map(json.loads, lines)] == [
+        (0, Reason.IMAGE_MISSING),
+        (1, Reason.IMAGE_OUTSIDE_ROOT),
+        (3, Reason.IMAGE_EMPTY),
+        (4, Reason.IMAGE_TRUNCATED),
+        (5, Reason.NO_ID),
+        (6, Reason.IMAGE_OUTSIDE_ROOT),
+        (7, Reason.IMAGE_MISSING),
+    ]
 
 
 def test_a_finished_build_is_replaced_only_when_asked_to(tmp_path: Path):

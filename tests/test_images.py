@@ -4,7 +4,6 @@ import random
 import resource
 import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from pydicom.uid import JPEGLSLossless
 
 from mmclip.data.images import FilmError, decode_film, read_film, resize_film, stretch
 from mmclip.data.manifest import Reason
-from tests.made_files import NAME, NUMBER, dicom, encoded, ramp
+from tests.made_files import NAME, NUMBER, blank, dicom, encoded, huge_png, ramp
 
 DICOM_FILES = Path(DATA_ROOT) / "test_files"
 
@@ -168,35 +167,12 @@ def test_formats_that_would_start_another_program_are_not_opened():
     )
 
 
-def blank(value: int, bright: int, n_bright: int) -> np.ndarray:
-    film = np.full((100, 100), value, np.uint8)
-    film.flat[:n_bright] = bright
-    return film
-
-
 def test_a_film_is_blank_by_its_1_and_99_percent_quantiles():
     assert refusal(encoded(blank(7, 7, 0))).detail == "grey levels 7 to 7 of 255"
     assert refusal(encoded(blank(7, 255, 99))).reason == Reason.IMAGE_BLANK  # a burnt-in letter
     assert refusal(encoded(blank(7, 9, 5000))).reason == Reason.IMAGE_BLANK
     assert decode_film(encoded(blank(7, 10, 5000))).max() == 10
     assert decode_film(encoded(blank(7, 255, 101))).max() == 255
-
-
-def huge_png(side_px: int) -> bytes:
-    """A whole, valid PNG of one bit a pixel, all black."""
-    packer = zlib.compressobj(1)
-    row = b"\0" * (1 + side_px // 8)
-    packed = b"".join(packer.compress(row * 1000) for _ in range(side_px // 1000)) + packer.flush()
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", side_px, side_px, 1, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
-    )
 
 
 def test_a_film_too_large_is_refused_from_its_header():
