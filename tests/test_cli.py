@@ -170,7 +170,6 @@ def test_an_error_is_one_line_that_names_the_value_and_the_rule(
     assert not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="read_meta takes any meta.json for a data folder's")
 def test_a_checkpoint_as_data_is_one_clear_line(shared: dict[str, Path], tmp_path: Path):
     error = pretrain_on("checkpoint", *AT_32_PX)(shared, tmp_path).error()
     assert "no finished data folder" in error

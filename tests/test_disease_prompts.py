@@ -39,7 +39,7 @@ def test_prompts_by_hand():
     assert text({"mass": 1, "edema": 0}) == "There is mass."
     assert text({"edema": 1}) == "There is an edema."
     assert text({"edema": 0}) == "There is no edema."  # nothing else can be said
-    assert text({"mass": 1, "edema": 0}, absent_prob=1) == "There is mass. There is no edema."
+    assert text({"mass": 1, "edema": 0}, absent_prob=1.0) == "There is mass. There is no edema."
     three = {text({"a": 1, "b": 1, "c": 1}, seed=s) for s in range(40)}
     assert "There is a, b and c." in three and len(three) == 6
 
@@ -91,7 +91,7 @@ def test_wordings_names_and_order_vary_with_the_draws():
 
 def test_too_few_draws_are_refused():
     with pytest.raises(ValueError, match="3 draws for 1 findings; give 6"):
-        PLAIN.write({"mass": 1}, np.zeros(3), 0)
+        PLAIN.write({"mass": 1}, np.zeros(3), 0.0)
 
 
 def test_a_wording_without_a_place_for_the_findings_is_refused(tmp_path):
@@ -99,7 +99,7 @@ def test_a_wording_without_a_place_for_the_findings_is_refused(tmp_path):
     lines = [f"{k} = {v!r}" for k, v in source.items() if k != "names"]
     path = tmp_path / "bad.toml"
     path.write_text("\n".join(lines))
-    with pytest.raises(ConfigError, match="must hold {findings} once"):
+    with pytest.raises(ConfigError, match=r"must hold \{findings\} once"):
         load_disease_prompts(str(path))
 
 

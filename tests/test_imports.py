@@ -22,7 +22,7 @@ LAYERS = (
     {"mmclip.train", "mmclip.checkpoint", "mmclip.baselines"},
     {"mmclip.data", "mmclip.models"},
     {
-        "mmclip", "mmclip.bootstrap", "mmclip.config", "mmclip.losses", "mmclip.masking",
+        "mmclip", "mmclip.batch", "mmclip.bootstrap", "mmclip.config", "mmclip.losses", "mmclip.masking",
         "mmclip.metrics", "mmclip.patches", "mmclip.plots", "mmclip.progress", "mmclip.prompts",
     },
 )  # fmt: skip

@@ -179,7 +179,6 @@ def test_other_data_does_not_resume(
         assert read_meta(folder)["data_hash"][:12] in error
 
 
-@pytest.mark.xfail(strict=True, reason="the check of what resumes leaves shuffle_pairs out")
 def test_a_run_on_true_pairs_does_not_resume_on_shuffled_ones(
     arguments: list, made_run: Path, tmp_path: Path
 ):

@@ -44,7 +44,9 @@ SAYS = {
     "consolidation": r"consolidation|airspace opacity",
     "edema": r"edema",
     "hiatal hernia": r"hernia",
-    "hilar enlargement": r"hilar (enlarge|promin|adeno)|enlargement of (the \w+|both) hil|the hila$",
+    "hilar enlargement": (
+        r"hilar (enlarge|promin|adeno)|enlargement of (the \w+|both) hil|the hila$"
+    ),
     "mass": r"\bmass\b",
     "nodule": r"nodule",
     "pleural effusion": r"effusion|pleural fluid|costophrenic angle is blunted",

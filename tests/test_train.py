@@ -95,8 +95,8 @@ def write_gradients_of_this_process(folder: Path) -> None:
 
 def test_two_processes_give_loss_and_gradients_of_one_on_the_joined_batch(tmp_path: Path):
     code = (
-        "from pathlib import Path; from tests.test_train import write_gradients_of_this_process as w;"
-        f"w(Path({str(tmp_path)!r}))"
+        "from pathlib import Path; import tests.test_train as t;"
+        f"t.write_gradients_of_this_process(Path({str(tmp_path)!r}))"
     )
     root = Path(__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
@@ -146,7 +146,8 @@ def test_accumulation_divides_by_the_count_of_the_whole_batch():
             for half in (0, 1)
         ]
     terms = train_step(
-        accelerator, state, batches.batch, CONTRASTIVE.sums, CONTRASTIVE.counts, CONTRASTIVE.weights, config,
+        accelerator, state, batches.batch, CONTRASTIVE.sums, CONTRASTIVE.counts,
+        CONTRASTIVE.weights, config,
     )  # fmt: skip
     assert float(terms["contrastive"]) == pytest.approx(sum(sums) / 5, rel=1e-5)
 
@@ -155,8 +156,8 @@ def fit_here(
     run: Path, batches: MadeBatches, state: TrainState, accelerator: Accelerator, saved: list[int]
 ) -> None:
     fit(
-        accelerator, state, batches.batch, CONTRASTIVE.sums, CONTRASTIVE.counts, CONTRASTIVE.weights,
-        CONFIG, run, lambda s: saved.append(s.step),
+        accelerator, state, batches.batch, CONTRASTIVE.sums, CONTRASTIVE.counts,
+        CONTRASTIVE.weights, CONFIG, run, lambda s: saved.append(s.step),
     )  # fmt: skip
 
 
@@ -169,7 +170,8 @@ def test_one_batch_can_be_learnt_by_heart(tmp_path: Path):
     config = TrainConfig(steps=120, batch_size=8, base_lr=0.1, log_every_steps=120)
     state = new_state(accelerator, config)
     fit(
-        accelerator, state, OneBatch().batch, CONTRASTIVE.sums, CONTRASTIVE.counts, CONTRASTIVE.weights, config, tmp_path, lambda s: None,
+        accelerator, state, OneBatch().batch, CONTRASTIVE.sums, CONTRASTIVE.counts,
+        CONTRASTIVE.weights, config, tmp_path, lambda s: None,
     )  # fmt: skip
     # Texts are equal two by two, so the floor is log 2: the even split over two positives.
     assert state.log["contrastive"] == pytest.approx(math.log(2), abs=0.02)

@@ -16,7 +16,7 @@ from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import Config, load_config
 from mmclip.data.build import build_data
 from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.manifest import META_FILE
+from mmclip.data.manifest import META_FILE, read_meta
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, write_dataset
 from mmclip.pretrain import Job, build_model, pretrain
@@ -105,7 +105,10 @@ def run_demo(
 def _make_data(out: Path, preset: Preset) -> Path:
     """Draws the films and builds the data folder, unless that is done."""
     raw, data = out / "raw", out / "data"
-    if not (data / META_FILE).is_file():
+    name = f"{preset.name} version {preset.version} seed {preset.seed}"
+    if not (data / META_FILE).is_file() or read_meta(data).get("preset") != name:
+        for old in (raw, data, out / "run"):
+            shutil.rmtree(old, ignore_errors=True)
         total = sum(preset.n_patients(split) for split in ("train", "val", "test"))
         with progress("drawing patients", total) as advance:
             write_dataset(preset, raw, workers=2, on_progress=advance)
@@ -114,7 +117,7 @@ def _make_data(out: Path, preset: Preset) -> Path:
             raw,
             data,
             film_px=preset.film_px,
-            about={"reader": "csv", "preset": f"{preset.name} version {preset.version}"},
+            about={"reader": "csv", "preset": name},
         )
     return data
 
@@ -147,7 +150,7 @@ def _untrained(config: Config, tokenizer: PreTrainedTokenizerFast, result: ZeroS
         model = build_model(config, tokenizer).eval()
         pair = embed_prompts(model, tokenizer, prompts, result.findings, config.data.max_tokens)
         films = embed_films(model, result.rows, show=False)
-        scores = probabilities(films, pair, float(model.scale()))
+        scores = probabilities(films, pair, float(model.scale().detach()))
         summary = score_findings(result.labels, scores, result.patients(), result.findings, draws=1)
         found.append(summary["macro_auroc"])
     return {

@@ -1,6 +1,6 @@
 """Pre-training: data folders and a configuration in, a run folder with checkpoints out.
 
-run/config.json, metrics.jsonl, tensorboard/, tokenizer/, checkpoints/step_000500/
+run/config.json, metrics.jsonl, tensorboard/, checkpoints/step_000500/
 """
 
 import json
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmclip.checkpoint import (
     CheckpointError,
+    checkpoint_meta,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -91,8 +92,7 @@ def pretrain(job: Job) -> Path:
     accelerator = Accelerator(
         mixed_precision=precision, cpu=job.cpu, log_with=trackers, project_dir=job.run
     )
-    seed = job.config.train.seed
-    set_seed(seed)
+    set_seed(job.config.train.seed)
     rows = open_rows(job.folders, job.config.data.film_px)
     chosen = training_rows(rows, job.config)
     n_pairs = sum(map(is_pair, chosen.films))
@@ -197,8 +197,7 @@ def _resumable(job: Job, facts: dict[str, Any]) -> Path | None:
             f"{job.run} already holds a run ({found.name}); add --resume to go on with it, or "
             f"choose another --out"
         )
-    meta = json.loads((found / "meta.json").read_text("utf-8"))
-    theirs = {**facts, "config_hash": meta["config_hash"], "data_hash": meta["data_hash"]}
+    theirs = checkpoint_meta(found)
     ours = {**facts, "config_hash": config_hash(job.config)}
     for key in ("config_hash", "data_hash"):
         if theirs[key] != ours[key]:
@@ -207,6 +206,11 @@ def _resumable(job: Job, facts: dict[str, Any]) -> Path | None:
                 f"{job.run} was trained with another {what} ({theirs[key][:12]}, now "
                 f"{ours[key][:12]}); resume with the same one, or choose another --out"
             )
+    if theirs["shuffle_pairs"] != ours["shuffle_pairs"]:
+        how = "with" if theirs["shuffle_pairs"] else "without"
+        raise CheckpointError(
+            f"{job.run} was trained {how} --shuffle-pairs; resume {how} it, or choose another --out"
+        )
     return found
 
 

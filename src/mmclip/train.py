@@ -243,7 +243,7 @@ def _cut_log(path: Path, step: int) -> None:
     for line in path.read_text("utf-8").splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                kept.append(line.rstrip("\n") + "\n")
         except json.JSONDecodeError:
             break  # half a line, written as the process was killed
     aside = path.with_name(path.name + ".tmp")

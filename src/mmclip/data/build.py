@@ -1,11 +1,12 @@
 """From the records of a reader to a data folder: check, decode once, split, write."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mmclip.data.cache import FilmFacts, build_cache
+from mmclip.data.cache import FILMS_FILE, FilmFacts, build_cache
 from mmclip.data.entities import find_entities
 from mmclip.data.manifest import (
     META_FILE,
@@ -70,12 +71,12 @@ def build_data(
             )
         (out / META_FILE).unlink()  # from here on the folder is unfinished
     sound, excluded = validate(records)
-    films = [(row, film) for row, film in sound if _is_inside(film, root)]
-    excluded += [
-        _left_out(row, film, Reason.IMAGE_OUTSIDE_ROOT, str(film.image))
-        for row, film in sound
-        if not _is_inside(film, root)
-    ]
+    films: list[tuple[int, Film]] = []
+    for row, film in sound:
+        if _is_inside(film, root):
+            films.append((row, film))
+        else:
+            excluded.append(_left_out(row, film, Reason.IMAGE_OUTSIDE_ROOT, str(film.image)))
     with_image = [(row, film) for row, film in films if film.image is not None]
     facts: Sequence[FilmFacts] = ()
     checksum = None
@@ -83,6 +84,8 @@ def build_data(
         paths = [root / str(film.image) for _, film in with_image]
         with progress("reading films", len(paths)) as advance:
             facts, checksum = build_cache(paths, out, film_px, workers, advance)
+    else:
+        (out / FILMS_FILE).unlink(missing_ok=True)  # of the build that is replaced
     known = iter(facts)
     kept: list[Film] = []
     for row, film in films:
@@ -124,7 +127,10 @@ def _with_entities(films: Sequence[Film], backend: str) -> list[Film]:
 
 def _is_inside(film: Film, root: Path) -> bool:
     """Whether the image, with links and ".." followed, lies under the root."""
-    return film.image is None or (root / film.image).resolve().is_relative_to(root.resolve())
+    if film.image is None:
+        return True
+    # Not Path.resolve: Python before 3.13 raises in it when a link leads to itself.
+    return Path(os.path.realpath(root / film.image)).is_relative_to(os.path.realpath(root))
 
 
 def _left_out(row: int, film: Film, reason: Reason, detail: str) -> Excluded:

@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ FILMS_FILE, PARTS_FOLDER = "films.npy", "films.parts"
 CHUNK_FILMS = 256
 """Films a chunk: what a kill can lose, a process. [chosen: seconds of work, 13 MB at 224 px]"""
 
-DECODER_VERSION = 1
+DECODER_VERSION = 2
 """Raised with every change of what a file becomes, so that old chunks are not taken up."""
 
 
@@ -98,7 +99,9 @@ def _build_in_processes(
     on_progress: Callable[[int], None],
 ) -> None:
     # Not fork: the caller may already run threads, which a forked child would lack.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_end_with_parent
+    )
     try:
         jobs = [pool.submit(_build_chunk, parts, n, chunk, film_px) for n, chunk in todo]
         for job in as_completed(jobs):
@@ -110,6 +113,18 @@ def _build_in_processes(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is killed: else it would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None  # true of a worker
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def _fingerprint(chunk: Sequence[Path], film_px: int) -> str:
@@ -130,13 +145,17 @@ def _part_files(parts: Path, number: int) -> tuple[Path, Path]:
 
 def _is_finished(parts: Path, number: int, chunk: Sequence[Path], film_px: int) -> bool:
     films, facts = _part_files(parts, number)
-    if not (films.is_file() and facts.is_file()):
+    try:
+        known = json.loads(facts.read_text("utf-8"))
+        return known["fingerprint"] == _fingerprint(chunk, film_px) and known[
+            "sha256"
+        ] == _part_checksum(films, known["facts"])
+    except (OSError, ValueError, LookupError, TypeError):  # missing, or damaged
         return False
-    known = json.loads(facts.read_text("utf-8"))
-    return (
-        known["fingerprint"] == _fingerprint(chunk, film_px)
-        and known["sha256"] == hashlib.sha256(films.read_bytes()).hexdigest()
-    )
+
+
+def _part_checksum(films: Path, facts: list[dict]) -> str:
+    return hashlib.sha256(films.read_bytes() + json.dumps(facts).encode()).hexdigest()
 
 
 def _build_chunk(parts: Path, number: int, chunk: Sequence[Path], film_px: int) -> int:
@@ -160,10 +179,11 @@ def _build_chunk(parts: Path, number: int, chunk: Sequence[Path], film_px: int) 
     with aside.open("wb") as file:
         np.save(file, array)
     aside.replace(films_file)
+    listed = [asdict(fact) for fact in facts]
     known = {
         "fingerprint": fingerprint,
-        "sha256": hashlib.sha256(films_file.read_bytes()).hexdigest(),
-        "facts": [asdict(fact) for fact in facts],
+        "sha256": _part_checksum(films_file, listed),
+        "facts": listed,
     }
     write_text_atomic(facts_file, json.dumps(known))
     return len(chunk)

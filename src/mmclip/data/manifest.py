@@ -158,6 +158,8 @@ def problem_of(film: Film) -> tuple[Reason, str] | None:
         return Reason.NO_PATIENT, ""
     if film.image is None and film.report is None:
         return Reason.NOTHING_TO_LEARN, ""
+    if film.image is not None and "\0" in film.image:
+        return Reason.BAD_VALUE, f"the image path {film.image!r} holds a NUL byte"
     if film.split is not None and film.split not in get_args(Split):
         return Reason.BAD_VALUE, f"split {film.split!r} is none of {', '.join(get_args(Split))}"
     if film.view not in get_args(View):
@@ -329,11 +331,13 @@ def write_manifest(
                 f"patient {film.patient_id} is in the splits {split_of[film.patient_id]} and "
                 f"{film.split}; call validate first"
             )
+    table = to_table(films)
     meta = {
         "format": 1,
         **about,
         "film_px": film_px,
-        "data_hash": data_hash(films, film_px),
+        # Over the records as they will be read: an age of 54 comes back as 54.0.
+        "data_hash": data_hash(from_table(table), film_px),
         "n_rows": len(films) + len(excluded),
         "n_films": len(films),
         "n_excluded": len(excluded),
@@ -347,7 +351,7 @@ def write_manifest(
     }
     folder.mkdir(parents=True, exist_ok=True)
     parquet = folder / (MANIFEST_FILE + ".tmp")
-    pq.write_table(to_table(films), parquet, compression="zstd")
+    pq.write_table(table, parquet, compression="zstd")
     parquet.replace(folder / MANIFEST_FILE)
     lines = "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in excluded)
     write_text_atomic(folder / EXCLUDED_FILE, lines)
@@ -367,7 +371,18 @@ def read_meta(folder: Path) -> dict:
             f"{folder} is no finished data folder ({META_FILE} is missing); "
             f"make one with `mmclip data build`"
         )
-    return json.loads(path.read_text("utf-8"))
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ManifestError(
+            f"{path} is damaged ({error}); build the folder again with `mmclip data build`"
+        ) from None
+    if "film_px" not in meta:  # a checkpoint has a file of this name, too
+        raise ManifestError(
+            f"{folder} is no finished data folder ({path} describes something else); make one "
+            f"with `mmclip data build`"
+        )
+    return meta
 
 
 def read_manifest(folder: Path) -> list[Film]:
@@ -377,7 +392,13 @@ def read_manifest(folder: Path) -> list[Film]:
         ManifestError: When the folder is unfinished or its manifest was changed after the build.
     """
     meta = read_meta(folder)
-    films = list(from_table(pq.read_table(folder / MANIFEST_FILE)))
+    try:
+        films = list(from_table(pq.read_table(folder / MANIFEST_FILE)))
+    except (OSError, pa.ArrowException) as error:
+        raise ManifestError(
+            f"{folder / MANIFEST_FILE} is missing or damaged ({error}); build the folder again "
+            f"with `mmclip data build`"
+        ) from None
     if data_hash(films, meta["film_px"]) != meta["data_hash"]:
         raise ManifestError(
             f"{folder / MANIFEST_FILE} is not the manifest that {META_FILE} describes (the data "

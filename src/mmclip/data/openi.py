@@ -1,8 +1,10 @@
 """The Open-I (Indiana University) chest X-ray collection, from its XML archive."""
 
+import lzma
 import re
 import tarfile
 import xml.etree.ElementTree as ET
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -72,10 +74,31 @@ def _openi_documents(root: Path) -> Iterator[tuple[str, bytes]]:
                     file = tar.extractfile(member)
                     assert file is not None  # true of a regular file
                     yield Path(member.name).name, file.read(_MAX_XML_BYTES + 1)
-    except (tarfile.TarError, EOFError, OSError) as error:
+            _check_end(tar)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        why = str(error).partition("\n")[0].rstrip(":")
         raise SourceError(
-            f"{archive} is no whole archive ({error}); download it again from openi.nlm.nih.gov"
+            f"{archive} is no whole archive ({why}); download it again from openi.nlm.nih.gov"
         ) from None
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Looks for the zeros that end an archive: tarfile stops in silence where a header is broken.
+
+    Reading them to the end also makes gzip compare its checksum.
+
+    Raises:
+        tarfile.ReadError: When the archive ends, or goes on, otherwise.
+    """
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    is_ended = False
+    while chunk := tar.fileobj.read(1 << 16):
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError("a header in the middle is broken")
+        is_ended = True
+    if not is_ended:
+        raise tarfile.ReadError("its end is missing")
 
 
 def _openi_views(root: Path) -> dict[str, View]:

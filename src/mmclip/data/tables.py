@@ -272,7 +272,8 @@ def _labels(
             said.setdefault(finding, {ABSENT})
     torn = sorted(finding for finding, labels in said.items() if len(labels) > 1)
     if torn:
-        raise ValueError(f"the labels {', '.join(words)} contradict one another on {torn}")
+        names = words or [column for column, finding in rules.columns.items() if finding in torn]
+        raise ValueError(f"the labels {', '.join(names)} contradict one another on {torn}")
     return {finding: next(iter(said[finding])) for finding in sorted(said)}, words
 
 

@@ -370,7 +370,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
             tokens for classification, separation, padding and masking.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

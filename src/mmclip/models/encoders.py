@@ -138,11 +138,13 @@ def rebuild_encoder(config: dict[str, Any]) -> PreTrainedModel:
 def _load_pretrained(name: str) -> PreTrainedModel:
     # A pytorch_model.bin is read by torch.load(weights_only=True): it cannot run code.
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if hasattr(config, key):
                 setattr(config, key, 0.0)
-        encoder, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True)
+        encoder, info = AutoModel.from_pretrained(
+            name, config=config, output_loading_info=True, trust_remote_code=False
+        )
     except (OSError, ValueError, UnpicklingError) as error:
         first = str(error).strip().splitlines()[0]
         raise EncoderError(

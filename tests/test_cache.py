@@ -1,0 +1,315 @@
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmclip.data import cache
+from mmclip.data.cache import CacheError, FilmCache, build_cache, verify_cache
+from mmclip.data.images import decode_film, read_film, resize_film
+from mmclip.data.manifest import Reason, read_manifest, read_meta
+from tests.made_files import encoded, ramp
+
+N = 40
+
+
+def write_images(root: Path, n: int = N, size_px: int = 24) -> list[Path]:
+    """Different films of noise; every tenth file is damaged."""
+    rng = np.random.default_rng(0)
+    root.mkdir(exist_ok=True)
+    paths = [root / f"{i:04d}.png" for i in range(n)]
+    for i, path in enumerate(paths):
+        content = encoded(rng.integers(0, 256, (size_px, size_px + 8), dtype=np.uint8))
+        path.write_bytes(content[: len(content) // 2] if i % 10 == 3 else content)
+    return paths
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    return write_images(tmp_path / "root")
+
+
+@pytest.fixture
+def _small_chunks(monkeypatch) -> None:
+    monkeypatch.setattr(cache, "CHUNK_FILMS", 8)
+
+
+def count_decoded(monkeypatch) -> list[int]:
+    """A list that grows by one item with each file that is decoded from now on."""
+    decoded: list[int] = []
+
+    def counting(content: bytes) -> np.ndarray:
+        decoded.append(len(content))
+        return decode_film(content)
+
+    monkeypatch.setattr(cache, "decode_film", counting)
+    return decoded
+
+
+class Stop(Exception):
+    """Ends a build from its progress call."""
+
+
+def stop_after(n_chunks: int):
+    calls = []
+
+    def on_progress(n: int) -> None:
+        calls.append(n)
+        if len(calls) == n_chunks:
+            raise Stop
+
+    return on_progress
+
+
+def test_row_i_is_the_ith_film_that_can_be_read(images: list[Path], tmp_path: Path):
+    facts, checksum = build_cache(images, tmp_path / "out", 16)
+    films = FilmCache.open(tmp_path / "out").films
+    assert films.shape == (36, 16, 16) and films.dtype == np.uint8
+    sound = [path for path, fact in zip(images, facts, strict=True) if fact.reason is None]
+    for film, path in zip(films, sound, strict=True):
+        np.testing.assert_array_equal(film, resize_film(read_film(path), 16))
+    assert [i for i, fact in enumerate(facts) if fact.reason] == [3, 13, 23, 33]
+    assert {fact.reason for fact in facts} == {None, Reason.IMAGE_TRUNCATED}
+    assert {(fact.width_px, fact.height_px) for fact in facts} == {(32, 24), (0, 0)}
+    assert not (tmp_path / "out" / "films.parts").exists()
+    verify_cache(tmp_path / "out", checksum)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_the_bytes_do_not_depend_on_the_number_of_workers(images, tmp_path: Path):
+    made = [build_cache(images, tmp_path / f"out{n}", 16, workers=n) for n in (1, 2, 3)]
+    assert made[0] == made[1] == made[2]
+    files = [(tmp_path / f"out{n}" / "films.npy").read_bytes() for n in (1, 2, 3)]
+    assert files[0] == files[1] == files[2]
+
+
+def test_the_bytes_do_not_depend_on_the_size_of_the_chunks(images, tmp_path: Path, monkeypatch):
+    whole = build_cache(images, tmp_path / "whole", 16)
+    monkeypatch.setattr(cache, "CHUNK_FILMS", 7)
+    assert build_cache(images, tmp_path / "parts", 16) == whole
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_a_resumed_build_decodes_only_what_is_not_done(images, tmp_path: Path, monkeypatch):
+    whole = build_cache(images, tmp_path / "whole", 16)
+    with pytest.raises(Stop):
+        build_cache(images, tmp_path / "out", 16, on_progress=stop_after(3))
+    decoded = count_decoded(monkeypatch)
+    done = []
+    assert build_cache(images, tmp_path / "out", 16, on_progress=done.append) == whole
+    assert len(decoded) == N - 3 * 8
+    assert sum(done) == N
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_a_changed_file_is_decoded_anew(images, tmp_path: Path, monkeypatch):
+    with pytest.raises(Stop):
+        build_cache(images, tmp_path / "out", 16, on_progress=stop_after(3))
+    images[9].write_bytes(encoded(ramp()))  # of the second chunk
+    images[16].unlink()  # of the third
+    decoded = count_decoded(monkeypatch)
+    facts, _ = build_cache(images, tmp_path / "out", 16)
+    assert len(decoded) == N - 8 - 1
+    row = 9 - 1  # the file 3 is damaged
+    film = FilmCache.open(tmp_path / "out").films[row]
+    np.testing.assert_array_equal(film, resize_film(ramp(), 16))
+    assert facts[16].reason == Reason.IMAGE_MISSING
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_another_film_size_takes_up_no_old_chunk(images, tmp_path: Path):
+    with pytest.raises(Stop):
+        build_cache(images, tmp_path / "out", 16, on_progress=stop_after(3))
+    build_cache(images, tmp_path / "out", 20)
+    assert FilmCache.open(tmp_path / "out").films.shape == (36, 20, 20)
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("damage", ["films", "facts", "cut facts", "empty facts", "no films"])
+def test_a_tampered_chunk_is_noticed_and_made_anew(images, tmp_path: Path, damage: str):
+    whole = build_cache(images, tmp_path / "whole", 16)
+    with pytest.raises(Stop):
+        build_cache(images, tmp_path / "out", 16, on_progress=stop_after(3))
+    films, facts = (tmp_path / "out" / "films.parts" / f"000001.{end}" for end in ("npy", "json"))
+    if damage == "films":
+        flip(films, -1)
+    elif damage == "facts":
+        known = json.loads(facts.read_text())
+        known["facts"][0]["width_px"] = 99
+        facts.write_text(json.dumps(known))
+    elif damage == "cut facts":
+        facts.write_text(facts.read_text()[:50])
+    elif damage == "empty facts":
+        facts.write_text("")
+    else:
+        films.unlink()
+    assert build_cache(images, tmp_path / "out", 16) == whole
+    verify_cache(tmp_path / "out", whole[1])
+
+
+def test_a_flipped_bit_of_the_films_is_noticed(images, tmp_path: Path):
+    _, checksum = build_cache(images, tmp_path, 16)
+    flip(tmp_path / "films.npy", 2000)
+    with pytest.raises(CacheError, match="was changed since it was built"):
+        verify_cache(tmp_path, checksum)
+    (tmp_path / "films.npy").unlink()
+    with pytest.raises(CacheError, match="is missing"):
+        verify_cache(tmp_path, checksum)
+
+
+def test_a_file_that_holds_no_films_is_refused(tmp_path: Path):
+    with pytest.raises(CacheError, match="cannot be opened"):
+        FilmCache.open(tmp_path)
+    (tmp_path / "films.npy").write_bytes(b"no array")
+    with pytest.raises(CacheError, match="cannot be opened"):
+        FilmCache.open(tmp_path)
+    np.save(tmp_path / "films.npy", np.zeros((2, 4, 4), np.float32))
+    with pytest.raises(CacheError, match="float32"):
+        FilmCache.open(tmp_path)
+
+
+def test_no_film_at_all_gives_an_empty_cache(tmp_path: Path):
+    facts, checksum = build_cache([tmp_path / "no.png"], tmp_path / "out", 16)
+    assert [fact.reason for fact in facts] == [Reason.IMAGE_MISSING]
+    assert FilmCache.open(tmp_path / "out").films.shape == (0, 16, 16)
+    verify_cache(tmp_path / "out", checksum)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_a_killed_worker_is_one_clear_error_and_the_build_goes_on(images, tmp_path: Path):
+    def kill_workers(n: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    whole = build_cache(images, tmp_path / "whole", 16)
+    many = images * 20  # more than the workers finish before they are killed
+    with pytest.raises(CacheError, match=r"run the same command again with fewer --workers"):
+        build_cache(many, tmp_path / "out", 16, workers=2, on_progress=kill_workers)
+    facts, _ = build_cache(many, tmp_path / "out", 16)
+    assert facts == whole[0] * 20
+
+
+DRIVER = """\
+import sys
+from pathlib import Path
+
+from mmclip.data import cache
+from mmclip.data.build import build_data
+from mmclip.data.manifest import Film
+
+if __name__ == "__main__":
+    cache.CHUNK_FILMS = 16
+    root, out, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    films = [
+        Film(film_id=p.name, study_id=p.name, patient_id=p.name[:3], source="made", image=p.name)
+        for p in sorted(root.glob("*.png"))
+    ]
+    print("begins", flush=True)
+    build_data(films, root, out, film_px=32, workers=workers, overwrite=True)
+"""
+
+
+def start(driver: Path, root: Path, out: Path, workers: int) -> subprocess.Popen:
+    """Starts the script in a process group of its own; returns when it begins to build."""
+    command = [sys.executable, str(driver), str(root), str(out), str(workers)]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begins\n"
+    process.stdout.close()
+    return process
+
+
+def n_chunks(out: Path) -> int:
+    return len(list((out / "films.parts").glob("*.json")))
+
+
+def wait_for_chunk(out: Path, process: subprocess.Popen) -> None:
+    """Returns when the build has finished a chunk more, or all."""
+    before, deadline = n_chunks(out), time.monotonic() + 60
+    while n_chunks(out) <= before and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> tuple[Path, Path]:
+    """1,000 films under other names in a folder, and the script that builds them."""
+    paths = write_images(tmp_path / "few", 50, size_px=160)
+    root = tmp_path / "root"
+    root.mkdir()
+    order = random.Random(0)
+    for i in range(1000):
+        os.link(order.choice(paths), root / f"{i:04d}.png")
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    return driver, root
+
+
+def test_a_build_killed_ten_times_ends_with_the_bytes_of_one_never_killed(many, tmp_path: Path):
+    driver, root = many
+    began = time.monotonic()
+    assert start(driver, root, tmp_path / "whole", 1).wait(60) == 0
+    length_s = time.monotonic() - began
+    expected = (tmp_path / "whole" / "films.npy").read_bytes()
+    meta = read_meta(tmp_path / "whole")
+    rng, at_kill, finished = random.Random(0), [], []
+    out = tmp_path / "out0"
+    while len(at_kill) < 10:
+        workers = 1 + len(at_kill) % 2
+        process = start(driver, root, out, workers)
+        if workers == 2:  # which take longer to start than to work
+            wait_for_chunk(out, process)
+        try:
+            assert process.wait(rng.uniform(0, length_s / 2)) == 0
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            at_kill.append(n_chunks(out))
+        else:  # too late to kill: begin a new folder
+            finished.append(out)
+            out = tmp_path / f"out{len(finished)}"
+    assert start(driver, root, out, workers=1).wait(60) == 0
+    finished.append(out)
+    assert len(set(at_kill)) > 2, at_kill  # else nothing was resumed
+    for folder in finished:
+        assert (folder / "films.npy").read_bytes() == expected
+        assert read_meta(folder) == meta
+        assert len(read_manifest(folder)) == meta["n_films"] > 800
+        assert not list(folder.glob("*.tmp"))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="reads process states in /proc")
+def test_workers_end_when_their_parent_is_killed(many, tmp_path: Path):
+    driver, root = many
+    process = start(driver, root, tmp_path / "out", workers=2)
+    wait_for_chunk(tmp_path / "out", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(is_running(int(pid)) for pid in children):
+        assert time.monotonic() < deadline, "workers are left"
+        time.sleep(0.05)

@@ -1,0 +1,391 @@
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from mmclip.config import ConfigError
+from mmclip.data.manifest import Excluded, Film, Reason
+from mmclip.data.sources import open_reader
+from mmclip.data.tables import CsvMapping, SourceError, load_mapping, parse_age, read_csv
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "mixed_films.toml"
+
+IDS = {"image": "film", "patient_id": "patient"}
+
+
+def read(folder: Path, text: str, **mapping) -> list:
+    """The records of a table; `mapping` adds to a film and a patient column."""
+    (folder / "studies.csv").write_text(text, "utf-8")
+    columns = IDS | mapping.pop("columns", {})
+    return list(read_csv(folder, CsvMapping.model_validate({"columns": columns, **mapping})))
+
+
+def films(records: list) -> list[Film]:
+    assert all(isinstance(record, Film) for record in records), records
+    return records
+
+
+# Columns.
+
+
+def test_columns_are_read_by_the_names_of_the_mapping(tmp_path: Path):
+    text = (
+        "Path,Who,Text,Set,Proj,Years,Gender,Where,Study,Unused\n"
+        'a/1.png, p1 ,"FINDINGS: Clear, and\nnormal. IMPRESSION: Normal.",'
+        "Train,ap,054Y,Female,x,s1,?\n"
+    )
+    columns = {
+        "image": "Path", "patient_id": "Who", "report": "Text", "split": "Set", "view": "Proj",
+        "age": "Years", "sex": "Gender", "source": "Where", "study_id": "Study",
+    }  # fmt: skip
+    (film,) = read(tmp_path, text, columns=columns)
+    assert asdict(film) == {
+        "film_id": "a/1.png", "study_id": "s1", "patient_id": "p1", "source": "x",
+        "split": "train", "image": "a/1.png", "view": "AP", "findings": "Clear, and normal.",
+        "impression": "Normal.", "report": "Clear, and normal. Normal.", "labels": {},
+        "source_labels": (), "age_years": 54.0, "sex": "F", "width_px": None, "height_px": None,
+        "image_sha256": None,
+    }  # fmt: skip
+
+
+def test_columns_that_are_not_named_are_not_read(tmp_path: Path):
+    text = "film,patient,report,view,split,labels\na.png,p,Clear.,sideways,dev,Dragon\n"
+    (film,) = films(read(tmp_path, text))
+    assert (film.report, film.view, film.split, film.labels) == (None, "unknown", None, {})
+
+
+def test_findings_and_impression_can_have_columns_of_their_own(tmp_path: Path):
+    columns = {"findings": "f", "impression": "i"}
+    text = "film,patient,f,i\na,p,Clear.,Normal.\nb,p,,Normal.\nc,p,nan,\n"
+    found = [
+        (film.findings, film.impression, film.report)
+        for film in films(read(tmp_path, text, columns=columns))
+    ]
+    assert found == [
+        ("Clear.", "Normal.", "Clear. Normal."),
+        (None, "Normal.", "Normal."),
+        (None, None, None),
+    ]
+
+
+def test_films_without_an_image_column_are_text_only(tmp_path: Path):
+    columns = {"film_id": "study", "image": None, "report": "report"}
+    (film,) = films(read(tmp_path, "study,patient,report\ns1,p,Clear.\n", columns=columns))
+    assert (film.film_id, film.image) == ("s1", None)
+
+
+def test_a_backslash_parts_folders(tmp_path: Path):
+    (film,) = films(read(tmp_path, "film,patient\nfolder\\a.png,p\n"))
+    assert film.image == "folder/a.png"
+
+
+def test_another_delimiter_a_byte_order_mark_and_blank_lines_are_read(tmp_path: Path):
+    text = "\ufefffilm;patient\na.png;p\n\n  \nb.png;q\n"
+    assert [film.patient_id for film in read(tmp_path, text, delimiter=";")] == ["p", "q"]
+
+
+def test_another_table_can_stand_in(tmp_path: Path):
+    (tmp_path / "part.csv").write_text("film,patient\nb.png,q\n")
+    mapping = CsvMapping.model_validate({"columns": IDS})
+    (film,) = read_csv(tmp_path, mapping, tmp_path / "part.csv")
+    assert film.film_id == "b.png"
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "N/A", "none", "null", "", "   "])
+def test_words_for_nothing_are_nothing(tmp_path: Path, word: str):
+    text = f"film,patient,report\na.png,{word},{word}\n"
+    (film,) = read(tmp_path, text, columns={"report": "report"})
+    assert (film.patient_id, film.report) == ("", None)
+
+
+# What a mapping may say.
+
+LEAST = '[columns]\npatient_id = "p"\nimage = "f"\n'
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ('[columns]\npatient_id = "p"\nimgae = "film"\n', r"imgae"),
+        ('colums = 1\n[columns]\npatient_id = "p"\nimage = "f"\n', r"colums"),
+        ('[columns]\npatient_id = "p"\n', r"without them a row has no id"),
+        ('[columns]\nimage = "f"\n', r"patient_id"),
+        (
+            LEAST + 'report = "r"\nfindings = "g"\n',
+            r"either report, or findings and impression",
+        ),
+        (
+            LEAST + 'labels = "l"\n[labels.columns]\nMass = "mass"\n',
+            r"either columns.labels or \[labels.columns\]",
+        ),
+        (
+            LEAST + '[labels]\nunknown = ["todo"]\n',
+            r"name columns.labels",
+        ),
+        (
+            LEAST + 'labels = "l"\n[labels.closed]\nx = ["Mass"]\n',
+            r"\['Mass'\] are not",
+        ),
+        (LEAST + '[views]\nfront = "frontal"\n', r"views"),
+    ],
+)
+def test_a_mapping_that_breaks_a_rule_is_refused_by_name(tmp_path: Path, toml: str, message: str):
+    (tmp_path / "m.toml").write_text(toml)
+    with pytest.raises(ConfigError, match=message):
+        load_mapping(tmp_path / "m.toml")
+
+
+def test_an_unknown_key_lists_the_known_ones(tmp_path: Path):
+    (tmp_path / "m.toml").write_text('[columns]\npatient_id = "p"\nimgae = "film"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_mapping(tmp_path / "m.toml")
+    assert "film_id" in str(caught.value) and "impression" in str(caught.value)
+
+
+def test_a_mapping_that_is_no_toml_is_refused(tmp_path: Path):
+    (tmp_path / "m.toml").write_bytes(b"a = = 1")
+    with pytest.raises(SourceError, match="no valid TOML"):
+        load_mapping(tmp_path / "m.toml")
+    with pytest.raises(SourceError, match="cannot be read: Is a directory"):
+        load_mapping(tmp_path)
+
+
+def test_readers_say_what_they_lack(tmp_path: Path):
+    def fails(match: str, name: str = "csv", root: Path = tmp_path, **options) -> None:
+        with pytest.raises(SourceError, match=match):
+            open_reader(name, root, **{"mapping": None, "table": None, **options})
+
+    fails("the readers are csv, openi", name="mimic")
+    fails("there is no folder", root=tmp_path / "no")
+    fails("give it by --mapping")
+    fails("leave --mapping and --table out", name="openi", table=tmp_path)
+
+
+# Words that nobody explained.
+
+
+def test_unexplained_words_stop_the_build_at_once_and_all_are_listed(tmp_path: Path):
+    text = (
+        "film,patient,labels,view,split\n"
+        "a,p,Mass|Dragon,PA,train\nb,p,Dragon|Unicorn,sideways,dev\nc,p,todo,L,test\n"
+    )
+    columns = {"labels": "labels", "view": "view", "split": "split"}
+    labels = {"unknown": ["todo"], "closed": {"*": ["mass"]}}
+    with pytest.raises(SourceError) as caught:
+        read(tmp_path, text, columns=columns, labels=labels)
+    message = str(caught.value)
+    assert "[labels.map] does not explain 'Dragon' (2), 'Unicorn' (1)" in message
+    assert "[views] does not explain 'sideways' (1)" in message
+    assert "[splits] does not explain 'dev' (1)" in message
+    assert "Mass" not in message and "todo" not in message
+
+
+def test_the_error_comes_before_the_first_record(tmp_path: Path):
+    (tmp_path / "studies.csv").write_text("film,patient,view\na,p,PA\nb,p,sideways\n")
+    mapping = CsvMapping.model_validate({"columns": IDS | {"view": "view"}})
+    with pytest.raises(SourceError, match="sideways"):
+        read_csv(tmp_path, mapping)  # not iterated
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no column 'film', 'patient'; its columns are none: the file is empty"),
+        ("film,who\na,p\n", "no column 'patient'; its columns are film, who"),
+        ("film,patient,film\na,p,b\n", "has film twice"),
+        ('film,patient\n"a,p\nb,q\n', r"line 3: .*mend the quotes"),
+        ('film,patient\n"a"b,q\n', r"line 2: .*mend the quotes"),
+    ],
+)
+def test_a_table_that_cannot_be_read_says_where_and_why(tmp_path: Path, text: str, message: str):
+    with pytest.raises(SourceError, match=message):
+        read(tmp_path, text)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_table_that_is_not_utf_8_is_refused_with_the_line(tmp_path: Path, encoding: str):
+    (tmp_path / "studies.csv").write_bytes("film,patient\na,Mül\n".encode(encoding))
+    line = 2 if encoding == "latin-1" else 1
+    with pytest.raises(SourceError, match=f"line {line}: not UTF-8; save the table as UTF-8"):
+        read_csv(tmp_path, CsvMapping.model_validate({"columns": IDS}))
+
+
+def test_a_missing_table_is_named(tmp_path: Path):
+    with pytest.raises(SourceError, match=r"studies.csv cannot be read: No such file"):
+        read_csv(tmp_path, CsvMapping.model_validate({"columns": IDS}))
+
+
+@pytest.mark.parametrize(("fields", "cells"), [(1, "a.png"), (3, "a.png,p,more")])
+def test_a_row_of_another_length_is_excluded_with_its_number(tmp_path: Path, fields, cells):
+    first, out, last = read(tmp_path, f"film,patient\nx.png,p\n{cells}\ny.png,q\n")
+    detail = f"the row has {fields} fields, the header 2"
+    assert out == Excluded(row=1, film_id="a.png", reason=Reason.BAD_VALUE, detail=detail)
+    assert (first.film_id, last.film_id) == ("x.png", "y.png")
+
+
+# Studies.
+
+
+def test_films_of_one_patient_with_one_report_are_a_study(tmp_path: Path):
+    text = "film,patient,report\na,p,Clear.\nb,p, Clear. \nc,p,Other.\nd,q,Clear.\ne,p,\nf,p,\n"
+    records = films(read(tmp_path, text, columns={"report": "report"}))
+    study = {film.film_id: film.study_id for film in records}
+    assert study["a"] == study["b"]
+    assert len({study[name] for name in "acdef"}) == 5
+    assert (study["e"], study["f"]) == ("e", "f")
+
+
+def test_a_study_column_wins_and_its_blank_falls_back(tmp_path: Path):
+    text = "film,patient,study\na,p,s1\nb,p,s1\nc,p,\n"
+    records = films(read(tmp_path, text, columns={"study_id": "study"}))
+    assert [film.study_id for film in records] == ["s1", "s1", "c"]
+
+
+# Views, splits, age and sex.
+
+
+def test_views_are_known_in_any_case_and_by_the_mapping(tmp_path: Path):
+    words = ["PA", "pa", "AP", "ap", "L", "lateral", "LATERAL", "?", "", "Unknown", "ap SUPINE"]
+    text = "film,patient,view\n" + "".join(f"{i},p,{word}\n" for i, word in enumerate(words))
+    records = read(tmp_path, text, columns={"view": "view"}, views={"AP Supine": "AP"})
+    views = [film.view for film in films(records)]
+    assert views == ["PA", "PA", "AP", "AP", "L", "L", "L", *["unknown"] * 3, "AP"]
+
+
+def test_splits_are_known_in_any_case_and_by_the_mapping(tmp_path: Path):
+    text = "film,patient,split\na,p,Train\nb,q,VAL\nc,r,validate\nd,s,\n"
+    records = read(tmp_path, text, columns={"split": "split"}, splits={"Validate": "val"})
+    assert [film.split for film in films(records)] == ["train", "val", "val", None]
+
+
+@pytest.mark.parametrize(
+    ("text", "years"),
+    [
+        ("54", 54.0), ("54.5", 54.5), ("063Y", 63.0), ("018M", 1.5), ("0", 0.0), ("120", 120.0),
+        ("010d", 10 / 365.25), ("26W", 26 / 52.18), ("121", None), ("-5", None), ("148Y", None),
+        ("abc", None), ("", None), ("inf", None), ("1e1", None), ("5-10", None), ("Y", None),
+    ],
+)  # fmt: skip
+def test_ages_are_years_and_unlikely_ones_unknown(text: str, years: float | None):
+    assert parse_age(text) == years
+
+
+def test_sexes_are_known_by_word_and_others_unknown(tmp_path: Path):
+    words = ["M", "male", "F", "FEMALE", "O", "", "?"]
+    text = "film,patient,sex\n" + "".join(f"{i},p,{word}\n" for i, word in enumerate(words))
+    sexes = [film.sex for film in films(read(tmp_path, text, columns={"sex": "sex"}))]
+    assert sexes == ["M", "M", "F", "F", None, None, None]
+
+
+# Labels.
+
+RULES = {
+    "unknown": ["todo"],
+    "closed": {"nih": ["mass", "no finding", "nodule"], "tb": ["tuberculosis"]},
+    "map": {
+        "No Finding": {"present": ["no finding"], "absent": ["pneumonia"]},
+        "TB": {"present": ["tuberculosis"]},
+        "No TB": {"absent": ["tuberculosis"]},
+        "maybe mass": {"uncertain": ["mass"]},
+    },
+}
+
+
+def labelled(folder: Path, source: str, cell: str, **rules) -> Film | Excluded:
+    text = f'film,patient,source,labels\na,p,{source},"{cell}"\n'
+    columns = {"source": "source", "labels": "labels"}
+    (record,) = read(folder, text, columns=columns, labels=RULES | rules)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("source", "cell", "labels"),
+    [
+        ("nih", "Mass", {"mass": 1, "no finding": 0, "nodule": 0}),
+        ("nih", " MASS | nodule ", {"mass": 1, "no finding": 0, "nodule": 1}),
+        ("nih", "No Finding", {"mass": 0, "no finding": 1, "nodule": 0, "pneumonia": 0}),
+        ("nih", "maybe mass", {"mass": -1, "no finding": 0, "nodule": 0}),
+        ("nih", "TB", {"mass": 0, "no finding": 0, "nodule": 0, "tuberculosis": 1}),
+        ("tb", "No TB", {"tuberculosis": 0}),
+        ("tb", "Mass", {"mass": 1, "tuberculosis": 0}),
+        ("other", "Mass", {"mass": 1}),  # no list: what is not named is unknown
+        ("nih", "todo", {}),
+        ("nih", "Mass|todo", {"mass": 1}),  # not labelled to the end: the others are unknown
+        ("nih", "", {}),
+    ],
+)
+def test_a_listed_finding_is_absent_and_any_other_unknown(tmp_path, source, cell, labels):
+    film = labelled(tmp_path, source, cell)
+    assert isinstance(film, Film)
+    assert film.labels == labels
+    assert list(film.labels) == sorted(film.labels)
+
+
+def test_the_words_of_the_source_are_kept(tmp_path: Path):
+    film = labelled(tmp_path, "nih", "Mass| todo")
+    assert isinstance(film, Film) and film.source_labels == ("Mass", "todo")
+
+
+def test_a_blank_cell_can_mean_absent(tmp_path: Path):
+    film = labelled(tmp_path, "nih", "", blank="absent")
+    assert isinstance(film, Film) and film.labels == {"mass": 0, "no finding": 0, "nodule": 0}
+    todo = labelled(tmp_path, "nih", "todo", blank="absent")
+    assert isinstance(todo, Film) and todo.labels == {}
+
+
+def test_a_star_stands_for_sources_that_are_not_named(tmp_path: Path):
+    closed = {"*": ["edema", "mass"], "tb": ["tuberculosis"]}
+    film = labelled(tmp_path, "other", "Mass", closed=closed)
+    assert isinstance(film, Film) and film.labels == {"edema": 0, "mass": 1}
+    film = labelled(tmp_path, "tb", "Mass", closed=closed)
+    assert isinstance(film, Film) and film.labels == {"mass": 1, "tuberculosis": 0}
+
+
+def test_words_that_hold_a_comma_need_another_separator(tmp_path: Path):
+    both = {"COVID-19, ARDS": {"present": ["ards", "covid-19"]}}
+    film = labelled(tmp_path, "nih", "COVID-19, ARDS", map=both, closed={})
+    assert isinstance(film, Film) and film.labels == {"ards": 1, "covid-19": 1}
+
+
+def test_contradictory_labels_exclude_the_row_and_are_named(tmp_path: Path):
+    out = labelled(tmp_path, "tb", "TB|No TB")
+    assert isinstance(out, Excluded)
+    assert out.reason == Reason.BAD_VALUE
+    assert out.detail == "the labels TB, No TB contradict one another on ['tuberculosis']"
+
+
+CHEXPERT = {"columns": {"Mass": "mass", "Pleural Effusion": "pleural effusion"}}
+
+
+@pytest.mark.parametrize(
+    ("cells", "blank", "labels"),
+    [
+        ("1.0,0.0", "unknown", {"mass": 1, "pleural effusion": 0}),
+        ("-1.0,", "unknown", {"mass": -1}),
+        (",", "unknown", {}),
+        ("1,", "absent", {"mass": 1, "pleural effusion": 0}),
+        ("nan,-1", "absent", {"mass": 0, "pleural effusion": -1}),
+    ],
+)
+def test_a_column_for_each_finding_is_read_as_in_chexpert(tmp_path, cells, blank, labels):
+    text = f"film,patient,Mass,Pleural Effusion\na,p,{cells}\n"
+    (film,) = films(read(tmp_path, text, labels=CHEXPERT | {"blank": blank}))
+    assert film.labels == labels
+
+
+@pytest.mark.parametrize("value", ["2", "yes", "0.5", "inf"])
+def test_a_value_that_is_no_label_excludes_the_row_and_is_named(tmp_path: Path, value: str):
+    (out,) = read(tmp_path, f"film,patient,Mass,Pleural Effusion\na,p,1,{value}\n", labels=CHEXPERT)
+    assert isinstance(out, Excluded)
+    assert out.detail == f"Pleural Effusion is {value!r}, not 1, 0, -1 or blank"
+
+
+def test_two_columns_that_contradict_one_another_are_named(tmp_path: Path):
+    columns = {"columns": {"Mass": "mass", "Lesion": "mass"}}
+    (out,) = read(tmp_path, "film,patient,Mass,Lesion\na,p,1,0\n", labels=columns)
+    assert isinstance(out, Excluded)
+    assert out.detail == "the labels Mass, Lesion contradict one another on ['mass']"
+
+
+def test_the_example_mapping_is_valid():
+    assert load_mapping(EXAMPLE).columns.image == "film"
