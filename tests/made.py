@@ -57,6 +57,7 @@ def made_texts(rows: Sequence[int], n_tokens: int, generator: torch.Generator) -
     ids = ids.masked_fill(place == length - 1, 3)
     is_word = is_valid & (place > 0) & (place < length - 1)
     is_masked = is_word & (torch.rand(ids.shape, generator=generator) < 0.4)
+    is_masked[:, 1] = True  # at least one of each text
     masked_ids = ids.masked_fill(is_masked, MASK_ID)
     return Texts(
         torch.tensor(list(rows), dtype=torch.long), ids, is_valid, is_word, is_masked, masked_ids

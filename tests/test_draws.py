@@ -55,6 +55,6 @@ def test_two_epochs_have_different_orders():
     assert (order_of_epoch(0, 0, KEYS) != order_of_epoch(0, 1, KEYS)).any()
 
 
-def test_one_row_is_too_few():
-    with pytest.raises(ValueError, match="there are 1 rows to train on"):
-        Schedule(KEYS[:1], 4, 0)
+def test_no_rows_are_too_few():
+    with pytest.raises(ValueError, match="there are no rows to read from"):
+        Schedule(np.zeros(0, np.uint64), 4, seed=0)

@@ -1,0 +1,271 @@
+"""What the model and the objective make of a batch: the step of every arm."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from mmclip.batch import Batch, Texts
+from mmclip.config import ConfigError, TrainConfig
+from mmclip.models.mmclip import MMCLIP, MaskPlan, Outputs
+from mmclip.objective import Objective
+from mmclip.train import TrainState, fit, make_optimizer
+from tests.made import (
+    N_PATCHES,
+    PATCH_PX,
+    WHOLE,
+    MadeBatches,
+    cut_batch,
+    no_texts,
+    small_config,
+    small_model,
+)
+
+PIXELS = (*WHOLE, "image_mask.hide='pixels'")
+RANDOM = (*WHOLE, "image_mask.policy='random'")
+MIXED = MadeBatches(8, without_report=(1, 5, 6, 7), with_prompt=(0, 1, 5, 6))
+"""Row 0 has report and prompt, 2 to 4 a report, 1, 5 and 6 a prompt, 7 neither."""
+
+
+def made(*overrides: str) -> tuple[MMCLIP, Objective]:
+    config = small_config(*overrides)
+    return small_model(config), Objective(config, PATCH_PX)
+
+
+def run(model: MMCLIP, objective: Objective, batch: Batch) -> Outputs:
+    with torch.no_grad():
+        return model(batch, objective.plan(batch.step))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (), WHOLE, PIXELS, RANDOM, ("loss.text=1",),
+        ("loss.image=1", "image_mask.score='embedding'"),
+        (*WHOLE, "image_mask.policy='oracle'"),
+    ],
+)  # fmt: skip
+def test_every_parameter_gets_a_gradient_in_every_arm(overrides: tuple[str, ...]):
+    model, objective = made(*overrides)
+    terms = objective.sums(model, MIXED.batch())
+    assert terms.keys() == objective.weights.keys()
+    torch.stack(list(terms.values())).sum().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_arms_have_the_terms_and_decoders_of_their_weights_and_no_more():
+    assert made()[1].weights == {"contrastive": 1.0}
+    assert made("loss.image=0.5", "loss.text=2")[1].weights == {
+        "contrastive": 1.0, "image": 0.5, "text": 2.0,
+    }  # fmt: skip
+    model, _ = made("loss.text=1")
+    assert model.image_decoder is None and model.text_decoder is not None
+    assert made()[0].state_dict().keys() < model.state_dict().keys()
+
+
+@pytest.mark.parametrize("overrides", [WHOLE, PIXELS])
+def test_masked_terms_of_a_mixed_batch_are_the_sums_of_its_parts(overrides: tuple[str, ...]):
+    model, objective = made(*overrides)
+    batch = MIXED.batch(3)
+    with torch.no_grad():
+        whole = objective.sums(model, batch)
+        parts = [cut_batch(batch, slice(i, i + 1)) for i in range(len(batch))]
+        sums = [objective.sums(model, part) for part in parts]
+    for term in ("image", "text"):
+        together = float(sum(s[term] for s in sums))
+        assert float(whole[term]) == pytest.approx(together, rel=1e-4), term
+        assert objective.counts(batch)[term] == sum(objective.counts(p)[term] for p in parts)
+
+
+def test_rows_without_a_text_add_nothing_to_terms_of_texts():
+    model, objective = made(*WHOLE)
+    batch = MIXED.batch()
+    loud = Batch(**{**batch.__dict__, "image": batch.image.clone()})
+    loud.image[7] += 10.0  # has neither report nor prompt
+    with torch.no_grad():
+        a, b = objective.sums(model, batch), objective.sums(model, loud)
+    assert float(a["contrastive"]) == pytest.approx(float(b["contrastive"]), rel=1e-6)
+    assert float(a["text"]) == pytest.approx(float(b["text"]), rel=1e-6)
+    assert float(a["image"]) != pytest.approx(float(b["image"]), rel=1e-4)
+
+
+def test_a_prompt_beside_a_report_is_no_text_of_its_row():
+    model, objective = made(*WHOLE)
+    batch = MIXED.batch()
+    alone = Batch(**{**batch.__dict__, "prompts": batch.texts()[1]})
+    a, b = run(model, objective, batch), run(model, objective, alone)
+    torch.testing.assert_close(a.text_embedding, b.text_embedding)
+    # It guides what is hidden of its film, and of no other.
+    assert a.response is not None and b.response is not None
+    differs = ~torch.isclose(a.response, b.response, atol=1e-4).all(1)
+    assert not differs[1:].any()
+
+
+def test_embeddings_are_those_of_the_encoders_alone():
+    model, objective = made(*WHOLE)
+    batch = MIXED.batch()
+    out = run(model, objective, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(out.image_embedding, model.encode_image(batch.image).embedding)
+        for texts in batch.texts():
+            theirs = model.encode_text(texts.ids, texts.is_valid).embedding
+            torch.testing.assert_close(out.text_embedding[texts.rows], theirs, atol=1e-5, rtol=1e-4)
+    assert not out.text_embedding[7].any()
+
+
+def test_equal_texts_are_encoded_once():
+    model, objective = made(*WHOLE)
+    batch = MIXED.batch()
+    first = {name: x[:1].repeat_interleave(4, 0) for name, x in batch.reports.tensors().items()}
+    same = Texts(**{**first, "rows": batch.reports.rows})
+    rows = []
+    model.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    run(model, objective, Batch(**{**batch.__dict__, "reports": same, "prompts": no_texts()}))
+    assert rows == [2, 1]  # as it is and with hidden words; and the stand-in for no prompts
+
+
+def test_the_film_passes_its_encoder_once_or_twice():
+    for overrides, passes in ((WHOLE, 1), (PIXELS, 2)):
+        model, objective = made(*overrides)
+        calls = []
+        model.vision_model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+        run(model, objective, MIXED.batch())
+        assert len(calls) == passes
+
+
+def test_exactly_the_share_is_hidden_in_every_film():
+    for ratio, n in ((0.5, 8), (0.25, 4), (0.8, 13)):
+        model, objective = made(*WHOLE, f"image_mask.mask_ratio={ratio}")
+        out = run(model, objective, MIXED.batch())
+        assert out.is_masked is not None and out.is_masked.sum(1).tolist() == [n] * 8
+        assert objective.counts(MIXED.batch())["image"] == 8 * n == 8 * round(ratio * N_PATCHES)
+
+
+def test_hidden_pixels_have_no_path_to_their_prediction_when_pixels_are_hidden():
+    model, objective = made(*RANDOM, "image_mask.hide='pixels'")
+    batch = MIXED.batch()
+    out = run(model, objective, batch)
+    assert out.is_masked is not None and out.patches is not None
+    hidden = out.is_masked.view(8, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    noise = torch.randn(batch.image.shape, generator=torch.Generator().manual_seed(9))
+    other = Batch(**{**batch.__dict__, "image": torch.where(hidden, noise, batch.image)})
+    again = run(model, objective, other)
+    torch.testing.assert_close(out.patches, again.patches)
+
+
+def test_hidden_features_have_seen_the_hidden_pixels_and_so_leak():
+    # The paper's reading: the encoder has mixed hidden pixels into the visible features.
+    model, objective = made(*RANDOM)
+    batch = MIXED.batch()
+    batch.image.requires_grad_(True)
+    out = model(batch, objective.plan(0))
+    out.patches[0][out.is_masked[0]].sum().backward()
+    assert batch.image.grad is not None
+    hidden = out.is_masked[0].view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    assert batch.image.grad[0, 0][hidden].abs().max() > 0
+
+
+def test_hidden_words_have_no_path_to_their_prediction():
+    model, objective = made(*WHOLE)
+    batch = MIXED.batch()
+    ids = torch.where(
+        batch.reports.is_masked, (batch.reports.ids - 5 + 7) % 45 + 5, batch.reports.ids
+    )
+    reports = Texts(**{**batch.reports.tensors(), "ids": ids})
+    other = Batch(**{**batch.__dict__, "reports": reports})
+    a, b = run(model, objective, batch), run(model, objective, other)
+    torch.testing.assert_close(a.token_logits, b.token_logits)
+    assert not torch.allclose(a.text_embedding[2:5], b.text_embedding[2:5])  # unmasked there
+
+
+def test_words_are_recovered_with_the_own_film():
+    model, objective = made("loss.text=1")
+    batch = MIXED.batch()
+    turned = Batch(**{**batch.__dict__, "image": batch.image.roll(1, 0)})
+    a, b = run(model, objective, batch), run(model, objective, turned)
+    assert a.token_logits is not None and b.token_logits is not None
+    assert (a.token_logits != b.token_logits).any(1).all()
+
+
+def test_the_choice_is_random_before_the_annealing_and_guided_after_it():
+    model, objective = made(*WHOLE, "image_mask.final_randomness=0")
+    batch = MIXED.batch()
+    plan = objective.plan(0)
+    assert plan is not None
+    by_noise = batch.patch_noise.topk(8, 1).indices.sort(1).values
+    with torch.no_grad():
+        early = model(batch, plan._replace(randomness=1.0))
+        late = model(batch, plan._replace(randomness=0.0))
+    assert torch.equal(early.is_masked.nonzero()[:, 1].view(8, 8), by_noise)
+    assert not early.response.any()  # it is not even computed
+    by_response = late.response[:7].topk(8, 1).indices.sort(1).values
+    assert torch.equal(late.is_masked[:7].nonzero()[:, 1].view(7, 8), by_response)
+    assert torch.equal(late.is_masked[7].nonzero()[:, 0], by_noise[7])  # no text, no guide
+
+
+def test_annealing_follows_the_step():
+    _, objective = made(
+        *WHOLE, "train.steps=100", "image_mask.anneal_from=0.2", "image_mask.anneal_to=0.6",
+        "image_mask.final_randomness=0.1",
+    )  # fmt: skip
+    plans = [objective.plan(step) for step in (0, 20, 40, 60, 99)]
+    randomness = [plan.randomness for plan in plans if plan is not None]
+    assert randomness == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
+
+
+def test_the_oracle_hides_the_lesion_first():
+    model, objective = made(*WHOLE, "image_mask.policy='oracle'", "image_mask.final_randomness=0")
+    batch = MIXED.batch()
+    assert batch.lesion_ratio is not None
+    out = run(model, objective, batch)
+    hidden = out.is_masked.nonzero()[:, 1].view(8, 8)
+    assert torch.equal(hidden, batch.lesion_ratio.topk(8, 1).indices.sort(1).values)
+
+
+@pytest.mark.parametrize("score", ["embedding", "attended", "logsumexp", "token_attention"])
+@pytest.mark.parametrize("tokens", ["entities", "masked", "all"])
+def test_every_score_guides_the_rows_that_have_a_text(score: str, tokens: str):
+    model, objective = made(
+        *WHOLE, f"image_mask.score='{score}'", f"image_mask.score_tokens='{tokens}'"
+    )
+    out = run(model, objective, MIXED.batch())
+    assert out.response is not None and out.response.isfinite().all()
+    assert out.response[:7].std(1).min() > 0 and not out.response[7].any()
+
+
+def test_an_untrained_score_without_its_decoder_is_refused():
+    with pytest.raises(ConfigError, match=r"give loss\.text a weight or choose another score"):
+        small_config("loss.image=1")
+    assert small_config("loss.image=1", "image_mask.policy='random'").loss.image == 1
+
+
+def test_a_plan_is_only_made_where_patches_are_hidden():
+    assert made("loss.text=1")[1].plan(0) is None
+    assert isinstance(made(*WHOLE)[1].plan(0), MaskPlan)
+
+
+@pytest.mark.parametrize("overrides", [WHOLE, PIXELS])
+def test_the_whole_method_can_learn_one_batch_by_heart(overrides: tuple[str, ...], tmp_path):
+    class OneBatch(MadeBatches):
+        def batch(self, step=0, share=None):
+            return super().batch(0, share)
+
+    accelerator = Accelerator(cpu=True)
+    train = TrainConfig(steps=250, batch_size=8, base_lr=0.1, log_every_steps=250)
+    model, objective = made(
+        *overrides, "image_mask.policy='random'", "model.image_decoder.width=64"
+    )
+    optimizer = make_optimizer(model, model.no_decay_names(), train)
+    state = TrainState(*accelerator.prepare(model, optimizer))
+    batches = OneBatch(8)
+    fit(
+        accelerator, state, batches.batch, objective.sums, objective.counts, objective.weights,
+        train, tmp_path, lambda s: None,
+    )  # fmt: skip
+    assert state.log["contrastive"] == pytest.approx(math.log(2), abs=0.05)
+    assert state.log["text"] < 0.1  # log 50 by chance
+    assert state.log["image"] < 0.7  # 1 for predicting grey
