@@ -66,6 +66,10 @@ def build_image_encoder(config: ImageEncoderConfig, film_px: int) -> PreTrainedM
     channel (the same output as for the film repeated three times, at a third of the work), and
     the position grid is resampled to the film's size.
 
+    A new one starts with weights of deviation 1 / sqrt(width), where transformers' 0.02, meant for
+    768 wide layers, shrinks every layer of a narrow one; and its pooler has no tanh, which
+    saturates. Both shorten the time in which all embeddings are alike. [docs/log.md, "init"]
+
     Raises:
         EncoderError: When the weights cannot be found, are no ViT-like encoder, or film_px is not
             a multiple of its patch size.
@@ -79,6 +83,8 @@ def build_image_encoder(config: ImageEncoderConfig, film_px: int) -> PreTrainedM
             image_size=film_px,
             patch_size=config.patch_px,
             num_channels=1,
+            initializer_range=config.width**-0.5,
+            pooler_act="linear",
         )
         return ViTModel(vit, add_pooling_layer=True)
     encoder = _load_pretrained(config.pretrained)
@@ -113,6 +119,7 @@ def build_text_encoder(
             pad_token_id=pad_token_id,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            initializer_range=config.width**-0.5,
         )
         return BertModel(bert, add_pooling_layer=True)
     encoder = _load_pretrained(config.pretrained)
