@@ -15,6 +15,11 @@ def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path)
 
 
+def test_films_of_every_source_are_normalised_by_one_pair_of_numbers():
+    film = torch.tensor([[[0, 51], [204, 255]]], dtype=torch.uint8)
+    torch.testing.assert_close(normalise(film), torch.tensor([[[[-2.0, -1.2], [1.2, 2.0]]]]))
+
+
 def test_augmentation_by_one_half_everywhere_changes_nothing():
     image = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     same = augment(image, torch.full((2, 6), 0.5), AugmentConfig())
