@@ -77,6 +77,7 @@ def build_image_encoder(config: ImageEncoderConfig, film_px: int) -> PreTrainedM
             image_size=film_px,
             patch_size=config.patch_px,
             num_channels=1,
+            initializer_range=config.width**-0.5,
         )
         return ViTModel(vit, add_pooling_layer=True)
     encoder = _load_pretrained(config.pretrained)
@@ -111,6 +112,7 @@ def build_text_encoder(
             pad_token_id=pad_token_id,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            initializer_range=config.width**-0.5,
         )
         return BertModel(bert, add_pooling_layer=True)
     encoder = _load_pretrained(config.pretrained)
