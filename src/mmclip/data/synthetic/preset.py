@@ -141,4 +141,23 @@ DEMO = Preset(
     lesion_contrast=1.3,
 )
 
-PRESETS: dict[str, Preset] = {"demo": DEMO}
+HARD = Preset(
+    name="hard",
+    version=1,
+    seed=2407,
+    film_px=64,
+    n_train=2000,
+    n_val=1000,
+    n_test=2000,
+    n_unpaired=4000,
+    n_findings_probs=(0.16, 0.32, 0.27, 0.15, 0.10),
+    size_probs=(0.4, 0.4, 0.2),
+    lesion_scale=1.5,
+    lesion_contrast=1.6,
+    exposure_spread=0.5,
+    pose_spread=0.5,
+    uncertain_prob=0.05,
+    absent_mention_prob=0.1,
+)
+
+PRESETS: dict[str, Preset] = {"demo": DEMO, "hard": HARD}
