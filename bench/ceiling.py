@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class SmallConvNet(nn.Module):
 
         widths = (24, 48, 96, 128)
         self.stem = conv(1, widths[0], 1)
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.down = nn.ModuleList(conv(a, b, 2) for a, b in pairs)
         self.more = nn.ModuleList(conv(b, b, 1) for _, b in pairs)
         self.places = nn.Parameter(torch.zeros(widths[-1], film_px // 8, film_px // 8))

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from ceiling import with_knobs
 
+from ceiling import with_knobs
 from mmclip.checkpoint import load_checkpoint
 from mmclip.config import config_hash, load_config
 from mmclip.data.build import build_data

@@ -69,6 +69,8 @@ def build_image_encoder(config: ImageEncoderConfig, film_px: int) -> PreTrainedM
             a multiple of its patch size.
     """
     if config.pretrained is None:
+        # BERT's and ViT's 0.02 is about width**-0.5 at their widths. In a narrow encoder it hides
+        # the input from the class token: all embeddings are alike and training does not begin.
         vit = ViTConfig(
             hidden_size=config.width,
             num_hidden_layers=config.depth,
@@ -102,6 +104,7 @@ def build_text_encoder(
         EncoderError: When pretrained weights cannot be found or do not fit the tokenizer.
     """
     if config.pretrained is None:
+        # initializer_range: as in `build_image_encoder`.
         bert = BertConfig(
             vocab_size=vocab_size,
             hidden_size=config.width,
@@ -142,9 +145,7 @@ def _load_pretrained(name: str) -> PreTrainedModel:
         for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if hasattr(config, key):
                 setattr(config, key, 0.0)
-        encoder, info = AutoModel.from_pretrained(
-            name, config=config, output_loading_info=True
-        )
+        encoder, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True)
     except (OSError, ValueError, UnpicklingError) as error:
         first = str(error).strip().splitlines()[0]
         raise EncoderError(
