@@ -23,7 +23,8 @@ LAYERS = (
     {"mmclip.data", "mmclip.models"},
     {
         "mmclip", "mmclip.batch", "mmclip.bootstrap", "mmclip.config", "mmclip.losses",
-        "mmclip.masking", "mmclip.metrics", "mmclip.patches", "mmclip.plots", "mmclip.progress", "mmclip.prompts",
+        "mmclip.masking", "mmclip.metrics", "mmclip.patches", "mmclip.plots",
+        "mmclip.progress", "mmclip.prompts",
     },
 )  # fmt: skip
 """A module may import from its own layer and those behind it. A new module counts as a stage; name

@@ -92,6 +92,23 @@ def test_padding_does_not_change_a_text_embedding():
     torch.testing.assert_close(short, long, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [96, 128, 256])
+def test_untrained_encoders_of_any_width_tell_inputs_apart(width: int):
+    torch.manual_seed(0)
+    text = build_text_encoder(TextEncoderConfig(width=width, depth=2, heads=2), 50, 16, 0)
+    image = build_image_encoder(ImageEncoderConfig(width=width, depth=4, heads=2), 32)
+    ids, is_valid = some_text()
+    with torch.inference_mode():
+        outputs = (
+            text(input_ids=ids, attention_mask=is_valid.long()).pooler_output,
+            image(pixel_values=some_films()).pooler_output,
+        )
+    for output in outputs:
+        unit = torch.nn.functional.normalize(output, dim=1)
+        distances = 1 - (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
+        assert distances.mean() > 0.01  # with transformers' initializer_range: 0.0001 for texts
+
+
 def test_the_temperature_stays_under_its_clamp():
     model = small_model()
     with torch.no_grad():

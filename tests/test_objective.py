@@ -132,7 +132,7 @@ def test_the_film_passes_its_encoder_once_or_twice():
     for overrides, passes in ((WHOLE, 1), (PIXELS, 2)):
         model, objective = made(*overrides)
         calls = []
-        model.vision_model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+        model.vision_model.layers[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
         run(model, objective, MIXED.batch())
         assert len(calls) == passes
 

@@ -1,9 +1,11 @@
 """The synthetic films: what they show, what their reports say, and what must not leak."""
 
 import csv
+import hashlib
+import json
 import re
 import tomllib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +18,9 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from mmclip.data.build import build_data
+from mmclip.data.manifest import Split, read_manifest
+from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import (
     FINDINGS,
     PRESETS,
@@ -525,3 +530,59 @@ def test_a_folder_of_something_else_is_not_written_into(written: Path, tmp_path:
 
 def test_presets_are_named_after_their_key():
     assert all(isinstance(p, Preset) and p.name == key for key, p in PRESETS.items())
+
+
+# --- the frozen benchmark ----------------------------------------------------------------------
+
+HARD = PRESETS["hard"]
+
+
+def patients_hash(preset: Preset, split: Split, indices: range) -> str:
+    """SHA-256 over the films, labels and reports of some patients."""
+    digest = hashlib.sha256()
+    for index in indices:
+        for made in make_study(preset, split, index):
+            told = [made.film_id, made.labels, made.findings, made.impression]
+            digest.update(json.dumps(told).encode())
+            digest.update(made.film.tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("split", "digest"),
+    [
+        ("train", "87f28277aa00cdb94422bf78a07493e412fc8f5749a915f662f59b13446672b7"),
+        ("val", "65d2f35b64cf64ca053ca7cb9988559e59d43a994c5a8bcd08a087b386825601"),
+        ("test", "93a08055f6c770736fa8344c5654bb3399c65396e5bde4365669da527239e7e8"),
+    ],
+)
+def test_the_frozen_preset_makes_the_films_and_reports_it_made_when_it_was_chosen(
+    split: Split, digest: str
+):
+    assert patients_hash(HARD, split, range(16)) == digest
+
+
+def test_no_knob_of_the_frozen_preset_has_moved():
+    # Films pin the knobs that draw, not the counts; a changed knob needs another preset.
+    knobs = json.dumps(asdict(HARD), sort_keys=True)
+    assert hashlib.sha256(knobs.encode()).hexdigest() == (
+        "0ffb5a2cbdb1ab4e4dc72e2147984820b743a63c8504108fc5eab0f6c597a63f"
+    )
+
+
+def test_unpaired_patients_of_the_frozen_preset_have_labels_and_no_report(tmp_path: Path):
+    few = replace(HARD, n_train=3, n_unpaired=8, n_val=2, n_test=2, second_film_prob=0.0)
+    raw = write_dataset(few, tmp_path / "raw")
+    reader = open_reader("csv", raw, mapping=raw / "mapping.toml", table=None)
+    meta = build_data(reader, raw, tmp_path / "data", film_px=few.film_px)
+    built = read_manifest(tmp_path / "data")
+    unpaired = [film for film in built if film.report is None]
+    assert (meta["n_paired"], len(unpaired)) == (7, 8)
+    for film in unpaired:
+        assert film.split == "train" and film.image is not None
+        assert set(film.labels) == set(FINDINGS) and set(film.labels.values()) <= {0, 1}
+        assert film.labels == {
+            name: int(name in made.labels)
+            for made in [make_patient(few, "train", int(film.patient_id.rsplit("-", 1)[1]))]
+            for name in FINDINGS
+        }

@@ -75,6 +75,8 @@ def build_image_encoder(config: ImageEncoderConfig, film_px: int) -> PreTrainedM
             a multiple of its patch size.
     """
     if config.pretrained is None:
+        # BERT's and ViT's 0.02 is about width**-0.5 at their widths. In a narrow encoder it hides
+        # the input from the class token: all embeddings are alike and training does not begin.
         vit = ViTConfig(
             hidden_size=config.width,
             num_hidden_layers=config.depth,
@@ -109,6 +111,7 @@ def build_text_encoder(
         EncoderError: When pretrained weights cannot be found or do not fit the tokenizer.
     """
     if config.pretrained is None:
+        # initializer_range: as in `build_image_encoder`.
         bert = BertConfig(
             vocab_size=vocab_size,
             hidden_size=config.width,

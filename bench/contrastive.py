@@ -1,0 +1,103 @@
+"""What contrastive training alone scores on the validation films of a preset.
+
+    python bench/contrastive.py /tmp/hard --preset hard --config ablation --seed 0
+
+Draws the preset into OUT/raw and builds OUT/data unless they are there, pre-trains into a new
+folder OUT/run-..., and scores the run's kept checkpoints zero-shot on the validation films. The
+test films are not looked at: this is what a preset is chosen with. `--knob` changes the preset (use
+another OUT), `--set` the configuration. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from ceiling import with_knobs
+from mmclip.checkpoint import load_checkpoint
+from mmclip.config import config_hash, load_config
+from mmclip.data.build import build_data
+from mmclip.data.dataset import open_rows
+from mmclip.data.manifest import META_FILE, read_meta
+from mmclip.data.sources import open_reader
+from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, write_dataset
+from mmclip.pretrain import Job, pretrain
+from mmclip.prompts import load_prompts
+from mmclip.zeroshot import zeroshot
+
+
+def make_data(preset: Preset, out: Path) -> dict[str, float]:
+    """Draws and builds unless that is done; returns the seconds that either took."""
+    raw, data = out / "raw", out / "data"
+    began = time.monotonic()
+    write_dataset(preset, raw)
+    drawn = time.monotonic()
+    if not (data / META_FILE).is_file():
+        reader = open_reader("csv", raw, mapping=raw / "mapping.toml", table=None)
+        about = {"reader": "csv", "preset": f"{preset.name} version {preset.version}"}
+        build_data(reader, raw, data, film_px=preset.film_px, about=about)
+    return {"draw_s": drawn - began, "build_s": time.monotonic() - drawn}
+
+
+def main() -> None:
+    """Draws, builds, trains, scores, prints."""
+    parser = argparse.ArgumentParser(description="Contrastive training alone on a preset.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--preset", choices=list(PRESETS), default="hard")
+    parser.add_argument("--knob", action="append", default=[], help="lesion_scale=1.2")
+    parser.add_argument("--config", default="ablation")
+    parser.add_argument("--set", action="append", default=[], help="train.steps=200")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    preset = with_knobs(PRESETS[args.preset], args.knob)
+    times: dict[str, float] = {}
+    if not (args.out / "data" / META_FILE).is_file():
+        times = make_data(preset, args.out)
+    elif json.loads((args.out / "raw" / "preset.json").read_text("utf-8")) != json.loads(
+        json.dumps(asdict(preset))
+    ):
+        raise SystemExit(f"{args.out} holds other films than these knobs give; choose another OUT")
+    config = load_config(args.config, [*args.set, f"train.seed={args.seed}"])
+    run = args.out / f"run-{config_hash(config)[:12]}"
+    shutil.rmtree(run, ignore_errors=True)
+    began, cpu_began = time.monotonic(), time.process_time()
+    newest = pretrain(Job(folders=(args.out / "data",), run=run, config=config, command="bench"))
+    times |= {
+        "train_s": time.monotonic() - began,
+        "train_cpu_s": time.process_time() - cpu_began,
+    }
+    rows = open_rows([args.out / "data"], config.data.film_px)
+    prompts = load_prompts("default")
+    by_step: dict[int, float] = {}
+    for folder in sorted(newest.parent.glob("step_*")):
+        checkpoint = load_checkpoint(folder)
+        summary = zeroshot(
+            checkpoint, rows, prompts, split="val", findings=FINDINGS, draws=200, thresholds=False
+        ).summary
+        by_step[checkpoint.meta["step"]] = round(summary["macro_auroc"], 4)
+        found = {row["finding"]: round(row["auroc"], 3) for row in summary["findings"]}
+        print(folder.name, by_step[checkpoint.meta["step"]], found, flush=True)
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    results = {
+        "preset": preset.name,
+        "knobs": args.knob,
+        "config": args.config,
+        "set": args.set,
+        "seed": args.seed,
+        "data_hash": read_meta(args.out / "data")["data_hash"],
+        "macro_auroc": by_step[max(by_step)],
+        "ci": [round(x, 4) for x in summary["macro_auroc_ci"]],
+        "by_step": by_step,
+        "loss_end": round(float(np.mean([line["loss"] for line in logged[-5:]])), 3),
+        "times": {name: round(value, 1) for name, value in times.items()},
+    }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
