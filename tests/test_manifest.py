@@ -121,7 +121,7 @@ def test_every_field_the_order_and_the_film_size_are_in_the_hash():
     known = {data_hash([FULL, BARE], 64), data_hash([BARE, FULL], 64), data_hash([FULL, BARE], 32)}
     changes = {
         "view": "AP", "labels": {"mass": 1}, "source_labels": ("Mass",), "age_years": 54.0,
-        "sex": "M", "split": "val", 
+        "sex": "M", "split": "val",
         "entities": (Entity(0, 5, "finding", "clear"),), "width_px": 1, "height_px": 1,
     }  # fmt: skip
     for name in SCHEMA.names:
