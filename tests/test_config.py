@@ -54,7 +54,8 @@ def test_files_that_extend_in_a_circle_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("huge", "name one of demo, paper, tiny"), ("none.toml", "cannot be read")]
+    ("name", "words"),
+    [("huge", "name one of ablation, demo, paper, tiny"), ("none.toml", "cannot be read")],
 )
 def test_a_missing_configuration_says_what_there_is(name: str, words: str):
     with pytest.raises(ConfigError, match=words):

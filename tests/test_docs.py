@@ -28,8 +28,8 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 NOT_YET_WRITTEN = {"docs/results.md"}
 """Linked to and written with the first measured numbers; once it exists it is checked, too."""
 
-OTHERS_OPTIONS = {"--nproc-per-node", "--check"}
-"""Of torchrun and ruff."""
+OTHERS_OPTIONS = {"--nproc-per-node", "--check", "--films", "--knob", "--preset"}
+"""Of torchrun, ruff, and the scripts of bench/."""
 
 
 class Block(NamedTuple):
