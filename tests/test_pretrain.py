@@ -125,7 +125,7 @@ def test_control_c_ends_a_run_in_one_word_and_leaves_its_checkpoint(
     arguments: list, tmp_path: Path
 ):
     run = tmp_path / "run"
-    long = [*arguments, "--out", run, "--set", "train.steps=2000"]
+    long = [*arguments, "--out", run, "--set", "train.steps=100000"]
     running = start(tmp_path / "interrupted", *long)
     until(lambda: (run / CHECKPOINTS / "step_000002").exists(), running)
     assert running.process.pid is not None

@@ -506,18 +506,18 @@ def test_patients_have_one_split_and_unpaired_ones_no_report(written: Path):
 
 def test_bytes_do_not_depend_on_the_number_of_workers(written: Path, tmp_path: Path):
     calls = []
-    two = write_dataset(TINY, tmp_path / "two", 2, lambda done, total: calls.append((done, total)))
+    two = write_dataset(TINY, tmp_path / "two", 2, calls.append)
     assert contents(two) == contents(written)
     assert np.array_equal(
         np.stack(list(read_masks(two).values())), np.stack(list(read_masks(written).values()))
     )
-    assert calls[-1] == (67, 67) and sorted(calls) == calls
+    assert sum(calls) == 67 and min(calls) > 0
 
 
 def test_mapping_names_columns_of_the_table_and_all_findings(written: Path):
     mapping = tomllib.loads((written / "mapping.toml").read_text("utf-8"))
     assert set(mapping["columns"].values()) <= set(rows(written / "studies.csv")[0])
-    assert tuple(mapping["labels"]["findings"]) == FINDINGS
+    assert tuple(mapping["labels"]["closed"]["*"]) == FINDINGS
 
 
 def test_a_folder_of_something_else_is_not_written_into(written: Path, tmp_path: Path):

@@ -294,6 +294,7 @@ def _tidy(text: str) -> str:
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     text = re.sub(r" ([,.])", r"\1", text).rstrip(".")
+    text = re.sub(r"\b(effusions(?: on both sides)?) is\b", r"\1 are", text)
     return text[:1].upper() + text[1:] + "."
 
 
