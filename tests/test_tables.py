@@ -42,9 +42,9 @@ def test_columns_are_read_by_the_names_of_the_mapping(tmp_path: Path):
     assert asdict(film) == {
         "film_id": "a/1.png", "study_id": "s1", "patient_id": "p1", "source": "x",
         "split": "train", "image": "a/1.png", "view": "AP", "findings": "Clear, and normal.",
-        "impression": "Normal.", "report": "Clear, and normal. Normal.", "entities": (), "labels": {},
-        "source_labels": (), "age_years": 54.0, "sex": "F", "width_px": None, "height_px": None,
-        "image_sha256": None,
+        "impression": "Normal.", "report": "Clear, and normal. Normal.", "entities": (),
+        "labels": {}, "source_labels": (), "age_years": 54.0, "sex": "F", "width_px": None,
+        "height_px": None, "image_sha256": None,
     }  # fmt: skip
 
 
