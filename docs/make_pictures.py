@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageColor
 from scipy.ndimage import gaussian_filter
 
 from mmclip.data.entities import find_entities
@@ -37,8 +37,9 @@ PATIENTS = {
 """Validation patients who have this finding and no other. [chosen: sides and sizes vary]"""
 
 SHOWN_PX, COLUMNS, GAP_PX, TEXT_PX = 256, 4, 20, 62
-COLOURS = 64
-"""Colours that the file keeps. [chosen: none is missed by eye, and it stays under 400 kB]"""
+GREYS, TINTS = 52, 12
+"""Colours that the file keeps: greys, and tints of the outline. [chosen: none is missed by eye, and
+it stays under 400 kB]"""
 
 CARD, NAME, SAID, OUTLINE = "#14191f", "#f3f5f7", "#aab4bf", "#ffb454"
 """A dark card of its own: films are dark, and the page behind it may be light or dark."""
@@ -69,9 +70,24 @@ def main() -> None:
         figure.savefig(buffer, facecolor=CARD)
     PICTURES.mkdir(exist_ok=True)
     path = PICTURES / "films.png"
-    picture = Image.open(buffer).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    shades = Image.new("P", (1, 1))
+    shades.putpalette(palette())
+    picture = Image.open(buffer).convert("RGB").quantize(palette=shades, dither=Image.Dither.NONE)
     picture.save(path, optimize=True)
     print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
+
+
+def palette() -> list[int]:
+    """Reds, greens and blues in a row: the card, greys, and the outline from dark to light.
+
+    Chosen by hand: counted by pixels, a thin line would lose its colour to the greys.
+    """
+    card, outline = (np.array(ImageColor.getrgb(colour)) for colour in (CARD, OUTLINE))
+    greys = np.linspace(0, 255, GREYS)[:, None].repeat(3, 1)
+    t = np.linspace(0.3, 1, TINTS // 2)[:, None]
+    tints = [t * outline, outline + (1 - t) * 0.7 * (230 - outline)]
+    colours = np.concatenate([card[None], greys, *tints])
+    return colours.round().astype(int).ravel().tolist()
 
 
 def draw_film(axes: Axes, film: SyntheticFilm, finding: str) -> None:

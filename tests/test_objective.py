@@ -239,7 +239,9 @@ def test_every_score_guides_the_rows_that_have_a_text(score: str, tokens: str):
 
 def test_an_untrained_score_without_its_decoder_is_refused():
     with pytest.raises(ConfigError, match=r"give loss\.text a weight or choose another score"):
-        small_config("loss.image=1")
+        small_config("loss.image=1", "image_mask.score_tokens='all'")
+    with pytest.raises(ConfigError, match=r"asks the hidden words, and loss\.text=0 hides none"):
+        small_config("loss.image=1", "image_mask.score='token_attention'")
     assert small_config("loss.image=1", "image_mask.policy='random'").loss.image == 1
 
 

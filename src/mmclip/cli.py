@@ -191,6 +191,10 @@ def pretrain(
     shuffle_pairs: Annotated[
         bool, typer.Option("--shuffle-pairs", help="Control: deal films the reports of others.")
     ] = False,
+    lesion_masks: Annotated[
+        Path | None,
+        typer.Option("--lesion-masks", help="Folder of made films, for image_mask.policy=oracle."),
+    ] = None,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")] = False,
 ) -> None:
@@ -212,6 +216,7 @@ def pretrain(
         command=_command(),
         resume=resume,
         shuffle_pairs=shuffle_pairs,
+        lesions=lesion_masks,
         wandb=wandb,
         cpu=cpu,
     )

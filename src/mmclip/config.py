@@ -187,10 +187,16 @@ class Config(Frozen):
     @model_validator(mode="after")
     def _score_is_trained(self) -> "Config":
         mask = self.image_mask
-        needs = (
-            mask.policy in ("attention", "least_responsive") and mask.score == "decoder_attention"
-        )
-        if self.loss.image and not self.loss.text and needs:
+        is_guided = bool(self.loss.image) and mask.policy in ("attention", "least_responsive")
+        if not is_guided or self.loss.text:
+            return self
+        if mask.score != "embedding" and mask.score_tokens == "masked":
+            raise ValueError(
+                "image_mask.score_tokens='masked' asks the hidden words, and loss.text=0 hides "
+                "none; give loss.text a weight, or set image_mask.score_tokens to 'entities' or "
+                "'all' with a score other than 'decoder_attention'"
+            )
+        if mask.score == "decoder_attention":
             raise ValueError(
                 "image_mask.score='decoder_attention' is the attention of the text decoder, which "
                 "loss.text=0 leaves out; give loss.text a weight or choose another score"
