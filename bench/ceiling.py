@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmclip.baselines import logistic_scores
+from mmclip.baselines import logistic_scores, shrunk
 from mmclip.config import load_config
 from mmclip.data.dataset import normalise
 from mmclip.data.manifest import Split
@@ -150,14 +150,9 @@ def thumbnail_auroc(preset: Preset, val: Tensor, labels: np.ndarray) -> dict[str
     Half of the validation films choose the regularisation, the other half are scored.
     """
     films = [make_patient(preset, "train", i) for i in range(preset.n_train)]
-
-    def small(pixels: Tensor) -> np.ndarray:
-        thumbs = F.interpolate(pixels.float().unsqueeze(1), size=(8, 8), mode="area")
-        return thumbs.flatten(1).double().numpy()
-
     half = len(val) // 2
     scores = logistic_scores(
-        small(pixels_of(films)), labels_of(films), small(val[:half]), labels[:half], small(val)
+        shrunk(pixels_of(films)), labels_of(films), shrunk(val[:half]), labels[:half], shrunk(val)
     )
     return per_finding(labels[half:], scores[half:])
 

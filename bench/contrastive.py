@@ -12,7 +12,6 @@ import argparse
 import json
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from mmclip.data.build import build_data
 from mmclip.data.dataset import open_rows
 from mmclip.data.manifest import META_FILE, read_meta
 from mmclip.data.sources import open_reader
-from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, write_dataset
+from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.pretrain import Job, pretrain
 from mmclip.prompts import load_prompts
 from mmclip.zeroshot import zeroshot
@@ -58,9 +57,7 @@ def main() -> None:
     times: dict[str, float] = {}
     if not (args.out / "data" / META_FILE).is_file():
         times = make_data(preset, args.out)
-    elif json.loads((args.out / "raw" / "preset.json").read_text("utf-8")) != json.loads(
-        json.dumps(asdict(preset))
-    ):
+    elif not holds_preset(args.out / "raw", preset):
         raise SystemExit(f"{args.out} holds other films than these knobs give; choose another OUT")
     config = load_config(args.config, [*args.set, f"train.seed={args.seed}"])
     run = args.out / f"run-{config_hash(config)[:12]}"

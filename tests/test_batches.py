@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,18 +7,23 @@ import torch
 
 from mmclip.batch import Batch, Share
 from mmclip.data.batches import TrainingBatches, training_rows
+from mmclip.data.build import build_data
 from mmclip.data.corpus import MAX_SENTENCES, kept_sentences, mark_concepts, tokenise_corpus
 from mmclip.data.dataset import normalise, open_rows
 from mmclip.data.manifest import Entity
 from mmclip.data.text import train_tokenizer
-from tests.made import REPORTS, small_config, write_folder
+from tests.made import REPORTS, small_config, write_films, write_folder
 
 STILL = tuple(
     f"augment.{name}=0"
     for name in ("rotation_deg", "translate_ratio", "scale_ratio", "brightness", "contrast")
 )
 UNPAIRED = ("unpaired.rows_per_pair=0.5",)
-WORDS = [*REPORTS, "There is cardiomegaly. No evidence of cardiomegaly. An enlarged heart."]
+WORDS = [
+    *REPORTS,
+    "There is cardiomegaly. No evidence of cardiomegaly. An enlarged heart.",
+    "Large nodule.",
+]
 TOKENIZER = train_tokenizer(WORDS, vocab_size=300, min_frequency=1)
 
 
@@ -191,6 +197,21 @@ def test_the_kinds_of_entities_that_are_hidden_are_those_of_the_configuration(fo
         for ids, is_masked in zip(texts.ids, texts.is_masked, strict=True):
             hidden |= set(TOKENIZER.convert_ids_to_tokens(ids[is_masked].tolist()))
     assert "effusion" in hidden and "left" not in hidden
+
+
+def test_a_cue_whose_finding_was_cut_off_goes_with_no_other(tmp_path: Path):
+    # Cut after "no", the report denies a concept that it no longer names.
+    films = [replace(f, report="Large nodule. No effusion.") for f in write_films(tmp_path)]
+    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    batches = make_batches(
+        tmp_path / "data", "loss.text=1", "data.max_tokens=6", "text_mask.mask_ratio=1",
+        "text_mask.cue_prob=1",
+    )  # fmt: skip
+    texts = batches.batch(0, Share()).reports
+    shown = [TOKENIZER.convert_ids_to_tokens(ids.tolist()) for ids in texts.masked_ids]
+    assert "no" in TOKENIZER.convert_ids_to_tokens(texts.ids[0].tolist())
+    assert all("no" in tokens for tokens in shown)
+    assert texts.is_masked.any(1).all()
 
 
 def test_a_pair_with_labels_gets_a_prompt_that_guides_and_is_not_learnt_from(folder: Path):

@@ -186,10 +186,10 @@ def test_every_toml_block_is_valid(document: Path):
         if block.language == "toml":
             values = tomllib.loads(block.text)
             if "columns" in values:
-                parse(CsvMapping, values, document.name)
+                assert parse(CsvMapping, values, document.name).columns
             else:
                 values.pop("extends", None)
-                parse(Config, values, document.name)
+                assert parse(Config, values, document.name).train
 
 
 def test_the_example_table_is_read_as_the_document_says(tmp_path: Path):

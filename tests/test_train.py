@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
@@ -91,6 +92,7 @@ def write_gradients_of_this_process(folder: Path) -> None:
         if os.environ["RANK"] == "0":
             torch.save({"losses": losses, "gradients": kept}, folder / f"{case}, {arm}.pt")
         AcceleratorState._reset_state(reset_partial_state=False)
+    dist.destroy_process_group()  # else gloo's threads may abort the process as it ends
 
 
 def test_two_processes_give_loss_and_gradients_of_one_on_the_joined_batch(tmp_path: Path):

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from mmclip.data.dataset import Rows
 from mmclip.metrics import auroc
@@ -19,8 +19,12 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 def thumbnails(rows: Rows, side: int = 8) -> Float[np.ndarray, "n s"]:
     """Films averaged to side x side and laid flat: position and brightness, and no shape."""
-    pixels = rows.pixels(np.arange(len(rows))).float().unsqueeze(1)
-    small: torch.Tensor = F.interpolate(pixels, size=(side, side), mode="area")
+    return shrunk(rows.pixels(np.arange(len(rows))), side)
+
+
+def shrunk(pixels: UInt8[Tensor, "n h w"], side: int = 8) -> Float[np.ndarray, "n s"]:
+    """As `thumbnails`, of films that are in no data folder."""
+    small = F.interpolate(pixels.float().unsqueeze(1), size=(side, side), mode="area")
     return small.flatten(1).double().numpy()
 
 

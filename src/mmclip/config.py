@@ -25,6 +25,12 @@ ScoreKind = Literal["embedding", "attended", "logsumexp", "token_attention", "de
 MaskPolicy = Literal["attention", "random", "least_responsive", "oracle"]
 """Which patches are hidden first: the most responsive, any, the least responsive, the lesion's."""
 
+ScoreTokens = Literal["entities", "masked", "all"]
+"""The words of a text that a patch's response is measured against."""
+
+HiddenPlace = Literal["features", "pixels"]
+"""Where patches are hidden: after the image encoder has seen the film, or before it."""
+
 
 class ConfigError(ValueError):
     """A configuration breaks a rule; the message names the key, the rule and the known keys."""
@@ -93,8 +99,8 @@ class ImageMaskConfig(Frozen):
     mask_ratio: float = Field(default=0.5, gt=0, lt=1)  # of the patches
     policy: MaskPolicy = "attention"
     score: ScoreKind = "decoder_attention"
-    score_tokens: Literal["entities", "masked", "all"] = "masked"  # what a patch responds to
-    hide: Literal["features", "pixels"] = "features"  # after the encoder, or before it
+    score_tokens: ScoreTokens = "masked"  # what a patch responds to
+    hide: HiddenPlace = "features"  # after the encoder, or before it
     anneal_from: float = Field(default=0.1, ge=0, le=1)  # as a share of all steps: random before
     anneal_to: float = Field(default=0.5, ge=0, le=1)  # guided from here on
     final_randomness: float = Field(default=0.2, ge=0, le=1)  # what stays to chance

@@ -16,9 +16,9 @@ from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import Config, load_config
 from mmclip.data.build import build_data
 from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.manifest import META_FILE, read_meta
+from mmclip.data.manifest import META_FILE
 from mmclip.data.sources import open_reader
-from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, write_dataset
+from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.pretrain import Job, build_model, pretrain
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet, load_prompts
@@ -105,8 +105,7 @@ def run_demo(
 def _make_data(out: Path, preset: Preset) -> Path:
     """Draws the films and builds the data folder, unless that is done."""
     raw, data = out / "raw", out / "data"
-    name = f"{preset.name} version {preset.version} seed {preset.seed}"
-    if not (data / META_FILE).is_file() or read_meta(data).get("preset") != name:
+    if not ((data / META_FILE).is_file() and holds_preset(raw, preset)):
         for old in (raw, data, out / "run"):
             shutil.rmtree(old, ignore_errors=True)
         total = sum(preset.n_patients(split) for split in ("train", "val", "test"))
@@ -117,7 +116,10 @@ def _make_data(out: Path, preset: Preset) -> Path:
             raw,
             data,
             film_px=preset.film_px,
-            about={"reader": "csv", "preset": name},
+            about={
+                "reader": "csv",
+                "preset": f"{preset.name} version {preset.version} seed {preset.seed}",
+            },
         )
     return data
 

@@ -190,13 +190,14 @@ class TrainingBatches:
         return _Said(here, self.corpus.assemble(numbers, data.max_tokens, keep_draws))
 
     def _prompts(self, rows: np.ndarray, epochs: np.ndarray) -> _Said:
-        wants = (self.report_of_row[rows] < 0) | self.config.unpaired.prompt_pairs
-        draws = self._draw(Draw.PROMPT, rows, epochs, PROMPT_DRAWS + 2 * self.n_findings)
+        wants = np.flatnonzero((self.report_of_row[rows] < 0) | self.config.unpaired.prompt_pairs)
+        n_draws = PROMPT_DRAWS + 2 * self.n_findings
+        draws = self._draw(Draw.PROMPT, rows[wants], epochs[wants], n_draws)
         said: list[DiseasePrompt] = []
         here = []
-        for i in np.flatnonzero(wants):
+        for i, own_draws in zip(wants, draws, strict=True):
             labels = self.rows.films[self.labels_of_row[rows[i]]].labels
-            prompt = self.wordings.write(labels, draws[i], self.config.unpaired.absent_prob)
+            prompt = self.wordings.write(labels, own_draws, self.config.unpaired.absent_prob)
             if prompt is not None:
                 said.append(prompt)
                 here.append(i)
@@ -225,7 +226,8 @@ class TrainingBatches:
         )
         is_masked = torch.zeros_like(is_valid)
         if self.config.loss.text and len(said.rows):
-            n_groups = int(concepts.max()) + 1
+            # A cut can leave a cue whose finding is gone: it belongs to no concept that is here.
+            n_groups = 1 + int(torch.maximum(concepts.max(), cues.max()))
 
             def draw(purpose: Draw, n: int) -> Tensor:
                 found = self._draw(purpose, rows[said.rows], epochs[said.rows], n)
@@ -237,7 +239,7 @@ class TrainingBatches:
                 concepts, is_maskable, draw(Draw.CONCEPTS, n_groups), token_draws, mask.mask_ratio
             )
             is_masked = add_cues(
-                is_masked, concepts, cues.clamp(max=n_groups - 1), is_maskable,
+                is_masked, concepts, cues, is_maskable,
                 draw(Draw.CUES, n_groups), mask.cue_prob,
             )  # fmt: skip
             if mask.policy == "random":

@@ -1,7 +1,7 @@
 """MMCLIP: two encoders, two projections, a learned temperature, and the decoders of training."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmclip.batch import Batch, Texts
-from mmclip.config import Config, MaskPolicy, ScoreKind
+from mmclip.config import Config, HiddenPlace, MaskPolicy, ScoreKind, ScoreTokens
 from mmclip.masking import (
     blend_scores,
     choose_masked_patches,
@@ -36,9 +36,14 @@ class MaskPlan(NamedTuple):
     mask_ratio: float
     policy: MaskPolicy
     score: ScoreKind
-    score_tokens: Literal["entities", "masked", "all"]
-    hide: Literal["features", "pixels"]
+    score_tokens: ScoreTokens
+    hide: HiddenPlace
     randomness: float
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the choice looks at what the texts say."""
+        return self.policy in ("attention", "least_responsive") and self.randomness < 1
 
 
 class Read(NamedTuple):
@@ -47,7 +52,7 @@ class Read(NamedTuple):
     features: Float[Tensor, "m t d"]
     embedding: Float[Tensor, "m e"]
     token_logits: Float[Tensor, "h v"] | None  # None without a text decoder
-    attention: Float[Tensor, "m heads t n"] | None  # to the patches, from the hidden words' text
+    attention: Float[Tensor, "m heads t n"] | None  # to the patches; where it was asked for
 
 
 class Outputs(NamedTuple):
@@ -120,8 +125,9 @@ class MMCLIP(nn.Module):
             plan: How to hide patches; None without an image decoder.
         """
         image = self.encode_image(batch.image)
-        reports = self.read(batch.reports, image.features)
-        prompts = self.read(batch.prompts, image.features)
+        wants = plan is not None and plan.is_guided and plan.score == "decoder_attention"
+        reports = self.read(batch.reports, image.features, wants)
+        prompts = self.read(batch.prompts, image.features, wants)
         # A row's text is its report, else its prompt: reports are put in place last.
         both = ((batch.prompts, prompts), (batch.reports, reports))
         text_embedding = image.embedding.new_zeros(image.embedding.shape)
@@ -155,12 +161,16 @@ class MMCLIP(nn.Module):
             response,
         )
 
-    def read(self, texts: Texts, image_features: Float[Tensor, "b i d"]) -> Read:
+    def read(
+        self, texts: Texts, image_features: Float[Tensor, "b i d"], want_attention: bool = False
+    ) -> Read:
         """Encodes texts as they are, and recovers their hidden words with the films' help.
 
         Args:
             texts: At most one a film.
             image_features: Of all films of the batch, class token first.
+            want_attention: Also give how the hidden words' text looked at the patches; it costs
+                the attention once more, as the fused kernel does not show it.
         """
         ids, is_valid = texts.ids, texts.is_valid
         if self.text_decoder is not None:
@@ -178,12 +188,15 @@ class MMCLIP(nn.Module):
         if self.text_decoder is None:
             return Read(features, embedding, None, None)
         x, attention = self.text_decoder.read(
-            encoded.features[which[m : 2 * m]], texts.is_valid, image_features[texts.rows], True
+            encoded.features[which[m : 2 * m]],
+            texts.is_valid,
+            image_features[texts.rows],
+            want_attention,
         )
         words = self.text_model.get_input_embeddings().weight
-        assert isinstance(words, Tensor) and attention is not None
+        assert isinstance(words, Tensor)
         logits = self.text_decoder.predict(x, texts.is_masked, words)
-        return Read(features, embedding, logits, attention[..., 1:])
+        return Read(features, embedding, logits, None if attention is None else attention[..., 1:])
 
     @torch.no_grad()
     def _response(
@@ -192,7 +205,7 @@ class MMCLIP(nn.Module):
         """How strongly each patch responds to the texts of its row; 0 where nothing asks for it."""
         features = image.features[:, 1:]
         zero = features.new_zeros(features.shape[:2], dtype=torch.float32)
-        if plan.policy not in ("attention", "least_responsive") or plan.randomness == 1:
+        if not plan.is_guided:
             return zero
         joint = self.visual_projection(features)
         scores: list[Tensor] = []

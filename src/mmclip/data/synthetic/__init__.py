@@ -5,7 +5,7 @@ A cartoon of a chest film, made by formulas and seeded draws alone. In the order
 (`language`), a patient (`patient`) and a folder of them (`dataset`).
 """
 
-from mmclip.data.synthetic.dataset import read_masks, write_dataset
+from mmclip.data.synthetic.dataset import holds_preset, read_masks, write_dataset
 from mmclip.data.synthetic.lesions import Lesion
 from mmclip.data.synthetic.patient import SyntheticFilm, make_patient, make_study, n_films
 from mmclip.data.synthetic.preset import FINDINGS, PRESETS, Combination, Preset
@@ -17,6 +17,7 @@ __all__ = [
     "Lesion",
     "Preset",
     "SyntheticFilm",
+    "holds_preset",
     "make_patient",
     "make_study",
     "n_films",

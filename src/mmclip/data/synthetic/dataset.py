@@ -81,6 +81,16 @@ def _save_chunk(
     ]
 
 
+def holds_preset(root: Path, preset: Preset) -> bool:
+    """Whether a folder was begun by `write_dataset` for this very preset, all knobs included."""
+    known = root / PRESET_FILE
+    return known.is_file() and known.read_text("utf-8") == _about(preset)
+
+
+def _about(preset: Preset) -> str:
+    return json.dumps(asdict(preset), indent=2) + "\n"
+
+
 def write_dataset(
     preset: Preset,
     root: Path,
@@ -104,10 +114,8 @@ def write_dataset(
     Raises:
         ValueError: When the folder holds something else.
     """
-    about = json.dumps(asdict(preset), indent=2) + "\n"
-    known = root / PRESET_FILE
     if root.is_dir() and any(root.iterdir()):
-        if not known.is_file() or known.read_text("utf-8") != about:
+        if not holds_preset(root, preset):
             raise ValueError(
                 f"{root} holds something other than preset {preset.name}, version "
                 f"{preset.version}; give an empty folder"
@@ -115,7 +123,7 @@ def write_dataset(
         (root / STUDIES_FILE).unlink(missing_ok=True)
     films_folder = root / FILMS_FOLDER
     films_folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(known, about)
+    write_text_atomic(root / PRESET_FILE, _about(preset))
 
     splits: list[Split] = list(get_args(Split))
     step = 50
