@@ -17,8 +17,9 @@ from mmclip.models.mmclip import MMCLIP, build_mmclip
 
 VOCAB, MASK_ID, FILM_PX, PATCH_PX, N_PATCHES = 50, 4, 32, 8, 16
 SMALL = (
-    "model.embed_dim=16", "data.film_px=32", "model.image.width=32", "model.image.depth=2",
-    "model.image.heads=2", "model.text.width=24", "model.text.depth=2", "model.text.heads=2",
+    "model.embed_dim=16", "data.film_px=32", "model.image.kind=vit", "model.image.width=32",
+    "model.image.depth=2", "model.image.heads=2",
+    "model.text.width=24", "model.text.depth=2", "model.text.heads=2",
     "model.image_decoder.width=16", "model.image_decoder.heads=2",
     "model.text_decoder.width=16", "model.text_decoder.heads=2",
 )  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     BertConfig,
     BertModel,
     VisionTextDualEncoderModel,
@@ -13,12 +14,27 @@ from transformers import (
     ViTModel,
 )
 
-from mmclip.config import GREY_MEAN, GREY_STD, ImageEncoderConfig, TextEncoderConfig
+from mmclip.config import (
+    GREY_MEAN,
+    GREY_STD,
+    Config,
+    ConfigError,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+)
 from mmclip.losses import contrastive_sum
-from mmclip.models.encoders import EncoderError, build_image_encoder, build_text_encoder
-from tests.made import small_model
+from mmclip.models.encoders import (
+    EncoderError,
+    build_image_encoder,
+    build_text_encoder,
+    encode_visible,
+    rebuild_encoder,
+    token_features,
+)
+from mmclip.models.norm import GlobalBatchNorm2d
+from tests.made import small_config, small_model
 
-IMAGE = ImageEncoderConfig(width=32, depth=2, heads=2, patch_px=8)
+IMAGE = ImageEncoderConfig(kind="vit", width=32, depth=2, heads=2, patch_px=8)
 
 
 def some_text(rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,13 +64,25 @@ def saved_rgb_vit(folder: Path, image_size: int = 32) -> ViTModel:
     return model
 
 
-def test_embeddings_and_loss_equal_transformers_dual_encoder():
-    model = small_model().eval()
+def resnet_config(*overrides: str) -> Config:
+    return small_config("model.image.kind='resnet'", *overrides)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_embeddings_and_loss_equal_transformers_dual_encoder(kind: str):
+    model = small_model(small_config(f"model.image.kind={kind}"))
+    model.encode_image(10 * some_films() + 3)  # moves the running statistics of a ResNet
+    model.eval()
+    vision = AutoModel.from_config(model.vision_model.config)
     theirs = VisionTextDualEncoderModel(
-        vision_model=model.vision_model,
-        text_model=model.text_model,
-        config=None,
+        vision_model=vision, text_model=model.text_model, config=None
     ).eval()
+    if (
+        kind == "resnet"
+    ):  # its pooled output is [b, d, 1, 1]; what an export has to say beside the weights
+        theirs.vision_model.pooler = torch.nn.Sequential(
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        )
     theirs.visual_projection = torch.nn.Linear(32, 16, bias=False)
     theirs.text_projection = torch.nn.Linear(24, 16, bias=False)
     loaded = theirs.load_state_dict(model.state_dict(), strict=True)
@@ -96,7 +124,7 @@ def test_padding_does_not_change_a_text_embedding():
 def test_untrained_encoders_of_any_width_tell_inputs_apart(width: int):
     torch.manual_seed(0)
     text = build_text_encoder(TextEncoderConfig(width=width, depth=2, heads=2), 50, 16, 0)
-    image = build_image_encoder(ImageEncoderConfig(width=width, depth=4, heads=2), 32)
+    image = build_image_encoder(ImageEncoderConfig(kind="vit", width=width, depth=4, heads=2), 32)
     ids, is_valid = some_text()
     with torch.inference_mode():
         outputs = (
@@ -233,3 +261,70 @@ def test_a_film_size_that_patches_do_not_fill_is_refused(tmp_path: Path):
     saved_rgb_vit(tmp_path)
     with pytest.raises(EncoderError, match="is not a multiple of the encoder's patch size 8; 32"):
         build_image_encoder(ImageEncoderConfig(pretrained=str(tmp_path)), 36)
+
+
+def test_a_resnet_has_a_feature_for_each_patch_and_halves_its_width_towards_the_film():
+    for patch_px, widths in [(4, [32]), (8, [16, 32]), (16, [8, 16, 32]), (32, [4, 8, 16, 32])]:
+        config = ImageEncoderConfig(width=32, depth=1, patch_px=patch_px)
+        encoder = build_image_encoder(config, 64)
+        assert encoder.config.hidden_sizes == widths
+        features = token_features(encoder(pixel_values=some_films(2, 64)))
+        assert features.shape == (2, 1 + (64 // patch_px) ** 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("model.image.patch_px=12", "4, 8, 16 or 32"),
+        ("model.image.width=31", "a multiple of 2"),
+    ],
+)
+def test_sizes_that_no_resnet_has_are_refused(override: str, rule: str):
+    with pytest.raises(ConfigError, match=rule):
+        resnet_config(override)
+
+
+def test_features_of_a_resnet_are_in_reading_order():
+    encoder = small_model(resnet_config()).vision_model.eval()
+    film = torch.zeros(1, 1, 32, 32)
+    quiet = token_features(encoder(pixel_values=film))
+    film[:, :, :8, 24:] = 3.0  # the upper right patch of 4 x 4
+    change = (token_features(encoder(pixel_values=film)) - quiet)[0, 1:].norm(dim=-1)
+    assert change.argmax() == 3
+
+
+def test_a_rebuilt_resnet_has_the_same_names_and_gives_the_same():
+    encoder = small_model(resnet_config()).vision_model
+    encoder(pixel_values=some_films())
+    again = rebuild_encoder(encoder.config.to_dict())
+    again.load_state_dict(encoder.state_dict(), strict=True)
+    with torch.no_grad():
+        want = encoder.eval()(pixel_values=some_films()).pooler_output
+        got = again.eval()(pixel_values=some_films()).pooler_output
+    assert torch.equal(got, want)
+
+
+def test_visible_features_of_a_resnet_know_nothing_of_hidden_pixels():
+    encoder = small_model(resnet_config()).vision_model.train()
+    encoder(pixel_values=some_films())
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    is_masked = torch.zeros(4, 16, dtype=torch.bool)
+    is_masked[:, [0, 5, 6, 15]] = True
+    film = some_films().requires_grad_()
+    visible = encode_visible(encoder, film, is_masked, 4)
+    assert visible.shape == (4, 12, 32)
+    # One row and feature at a time would do; batch statistics sum to 0, so weigh them at random.
+    (visible * torch.randn(visible.shape)).sum().backward()
+    moved = film.grad.reshape(4, 4, 8, 4, 8).abs().sum((2, 4)).reshape(4, 16)
+    assert (moved[is_masked] == 0).all() and (moved[~is_masked] > 0).all()
+    after = encoder.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_batch_norm_over_processes_has_the_names_and_values_of_torch():
+    ours, theirs = GlobalBatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    theirs.load_state_dict(ours.state_dict())
+    x = 5 + 2 * torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(ours(x), theirs(x))
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)

@@ -76,7 +76,13 @@ CASES = {  # rows, those without a report, those with a prompt
     "a process without pairs": (8, (4, 5, 6, 7), ()),
     "prompts beside and in place of reports": (8, (1, 5, 6, 7), (0, 1, 5, 6)),
 }
-ARMS = {"contrastive": (), "whole": WHOLE, "pixels": (*WHOLE, "image_mask.hide='pixels'")}
+PIXELS = (*WHOLE, "image_mask.hide='pixels'")
+RESNET = ("model.image.kind='resnet'", "model.image.depth=1")
+ARMS = {
+    "contrastive": (), "whole": WHOLE, "pixels": PIXELS,
+    "contrastive, resnet": RESNET, "whole, resnet": (*WHOLE, *RESNET),
+    "pixels, resnet": (*PIXELS, *RESNET),
+}  # fmt: skip
 
 
 def in_one_process(case: str, arm: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:

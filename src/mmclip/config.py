@@ -43,13 +43,32 @@ class Frozen(BaseModel):
 
 
 class ImageEncoderConfig(Frozen):
-    """The image encoder: a ViT of these sizes, or a pretrained one that brings its own."""
+    """The image encoder: a new one of these sizes, or a pretrained ViT that brings its own.
 
-    pretrained: str | None = None  # folder or hub id; then the sizes below are not used
-    width: int = Field(default=128, gt=0)
-    depth: int = Field(default=4, gt=0)
-    heads: int = Field(default=4, gt=0)
-    patch_px: int = Field(default=8, gt=0)
+    A ResNet with batch norm learns from few films within minutes; a ViT needs more of both, and
+    encodes visible patches alone at their share of the cost [docs/log.md].
+    """
+
+    pretrained: str | None = None  # folder or hub id; then the keys below are not used
+    kind: Literal["resnet", "vit"] = "resnet"
+    width: int = Field(default=64, gt=0)  # of a feature; a ResNet's earlier stages halve it
+    depth: int = Field(default=2, gt=0)  # layers of a ViT, blocks a stage of a ResNet
+    heads: int = Field(default=4, gt=0)  # of a ViT
+    patch_px: int = Field(default=8, gt=0)  # side of a feature's patch; a ResNet's stride
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "ImageEncoderConfig":
+        if self.kind == "vit" or self.pretrained is not None:
+            return self
+        if self.patch_px not in (4, 8, 16, 32):
+            raise ValueError(f"patch_px={self.patch_px}; the stride of a ResNet is 4, 8, 16 or 32")
+        halvings = self.patch_px // 4
+        if self.width % halvings:
+            raise ValueError(
+                f"width={self.width} cannot be halved down to the first stage of a ResNet of "
+                f"stride {self.patch_px}; take a multiple of {halvings}"
+            )
+        return self
 
 
 class TextEncoderConfig(Frozen):

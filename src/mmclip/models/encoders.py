@@ -1,7 +1,8 @@
 """Image and text encoders over transformers: from sizes, from a folder, or from the hub.
 
 Both encoders give `last_hidden_state` and `pooler_output`, which is what transformers'
-VisionTextDualEncoderModel reads, so that a trained pair can be exported without a change.
+VisionTextDualEncoderModel reads, so that a trained pair can be exported without a change; but a
+ResNet's pooled output must be flattened there as it is here, see `adapt_resnet`.
 """
 
 import logging
@@ -20,13 +21,16 @@ from transformers import (
     BertConfig,
     BertModel,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetModel,
     ViTConfig,
     ViTModel,
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mmclip.config import GREY_MEAN, GREY_STD, ImageEncoderConfig, TextEncoderConfig
-from mmclip.patches import keep_visible
+from mmclip.models.norm import globalise_batch_norm, no_tracking
+from mmclip.patches import keep_visible, patchify, unpatchify
 
 logger = logging.getLogger(__name__)
 
@@ -66,29 +70,19 @@ def build_image_encoder(config: ImageEncoderConfig, film_px: int) -> PreTrainedM
     channel (the same output as for the film repeated three times, at a third of the work), and
     the position grid is resampled to the film's size.
 
-    A new one starts with weights of deviation 1 / sqrt(width), where transformers' 0.02, meant for
+    A new ViT starts with weights of deviation 1 / sqrt(width), where transformers' 0.02, meant for
     768 wide layers, shrinks every layer of a narrow one; and its pooler has no tanh, which
     saturates. Both shorten the time in which all embeddings are alike. [docs/log.md, "init"]
+    A new ResNet has basic blocks and one stage for each halving of the film after the second.
 
     Raises:
         EncoderError: When the weights cannot be found, are no ViT-like encoder, or film_px is not
             a multiple of its patch size.
     """
     if config.pretrained is None:
-        # BERT's and ViT's 0.02 is about width**-0.5 at their widths. In a narrow encoder it hides
-        # the input from the class token: all embeddings are alike and training does not begin.
-        vit = ViTConfig(
-            hidden_size=config.width,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.heads,
-            intermediate_size=4 * config.width,
-            image_size=film_px,
-            patch_size=config.patch_px,
-            num_channels=1,
-            initializer_range=config.width**-0.5,
-            pooler_act="linear",
+        return (
+            _new_resnet(config, film_px) if config.kind == "resnet" else _new_vit(config, film_px)
         )
-        return ViTModel(vit, add_pooling_layer=True)
     encoder = _load_pretrained(config.pretrained)
     if not hasattr(encoder.config, "patch_size"):
         raise EncoderError(
@@ -98,6 +92,53 @@ def build_image_encoder(config: ImageEncoderConfig, film_px: int) -> PreTrainedM
     fold_to_one_channel(encoder, *_normalisation_of(config.pretrained))
     resize_position_grid(encoder, film_px)
     return encoder
+
+
+def _new_vit(config: ImageEncoderConfig, film_px: int) -> ViTModel:
+    # BERT's and ViT's 0.02 is about width**-0.5 at their widths. In a narrow encoder it hides
+    # the input from the class token: all embeddings are alike and training does not begin.
+    vit = ViTConfig(
+        hidden_size=config.width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        intermediate_size=4 * config.width,
+        image_size=film_px,
+        patch_size=config.patch_px,
+        num_channels=1,
+        initializer_range=config.width**-0.5,
+        pooler_act="linear",
+    )
+    return ViTModel(vit, add_pooling_layer=True)
+
+
+def _new_resnet(config: ImageEncoderConfig, film_px: int) -> ResNetModel:
+    halvings = (config.patch_px // 4).bit_length() - 1  # after the two of the stem
+    widths = [config.width >> i for i in range(halvings, -1, -1)]
+    resnet = ResNetConfig(
+        num_channels=1,
+        embedding_size=widths[0],
+        hidden_sizes=widths,
+        depths=[config.depth] * len(widths),
+        layer_type="basic",
+        downsample_in_first_stage=False,
+        # What a ViT's configuration says of its features, under the same names.
+        hidden_size=config.width,
+        image_size=film_px,
+        patch_size=config.patch_px,
+    )
+    encoder = ResNetModel(resnet)
+    adapt_resnet(encoder)
+    return encoder
+
+
+def adapt_resnet(encoder: ResNetModel) -> None:
+    """Makes a ResNet pool to [b, d], and normalise over the rows of all processes.
+
+    Neither adds or renames a weight. VisionTextDualEncoderModel reads the weights once its
+    `vision_model.pooler` is replaced as here.
+    """
+    globalise_batch_norm(encoder)
+    encoder.pooler = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def build_text_encoder(
@@ -141,8 +182,10 @@ def build_text_encoder(
 
 def rebuild_encoder(config: dict[str, Any]) -> PreTrainedModel:
     """An encoder with fresh weights from its own configuration, as a checkpoint holds it."""
-    made = AutoConfig.for_model(**config)
-    return AutoModel.from_config(made)
+    encoder = AutoModel.from_config(AutoConfig.for_model(**config))
+    if isinstance(encoder, ResNetModel):
+        adapt_resnet(encoder)
+    return encoder
 
 
 def _load_pretrained(name: str) -> PreTrainedModel:
@@ -276,21 +319,41 @@ def encode_visible(
         is_masked: Hides `n_masked` patches in every film.
         n_masked: See `masking.masked_patch_count`.
 
+    A ResNet reads the whole film with mid-grey in place of hidden patches, and the features of
+    those are left out.
+
     Raises:
-        EncoderError: When the encoder is no ViT of transformers, whose layers can be run apart.
+        EncoderError: When the encoder is neither a ResNet nor a ViT of transformers, whose layers
+            can be run apart.
 
     Source: MAE section 3 (arXiv:2111.06377).
     """
+    if isinstance(encoder, ResNetModel):
+        patches = patchify(image, encoder.config.patch_size).masked_fill(is_masked[..., None], 0.0)
+        with no_tracking(encoder):
+            output = encoder(pixel_values=unpatchify(patches, image.shape[-1]))
+        return keep_visible(token_features(output)[:, 1:], is_masked, n_masked)
     if not isinstance(encoder, ViTModel):
         raise EncoderError(
-            f"image_mask.hide='pixels' needs a ViTModel, not {encoder.config.model_type!r}; set "
-            f"image_mask.hide='features'"
+            f"image_mask.hide='pixels' needs a ViTModel or a ResNetModel, not "
+            f"{encoder.config.model_type!r}; set image_mask.hide='features'"
         )
     x = encoder.embeddings(image)
     x = torch.cat([x[:, :1], keep_visible(x[:, 1:], is_masked, n_masked)], 1)
     for layer in encoder.layers:
         x = layer(x, None)
     return encoder.layernorm(x)[:, 1:]
+
+
+def token_features(output: Any) -> Float[Tensor, "b n d"]:
+    """The features of an encoder's output: the film's or text's own first, then one a token.
+
+    A ResNet has no class token; the film's own is its pooled output.
+    """
+    features = output.last_hidden_state
+    if features.ndim == 3:
+        return features
+    return torch.cat([output.pooler_output[:, None], features.flatten(2).mT], 1)
 
 
 def pooled(output: Any, encoder: PreTrainedModel) -> Tensor:

@@ -19,14 +19,14 @@ from mmclip.masking import (
     response_score,
 )
 from mmclip.models.decoders import ImageDecoder, TextDecoder
-from mmclip.models.encoders import encode_visible, pooled
+from mmclip.models.encoders import encode_visible, pooled, token_features
 from mmclip.patches import place_visible
 
 
 class Encoded(NamedTuple):
     """What one modality gives: features per token, and one embedding a row."""
 
-    features: Float[Tensor, "b n d"]  # the encoder's last hidden state, class token first
+    features: Float[Tensor, "b n d"]  # the encoder's, class token (a ResNet's pooled feature) first
     embedding: Float[Tensor, "b e"]  # projected and L2-normalised, float32
 
 
@@ -102,7 +102,7 @@ class MMCLIP(nn.Module):
         """Encodes films in model space (see data.dataset.normalise)."""
         output = self.vision_model(pixel_values=image)
         projected = self.visual_projection(pooled(output, self.vision_model))
-        return Encoded(output.last_hidden_state, F.normalize(projected.float(), dim=-1))
+        return Encoded(token_features(output), F.normalize(projected.float(), dim=-1))
 
     def encode_text(self, ids: Int[Tensor, "b t"], is_valid: Bool[Tensor, "b t"]) -> Encoded:
         """Encodes token ids; `is_valid` is False on padding."""

@@ -19,7 +19,8 @@ from mmclip.data.synthetic.preset import FINDINGS, Preset, Side, Size
 class Wording:
     """How one finding is put into words.
 
-    Slots: {size} ("small"), {side} ("left", "bilateral"), {zone} ("upper"), {kinds} (devices).
+    Slots: {size} ("small"), {side} ("left", "bilateral"), {zone} ("upper"), {kinds} (devices), {s}
+    (a plural, where the size said is a number).
 
     Attributes:
         sizes: Adjectives for small, moderate and large.
@@ -165,22 +166,28 @@ WORDINGS: dict[str, Wording] = {
     ),
     "rib fracture": Wording(
         (("", "single"), ("two-level", "adjacent"), ("multiple", "several")),
-        ("{size} {side} rib fracture", "{size} displaced {side} rib fracture"),
+        ("{size} {side} rib fracture{s}", "{size} displaced {side} rib fracture{s}"),
         (
-            "Cortical step of a {side} rib, {size} rib fracture.",
-            "{size} fracture with displacement of the {side} ribs, rib fracture.",
+            "Cortical step of a {side} rib, {size} rib fracture{s}.",
+            "Displacement of the {side} ribs by {size} rib fracture{s}.",
         ),
         ("rib fracture", "displaced rib fracture"),
     ),
     "support devices": Wording(
         (("",), ("",), ("",)),
-        ("support devices with {kinds}", "{kinds} as support devices"),
+        (
+            "support devices with {kinds}",
+            "{kinds} as support devices",
+            "lines and tubes with {kinds}",
+        ),
         (
             "Support devices include {kinds}.",
             "{kinds} in situ.",
             "Support devices are present: {kinds} in expected position.",
+            "Lines and tubes: {kinds}.",
+            "A tube or catheter is in place, {kinds}.",
         ),
-        ("support devices", "lines or tubes", "support device"),
+        ("support devices", "lines or tubes", "support device", "tube or catheter"),
     ),
 }
 
@@ -266,11 +273,13 @@ HEDGES = (
 )
 
 STATEMENTS = (
-    "there is {phrase}",
+    "there {is} {phrase}",
+    "there is evidence of {phrase}",
+    "findings consistent with {phrase}",
     "{phrase}",
-    "{phrase} is noted",
-    "{phrase} is seen",
-    "{phrase} is present",
+    "{phrase} {is} noted",
+    "{phrase} {is} seen",
+    "{phrase} {is} present",
 )
 
 DENIALS = (
@@ -284,6 +293,10 @@ DENIALS = (
 
 SIZE_SAID_PROB = 0.8
 
+NUMBERS = ("adjacent", "multiple", "several")
+PLURALS = re.compile(r"\b(effusions|fractures|devices|tubes)\b")
+"""What a noun phrase here holds if it is in the plural."""
+
 
 def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
@@ -294,7 +307,6 @@ def _tidy(text: str) -> str:
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     text = re.sub(r" ([,.])", r"\1", text).rstrip(".")
-    text = re.sub(r"\b(effusions(?: on both sides)?) is\b", r"\1 are", text)
     return text[:1].upper() + text[1:] + "."
 
 
@@ -313,7 +325,11 @@ def _fill(rng: np.random.Generator, template: str, lesion: Lesion, sizes: tuple)
     kinds = [str(kind) for kind in lesion.kinds]
     listed = " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
     return template.format(
-        size=said, side="" if side == "none" else side, zone=lesion.zone, kinds=listed
+        size=said,
+        side="" if side == "none" else side,
+        zone=lesion.zone,
+        kinds=listed,
+        s="s" if said in NUMBERS else "",
     )
 
 
@@ -333,7 +349,10 @@ def _statement(rng: np.random.Generator, lesion: Lesion, uncertain_prob: float) 
     if lesion.side != "bilateral" and rng.random() < 0.5:
         sentence = _fill(rng, _choose(rng, wording.sentences), lesion, wording.sizes)
         return _tidy(_adverb(sentence))
-    return _tidy(_choose(rng, STATEMENTS).format(phrase=_phrase(rng, lesion)))
+    statement, phrase = _choose(rng, STATEMENTS), _phrase(rng, lesion)
+    return _tidy(
+        statement.format(phrase=phrase, **{"is": "are" if PLURALS.search(phrase) else "is"})
+    )
 
 
 def _negations(rng: np.random.Generator, absent: Sequence[str], prob: float) -> list[str]:

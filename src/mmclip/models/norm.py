@@ -1,0 +1,80 @@
+"""Batch normalisation whose statistics are those of the whole batch, over all processes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as collective
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that gives on any number of processes what it gives on one.
+
+    torch's SyncBatchNorm does so on GPUs only. Parameters, buffers and their names are those of
+    nn.BatchNorm2d, so that weights go either way.
+
+    Source: Ioffe and Szegedy, arXiv:1502.03167; statistics over all devices: ours, as torch's.
+    """
+
+    tracks = True
+    """Whether a pass in training mode moves the running statistics; see `no_tracking`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises [b, c, h, w] per channel; processes may hold different numbers of rows."""
+        if not self.training:
+            return super().forward(input)
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            if self.tracks:
+                return super().forward(input)
+            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        x = input.float()
+        n_local = x.new_tensor([x.numel() / self.num_features])
+        totals = collective.all_reduce(torch.cat([x.sum((0, 2, 3)), n_local]))
+        n = totals[-1]
+        mean = totals[:-1] / n
+        centred = x - mean.view(1, -1, 1, 1)
+        # The deviation from the mean of all, in a second round: x^2 - mean^2 would cancel.
+        var = collective.all_reduce(centred.square().sum((0, 2, 3))) / n
+        if self.tracks:
+            self._track(mean.detach(), var.detach() * n / (n - 1))
+        scale = self.weight * (var + self.eps).rsqrt()
+        out = centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return out.to(input.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var, self.momentum)
+
+
+def globalise_batch_norm(module: nn.Module) -> None:
+    """Replaces every nn.BatchNorm2d of a module by one that looks at all processes."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            ours = GlobalBatchNorm2d(child.num_features, child.eps, child.momentum)
+            ours.load_state_dict(child.state_dict())
+            setattr(module, name, ours)
+        else:
+            globalise_batch_norm(child)
+
+
+@contextmanager
+def no_tracking(module: nn.Module) -> Iterator[None]:
+    """Within it, the running statistics of a module's batch norms stay as they are.
+
+    For a second pass over the same films with parts of them hidden: what is scored later is whole.
+    """
+    layers = [m for m in module.modules() if isinstance(m, GlobalBatchNorm2d)]
+    for layer in layers:
+        layer.tracks = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.tracks = True
