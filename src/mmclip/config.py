@@ -75,9 +75,9 @@ class TextEncoderConfig(Frozen):
     """The text encoder: a BERT of these sizes, or a pretrained one with its own tokenizer."""
 
     pretrained: str | None = None  # folder or hub id; then the sizes below are not used
-    width: int = Field(default=128, gt=0)
+    width: int = Field(default=64, gt=0)
     depth: int = Field(default=2, gt=0)
-    heads: int = Field(default=4, gt=0)
+    heads: int = Field(default=2, gt=0)
     vocab_size: int = Field(
         default=8192, gt=5
     )  # upper bound of the WordPiece vocabulary trained here
@@ -176,7 +176,7 @@ class TrainConfig(Frozen):
     micro_batches: int = Field(
         default=1, gt=0
     )  # gradient accumulation: negatives are the micro-batch's
-    base_lr: float = Field(default=1e-3, gt=0)  # per 256 pairs; lr = base_lr * batch_size / 256
+    base_lr: float = Field(default=8e-3, gt=0)  # per 256 pairs; lr = base_lr * batch_size / 256
     weight_decay: float = Field(default=0.05, ge=0)
     beta2: float = Field(default=0.98, gt=0, lt=1)
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)  # of all steps

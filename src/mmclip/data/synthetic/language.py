@@ -26,15 +26,17 @@ class Wording:
         sizes: Adjectives for small, moderate and large.
         phrases: Noun phrases, for "There is ..." and the impression.
         sentences: Whole sentences for a one-sided finding or one without a side.
-        denials: What "No ..." is followed by.
+        names: Noun phrases without a side, for "No ..." and for statements that name no side.
         plural: Noun phrases for both sides, where `phrases` would be wrong.
+        only_denied: Further noun phrases, for "No ..." alone.
     """
 
     sizes: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
     phrases: tuple[str, ...]
     sentences: tuple[str, ...]
-    denials: tuple[str, ...]
+    names: tuple[str, ...]
     plural: tuple[str, ...] = ()
+    only_denied: tuple[str, ...] = ()
 
 
 AMOUNT = (("small", "tiny", "minimal"), ("moderate", "moderate-sized"), ("large", "extensive"))
@@ -83,7 +85,8 @@ WORDINGS: dict[str, Wording] = {
             "Vascular congestion with {size} pulmonary edema and septal lines.",
             "{size} bilateral perihilar opacities compatible with pulmonary edema.",
         ),
-        ("pulmonary edema", "edema", "vascular congestion or edema"),
+        ("pulmonary edema", "edema"),
+        only_denied=("vascular congestion or edema",),
     ),
     "consolidation": Wording(
         EXTENT,
@@ -161,8 +164,9 @@ WORDINGS: dict[str, Wording] = {
             "The {side} hilum is bulky, {size} hilar enlargement.",
             "{size} lobulated enlargement of the {side} hilum, suggesting hilar adenopathy.",
         ),
-        ("hilar enlargement", "hilar adenopathy", "enlargement of the hila"),
-        ("{size} bilateral hilar enlargement", "{size} enlargement of both hila"),
+        ("hilar enlargement", "hilar adenopathy"),
+        plural=("{size} bilateral hilar enlargement", "{size} enlargement of both hila"),
+        only_denied=("enlargement of the hila",),
     ),
     "rib fracture": Wording(
         (("", "single"), ("two-level", "adjacent"), ("multiple", "several")),
@@ -187,7 +191,8 @@ WORDINGS: dict[str, Wording] = {
             "Lines and tubes: {kinds}.",
             "A tube or catheter is in place, {kinds}.",
         ),
-        ("support devices", "lines or tubes", "support device", "tube or catheter"),
+        ("support devices", "lines and tubes"),
+        only_denied=("support device", "lines or tubes", "tube or catheter"),
     ),
 }
 
@@ -284,14 +289,19 @@ STATEMENTS = (
 
 DENIALS = (
     "No {phrase}.",
-    "There is no {phrase}.",
+    "There {first_is} no {phrase}.",
     "No evidence of {phrase}.",
     "No definite {phrase}.",
-    "No {phrase} is seen.",
-    "No {phrase} is identified.",
+    "No {phrase} {last_is} seen.",
+    "No {phrase} {last_is} identified.",
 )
 
-SIZE_SAID_PROB = 0.8
+SIZE_SAID_PROB = 0.7
+"""Share of phrases that say the size."""
+
+NAME_ALONE_PROB = 0.4
+"""Share of plain statements that name the finding alone; the impression says its side. [chosen: a
+model that reads bare names in denials only takes a bare name for a denial]"""
 
 NUMBERS = ("adjacent", "multiple", "several")
 PLURALS = re.compile(r"\b(effusions|fractures|devices|tubes)\b")
@@ -308,6 +318,10 @@ def _tidy(text: str) -> str:
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     text = re.sub(r" ([,.])", r"\1", text).rstrip(".")
     return text[:1].upper() + text[1:] + "."
+
+
+def _verb(noun_phrase: str) -> str:
+    return "are" if PLURALS.search(noun_phrase) else "is"
 
 
 def _adverb(text: str) -> str:
@@ -349,10 +363,10 @@ def _statement(rng: np.random.Generator, lesion: Lesion, uncertain_prob: float) 
     if lesion.side != "bilateral" and rng.random() < 0.5:
         sentence = _fill(rng, _choose(rng, wording.sentences), lesion, wording.sizes)
         return _tidy(_adverb(sentence))
-    statement, phrase = _choose(rng, STATEMENTS), _phrase(rng, lesion)
-    return _tidy(
-        statement.format(phrase=phrase, **{"is": "are" if PLURALS.search(phrase) else "is"})
-    )
+    statement = _choose(rng, STATEMENTS)
+    is_bare = rng.random() < NAME_ALONE_PROB
+    phrase = _choose(rng, wording.names) if is_bare else _phrase(rng, lesion)
+    return _tidy(statement.format(phrase=phrase, **{"is": _verb(phrase)}))
 
 
 def _negations(rng: np.random.Generator, absent: Sequence[str], prob: float) -> list[str]:
@@ -362,9 +376,12 @@ def _negations(rng: np.random.Generator, absent: Sequence[str], prob: float) -> 
     sentences = []
     while denied:
         group = [denied.pop() for _ in range(min(len(denied), int(rng.integers(1, 4))))]
-        names = [_choose(rng, WORDINGS[name].denials) for name in group]
+        names = [_choose(rng, WORDINGS[name].names + WORDINGS[name].only_denied) for name in group]
         phrase = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-        sentences.append(_choose(rng, DENIALS).format(phrase=phrase))
+        sentence = _choose(rng, DENIALS)
+        sentences.append(
+            sentence.format(phrase=phrase, first_is=_verb(names[0]), last_is=_verb(names[-1]))
+        )
     return sentences
 
 

@@ -121,10 +121,10 @@ class Preset:
 
 DEMO = Preset(
     name="demo",
-    version=1,
+    version=2,
     seed=7,
     film_px=64,
-    n_train=4000,
+    n_train=8000,
     n_val=400,
     n_test=800,
     n_held_out=240,
@@ -138,7 +138,11 @@ DEMO = Preset(
         Combination("nodule", "left", "large"),
     ),
     lesion_scale=1.3,
-    lesion_contrast=1.3,
+    lesion_contrast=1.6,
+    exposure_spread=0.8,
+    pose_spread=0.8,
+    uncertain_prob=0.05,
+    absent_mention_prob=0.25,
 )
 
 # The candidate for the frozen benchmark of the ablation; frozen before any other arm runs.
