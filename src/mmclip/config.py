@@ -111,6 +111,9 @@ class LossConfig(Frozen):
 
     image: float = Field(default=0.0, ge=0)  # AttMIM
     text: float = Field(default=0.0, ge=0)  # EntMLM
+    label: float = Field(
+        default=0.0, ge=0
+    )  # control: labels of unpaired films, in place of prompts
 
 
 class ImageMaskConfig(Frozen):
@@ -226,6 +229,22 @@ class Config(Frozen):
             raise ValueError(
                 "image_mask.score='decoder_attention' is the attention of the text decoder, which "
                 "loss.text=0 leaves out; give loss.text a weight or choose another score"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_stand_in_for_prompts(self) -> "Config":
+        if not self.loss.label:
+            return self
+        if not self.unpaired.rows_per_pair:
+            raise ValueError(
+                f"loss.label={self.loss.label} learns from the labels of unpaired films, and "
+                "unpaired.rows_per_pair=0 reads none; give unpaired.rows_per_pair a value"
+            )
+        if self.unpaired.prompt_pairs:
+            raise ValueError(
+                f"loss.label={self.loss.label} is the control in which no label becomes a prompt, "
+                "and unpaired.prompt_pairs=true makes prompts; set one of the two to 0 or false"
             )
         return self
 
