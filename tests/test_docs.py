@@ -25,7 +25,9 @@ README, METHOD, DATA, TRAINING = (
     ROOT / name for name in ("README.md", "docs/method.md", "docs/data.md", "docs/training.md")
 )
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS_OPTIONS = {"--nproc-per-node", "--check", "--films", "--knob", "--preset"}
+OTHERS_OPTIONS = {
+    "--nproc-per-node", "--check", "--films", "--knob", "--preset", "--arms", "--seeds", "--table",
+}  # fmt: skip
 """Of torchrun, ruff, and the scripts of bench/."""
 
 
