@@ -30,15 +30,22 @@ from mmclip.zeroshot import zeroshot
 
 
 def make_data(preset: Preset, out: Path) -> dict[str, float]:
-    """Draws and builds unless that is done; returns the seconds that either took."""
+    """Draws and builds unless that is done; returns the seconds that either took.
+
+    Raises:
+        SystemExit: When `out` holds other films.
+    """
     raw, data = out / "raw", out / "data"
+    if (data / META_FILE).is_file():
+        if not holds_preset(raw, preset):
+            raise SystemExit(f"{out} holds other films than these knobs give; choose another OUT")
+        return {}
     began = time.monotonic()
     write_dataset(preset, raw)
     drawn = time.monotonic()
-    if not (data / META_FILE).is_file():
-        reader = open_reader("csv", raw, mapping=raw / "mapping.toml", table=None)
-        about = {"reader": "csv", "preset": f"{preset.name} version {preset.version}"}
-        build_data(reader, raw, data, film_px=preset.film_px, about=about)
+    reader = open_reader("csv", raw, mapping=raw / "mapping.toml", table=None)
+    about = {"reader": "csv", "preset": f"{preset.name} version {preset.version}"}
+    build_data(reader, raw, data, film_px=preset.film_px, about=about)
     return {"draw_s": drawn - began, "build_s": time.monotonic() - drawn}
 
 
@@ -54,11 +61,7 @@ def main() -> None:
     args = parser.parse_args()
 
     preset = with_knobs(PRESETS[args.preset], args.knob)
-    times: dict[str, float] = {}
-    if not (args.out / "data" / META_FILE).is_file():
-        times = make_data(preset, args.out)
-    elif not holds_preset(args.out / "raw", preset):
-        raise SystemExit(f"{args.out} holds other films than these knobs give; choose another OUT")
+    times = make_data(preset, args.out)
     config = load_config(args.config, [*args.set, f"train.seed={args.seed}"])
     run = args.out / f"run-{config_hash(config)[:12]}"
     shutil.rmtree(run, ignore_errors=True)

@@ -16,6 +16,7 @@ from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 
 VOCAB, MASK_ID, FILM_PX, PATCH_PX, N_PATCHES = 50, 4, 32, 8, 16
+N_LABELS = 3
 SMALL = (
     "model.embed_dim=16", "data.film_px=32", "model.image.kind=vit", "model.image.width=32",
     "model.image.depth=2", "model.image.heads=2",
@@ -23,6 +24,7 @@ SMALL = (
     "model.image_decoder.width=16", "model.image_decoder.heads=2",
     "model.text_decoder.width=16", "model.text_decoder.heads=2",
 )  # fmt: skip
+LABELS = ("loss.label=1", "unpaired.rows_per_pair=1")
 WHOLE = ("loss.image=1", "loss.text=1", "image_mask.anneal_from=0", "image_mask.anneal_to=0")
 
 
@@ -37,6 +39,7 @@ def small_model(config: Config | None = None, seed: int = 0) -> MMCLIP:
         config,
         build_image_encoder(config.model.image, FILM_PX),
         build_text_encoder(config.model.text, VOCAB, max_tokens=16, pad_token_id=0),
+        n_label_findings=N_LABELS,
     )
 
 
@@ -83,7 +86,16 @@ def cut_batch(batch: Batch, rows: slice) -> Batch:
         lesion_ratio=None if batch.lesion_ratio is None else batch.lesion_ratio[rows],
         film_ids=batch.film_ids[rows],
         step=batch.step,
+        labels=None if batch.labels is None else batch.labels[rows],
     )
+
+
+def made_labels(n: int, without_report: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Labels of the rows without a report, one of each unknown; the other rows have none."""
+    labels = torch.randint(0, 2, (n, N_LABELS), generator=generator).float()
+    labels[torch.arange(n), torch.arange(n) % N_LABELS] = torch.nan
+    has_report = torch.tensor([i not in without_report for i in range(n)])
+    return labels.masked_fill(has_report[:, None], torch.nan)
 
 
 class MadeBatches:
@@ -115,6 +127,7 @@ class MadeBatches:
             lesion_ratio=torch.rand(n, N_PATCHES, generator=generator),
             film_ids=tuple(f"film-{i}" for i in range(n)),
             step=step,
+            labels=made_labels(n, self.without_report, generator),
         )
         return whole if share is None else cut_batch(whole, share.of_rows(n))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmclip.batch import Batch, Share
-from mmclip.data.batches import TrainingBatches, training_rows
+from mmclip.data.batches import TrainingBatches, label_names, training_rows
 from mmclip.data.build import build_data
 from mmclip.data.corpus import MAX_SENTENCES, kept_sentences, mark_concepts, tokenise_corpus
 from mmclip.data.dataset import normalise, open_rows
@@ -164,6 +164,31 @@ def test_shuffled_prompts_are_the_labels_of_another_film(tmp_path: Path):
     batches = make_batches(folder, *UNPAIRED, "unpaired.shuffle=true")
     assert sorted(batches.labels_of_row[lonely]) == lonely
     assert (np.delete(batches.labels_of_row, lonely) == np.delete(np.arange(11), lonely)).all()
+
+
+def test_in_the_label_loss_unpaired_films_have_labels_and_no_prompts(folder: Path):
+    batches = make_batches(folder, *UNPAIRED, "loss.label=1")
+    assert label_names(batches.rows) == ["cardiomegaly"]  # whether there is a mass is uncertain
+    batch = batches.batch(0, Share())
+    assert batch.film_ids == (*batch.film_ids[:4], "f6", "f6")
+    assert len(batch.prompts) == 0 and batch.has_text.tolist() == [True] * 4 + [False] * 2
+    assert batch.labels is not None
+    assert batch.labels[:4].isnan().all()  # the labels of pairs stay out of the loss
+    assert batch.labels[4:].tolist() == [[0.0], [0.0]]
+    assert make_batches(folder, *UNPAIRED).batch(0, Share()).labels is None
+
+
+def test_shuffled_labels_are_those_of_another_film(tmp_path: Path):
+    films = write_films(tmp_path, n=8)
+    films[5:] = [replace(f, report=None, labels={"mass": i % 2}) for i, f in enumerate(films[5:])]
+    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    options = (*UNPAIRED, "loss.label=1")
+    straight = make_batches(tmp_path / "data", *options)
+    shuffled = make_batches(tmp_path / "data", *options, "unpaired.shuffle=true")
+    assert straight.labels is not None and shuffled.labels is not None
+    lonely = straight.unpaired
+    assert np.array_equal(shuffled.labels[lonely], straight.labels[shuffled.labels_of_row[lonely]])
+    assert not np.array_equal(shuffled.labels[lonely], straight.labels[lonely])
 
 
 def test_without_a_text_loss_nothing_is_hidden(folder: Path):

@@ -21,8 +21,9 @@ from mmclip.checkpoint import (
     load_trainer_state,
     save_checkpoint,
 )
-from mmclip.config import config_hash
+from mmclip.config import Config, config_hash, parse
 from mmclip.data.manifest import read_meta
+from mmclip.models.mmclip import build_mmclip
 
 FACTS = {"data_hash": "d" * 64, "n_pairs": 2}
 
@@ -52,6 +53,18 @@ def test_a_checkpoint_embeds_as_the_model_did_before_saving(trained: Checkpoint,
     assert not loaded.model.training
     for before, after in zip(embeddings(trained), embeddings(loaded), strict=True):
         assert torch.equal(before, after)
+
+
+def test_a_label_head_of_any_size_comes_back_from_the_weights(trained: Checkpoint, tmp_path: Path):
+    labels = {"loss": {"label": 1.0}, "unpaired": {"rows_per_pair": 1.0}}
+    config = parse(Config, {**trained.config.model_dump(), **labels}, "test")
+    encoders = trained.model.vision_model, trained.model.text_model
+    model = build_mmclip(config, *encoders, n_label_findings=5)
+    save_checkpoint(tmp_path, 1, model, trained.tokenizer, config, {"step": 1}, FACTS, 1)
+    loaded = load_checkpoint(tmp_path).model.state_dict()
+    assert loaded["label_head.weight"].shape == (5, 16)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
 
 
 def test_the_trainer_state_comes_back_as_it_was(trained: Checkpoint, tmp_path: Path):

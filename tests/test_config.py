@@ -1,3 +1,5 @@
+import tomllib
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,26 @@ def test_a_file_holds_only_what_differs_from_the_one_it_extends(tmp_path: Path):
     assert config.train == paper.train
 
 
+def test_the_arms_hold_only_what_differs_from_the_ablation():
+    ablation = load_config("ablation")
+    arms = [name for name in config_names() if name.startswith("arms/")]
+    assert {"arms/contrastive", "arms/whole"} <= set(arms)
+    assert load_config("arms/contrastive") == ablation
+    for arm in arms:
+        file = resources.files("mmclip") / "configs" / f"{arm}.toml"
+        values = tomllib.loads(file.read_text("utf-8"))
+        assert values.pop("extends") == "ablation", arm
+        config, base = load_config(arm).model_dump(), ablation.model_dump()
+        for section, keys in values.items():
+            for key in keys:
+                assert config[section][key] != base[section][key], f"{arm}: {section}.{key}"
+
+
+def test_the_long_control_follows_the_steps_of_the_ablation():
+    steps = load_config("ablation").train.steps
+    assert load_config("arms/contrastive_long").train.steps == round(1.8 * steps)
+
+
 def test_files_that_extend_in_a_circle_are_refused(tmp_path: Path):
     a, b = tmp_path / "a.toml", tmp_path / "b.toml"
     a.write_text(f'extends = "{b}"')
@@ -55,7 +77,17 @@ def test_files_that_extend_in_a_circle_are_refused(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("huge", "name one of ablation, demo, paper, tiny"), ("none.toml", "cannot be read")],
+    [
+        (
+            "huge",
+            r"name one of ablation, demo, paper, tiny, or of arms/ one of .*, pixels, prompts, ",
+        ),
+        (
+            "whole",
+            "there is no configuration 'whole'; .* or of arms/ one of .*, whole, or give a path",
+        ),
+        ("none.toml", "cannot be read"),
+    ],
 )
 def test_a_missing_configuration_says_what_there_is(name: str, words: str):
     with pytest.raises(ConfigError, match=words):

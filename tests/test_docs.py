@@ -25,7 +25,9 @@ README, METHOD, DATA, TRAINING = (
     ROOT / name for name in ("README.md", "docs/method.md", "docs/data.md", "docs/training.md")
 )
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS_OPTIONS = {"--nproc-per-node", "--check", "--films", "--knob", "--preset"}
+OTHERS_OPTIONS = {
+    "--nproc-per-node", "--check", "--films", "--knob", "--preset", "--arms", "--seeds", "--table",
+}  # fmt: skip
 """Of torchrun, ruff, and the scripts of bench/."""
 
 
@@ -170,10 +172,12 @@ def test_every_key_that_is_named_exists(document: Path):
 
 
 @pytest.mark.parametrize("arm", rows(TRAINING, "arm"), ids=lambda cells: cells[0])
-def test_every_arm_is_a_valid_configuration(arm: list[str]):
-    overrides = [span for span in spans_of(arm[1]) if not span.startswith("--")]
+def test_every_arm_is_its_file_and_differs_as_its_row_says(arm: list[str]):
+    _, file, differences = arm
+    overrides = spans_of(differences)
     assert all("=" in override for override in overrides)
-    config = load_config("tiny", overrides)
+    config = load_config(spans_of(file)[0])
+    assert config == load_config("ablation", overrides)
     if config.loss.image and config.image_mask.policy == "attention":
         # Without EntMLM no word is hidden, and a score that reads hidden words guides nothing.
         mask = config.image_mask
@@ -252,8 +256,10 @@ def test_every_row_of_the_ledger_is_held_by_a_test_and_code_names_rows_that_exis
     assert set(re.findall(r'docs/method\.md, row "([^"]+)"', code)) <= set(names)
 
 
-def test_every_configuration_of_the_package_is_in_the_table():
-    assert {spans_of(name)[0] for name, _ in rows(TRAINING, "name")} == set(config_names())
+def test_every_configuration_of_the_package_is_in_a_table():
+    named = {spans_of(name)[0] for name, _ in rows(TRAINING, "name")}
+    arms = {spans_of(file)[0] for _, file, _ in rows(TRAINING, "arm")}
+    assert named | arms == set(config_names())
 
 
 def test_the_picture_is_small_enough_for_a_page():

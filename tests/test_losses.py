@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmclip.losses import contrastive_sum, positive_pairs
+from mmclip.losses import contrastive_sum, label_sum, positive_pairs
 from tests.oracles import contrastive_sum_loop, positive_pairs_loop
 
 
@@ -112,3 +112,19 @@ def test_positives_equal_the_slow_loop_and_are_symmetric(rows: list[tuple[int, i
 def test_a_negative_key_is_no_key():
     keys = torch.tensor([[-1, 4], [-1, 5]])
     assert positive_pairs(keys, keys).tolist() == [[True, False], [False, True]]
+
+
+def test_label_loss_of_two_films_by_hand():
+    logits = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
+    labels = torch.tensor([[1.0, torch.nan], [0.0, 1.0]])
+    by_hand = math.log(2) + math.log(1 + math.e) + math.log(2)
+    assert label_sum(logits, labels).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_an_unknown_label_adds_neither_loss_nor_gradient():
+    logits = torch.tensor([[3.0, torch.inf, -2.0]]).requires_grad_()
+    labels = torch.tensor([[torch.nan, torch.nan, 0.0]])
+    label_sum(logits, labels).backward()
+    assert logits.grad is not None and logits.grad[0, :2].tolist() == [0.0, 0.0]
+    assert logits.grad[0, 2] > 0
+    assert label_sum(logits, torch.full((1, 3), torch.nan)).item() == 0

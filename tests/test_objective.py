@@ -12,6 +12,7 @@ from mmclip.models.mmclip import MMCLIP, MaskPlan, Outputs
 from mmclip.objective import Objective
 from mmclip.train import TrainState, fit, make_optimizer
 from tests.made import (
+    LABELS,
     N_PATCHES,
     PATCH_PX,
     WHOLE,
@@ -43,7 +44,7 @@ def run(model: MMCLIP, objective: Objective, batch: Batch) -> Outputs:
     [
         (), WHOLE, PIXELS, RANDOM, ("loss.text=1",),
         ("loss.image=1", "image_mask.score='embedding'"),
-        (*WHOLE, "image_mask.policy='oracle'"),
+        (*WHOLE, "image_mask.policy='oracle'"), LABELS, (*WHOLE, *LABELS),
     ],
 )  # fmt: skip
 def test_every_parameter_gets_a_gradient_in_every_arm(overrides: tuple[str, ...]):
@@ -77,6 +78,52 @@ def test_masked_terms_of_a_mixed_batch_are_the_sums_of_its_parts(overrides: tupl
         together = float(sum(s[term] for s in sums))
         assert float(whole[term]) == pytest.approx(together, rel=1e-4), term
         assert objective.counts(batch)[term] == sum(objective.counts(p)[term] for p in parts)
+
+
+def test_label_terms_of_a_mixed_batch_are_the_sums_of_its_parts():
+    model, objective = made(*LABELS)
+    batch = MIXED.batch(3)
+    parts = [cut_batch(batch, slice(i, i + 1)) for i in range(len(batch))]
+    with torch.no_grad():
+        sums = [float(objective.sums(model, part)["label"]) for part in parts]
+        assert float(objective.sums(model, batch)["label"]) == pytest.approx(sum(sums), rel=1e-4)
+    counts = [objective.counts(part)["label"] for part in parts]
+    assert counts == [0, 2, 0, 0, 0, 2, 2, 2]  # of three labels one is unknown; pairs have none
+    assert [s > 0 for s in sums] == [c > 0 for c in counts]
+    assert objective.counts(batch)["label"] == sum(counts)
+
+
+def test_a_batch_without_unpaired_rows_uses_the_label_head_and_learns_nothing_of_it():
+    model, objective = made(*LABELS)
+    terms = objective.sums(model, MadeBatches(8).batch())
+    assert float(terms["label"].detach()) == 0
+    torch.stack(list(terms.values())).sum().backward()
+    assert model.label_head is not None
+    for parameter in model.label_head.parameters():
+        assert parameter.grad is not None and not parameter.grad.any()
+
+
+def test_the_label_loss_leaves_the_temperature_to_the_contrastive_term():
+    model, objective = made(*LABELS)
+    objective.sums(model, MIXED.batch())["label"].backward()
+    assert model.logit_scale.grad is None and model.visual_projection.weight.grad is not None
+
+
+def test_embeddings_do_not_depend_on_the_label_head():
+    with_head, without = made(*LABELS)[0], made()[0]
+    batch = MIXED.batch()
+    assert with_head.label_head is not None and without.label_head is None
+    with torch.no_grad():
+        with_head.label_head.weight.mul_(100.0)
+        a, b = with_head.encode_image(batch.image), without.encode_image(batch.image)
+    assert torch.equal(a.embedding, b.embedding)
+
+
+def test_labels_without_unpaired_films_or_beside_prompts_are_refused():
+    with pytest.raises(ConfigError, match=r"unpaired\.rows_per_pair=0 reads none; give"):
+        small_config("loss.label=1")
+    with pytest.raises(ConfigError, match=r"control in which no label becomes a prompt"):
+        small_config(*LABELS, "unpaired.prompt_pairs=true")
 
 
 def test_rows_without_a_text_add_nothing_to_terms_of_texts():

@@ -26,6 +26,7 @@ from mmclip.data.manifest import read_meta
 from mmclip.data.text import train_tokenizer
 from tests.commands import Running, mmclip, start
 from tests.conftest import build_made
+from tests.made import write_folder
 
 
 @pytest.fixture
@@ -74,6 +75,21 @@ def test_equal_commands_give_equal_weights_and_another_seed_others(
     assert weights_of(tmp_path / "a") == weights_of(made_run)
     mmclip(tmp_path, *arguments, "--out", tmp_path / "b", "--set", "train.seed=1")
     assert weights_of(tmp_path / "b") != weights_of(made_run)
+
+
+def test_the_label_control_trains_and_resumes(small_config: Path, tmp_path: Path):
+    data, run = write_folder(tmp_path), tmp_path / "run"
+    command = ["pretrain", "--data", data, "--config", small_config, "--out", run]
+    for override in ("loss.label=1", "unpaired.rows_per_pair=0.5", "train.steps=4"):
+        command += ["--set", override]
+    assert mmclip(tmp_path, *command).code == 0
+    assert all(line["label"] > 0 for line in log_of(run))
+    head = load_checkpoint(run).model.label_head
+    assert head is not None and head.out_features == 1  # of two labels one is never certain
+    finished = weights_of(run)
+    shutil.rmtree(find_checkpoint(run))
+    assert mmclip(tmp_path, *command, "--resume").code == 0
+    assert steps_of(run) == [1, 2, 3, 4] and weights_of(run) == finished
 
 
 def until(happened: Callable[[], bool], running: Running, timeout_s: float = 60) -> None:

@@ -25,7 +25,7 @@ from mmclip.train import (
     make_optimizer,
     train_step,
 )
-from tests.made import PATCH_PX, WHOLE, MadeBatches, small_config, small_model
+from tests.made import LABELS, PATCH_PX, WHOLE, MadeBatches, small_config, small_model
 
 CONTRASTIVE = Objective(small_config(), PATCH_PX)
 CONFIG = TrainConfig(steps=10, batch_size=8, base_lr=0.03, save_every_steps=5, log_every_steps=2)
@@ -81,7 +81,7 @@ RESNET = ("model.image.kind='resnet'", "model.image.depth=1")
 ARMS = {
     "contrastive": (), "whole": WHOLE, "pixels": PIXELS,
     "contrastive, resnet": RESNET, "whole, resnet": (*WHOLE, *RESNET),
-    "pixels, resnet": (*PIXELS, *RESNET),
+    "pixels, resnet": (*PIXELS, *RESNET), "labels, resnet": (*LABELS, *RESNET),
 }  # fmt: skip
 
 
@@ -110,7 +110,8 @@ def test_two_processes_give_loss_and_gradients_of_one_on_the_joined_batch(tmp_pa
         f"t.write_gradients_of_this_process(Path({str(tmp_path)!r}))"
     )
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    paths = os.pathsep.join([str(root), str(root / "src")])  # the code beside the tests
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = tmp_path / "script.py"
     script.write_text(code)

@@ -64,6 +64,8 @@ class Batch:
     lesion_ratio: Float[Tensor, "b n"] | None  # see `patches.lesion_ratio_of_patches`; made films
     film_ids: tuple[str, ...]
     step: int
+    # Labels of rows without a report: 1, 0, NaN unknown; None where no label loss is trained.
+    labels: Float[Tensor, "b k"] | None = None
 
     def __len__(self) -> int:
         return len(self.image)
@@ -98,13 +100,15 @@ class Batch:
         out = {"image": self.image, "keys": self.keys, "patch_noise": self.patch_noise}
         if self.lesion_ratio is not None:
             out["lesion_ratio"] = self.lesion_ratio
+        if self.labels is not None:
+            out["labels"] = self.labels
         for name, texts in (("reports", self.reports), ("prompts", self.prompts)):
             out |= {f"{name}.{key}": tensor for key, tensor in texts.tensors().items()}
         return out
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        lesion = self.lesion_ratio
+        lesion, labels = self.lesion_ratio, self.labels
         return Batch(
             image=self.image.to(device, non_blocking=True),
             reports=self.reports.to(device),
@@ -114,4 +118,5 @@ class Batch:
             lesion_ratio=None if lesion is None else lesion.to(device, non_blocking=True),
             film_ids=self.film_ids,
             step=self.step,
+            labels=None if labels is None else labels.to(device, non_blocking=True),
         )

@@ -186,11 +186,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 f"take an older checkpoint"
             )
     config = parse(Config, meta["config"], f"configuration in {folder / 'meta.json'}")
+    tensors = load_file(weights)
     model = build_mmclip(
-        config, rebuild_encoder(meta["vision_config"]), rebuild_encoder(meta["text_config"])
+        config,
+        rebuild_encoder(meta["vision_config"]),
+        rebuild_encoder(meta["text_config"]),
+        n_label_findings=len(tensors["label_head.bias"]) if "label_head.bias" in tensors else 0,
     )
     try:
-        model.load_state_dict(load_file(weights), strict=True)
+        model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise CheckpointError(
             f"{weights} does not fit this version of the model: {error}"

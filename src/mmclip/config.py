@@ -7,8 +7,9 @@ the known ones. Values derived from the configuration are computed where they ar
 import hashlib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -110,6 +111,9 @@ class LossConfig(Frozen):
 
     image: float = Field(default=0.0, ge=0)  # AttMIM
     text: float = Field(default=0.0, ge=0)  # EntMLM
+    label: float = Field(
+        default=0.0, ge=0
+    )  # control: labels of unpaired films, in place of prompts
 
 
 class ImageMaskConfig(Frozen):
@@ -229,6 +233,22 @@ class Config(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _labels_stand_in_for_prompts(self) -> "Config":
+        if not self.loss.label:
+            return self
+        if not self.unpaired.rows_per_pair:
+            raise ValueError(
+                f"loss.label={self.loss.label} learns from the labels of unpaired films, and "
+                "unpaired.rows_per_pair=0 reads none; give unpaired.rows_per_pair a value"
+            )
+        if self.unpaired.prompt_pairs:
+            raise ValueError(
+                f"loss.label={self.loss.label} is the control in which no label becomes a prompt, "
+                "and unpaired.prompt_pairs=true makes prompts; set one of the two to 0 or false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _patches_fit(self) -> "Config":
         px, patch = self.data.film_px, self.model.image.patch_px
         if self.model.image.pretrained is None and px % patch:
@@ -272,9 +292,28 @@ def _known_keys(model: type[BaseModel], path: tuple) -> list[str]:
 
 
 def config_names() -> list[str]:
-    """The names of the configurations that come with the package."""
-    folder = resources.files("mmclip") / "configs"
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith("toml"))
+    """The names of the package's configurations, such as "tiny" and "arms/whole"."""
+
+    def found(folder: Traversable, prefix: str) -> Iterator[str]:
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                yield from found(entry, f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".toml"):
+                yield prefix + entry.name.removesuffix(".toml")
+
+    return sorted(found(resources.files("mmclip") / "configs", ""))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names for people: "demo, tiny, or of arms/ one of prompts, whole"."""
+    folders = sorted({name.rpartition("/")[0] for name in names} - {""})
+    parts = [", ".join(name for name in names if "/" not in name)]
+    for folder in folders:
+        inside = (
+            name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")
+        )
+        parts.append(f"or of {folder}/ one of {', '.join(inside)}")
+    return ", ".join(parts)
 
 
 def load_config(name_or_path: str = "tiny", overrides: Sequence[str] = ()) -> Config:
@@ -283,7 +322,8 @@ def load_config(name_or_path: str = "tiny", overrides: Sequence[str] = ()) -> Co
     A file may start with `extends = "NAME"`: then it holds only what differs from that one.
 
     Args:
-        name_or_path: A name of `config_names()`, or a path that ends in .toml.
+        name_or_path: A name of `config_names()`, such as "tiny" or "arms/whole", or a path that
+            ends in .toml.
         overrides: Such as "train.steps=200"; the value is read as TOML, else as a string.
 
     Raises:
@@ -319,7 +359,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
         path = resources.files("mmclip") / "configs" / f"{name_or_path}.toml"
     else:
         raise ConfigError(
-            f"there is no configuration {name_or_path!r}; name one of {', '.join(config_names())}, "
+            f"there is no configuration {name_or_path!r}; name one of {_listed(config_names())}, "
             f"or give a path that ends in .toml"
         )
     try:

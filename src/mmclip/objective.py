@@ -1,6 +1,8 @@
 """The objective: which terms a configuration trains, their sums over a batch, and their counts.
 
-    L = L_contrastive + loss.image * L_AttMIM + loss.text * L_EntMLM
+    L = L_contrastive + loss.image * L_AttMIM + loss.text * L_EntMLM + loss.label * L_label
+
+L_label is no part of the method: it is the control that asks whether prompts beat plain labels.
 
 Every term is a sum over the elements it applies to, here; the training loop divides it by their
 number over all processes and micro-batches.
@@ -13,7 +15,13 @@ from torch import Tensor, nn
 
 from mmclip.batch import Batch
 from mmclip.config import Config
-from mmclip.losses import contrastive_sum, masked_patch_sum, masked_token_sum, positive_pairs
+from mmclip.losses import (
+    contrastive_sum,
+    label_sum,
+    masked_patch_sum,
+    masked_token_sum,
+    positive_pairs,
+)
 from mmclip.masking import masked_patch_count, randomness_at
 from mmclip.models.mmclip import MaskPlan, Outputs
 from mmclip.patches import normalise_patches, patchify
@@ -31,7 +39,7 @@ class Objective:
     def weights(self) -> dict[str, float]:
         """The weight of each term that is trained."""
         loss = self.config.loss
-        wanted = {"contrastive": 1.0, "image": loss.image, "text": loss.text}
+        wanted = {"contrastive": 1.0, **loss.model_dump()}
         return {name: weight for name, weight in wanted.items() if weight}
 
     def plan(self, step: int) -> MaskPlan | None:
@@ -63,16 +71,22 @@ class Objective:
         if out.token_logits is not None:
             hidden = [texts.ids[texts.is_masked] for texts in (batch.reports, batch.prompts)]
             terms["text"] = masked_token_sum(out.token_logits, torch.cat(hidden))
+        if out.label_logits is not None and batch.labels is not None:
+            terms["label"] = label_sum(out.label_logits, batch.labels)
         return terms
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """The number of elements of each term: rows with a text, hidden patches, hidden tokens."""
+        """The number of elements of each term.
+
+        Rows with a text, hidden patches, hidden tokens, known labels of rows without a report.
+        """
         hidden = masked_patch_count(batch.patch_noise.shape[1], self.config.image_mask.mask_ratio)
         n_tokens = sum(int(texts.is_masked.sum()) for texts in (batch.reports, batch.prompts))
         return {
             "contrastive": int(batch.has_text.sum()),
             "image": len(batch) * hidden,
             "text": n_tokens,
+            "label": 0 if batch.labels is None else int((~batch.labels.isnan()).sum()),
         }
 
 

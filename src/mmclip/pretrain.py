@@ -24,7 +24,7 @@ from mmclip.checkpoint import (
     save_checkpoint,
 )
 from mmclip.config import Config, config_hash
-from mmclip.data.batches import TrainingBatches, is_pair, training_rows
+from mmclip.data.batches import TrainingBatches, is_pair, label_names, training_rows
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.manifest import ManifestError, write_text_atomic
 from mmclip.data.synthetic import read_masks
@@ -59,7 +59,9 @@ class Job:
     cpu: bool = False
 
 
-def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MMCLIP:
+def build_model(
+    config: Config, tokenizer: PreTrainedTokenizerFast, n_label_findings: int = 0
+) -> MMCLIP:
     """A model as configured, with pretrained encoders where they are named."""
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
@@ -67,6 +69,7 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MMCLIP:
         config,
         build_image_encoder(config.model.image, config.data.film_px),
         build_text_encoder(config.model.text, len(tokenizer), config.data.max_tokens, pad),
+        n_label_findings,
     )
 
 
@@ -107,7 +110,7 @@ def pretrain(job: Job) -> Path:
     found = _resumable(job, facts)
     if found is None:
         tokenizer = make_tokenizer(job.config, rows)
-        model = build_model(job.config, tokenizer)
+        model = build_model(job.config, tokenizer, len(label_names(chosen)))
     else:
         checkpoint = load_checkpoint(found)
         tokenizer, model = checkpoint.tokenizer, checkpoint.model.train()

@@ -67,6 +67,23 @@ def training_rows(rows: Rows, config: Config) -> Rows:
     )
 
 
+def label_names(rows: Rows) -> list[str]:
+    """What unpaired films are labelled with for sure, sorted: the columns of the label loss.
+
+    Args:
+        rows: As `training_rows` gives them. Labels of films with a report are not looked at.
+    """
+    return sorted(
+        {
+            name
+            for film in rows.films
+            if is_unpaired(film)
+            for name, value in film.labels.items()
+            if value in (PRESENT, ABSENT)
+        }
+    )
+
+
 @dataclass(frozen=True)
 class _Said:
     """The text of one kind of some rows, before anything is hidden."""
@@ -130,6 +147,10 @@ class TrainingBatches:
             self.study_keys = self.film_keys.astype(np.int64) >> 1
         if config.unpaired.shuffle:
             self._deal_on(self.labels_of_row, self.unpaired)
+        self.labels: Float[np.ndarray, "n k"] | None = None
+        if config.loss.label:
+            self.labels = rows.labels(label_names(rows))[self.labels_of_row].astype(np.float32)
+            self.labels[self.pairs] = np.nan  # a pair is described by its report
         self.wordings = load_disease_prompts(config.unpaired.prompts)
         self.n_findings = max(len(set(f.labels) - {NO_FINDING}) for f in rows.films)
 
@@ -159,6 +180,7 @@ class TrainingBatches:
             lesion_ratio=lesion_ratio,
             film_ids=tuple(self.rows.films[r].film_id for r in rows),
             step=step,
+            labels=None if self.labels is None else torch.from_numpy(self.labels[rows]),
         )
 
     def _draw(self, purpose: Draw, rows: np.ndarray, epochs: np.ndarray, n: int) -> np.ndarray:
@@ -190,7 +212,12 @@ class TrainingBatches:
         return _Said(here, self.corpus.assemble(numbers, data.max_tokens, keep_draws))
 
     def _prompts(self, rows: np.ndarray, epochs: np.ndarray) -> _Said:
-        wants = np.flatnonzero((self.report_of_row[rows] < 0) | self.config.unpaired.prompt_pairs)
+        # Where labels have a loss of their own, no film has a prompt: one use or the other.
+        has_report = self.report_of_row[rows] >= 0
+        wants_prompt = np.where(
+            has_report, self.config.unpaired.prompt_pairs, not self.config.loss.label
+        )
+        wants = np.flatnonzero(wants_prompt)
         n_draws = PROMPT_DRAWS + 2 * self.n_findings
         draws = self._draw(Draw.PROMPT, rows[wants], epochs[wants], n_draws)
         said: list[DiseasePrompt] = []

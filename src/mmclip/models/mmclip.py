@@ -65,6 +65,7 @@ class Outputs(NamedTuple):
     patches: Float[Tensor, "b n p"] | None  # predicted pixels, see `ImageDecoder`
     is_masked: Bool[Tensor, "b n"] | None
     response: Float[Tensor, "b n"] | None  # what the choice went by, before policy and noise
+    label_logits: Float[Tensor, "b k"] | None  # None without a label loss
 
 
 class MMCLIP(nn.Module):
@@ -73,6 +74,13 @@ class MMCLIP(nn.Module):
     Names and shapes of encoders, projections and `logit_scale` are those of transformers'
     VisionTextDualEncoderModel (pooled output, bias-free linear projection). A decoder is None
     where its loss is not trained.
+
+    The label head of the control is linear on the embedding e of the film, times the scale:
+    scale * <w_k, e> + b_k. A prompt acts there and in that way, and zero-shot scoring reads e; the
+    one difference is that w_k is a free vector in place of the embedding of a text. On the pooled
+    feature the labels would leave the projection alone, and the control would be weaker for that.
+    No gradient of it reaches the scale, which the contrastive term learns. Embeddings do not
+    depend on the head, so zero-shot scoring ignores it.
 
     Source: paper, figure 1B; CLIP section 2.3 (arXiv:2103.00020).
     """
@@ -86,6 +94,7 @@ class MMCLIP(nn.Module):
         max_logit_scale: float,
         image_decoder: ImageDecoder | None = None,
         text_decoder: TextDecoder | None = None,
+        n_label_findings: int = 0,
     ) -> None:
         super().__init__()
         self.vision_model = image_encoder
@@ -97,6 +106,11 @@ class MMCLIP(nn.Module):
         for layer in (self.visual_projection, self.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # [CLIP, released code]
         self.image_decoder, self.text_decoder = image_decoder, text_decoder
+        self.label_head: nn.Linear | None = None
+        if n_label_findings:  # last, so that other weights are those of the arm without it
+            self.label_head = nn.Linear(embed_dim, n_label_findings)
+            nn.init.normal_(self.label_head.weight, std=embed_dim**-0.5)  # unit length, as a text
+            nn.init.zeros_(self.label_head.bias)
 
     def encode_image(self, image: Float[Tensor, "b 1 h w"]) -> Encoded:
         """Encodes films in model space (see data.dataset.normalise)."""
@@ -151,14 +165,19 @@ class MMCLIP(nn.Module):
                 features = place_visible(visible, is_masked)
             context, is_valid = _side_by_side(batch, prompts.features, reports.features)
             patches = self.image_decoder(features, is_masked, context, is_valid)
+        scale = self.scale()
+        label_logits = None
+        if self.label_head is not None:  # of every row: each process uses every parameter
+            label_logits = self.label_head(scale.detach() * image.embedding)
         return Outputs(
             image.embedding,
             text_embedding,
-            self.scale(),
+            scale,
             token_logits,
             patches,
             is_masked,
             response,
+            label_logits,
         )
 
     def read(
@@ -256,9 +275,19 @@ def _side_by_side(
 
 
 def build_mmclip(
-    config: Config, image_encoder: PreTrainedModel, text_encoder: PreTrainedModel
+    config: Config,
+    image_encoder: PreTrainedModel,
+    text_encoder: PreTrainedModel,
+    n_label_findings: int = 0,
 ) -> MMCLIP:
-    """A model around two encoders, with the decoders that the losses of the configuration need."""
+    """A model around two encoders, with the decoders that the losses of the configuration need.
+
+    Args:
+        config: Of the run.
+        image_encoder: Keeps its weights.
+        text_encoder: Keeps its weights.
+        n_label_findings: Columns of the label loss; without that loss there is no head.
+    """
     vision, text = image_encoder.config, text_encoder.config
     image_decoder = text_decoder = None
     if config.loss.image:
@@ -291,4 +320,5 @@ def build_mmclip(
         config.model.max_logit_scale,
         image_decoder,
         text_decoder,
+        n_label_findings if config.loss.label else 0,
     )

@@ -1,0 +1,348 @@
+"""The arms of the method over seeds, on the made films of a preset, scored zero-shot.
+
+    python bench/ablation.py OUT --arms contrastive whole --seeds 0 1 2
+    python bench/ablation.py OUT --arms contrastive whole --seeds 0 1 2 --table
+
+Draws the preset into OUT/raw and builds OUT/data unless they are there, trains each arm of
+configs/arms/ under each seed, and scores it on the films of --split, as they are and under a domain
+shift. A finished run appends one line to --jsonl and leaves the scores of its films in OUT/scores;
+a run that the file already holds, with equal configuration and data, is skipped, so an interrupted
+call is simply repeated. ARM+shuffled_pairs is an arm with `--shuffle-pairs`. --table prints what
+has finished as Markdown.
+
+Validation films are for choosing. `--split test` is refused until every run that is named has
+finished on them; it scores the weights that are there and trains nothing twice. Two calls may share
+OUT and --jsonl when their seeds differ and the data is built. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from ceiling import with_knobs
+from compare import BASE, Runs, Scores, table
+from contrastive import make_data
+from mmclip.checkpoint import Checkpoint, code_version, load_checkpoint
+from mmclip.config import Config, config_hash, config_names, load_config
+from mmclip.data.cache import FilmCache
+from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.draws import film_key
+from mmclip.data.manifest import Split, read_meta, write_text_atomic
+from mmclip.data.synthetic import FINDINGS, PRESETS
+from mmclip.pretrain import Job, pretrain
+from mmclip.prompts import load_prompts
+from mmclip.zeroshot import ZeroShot, rows_to_score, zeroshot
+
+SHUFFLED = "+shuffled_pairs"
+"""Behind the name of an arm: with `--shuffle-pairs`."""
+
+SHIFT_SEED = 64
+"""Of the domain shift; part of what the shifted films are."""
+
+
+class Key(NamedTuple):
+    """What makes two runs the same one."""
+
+    arm: str
+    seed: int
+    split: str
+    config_hash: str
+    data_hash: str
+
+
+def shift_domain(
+    films: UInt8[np.ndarray, "n h w"], film_ids: Sequence[str]
+) -> UInt8[np.ndarray, "n h w"]:
+    """Films as another device might have taken them: resolution, exposure, noise.
+
+    Each film goes down to 0.6 to 0.85 of its side and up again, through a gamma of 1/1.6 to 1.6 and
+    a contrast of 0.7 to 1.3 about mid-grey, and gets noise of 3 % of the grey range. The draws are
+    keyed by film id, so the shifted films are the same for all arms and in any order.
+
+    Source: [chosen: about twice the spread of exposure of the made films, outside of the
+        augmentation's ranges; a nodule of 4 px stays 2.5 px at least].
+    """
+    out = np.empty_like(films)
+    for i, (film, film_id) in enumerate(zip(films, film_ids, strict=True)):
+        rng = np.random.default_rng([SHIFT_SEED, film_key(film_id)])
+        u = rng.random(3)
+        height, width = film.shape
+        side_ratio = 0.6 + 0.25 * u[0]
+        small = (round(width * side_ratio), round(height * side_ratio))
+        image = Image.fromarray(film).resize(small, Image.Resampling.BILINEAR)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        x = (np.asarray(image) / 255) ** (1.6 ** (2 * u[1] - 1))
+        x = (x - 0.5) * (0.7 + 0.6 * u[2]) + 0.5 + 0.03 * rng.standard_normal(film.shape)
+        out[i] = np.clip(x * 255, 0, 255).round().astype(np.uint8)
+    return out
+
+
+def shifted_rows(rows: Rows, split: Split) -> Rows:
+    """The films of a split that are scored, under the domain shift, in memory."""
+    kept = rows_to_score(rows, split)
+    numbers = np.arange(len(kept))
+    films = shift_domain(kept.pixels(numbers).numpy(), [film.film_id for film in kept.films])
+    where = np.stack([np.zeros_like(numbers), numbers], 1)
+    return replace(kept, caches=(FilmCache(films),), where=where)
+
+
+def config_of(arm: str, seed: int, overrides: Sequence[str]) -> Config:
+    """The configuration of an arm under a seed."""
+    name = arm.removesuffix(SHUFFLED)
+    return load_config(f"arms/{name}", [*overrides, f"train.seed={seed}"])
+
+
+def read_lines(path: Path) -> dict[Key, dict]:
+    """The finished runs that a file holds; of a run that is there twice, the last line.
+
+    Raises:
+        ValueError: When a line is no JSON object with the fields of a key.
+    """
+    done: dict[Key, dict] = {}
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+            done[Key(*(line[field] for field in Key._fields))] = line
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no line of a finished run ({error!r}); a call that was "
+                f"killed may have left half of one: remove it"
+            ) from None
+    return done
+
+
+def unfinished(wanted: Mapping[Key, Config], done: Iterable[Key]) -> dict[Key, Config]:
+    """The runs that no line holds, in their order."""
+    done = set(done)
+    return {key: config for key, config in wanted.items() if key not in done}
+
+
+def check_test_may_be_scored(wanted: Iterable[Key], done: Iterable[Key]) -> None:
+    """Test films are scored once all is chosen: every run must have finished on validation films.
+
+    Raises:
+        ValueError: When one has not; it names those that are missing.
+    """
+    done = set(done)
+    missing = [key for key in wanted if key._replace(split="val") not in done]
+    if missing:
+        named = ", ".join(f"{key.arm} seed {key.seed}" for key in missing)
+        raise ValueError(
+            f"split test is scored when all runs named have finished on val with the same "
+            f"configuration and data, and these have not: {named}; run them with --split val first"
+        )
+
+
+def train(arm: str, config: Config, data: Path, run: Path) -> dict[str, float]:
+    """Trains unless it is done, keeps the newest weights alone, and returns what it cost."""
+    cost = run / "cost.json"
+    if not cost.is_file():
+        shutil.rmtree(run, ignore_errors=True)  # cut off: its seconds would not be the whole cost
+        began, cpu_began = time.monotonic(), time.process_time()
+        job = Job((data,), run, config, "bench/ablation.py", shuffle_pairs=arm.endswith(SHUFFLED))
+        newest = pretrain(job)
+        spent = {
+            "wall_s": round(time.monotonic() - began, 1),
+            "cpu_s": round(time.process_time() - cpu_began, 1),
+        }
+        for folder in newest.parent.iterdir():  # dozens of runs of some 10 MB a checkpoint
+            if folder != newest:
+                shutil.rmtree(folder)
+        (newest / "trainer.pt").unlink()
+        write_text_atomic(cost, json.dumps(spent) + "\n")
+    return json.loads(cost.read_text("utf-8"))
+
+
+def losses_at_end(run: Path) -> dict[str, float]:
+    """The loss and its terms, each the mean of the last five lines of the log."""
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    terms = lines[-1].keys() & {"loss", "contrastive", "image", "text", "label"}
+    return {t: round(float(np.mean([line[t] for line in lines[-5:]])), 4) for t in sorted(terms)}
+
+
+def figures(checkpoint: Checkpoint, plain: ZeroShot, shifted: ZeroShot) -> dict:
+    """What a line says of a checkpoint and its scores."""
+    made_with = dict(checkpoint.meta["versions"])
+    config = checkpoint.config
+    n_pairs = config.train.batch_size
+    rows_per_step = n_pairs + round(config.unpaired.rows_per_pair * n_pairs)
+
+    def per_finding(result: ZeroShot) -> dict[str, float]:
+        return {row["finding"]: round(row["auroc"], 5) for row in result.summary["findings"]}
+
+    return {
+        "commit": made_with.pop("commit"),
+        "scored_at_commit": code_version()["commit"],
+        "versions": made_with,
+        "macro_auroc": plain.summary["macro_auroc"],
+        "macro_findings": plain.summary["macro_findings"],
+        "auroc": per_finding(plain),
+        "shift_macro_auroc": shifted.summary["macro_auroc"],
+        "shift_auroc": per_finding(shifted),
+        "n_films": len(plain.rows),
+        "steps": checkpoint.meta["step"],
+        "films_seen": checkpoint.meta["step"] * rows_per_step,
+    }
+
+
+def scores_path(out: Path, key: Key) -> Path:
+    """Where the scores of a run lie."""
+    return out / "scores" / f"{key.arm}-{key.seed}-{key.split}.npz"
+
+
+def save_scores(path: Path, key: Key, plain: ZeroShot, shifted: ZeroShot) -> None:
+    """Writes `Scores` and what they belong to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    films = plain.rows.films
+    np.savez_compressed(
+        path,
+        film_id=np.array([film.film_id for film in films]),
+        patient_id=np.array([film.patient_id for film in films]),
+        findings=np.array(plain.findings),
+        labels=plain.labels,
+        scores=plain.scores,
+        shifted=shifted.scores,
+        config_hash=np.array(key.config_hash),
+        data_hash=np.array(key.data_hash),
+    )
+
+
+def load_scores(path: Path, key: Key) -> Scores:
+    """Reads what `save_scores` wrote.
+
+    Raises:
+        ValueError: When the file is not there, or holds the scores of another run.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; take its line out of the JSONL and run it again")
+    with np.load(path, allow_pickle=False) as stored:
+        for name in ("config_hash", "data_hash"):
+            if str(stored[name]) != getattr(key, name):
+                raise ValueError(
+                    f"{path} holds scores of another {name.removesuffix('_hash')} "
+                    f"({str(stored[name])[:12]}, not {getattr(key, name)[:12]}); take the line of "
+                    f"this run out of the JSONL and run it again"
+                )
+        return Scores(*(stored[name] for name in Scores._fields))
+
+
+def run_all(
+    configs: Mapping[Key, Config], out: Path, split: Split, jsonl: Path, facts: Mapping[str, object]
+) -> None:
+    """Trains and scores runs, and appends a line for each as it finishes.
+
+    Args:
+        configs: The runs, all of one data set and split.
+        out: Holds data/; gets runs/ and scores/.
+        split: The films that are scored.
+        jsonl: Gets the lines.
+        facts: Further entries of every line.
+    """
+    if not configs:
+        return
+    prompts = load_prompts("default")
+    rows = open_rows([out / "data"], next(iter(configs.values())).data.film_px)
+    both = rows, shifted_rows(rows, split)
+    jsonl.parent.mkdir(parents=True, exist_ok=True)
+    for key, config in configs.items():
+        hashes = f"{key.config_hash[:12]}-{key.data_hash[:12]}"
+        run = out / "runs" / f"{key.arm}-{key.seed}-{hashes}"
+        cost = train(key.arm, config, out / "data", run)
+        checkpoint = load_checkpoint(run)
+        plain, shifted = (
+            zeroshot(
+                checkpoint, films, prompts, split=split, findings=FINDINGS, draws=1,
+                thresholds=False,
+            )
+            for films in both
+        )  # fmt: skip
+        save_scores(scores_path(out, key), key, plain, shifted)
+        prompt_set = f"{prompts.id} version {prompts.version}"
+        line = {
+            **key._asdict(), **figures(checkpoint, plain, shifted), "loss_end": losses_at_end(run),
+            **cost, "prompt_set": prompt_set, **facts,
+        }  # fmt: skip
+        with jsonl.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+
+def print_table(keys: Sequence[Key], done: Mapping[Key, dict], out: Path) -> None:
+    """Prints what has finished of some runs, what has not, and the numbers as one JSON object."""
+    runs: Runs = {}
+    for key in keys:
+        if key in done:
+            found = done[key], load_scores(scores_path(out, key), key)
+            runs.setdefault(key.arm, {})[key.seed] = found
+    if not runs:
+        raise SystemExit("none of these runs has finished; run without --table first")
+    text, numbers = table(runs)
+    print(text)
+    for key in keys:
+        if key not in done:
+            print(f"not finished: {key.arm} seed {key.seed}")
+    about = {"split": keys[0].split, "data_hash": keys[0].data_hash}
+    print(json.dumps({**about, "arms": numbers}))
+
+
+def main() -> None:
+    """Draws, builds, trains and scores what is missing; or prints the table."""
+    known = [name.removeprefix("arms/") for name in config_names() if name.startswith("arms/")]
+    parser = argparse.ArgumentParser(description="Arms x seeds on made films, zero-shot.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument(
+        "--arms", nargs="+", default=known, choices=[*known, *(name + SHUFFLED for name in known)],
+        metavar="ARM", help=f"of {', '.join(known)}; ARM{SHUFFLED} for the control",
+    )  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--split", choices=["val", "test"], default="val")
+    parser.add_argument("--jsonl", type=Path, default=Path("bench/results/ablation.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print what has finished, run nothing")
+    parser.add_argument("--preset", choices=list(PRESETS), default="hard")
+    parser.add_argument("--knob", action="append", default=[], help="lesion_scale=1.2")
+    parser.add_argument("--set", action="append", default=[], help="train.steps=200, in every arm")
+    args = parser.parse_args()
+
+    make_data(with_knobs(PRESETS[args.preset], args.knob), args.out)
+    data_hash = read_meta(args.out / "data")["data_hash"]
+    done = read_lines(args.jsonl)
+
+    def runs_of(arms: Sequence[str]) -> dict[Key, Config]:
+        found = {}
+        for seed in dict.fromkeys(args.seeds):  # whole seeds first: they compare
+            for arm in dict.fromkeys(arms):
+                config = config_of(arm, seed, args.set)
+                found[Key(arm, seed, args.split, config_hash(config), data_hash)] = config
+        return found
+
+    if args.table:
+        arms = list(dict.fromkeys([BASE, *args.arms]))
+        keys = sorted(runs_of(arms), key=lambda key: arms.index(key.arm))
+        print_table(keys, done, args.out)
+        return
+    runs = runs_of(args.arms)
+    if args.split == "test":
+        try:
+            check_test_may_be_scored(runs, done)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
+    missing = unfinished(runs, done)
+    facts = {"preset": args.preset, "knobs": args.knob, "set": args.set}
+    run_all(missing, args.out, args.split, args.jsonl, facts)
+    done = read_lines(args.jsonl)
+    found = {f"{key.arm} seed {key.seed}": done[key]["macro_auroc"] for key in runs}
+    print(json.dumps({"split": args.split, "ran": len(missing), "macro_auroc": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Finished runs of several arms and seeds side by side, with intervals; read by ablation.py.
+
+Nothing is trained or scored here: lines and scores in, a table out.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from mmclip.bootstrap import Interval, bootstrap_metrics, macro_draws, percentile_interval
+from mmclip.data.synthetic import FINDINGS
+
+BASE = "contrastive"
+"""The arm that every other one is compared with."""
+
+SMALL_FINDINGS = ("nodule", "rib fracture", "atelectasis", "support devices")
+"""Where contrastive training alone leaves room; thumbnails show them not at all [docs/log.md]."""
+
+DRAWS = 1000
+"""Bootstrap draws of patients and seeds. Source: as in `mmclip zeroshot`."""
+
+
+class Scores(NamedTuple):
+    """The scores of one run, a row a film and a column a finding."""
+
+    film_id: np.ndarray
+    patient_id: np.ndarray
+    findings: np.ndarray
+    labels: Float[np.ndarray, "n k"]
+    scores: Float[np.ndarray, "n k"]
+    shifted: Float[np.ndarray, "n k"]  # of the same films under the domain shift
+
+
+Runs = dict[str, dict[int, tuple[dict, Scores]]]
+"""Finished runs by arm and seed: the line of each, and its scores."""
+
+
+def resampled_seeds(
+    differences: Float[np.ndarray, "seeds draws"], seed: int = 0
+) -> Float[np.ndarray, " draws"]:
+    """The mean difference in each draw over seeds that are drawn with replacement.
+
+    A column holds what each seed says of one draw of patients, the same patients for every seed and
+    arm: so seeds and patients are resampled together. Few seeds give an interval that is somewhat
+    narrow: their spread is taken from themselves, with s in the place of s - 1.
+
+    Source: bootstrap of two crossed factors (Owen, "The pigeonhole bootstrap", 2007).
+    """
+    n_seeds, n_draws = differences.shape
+    picked = np.random.default_rng(seed).integers(0, n_seeds, (n_draws, n_seeds))
+    return differences[picked, np.arange(n_draws)[:, None]].mean(1)
+
+
+class Compared(NamedTuple):
+    """An arm's mean AUROC over its seeds, and how far it is above the base on the seeds of both."""
+
+    auroc: float
+    difference: float | None  # None for the base, and without a seed in common
+    interval: Interval | None
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return f"{self.auroc:.3f}"
+        ci = "" if self.interval is None else f" [{self.interval[0]:+.3f}, {self.interval[1]:+.3f}]"
+        return f"{self.auroc:.3f} ({self.difference:+.3f}{ci})"
+
+
+class Comparison:
+    """Finished runs side by side; the draws of a run are computed once."""
+
+    def __init__(self, runs: Runs, draws: int = DRAWS) -> None:
+        """Checks that all runs scored the same films.
+
+        Raises:
+            ValueError: When two runs scored other films.
+        """
+        self.runs, self.draws = runs, draws
+        every = [scores for by_seed in runs.values() for _, scores in by_seed.values()]
+        for scores in every[1:]:
+            if not np.array_equal(scores.film_id, every[0].film_id):
+                raise ValueError("these runs scored different films; compare runs of one data set")
+        self._draws_of = cache(self._draw)
+
+    def _draw(self, arm: str, seed: int, which: str) -> Float[np.ndarray, "draws k"]:
+        _, found = self.runs[arm][seed]
+        values = found.shifted if which == "shift_auroc" else found.scores
+        patients = found.patient_id.tolist()
+        return bootstrap_metrics(found.labels, values, patients, draws=self.draws).auroc
+
+    def compare(self, arm: str, findings: Sequence[str], which: str = "auroc") -> Compared:
+        """The mean AUROC over some findings, films as they are or "shift_auroc"."""
+
+        def mean(name: str, seeds: Sequence[int]) -> float:
+            lines = [self.runs[name][seed][0] for seed in seeds]
+            return float(np.mean([line[which][f] for line in lines for f in findings]))
+
+        auroc = mean(arm, list(self.runs[arm]))
+        shared = [seed for seed in self.runs[arm] if seed in self.runs.get(BASE, {})]
+        if arm == BASE or not shared:
+            return Compared(auroc, None, None)
+        names = [str(name) for name in self.runs[arm][shared[0]][1].findings]
+        columns = [names.index(finding) for finding in findings]
+        differences = [
+            macro_draws(self._draws_of(arm, seed, which), columns)
+            - macro_draws(self._draws_of(BASE, seed, which), columns)
+            for seed in shared
+        ]
+        interval = percentile_interval(resampled_seeds(np.stack(differences)))
+        return Compared(auroc, mean(arm, shared) - mean(BASE, shared), interval)
+
+
+def table(runs: Runs) -> tuple[str, dict[str, dict]]:
+    """Markdown for people, and the same numbers by arm."""
+    comparison = Comparison(runs)
+    some = [line for by_seed in runs.values() for line, _ in by_seed.values()]
+    counted = [f for f in FINDINGS if all(f in line["macro_findings"] for line in some)]
+    small = [f for f in SMALL_FINDINGS if f in counted]
+    columns: dict[str, tuple[list[str], str]] = {
+        "macro AUROC": (counted, "auroc"),
+        "under domain shift": (counted, "shift_auroc"),
+        "small findings": (small, "auroc"),
+    }
+    apart: dict[str, tuple[list[str], str]] = {name: ([name], "auroc") for name in small}
+    numbers: dict[str, dict] = {}
+    main, by_finding = [], []
+    for arm, by_seed in runs.items():
+        wall_s = float(np.mean([line["wall_s"] for line, _ in by_seed.values()]))
+        said = {
+            name: comparison.compare(arm, findings, which)
+            for name, (findings, which) in (columns | apart).items()
+            if findings
+        }
+        cells = [str(said[name]) if name in said else "–" for name in columns]
+        main.append([arm, str(len(by_seed)), *cells, f"{wall_s:.0f}"])
+        by_finding.append([arm, *(str(said[name]) for name in apart)])
+        numbers[arm] = {"seeds": sorted(by_seed), "wall_s": round(wall_s, 1)}
+        numbers[arm] |= {name: compared._asdict() for name, compared in said.items()}
+    commits = sorted({line["commit"][:12] for line in some})
+    note = (
+        f"In brackets: difference to `{BASE}`, paired by seed, with a 95 % interval that resamples "
+        f"seeds and patients together ({DRAWS} draws). Macro over {len(counted)} findings; small "
+        f"findings are {', '.join(small) or 'none that counts'}. Trained at {', '.join(commits)}."
+    )
+    head = ["arm", "seeds", *columns, "wall s"]
+    return f"{markdown(head, main)}\n{markdown(['arm', *apart], by_finding)}\n{note}", numbers
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,225 @@
+"""The pure parts of bench/ablation.py: intervals, which runs are left, the guard, the shift."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mmclip.data.build import build_data
+from mmclip.data.dataset import open_rows
+from tests.made import write_films
+
+BENCH = str(Path(__file__).parents[1] / "bench")
+sys.path.insert(0, BENCH)  # as `python bench/ablation.py` has it
+ablation, compare = importlib.import_module("ablation"), importlib.import_module("compare")
+sys.path.remove(BENCH)
+
+NAMES = ["edema", "mass"]
+DONE = ablation.Key("contrastive", 0, "val", "c", "d")
+MADE = np.random.default_rng(0)
+PATIENTS = np.repeat([f"p{i:02}" for i in range(30)], 2)  # two films each
+TRUTH = MADE.integers(0, 2, (60, 2)).astype(float)
+
+
+def made_run(strength: float, seed: int) -> tuple[dict, tuple]:
+    """The line and the scores of a run that tells films apart with some strength."""
+    noise = np.random.default_rng(seed).standard_normal((2, 60, 2))
+    plain, shifted = strength * TRUTH + noise[0], noise[1]
+
+    def each(scores: np.ndarray) -> dict[str, float]:
+        aurocs = roc_auc_score(TRUTH, scores, average=None)
+        return dict(zip(NAMES, np.atleast_1d(aurocs).tolist(), strict=True))
+
+    line = {
+        "auroc": each(plain), "shift_auroc": each(shifted), "macro_findings": NAMES,
+        "wall_s": 100.0 + seed, "commit": "c" * 40,
+    }  # fmt: skip
+    films = np.array([f"f{i}" for i in range(60)])
+    return line, compare.Scores(films, PATIENTS, np.array(NAMES), TRUTH, plain, shifted)
+
+
+RUNS = {
+    "contrastive": {s: made_run(0.5, s) for s in (0, 1, 2)},
+    "whole": {s: made_run(1.5, 10 + s) for s in (1, 2, 3)},
+}
+
+
+def test_seeds_are_resampled_in_each_draw_by_hand():
+    # Two seeds that differ by 0 and 1 whoever the patients: means of two picks are 0, 1/2 and 1.
+    means = compare.resampled_seeds(np.array([[0.0] * 4000, [1.0] * 4000]))
+    assert set(means.tolist()) == {0.0, 0.5, 1.0}
+    assert np.mean(means == 0.5) == pytest.approx(0.5, abs=0.04)
+    assert np.mean(means == 0.0) == pytest.approx(0.25, abs=0.04)
+
+
+def test_one_seed_leaves_the_draws_of_patients_as_they_are():
+    draws = np.random.default_rng(1).random((1, 50))
+    assert np.array_equal(compare.resampled_seeds(draws), draws[0])
+
+
+def test_the_paired_interval_equals_the_slow_loop_over_resampled_films():
+    n_draws, shared = 200, (1, 2)
+    rng = np.random.default_rng(0)  # of the patients
+    picks = np.random.default_rng(0).integers(0, 2, (n_draws, 2))  # of the seeds
+    patients = list(dict.fromkeys(PATIENTS))
+    rows_of = {patient: np.flatnonzero(patient == PATIENTS) for patient in patients}
+    slow = []
+    for draw in range(n_draws):
+        drawn = rng.integers(0, len(patients), len(patients))
+        rows = np.concatenate([rows_of[patients[i]] for i in drawn])
+        gains = [
+            roc_auc_score(TRUTH[rows], RUNS["whole"][seed][1].scores[rows])
+            - roc_auc_score(TRUTH[rows], RUNS["contrastive"][seed][1].scores[rows])
+            for seed in shared
+        ]
+        slow.append(np.mean([gains[i] for i in picks[draw]]))
+    found = compare.Comparison(RUNS, draws=n_draws).compare("whole", NAMES)
+    assert found.interval == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])), abs=1e-9)
+
+
+def test_the_difference_is_that_of_the_seeds_of_both_and_the_mean_that_of_all():
+    comparison = compare.Comparison(RUNS, draws=50)
+    found = comparison.compare("whole", ["mass"])
+
+    def of(arm: str, seeds: tuple[int, ...]) -> float:
+        return float(np.mean([RUNS[arm][s][0]["auroc"]["mass"] for s in seeds]))
+
+    assert found.auroc == pytest.approx(of("whole", (1, 2, 3)))
+    assert found.difference == pytest.approx(of("whole", (1, 2)) - of("contrastive", (1, 2)))
+    low, high = found.interval
+    assert low < found.difference < high
+    base = comparison.compare("contrastive", NAMES)
+    assert base.difference is None and base.interval is None
+    shifted = comparison.compare("whole", NAMES, "shift_auroc")
+    assert shifted.auroc < found.auroc  # noise alone, here
+
+
+def test_runs_on_other_films_are_not_compared():
+    line, scores = made_run(1.0, 5)
+    other = scores._replace(film_id=scores.film_id[::-1])
+    with pytest.raises(ValueError, match="scored different films"):
+        compare.Comparison({**RUNS, "pixels": {0: (line, other)}})
+
+
+def test_the_table_has_a_row_an_arm_and_the_small_findings_apart():
+    runs = {
+        arm: {seed: (dict(line), scores) for seed, (line, scores) in by_seed.items()}
+        for arm, by_seed in RUNS.items()
+    }
+    renamed = {"edema": "edema", "mass": "nodule"}
+    for by_seed in runs.values():
+        for seed, (line, scores) in by_seed.items():
+            for which in ("auroc", "shift_auroc"):
+                line[which] = {renamed[name]: value for name, value in line[which].items()}
+            line["macro_findings"] = ["edema", "nodule"]
+            by_seed[seed] = line, scores._replace(findings=np.array(["edema", "nodule"]))
+    text, numbers = compare.table(runs)
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in rows[0]] == [
+        "arm", "seeds", "macro AUROC", "under domain shift", "small findings", "wall s",
+    ]  # fmt: skip
+    assert [row[0].strip() for row in rows[2:4]] == ["contrastive", "whole"]
+    assert rows[3][1].strip() == "3" and rows[3][-1].strip() == "112"
+    assert "(+" in rows[3][2] and "(" not in rows[2][2]
+    assert [cell.strip() for cell in rows[4]] == ["arm", "nodule"]
+    assert numbers["whole"]["nodule"] == numbers["whole"]["small findings"]
+    assert numbers["whole"]["macro AUROC"]["auroc"] == pytest.approx(
+        compare.Comparison(RUNS).compare("whole", NAMES).auroc
+    )
+
+
+def test_a_finished_run_is_left_out_and_any_change_of_its_key_is_another_run(tmp_path: Path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps({**DONE._asdict(), "macro_auroc": 0.7}) + "\n")
+    done = ablation.read_lines(path)
+    others = [
+        DONE._replace(**change)
+        for change in (
+            {"arm": "whole"}, {"seed": 1}, {"split": "test"}, {"config_hash": "e"},
+            {"data_hash": "f"},
+        )
+    ]  # fmt: skip
+    config = ablation.config_of("contrastive", 0, [])
+    wanted = dict.fromkeys([DONE, *others], config)
+    assert list(ablation.unfinished(wanted, done)) == others
+    assert ablation.read_lines(tmp_path / "none.jsonl") == {}
+
+
+def test_half_a_line_is_an_error_that_names_it(tmp_path: Path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(DONE._asdict()) + '\n{"arm": "who')
+    with pytest.raises(ValueError, match=r"runs\.jsonl, line 2 is no line of a finished run"):
+        ablation.read_lines(path)
+
+
+def test_test_films_are_refused_until_every_run_has_finished_on_val():
+    wanted = [DONE._replace(split="test"), DONE._replace(split="test", arm="whole", seed=3)]
+    with pytest.raises(ValueError, match="these have not: whole seed 3; run them with --split val"):
+        ablation.check_test_may_be_scored(wanted, [DONE])
+    done = [DONE, DONE._replace(arm="whole", seed=3)]
+    ablation.check_test_may_be_scored(wanted, done)
+    for change in ({"config_hash": "e"}, {"data_hash": "f"}, {"split": "test"}):
+        with pytest.raises(ValueError, match="contrastive seed 0"):
+            ablation.check_test_may_be_scored(wanted, [DONE._replace(**change), done[1]])
+
+
+def test_arms_are_read_with_their_seed_and_the_overrides():
+    config = ablation.config_of("whole+shuffled_pairs", 7, ["train.steps=4"])
+    assert (config.train.seed, config.train.steps) == (7, 4)
+    assert config.loss.image == config.loss.text == config.unpaired.rows_per_pair == 1
+
+
+def test_the_domain_shift_follows_the_film_and_its_name_alone():
+    films = np.random.default_rng(0).integers(0, 256, (6, 32, 32), dtype=np.uint8)
+    names = [f"f{i}" for i in range(6)]
+    shifted = ablation.shift_domain(films, names)
+    assert shifted.dtype == np.uint8 and shifted.shape == films.shape
+    turned = ablation.shift_domain(films[::-1], names[::-1])
+    assert np.array_equal(shifted[::-1], turned)
+    for film, moved in zip(films, shifted, strict=True):
+        assert np.mean(film != moved) > 0.9
+    same = ablation.shift_domain(np.stack([films[0]] * 2), ["a", "b"])
+    assert not np.array_equal(same[0], same[1])
+
+
+def test_the_domain_shift_keeps_what_is_bright_bright_and_loses_detail():
+    film = np.full((64, 64), 60, np.uint8)
+    film[16:48, 16:48] = 180
+    flat = np.full((64, 64), 120, np.uint8)
+    detailed = np.indices((64, 64)).sum(0) % 2 * np.uint8(200)
+    names = [str(i) for i in range(20)]
+    shifted = ablation.shift_domain(np.stack([film] * 20), names).astype(float)
+    assert (shifted[:, 24:40, 24:40].mean((1, 2)) > shifted[:, :8].mean((1, 2)) + 20).all()
+    assert len(set(shifted[:, 24:40, 24:40].mean((1, 2)).round())) > 5  # exposures differ
+    noise = ablation.shift_domain(np.stack([flat] * 20), names).std((1, 2))
+    assert ((noise > 5) & (noise < 10)).all()  # 3 % of 255
+    lost = ablation.shift_domain(np.stack([detailed.astype(np.uint8)] * 20), names).std((1, 2))
+    assert (lost < 70).all()  # 100 before
+
+
+def test_shifted_rows_are_the_scored_films_with_other_pixels(tmp_path: Path):
+    build_data(write_films(tmp_path, n=8), tmp_path, tmp_path / "data", film_px=32)
+    rows = open_rows([tmp_path / "data"], 32)
+    moved = ablation.shifted_rows(rows, "train")
+    assert moved.films == rows.films
+    numbers = np.array([3, 1])
+    names = [rows.films[i].film_id for i in numbers]
+    expected = ablation.shift_domain(rows.pixels(numbers).numpy(), names)
+    assert np.array_equal(moved.pixels(numbers).numpy(), expected)
+
+
+def test_scores_of_another_configuration_are_not_taken_for_these(tmp_path: Path):
+    _, scores = made_run(1.0, 0)
+    path = ablation.scores_path(tmp_path, DONE)
+    path.parent.mkdir()
+    np.savez_compressed(path, **scores._asdict(), config_hash="c", data_hash="d")
+    loaded = ablation.load_scores(path, DONE)
+    assert all(np.array_equal(a, b) for a, b in zip(loaded, scores, strict=True))
+    with pytest.raises(ValueError, match="scores of another config"):
+        ablation.load_scores(path, DONE._replace(config_hash="e"))
+    with pytest.raises(ValueError, match="is missing; take its line out of the JSONL"):
+        ablation.load_scores(path.with_name("none.npz"), DONE)
