@@ -1,0 +1,612 @@
+"""Does a trained model use the other modality, and does AttMIM's score find the lesion?
+
+    python bench/mechanism.py runs/whole --raw made/raw --data made/data [--out mechanism.json]
+
+On made films, whose lesions are known; the validation films unless --split says another. Formulas
+are chosen on those only.
+
+EntMLM      Loss and accuracy of the hidden words with the true film, with the film of another
+            patient, with mid-grey and with the mean training film. Words are hidden as in
+            training, and then one kind of entity at a time.
+AttMIM      Loss of the hidden patches with the film's own report, with another patient's and with
+            none, on the same patches: chosen at random, or the lesion's first. `features` hides
+            behind the encoder, whose visible features have seen the hidden pixels; `pixels` before.
+Pointing    Films with two findings or more are asked for one by a phrase ("There is a nodule.").
+            A hit is a top patch that this finding's mask touches and no other finding's does; ties
+            are broken by their mean. The headline counts lesions under 3 % of the film.
+
+`decoder_attention/masked` hides the finding's name from the decoder, as in training, so that it can
+point to any lesion; under `entities` and `all` the decoder reads the name. The other scores read
+the whole phrase, whose only entity is the name: for them `masked` is `entities`. The last line is
+one JSON object.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmclip.batch import Batch, Share, Texts
+from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.config import AugmentConfig, Config, HiddenPlace, MaskPolicy, ScoreKind, ScoreTokens
+from mmclip.data.batches import TrainingBatches, is_pair
+from mmclip.data.corpus import mark_concepts, special_ids
+from mmclip.data.dataset import Rows, normalise, open_rows
+from mmclip.data.disease_prompts import PROMPT_DRAWS, load_disease_prompts
+from mmclip.data.manifest import PRESENT
+from mmclip.data.synthetic import read_masks
+from mmclip.data.text import tokenise
+from mmclip.masking import response_score
+from mmclip.mechanism import (
+    PatientMean,
+    deal_to_other_patients,
+    expected_hidden_share,
+    expected_hits,
+    own_patches,
+    patient_mean,
+)
+from mmclip.models.encoders import rebuild_encoder
+from mmclip.models.mmclip import MMCLIP, MaskPlan, build_mmclip
+from mmclip.patches import lesion_ratio_of_patches, normalise_patches, patchify
+from mmclip.pretrain import read_lesions
+
+SMALL_RATIO = 0.03
+"""Lesions under this share of the film count in the headline. [chosen: a heart or an edema fills
+so much of the film that pointing at it is no feat]"""
+
+MEAN_FILMS = 2000
+"""Training films in the mean film. [chosen: more change no pixel by a grey level]"""
+
+
+# -- batches without chance --
+
+
+def still(config: Config, n: int, kinds: Sequence[str]) -> Config:
+    """The configuration under which each of n films comes once, as it is, its report whole."""
+    text_mask = config.text_mask.model_copy(update={"kinds": tuple(kinds)})
+    none = AugmentConfig(rotation_deg=0, translate_ratio=0, scale_ratio=0, brightness=0, contrast=0)
+    return config.model_copy(
+        update={
+            "augment": none,
+            "text_mask": text_mask,
+            "loss": config.loss.model_copy(update={"text": config.loss.text or 1.0}),
+            "unpaired": config.unpaired.model_copy(
+                update={"rows_per_pair": 0.0, "prompt_pairs": False}
+            ),
+            "data": config.data.model_copy(update={"sentence_drop_prob": 0.0}),
+            "train": config.train.model_copy(update={"batch_size": n, "micro_batches": 1}),
+        }
+    )
+
+
+def whole_batch(
+    checkpoint: Checkpoint,
+    rows: Rows,
+    kinds: Sequence[str],
+    lesions: dict[str, np.ndarray] | None = None,
+) -> Batch:
+    """All the rows, each a pair, as one batch in the order of the first epoch."""
+    config = still(checkpoint.config, len(rows), kinds)
+    patch_px = checkpoint.model.vision_model.config.patch_size
+    batches = TrainingBatches(rows, checkpoint.tokenizer, config, patch_px, lesions=lesions)
+    return batches.batch(0, Share())
+
+
+def numbered(texts: Texts, index: Tensor) -> Texts:
+    """The texts of these numbers, in their order."""
+    return Texts(*(tensor[index] for tensor in texts.tensors().values()))
+
+
+def texts_of(texts: Texts, index: Tensor) -> Texts:
+    """The texts of these numbers, dealt to the rows 0, 1, 2, ..."""
+    return replace(numbered(texts, index), rows=torch.arange(len(index)))
+
+
+def chunks(n: int, size: int) -> Iterator[Tensor]:
+    """The numbers 0 to n - 1, at most `size` at a time."""
+    return iter(torch.arange(n).split(size))
+
+
+# -- EntMLM --
+
+
+@torch.inference_mode()
+def hidden_words(
+    model: MMCLIP, films: Tensor, texts: Texts, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss and number of right words of each text, with one film a text."""
+    device = model.logit_scale.device
+    loss, right = np.zeros(len(texts)), np.zeros(len(texts))
+    for index in chunks(len(texts), size):
+        some = texts_of(texts, index).to(device)
+        read = model.read(some, model.encode_image(films[index].to(device)).features)
+        assert read.token_logits is not None
+        target = some.ids[some.is_masked]
+        row = index.numpy()[some.is_masked.nonzero()[:, 0].cpu().numpy()]
+        each = F.cross_entropy(read.token_logits.float(), target, reduction="none")
+        is_right = read.token_logits.argmax(-1) == target
+        np.add.at(loss, row, each.double().cpu().numpy())
+        np.add.at(right, row, is_right.double().cpu().numpy())
+    return loss, right
+
+
+def measure_text(
+    checkpoint: Checkpoint, rows: Rows, mean_film: Tensor, draws: int, size: int
+) -> dict[str, Any]:
+    """Part 1: by kind of hidden words and film shown, loss and accuracy; and their differences."""
+    configured = checkpoint.config.text_mask.kinds
+    found: dict[str, Any] = {}
+    for name, kinds in {"as trained": configured, **{kind: (kind,) for kind in configured}}.items():
+        batch = whole_batch(checkpoint, rows, kinds)
+        patient_of = {film.film_id: film.patient_id for film in rows.films}
+        patients = [patient_of[film_id] for film_id in batch.film_ids]
+        has_kind = (batch.reports.is_masked & batch.reports.is_entity).any(1)
+        # A text without such an entity has any words hidden, which are not asked about here.
+        is_masked = batch.reports.is_masked & (has_kind[:, None] | (name == "as trained"))
+        texts = replace(batch.reports, is_masked=is_masked)
+        other = torch.from_numpy(deal_to_other_patients(patients, seed=0))
+        count = is_masked.sum(1).numpy()
+        shown = {
+            "true film": batch.image,
+            "another patient's": batch.image[other],
+            "mid-grey": torch.zeros_like(batch.image),
+            "mean film": mean_film.expand_as(batch.image),
+        }
+        values = {
+            film: hidden_words(checkpoint.model, images, texts, size)
+            for film, images in shown.items()
+        }
+        own_loss, own_right = values["true film"]
+        found[name] = {
+            film: {
+                "loss": patient_mean(loss, count, patients, draws),
+                "accuracy": patient_mean(right, count, patients, draws),
+                "loss_less_true": patient_mean(loss - own_loss, count, patients, draws),
+                "accuracy_true_less": patient_mean(own_right - right, count, patients, draws),
+            }
+            for film, (loss, right) in values.items()
+        }
+        found[name]["n_words"] = int(count.sum())
+    return found
+
+
+# -- AttMIM --
+
+
+@torch.inference_mode()
+def hidden_patches(
+    model: MMCLIP, batch: Batch, texts: Texts, plan: MaskPlan, size: int
+) -> tuple[Tensor, Tensor]:
+    """Squared error of each patch, and which are hidden, [b, n] both; `texts` one a row or none."""
+    device = model.logit_scale.device
+    patch_px = model.vision_model.config.patch_size
+    errors, hidden = [], []
+    for index in chunks(len(batch), size):
+        lesion = batch.lesion_ratio
+        part = Batch(
+            image=batch.image[index],
+            reports=texts_of(texts, index if len(texts) else index[:0]),
+            prompts=texts_of(batch.prompts, index[:0]),
+            keys=batch.keys[index],
+            patch_noise=batch.patch_noise[index],
+            lesion_ratio=None if lesion is None else lesion[index],
+            film_ids=tuple(batch.film_ids[i] for i in index.tolist()),
+            step=0,
+        ).to(device)
+        out = model(part, plan)
+        target = normalise_patches(patchify(part.image, patch_px))
+        errors.append((out.patches.float() - target).square().mean(-1).cpu())
+        hidden.append(out.is_masked.cpu())
+    return torch.cat(errors), torch.cat(hidden)
+
+
+def measure_image(
+    checkpoint: Checkpoint, rows: Rows, lesions: dict[str, np.ndarray], draws: int, size: int
+) -> dict[str, Any]:
+    """Part 2: by place of hiding, choice of patches and text given, the loss of hidden patches."""
+    mask = checkpoint.config.image_mask
+    batch = whole_batch(checkpoint, rows, checkpoint.config.text_mask.kinds, lesions)
+    assert batch.lesion_ratio is not None
+    patient_of = {film.film_id: film.patient_id for film in rows.films}
+    patients = [patient_of[film_id] for film_id in batch.film_ids]
+    other = torch.from_numpy(deal_to_other_patients(patients, seed=0))
+    given = {
+        "own report": batch.reports,
+        "another patient's": texts_of(batch.reports, other),
+        "no text": texts_of(batch.reports, other[:0]),
+    }
+    found: dict[str, Any] = {}
+    for hide in get_args(HiddenPlace):
+        policies: tuple[MaskPolicy, ...] = ("random", "oracle")
+        for policy in policies:
+            plan = MaskPlan(mask.mask_ratio, policy, mask.score, mask.score_tokens, hide, 0.0)
+            errors = {
+                name: hidden_patches(checkpoint.model, batch, texts, plan, size)
+                for name, texts in given.items()
+            }
+            own, is_hidden = errors["own report"]
+            places = {"all hidden": is_hidden, "the lesion's": is_hidden & (batch.lesion_ratio > 0)}
+            for place, here in places.items():
+                count = here.sum(1).numpy()
+
+                def over(
+                    error: Tensor, here: Tensor = here, count: np.ndarray = count
+                ) -> PatientMean:
+                    total = torch.where(here, error.double(), 0.0).sum(1).numpy()
+                    return patient_mean(total, count, patients, draws)
+
+                found[f"{hide}, {policy}, {place}"] = {
+                    name: {"loss": over(error), "loss_less_own": over(error - own)}
+                    for name, (error, _) in errors.items()
+                }
+    return found
+
+
+# -- pointing --
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One finding of a film with several, and what is known of its lesion."""
+
+    row: int  # of the rows that are asked
+    finding: str
+    side: str
+    size: str  # as drawn: small, moderate or large
+    area_ratio: float  # of the film
+    patient_id: str
+
+
+def asked_of(rows: Rows, masks: dict[tuple[str, str], np.ndarray], raw: Path) -> list[Asked]:
+    """Every finding of every film that shows two or more."""
+    with (raw / "lesions.csv").open(encoding="utf-8") as file:
+        drawn = {(line["film_id"], line["finding"]): line for line in csv.DictReader(file)}
+    by_film: dict[str, list[str]] = {}
+    for film_id, finding in sorted(masks):
+        by_film.setdefault(film_id, []).append(finding)
+    asked = []
+    for row, film in enumerate(rows.films):
+        findings = by_film.get(film.film_id, [])
+        for finding in findings if len(findings) > 1 else []:
+            lesion = drawn[film.film_id, finding]
+            area = float(masks[film.film_id, finding].mean())
+            asked.append(Asked(row, finding, lesion["side"], lesion["size"], area, film.patient_id))
+    return asked
+
+
+def phrases(checkpoint: Checkpoint, asked: Sequence[Asked], with_side: bool) -> Texts:
+    """What each is asked by, with the name as the only entity, and hidden in `masked_ids`."""
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    wordings = load_disease_prompts(config.unpaired.prompts)
+    prompts = []
+    for item in asked:
+        prompt = wordings.write({item.finding: PRESENT}, np.zeros(PROMPT_DRAWS + 2), 0.0)
+        assert prompt is not None
+        text = prompt.text
+        if with_side and item.side in ("left", "right"):
+            text = f"{text.removesuffix('.')} in the {item.side} lung."
+        prompts.append(prompt._replace(text=text))
+    tokens = tokenise(tokenizer, [p.text for p in prompts], max_tokens=config.data.max_tokens)
+    concepts = np.stack(
+        [mark_concepts(p.entities, o)[0] for p, o in zip(prompts, tokens.offsets, strict=True)]
+    )
+    ids, is_valid = torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.is_valid)
+    is_name = torch.from_numpy(concepts > 0) & is_valid
+    masked_ids = ids.masked_fill(is_name, special_ids(tokenizer)[3])
+    rows = torch.tensor([item.row for item in asked])
+    return Texts(rows, ids, is_valid, is_name, is_name, masked_ids)
+
+
+def score_names(has_decoder: bool) -> list[tuple[ScoreKind, ScoreTokens]]:
+    """The scores that a checkpoint can give, without those that equal another for a phrase."""
+    every: list[tuple[ScoreKind, ScoreTokens]] = []
+    for kind in get_args(ScoreKind):
+        for tokens in get_args(ScoreTokens):
+            if kind == "embedding" and tokens != "all":
+                continue  # reads no tokens
+            if kind == "decoder_attention" and not has_decoder:
+                continue
+            if kind != "decoder_attention" and tokens == "masked":
+                continue  # the name is hidden and is the only entity: the same as "entities"
+            every.append((kind, tokens))
+    return every
+
+
+@torch.inference_mode()
+def score_maps(model: MMCLIP, films: Tensor, texts: Texts, size: int) -> dict[str, Tensor]:
+    """The score of each patch for each phrase, [phrases, n], by name of the score."""
+    device, has_decoder = model.logit_scale.device, model.text_decoder is not None
+    maps: dict[str, list[Tensor]] = {}
+    for index in chunks(len(texts), size):
+        some = numbered(texts, index)
+        distinct, row = torch.unique(some.rows, return_inverse=True)
+        some = replace(some, rows=row).to(device)
+        image = model.encode_image(films[distinct].to(device))
+        joint = model.visual_projection(image.features[:, 1:])[some.rows]
+        none = torch.zeros_like(some.is_masked)
+        seen = replace(some, is_masked=none, masked_ids=some.ids)
+        reads = {
+            "masked": model.read(some, image.features, has_decoder),
+            "all": model.read(seen, image.features, has_decoder),
+        }
+        chosen = {"entities": some.is_entity, "masked": some.is_masked, "all": some.is_valid}
+        for kind, tokens in score_names(has_decoder):
+            read = reads["masked" if tokens == "masked" else "all"]
+            score = response_score(
+                kind,
+                joint,
+                read.embedding,
+                model.text_projection(read.features),
+                chosen[tokens],
+                read.attention,
+            )
+            name = kind if kind == "embedding" else f"{kind}/{tokens}"
+            maps.setdefault(name, []).append(score.cpu())
+    return {name: torch.cat(parts) for name, parts in maps.items()}
+
+
+def random_weights(checkpoint: Checkpoint, seed: int = 0) -> MMCLIP:
+    """The model of the checkpoint before any training."""
+    torch.manual_seed(seed)
+    meta, config = checkpoint.meta, checkpoint.config
+    vision, text = (rebuild_encoder(meta[f"{name}_config"]) for name in ("vision", "text"))
+    return build_mmclip(config, vision, text).eval()
+
+
+def location_prior(
+    rows: Rows, masks: dict[tuple[str, str], np.ndarray], patch_px: int
+) -> dict[str, Tensor]:
+    """The mean share of each patch that a finding covers, over the training films that show it."""
+    train = {film.film_id for film in rows.films if film.split == "train"}
+    found: dict[str, list[np.ndarray]] = {}
+    for (film_id, finding), mask in masks.items():
+        if film_id in train:
+            found.setdefault(finding, []).append(mask)
+    return {
+        finding: lesion_ratio_of_patches(
+            torch.from_numpy(np.mean(some, 0)).float()[None, None], patch_px
+        )[0]
+        for finding, some in found.items()
+    }
+
+
+def measure_pointing(
+    checkpoint: Checkpoint,
+    all_rows: Rows,
+    rows: Rows,
+    raw: Path,
+    draws: int,
+    size: int,
+    with_side: bool,
+) -> dict[str, Any]:
+    """Part 3: hits of each score and baseline, all lesions and small ones, by finding and size."""
+    masks = read_masks(raw)
+    patch_px = checkpoint.model.vision_model.config.patch_size
+    asked = asked_of(rows, masks, raw)
+    ids = [film.film_id for film in rows.films]
+    touched = lesion_ratio_of_patches(
+        torch.from_numpy(np.stack([masks[ids[a.row], a.finding] for a in asked])).float()[:, None],
+        patch_px,
+    ) > 0  # fmt: skip
+    row_of = torch.tensor([a.row for a in asked])
+    target = torch.zeros_like(touched)
+    next_of = torch.arange(len(asked))  # the next finding of the same film
+    for row in row_of.unique():
+        here = (row_of == row).nonzero()[:, 0]
+        target[here] = own_patches(touched[here])
+        next_of[here] = here.roll(-1)
+    films = normalise(rows.pixels(np.arange(len(rows))))
+    texts = phrases(checkpoint, asked, with_side)
+    device = checkpoint.model.logit_scale.device
+    maps = score_maps(checkpoint.model, films, texts, size)
+    untrained = score_maps(random_weights(checkpoint).to(device), films, texts, size)
+    patches = patchify(films, patch_px)[row_of]
+    prior = location_prior(all_rows, masks, patch_px)
+    nowhere = torch.zeros(target.shape[1])
+    baselines = {
+        "brightest patch": patches.mean(-1),
+        "local contrast": patches.std(-1),
+        "location prior": torch.stack([prior.get(a.finding, nowhere) for a in asked]),
+        "chance": torch.zeros(target.shape),
+    }
+
+    has_own = target.any(1)
+    is_small = torch.tensor([a.area_ratio < SMALL_RATIO for a in asked]) & has_own
+    mask_ratio = checkpoint.config.image_mask.mask_ratio
+
+    def over(values: Tensor, where: Tensor) -> PatientMean:
+        patients = [a.patient_id for a, w in zip(asked, where.tolist(), strict=True) if w]
+        some = values[where].double().numpy()
+        return patient_mean(some, np.ones(len(some)), patients, draws)
+
+    def grouped(values: Tensor, where: Tensor, key: str) -> dict[str, Any]:
+        names = [getattr(a, key) for a in asked]
+        return {
+            name: {"hit": round(float(values[here].mean()), 4), "n": int(here.sum())}
+            for name in sorted(set(names))
+            if (here := torch.tensor([n == name for n in names]) & where).any()
+        }
+
+    def summary(score: Tensor) -> dict[str, Any]:
+        hits = expected_hits(score, target)
+        return {
+            "hit": over(hits, is_small),
+            "hit_all_sizes": over(hits, has_own),
+            "hidden_share": over(expected_hidden_share(score, target, mask_ratio), is_small),
+            "by_finding": grouped(hits, is_small, "finding"),
+            "by_size": grouped(hits, has_own, "size"),
+        }
+
+    prior_hits = expected_hits(baselines["location prior"], target)
+    scores = {}
+    for name, score in maps.items():
+        hits = expected_hits(score, target)
+        other = expected_hits(score[next_of], target)
+        new = expected_hits(untrained[name], target)
+        scores[name] = {
+            **summary(score),
+            "other_phrase": over(other, is_small),
+            "random_weights": over(new, is_small),
+            "less_other_phrase": over(hits - other, is_small),
+            "less_random_weights": over(hits - new, is_small),
+            "less_location_prior": over(hits - prior_hits, is_small),
+        }
+    mask = checkpoint.config.image_mask
+    areas = torch.tensor([a.area_ratio for a in asked])
+    return {
+        "configured": mask.score
+        if mask.score == "embedding"
+        else f"{mask.score}/{mask.score_tokens}",
+        "n_films": len(row_of.unique()),
+        "n_asked": len(asked),
+        "n_without_own_patch": int((~has_own).sum()),
+        "n_headline": int(is_small.sum()),
+        "area_ratio": round(float(areas[is_small].mean()), 5),
+        "mask_ratio": mask_ratio,
+        "example": checkpoint.tokenizer.decode(texts.ids[0][texts.is_valid[0]].tolist()),
+        "scores": scores,
+        "baselines": {name: summary(score) for name, score in baselines.items()},
+    }
+
+
+# -- the page --
+
+
+def said(value: PatientMean | None, percent: bool = False) -> str:
+    """A mean with its interval, for a table."""
+    if value is None or value.mean is None:
+        return "-"
+    factor, digits = (100, 1) if percent else (1, 3)
+    text = f"{factor * value.mean:.{digits}f}"
+    if value.interval is None:
+        return text
+    low, high = (f"{factor * edge:.{digits}f}" for edge in value.interval)
+    return f"{text} [{low}, {high}]"
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    """All that is in the results, for reading."""
+    if results["entmlm"]:
+        print("\nEntMLM: hidden words, by the film that is shown; [95 % over patients]")
+        for kind, found in results["entmlm"].items():
+            print(f"\n  {kind}, {found['n_words']} words")
+            for film, row in found.items():
+                if film == "n_words":
+                    continue
+                print(
+                    f"  {film:20}accuracy {said(row['accuracy'], True):22}"
+                    f"true less {said(row['accuracy_true_less'], True):22}"
+                    f"loss {said(row['loss']):24}less true {said(row['loss_less_true'])}"
+                )
+    if results["attmim"]:
+        print("\nAttMIM: loss of hidden patches (1 is what predicting nothing costs), by text")
+        for place, found in results["attmim"].items():
+            print(f"\n  {place}")
+            for text, row in found.items():
+                print(f"  {text:20}{said(row['loss']):26}less own {said(row['loss_less_own'])}")
+    pointing = results["pointing"]
+    print(
+        f"\nPointing, {pointing['n_headline']} lesions < {SMALL_RATIO:.0%} of the film, asked as "
+        f'"{pointing["example"]}"; hits in %, and share of the lesion that is hidden at '
+        f"{pointing['mask_ratio']:.0%}\n"
+    )
+    columns = ("other_phrase", "random_weights", "less_other_phrase", "less_location_prior")
+    print(
+        f"  {'':30}{'hit':22}{'hidden':22}" + "".join(f"{c.replace('_', ' '):22}" for c in columns)
+    )
+    for name, row in {**pointing["scores"], **pointing["baselines"]}.items():
+        mark = "*" if name == pointing["configured"] else " "
+        cells = [row["hit"], row["hidden_share"], *(row.get(c) for c in columns)]
+        print(f"{mark} {name:30}" + "".join(f"{said(cell, True):22}" for cell in cells))
+    print("  * as configured\n")
+    best = max(pointing["scores"], key=lambda name: pointing["scores"][name]["hit"].mean or 0.0)
+    shown = dict.fromkeys(
+        [name for name in (pointing["configured"], best) if name in pointing["scores"]]
+    )
+    for key, title in (("by_finding", "small lesions"), ("by_size", "all lesions")):
+        prior = pointing["baselines"]["location prior"][key]
+        print(f"  {title:22}{'n':>6}{'location prior':>18}" + "".join(f"{n:>30}" for n in shown))
+        for group, cell in prior.items():
+            hits = "".join(f"{100 * pointing['scores'][n][key][group]['hit']:30.1f}" for n in shown)
+            print(f"  {group:22}{cell['n']:6}{100 * cell['hit']:18.1f}{hits}")
+        print()
+
+
+def plain(value: Any) -> Any:
+    """The results with rounded numbers, for JSON."""
+    if isinstance(value, PatientMean):
+        ci = None if value.interval is None else [round(edge, 5) for edge in value.interval]
+        return {
+            "mean": None if value.mean is None else round(value.mean, 5),
+            "ci": ci,
+            "n": value.n,
+        }
+    return {key: plain(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def main() -> None:
+    """Loads, measures, prints."""
+    parser = argparse.ArgumentParser(description="Does a model use the other modality?")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder")
+    parser.add_argument("--raw", type=Path, required=True, help="made films with masks.npz")
+    parser.add_argument("--data", type=Path, required=True, help="the data folder built of them")
+    parser.add_argument("--split", choices=["val", "test"], default="val")
+    parser.add_argument("--films", type=int, help="at most so many of the split")
+    parser.add_argument("--with-side", action="store_true", help="phrases name the side, too")
+    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+
+    checkpoint = load_checkpoint(args.checkpoint)
+    model = checkpoint.model.to(args.device)
+    every = open_rows([args.data], checkpoint.config.data.film_px)
+    views = checkpoint.config.data.views
+    chosen = [is_pair(f) and f.split == args.split and f.view in views for f in every.films]
+    if args.films is not None:
+        chosen = np.array(chosen) & (np.cumsum(chosen) <= args.films)
+    rows = every.select(chosen)
+    if len(rows) < 2:
+        raise SystemExit(f"{args.data} holds {len(rows)} films with a report in split {args.split}")
+    train = every.select([f.split == "train" and f.image is not None for f in every.films])
+    some = np.linspace(0, len(train) - 1, min(MEAN_FILMS, len(train))).astype(int)
+    mean_film = normalise(train.pixels(some)).mean(0, keepdim=True)
+    lesions = read_lesions(args.raw)
+    common: dict[str, Any] = {"draws": args.draws, "size": args.batch_size}
+    entmlm = attmim = None
+    if model.text_decoder is not None:
+        entmlm = measure_text(checkpoint, rows, mean_film, **common)
+    if model.image_decoder is not None:
+        attmim = measure_image(checkpoint, rows, lesions, **common)
+    results = {
+        "checkpoint": str(checkpoint.folder),
+        "step": checkpoint.meta["step"],
+        "config_hash": checkpoint.meta["config_hash"],
+        "data_hash": every.data_hash,
+        "split": args.split,
+        "with_side": args.with_side,
+        "n_films": len(rows),
+        "entmlm": entmlm,
+        "attmim": attmim,
+        "pointing": measure_pointing(
+            checkpoint, every, rows, args.raw, **common, with_side=args.with_side
+        ),
+    }
+    print_tables(results)
+    line = json.dumps(plain(results))
+    if args.out is not None:
+        args.out.write_text(line + "\n", "utf-8")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
