@@ -121,10 +121,10 @@ def _new_resnet(config: ImageEncoderConfig, film_px: int) -> ResNetModel:
         depths=[config.depth] * len(widths),
         layer_type="basic",
         downsample_in_first_stage=False,
-        # What a ViT's configuration says of its features, under the same names.
-        hidden_size=config.width,
-        image_size=film_px,
-        patch_size=config.patch_px,
+    )
+    # What a ViT's configuration says of its features, under the same names.
+    resnet.update(
+        {"hidden_size": config.width, "image_size": film_px, "patch_size": config.patch_px}
     )
     encoder = ResNetModel(resnet)
     adapt_resnet(encoder)
@@ -138,7 +138,7 @@ def adapt_resnet(encoder: ResNetModel) -> None:
     `vision_model.pooler` is replaced as here.
     """
     globalise_batch_norm(encoder)
-    encoder.pooler = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    setattr(encoder, "pooler", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))  # noqa: B010
 
 
 def build_text_encoder(

@@ -139,8 +139,8 @@ DEMO = Preset(
     ),
     lesion_scale=1.3,
     lesion_contrast=1.6,
-    exposure_spread=0.8,
-    pose_spread=0.8,
+    exposure_spread=0.9,
+    pose_spread=0.9,
     uncertain_prob=0.05,
     absent_mention_prob=0.25,
 )
