@@ -334,10 +334,9 @@ def score_maps(model: MMCLIP, films: Tensor, texts: Texts, size: int) -> dict[st
         none = torch.zeros_like(some.is_masked)
         seen = replace(some, is_masked=none, masked_ids=some.ids)
         reads = {
-            "masked": model.read(some, image.features, has_decoder),
-            "all": model.read(seen, image.features, has_decoder),
+            "masked": model.read(some, image.features, "masked" if has_decoder else None),
+            "all": model.read(seen, image.features, "all" if has_decoder else None),
         }
-        chosen = {"entities": some.is_entity, "masked": some.is_masked, "all": some.is_valid}
         for kind, tokens in score_names(has_decoder):
             read = reads["masked" if tokens == "masked" else "all"]
             score = response_score(
@@ -345,7 +344,7 @@ def score_maps(model: MMCLIP, films: Tensor, texts: Texts, size: int) -> dict[st
                 joint,
                 read.embedding,
                 model.text_projection(read.features),
-                chosen[tokens],
+                some.chosen(tokens),
                 read.attention,
             )
             name = kind if kind == "embedding" else f"{kind}/{tokens}"

@@ -22,7 +22,7 @@ SMALL = (
     "model.image.depth=2", "model.image.heads=2",
     "model.text.width=24", "model.text.depth=2", "model.text.heads=2",
     "model.image_decoder.width=16", "model.image_decoder.heads=2",
-    "model.text_decoder.width=16", "model.text_decoder.heads=2",
+    "model.text_decoder.width=16", "model.text_decoder.heads=2", "data.sentence_drop_prob=0",
 )  # fmt: skip
 LABELS = ("loss.label=1", "unpaired.rows_per_pair=1")
 WHOLE = ("loss.image=1", "loss.text=1", "image_mask.anneal_from=0", "image_mask.anneal_to=0")

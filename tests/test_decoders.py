@@ -149,7 +149,7 @@ def test_the_text_reaches_every_predicted_patch_and_its_padding_none():
         decoder(features[:1], is_masked[:1], text[:1, :3], is_valid[:1, :3]), pred[:1]
     )
     other = decoder(features, is_masked, text.flip(0), is_valid.flip(0))
-    assert ((other - pred).abs().amax(-1) > 1e-5).all()
+    assert ((other - pred).abs().amax(-1)[is_masked] > 1e-5).all()
 
 
 def test_a_film_without_a_text_is_decoded_from_its_patches_alone():
@@ -278,12 +278,46 @@ def test_attention_of_the_text_decoder_is_that_of_its_blocks_and_changes_no_resu
     decoder = text_decoder(depth)
     text, is_valid = some_text()
     image = made(1, 2, 13, 10)
-    plain, none = decoder.read(text, is_valid, image)
-    x, attention = decoder.read(text, is_valid, image, want_attention=True)
+    everywhere = torch.ones_like(is_valid)
+    plain, none = decoder.read(text, is_valid, image, everywhere)
+    x, attention = decoder.read(text, is_valid, image, everywhere, want_attention=True)
     assert none is None and torch.equal(x, plain)
     assert attention is not None and attention.shape == (2, 2 * depth, 5, 13)
     assert not attention.requires_grad
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, 2 * depth, 5))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_tokens_asked_for_get_what_they_get_when_all_are_asked(depth: int):
+    decoder = text_decoder(depth)
+    text, is_valid = some_text(3)
+    image = made(1, 3, 13, 10)
+    is_asked = torch.zeros_like(is_valid)
+    is_asked[0, [1, 2]] = is_asked[2, 3] = True  # two, none, one
+    x, attention = decoder.read(text, is_valid, image, torch.ones_like(is_valid), True)
+    part, of_part = decoder.read(text, is_valid, image, is_asked, True)
+    assert attention is not None and of_part is not None
+    torch.testing.assert_close(part[is_asked], x[is_asked])
+    assert not part[~is_asked].any()
+    chosen = is_asked[:, None].expand(-1, attention.shape[1], -1)
+    torch.testing.assert_close(of_part[chosen], attention[chosen])
+    assert not of_part[:, -2:].masked_select(~is_asked[:, None, :, None]).any()  # of the last block
+
+
+def test_hidden_patches_get_what_they_get_in_a_slow_decoder_of_all_patches():
+    decoder = image_decoder()
+    features, is_masked = some_image(3)
+    is_masked[1] = False
+    is_masked[1, 7] = True  # rows of unequal numbers
+    text, is_valid = some_text(3)
+    pred = decoder(features, is_masked, text, is_valid)
+    x = torch.where(is_masked[..., None], decoder.mask_token, decoder.embed(features))
+    x = x + decoder.positions
+    for block in decoder.blocks:
+        x, _ = block(x, None, text, is_valid)
+    slow = decoder.head(decoder.norm(x))
+    torch.testing.assert_close(pred[is_masked], slow[is_masked])
+    assert not pred[~is_masked].any()
 
 
 def test_every_parameter_of_the_text_decoder_gets_a_gradient():
@@ -320,7 +354,10 @@ def test_both_decoders_run_in_bf16_autocast_with_float32_attention():
     features, is_masked = some_image()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pred = image_decoder()(features, is_masked, text, is_valid)
-        x, attention = text_decoder().read(text, is_valid, features, want_attention=True)
+        everywhere = torch.ones_like(is_valid)
+        x, attention = text_decoder().read(
+            text, is_valid, features, everywhere, want_attention=True
+        )
     assert pred.isfinite().all() and x.isfinite().all()
     assert attention is not None and attention.dtype == torch.float32
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 5))

@@ -373,7 +373,8 @@ def test_reports_are_varied_and_well_formed():
             assert re.fullmatch(r"[A-Z][^{}]*\.", sentence), sentence
             assert "  " not in sentence and " ." not in sentence and " ," not in sentence
             assert not re.search(
-                r"\ba [aeiou]|\ban [^aeiou]|(effusions|fractures|devices|tubes) is|\bnone\b(?! avail)",
+                r"\ba [aeiou]|\ban [^aeiou]|(effusions|fractures|devices|tubes) is|"
+                r"\bnone\b(?! avail)",
                 sentence,
             )
 

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmclip.config import ScoreTokens
+
 
 @dataclass(frozen=True)
 class Share:
@@ -35,6 +37,15 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def chosen(self, tokens: ScoreTokens) -> Bool[Tensor, "m t"]:
+        """The words of a kind, as `config.ScoreTokens` names them."""
+        kinds = {
+            "entities": self.is_entity & self.is_valid,
+            "masked": self.is_masked,
+            "all": self.is_valid,
+        }
+        return kinds[tokens]
 
     def take(self, keep: Bool[Tensor, " m"]) -> "Texts":
         """The texts where `keep` is True."""

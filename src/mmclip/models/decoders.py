@@ -1,13 +1,14 @@
 """The two decoders: each rebuilds what is hidden of one modality with the help of the other.
 
-Pre-norm transformers. A row without the other modality is decoded from its own alone.
+Pre-norm transformers. A row without the other modality is decoded from its own alone. The last
+block computes only what is asked for: the hidden patches or words.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 MLP_RATIO = 4
@@ -92,10 +93,23 @@ class Block(nn.Module):
         context: Float[Tensor, "b c cw"],
         context_is_valid: Bool[Tensor, "b c"] | None,
         want_weights: bool = False,
-    ) -> tuple[Float[Tensor, "b s w"], Float[Tensor, "b heads s c"] | None]:
-        """The next x, and the weights of the cross-attention if wanted."""
+        asked: Int[Tensor, "b a"] | None = None,
+    ) -> tuple[Float[Tensor, "b a w"], Float[Tensor, "b heads a c"] | None]:
+        """The next x, and the weights of the cross-attention if wanted.
+
+        Args:
+            x: The sequence.
+            is_valid: False on its padding.
+            context: Of the other modality.
+            context_is_valid: False on padding of that.
+            want_weights: See `Attention.forward`.
+            asked: The places whose next x is wanted; the others only answer. None: all.
+        """
         normed = self.self_norm(x)
-        x = x + self.self_attention(normed, normed, is_valid)[0]
+        queries = normed
+        if asked is not None:
+            x, queries = _at(x, asked), _at(normed, asked)
+        x = x + self.self_attention(queries, normed, is_valid)[0]
         gathered, weights = self.cross_attention(
             self.cross_norm(x), context, context_is_valid, want_weights
         )
@@ -148,8 +162,9 @@ class ImageDecoder(nn.Module):
         is_masked: Bool[Tensor, "b n"],
         text_features: Float[Tensor, "b t dt"],
         text_is_valid: Bool[Tensor, "b t"],
+        n_masked: int | None = None,
     ) -> Float[Tensor, "b n p"]:
-        """Pixels of every patch, in per-patch standard deviations.
+        """Pixels of the hidden patches, in per-patch standard deviations; 0 in the others.
 
         Hidden features are replaced before anything mixes, so no prediction depends on them; what
         stands in their places is without meaning (see `patches.place_visible`).
@@ -159,12 +174,15 @@ class ImageDecoder(nn.Module):
             is_masked: The patches to predict.
             text_features: Of the report or the prompt.
             text_is_valid: False on padding, and everywhere in rows without a text.
+            n_masked: How many are hidden in a film, at most; None asks the device.
         """
         embedded = self.embed(features)
         x = torch.where(is_masked[..., None], self.mask_token, embedded) + self.positions
-        for block in self.blocks:
+        asked = _asked_first(is_masked, n_masked)
+        for block in self.blocks[:-1]:
             x, _ = block(x, None, text_features, text_is_valid)
-        return self.head(self.norm(x))
+        x, _ = self.blocks[-1](x, None, text_features, text_is_valid, asked=asked)
+        return _put_back(self.head(self.norm(x)), asked, is_masked)
 
 
 class TextDecoder(nn.Module):
@@ -212,7 +230,7 @@ class TextDecoder(nn.Module):
         word_embeddings: Float[Tensor, "v dt"],
     ) -> Float[Tensor, "m v"]:
         """Vocabulary logits of the hidden tokens; see `read` and `predict`."""
-        x, _ = self.read(features, is_valid, image_features)
+        x, _ = self.read(features, is_valid, image_features, is_masked)
         return self.predict(x, is_masked, word_embeddings)
 
     def read(
@@ -220,6 +238,7 @@ class TextDecoder(nn.Module):
         features: Float[Tensor, "b t dt"],
         is_valid: Bool[Tensor, "b t"],
         image_features: Float[Tensor, "b i d"],
+        is_asked: Bool[Tensor, "b t"],
         want_attention: bool = False,
     ) -> tuple[Float[Tensor, "b t w"], Float[Tensor, "b heads t i"] | None]:
         """Lets the tokens look at the film.
@@ -228,15 +247,23 @@ class TextDecoder(nn.Module):
             features: Of the text encoder.
             is_valid: False on padding.
             image_features: Patches and class token; all are real.
+            is_asked: The tokens whose features and attention are wanted; the others get 0.
             want_attention: Also give the weights with which each token looked at the film, the
                 heads of all blocks in a row, in float32 and without gradient.
         """
         x = self.embed(features)
+        asked = _asked_first(is_asked, None)
         attention = []
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x, weights = block(x, is_valid, image_features, None, want_attention)
             attention.append(weights)
-        return x, torch.cat(attention, 1) if want_attention else None
+        x, weights = self.blocks[-1](x, is_valid, image_features, None, want_attention, asked)
+        x = _put_back(x, asked, is_asked)
+        if weights is None:
+            return x, None
+        weights = _put_back(weights.transpose(1, 2).flatten(2), asked, is_asked)
+        heads = weights.unflatten(2, (-1, image_features.shape[1])).transpose(1, 2)
+        return x, torch.cat([*attention, heads], 1)
 
     def predict(
         self,
@@ -252,6 +279,25 @@ class TextDecoder(nn.Module):
             word_embeddings: Of the text encoder, shared with the output.
         """
         return F.linear(self.head(self.norm(x[is_masked])), word_embeddings, self.bias)
+
+
+def _asked_first(is_asked: Bool[Tensor, "b s"], n: int | None) -> Int[Tensor, "b a"]:
+    """The places asked for in each row, in order; rows that ask for fewer are filled up."""
+    if n is None:
+        n = max(is_asked.sum(1).tolist(), default=1) or 1
+    return (~is_asked).byte().argsort(dim=1, stable=True)[:, :n]
+
+
+def _at(x: Float[Tensor, "b s w"], places: Int[Tensor, "b a"]) -> Float[Tensor, "b a w"]:
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _put_back(
+    x: Float[Tensor, "b a w"], places: Int[Tensor, "b a"], is_asked: Bool[Tensor, "b s"]
+) -> Float[Tensor, "b s w"]:
+    out = x.new_zeros(*is_asked.shape, x.shape[2])
+    out = out.scatter(1, places[..., None].expand_as(x), x)
+    return out.masked_fill(~is_asked[..., None], 0.0)
 
 
 def grid_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n w"]:

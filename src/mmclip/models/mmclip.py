@@ -139,9 +139,11 @@ class MMCLIP(nn.Module):
             plan: How to hide patches; None without an image decoder.
         """
         image = self.encode_image(batch.image)
-        wants = plan is not None and plan.is_guided and plan.score == "decoder_attention"
-        reports = self.read(batch.reports, image.features, wants)
-        prompts = self.read(batch.prompts, image.features, wants)
+        wanted = None
+        if plan is not None and plan.is_guided and plan.score == "decoder_attention":
+            wanted = plan.score_tokens
+        reports = self.read(batch.reports, image.features, wanted)
+        prompts = self.read(batch.prompts, image.features, wanted)
         # A row's text is its report, else its prompt: reports are put in place last.
         both = ((batch.prompts, prompts), (batch.reports, reports))
         text_embedding = image.embedding.new_zeros(image.embedding.shape)
@@ -159,12 +161,12 @@ class MMCLIP(nn.Module):
                 plan.randomness,
             )
             features = image.features[:, 1:]
+            n_masked = masked_patch_count(is_masked.shape[1], plan.mask_ratio)
             if plan.hide == "pixels":
-                n_masked = masked_patch_count(is_masked.shape[1], plan.mask_ratio)
                 visible = encode_visible(self.vision_model, batch.image, is_masked, n_masked)
                 features = place_visible(visible, is_masked)
             context, is_valid = _side_by_side(batch, prompts.features, reports.features)
-            patches = self.image_decoder(features, is_masked, context, is_valid)
+            patches = self.image_decoder(features, is_masked, context, is_valid, n_masked)
         scale = self.scale()
         label_logits = None
         if self.label_head is not None:  # of every row: each process uses every parameter
@@ -181,15 +183,18 @@ class MMCLIP(nn.Module):
         )
 
     def read(
-        self, texts: Texts, image_features: Float[Tensor, "b i d"], want_attention: bool = False
+        self,
+        texts: Texts,
+        image_features: Float[Tensor, "b i d"],
+        attention_of: ScoreTokens | None = None,
     ) -> Read:
         """Encodes texts as they are, and recovers their hidden words with the films' help.
 
         Args:
             texts: At most one a film.
             image_features: Of all films of the batch, class token first.
-            want_attention: Also give how the hidden words' text looked at the patches; it costs
-                the attention once more, as the fused kernel does not show it.
+            attention_of: Also give how these words, hidden ones in their places, looked at the
+                patches; it costs the attention once more, as the fused kernel does not show it.
         """
         ids, is_valid = texts.ids, texts.is_valid
         if self.text_decoder is not None:
@@ -210,7 +215,8 @@ class MMCLIP(nn.Module):
             encoded.features[which[m : 2 * m]],
             texts.is_valid,
             image_features[texts.rows],
-            want_attention,
+            texts.is_masked | texts.chosen(attention_of) if attention_of else texts.is_masked,
+            attention_of is not None,
         )
         words = self.text_model.get_input_embeddings().weight
         assert isinstance(words, Tensor)
@@ -229,17 +235,12 @@ class MMCLIP(nn.Module):
         joint = self.visual_projection(features)
         scores: list[Tensor] = []
         for texts, read in ((batch.reports, reports), (batch.prompts, prompts)):
-            choices = {
-                "entities": texts.is_entity & texts.is_valid,
-                "masked": texts.is_masked,
-                "all": texts.is_valid,
-            }
             score = response_score(
                 plan.score,
                 joint[texts.rows],
                 read.embedding,
                 self.text_projection(read.features),
-                choices[plan.score_tokens],
+                texts.chosen(plan.score_tokens),
                 read.attention,
             )
             scores.append(zero.index_copy(0, texts.rows, score))
