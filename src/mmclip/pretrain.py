@@ -232,8 +232,8 @@ def _say_what_runs(
     )
     if train.micro_batches > 1:
         console.print(
-            f"gradient accumulation: the contrastive negatives are the {per_micro} rows of a "
-            f"micro-batch, not the {train.batch_size} of the batch"
+            f"gradient accumulation: the contrastive negatives (and a ResNet's batch statistics) "
+            f"are the {per_micro} rows of a micro-batch, not the {train.batch_size} of the batch"
         )
     if job.shuffle_pairs:
         console.print("control: every film has the report of another film")
