@@ -25,14 +25,14 @@ from mmclip.data.text import split_sentences
 PICTURES = Path(__file__).parent / "pictures"
 
 PATIENTS = {
-    "cardiomegaly": 281,
-    "consolidation": 53,
-    "pleural effusion": 110,
-    "pneumothorax": 163,
-    "mass": 124,
-    "nodule": 111,
-    "atelectasis": 181,
-    "support devices": 125,
+    "cardiomegaly": 95,
+    "consolidation": 22,
+    "pleural effusion": 71,
+    "pneumothorax": 13,
+    "mass": 323,
+    "nodule": 202,
+    "atelectasis": 292,
+    "support devices": 248,
 }
 """Validation patients who have this finding and no other. [chosen: sides and sizes vary]"""
 

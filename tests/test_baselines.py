@@ -7,11 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmclip.baselines import STRENGTHS, logistic_scores, thumbnail_scores, thumbnails
+from mmclip.baselines import (
+    STRENGTHS,
+    logistic_scores,
+    nuisance_facts,
+    nuisance_scores,
+    thumbnail_scores,
+    thumbnails,
+)
 from mmclip.data.build import build_data
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.manifest import Film
 from mmclip.data.synthetic import FINDINGS
+from mmclip.metrics import auroc
 
 
 def test_thumbnails_are_block_means_laid_flat(tmp_path: Path):
@@ -93,3 +101,50 @@ def test_without_both_classes_to_validate_on_the_strongest_regularisation_is_tak
     cautious = logistic_scores(x, y, val, val_labels, x)
     assert np.abs(cautious - 0.5).max() < 0.05  # C = 1e-4 hardly leaves the base rate
     assert STRENGTHS[0] == min(STRENGTHS)
+
+
+def labelled(rows: Rows, values: np.ndarray) -> Rows:
+    """The rows with one label, "x"; NaN is unknown."""
+    films = tuple(
+        replace(film, labels={} if np.isnan(v) else {"x": int(v)})
+        for film, v in zip(rows.films, values, strict=True)
+    )
+    return replace(rows, films=films)
+
+
+def test_nuisance_facts_by_hand(tmp_path: Path):
+    film = np.zeros((16, 16), np.uint8)
+    film[8:] = 255  # lower half white
+    Image.fromarray(film).save(tmp_path / "a.png")
+    facts = {"film_id": "a", "study_id": "a", "patient_id": "a", "source": "made", "view": "AP"}
+    made = Film(**facts, image="a.png", report="Clear lungs.", split="train")
+    build_data([made], tmp_path, tmp_path / "data", film_px=16)
+    found = nuisance_facts(open_rows([tmp_path / "data"]))[0]
+    sizes = [np.log(17), np.log(17), 1.0]
+    assert found == pytest.approx([*sizes, 0.5, 0.5, 1 / 15, 0.0, 0.5, 1.0, 0.0])
+
+
+def test_a_label_that_brightness_gives_away_is_found_and_a_random_one_is_not(
+    splits: dict[str, Rows],
+):
+    rows = splits["train"]
+    brightness = nuisance_facts(rows)[:, 3]
+    shown = (brightness > np.median(brightness)).astype(float)
+    shown[::7] = np.nan
+    scores = nuisance_scores(labelled(rows, shown), ["x"])[:, 0]
+    is_known = ~np.isnan(shown)
+    assert (auroc(shown[is_known], scores[is_known]) or 0) > 0.9
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(20):  # by patient: a learner that saw a patient's other film would know
+        of_patient = {film.patient_id: float(rng.integers(2)) for film in rows.films}
+        values = np.array([of_patient[film.patient_id] for film in rows.films])
+        found.append(auroc(values, nuisance_scores(labelled(rows, values), ["x"])[:, 0]))
+    assert abs(np.mean(found) - 0.5) < 0.06, found
+
+
+def test_one_patient_or_one_class_teaches_nothing(splits: dict[str, Rows]):
+    rows = splits["val"]
+    assert (nuisance_scores(labelled(rows, np.ones(len(rows))), ["x"]) == 0.5).all()
+    alone = rows.select(np.arange(len(rows)) == 0)
+    assert (nuisance_scores(alone, list(FINDINGS)) == 0.5).all()

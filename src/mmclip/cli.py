@@ -273,7 +273,10 @@ def _split(name: str) -> "Split":
 def _print_results(results: "RunResults", out: Path) -> None:
     """The table for people on stderr, the page's path on stdout."""
     table = Table(box=None, pad_edge=False)
-    for column in ("finding", "AUROC", "95 %", "AUPRC", "F1", "MCC", "present", "absent"):
+    wide = console.width >= 110
+    beside = {name: c.auroc for name, c in results.controls.items() if c.auroc and wide}
+    columns = ("finding", "AUROC", "95 %", "AUPRC", "F1", "MCC", "present", "absent", *beside)
+    for column in columns:
         table.add_column(column, justify="left" if column == "finding" else "right")
 
     def number(value: float | None) -> str:
@@ -285,7 +288,8 @@ def _print_results(results: "RunResults", out: Path) -> None:
     for row in results.findings:
         values = (number(row.auroc), interval(row.auroc_ci), number(row.auprc), number(row.f1))
         counts = (str(row.n_positive), str(row.n_negative))
-        table.add_row(row.finding, *values, number(row.mcc), *counts)
+        others = (number(auroc.get(row.finding)) for auroc in beside.values())
+        table.add_row(row.finding, *values, number(row.mcc), *counts, *others)
     macro = (results.macro_auroc, results.macro_auprc, results.macro_f1, results.macro_mcc)
     auroc, auprc, f1, mcc = map(number, macro)
     spread = interval(results.macro_auroc_ci)

@@ -86,6 +86,7 @@ class Control(_Part):
 
     macro_auroc: Share | None
     macro_auroc_ci: ShareInterval | None = None
+    auroc: dict[str, Share | None] = {}  # by finding
     note: str
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from mmclip.baselines import nuisance_scores
 from mmclip.bootstrap import score_findings
 from mmclip.checkpoint import Checkpoint, code_version, load_checkpoint
 from mmclip.data.dataset import Rows, normalise, open_rows
@@ -356,6 +357,10 @@ def evaluate(
         draws=draws,
         seed=seed,
     )
+    controls = {
+        "nuisance": _nuisance(result),
+        "any finding": _any_finding(checkpoint, result, prompts),
+    }
     where = f"split {split}" + (f" of {', '.join(sources)}" if sources else "")
     shown = np.linspace(0, len(result.rows) - 1, min(GALLERY_FILMS, len(result.rows))).astype(int)
     return write_zeroshot(
@@ -371,9 +376,46 @@ def evaluate(
         seed=seed,
         wall_s=time.monotonic() - began,
         gallery=result.gallery([int(row) for row in shown]),
+        controls=controls,
         facts={
             "training pairs": checkpoint.meta["n_pairs"],
             "training data": checkpoint.meta["data_hash"][:12],
             "step": checkpoint.meta["step"],
         },
     )
+
+
+def _nuisance(result: ZeroShot) -> dict:
+    return _control(
+        result,
+        nuisance_scores(result.rows, result.findings),
+        "logistic regression on the film's size, brightness, gradients, border and view, told the "
+        "labels of other patients of these very films: a model that does not exceed it may have "
+        "read no lung",
+    )
+
+
+def _any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) -> dict:
+    """One score for every finding: how little the model thinks the film normal."""
+    model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
+    pair = embed_prompts(model, checkpoint.tokenizer, prompts, ["no finding"], max_tokens)
+    films = embed_films(model, result.rows, show=False)
+    normal = probabilities(films, pair, float(model.scale().detach()))
+    sick = np.repeat(1 - normal, len(result.findings), axis=1)
+    is_normal = np.array([name == "no finding" for name in result.findings])
+    return _control(
+        result,
+        np.where(is_normal, 1 - sick, sick),
+        "the model's score for a film that is not normal, taken for every finding: what it knows "
+        "of a finding is what it has beyond this",
+    )
+
+
+def _control(result: ZeroShot, scores: Float[np.ndarray, "n k"], note: str) -> dict:
+    found = score_findings(result.labels, scores, result.patients(), result.findings, draws=200)
+    return {
+        "macro_auroc": found["macro_auroc"],
+        "macro_auroc_ci": found["macro_auroc_ci"],
+        "auroc": {row["finding"]: row["auroc"] for row in found["findings"]},
+        "note": note,
+    }
