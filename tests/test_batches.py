@@ -4,13 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmclip.batch import Batch, Share
 from mmclip.data.batches import TrainingBatches, label_names, training_rows
 from mmclip.data.build import build_data
-from mmclip.data.corpus import MAX_SENTENCES, kept_sentences, mark_concepts, tokenise_corpus
+from mmclip.data.corpus import MAX_SENTENCES, mark_concepts, sentences_read, tokenise_corpus
 from mmclip.data.dataset import normalise, open_rows
-from mmclip.data.manifest import Entity
+from mmclip.data.manifest import Entity, Film
 from mmclip.data.text import train_tokenizer
 from tests.made import REPORTS, small_config, write_films, write_folder
 
@@ -144,10 +145,46 @@ def test_reports_read_in_part_are_whole_sentences_of_the_report(folder: Path):
 def test_the_number_of_kept_sentences_is_uniform():
     rng = np.random.default_rng(0)
     counts = np.bincount(
-        [kept_sentences(4, rng.random(1 + MAX_SENTENCES)).sum() for _ in range(4000)], minlength=5
+        [sentences_read(4, 4, rng.random(3 + MAX_SENTENCES), 0.0, 1.0).sum() for _ in range(4000)],
+        minlength=5,
     )
     assert counts[0] == 0
     assert (abs(counts[1:] - 1000) < 4 * np.sqrt(750)).all()
+
+
+def test_what_is_read_of_a_report_by_hand():
+    def read(impression: int, choice: float, dropped: float, number: float = 0.5) -> list[int]:
+        draws = np.array([choice, dropped, number, 0.3, 0.1, 0.2, 0.4, *[0.9] * MAX_SENTENCES])
+        keep = sentences_read(4, impression, draws, impression_prob=0.5, drop_prob=0.5)
+        return np.flatnonzero(keep).tolist()
+
+    assert read(impression=3, choice=0.4, dropped=0.0) == [3]
+    assert read(impression=4, choice=0.4, dropped=0.9) == [0, 1, 2, 3]  # it has none: all
+    assert read(impression=3, choice=0.6, dropped=0.9) == [0, 1, 2, 3]
+    assert read(impression=3, choice=0.6, dropped=0.0) == [0, 1, 2]  # 3 of 4, the lowest draws
+    assert read(impression=3, choice=0.6, dropped=0.0, number=0.0) == [1]
+
+
+def test_the_impression_is_read_alone_as_often_as_the_configuration_says(tmp_path: Path):
+    films = [
+        Film(
+            film_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i}", source="made", split="train",
+            image=f"{i}.png", findings="The heart is large. No effusion.", impression=impression,
+            report=f"The heart is large. No effusion. {impression}".strip(),
+        )
+        for i, impression in enumerate([*[f"Mass {n}. Done." for n in range(40)], *[None] * 4])
+    ]  # fmt: skip
+    films = [replace(f, report=f.findings) if f.impression is None else f for f in films]
+    for i in range(len(films)):
+        noise = np.random.default_rng(i).integers(0, 255, (32, 32))
+        Image.fromarray(noise.astype(np.uint8)).save(tmp_path / f"{i}.png")
+    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    batches = make_batches(tmp_path / "data", "data.impression_prob=0.5", "train.batch_size=44")
+    said = [text for step in range(20) for text in texts_of(batches.batch(step, Share())).values()]
+    alone = [text.startswith("mass") for text in said]
+    assert 0.4 < np.mean(alone) / (40 / 44) < 0.6
+    assert all("heart" in text for text, is_alone in zip(said, alone, strict=True) if not is_alone)
+    assert all("done" in text and "heart" not in text for text in said if text.startswith("mass"))
 
 
 def test_shuffled_pairs_give_no_film_its_own_report(folder: Path):
@@ -267,7 +304,8 @@ def test_lesions_move_with_their_film(folder: Path):
 
 
 def test_a_long_report_is_cut_and_keeps_its_special_tokens():
-    corpus = tokenise_corpus(TOKENIZER, REPORTS, [()] * len(REPORTS), max_tokens=8)
+    nothing = [()] * len(REPORTS)
+    corpus = tokenise_corpus(TOKENIZER, REPORTS, nothing, [None] * len(REPORTS))
     rows = corpus.assemble(np.array([0, 2]), max_tokens=8)
     assert rows.ids.shape == (2, 8)
     assert rows.ids[0, 0] == TOKENIZER.cls_token_id and rows.ids[0, 7] == TOKENIZER.sep_token_id
@@ -275,7 +313,7 @@ def test_a_long_report_is_cut_and_keeps_its_special_tokens():
 
 
 def test_no_reports_are_an_empty_corpus_of_empty_rows():
-    rows = tokenise_corpus(TOKENIZER, [], [], max_tokens=8).assemble(np.zeros(0, np.int64), 8)
+    rows = tokenise_corpus(TOKENIZER, [], [], []).assemble(np.zeros(0, np.int64), 8)
     assert rows.ids.shape == (0, 2)
 
 

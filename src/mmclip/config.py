@@ -156,9 +156,8 @@ class DataConfig(Frozen):
     film_px: int = Field(default=64, gt=0)  # side of the cached films; must equal the data folder's
     max_tokens: int = Field(default=128, gt=2)
     views: tuple[Literal["PA", "AP", "L", "unknown"], ...] = ("PA", "AP", "unknown")
-    sentence_drop_prob: float = Field(
-        default=0.0, ge=0, le=1
-    )  # share of reports read in part: ours
+    impression_prob: float = Field(default=0.0, ge=0, le=1)  # of reading the impression alone
+    sentence_drop_prob: float = Field(default=0.0, ge=0, le=1)  # of reading some sentences, else
 
 
 class AugmentConfig(Frozen):

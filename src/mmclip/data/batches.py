@@ -18,6 +18,7 @@ from mmclip.data.corpus import (
     MAX_SENTENCES,
     TokenRows,
     mark_concepts,
+    sentences_read,
     special_ids,
     tokenise_corpus,
 )
@@ -52,6 +53,14 @@ def is_unpaired(film: Film) -> bool:
     """Whether a film has no report, and labels that say something for sure."""
     is_known = any(value in (PRESENT, ABSENT) for value in film.labels.values())
     return film.image is not None and film.report is None and is_known
+
+
+def impression_start(film: Film) -> int | None:
+    """The character of a film's report at which its impression begins; None without one."""
+    report, impression = film.report or "", film.impression
+    if not impression or not report.endswith(impression):
+        return None
+    return len(report) - len(impression)
 
 
 def training_rows(rows: Rows, config: Config) -> Rows:
@@ -131,14 +140,16 @@ class TrainingBatches:
             self.streams.append((self.unpaired, schedule))
 
         texts: dict[str, tuple[Entity, ...]] = {}
+        impressions: dict[str, int | None] = {}
         for row in self.pairs:
             film = rows.films[row]
             chosen = (e for e in film.entities if e.kind in config.text_mask.kinds)
             texts[str(film.report)] = tuple(chosen)
+            impressions[str(film.report)] = impression_start(film)
         number = {text: i for i, text in enumerate(texts)}
         self.report_of_row = np.array([number.get(str(f.report), -1) for f in rows.films])
         self.corpus = tokenise_corpus(
-            tokenizer, list(texts), list(texts.values()), config.data.max_tokens
+            tokenizer, list(texts), list(texts.values()), list(impressions.values())
         )
         self.labels_of_row = np.arange(len(rows))
         self.study_keys = np.array([film_key(f.study_id) >> 1 for f in rows.films], np.int64)
@@ -203,13 +214,21 @@ class TrainingBatches:
 
     def _reports(self, rows: np.ndarray, epochs: np.ndarray) -> _Said:
         here = np.flatnonzero(self.report_of_row[rows] >= 0)
-        data, keep_draws = self.config.data, None
-        if data.sentence_drop_prob:
-            u = self._draw(Draw.SENTENCES, rows[here], epochs[here], 2 + MAX_SENTENCES)
-            u[u[:, 0] >= data.sentence_drop_prob, 1] = 1 - 2.0**-53  # all sentences are kept
-            keep_draws = u[:, 1:]
+        data, keep = self.config.data, None
         numbers = self.report_of_row[rows[here]]
-        return _Said(here, self.corpus.assemble(numbers, data.max_tokens, keep_draws))
+        if data.sentence_drop_prob or data.impression_prob:
+            draws = self._draw(Draw.SENTENCES, rows[here], epochs[here], 3 + MAX_SENTENCES)
+            keep = [
+                sentences_read(
+                    int(self.corpus.n_sentences[number]),
+                    int(self.corpus.impression[number]),
+                    own,
+                    data.impression_prob,
+                    data.sentence_drop_prob,
+                )
+                for number, own in zip(numbers, draws, strict=True)
+            ]
+        return _Said(here, self.corpus.assemble(numbers, data.max_tokens, keep))
 
     def _prompts(self, rows: np.ndarray, epochs: np.ndarray) -> _Said:
         # Where labels have a loss of their own, no film has a prompt: one use or the other.

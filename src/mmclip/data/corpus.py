@@ -1,6 +1,6 @@
 """The reports of a data set as tokens: tokenised once, then read whole or in part."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,12 @@ from transformers import PreTrainedTokenizerFast
 from mmclip.data.entities import is_entity_tokens
 from mmclip.data.manifest import Entity
 from mmclip.data.text import split_sentences, tokenise
+
+CHUNK = 2048
+"""Reports tokenised at once: what bounds the memory. [chosen: some megabytes]"""
+
+UNCUT = 1 << 20
+"""Tokens that no report has: a report is cut where it is read, not here."""
 
 MAX_SENTENCES = 32
 """Draws a row for choosing sentences; sentences behind these stay or go with the last one."""
@@ -44,27 +50,28 @@ class Corpus:
     cue: Int[np.ndarray, " total"]
     start: Int[np.ndarray, " starts"]  # one more than reports
     n_sentences: Int[np.ndarray, " reports"]
+    impression: Int[np.ndarray, " reports"]  # its first sentence; n_sentences where there is none
     special: tuple[int, int, int]  # ids of [CLS], [SEP] and padding
 
     def assemble(
         self,
         reports: Int[np.ndarray, " n"],
         max_tokens: int,
-        keep_draws: Float[np.ndarray, "n draws"] | None = None,
+        keep: Sequence[Bool[np.ndarray, " _"]] | None = None,
     ) -> TokenRows:
         """Some reports, whole or in part, with [CLS] first and [SEP] last.
 
         Args:
             reports: Report numbers.
-            max_tokens: Longer reports are cut.
-            keep_draws: Uniform [n, 1 + MAX_SENTENCES], see `kept_sentences`; None keeps all.
+            max_tokens: Longer texts are cut.
+            keep: The sentences that are read, of each of these reports, see `sentences_read`; None
+                reads all.
         """
         spans = []
         for i, report in enumerate(reports):
             tokens = np.arange(int(self.start[report]), int(self.start[report + 1]))
-            if keep_draws is not None:
-                keep = kept_sentences(int(self.n_sentences[report]), keep_draws[i])
-                tokens = tokens[keep[self.sentence[tokens]]]
+            if keep is not None:
+                tokens = tokens[keep[i][self.sentence[tokens]]]
             spans.append(tokens[: max_tokens - 2])
         width = max((len(tokens) for tokens in spans), default=0) + 2
         cls_id, sep_id, pad_id = self.special
@@ -79,21 +86,37 @@ class Corpus:
         return TokenRows(ids, is_valid, concepts, cues)
 
 
-def kept_sentences(n_sentences: int, draws: Float[np.ndarray, " d"]) -> Bool[np.ndarray, " s"]:
-    """Which sentences of a report stay when it is read in part.
+def sentences_read(
+    n_sentences: int,
+    impression: int,
+    draws: Float[np.ndarray, " d"],
+    impression_prob: float,
+    drop_prob: float,
+) -> Bool[np.ndarray, " s"]:
+    """Which sentences of a report are read: the impression's, some, or all.
 
-    The number kept is uniform in 1..n, the choice is uniform given the number. Source: ours, after
-    the sentence sampling of ConVIRT (arXiv:2010.00747): a prompt is one sentence, and a model that
-    only ever read whole reports has not seen one alone.
+    Of some, the number is uniform in 1..n, and the choice uniform given the number.
 
     Args:
         n_sentences: Sentences of the report.
-        draws: Uniform [1 + MAX_SENTENCES]: one for the number, one a sentence for the choice.
+        impression: The first of its impression; n_sentences where there is none.
+        draws: Uniform [3 + MAX_SENTENCES]: one for either choice, one for the number, one a
+            sentence.
+        impression_prob: Of reading the impression alone.
+        drop_prob: Of reading some sentences, where it is not the impression.
+
+    Source: the impression alone, CheXzero (Tiu et al., Nature BME 2022); some sentences, after
+        the sampling of ConVIRT (arXiv:2010.00747): a prompt is one sentence, and a model that only
+        ever read whole reports has not seen one alone. Mixing them is ours [docs/log.md].
     """
-    n_kept = 1 + int(draws[0] * n_sentences)
-    order = np.argsort(draws[1:][np.minimum(np.arange(n_sentences), MAX_SENTENCES - 1)])
+    number = np.arange(n_sentences)
+    if draws[0] < impression_prob and impression < n_sentences:
+        return number >= impression
+    if draws[1] >= drop_prob:
+        return np.ones(n_sentences, bool)
+    order = np.argsort(draws[3:][np.minimum(number, MAX_SENTENCES - 1)])
     keep = np.zeros(n_sentences, bool)
-    keep[order[:n_kept]] = True
+    keep[order[: 1 + int(draws[2] * n_sentences)]] = True
     return keep
 
 
@@ -120,7 +143,7 @@ def tokenise_corpus(
     tokenizer: PreTrainedTokenizerFast,
     reports: Sequence[str],
     entities: Sequence[Sequence[Entity]],
-    max_tokens: int,
+    impressions: Sequence[int | None],
 ) -> Corpus:
     """Tokenises each report once, and notes sentence, concept and cue of every token.
 
@@ -128,26 +151,23 @@ def tokenise_corpus(
         tokenizer: Of the text encoder.
         reports: The texts, none of them empty.
         entities: Of each report; leave those out that shall never be hidden.
-        max_tokens: Longer reports are cut.
+        impressions: The character at which the impression of each report begins, if it has one.
     """
     columns: list[list[np.ndarray]] = [[], [], [], []]
-    n_sentences = []
-    tokens = tokenise(tokenizer, reports, max_tokens=max_tokens)
-    for i, report in enumerate(reports):
-        offsets = tokens.offsets[i]
-        is_text = tokens.is_valid[i] & (offsets[:, 1] > offsets[:, 0])
+    n_sentences, first = [], []
+    for i, (report, tokens) in enumerate(zip(reports, _tokens_of(tokenizer, reports), strict=True)):
+        ids, offsets, is_valid = tokens
+        is_text = is_valid & (offsets[:, 1] > offsets[:, 0])
         ends = np.array([end for _, end in split_sentences(report)])
-        sentence = np.minimum(
-            np.searchsorted(ends, offsets[is_text, 0], side="right"), max(len(ends) - 1, 0)
-        )
-        # Numbered from 0 without gaps, also where a cut report lost its last sentences.
-        _, sentence = np.unique(sentence, return_inverse=True)
+        last = max(len(ends) - 1, 0)
+        sentence = np.minimum(np.searchsorted(ends, offsets[is_text, 0], side="right"), last)
         concepts, cues = mark_concepts(entities[i], offsets[is_text])
-        for column, values in zip(
-            columns, (tokens.ids[i][is_text], sentence, concepts, cues), strict=True
-        ):
+        for column, values in zip(columns, (ids[is_text], sentence, concepts, cues), strict=True):
             column.append(values)
-        n_sentences.append(int(sentence.max()) + 1 if len(sentence) else 0)
+        n_sentences.append(last + 1)
+        at = impressions[i]
+        begins = last + 1 if at is None else int(np.searchsorted(ends, at, side="right"))
+        first.append(begins)
 
     def joined(parts: list[np.ndarray]) -> np.ndarray:
         return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
@@ -157,8 +177,18 @@ def tokenise_corpus(
         *(joined(column) for column in columns),
         start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         n_sentences=np.array(n_sentences, np.int32),
+        impression=np.array(first, np.int32),
         special=special_ids(tokenizer)[:3],
     )
+
+
+def _tokens_of(
+    tokenizer: PreTrainedTokenizerFast, reports: Sequence[str]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Ids, offsets and validity of the tokens of each report."""
+    for start in range(0, len(reports), CHUNK):
+        tokens = tokenise(tokenizer, reports[start : start + CHUNK], max_tokens=UNCUT)
+        yield from zip(tokens.ids, tokens.offsets, tokens.is_valid, strict=True)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int, int, int]:

@@ -138,8 +138,10 @@ DEMO = Preset(
         Combination("atelectasis", "right", "moderate"),
         Combination("nodule", "left", "large"),
     ),
-    lesion_scale=1.45,
-    lesion_contrast=1.9,
+    lesion_scale=1.4,
+    lesion_contrast=1.7,
+    exposure_spread=0.9,
+    pose_spread=0.9,
     uncertain_prob=0.05,
     absent_mention_prob=0.3,
 )
