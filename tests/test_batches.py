@@ -4,14 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mmclip.batch import Batch, Share
 from mmclip.data.batches import TrainingBatches, label_names, training_rows
 from mmclip.data.build import build_data
 from mmclip.data.corpus import MAX_SENTENCES, mark_concepts, sentences_read, tokenise_corpus
 from mmclip.data.dataset import normalise, open_rows
-from mmclip.data.manifest import Entity, Film
+from mmclip.data.manifest import Entity
 from mmclip.data.text import train_tokenizer
 from tests.made import REPORTS, small_config, write_films, write_folder
 
@@ -167,24 +166,19 @@ def test_what_is_read_of_a_report_by_hand():
 
 def test_the_impression_is_read_alone_as_often_as_the_configuration_says(tmp_path: Path):
     films = [
-        Film(
-            film_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i}", source="made", split="train",
-            image=f"{i}.png", findings="The heart is large. No effusion.", impression=impression,
-            report=f"The heart is large. No effusion. {impression}".strip(),
-        )
-        for i, impression in enumerate([*[f"Mass {n}. Done." for n in range(40)], *[None] * 4])
-    ]  # fmt: skip
-    films = [replace(f, report=f.findings) if f.impression is None else f for f in films]
-    for i in range(len(films)):
-        noise = np.random.default_rng(i).integers(0, 255, (32, 32))
-        Image.fromarray(noise.astype(np.uint8)).save(tmp_path / f"{i}.png")
+        replace(film, findings="There is cardiomegaly.", impression=impression, report=report)
+        for i, film in enumerate(write_films(tmp_path, 44))
+        for impression in [None if i < 4 else "Large nodule."]
+        for report in [f"There is cardiomegaly. {impression or ''}".strip()]
+    ]
     build_data(films, tmp_path, tmp_path / "data", film_px=32)
-    batches = make_batches(tmp_path / "data", "data.impression_prob=0.5", "train.batch_size=44")
+    options = ("data.impression_prob=0.5", "train.batch_size=44")
+    batches = make_batches(tmp_path / "data", *options)
     said = [text for step in range(20) for text in texts_of(batches.batch(step, Share())).values()]
-    alone = [text.startswith("mass") for text in said]
-    assert 0.4 < np.mean(alone) / (40 / 44) < 0.6
-    assert all("heart" in text for text, is_alone in zip(said, alone, strict=True) if not is_alone)
-    assert all("done" in text and "heart" not in text for text in said if text.startswith("mass"))
+    count = {text: said.count(text) for text in set(said)}
+    assert count["there is cardiomegaly ."] == 4 * 20
+    assert abs(count["large nodule ."] - 400) < 4 * np.sqrt(200)
+    assert count["there is cardiomegaly . large nodule ."] == 880 - 80 - count["large nodule ."]
 
 
 def test_shuffled_pairs_give_no_film_its_own_report(folder: Path):
