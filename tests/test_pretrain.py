@@ -21,7 +21,7 @@ from mmclip.checkpoint import (
     load_checkpoint,
     load_trainer_state,
 )
-from mmclip.config import config_hash, load_config
+from mmclip.config import load_config
 from mmclip.data.manifest import read_meta
 from mmclip.data.text import train_tokenizer
 from tests.commands import Running, mmclip, start
@@ -166,14 +166,10 @@ def test_a_run_is_not_trained_over(arguments: list, made_run: Path, tmp_path: Pa
     assert f"{made_run} already holds a run (step_000006); add --resume" in error
 
 
-def test_another_configuration_does_not_resume(
-    arguments: list, made_run: Path, small_config: Path, tmp_path: Path
-):
+def test_another_configuration_does_not_resume(arguments: list, made_run: Path, tmp_path: Path):
     other = ("train.steps=8",)
     ended = mmclip(tmp_path, *arguments, "--out", made_run, "--resume", "--set", *other)
-    for config in (load_config(str(small_config)), load_config(str(small_config), other)):
-        assert config_hash(config)[:12] in ended.error()
-    assert "another config" in ended.error()
+    assert "another config: train.steps was 6, is 8; resume" in ended.error()
 
 
 @pytest.fixture
@@ -190,7 +186,7 @@ def test_other_data_does_not_resume(
 ):
     shared = ("--config", small_config, "--out", made_run, "--resume")
     error = mmclip(tmp_path, "pretrain", "--data", other_data, *shared).error()
-    assert "another data" in error
+    assert "other data" in error
     for folder in (made_data, other_data):
         assert read_meta(folder)["data_hash"][:12] in error
 

@@ -112,7 +112,7 @@ def data_build(
 ) -> None:
     """Reads a data set and leaves a checked, hashed folder with films resized once.
 
-    Example: `mmclip data build csv --root films/ --mapping films.toml --out data/films`
+    Example: `mmclip data build csv --root films/ --mapping films.toml --film-px 64 --out data/a`
     """
     from mmclip.data.build import build_data
     from mmclip.data.sources import open_reader
@@ -185,7 +185,9 @@ def doctor(
 def pretrain(
     data: FolderOption,
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    config: Annotated[str, typer.Option(help="Name (tiny, paper) or a path to a TOML.")] = "tiny",
+    config: Annotated[
+        str, typer.Option(help="Name (tiny, arms/whole, paper, ...) or path to a TOML.")
+    ] = "tiny",
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     shuffle_pairs: Annotated[

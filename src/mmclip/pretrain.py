@@ -133,7 +133,9 @@ def pretrain(job: Job) -> Path:
         resolved = {"config": job.config.model_dump(mode="json"), **facts}
         write_text_atomic(job.run / "config.json", json.dumps(resolved, indent=2) + "\n")
         _say_what_runs(job, accelerator, model, chosen, state)
-    accelerator.init_trackers("mmclip" if job.wandb else "tensorboard", config=_flat(job.config))
+    accelerator.init_trackers(
+        "mmclip" if job.wandb else "tensorboard", config=_flat(job.config.model_dump(mode="json"))
+    )
 
     def save(state: TrainState) -> None:
         save_checkpoint(
@@ -202,13 +204,22 @@ def _resumable(job: Job, facts: dict[str, Any]) -> Path | None:
         )
     theirs = checkpoint_meta(found)
     ours = {**facts, "config_hash": config_hash(job.config)}
-    for key in ("config_hash", "data_hash"):
-        if theirs[key] != ours[key]:
-            what = key.removesuffix("_hash")
-            raise CheckpointError(
-                f"{job.run} was trained with another {what} ({theirs[key][:12]}, now "
-                f"{ours[key][:12]}); resume with the same one, or choose another --out"
-            )
+    if theirs["config_hash"] != ours["config_hash"]:
+        was, now = _flat(theirs["config"]), _flat(job.config.model_dump(mode="json"))
+        changed = [
+            f"{key} was {was.get(key, 'not there')}, is {now.get(key, 'not there')}"
+            for key in sorted(was.keys() | now.keys())
+            if was.get(key) != now.get(key)
+        ]
+        raise CheckpointError(
+            f"{job.run} was trained with another config: {'; '.join(changed)}; resume with the "
+            f"same one, or choose another --out"
+        )
+    if theirs["data_hash"] != ours["data_hash"]:
+        raise CheckpointError(
+            f"{job.run} was trained with other data ({theirs['data_hash'][:12]}, now "
+            f"{ours['data_hash'][:12]}); resume with the same folders, or choose another --out"
+        )
     if theirs["shuffle_pairs"] != ours["shuffle_pairs"]:
         how = "with" if theirs["shuffle_pairs"] else "without"
         raise CheckpointError(
@@ -241,7 +252,8 @@ def _say_what_runs(
         console.print(f"resumed at step {state.step} of {train.steps}")
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration by their full keys, such as "train.steps"."""
     out: dict[str, Any] = {}
 
     def walk(prefix: str, node: dict[str, Any]) -> None:
@@ -251,5 +263,5 @@ def _flat(config: Config) -> dict[str, Any]:
             else:
                 out[prefix + key] = value if isinstance(value, int | float | str) else str(value)
 
-    walk("", config.model_dump(mode="json"))
+    walk("", config)
     return out
