@@ -233,7 +233,8 @@ def test_a_phrase_names_one_finding_and_its_name_is_what_is_hidden(mechanism, tr
         checkpoint.tokenizer.decode(ids[valid].tolist(), skip_special_tokens=True)
         for ids, valid in zip(texts.ids, texts.is_valid, strict=True)
     ]
-    assert [text.replace(" .", ".") for text in said] == [
+    # Rare words are pieces in the small vocabulary of the test's reports.
+    assert [text.replace(" ##", "").replace(" .", ".") for text in said] == [
         "there is a nodule in the left lung.", "there is edema."
     ]  # fmt: skip
     assert (texts.masked_ids != texts.ids).equal(texts.is_masked)
