@@ -299,6 +299,10 @@ def _print_results(results: "RunResults", out: Path) -> None:
     for name, control in results.controls.items():
         table.add_row(f"control: {name}", number(control.macro_auroc), style="dim")
     console.print(table)
+    console.print(
+        f"macro: the mean over findings with at least {results.min_count} films of either kind",
+        style="dim",
+    )
     for row in results.undefined:
         console.print(f"not scored: {row.finding} ({row.reason})", style="yellow")
     print(out / "page.html")
