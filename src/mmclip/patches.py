@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -59,18 +59,30 @@ def keep_visible(
         is_masked: Hides `n_masked` in every row.
         n_masked: See `masked_patch_count`; an argument, so that the device need not be asked.
     """
-    index = _visible_first(is_masked)[:, : is_masked.shape[1] - n_masked]
-    return features.gather(1, index[..., None].expand(-1, -1, features.shape[2]))
+    return take_places(features, first_places(~is_masked, is_masked.shape[1] - n_masked))
 
 
 def place_visible(
     visible: Float[Tensor, "b v d"], is_masked: Bool[Tensor, "b n"]
 ) -> Float[Tensor, "b n d"]:
     """Puts what `keep_visible` kept back to its places, with 0 at the hidden ones."""
-    index = _visible_first(is_masked)[:, : visible.shape[1], None].expand_as(visible)
-    placed = visible.new_zeros(*is_masked.shape, visible.shape[2])
-    return placed.scatter(1, index, visible)
+    return put_places(visible, first_places(~is_masked, visible.shape[1]), ~is_masked)
 
 
-def _visible_first(is_masked: Tensor) -> Tensor:
-    return is_masked.byte().argsort(dim=1, stable=True)
+def first_places(is_wanted: Bool[Tensor, "b s"], n: int) -> Int[Tensor, "b n"]:
+    """The places wanted in each row, in order; a row that wants fewer than n is filled up."""
+    return (~is_wanted).byte().argsort(dim=1, stable=True)[:, :n]
+
+
+def take_places(x: Float[Tensor, "b s d"], places: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+    """What stands at some places of each row."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+
+
+def put_places(
+    x: Float[Tensor, "b n d"], places: Int[Tensor, "b n"], is_wanted: Bool[Tensor, "b s"]
+) -> Float[Tensor, "b s d"]:
+    """Puts what `take_places` took back to its places, with 0 where nothing was wanted."""
+    out = x.new_zeros(*is_wanted.shape, x.shape[2])
+    out = out.scatter(1, places[..., None].expand_as(x), x)
+    return out.masked_fill(~is_wanted[..., None], 0.0)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mmclip.patches import first_places, put_places, take_places
+
 MLP_RATIO = 4
 """Width of the hidden layer of a block, in widths. Source: usual practice (ViT, BERT, MAE)."""
 
@@ -108,7 +110,7 @@ class Block(nn.Module):
         normed = self.self_norm(x)
         queries = normed
         if asked is not None:
-            x, queries = _at(x, asked), _at(normed, asked)
+            x, queries = take_places(x, asked), take_places(normed, asked)
         x = x + self.self_attention(queries, normed, is_valid)[0]
         gathered, weights = self.cross_attention(
             self.cross_norm(x), context, context_is_valid, want_weights
@@ -178,11 +180,11 @@ class ImageDecoder(nn.Module):
         """
         embedded = self.embed(features)
         x = torch.where(is_masked[..., None], self.mask_token, embedded) + self.positions
-        asked = _asked_first(is_masked, n_masked)
+        asked = first_places(is_masked, most_in_a_row(is_masked) if n_masked is None else n_masked)
         for block in self.blocks[:-1]:
             x, _ = block(x, None, text_features, text_is_valid)
         x, _ = self.blocks[-1](x, None, text_features, text_is_valid, asked=asked)
-        return _put_back(self.head(self.norm(x)), asked, is_masked)
+        return put_places(self.head(self.norm(x)), asked, is_masked)
 
 
 class TextDecoder(nn.Module):
@@ -252,16 +254,16 @@ class TextDecoder(nn.Module):
                 heads of all blocks in a row, in float32 and without gradient.
         """
         x = self.embed(features)
-        asked = _asked_first(is_asked, None)
+        asked = first_places(is_asked, most_in_a_row(is_asked))
         attention = []
         for block in self.blocks[:-1]:
             x, weights = block(x, is_valid, image_features, None, want_attention)
             attention.append(weights)
         x, weights = self.blocks[-1](x, is_valid, image_features, None, want_attention, asked)
-        x = _put_back(x, asked, is_asked)
+        x = put_places(x, asked, is_asked)
         if weights is None:
             return x, None
-        weights = _put_back(weights.transpose(1, 2).flatten(2), asked, is_asked)
+        weights = put_places(weights.transpose(1, 2).flatten(2), asked, is_asked)
         heads = weights.unflatten(2, (-1, image_features.shape[1])).transpose(1, 2)
         return x, torch.cat([*attention, heads], 1)
 
@@ -281,23 +283,9 @@ class TextDecoder(nn.Module):
         return F.linear(self.head(self.norm(x[is_masked])), word_embeddings, self.bias)
 
 
-def _asked_first(is_asked: Bool[Tensor, "b s"], n: int | None) -> Int[Tensor, "b a"]:
-    """The places asked for in each row, in order; rows that ask for fewer are filled up."""
-    if n is None:
-        n = max(is_asked.sum(1).tolist(), default=1) or 1
-    return (~is_asked).byte().argsort(dim=1, stable=True)[:, :n]
-
-
-def _at(x: Float[Tensor, "b s w"], places: Int[Tensor, "b a"]) -> Float[Tensor, "b a w"]:
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
-
-
-def _put_back(
-    x: Float[Tensor, "b a w"], places: Int[Tensor, "b a"], is_asked: Bool[Tensor, "b s"]
-) -> Float[Tensor, "b s w"]:
-    out = x.new_zeros(*is_asked.shape, x.shape[2])
-    out = out.scatter(1, places[..., None].expand_as(x), x)
-    return out.masked_fill(~is_asked[..., None], 0.0)
+def most_in_a_row(is_asked: Bool[Tensor, "b s"]) -> int:
+    """How many places the row that asks for most asks for; at least 1."""
+    return max(is_asked.sum(1).tolist(), default=1) or 1
 
 
 def grid_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n w"]:
