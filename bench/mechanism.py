@@ -81,7 +81,9 @@ def still(config: Config, n: int, kinds: Sequence[str]) -> Config:
             "unpaired": config.unpaired.model_copy(
                 update={"rows_per_pair": 0.0, "prompt_pairs": False}
             ),
-            "data": config.data.model_copy(update={"sentence_drop_prob": 0.0}),
+            "data": config.data.model_copy(
+                update={"impression_prob": 0.0, "sentence_drop_prob": 0.0}
+            ),
             "train": config.train.model_copy(update={"batch_size": n, "micro_batches": 1}),
         }
     )
