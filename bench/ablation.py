@@ -40,7 +40,7 @@ from mmclip.data.manifest import Split, read_meta, write_text_atomic
 from mmclip.data.synthetic import FINDINGS, PRESETS
 from mmclip.pretrain import Job, pretrain
 from mmclip.prompts import load_prompts
-from mmclip.zeroshot import ZeroShot, rows_to_score, zeroshot
+from mmclip.zeroshot import ZeroShot, rows_to_score, save_scores, zeroshot
 
 SHUFFLED = "+shuffled_pairs"
 """Behind the name of an arm: with `--shuffle-pairs`."""
@@ -200,25 +200,8 @@ def scores_path(out: Path, key: Key) -> Path:
     return out / "scores" / f"{key.arm}-{key.seed}-{key.split}.npz"
 
 
-def save_scores(path: Path, key: Key, plain: ZeroShot, shifted: ZeroShot) -> None:
-    """Writes `Scores` and what they belong to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    films = plain.rows.films
-    np.savez_compressed(
-        path,
-        film_id=np.array([film.film_id for film in films]),
-        patient_id=np.array([film.patient_id for film in films]),
-        findings=np.array(plain.findings),
-        labels=plain.labels,
-        scores=plain.scores,
-        shifted=shifted.scores,
-        config_hash=np.array(key.config_hash),
-        data_hash=np.array(key.data_hash),
-    )
-
-
 def load_scores(path: Path, key: Key) -> Scores:
-    """Reads what `save_scores` wrote.
+    """Reads the scores of a run, as they are and under the domain shift.
 
     Raises:
         ValueError: When the file is not there, or holds the scores of another run.
@@ -266,7 +249,15 @@ def run_all(
             )
             for films in both
         )  # fmt: skip
-        save_scores(scores_path(out, key), key, plain, shifted)
+        path = scores_path(out, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_scores(
+            path,
+            plain,
+            shifted=shifted.scores,
+            config_hash=np.array(key.config_hash),
+            data_hash=np.array(key.data_hash),
+        )
         prompt_set = f"{prompts.id} version {prompts.version}"
         line = {
             **key._asdict(), **figures(checkpoint, plain, shifted), "loss_end": losses_at_end(run),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -186,6 +186,7 @@ class ZeroShot:
     rows: Rows
     findings: list[str]
     labels: Float[np.ndarray, "n k"]
+    embeddings: Float[Tensor, "n e"]  # of the films
     scores: Float[np.ndarray, "n k"]
     summary: dict
 
@@ -242,7 +243,8 @@ def zeroshot(
     model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
     scale = float(model.scale().detach())
     pair = embed_prompts(model, checkpoint.tokenizer, prompts, names, max_tokens)
-    scores = probabilities(embed_films(model, scored), pair, scale)
+    embeddings = embed_films(model, scored)
+    scores = probabilities(embeddings, pair, scale)
     labels = scored.labels(names)
     val = None
     if split != "val":
@@ -259,11 +261,17 @@ def zeroshot(
         draws=draws,
         seed=seed,
     )
-    return ZeroShot(scored, names, labels, scores, summary)
+    return ZeroShot(scored, names, labels, embeddings, scores, summary)
 
 
-def save_scores(path: Path, result: ZeroShot) -> None:
-    """Raw scores and labels as scores.npz, so that any metric can be computed again."""
+def save_scores(path: Path, result: ZeroShot, **further: Any) -> None:
+    """Raw scores and labels as scores.npz, so that any metric can be computed again.
+
+    Args:
+        path: The file.
+        result: What was scored.
+        further: More arrays of the file, by name.
+    """
     np.savez_compressed(
         path,
         film_id=np.array([film.film_id for film in result.rows.films]),
@@ -271,6 +279,7 @@ def save_scores(path: Path, result: ZeroShot) -> None:
         findings=np.array(result.findings),
         labels=result.labels,
         scores=result.scores,
+        **further,
     )
 
 
@@ -399,8 +408,7 @@ def _any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) -
     """One score for every finding: how little the model thinks the film normal."""
     model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
     pair = embed_prompts(model, checkpoint.tokenizer, prompts, ["no finding"], max_tokens)
-    films = embed_films(model, result.rows, show=False)
-    normal = probabilities(films, pair, float(model.scale().detach()))
+    normal = probabilities(result.embeddings, pair, float(model.scale().detach()))
     sick = np.repeat(1 - normal, len(result.findings), axis=1)
     is_normal = np.array([name == "no finding" for name in result.findings])
     return _control(
