@@ -26,6 +26,7 @@ from mmclip.results import RESULTS_FILE, GalleryItem, RunResults
 from mmclip.zeroshot import (
     GALLERY_FILMS,
     ZeroShot,
+    control_of,
     embed_films,
     embed_prompts,
     probabilities,
@@ -134,13 +135,11 @@ def _thumbnails(rows: Rows, result: ZeroShot) -> dict:
     """A logistic regression on 8 x 8 thumbnails, trained with labels: what brightness tells."""
     train, val = (rows_to_score(rows, split) for split in ("train", "val"))
     scores = thumbnail_scores(train, val, result.rows, result.findings)
-    found = score_findings(result.labels, scores, result.patients(), result.findings, draws=200)
-    return {
-        "macro_auroc": found["macro_auroc"],
-        "macro_auroc_ci": found["macro_auroc_ci"],
-        "note": "logistic regression on 8 x 8 thumbnails, trained with all labels of the training "
-        "films",
-    }
+    return control_of(
+        result,
+        scores,
+        "logistic regression on 8 x 8 thumbnails, trained with all labels of the training films",
+    )
 
 
 def _untrained(config: Config, tokenizer: PreTrainedTokenizerFast, result: ZeroShot) -> dict:

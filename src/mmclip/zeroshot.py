@@ -395,7 +395,7 @@ def evaluate(
 
 
 def _nuisance(result: ZeroShot) -> dict:
-    return _control(
+    return control_of(
         result,
         nuisance_scores(result.rows, result.findings),
         "logistic regression on the film's size, brightness, gradients, border and view, told the "
@@ -411,7 +411,7 @@ def _any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) -
     normal = probabilities(result.embeddings, pair, float(model.scale().detach()))
     sick = np.repeat(1 - normal, len(result.findings), axis=1)
     is_normal = np.array([name == "no finding" for name in result.findings])
-    return _control(
+    return control_of(
         result,
         np.where(is_normal, 1 - sick, sick),
         "the model's score for a film that is not normal, taken for every finding: what it knows "
@@ -419,7 +419,8 @@ def _any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) -
     )
 
 
-def _control(result: ZeroShot, scores: Float[np.ndarray, "n k"], note: str) -> dict:
+def control_of(result: ZeroShot, scores: Float[np.ndarray, "n k"], note: str) -> dict:
+    """A control of a result: what other scores of the same films reach, as `results.Control`."""
     found = score_findings(result.labels, scores, result.patients(), result.findings, draws=200)
     return {
         "macro_auroc": found["macro_auroc"],
