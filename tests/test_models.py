@@ -293,6 +293,25 @@ def test_features_of_a_resnet_are_in_reading_order():
     assert change.argmax() == 3
 
 
+@pytest.mark.parametrize("patch_px", [4, 8, 16])
+def test_a_feature_of_a_resnet_looks_at_the_middle_of_its_patch(patch_px: int):
+    torch.manual_seed(0)
+    config = ImageEncoderConfig(width=32, depth=1, patch_px=patch_px)
+    side_px, n = 16 * patch_px, 16
+    encoder = build_image_encoder(config, side_px).eval()
+    film = torch.randn(4, 1, side_px, side_px, requires_grad=True)
+    row, column = 7, 8
+    feature = token_features(encoder(pixel_values=film))[:, 1 + row * n + column]
+    seen = torch.zeros(side_px, side_px)
+    for channel in range(feature.shape[1]):  # where a change of the film changes the feature
+        (grad,) = torch.autograd.grad(feature[:, channel].sum(), film, retain_graph=True)
+        seen += grad.square().sum((0, 1))
+    place = torch.arange(side_px) + 0.5
+    centre = (place @ seen.sum(1) / seen.sum(), place @ seen.sum(0) / seen.sum())
+    wanted = torch.tensor([(row + 0.5) * patch_px, (column + 0.5) * patch_px])
+    assert torch.stack(centre).sub(wanted).abs().max() < patch_px / 8
+
+
 def test_a_rebuilt_resnet_has_the_same_names_and_gives_the_same():
     encoder = small_model(resnet_config()).vision_model
     encoder(pixel_values=some_films())
