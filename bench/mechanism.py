@@ -36,7 +36,15 @@ from torch import Tensor
 
 from mmclip.batch import Batch, Share, Texts
 from mmclip.checkpoint import Checkpoint, load_checkpoint
-from mmclip.config import AugmentConfig, Config, HiddenPlace, MaskPolicy, ScoreKind, ScoreTokens
+from mmclip.config import (
+    WHOLE_TEXT_SCORES,
+    AugmentConfig,
+    Config,
+    HiddenPlace,
+    MaskPolicy,
+    ScoreKind,
+    ScoreTokens,
+)
 from mmclip.data.batches import TrainingBatches, is_pair
 from mmclip.data.corpus import mark_concepts, special_ids
 from mmclip.data.dataset import Rows, normalise, open_rows
@@ -312,7 +320,7 @@ def score_names(has_decoder: bool) -> list[tuple[ScoreKind, ScoreTokens]]:
     every: list[tuple[ScoreKind, ScoreTokens]] = []
     for kind in get_args(ScoreKind):
         for tokens in get_args(ScoreTokens):
-            if kind == "embedding" and tokens != "all":
+            if kind in WHOLE_TEXT_SCORES and tokens != "all":
                 continue  # reads no tokens
             if kind == "decoder_attention" and not has_decoder:
                 continue
@@ -349,7 +357,7 @@ def score_maps(model: MMCLIP, films: Tensor, texts: Texts, size: int) -> dict[st
                 some.chosen(tokens),
                 read.attention,
             )
-            name = kind if kind == "embedding" else f"{kind}/{tokens}"
+            name = kind if kind in WHOLE_TEXT_SCORES else f"{kind}/{tokens}"
             maps.setdefault(name, []).append(score.cpu())
     return {name: torch.cat(parts) for name, parts in maps.items()}
 
@@ -464,7 +472,7 @@ def measure_pointing(
     areas = torch.tensor([a.area_ratio for a in asked])
     return {
         "configured": mask.score
-        if mask.score == "embedding"
+        if mask.score in WHOLE_TEXT_SCORES
         else f"{mask.score}/{mask.score_tokens}",
         "n_films": len(row_of.unique()),
         "n_asked": len(asked),

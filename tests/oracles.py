@@ -80,6 +80,12 @@ def response_score_loop(
             for t in chosen
         }
         for p in range(n):
+            if kind == "contribution":
+                out[i, p] = sum(
+                    a * b
+                    for a, b in zip(patches[i, p].tolist(), embedding[i].tolist(), strict=True)
+                )
+                continue
             if kind == "embedding":
                 out[i, p] = cosine_of(patches[i, p].tolist(), embedding[i].tolist())
                 continue

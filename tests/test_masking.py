@@ -15,6 +15,7 @@ from mmclip.masking import (
     blend_scores,
     choose_masked_entities,
     choose_masked_patches,
+    contribution_score,
     embedding_score,
     logsumexp_score,
     maskable_tokens,
@@ -47,6 +48,12 @@ def uniform(seed: int, *shape: int) -> torch.Tensor:
 
 
 # -- response scores --
+
+
+def test_contribution_score_by_hand():
+    patches = torch.tensor([[[2.0, 0.0], [0.0, 5.0], [1.0, 1.0]]])
+    score = contribution_score(patches, torch.tensor([[3.0, 1.0]]))
+    assert score.tolist() == [[6.0, 5.0, 4.0]]
 
 
 def test_embedding_score_by_hand():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmclip.config import ScoreKind, load_config
+from mmclip.config import WHOLE_TEXT_SCORES, ScoreKind, load_config
 from mmclip.data.build import build_data
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import PRESETS, read_masks, write_dataset
@@ -128,7 +128,7 @@ def test_maps_of_a_phrase_are_what_training_would_go_by(mechanism):
         plan = MaskPlan(0.5, "attention", kind, tokens, "features", 0.0)
         with torch.no_grad():
             response = model(asked, plan).response
-        name = kind if kind == "embedding" else f"{kind}/{tokens}"
+        name = kind if kind in WHOLE_TEXT_SCORES else f"{kind}/{tokens}"
         ours = blend_scores(torch.zeros(4, 16), maps[name], no_one, everyone)
         torch.testing.assert_close(ours, response, atol=1e-3, rtol=1e-3)
 

@@ -1,13 +1,14 @@
 """What the model and the objective make of a batch: the step of every arm."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from mmclip.batch import Batch, Texts
-from mmclip.config import ConfigError, TrainConfig
+from mmclip.config import ConfigError, ScoreKind, TrainConfig
 from mmclip.models.mmclip import MMCLIP, MaskPlan, Outputs
 from mmclip.objective import Objective
 from mmclip.train import TrainState, fit, make_optimizer
@@ -43,7 +44,7 @@ def run(model: MMCLIP, objective: Objective, batch: Batch) -> Outputs:
     "overrides",
     [
         (), WHOLE, PIXELS, RANDOM, ("loss.text=1",),
-        ("loss.image=1", "image_mask.score='embedding'"),
+        ("loss.image=1",), (*WHOLE, "image_mask.score='decoder_attention'"),
         (*WHOLE, "image_mask.policy='oracle'"), LABELS, (*WHOLE, *LABELS),
     ],
 )  # fmt: skip
@@ -273,7 +274,7 @@ def test_the_oracle_hides_the_lesion_first():
     assert torch.equal(hidden, batch.lesion_ratio.topk(8, 1).indices.sort(1).values)
 
 
-@pytest.mark.parametrize("score", ["embedding", "attended", "logsumexp", "token_attention"])
+@pytest.mark.parametrize("score", get_args(ScoreKind))
 @pytest.mark.parametrize("tokens", ["entities", "masked", "all"])
 def test_every_score_guides_the_rows_that_have_a_text(score: str, tokens: str):
     model, objective = made(
@@ -286,7 +287,11 @@ def test_every_score_guides_the_rows_that_have_a_text(score: str, tokens: str):
 
 def test_an_untrained_score_without_its_decoder_is_refused():
     with pytest.raises(ConfigError, match=r"give loss\.text a weight or choose another score"):
-        small_config("loss.image=1", "image_mask.score_tokens='all'")
+        small_config(
+            "loss.image=1",
+            "image_mask.score='decoder_attention'",
+            "image_mask.score_tokens='all'",
+        )
     with pytest.raises(ConfigError, match=r"asks the hidden words, and loss\.text=0 hides none"):
         small_config("loss.image=1", "image_mask.score='token_attention'")
     assert small_config("loss.image=1", "image_mask.policy='random'").loss.image == 1

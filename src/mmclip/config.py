@@ -20,8 +20,13 @@ GREY_MEAN, GREY_STD = 0.5, 0.25
 of chest films; one pair for every data set, so that no data set's statistics tell it apart."""
 
 
-ScoreKind = Literal["embedding", "attended", "logsumexp", "token_attention", "decoder_attention"]
+ScoreKind = Literal[
+    "contribution", "embedding", "attended", "logsumexp", "token_attention", "decoder_attention"
+]
 """The ways to say how strongly a patch responds to a text; see `masking.response_score`."""
+
+WHOLE_TEXT_SCORES: tuple[ScoreKind, ...] = ("contribution", "embedding")
+"""The scores that read the embedding of a text and none of its tokens."""
 
 MaskPolicy = Literal["attention", "random", "least_responsive", "oracle"]
 """Which patches are hidden first: the most responsive, any, the least responsive, the lesion's."""
@@ -121,7 +126,7 @@ class ImageMaskConfig(Frozen):
 
     mask_ratio: float = Field(default=0.5, gt=0, lt=1)  # of the patches
     policy: MaskPolicy = "attention"
-    score: ScoreKind = "decoder_attention"
+    score: ScoreKind = "contribution"
     score_tokens: ScoreTokens = "masked"  # what a patch responds to
     hide: HiddenPlace = "features"  # after the encoder, or before it
     anneal_from: float = Field(default=0.1, ge=0, le=1)  # as a share of all steps: random before
@@ -218,7 +223,7 @@ class Config(Frozen):
         is_guided = bool(self.loss.image) and mask.policy in ("attention", "least_responsive")
         if not is_guided or self.loss.text:
             return self
-        if mask.score != "embedding" and mask.score_tokens == "masked":
+        if mask.score not in WHOLE_TEXT_SCORES and mask.score_tokens == "masked":
             raise ValueError(
                 "image_mask.score_tokens='masked' asks the hidden words, and loss.text=0 hides "
                 "none; give loss.text a weight, or set image_mask.score_tokens to 'entities' or "

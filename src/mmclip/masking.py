@@ -29,6 +29,21 @@ def _scoring(device: torch.device) -> Iterator[None]:
         yield
 
 
+def contribution_score(
+    patches: Float[Tensor, "b n e"], embedding: Float[Tensor, "b e"]
+) -> Float[Tensor, "b n"]:
+    """Dot product of each projected patch with the embedding of the text.
+
+    Where the pooled feature is the mean of the patches', as a ResNet's, the mean of this score is
+    the similarity of film and text, up to the film's length: a patch's score is its part in it.
+
+    Source: class activation mapping (Zhou et al., arXiv:1512.04150), with a text in the place of a
+        class.
+    """
+    with _scoring(patches.device):
+        return (patches.float() @ embedding.float()[..., None])[..., 0]
+
+
 def embedding_score(
     patches: Float[Tensor, "b n e"], embedding: Float[Tensor, "b e"]
 ) -> Float[Tensor, "b n"]:
@@ -108,7 +123,7 @@ def response_score(
     """How strongly each patch responds to the text of its row, in float32 and without gradient.
 
     Only the order within a row is used. Rows without a chosen token have the same score everywhere,
-    but for kind "embedding", which reads no tokens.
+    but for `config.WHOLE_TEXT_SCORES`, which read no tokens.
 
     Args:
         kind: The formula.
@@ -121,6 +136,8 @@ def response_score(
     Source: docs/method.md, row "response score"; the paper names no scalar.
     """
     match kind:
+        case "contribution":
+            return contribution_score(patches, embedding)
         case "embedding":
             return embedding_score(patches, embedding)
         case "attended":
