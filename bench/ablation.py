@@ -149,7 +149,14 @@ def train(arm: str, config: Config, data: Path, run: Path) -> dict[str, float]:
     if not cost.is_file():
         shutil.rmtree(run, ignore_errors=True)  # cut off: its seconds would not be the whole cost
         began, cpu_began = time.monotonic(), time.process_time()
-        job = Job((data,), run, config, "bench/ablation.py", shuffle_pairs=arm.endswith(SHUFFLED))
+        job = Job(
+            (data,),
+            run,
+            config,
+            "bench/ablation.py",
+            shuffle_pairs=arm.endswith(SHUFFLED),
+            lesions=data.parent / "raw" if config.image_mask.policy == "oracle" else None,
+        )
         newest = pretrain(job)
         spent = {
             "wall_s": round(time.monotonic() - began, 1),
