@@ -8,7 +8,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from mmclip.data.manifest import write_text_atomic
 from mmclip.metrics import CutRule
-from mmclip.pictures import Picture, Span
+from mmclip.pictures import Picture
 from mmclip.plots import (
     ACCENT,
     QUIET,
@@ -221,10 +221,9 @@ def write_plots(
     labels: Float[np.ndarray, "n k"],
     scores: Float[np.ndarray, "n k"],
 ) -> list[Path]:
-    """Writes the PNGs of plots/.
+    """Writes plots/auroc.png (findings, controls), curves.png (ROC, distributions), pictures.png.
 
-    auroc.png has findings and controls, curves.png ROC and distributions, pictures.png the films
-    that have pictures; the latter two only where there is something to show.
+    The latter two are written where there is something to show.
 
     Args:
         folder: Of the run.
@@ -251,9 +250,9 @@ def write_plots(
                 for row in results.findings
             ]
         )
-    pictures = [item.picture for item in gallery if item.picture is not None]
-    if shown := [(p.film, panels) for p in pictures if (panels := p.panels())]:
-        figures["pictures.png"] = pictures_figure(shown)
+    panels = [(item.film, item.picture.panels()) for item in gallery if item.picture]
+    if any(shown for _, shown in panels):
+        figures["pictures.png"] = pictures_figure(panels)
     for name, figure in figures.items():
         figure.savefig(place / name, dpi=160, facecolor="white")
     return [place / name for name in figures]
@@ -358,14 +357,15 @@ def _card(
     rows.sort(key=lambda row: (-row["place"], row["finding"]))
     first = [row for i, row in enumerate(rows) if i < 5 or row["label"] == 1]
     picture = item.picture
+    spans = picture.spans if picture else ()
     return {
         "name": item.name,
         "image": _data_uri(item.film),
         "panels": {n: _data_uri(p) for n, p in picture.panels().items()} if picture else {},
-        "spans": [_shown(span) for span in picture.spans] if picture else [],
+        "spans": spans,
         "is_prompt": picture is not None and picture.is_prompt,
-        "n_hidden": sum(span.said is not None for span in picture.spans) if picture else 0,
-        "n_right": sum(span.is_right for span in picture.spans) if picture else 0,
+        "n_hidden": sum(span.said is not None for span in spans),
+        "n_right": sum(span.is_right for span in spans),
         "report": item.report,
         "first": first,
         "rest": [row for row in rows if row not in first],
@@ -379,16 +379,6 @@ def _data_uri(image: UInt8[np.ndarray, "..."]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _shown(span: Span) -> dict:
-    """A stretch of a text for the page: what it is, and what a pointer over it reads."""
-    entity, kind, hint = span.entity, "", ""
-    if entity is not None:
-        is_present = entity.status == "present"
-        kind = entity.kind if is_present else "denied"
-        hint = f"{entity.kind}: {entity.concept}" + ("" if is_present else f", {entity.status}")
-    return {**asdict(span), "kind": kind, "hint": hint}
 
 
 def _scale_start(results: RunResults) -> float:
