@@ -36,16 +36,8 @@ from torch import Tensor
 
 from mmclip.batch import Batch, Share, Texts
 from mmclip.checkpoint import Checkpoint, load_checkpoint
-from mmclip.config import (
-    WHOLE_TEXT_SCORES,
-    AugmentConfig,
-    Config,
-    HiddenPlace,
-    MaskPolicy,
-    ScoreKind,
-    ScoreTokens,
-)
-from mmclip.data.batches import TrainingBatches, is_pair
+from mmclip.config import WHOLE_TEXT_SCORES, HiddenPlace, MaskPolicy, ScoreKind, ScoreTokens
+from mmclip.data.batches import TrainingBatches, is_pair, still
 from mmclip.data.corpus import mark_concepts, special_ids
 from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.disease_prompts import PROMPT_DRAWS, load_disease_prompts
@@ -77,26 +69,6 @@ MEAN_FILMS = 2000
 # -- batches without chance --
 
 
-def still(config: Config, n: int, kinds: Sequence[str]) -> Config:
-    """The configuration under which each of n films comes once, as it is, its report whole."""
-    text_mask = config.text_mask.model_copy(update={"kinds": tuple(kinds)})
-    none = AugmentConfig(rotation_deg=0, translate_ratio=0, scale_ratio=0, brightness=0, contrast=0)
-    return config.model_copy(
-        update={
-            "augment": none,
-            "text_mask": text_mask,
-            "loss": config.loss.model_copy(update={"text": config.loss.text or 1.0}),
-            "unpaired": config.unpaired.model_copy(
-                update={"rows_per_pair": 0.0, "prompt_pairs": False}
-            ),
-            "data": config.data.model_copy(
-                update={"impression_prob": 0.0, "sentence_drop_prob": 0.0}
-            ),
-            "train": config.train.model_copy(update={"batch_size": n, "micro_batches": 1}),
-        }
-    )
-
-
 def whole_batch(
     checkpoint: Checkpoint,
     rows: Rows,
@@ -104,7 +76,13 @@ def whole_batch(
     lesions: dict[str, np.ndarray] | None = None,
 ) -> Batch:
     """All the rows, each a pair, as one batch in the order of the first epoch."""
-    config = still(checkpoint.config, len(rows), kinds)
+    config = still(checkpoint.config)
+    changes = {
+        "text_mask": config.text_mask.model_copy(update={"kinds": tuple(kinds)}),
+        "loss": config.loss.model_copy(update={"text": config.loss.text or 1.0}),
+        "train": config.train.model_copy(update={"batch_size": len(rows), "micro_batches": 1}),
+    }
+    config = config.model_copy(update=changes)
     patch_px = checkpoint.model.vision_model.config.patch_size
     batches = TrainingBatches(rows, checkpoint.tokenizer, config, patch_px, lesions=lesions)
     return batches.batch(0, Share())

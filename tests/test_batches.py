@@ -325,3 +325,33 @@ def test_concepts_and_cues_by_hand():
     concepts, cues = mark_concepts(entities, offsets)
     assert concepts.tolist() == [0, 0, 1, 0, 2, 0, 1, 0]
     assert cues.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]  # by the first that it governs
+
+
+def test_rows_that_are_asked_for_come_in_that_order_with_the_draws_of_the_first_epoch(folder: Path):
+    batches = make_batches(folder, "loss.text=1", *UNPAIRED)
+    unpaired = int(batches.unpaired[0])
+    rows = np.array([3, unpaired, 0])
+    batch = batches.of_rows(rows)
+    assert batch.film_ids == tuple(batches.rows.films[row].film_id for row in rows)
+    said = texts_of(batch)
+    prompt = batches.prompts(rows, np.zeros_like(rows))[1]
+    assert prompt is not None
+    assert said[batch.film_ids[1]] == TOKENIZER.decode(
+        TOKENIZER(prompt.text).input_ids, skip_special_tokens=True
+    )
+    first, hidden = batches.batch(0, Share()), {}
+    for texts, of in ((first.reports, first), (batch.reports, batch)):
+        for row, ids in zip(texts.rows.tolist(), texts.masked_ids, strict=True):
+            hidden.setdefault(of.film_ids[row], []).append([i for i in ids.tolist() if i])
+    both = [found for found in hidden.values() if len(found) == 2]
+    assert both and all(one == other for one, other in both)
+
+
+def test_without_pairs_rows_can_be_looked_at_and_not_trained_on(folder: Path):
+    config = small_config(*STILL)
+    rows = open_rows([folder], 32)
+    rows = rows.select([film.report is None for film in rows.films])
+    batches = TrainingBatches(rows, TOKENIZER, config, patch_px=8)
+    assert len(batches.of_rows(np.array([0])).prompts) == 1
+    with pytest.raises(ValueError, match="there are no rows to read from"):
+        batches.batch(0, Share())

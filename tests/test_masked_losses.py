@@ -13,6 +13,7 @@ from mmclip.patches import (
     normalise_patches,
     patchify,
     place_visible,
+    rescale_patches,
     unpatchify,
 )
 from tests.oracles import masked_patch_sum_loop, masked_token_sum_loop, patchify_loop
@@ -57,6 +58,12 @@ def test_normalised_patches_have_mean_0_and_std_1_and_flat_ones_are_0():
     assert target[0, 0].tolist() == [0.0] * 16
     torch.testing.assert_close(target.mean(-1), torch.zeros(2, 5), atol=1e-5, rtol=0)
     torch.testing.assert_close(target[1].std(-1), torch.ones(5))
+
+
+def test_rescaled_patches_are_those_that_were_normalised():
+    patches = 3 * made(0, 2, 5, 16) + 7
+    patches[0, 0] = 2.0
+    torch.testing.assert_close(rescale_patches(normalise_patches(patches), patches), patches)
 
 
 def test_lesion_ratio_by_hand():

@@ -1,14 +1,20 @@
 """What a run leaves: results.json keeps its contract, the page needs nothing but itself."""
 
+import base64
+import html
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmclip.bootstrap import score_findings
+from mmclip.data.manifest import Entity
 from mmclip.metrics import auroc, choose_thresholds
-from mmclip.plots import roc_points
+from mmclip.pictures import Picture, Span
+from mmclip.plots import Panel, curves_figure, roc_points
 from mmclip.prompts import load_prompts
 from mmclip.results import (
     GalleryItem,
@@ -149,6 +155,96 @@ def test_the_page_shows_text_as_text(page):
     assert "Made &lt;films&gt;" in page
 
 
+def picture(with_patches: bool = True, is_prompt: bool = False) -> Picture:
+    """A film of 16 x 16 px in four patches, one of them hidden, and a text with marks in it."""
+    film = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    is_hidden = np.array([[True, False], [False, False]])
+    rebuilt = film.copy()
+    rebuilt[:8, :8] = 77
+    denied = Entity(3, 11, "finding", "<effusion>", "negated")
+    spans = (
+        Span("No "),
+        Span("<b>effusion", denied, "edema & <i>", False),
+        Span(" in the "),
+        Span("Left", Entity(0, 0, "anatomy", "left"), "left", True),
+        Span(" lung"),
+        Span(" <u>unread", None, None, False, False),
+    )
+    if not with_patches:
+        return Picture(film, None, None, None, spans, is_prompt)
+    return Picture(film, np.eye(2), is_hidden, rebuilt, spans, is_prompt)
+
+
+def page_with(tmp_path, results, table, *pictures) -> str:
+    film = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
+    gallery = [GalleryItem(i, f"film-{i}", film, REPORT, p) for i, p in enumerate(pictures)]
+    return write_page(tmp_path, results, gallery, prompts=prompts, **table).read_text("utf-8")
+
+
+def body_of(page: str) -> str:
+    return page[page.index("<body>") :]
+
+
+def test_panels_stand_beside_the_film_and_are_the_images_given(tmp_path, results, table):
+    page = body_of(page_with(tmp_path, results, table, picture()))
+    found = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)"', page)
+    assert [alt for _, alt in found] == [
+        "Film film-0", "Film film-0, response", "Film film-0, hidden", "Film film-0, rebuilt"
+    ]  # fmt: skip
+    film, response, hidden, rebuilt = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, _ in found
+    )
+    np.testing.assert_array_equal(rebuilt[8:], film[8:])
+    assert (rebuilt[:8, :8] == 77).all()
+    assert response.shape == (16, 16, 3) and hidden.shape[0] == hidden.shape[1] >= 256
+
+
+def test_the_text_of_a_picture_is_shown_as_text_with_its_hidden_words(tmp_path, results, table):
+    page = body_of(page_with(tmp_path, results, table, picture()))
+    quote = re.search(r"<blockquote>(.*?)</blockquote>", page, flags=re.DOTALL)[1]
+    assert "1 of 2 hidden words recovered" in page
+    assert not re.search(r"<(?!/?(span|s)\b)", quote)  # no element but the page's own
+    wrong = 'title="hidden: “&lt;b&gt;effusion”; recovered: “edema &amp; &lt;i&gt;”; '
+    assert wrong + 'finding: &lt;effusion&gt;, negated"' in quote
+    assert "edema &amp; &lt;i&gt; <s>&lt;b&gt;effusion</s>" in quote
+    assert 'class="e denied word wrong"' in quote
+    assert re.search(r'class="e anatomy word right"[^>]*>Left<', quote)
+    without = re.sub(r"<span class=\"unread-mark\">.*?</span> ", "", quote)
+    without = re.sub(r"edema &amp; &lt;i&gt; (?=<s>)", "", without)
+    said = html.unescape(re.sub(r"<[^>]+>", "", without))
+    assert said.replace("  <u>", " <u>") == "No <b>effusion in the Left lung <u>unread"
+    assert quote.index("cut here") < quote.index("unread<")
+
+
+def test_legend_and_notes_come_once_and_only_with_pictures(tmp_path, results, table, page):
+    both = body_of(page_with(tmp_path, results, table, picture(), picture(False, is_prompt=True)))
+    assert both.count('class="legend"') == 1 and both.count("mean and the deviation") == 1
+    assert both.count("made of its labels") == 1 and both.count("Prompt made of the labels") == 1
+    words = body_of(page_with(tmp_path, results, table, picture(False)))
+    assert 'class="legend"' in words and "Rebuilt" not in words and "made of its" not in words
+    plain = body_of(page)
+    assert "legend" not in plain and "Rebuilt" not in plain and 'class="panels' not in plain
+
+
+def test_pictures_are_drawn_as_a_plot_where_there_are_patches(tmp_path, results, table):
+    film = np.zeros((16, 16), np.uint8)
+    items = [GalleryItem(i, str(i), film, None, p) for i, p in enumerate([None, picture()])]
+    paths = write_plots(tmp_path, results, items, **table)
+    assert [p.name for p in paths] == ["auroc.png", "curves.png", "pictures.png"]
+    drawn = Image.open(paths[-1])
+    assert drawn.width > 3 * drawn.height  # one line of four
+    items = [GalleryItem(0, "0", film, None, picture(with_patches=False))]
+    assert len(write_plots(tmp_path, results, items, **table)) == 2
+
+
+def test_axes_and_titles_of_the_curves_say_what_they_show(table):
+    figure = curves_figure(
+        [Panel("edema, AUROC 0.9", table["labels"][:, 0], table["scores"][:, 0])]
+    )
+    assert [axes.get_ylabel() for axes in figure.axes] == ["true positive rate", "share of films"]
+
+
 def test_the_page_says_how_the_numbers_came_about_and_what_they_are_not(page, results):
     for text in (
         f"{results['macro_auroc']:.3f}",
@@ -199,11 +295,11 @@ def test_a_page_without_any_defined_finding_is_still_a_page(tmp_path, results, t
     page = write_page(tmp_path, results | nothing, [], prompts={}, **table).read_text("utf-8")
     assert "Undefined: no finding has 10 films with it" in page
     assert "no positive and no negative film" in page
-    assert [p.name for p in write_plots(tmp_path, results | nothing, **table)] == ["auroc.png"]
+    assert [p.name for p in write_plots(tmp_path, results | nothing, [], **table)] == ["auroc.png"]
 
 
 def test_plots_are_written_as_png(tmp_path, results, table):
-    paths = write_plots(tmp_path, results, **table)
+    paths = write_plots(tmp_path, results, [], **table)
     assert [p.relative_to(tmp_path).as_posix() for p in paths] == [
         "plots/auroc.png",
         "plots/curves.png",
@@ -213,7 +309,7 @@ def test_plots_are_written_as_png(tmp_path, results, table):
 
 def test_scores_that_lack_a_finding_of_the_results_are_refused(tmp_path, results, table):
     with pytest.raises(ResultsError, match="'mass' is no column"):
-        write_plots(tmp_path, results, **(table | {"findings": ["edema", "hernia", "x"]}))
+        write_plots(tmp_path, results, [], **(table | {"findings": ["edema", "hernia", "x"]}))
 
 
 def test_roc_points_run_from_corner_to_corner_and_are_thinned():

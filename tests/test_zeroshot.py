@@ -176,7 +176,7 @@ def test_results_of_films_without_any_finding_are_written_with_no_score(
     result = zeroshot(trained, healthy, prompts, draws=5)
     write_zeroshot(
         tmp_path, result, trained, prompts, title="t", kind="zeroshot", summary="s", command="c",
-        seed=0, wall_s=0.0, gallery=result.gallery([0]),
+        seed=0, wall_s=0.0, gallery=[0],
     )  # fmt: skip
     left = json.loads((tmp_path / "results.json").read_text())
     assert left["findings"] == [] and left["macro_auroc"] is None

@@ -22,7 +22,7 @@ from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write
 from mmclip.pretrain import Job, build_model, pretrain
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet, load_prompts
-from mmclip.results import RESULTS_FILE, GalleryItem, RunResults
+from mmclip.results import RESULTS_FILE, RunResults
 from mmclip.zeroshot import (
     GALLERY_FILMS,
     ZeroShot,
@@ -181,12 +181,11 @@ def _combinations(
     return out
 
 
-def _gallery(result: ZeroShot) -> list[GalleryItem]:
+def _gallery(result: ZeroShot) -> list[int]:
     """The first films of the test split that show each finding, and two without any."""
     chosen: list[int] = []
     for k in range(len(result.findings)):
         with_it = [r for r in np.flatnonzero(result.labels[:, k] == 1) if r not in chosen]
         chosen += [int(r) for r in with_it[:1]]
     normal = np.flatnonzero(np.nansum(result.labels, 1) == 0)[:2]
-    chosen = [*chosen[: GALLERY_FILMS - len(normal)], *map(int, normal)]
-    return result.gallery(chosen)
+    return [*chosen[: GALLERY_FILMS - len(normal)], *map(int, normal)]

@@ -42,6 +42,20 @@ def normalise_patches(patches: Float[Tensor, "b n p"], eps: float = 1e-6) -> Flo
     return (patches.float() - mean) / (var + eps).sqrt()
 
 
+def rescale_patches(
+    normalised: Float[Tensor, "b n p"], like: Float[Tensor, "b n p"], eps: float = 1e-6
+) -> Float[Tensor, "b n p"]:
+    """Undoes `normalise_patches`: each patch with the mean and deviation of another.
+
+    Args:
+        normalised: Patches of mean 0 and deviation 1, such as the image decoder predicts.
+        like: Pixels; these patches lend their mean and deviation.
+        eps: As in `normalise_patches`.
+    """
+    var, mean = torch.var_mean(like.float(), dim=-1, keepdim=True)
+    return normalised.float() * (var + eps).sqrt() + mean
+
+
 def lesion_ratio_of_patches(
     lesion: Float[Tensor, "b 1 h w"], patch_px: int
 ) -> Float[Tensor, "b n"]:

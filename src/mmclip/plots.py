@@ -1,18 +1,19 @@
-"""Plots of a run: ROC curves, score distributions, AUROC with intervals; for PNG and for the page.
+"""Plots of a run: ROC curves, score distributions, AUROC with intervals, films; for PNG and page.
 
 Figures are made without pyplot, so that nothing global changes and no display is needed.
 """
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from sklearn.metrics import roc_curve
 
@@ -106,6 +107,31 @@ def curves_figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
     return figure
 
 
+def pictures_figure(
+    films: Sequence[tuple[UInt8[np.ndarray, "h w"], Mapping[str, UInt8[np.ndarray, "..."]]]],
+) -> Figure:
+    """A line a film: the film, then what stands beside it, a column for each name.
+
+    Args:
+        films: Each film, and images [h w] or [h w 3] by what they show.
+    """
+    names = list(dict.fromkeys(name for _, panels in films for name in panels))
+    with mpl.rc_context(_STYLE):
+        size = (1.5 * (1 + len(names)), 1.5 * len(films) + 0.3)
+        engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+        figure = Figure(figsize=size, layout=engine)
+        all_axes = figure.subplots(len(films), 1 + len(names), squeeze=False)
+        for line, (film, panels) in zip(all_axes, films, strict=True):
+            shown = {"film": film, **panels}
+            for axes, name in zip(line, ("film", *names), strict=True):
+                axes.set_axis_off()
+                if name in shown:
+                    axes.imshow(shown[name], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        for axes, name in zip(all_axes[0], ("film", *names), strict=True):
+            axes.set_title(name, fontsize=9)
+    return figure
+
+
 def curve_svg(panel: Panel) -> str:
     """One finding for the page: an SVG element in theme colours and the page's font."""
     style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": panel.title}  # salts the ids
@@ -172,3 +198,4 @@ def _draw_scores(axes: Axes, panel: Panel) -> None:
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel("score", fontsize=7, labelpad=2)
+    axes.set_ylabel("share of films", fontsize=7, labelpad=2)

@@ -22,7 +22,17 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from mmclip.data.manifest import write_text_atomic
 from mmclip.metrics import CutRule
-from mmclip.plots import ACCENT, QUIET, Entry, Panel, auroc_figure, curve_svg, curves_figure
+from mmclip.pictures import Picture
+from mmclip.plots import (
+    ACCENT,
+    QUIET,
+    Entry,
+    Panel,
+    auroc_figure,
+    curve_svg,
+    curves_figure,
+    pictures_figure,
+)
 from mmclip.prompts import Prompts
 
 RESULTS_FILE, PAGE_FILE, PLOTS_FOLDER = "results.json", "page.html", "plots"
@@ -154,12 +164,15 @@ class GalleryItem:
         name: Under which the film is shown.
         film: 0..255, air dark, at the size that it is shown.
         report: What its radiologist (or the phantom) wrote, if anything.
+        picture: What the masked terms make of it, where there is one; its text is then shown in
+            place of the report.
     """
 
     row: int
     name: str
     film: UInt8[np.ndarray, "h w"]
     report: str | None = None
+    picture: Picture | None = None
 
 
 def checked(results: RunResults | Mapping[str, Any]) -> RunResults:
@@ -202,16 +215,20 @@ def share_below(score: float, others: Float[np.ndarray, " n"]) -> float:
 def write_plots(
     folder: Path,
     results: RunResults | Mapping[str, Any],
+    gallery: Sequence[GalleryItem],
     *,
     findings: Sequence[str],
     labels: Float[np.ndarray, "n k"],
     scores: Float[np.ndarray, "n k"],
 ) -> list[Path]:
-    """Writes plots/auroc.png (findings and controls) and plots/curves.png (ROC, distributions).
+    """Writes plots/auroc.png (findings, controls), curves.png (ROC, distributions), pictures.png.
+
+    The latter two are written where there is something to show.
 
     Args:
         folder: Of the run.
         results: The numbers that the plots show.
+        gallery: Films to show.
         findings: Names of the columns of labels and scores.
         labels: 1, 0 or NaN.
         scores: Same shape.
@@ -229,10 +246,13 @@ def write_plots(
         columns = _columns(results, findings, labels, scores)
         figures["curves.png"] = curves_figure(
             [
-                Panel(f"{row.finding}  {row.auroc:.3f}", *columns[row.finding])
+                Panel(f"{row.finding}, AUROC {row.auroc:.3f}", *columns[row.finding])
                 for row in results.findings
             ]
         )
+    panels = [(item.film, item.picture.panels()) for item in gallery if item.picture]
+    if any(shown for _, shown in panels):
+        figures["pictures.png"] = pictures_figure(panels)
     for name, figure in figures.items():
         figure.savefig(place / name, dpi=160, facecolor="white")
     return [place / name for name in figures]
@@ -336,17 +356,29 @@ def _card(
     ]
     rows.sort(key=lambda row: (-row["place"], row["finding"]))
     first = [row for i, row in enumerate(rows) if i < 5 or row["label"] == 1]
-    buffer = io.BytesIO()
-    Image.fromarray(item.film).save(buffer, "PNG", optimize=True)
+    picture = item.picture
+    spans = picture.spans if picture else ()
     return {
         "name": item.name,
-        "image": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "image": _data_uri(item.film),
+        "panels": {n: _data_uri(p) for n, p in picture.panels().items()} if picture else {},
+        "spans": spans,
+        "is_prompt": picture is not None and picture.is_prompt,
+        "n_hidden": sum(span.said is not None for span in spans),
+        "n_right": sum(span.is_right for span in spans),
         "report": item.report,
         "first": first,
         "rest": [row for row in rows if row not in first],
         "present": [row["finding"] for row in rows if row["label"] == 1],
         "has_labels": any(row["label"] is not None for row in rows),
     }
+
+
+def _data_uri(image: UInt8[np.ndarray, "..."]) -> str:
+    """An image, grey [h w] or colour [h w 3], as a PNG that stands in the page itself."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _scale_start(results: RunResults) -> float:

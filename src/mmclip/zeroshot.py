@@ -22,6 +22,7 @@ from mmclip.data.manifest import ManifestError, Split
 from mmclip.data.text import tokenise
 from mmclip.metrics import Threshold, choose_thresholds, known
 from mmclip.models.mmclip import MMCLIP
+from mmclip.pictures import make_pictures
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet, load_prompts
 from mmclip.results import (
@@ -194,12 +195,14 @@ class ZeroShot:
         """The patient of each row."""
         return [film.patient_id for film in self.rows.films]
 
-    def gallery(self, rows: Sequence[int]) -> list[GalleryItem]:
-        """Some rows as the page shows them."""
-        pixels = self.rows.pixels(np.array(rows)).numpy()
+    def gallery(self, checkpoint: Checkpoint, rows: Sequence[int]) -> list[GalleryItem]:
+        """Some rows as the page shows them, with pictures where the checkpoint has decoders."""
+        pixels = self.rows.pixels(np.array(rows, np.int64)).numpy()
         films = [self.rows.films[row] for row in rows]
+        shown = self.rows.select(np.isin(np.arange(len(self.rows)), rows))
+        pictures = make_pictures(checkpoint, shown)
         return [
-            GalleryItem(row, film.film_id, image, film.report)
+            GalleryItem(row, film.film_id, image, film.report, pictures.get(film.film_id))
             for row, film, image in zip(rows, films, pixels, strict=True)
         ]
 
@@ -295,12 +298,16 @@ def write_zeroshot(
     command: str,
     seed: int,
     wall_s: float,
-    gallery: Sequence[GalleryItem],
+    gallery: Sequence[int],
     controls: Mapping[str, dict] | None = None,
     combinations: Sequence[dict] = (),
     facts: Mapping[str, str | int | float] | None = None,
 ) -> RunResults:
-    """Writes results.json, scores.npz, plots/ and page.html, and returns the results."""
+    """Writes results.json, scores.npz, plots/ and page.html, and returns the results.
+
+    `gallery` has the numbers of the rows that the page shows; the other arguments are parts of
+    `RunResults`.
+    """
     device = checkpoint.model.logit_scale.device
     results = checked(
         {
@@ -329,9 +336,10 @@ def write_zeroshot(
     out.mkdir(parents=True, exist_ok=True)
     save_scores(out / "scores.npz", result)
     columns = {"findings": result.findings, "labels": result.labels, "scores": result.scores}
-    write_plots(out, results, **columns)
+    items = result.gallery(checkpoint, gallery)
+    write_plots(out, results, items, **columns)
     texts = {finding: prompts.texts(finding) for finding in result.findings}
-    write_page(out, results, gallery, **columns, prompts=texts)
+    write_page(out, results, items, **columns, prompts=texts)
     write_results(out, results)
     return results
 
@@ -384,7 +392,7 @@ def evaluate(
         command=command,
         seed=seed,
         wall_s=time.monotonic() - began,
-        gallery=result.gallery([int(row) for row in shown]),
+        gallery=shown.tolist(),
         controls=controls,
         facts={
             "training pairs": checkpoint.meta["n_pairs"],

@@ -5,6 +5,7 @@ Every draw is keyed by (seed, purpose, epoch, film), so a row does not depend on
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.batch import Batch, Share, Texts
-from mmclip.config import Config
+from mmclip.config import AugmentConfig, Config
 from mmclip.data.corpus import (
     MAX_SENTENCES,
     TokenRows,
@@ -76,6 +77,25 @@ def training_rows(rows: Rows, config: Config) -> Rows:
     )
 
 
+def still(config: Config) -> Config:
+    """The configuration under which films come as they are and texts whole, for looking at a model.
+
+    Reports alone speak for films that have one, and prompts for the others, whatever the run did
+    with labels. Which words are hidden still follows from the seed of the run.
+    """
+    none = AugmentConfig(rotation_deg=0, translate_ratio=0, scale_ratio=0, brightness=0, contrast=0)
+    unpaired = {"rows_per_pair": 0.0, "prompt_pairs": False, "shuffle": False}
+    whole = {"impression_prob": 0.0, "sentence_drop_prob": 0.0}
+    return config.model_copy(
+        update={
+            "augment": none,
+            "loss": config.loss.model_copy(update={"label": 0.0}),
+            "unpaired": config.unpaired.model_copy(update=unpaired),
+            "data": config.data.model_copy(update=whole),
+        }
+    )
+
+
 def label_names(rows: Rows) -> list[str]:
     """What unpaired films are labelled with for sure, sorted: the columns of the label loss.
 
@@ -132,12 +152,6 @@ class TrainingBatches:
         self.film_keys = np.array([film_key(f.film_id) for f in rows.films], np.uint64)
         has_report = np.array([is_pair(film) for film in rows.films], bool)
         self.pairs, self.unpaired = np.flatnonzero(has_report), np.flatnonzero(~has_report)
-        n_pairs = config.train.batch_size
-        n_unpaired = round(config.unpaired.rows_per_pair * n_pairs)
-        self.streams = [(self.pairs, Schedule(self.film_keys[self.pairs], n_pairs, self.seed))]
-        if n_unpaired:
-            schedule = Schedule(self.film_keys[self.unpaired], n_unpaired, self.seed)
-            self.streams.append((self.unpaired, schedule))
 
         texts: dict[str, tuple[Entity, ...]] = {}
         impressions: dict[str, int | None] = {}
@@ -165,6 +179,18 @@ class TrainingBatches:
         self.wordings = load_disease_prompts(config.unpaired.prompts)
         self.n_findings = max(len(set(f.labels) - {NO_FINDING}) for f in rows.films)
 
+    @cached_property
+    def streams(self) -> list[tuple[Int[np.ndarray, " s"], Schedule]]:
+        """The pairs, and the unpaired films where they are asked for, with their order.
+
+        Raises:
+            ValueError: When there are none.
+        """
+        n_pairs = self.config.train.batch_size
+        n_unpaired = round(self.config.unpaired.rows_per_pair * n_pairs)
+        wanted = [(self.pairs, n_pairs), (self.unpaired, n_unpaired)]
+        return [(rows, Schedule(self.film_keys[rows], n, self.seed)) for rows, n in wanted if n]
+
     def _deal_on(self, values: np.ndarray, rows: np.ndarray) -> None:
         """Gives each of the rows the value of another one, in a fixed random circle."""
         zeros = np.zeros(len(rows))
@@ -180,6 +206,24 @@ class TrainingBatches:
             cut = share.of_rows(len(here))
             parts.append((stream[here[cut]], epochs[cut]))
         rows, epochs = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return self._batch(rows, epochs, step)
+
+    def of_rows(self, rows: Int[np.ndarray, " b"]) -> Batch:
+        """Some rows as one batch, in this order, with the draws of the first epoch."""
+        return self._batch(rows, np.zeros_like(rows), step=0)
+
+    def prompts(
+        self, rows: Int[np.ndarray, " b"], epochs: Int[np.ndarray, " b"]
+    ) -> list[DiseasePrompt | None]:
+        """What the labels of each row say, in the wording of its draws; None where nothing."""
+        draws = self._draw(Draw.PROMPT, rows, epochs, PROMPT_DRAWS + 2 * self.n_findings)
+        films = [self.rows.films[self.labels_of_row[row]] for row in rows]
+        return [
+            self.wordings.write(film.labels, own, self.config.unpaired.absent_prob)
+            for film, own in zip(films, draws, strict=True)
+        ]
+
+    def _batch(self, rows: np.ndarray, epochs: np.ndarray, step: int) -> Batch:
         reports, prompts = self._reports(rows, epochs), self._prompts(rows, epochs)
         image, lesion_ratio, noise = self._films(rows, epochs)
         return Batch(
@@ -237,17 +281,10 @@ class TrainingBatches:
             has_report, self.config.unpaired.prompt_pairs, not self.config.loss.label
         )
         wants = np.flatnonzero(wants_prompt)
-        n_draws = PROMPT_DRAWS + 2 * self.n_findings
-        draws = self._draw(Draw.PROMPT, rows[wants], epochs[wants], n_draws)
-        said: list[DiseasePrompt] = []
-        here = []
-        for i, own_draws in zip(wants, draws, strict=True):
-            labels = self.rows.films[self.labels_of_row[rows[i]]].labels
-            prompt = self.wordings.write(labels, own_draws, self.config.unpaired.absent_prob)
-            if prompt is not None:
-                said.append(prompt)
-                here.append(i)
-        return _Said(np.array(here, np.int64), self._tokenise(said))
+        said = self.prompts(rows[wants], epochs[wants])
+        here = [i for i, prompt in zip(wants, said, strict=True) if prompt is not None]
+        tokens = self._tokenise([prompt for prompt in said if prompt is not None])
+        return _Said(np.array(here, np.int64), tokens)
 
     def _tokenise(self, prompts: Sequence[DiseasePrompt]) -> TokenRows:
         if not prompts:

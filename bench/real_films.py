@@ -1,0 +1,244 @@
+"""Contrastive training and the whole method on real films, beside what a shortcut would reach.
+
+    python bench/real_films.py CXR OUT --arms contrastive whole --seeds 0 1 2
+    python bench/real_films.py CXR OUT --arms contrastive whole --seeds 0 1 2 --table
+
+CXR is a folder with studies.csv and the films that examples/mixed_films.toml describes. The pairs
+are clinical notes of one source; unpaired films have labels of ChestX-ray14. An arm trains `tiny`
+for 600 steps. ARM+one_label also trains on the sources that have one label each, so that the label
+is the source; ARM+no_covid takes the words for COVID-19 and its tests out of the notes.
+
+The films scored are of other sources than the pairs. Those of ChestX-ray14 are of the source of the
+unpaired films: a finding that was a prompt there is prompt-supervised, and no zero-shot result.
+Beside each macro AUROC stand `nuisance` (a logistic regression on the film's size, brightness,
+gradients, border and view), `any` (the model's own score for "not normal", taken for every finding)
+and `sick` (the same films without those that have no finding). Test films of `kermany` choose
+nothing: that source is all test.
+
+A finished run appends one line to --jsonl; a call skips those that it holds. The last line is one
+JSON object.
+"""
+
+import argparse
+import csv
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ablation import Key, losses_at_end, read_lines, train, unfinished
+from compare import markdown
+from mmclip.bootstrap import score_findings
+from mmclip.checkpoint import code_version, load_checkpoint
+from mmclip.config import Config, config_hash, load_config
+from mmclip.data.build import build_data
+from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.manifest import META_FILE, Split, read_meta
+from mmclip.data.sources import open_reader
+from mmclip.metrics import known
+from mmclip.prompts import load_prompts
+from mmclip.zeroshot import ZeroShot, any_finding, nuisance, zeroshot
+
+MAPPING = Path("examples/mixed_films.toml")
+
+UNPAIRED = ("unpaired.rows_per_pair=1",)
+ARMS: Mapping[str, tuple[str, ...]] = {
+    "contrastive": (),
+    "entmlm": ("loss.text=1",),
+    "attmim": ("loss.image=1",),
+    "attmim_entmlm": ("loss.image=1", "loss.text=1"),
+    "prompts": UNPAIRED,
+    "label_loss": ("loss.label=1", *UNPAIRED),
+    "whole": ("loss.image=1", "loss.text=1", *UNPAIRED),
+}
+"""What an arm sets. Source: docs/training.md, "The arms of the method"."""
+
+ONE_LABEL, NO_COVID = "+one_label", "+no_covid"
+ONE_LABEL_SOURCES = ("hannover", "openist")
+COVID = re.compile(
+    r"\b(covid(-?\s?19)?|sars-?\s?cov-?\s?2|(novel )?corona\s?virus\w*|2019-ncov|ncov\w*"
+    r"|(real-time )?(rt-?)?pcr|swabs?)\b",
+    re.IGNORECASE,
+)
+"""The words that the arm `+no_covid` hides: the disease and its test."""
+
+SCORED: tuple[tuple[str, Split], ...] = (
+    ("kermany", "test"), ("nih1024", "val"), ("nih64", "val"), ("tb128", "val"),
+)  # fmt: skip
+"""Source and split of the films that are scored, with the labels that those sources have."""
+
+
+def write_table(root: Path, path: Path, *, one_label: bool, no_covid: bool) -> None:
+    """The rows of studies.csv that an arm may read, and the notes as it may read them."""
+    with (root / "studies.csv").open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or ())
+        lines = [line for line in reader if one_label or line["source"] not in ONE_LABEL_SOURCES]
+    if no_covid:
+        for line in lines:
+            line["report"] = COVID.sub("", line["report"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def data_of(arm: str, root: Path, out: Path, film_px: int) -> Path:
+    """The data folder of an arm, built unless it is there."""
+    one_label, no_covid = ONE_LABEL in arm, NO_COVID in arm
+    name = "films" + ONE_LABEL * one_label + NO_COVID * no_covid
+    folder, table = out / "data" / name, out / "tables" / f"{name}.csv"
+    if not (folder / META_FILE).is_file():
+        write_table(root, table, one_label=one_label, no_covid=no_covid)
+        reader = open_reader("csv", root, mapping=MAPPING, table=table)
+        build_data(reader, root, folder, film_px=film_px, about={"reader": "csv"})
+    return folder
+
+
+def config_of(arm: str, seed: int, overrides: Sequence[str]) -> Config:
+    """The configuration of an arm under a seed."""
+    own = ARMS[arm.removesuffix(NO_COVID).removesuffix(ONE_LABEL)]
+    return load_config("tiny", ["train.steps=600", *own, *overrides, f"train.seed={seed}"])
+
+
+def figures(result: ZeroShot, beside: Mapping[str, dict]) -> dict:
+    """The macro AUROC of a scored source with its interval, and what stands beside it."""
+    return {
+        "n_films": len(result.rows),
+        "macro_findings": result.summary["macro_findings"],
+        "auroc": result.summary["macro_auroc"],
+        "ci": result.summary["macro_auroc_ci"],
+        "by_finding": {row["finding"]: row["auroc"] for row in result.summary["findings"]},
+        **{name: control["macro_auroc"] for name, control in beside.items()},
+        "sick": among_the_sick(result),
+    }
+
+
+def among_the_sick(result: ZeroShot) -> dict[str, float] | None:
+    """Each finding's AUROC over films with some finding; None where no film is labelled normal."""
+    if "no finding" not in result.findings:
+        return None
+    normal = result.labels[:, result.findings.index("no finding")]
+    rows = np.flatnonzero(normal == 0)
+    columns = [k for k, name in enumerate(result.findings) if name != "no finding"]
+    labels, scores = result.labels[np.ix_(rows, columns)], result.scores[np.ix_(rows, columns)]
+    kept = [i for i in range(len(columns)) if known(labels[:, i], scores[:, i]) is not None]
+    if not kept:
+        return None
+    patients = result.patients()
+    found = score_findings(
+        labels[:, kept],
+        scores[:, kept],
+        [patients[row] for row in rows],
+        [result.findings[columns[i]] for i in kept],
+        draws=1,
+    )
+    return {row["finding"]: row["auroc"] for row in found["findings"]} | (
+        {"macro": found["macro_auroc"]} if found["macro_auroc"] is not None else {}
+    )
+
+
+def run(key: Key, config: Config, folder: Path, out: Path) -> dict:
+    """Trains and scores one run, and returns its line."""
+    where = out / "runs" / f"{key.arm}-{key.seed}-{key.config_hash[:12]}-{key.data_hash[:12]}"
+    cost = train(key.arm, config, folder, where)
+    checkpoint, prompts = load_checkpoint(where), load_prompts("default")
+    rows = open_rows([folder], config.data.film_px)
+    scored = {}
+    for source, split in SCORED:
+        result = zeroshot(checkpoint, rows, prompts, split=split, sources=[source], draws=1000)
+        beside = {"nuisance": nuisance(result), "any": any_finding(checkpoint, result, prompts)}
+        scored[source] = figures(result, beside)
+    return {
+        **key._asdict(),
+        "commit": checkpoint.meta["versions"]["commit"],
+        "scored_at_commit": code_version()["commit"],
+        "n_pairs": checkpoint.meta["n_pairs"],
+        "n_unpaired": checkpoint.meta["n_unpaired"],
+        "scored": scored,
+        "loss_end": losses_at_end(where),
+        **cost,
+        "prompt_set": f"{prompts.id} version {prompts.version}",
+    }
+
+
+def print_table(found: Sequence[dict]) -> None:
+    """The mean and range over seeds of each arm and scored source, as Markdown."""
+    by_arm: dict[str, list[dict]] = defaultdict(list)
+    for line in found:
+        by_arm[line["arm"]].append(line["scored"])
+
+    def cell(values: Sequence[float | None]) -> str:
+        some = [value for value in values if value is not None]
+        if not some:
+            return "–"
+        mean = f"{np.mean(some):.3f}"
+        return mean if len(some) == 1 else f"{mean} ({min(some):.3f} to {max(some):.3f})"
+
+    for source, split in SCORED:
+        lines = []
+        for arm, scored in by_arm.items():
+            here = [one[source] for one in scored]
+            sick = [(one["sick"] or {}).get("macro") for one in here]
+            columns = [[one[name] for one in here] for name in ("auroc", "nuisance", "any")]
+            lines.append([arm, str(len(here)), *map(cell, columns), cell(sick)])
+        some = next(iter(by_arm.values()))[0][source]
+        print(
+            f"\n{source}, {split}: {some['n_films']} films, {len(some['macro_findings'])} count\n"
+        )
+        head = ["arm", "seeds", "macro AUROC", "nuisance", "any finding", "among the sick"]
+        print(markdown(head, lines))
+
+
+def main() -> None:
+    """Builds, trains and scores what is missing; or prints the table."""
+    parser = argparse.ArgumentParser(description="Arms x seeds on real films.")
+    parser.add_argument("cxr", type=Path)
+    parser.add_argument("out", type=Path)
+    every = [arm + a + b for arm in ARMS for a in ("", ONE_LABEL) for b in ("", NO_COVID)]
+    parser.add_argument(
+        "--arms", nargs="+", default=["contrastive", "whole"], choices=every, metavar="ARM",
+        help=f"of {', '.join(ARMS)}, with {ONE_LABEL} or {NO_COVID} behind it",
+    )  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jsonl", type=Path, default=Path("bench/results/real_films.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print what has finished, run nothing")
+    parser.add_argument("--set", action="append", default=[], help="train.steps=200, in every arm")
+    args = parser.parse_args()
+
+    wanted: dict[Key, Config] = {}
+    folders: dict[Key, Path] = {}
+    for seed in args.seeds:
+        for arm in args.arms:
+            config = config_of(arm, seed, args.set)
+            folder = data_of(arm, args.cxr, args.out, config.data.film_px)
+            key = Key(arm, seed, "val", config_hash(config), read_meta(folder)["data_hash"])
+            wanted[key], folders[key] = config, folder
+    if not args.table:
+        args.jsonl.parent.mkdir(parents=True, exist_ok=True)
+        for key, config in unfinished(wanted, read_lines(args.jsonl)).items():
+            line = run(key, config, folders[key], args.out)
+            with args.jsonl.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+    done = read_lines(args.jsonl)
+    found = [
+        done[key] for key in sorted(wanted, key=lambda k: args.arms.index(k.arm)) if key in done
+    ]
+    if not found:
+        raise SystemExit("none of these runs has finished; run without --table first")
+    print_table(found)
+    numbers = {
+        f"{line['arm']} seed {line['seed']}": {
+            source: one["auroc"] for source, one in line["scored"].items()
+        }
+        for line in found
+    }
+    print(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    main()
