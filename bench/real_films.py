@@ -35,7 +35,7 @@ from mmclip.bootstrap import score_findings
 from mmclip.checkpoint import code_version, load_checkpoint
 from mmclip.config import Config, config_hash, load_config
 from mmclip.data.build import build_data
-from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.dataset import open_rows
 from mmclip.data.manifest import META_FILE, Split, read_meta
 from mmclip.data.sources import open_reader
 from mmclip.metrics import known

@@ -375,8 +375,8 @@ def evaluate(
         seed=seed,
     )
     controls = {
-        "nuisance": _nuisance(result),
-        "any finding": _any_finding(checkpoint, result, prompts),
+        "nuisance": nuisance(result),
+        "any finding": any_finding(checkpoint, result, prompts),
     }
     where = f"split {split}" + (f" of {', '.join(sources)}" if sources else "")
     shown = np.linspace(0, len(result.rows) - 1, min(GALLERY_FILMS, len(result.rows))).astype(int)
@@ -402,7 +402,8 @@ def evaluate(
     )
 
 
-def _nuisance(result: ZeroShot) -> dict:
+def nuisance(result: ZeroShot) -> dict:
+    """The control that reads facts of the file and no lung; see `baselines.nuisance_scores`."""
     return control_of(
         result,
         nuisance_scores(result.rows, result.findings),
@@ -412,7 +413,7 @@ def _nuisance(result: ZeroShot) -> dict:
     )
 
 
-def _any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) -> dict:
+def any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) -> dict:
     """One score for every finding: how little the model thinks the film normal."""
     model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
     pair = embed_prompts(model, checkpoint.tokenizer, prompts, ["no finding"], max_tokens)
