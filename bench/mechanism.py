@@ -17,8 +17,9 @@ Pointing    Films with two findings or more are asked for one by a phrase ("Ther
 
 `decoder_attention/masked` hides the finding's name from the decoder, as in training, so that it can
 point to any lesion; under `entities` and `all` the decoder reads the name. The other scores read
-the whole phrase, whose only entity is the name: for them `masked` is `entities`. The last line is
-one JSON object.
+the whole phrase, whose only entity is the name: for them `masked` is `entities`. `contribution,
+prompt pair` takes the contribution to a finding's denial away from that to the finding, as the
+zero-shot score does. The last line is one JSON object.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from mmclip.data.disease_prompts import PROMPT_DRAWS, load_disease_prompts
 from mmclip.data.manifest import PRESENT
 from mmclip.data.synthetic import read_masks
 from mmclip.data.text import tokenise
-from mmclip.masking import response_score
+from mmclip.masking import contribution_score, response_score
 from mmclip.mechanism import (
     PatientMean,
     deal_to_other_patients,
@@ -57,10 +58,15 @@ from mmclip.models.encoders import rebuild_encoder
 from mmclip.models.mmclip import MMCLIP, MaskPlan, build_mmclip
 from mmclip.patches import lesion_ratio_of_patches, normalise_patches, patchify
 from mmclip.pretrain import read_lesions
+from mmclip.prompts import load_prompts
+from mmclip.zeroshot import embed_prompts
 
 SMALL_RATIO = 0.03
 """Lesions under this share of the film count in the headline. [chosen: a heart or an edema fills
 so much of the film that pointing at it is no feat]"""
+
+PAIR = "contribution, prompt pair"
+"""The score that zero-shot classification goes by, patch by patch."""
 
 MEAN_FILMS = 2000
 """Training films in the mean film. [chosen: more change no pixel by a grey level]"""
@@ -340,6 +346,29 @@ def score_maps(model: MMCLIP, films: Tensor, texts: Texts, size: int) -> dict[st
     return {name: torch.cat(parts) for name, parts in maps.items()}
 
 
+@torch.inference_mode()
+def pair_maps(
+    model: MMCLIP, checkpoint: Checkpoint, films: Tensor, asked: Sequence[Asked], size: int
+) -> Tensor:
+    """What each patch contributes to a finding's zero-shot score, [asked, n].
+
+    The contribution to the positive prompts less that to the negative ones: the phrase with its
+    denial beside it, as zero-shot scoring asks.
+    """
+    findings = sorted({item.finding for item in asked})
+    tokens = checkpoint.config.data.max_tokens
+    prompts = load_prompts("default")
+    pair = embed_prompts(model, checkpoint.tokenizer, prompts, findings, tokens)
+    asks = (pair.positive - pair.negative)[[findings.index(item.finding) for item in asked]]
+    rows = torch.tensor([item.row for item in asked])
+    maps = []
+    for index in chunks(len(asked), size):
+        features = model.encode_image(films[rows[index]].to(model.logit_scale.device)).features
+        joint = model.visual_projection(features[:, 1:]).cpu()
+        maps.append(contribution_score(joint, asks[index]))
+    return torch.cat(maps)
+
+
 def random_weights(checkpoint: Checkpoint, seed: int = 0) -> MMCLIP:
     """The model of the checkpoint before any training."""
     torch.manual_seed(seed)
@@ -394,7 +423,10 @@ def measure_pointing(
     texts = phrases(checkpoint, asked, with_side)
     device = checkpoint.model.logit_scale.device
     maps = score_maps(checkpoint.model, films, texts, size)
-    untrained = score_maps(random_weights(checkpoint).to(device), films, texts, size)
+    fresh = random_weights(checkpoint).to(device)
+    untrained = score_maps(fresh, films, texts, size)
+    for model, found in ((checkpoint.model, maps), (fresh, untrained)):
+        found[PAIR] = pair_maps(model, checkpoint, films, asked, size)
     patches = patchify(films, patch_px)[row_of]
     prior = location_prior(all_rows, masks, patch_px)
     nowhere = torch.zeros(target.shape[1])

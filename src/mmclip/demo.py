@@ -54,6 +54,8 @@ def run_demo(
         command: As typed, for the results.
     """
     began = time.monotonic()
+    if shuffle_pairs:
+        overrides = (*overrides, "unpaired.shuffle=true")  # no film keeps what is true of it
     config = load_config("demo", (*overrides, f"train.seed={seed}"))
     preset = replace(PRESETS["demo"], seed=PRESETS["demo"].seed + seed)
     if (out / RESULTS_FILE).is_file():

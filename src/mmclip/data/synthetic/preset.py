@@ -121,12 +121,13 @@ class Preset:
 
 DEMO = Preset(
     name="demo",
-    version=2,
+    version=3,
     seed=7,
     film_px=64,
-    n_train=9000,
+    n_train=4500,
     n_val=400,
     n_test=800,
+    n_unpaired=4500,
     n_held_out=240,
     finding_weights=(("atelectasis", 1.4), ("nodule", 1.4), ("rib fracture", 1.4)),
     size_probs=(0.2, 0.4, 0.4),
