@@ -5,6 +5,7 @@ wheel. MMCLIP_TABLES names that folder; without it the tests of whole tables are
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -49,6 +50,6 @@ def parted(records: Iterable[Record]) -> tuple[list[Film], list[Excluded]]:
     return films, excluded
 
 
-def count(films: Iterable[Film], finding: str, label: int) -> int:
-    """Films on which a finding has a label."""
-    return sum(film.labels.get(finding) == label for film in films)
+def tally(films: Iterable[Film]) -> Counter[tuple[str, int]]:
+    """Films by finding and label."""
+    return Counter(item for film in films for item in film.labels.items())

@@ -37,6 +37,7 @@ def zipped(*names: str) -> bytes:
         ("a.csv.gz", gzip.compress(TABLE.encode())),
         ("a.csv.zip", zipped("a.csv", "__MACOSX.txt")),
     ],
+    ids=["plain", "gz", "zip"],
 )
 def test_a_table_is_read_plain_or_packed(tmp_path: Path, name: str, content: bytes):
     lay_out(tmp_path, {name: content})
@@ -65,6 +66,16 @@ def test_a_table_that_is_missing_is_one_line_that_says_where_it_comes_from(tmp_p
         ("a.csv.gz", b"<html>", "cannot be read"),
         ("a.csv.zip", b"<html>", "cannot be read"),
         ("a.csv.zip", zipped("a.csv", "b.csv"), "2 tables, not one; unpack it"),
+    ],
+    ids=[
+        "a column",
+        "empty",
+        "not UTF-8",
+        "an open quote",
+        "cut gz",
+        "no gz",
+        "no zip",
+        "two in zip",
     ],
 )
 def test_a_damaged_table_is_one_line(tmp_path: Path, name: str, content: bytes, message: str):
