@@ -99,6 +99,9 @@ def _marks(root: Path) -> dict[str, _Marks]:
         if problem:
             said.problem = problem
             continue
+        if cells["Target"] not in ("0", "1"):
+            said.problem = f"Target is {cells['Target']!r}, not 0 or 1"
+            continue
         target = f"Target={cells['Target']}"
         said.classes |= classes.get(film_id, {target})
         if (target in _POSITIVE) != bool(said.classes & _POSITIVE):
@@ -108,7 +111,7 @@ def _marks(root: Path) -> dict[str, _Marks]:
                 left, top, width, height = (float(cells[name]) for name in columns[1:5])
                 said.boxes.append((left, top, width, height))
         except ValueError:
-            said.problem = "Target=1 without a whole box"
+            said.problem = said.problem or "Target=1 without a whole box"
     return marks
 
 
