@@ -75,10 +75,11 @@ def open_reader(
         raise SourceError(f"{name} has a layout of its own; leave --mapping and --table out")
     if name != "openi" and not root.is_dir():
         raise SourceError(f"{root} is a file; give the folder of the data set by --root")
+    records = _PUBLISHED[name](root)
     if name in PATIENTS_UNKNOWN:
         logger.warning(
             "%s: patients unknown, a %s counts as one; two of one patient can be in two splits",
             name,
             PATIENTS_UNKNOWN[name],
         )
-    return _PUBLISHED[name](root)
+    return records

@@ -35,7 +35,7 @@ def read_padchest(root: Path) -> Iterator[Record]:
         (39,053, what papers test on), those labelled by a network `padchest`. Labels are a Python
         list, many of its words with a space in front, some empty. Places ("loc right") are columns
         of their own, and not read. "unchanged" and "suboptimal study" leave what is not named
-        unknown; films with "exclude", or the projection EXCLUDE, are left out. 226 films are
+        unknown; films with "exclude", or the projection EXCLUDE, are left out. 221 films are
         "normal" and something else: where that is a finding, "no finding" is uncertain. Reports
         are Spanish word stems without stop words; they are kept in `findings` as they are, and
         `report` stays empty: films are
