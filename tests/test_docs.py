@@ -17,6 +17,7 @@ import mmclip
 from mmclip.cli import app
 from mmclip.config import WHOLE_TEXT_SCORES, Config, config_names, load_config, parse
 from mmclip.data.manifest import SCHEMA, Film, Reason
+from mmclip.data.sources import READERS
 from mmclip.data.tables import CsvMapping, read_csv
 from tests.test_cli import COMMANDS
 
@@ -210,6 +211,14 @@ def test_the_example_table_is_read_as_the_document_says(tmp_path: Path):
     assert [film.view for film in films if isinstance(film, Film)] == ["PA", "AP", "L", "unknown"]
     assert three.labels == {"infiltration": 0, "no finding": 1, "pleural effusion": 0}
     assert four.report is None and not four.labels
+
+
+def test_every_reader_is_in_the_tables_and_has_its_command():
+    named = [spans_of(name)[0] for name, *_ in rows(DATA, "reader")]
+    assert ["csv", *named] == list(READERS)
+    assert {line.split()[2] for line in commands(DATA) if "data build" in line} == set(READERS)
+    (row,) = (cells for cells in rows(README, "command") if "data build" in cells[0])
+    assert set(spans_of(row[1])) == set(READERS)
 
 
 def test_the_columns_and_reasons_of_a_data_folder_are_all_there():

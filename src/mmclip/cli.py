@@ -89,7 +89,9 @@ def demo(
 
 @data_app.command("build")
 def data_build(
-    name: Annotated[str, typer.Argument(help="Reader: csv, openi.")],
+    name: Annotated[
+        str, typer.Argument(help="Reader: csv, chestxray14, ...; docs/data.md lists them.")
+    ],
     root_: Annotated[Path, typer.Option("--root", help="The data set, as downloaded.")],
     out: Annotated[Path, typer.Option(help="The data folder to make.")],
     film_px: Annotated[int, typer.Option(help="Side of the cached films, in pixels.", min=8)] = 224,

@@ -38,6 +38,7 @@ class Reason(StrEnum):
     DUPLICATE_ID = "an earlier row has the same film id"
     BAD_VALUE = "a value of the row cannot be read"
     NOTHING_TO_LEARN = "the row has neither an image nor a report"
+    NOT_FOR_USE = "the source itself says that the film is not for use"
     PATIENT_IN_TWO_SPLITS = "the patient is also in a split that is kept for evaluation"
     IMAGE_OUTSIDE_ROOT = "the image lies outside the root folder"
     IMAGE_MISSING = "the image file does not exist"

@@ -1,24 +1,47 @@
-"""Readers of data sets by name: a folder as downloaded -> one record a row, in a stable order."""
+"""Readers of data sets by name: a folder as downloaded -> one record a film, in a stable order."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmclip.data.manifest import Record
-from mmclip.data.openi import read_openi
+from mmclip.data.readers.chestxray14 import read_chestxray14
+from mmclip.data.readers.chexpert import read_chexpert, read_chexpert_plus
+from mmclip.data.readers.openi import read_openi
+from mmclip.data.readers.padchest import read_padchest
+from mmclip.data.readers.rsna import read_rsna
+from mmclip.data.readers.siim import read_siim
+from mmclip.data.readers.vindr import read_vindr
 from mmclip.data.tables import CsvMapping, SourceError, load_mapping, read_csv
 
 __all__ = [
+    "PATIENTS_UNKNOWN",
     "READERS",
     "CsvMapping",
     "SourceError",
     "load_mapping",
     "open_reader",
     "read_csv",
-    "read_openi",
 ]
 
-READERS = ("csv", "openi")
+logger = logging.getLogger(__name__)
+
+_PUBLISHED: dict[str, Callable[[Path], Iterator[Record]]] = {
+    "chestxray14": read_chestxray14,
+    "chexpert": read_chexpert,
+    "chexpert-plus": read_chexpert_plus,
+    "openi": read_openi,
+    "padchest": read_padchest,
+    "rsna": read_rsna,
+    "siim": read_siim,
+    "vindr": read_vindr,
+}
+
+READERS = ("csv", *_PUBLISHED)
 """The names that `open_reader` knows."""
+
+PATIENTS_UNKNOWN = {"openi": "study", "rsna": "film", "siim": "film", "vindr": "film"}
+"""Data sets that publish no patient ids, and what counts as a patient instead."""
 
 
 def open_reader(
@@ -33,20 +56,30 @@ def open_reader(
         table: Read in place of the table that the mapping names; csv only.
 
     Raises:
-        SourceError: When the name is unknown, or an argument is missing or has no use here.
+        SourceError: When the name is unknown, an argument is missing or has no use here, or a
+            piece of the data set is missing.
         ConfigError: When the mapping breaks a rule.
     """
     if name not in READERS:
         raise SourceError(f"there is no reader {name!r}; the readers are {', '.join(READERS)}")
     if not root.exists():
         raise SourceError(f"there is no folder {root}; give the data set's by --root")
-    if name == "openi":
-        if mapping is not None or table is not None:
-            raise SourceError("openi has one layout; leave --mapping and --table out")
-        return read_openi(root)
-    if mapping is None:
-        raise SourceError(
-            "csv needs a file that says what the columns mean; write one after "
-            "examples/mixed_films.toml and give it by --mapping"
+    if name == "csv":
+        if mapping is None:
+            raise SourceError(
+                "csv needs a file that says what the columns mean; write one after "
+                "examples/mixed_films.toml and give it by --mapping"
+            )
+        return read_csv(root, load_mapping(mapping), table)
+    if mapping is not None or table is not None:
+        raise SourceError(f"{name} has a layout of its own; leave --mapping and --table out")
+    if name != "openi" and not root.is_dir():
+        raise SourceError(f"{root} is a file; give the folder of the data set by --root")
+    records = _PUBLISHED[name](root)
+    if name in PATIENTS_UNKNOWN:
+        logger.warning(
+            "%s: patients unknown, a %s counts as one; two of one patient can be in two splits",
+            name,
+            PATIENTS_UNKNOWN[name],
         )
-    return read_csv(root, load_mapping(mapping), table)
+    return records

@@ -10,7 +10,7 @@ import pytest
 
 from mmclip.data.build import build_data
 from mmclip.data.manifest import Excluded, Film, Reason, read_manifest
-from mmclip.data.openi import read_openi
+from mmclip.data.readers.openi import read_openi
 from mmclip.data.tables import SourceError
 from tests.made_files import encoded, ramp
 

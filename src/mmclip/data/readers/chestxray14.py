@@ -1,0 +1,120 @@
+"""ChestX-ray14, the NIH Clinical Center's 112,120 frontal films of 30,805 patients."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from mmclip.data.manifest import Film, Record, Split, View
+from mmclip.data.readers.files import (
+    SEXES,
+    Box,
+    bad_value,
+    find_table,
+    index_films,
+    read_rows,
+)
+from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.tables import SourceError, parse_age
+
+WHERE = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
+
+_TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+_LISTS: dict[str, Split] = {"train_val_list.txt": "train", "test_list.txt": "test"}
+_BOXES = "BBox_List_2017.csv"
+_VIEWS: dict[str, View] = {"PA": "PA", "AP": "AP"}
+_COLUMNS = (
+    "Image Index", "Finding Labels", "Patient ID", "Patient Age", "Patient Gender", "View Position"
+)  # fmt: skip
+
+
+def read_chestxray14(root: Path) -> Iterator[Record]:
+    """ChestX-ray14: one record a film, in the order of the table.
+
+    Citation: Wang et al., ChestX-ray8, CVPR 2017 (arXiv:1705.02315).
+    Licence: free use; name the NIH Clinical Center, and cite the paper.
+    Layout: Data_Entry_2017_v2020.csv or Data_Entry_2017.csv (the first where both are there);
+        images_001/images/ to images_012/images/, or the films in any other folders;
+        train_val_list.txt and test_list.txt, both or neither.
+    Quirks: Labels are text-mined. The older table has ages such as 414 years, which become
+        unknown. Its header splits at the comma of "OriginalImage[Width,Height]", as its rows do.
+        With the lists, their films go to train and test, and there is no val; without them, no
+        film has a split. Each film counts as a study.
+
+    Args:
+        root: The folder that holds all of this.
+
+    Raises:
+        SourceError: When the table, all films, or one of the two lists are missing.
+    """
+    table = find_table(root, _TABLES, WHERE)
+    splits = _official_splits(root)
+    films = index_films(root, {".png", ".jpg"}, f"{WHERE} (images_001.tar.gz to images_012.tar.gz)")
+    return _records(table, splits, films)
+
+
+def _records(table: Path, splits: dict[str, Split], films: dict[str, str]) -> Iterator[Record]:
+    labels_of = cache(load_words("chestxray14").labels)
+    for row, (cells, problem) in enumerate(read_rows(table, _COLUMNS)):
+        name = cells.get("Image Index", "")
+        words = tuple(cells.get("Finding Labels", "").split("|"))
+        if not problem and splits and name not in splits:
+            problem = f"the film is neither in {' nor in '.join(_LISTS)}"
+        try:
+            if problem:
+                raise ValueError(problem)
+            labels = labels_of(words)
+        except ValueError as error:
+            yield bad_value(row, name, str(error))
+            continue
+        yield Film(
+            film_id=name,
+            study_id=name,
+            patient_id=cells["Patient ID"],
+            source="chestxray14",
+            split=splits.get(name),
+            image=films.get(Path(name).stem, f"images/{name}"),
+            view=_VIEWS.get(cells["View Position"], "unknown"),
+            labels=labels,
+            source_labels=words,
+            age_years=parse_age(cells["Patient Age"]),
+            sex=SEXES.get(cells["Patient Gender"].lower()),
+        )
+
+
+def _official_splits(root: Path) -> dict[str, Split]:
+    """The split of each film by the published lists; empty without them."""
+    there = [name for name in _LISTS if (root / name).is_file()]
+    if not there:
+        return {}
+    if len(there) < len(_LISTS):
+        (missing,) = set(_LISTS) - set(there)
+        raise SourceError(
+            f"{root} holds {there[0]} but no {missing}; add it (from {WHERE}), or take both away "
+            f"for splits of our own"
+        )
+    splits: dict[str, Split] = {}
+    for name, split in _LISTS.items():
+        for film_id in (root / name).read_text("utf-8").split():
+            if splits.setdefault(film_id, split) != split:
+                raise SourceError(f"{root}: {film_id} is in both lists; download them again")
+    return splits
+
+
+def read_chestxray14_boxes(root: Path) -> Iterator[Box]:
+    """The 984 boxes on 880 films that BBox_List_2017.csv holds, in pixels of the 1024 px films.
+
+    Raises:
+        SourceError: When the list is missing, or names a finding that is unknown.
+    """
+    table = find_table(root, (_BOXES,), WHERE)
+    words = load_words("chestxray14")
+    # Its header reads "Bbox [x,y,w,h]": split at the commas, and three more without a name.
+    for cells, problem in read_rows(table, ("Image Index", "Finding Label", "Bbox [x", "h]")):
+        try:
+            if problem:
+                raise ValueError(problem)
+            finding = words.finding(cells["Finding Label"])
+            left, top, width, height = (float(cells[c]) for c in ("Bbox [x", "y", "w", "h]"))
+        except ValueError as error:
+            raise SourceError(f"{table}, {cells.get('Image Index')}: {error}") from None
+        yield Box(cells["Image Index"], finding, left, top, width, height)

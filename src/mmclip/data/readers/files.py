@@ -1,0 +1,218 @@
+"""What every reader of a published data set needs: its table, its films, and clear words if not."""
+
+import csv
+import gzip
+import io
+import logging
+import os
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import pydicom
+from pydicom.errors import BytesLengthException, InvalidDicomError
+
+from mmclip.data.manifest import Excluded, Reason, Sex, View
+from mmclip.data.tables import SourceError, parse_age
+
+SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A place that a reader of the film marked, in pixels of the published film."""
+
+    film_id: str
+    finding: str
+    left_px: float
+    top_px: float
+    width_px: float
+    height_px: float
+
+
+class Row(NamedTuple):
+    """The cells of a table's row by column, and what is wrong with it ("" when nothing is)."""
+
+    cells: dict[str, str]
+    problem: str
+
+    def excluded(self, row: int, film_id: str) -> Excluded:
+        """The record of a row that has a problem."""
+        return bad_value(row, film_id, self.problem)
+
+
+def bad_value(row: int, film_id: str, detail: str) -> Excluded:
+    """A row that is left out for a value that cannot be read."""
+    return Excluded(row=row, film_id=film_id, reason=Reason.BAD_VALUE, detail=detail)
+
+
+def look_for_table(root: Path, names: Sequence[str]) -> Path | None:
+    """The first of some files that a folder holds, as it is, as .gz, or as .zip; else None."""
+    for name in names:
+        for path in (root / name, root / f"{name}.gz", root / f"{name}.zip"):
+            if path.is_file():
+                return path
+    return None
+
+
+def find_table(root: Path, names: Sequence[str], where: str) -> Path:
+    """As `look_for_table`.
+
+    Args:
+        where: Where a user gets the table.
+
+    Raises:
+        SourceError: When there is none.
+    """
+    path = look_for_table(root, names)
+    if path is None:
+        raise SourceError(f"{root} holds no {' or '.join(names)}; it comes from {where}")
+    return path
+
+
+@contextmanager
+def _text_of(path: Path) -> Iterator[IO[str]]:
+    """The text of a table, plain or packed."""
+    # utf-8-sig: spreadsheets write a byte order mark, which would hide the first column.
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".csv")]
+            if len(names) != 1:
+                raise SourceError(f"{path} holds {len(names)} tables, not one; unpack it")
+            with archive.open(names[0]) as file:
+                yield io.TextIOWrapper(file, "utf-8-sig", newline="")
+    elif path.suffix == ".gz":
+        with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    else:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+
+
+def header_of(path: Path) -> list[str]:
+    """The column names of a table, without the white space around them."""
+    with _readable(path), _text_of(path) as file:
+        return [name.strip() for name in next(csv.reader(file), [])]
+
+
+def read_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
+    """The rows of a CSV table, as they stream by; blank lines are no rows.
+
+    Args:
+        path: The table, plain, as .gz, or alone in a .zip.
+        columns: Must be there; the others are read as well.
+
+    Raises:
+        SourceError: When the table cannot be read, or lacks a column.
+    """
+    with _readable(path), _text_of(path) as file:
+        reader = csv.reader(file, strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        while header and not header[-1]:  # commas behind the last column, as in BBox_List_2017.csv
+            header.pop()
+        if missing := [name for name in columns if name not in header]:
+            raise SourceError(
+                f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
+                f"{', '.join(header) or 'none: the file is empty'}; download it again"
+            )
+        for values in reader:
+            if len(values) <= 1 and not "".join(values).strip():
+                continue
+            problem = ""
+            if len(values) < len(header) or any(map(str.strip, values[len(header) :])):
+                problem = f"the row has {len(values)} fields, the header {len(header)}"
+            yield Row({k: v.strip() for k, v in zip(header, values, strict=False)}, problem)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what a damaged table raises into one line."""
+    try:
+        yield
+    except (OSError, EOFError, csv.Error, UnicodeDecodeError, zipfile.BadZipFile) as error:
+        raise SourceError(f"{path} cannot be read ({error}); download it again") from None
+
+
+def index_films(root: Path, suffixes: Collection[str], where: str) -> dict[str, str]:
+    """Where each film lies under a folder, by its name without the suffix.
+
+    The folders between do not matter: releases of one data set differ in them. Of two films of one
+    name the first in the order of paths is taken.
+
+    Args:
+        root: The data set's folder.
+        suffixes: In lower case, with the dot.
+        where: Where a user gets the films.
+
+    Returns:
+        Paths relative to the root, with "/" between parts.
+
+    Raises:
+        SourceError: When there is no film.
+    """
+    found: dict[str, str] = {}
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        inside = Path(folder).relative_to(root).as_posix()
+        for name in sorted(names):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in suffixes:
+                found.setdefault(stem, name if inside == "." else f"{inside}/{name}")
+    if not found:
+        kinds = ", ".join(f"*{suffix}" for suffix in sorted(suffixes))
+        raise SourceError(f"{root} and its folders hold no film ({kinds}); films come from {where}")
+    return found
+
+
+class DicomFacts(NamedTuple):
+    """What a DICOM header says that a manifest may hold."""
+
+    view: View = "unknown"
+    age_years: float | None = None
+    sex: Sex | None = None
+
+
+_DICOM_FAULTS = (
+    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError,
+    RecursionError, struct.error, zlib.error, InvalidDicomError, BytesLengthException,
+)  # fmt: skip
+"""What pydicom raises on files that are no DICOM, or break its rules."""
+
+_DICOM_VIEWS: dict[str, View] = {"PA": "PA", "AP": "AP", "LL": "L", "RL": "L", "LATERAL": "L"}
+
+
+@contextmanager
+def _silent_pydicom() -> Iterator[None]:
+    """Keeps pydicom from warning and logging: both quote values of the header."""
+    logger = logging.getLogger("pydicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def dicom_facts(path: Path) -> DicomFacts:
+    """View, age and sex from a DICOM header; unknown where it, or the file, cannot be read.
+
+    Decoding says later what is wrong with a file. No other tag of the header is looked at.
+    """
+    tags = ["ViewPosition", "PatientAge", "PatientSex"]
+    try:
+        with _silent_pydicom():
+            data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            view, age, sex = (str(data.get(tag, "") or "").strip() for tag in tags)
+    except _DICOM_FAULTS:
+        return DicomFacts()
+    return DicomFacts(
+        _DICOM_VIEWS.get(view.upper(), "unknown"), parse_age(age), SEXES.get(sex.lower())
+    )

@@ -1,0 +1,134 @@
+"""PadChest, 160,861 films of 67,625 patients of the Hospital San Juan in Alicante."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+from mmclip.data.disease_prompts import NO_FINDING
+from mmclip.data.manifest import PRESENT, UNCERTAIN, Excluded, Film, Reason, Record, View
+from mmclip.data.readers.files import SEXES, bad_value, find_table, index_films, read_rows
+from mmclip.data.readers.vocabulary import SourceWords, load_words
+
+WHERE = "https://bimcv.cipf.es/bimcv-projects/padchest/"
+
+_TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
+_VIEWS: dict[str, View] = {
+    "PA": "PA", "AP": "AP", "AP_horizontal": "AP", "L": "L", "COSTAL": "unknown", "UNK": "unknown",
+}  # fmt: skip
+_NOT_FOR_USE = "EXCLUDE"
+_SOURCES = {"Physician": "padchest-physician", "RNN_model": "padchest"}
+_COLUMNS = (
+    "ImageID", "ImageDir", "StudyDate_DICOM", "StudyID", "PatientID", "PatientBirth",
+    "PatientSex_DICOM", "Projection", "MethodLabel", "Labels", "Report",
+)  # fmt: skip
+
+
+def read_padchest(root: Path) -> Iterator[Record]:
+    """PadChest: one record a film, in the order of the table.
+
+    Citation: Bustos et al., Medical Image Analysis 2020 (arXiv:1901.07441).
+    Licence: PadChest Dataset Research Use Agreement; no commercial use, no sharing.
+    Layout: PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv or .csv.gz; the PNG films of 16
+        bits in the folders 0 to 54 (from 0.zip to 54.zip), or in any others.
+    Quirks: The films of which a physician read the report have the source `padchest-physician`
+        (39,053, what papers test on), those labelled by a network `padchest`. Labels are a Python
+        list, many of its words with a space in front, some empty. Places ("loc right") are columns
+        of their own, and not read. "unchanged" and "suboptimal study" leave what is not named
+        unknown; films with "exclude", or the projection EXCLUDE, are left out. 221 films are
+        "normal" and something else: where that is a finding, "no finding" is uncertain. Reports
+        are Spanish word stems without stop words; they are kept in `findings` as they are, and
+        `report` stays empty: films are
+        unpaired. The label nan means unlabelled. AP_horizontal
+        is a film of a lying patient, and AP; COSTAL (ribs) and UNK have an unknown view. Ages are
+        the year of the study less that of birth.
+
+    Args:
+        root: The folder that holds all of this.
+
+    Raises:
+        SourceError: When the table or all films are missing.
+    """
+    table = find_table(root, (_TABLE,), WHERE)
+    films = index_films(root, {".png", ".jpg"}, f"{WHERE} (0.zip to 54.zip)")
+    return _records(table, films)
+
+
+def _records(table: Path, films: Mapping[str, str]) -> Iterator[Record]:
+    source = load_words("padchest")
+
+    @cache
+    def labels_of(words: tuple[str, ...]) -> dict[str, int]:
+        return _labels(words, source)
+
+    words_of = cache(_words)
+    for row, (cells, problem) in enumerate(read_rows(table, _COLUMNS)):
+        name = cells.get("ImageID", "")
+        try:
+            if problem:
+                raise ValueError(problem)
+            words = words_of(cells["Labels"])
+            if cells["Projection"] == _NOT_FOR_USE or set(words) & set(source.left_out):
+                detail = f"Projection {cells['Projection']}, Labels {', '.join(words)}"
+                yield Excluded(row=row, film_id=name, reason=Reason.NOT_FOR_USE, detail=detail)
+                continue
+            labels = labels_of(words)
+            for column, meanings in (("Projection", _VIEWS), ("MethodLabel", _SOURCES)):
+                if cells[column] not in meanings:
+                    known = ", ".join(meanings)
+                    raise ValueError(f"{column} is {cells[column]!r}, none of {known}")
+        except ValueError as error:
+            yield bad_value(row, name, str(error))
+            continue
+        yield Film(
+            film_id=name,
+            study_id=cells["StudyID"],
+            patient_id=cells["PatientID"],
+            source=_SOURCES[cells["MethodLabel"]],
+            image=films.get(Path(name).stem, f"{cells['ImageDir']}/{name}"),
+            view=_VIEWS[cells["Projection"]],
+            findings=_report(cells["Report"]),
+            labels=labels,
+            source_labels=words,
+            age_years=_age_years(cells["PatientBirth"], cells["StudyDate_DICOM"]),
+            sex=SEXES.get(cells["PatientSex_DICOM"].lower()),
+        )
+
+
+def _words(cell: str) -> tuple[str, ...]:
+    """The words of a cell such as "['pneumonia', ' pleural effusion', '']", each once.
+
+    Raises:
+        ValueError: When it is no list of words.
+    """
+    if cell in ("", "nan"):
+        return ()
+    try:
+        listed = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        listed = None
+    if not isinstance(listed, list) or not all(isinstance(word, str) for word in listed):
+        raise ValueError(f"Labels is {cell[:80]!r}, no list of words")
+    return tuple(dict.fromkeys(word for part in listed if (word := part.strip())))
+
+
+def _labels(words: tuple[str, ...], source: SourceWords) -> dict[str, int]:
+    labels = source.labels(words) if words else {}
+    others = [f for f, label in labels.items() if label == PRESENT and f != NO_FINDING]
+    if labels.get(NO_FINDING) == PRESENT and others:
+        labels[NO_FINDING] = UNCERTAIN
+    return labels
+
+
+def _report(cell: str) -> str | None:
+    """The report as it was published; None where it has no word."""
+    return cell if cell != "nan" and any(letter.isalpha() for letter in cell) else None
+
+
+def _age_years(born: str, studied: str) -> float | None:
+    """The age from a year ("1930.0") and a day ("20140915"); None where one is not given."""
+    try:
+        age = int(studied[:4]) - int(float(born))
+    except ValueError:
+        return None
+    return float(age) if 0 <= age <= 120 else None

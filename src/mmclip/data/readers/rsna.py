@@ -1,0 +1,137 @@
+"""The RSNA Pneumonia Detection Challenge of 2018, stage 2: 26,684 films of ChestX-ray14."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmclip.data.manifest import Film, Record
+from mmclip.data.readers.files import (
+    Box,
+    bad_value,
+    dicom_facts,
+    find_table,
+    index_films,
+    look_for_table,
+    read_rows,
+)
+from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.tables import SourceError
+
+WHERE = "https://www.kaggle.com/c/rsna-pneumonia-detection-challenge"
+
+_LABELS, _CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
+_POSITIVE = {"Lung Opacity", "Target=1"}
+
+
+@dataclass
+class _Marks:
+    """What all rows of one film say."""
+
+    classes: set[str] = field(default_factory=set)
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+    problem: str = ""
+
+
+def read_rsna(root: Path) -> Iterator[Record]:
+    """RSNA Pneumonia, stage 2: one record a film, in the order of the table.
+
+    Citation: Shih et al., Radiology: Artificial Intelligence 2019; films: ChestX-ray14.
+    Licence: the challenge's rules: academic research and education, no commercial use.
+    Layout: stage_2_train_labels.csv and stage_2_detailed_class_info.csv (or .csv.zip, as Kaggle
+        packs them; without the second, a film without a box is only known to have no pneumonia);
+        the films in stage_2_train_images/ or any other folder, as DICOM, or as PNG of that name.
+        The 3,000 films of stage_2_test_images/ have no labels and are not read.
+    Quirks: A film with several boxes has several rows. `patientId` names a film; which patient it
+        is of is unknown, so each film counts as a patient, and patients can be in two splits. All
+        films are from ChestX-ray14: who trains there must not test here. View, age and sex are
+        those of the DICOM header; ages such as 155 become unknown.
+
+    Args:
+        root: The folder that holds all of this.
+
+    Raises:
+        SourceError: When the table or all films are missing.
+    """
+    marks = _marks(root)
+    films = index_films(root, {".dcm", ".png", ".jpg"}, f"{WHERE} (stage_2_train_images)")
+    return _records(root, marks, films)
+
+
+def _records(root: Path, marks: Mapping[str, _Marks], films: Mapping[str, str]) -> Iterator[Record]:
+    words = load_words("rsna")
+    for row, (film_id, said) in enumerate(marks.items()):
+        image = films.get(film_id, f"stage_2_train_images/{film_id}.dcm")
+        try:
+            if said.problem:
+                raise ValueError(said.problem)
+            labels = words.labels(sorted(said.classes))
+        except ValueError as error:
+            yield bad_value(row, film_id, str(error))
+            continue
+        facts = dicom_facts(root / image)
+        yield Film(
+            film_id=film_id,
+            study_id=film_id,
+            patient_id=film_id,
+            source="rsna",
+            image=image,
+            view=facts.view,
+            labels=labels,
+            source_labels=tuple(sorted(said.classes)),
+            age_years=facts.age_years,
+            sex=facts.sex,
+        )
+
+
+def _marks(root: Path) -> dict[str, _Marks]:
+    """What is said of each film, in the order of the table.
+
+    Raises:
+        SourceError: When the table is missing.
+    """
+    marks: dict[str, _Marks] = {}
+    table = find_table(root, (_LABELS,), WHERE)
+    columns = ("patientId", "x", "y", "width", "height", "Target")
+    classes = _classes(root)
+    for cells, problem in read_rows(table, columns):
+        film_id = cells.get("patientId", "")
+        said = marks.setdefault(film_id, _Marks())
+        if problem:
+            said.problem = problem
+            continue
+        if cells["Target"] not in ("0", "1"):
+            said.problem = f"Target is {cells['Target']!r}, not 0 or 1"
+            continue
+        target = f"Target={cells['Target']}"
+        said.classes |= classes.get(film_id, {target})
+        if (target in _POSITIVE) != bool(said.classes & _POSITIVE):
+            said.problem = f"{target}, but its class is {', '.join(sorted(said.classes))}"
+        try:
+            if target in _POSITIVE:
+                left, top, width, height = (float(cells[name]) for name in columns[1:5])
+                said.boxes.append((left, top, width, height))
+        except ValueError:
+            said.problem = said.problem or "Target=1 without a whole box"
+    return marks
+
+
+def _classes(root: Path) -> dict[str, set[str]]:
+    """The detailed class of each film; empty without the table."""
+    path = look_for_table(root, (_CLASSES,))
+    found: dict[str, set[str]] = {}
+    for cells, problem in read_rows(path, ("patientId", "class")) if path else ():
+        if problem:
+            raise SourceError(f"{path}, {cells.get('patientId')}: {problem}; download it again")
+        found.setdefault(cells["patientId"], set()).add(cells["class"])
+    return found
+
+
+def read_rsna_boxes(root: Path) -> Iterator[Box]:
+    """The boxes of opacities that may be pneumonia, in pixels of the 1024 px films.
+
+    Raises:
+        SourceError: When the table is missing.
+    """
+    for film_id, said in _marks(root).items():
+        for left, top, width, height in said.boxes:
+            yield Box(film_id, "pneumonia", left, top, width, height)

@@ -1,0 +1,140 @@
+"""SIIM-ACR Pneumothorax Segmentation of 2019: films of ChestX-ray14 with masks."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool
+
+from mmclip.data.manifest import Film, Record
+from mmclip.data.readers.files import (
+    bad_value,
+    dicom_facts,
+    find_table,
+    index_films,
+    read_rows,
+)
+from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.tables import SourceError
+
+WHERE = "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation"
+
+SIDE_PX = 1024
+"""Of the films, and so of the masks. Source: the challenge's data page."""
+
+_TABLES = ("stage_2_train.csv", "train-rle.csv", "siim/train-rle.csv")
+_NO_MASK = {"-1", ""}
+
+
+def read_siim(root: Path) -> Iterator[Record]:
+    """SIIM-ACR Pneumothorax: one record a film, in the order of the table.
+
+    Citation: Filice et al., Journal of Digital Imaging 2020; films: ChestX-ray14.
+    Licence: the challenge's rules: no commercial use.
+    Layout: stage_2_train.csv (12,954 rows, 12,047 films) or train-rle.csv (stage 1; the first
+        where both are there), in the root or, as in Kaggle's re-uploads, in siim/; the films in
+        dicom-images-train/STUDY/SERIES/FILM.dcm, stage_2_images/FILM.dcm, or any other folders,
+        as DICOM, or as PNG of that name.
+    Quirks: A film with several masks has several rows: split by film, never by row. The column is
+        called " EncodedPixels", with a space, or without. -1 means no pneumothorax. Some films of
+        stage 1 are in no row, and not read. Patients are unknown: each film counts as one, and
+        patients can be in two splits. All films are from ChestX-ray14: who trains there must not
+        test here. View, age and sex are those of the DICOM header.
+
+    Args:
+        root: The folder that holds all of this.
+
+    Raises:
+        SourceError: When the table or all films are missing.
+    """
+    masks = _read_masks(root)
+    films = index_films(root, {".dcm", ".png", ".jpg"}, WHERE)
+    return _records(root, masks, films)
+
+
+def _records(
+    root: Path, masks: Mapping[str, list[str]], films: Mapping[str, str]
+) -> Iterator[Record]:
+    words = load_words("siim")
+    for row, (film_id, codes) in enumerate(masks.items()):
+        image = films.get(film_id, f"{film_id}.dcm")
+        said = tuple("-1" if code in _NO_MASK else "mask" for code in codes)
+        try:
+            for code in codes:
+                if code not in _NO_MASK:
+                    _runs(code)
+            labels = words.labels(said)
+        except ValueError as error:
+            yield bad_value(row, film_id, str(error))
+            continue
+        facts = dicom_facts(root / image)
+        yield Film(
+            film_id=film_id,
+            study_id=film_id,
+            patient_id=film_id,
+            source="siim",
+            image=image,
+            view=facts.view,
+            labels=labels,
+            source_labels=said,
+            age_years=facts.age_years,
+            sex=facts.sex,
+        )
+
+
+def _read_masks(root: Path) -> dict[str, list[str]]:
+    """The code of each mask of each film, in the order of the table.
+
+    Raises:
+        SourceError: When the table is missing or damaged.
+    """
+    table = find_table(root, _TABLES, WHERE)
+    masks: dict[str, list[str]] = {}
+    for cells, problem in read_rows(table, ("ImageId", "EncodedPixels")):
+        if problem:
+            raise SourceError(f"{table}, {cells.get('ImageId')}: {problem}; download it again")
+        masks.setdefault(cells["ImageId"], []).append(cells["EncodedPixels"])
+    return masks
+
+
+def read_siim_masks(root: Path) -> Iterator[tuple[str, Bool[np.ndarray, "1024 1024"]]]:
+    """The id of each film with a pneumothorax, and where it is: the union of the film's masks.
+
+    Raises:
+        SourceError: When the table is missing.
+    """
+    for film_id, codes in _read_masks(root).items():
+        if found := [code for code in codes if code not in _NO_MASK]:
+            yield film_id, np.logical_or.reduce([decode_mask(code) for code in found])
+
+
+def decode_mask(code: str, side_px: int = SIDE_PX) -> Bool[np.ndarray, "h h"]:
+    """A mask from the challenge's code: pairs of "pixels to skip since the last run, pixels in it".
+
+    Pixels are counted down the columns, the first column first.
+
+    Args:
+        code: As in the column EncodedPixels.
+        side_px: Of the film.
+
+    Raises:
+        ValueError: When it is no such code, or runs over the film's end.
+    """
+    skip, length = _runs(code, side_px)
+    begin = np.cumsum(skip) + np.concatenate([[0], np.cumsum(length)[:-1]])
+    flat = np.zeros(side_px * side_px, bool)
+    for start, n in zip(begin, length, strict=True):
+        flat[start : start + n] = True
+    return flat.reshape(side_px, side_px).T
+
+
+def _runs(code: str, side_px: int = SIDE_PX) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels to skip before each run, and the pixels in it."""
+    try:
+        numbers = np.array(code.split(), dtype=np.int64)
+    except (ValueError, OverflowError):
+        raise ValueError(f"the mask {code[:40]!r} holds what is no number") from None
+    n_pixels = side_px * side_px
+    if len(numbers) % 2 or (numbers < 0).any() or numbers.sum() > n_pixels or not len(numbers):
+        raise ValueError(f"the mask {code[:40]!r} is no list of runs within {n_pixels} pixels")
+    return numbers[::2], numbers[1::2]

@@ -1,0 +1,106 @@
+"""The one vocabulary of findings, and what each source's label words say of it, as versioned data.
+
+`findings/vocabulary.toml` lists every finding that a label may name. Beside it, each source has a
+file of its own: what its readers looked for (`closed`), and what its words mean.
+"""
+
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from mmclip.config import Frozen, parse
+from mmclip.data.manifest import ABSENT
+from mmclip.data.tables import Meaning
+
+
+def _short(value: object) -> object:
+    """A word that stands for findings that are present, and no more, is written as their list."""
+    return {"present": value} if isinstance(value, list) else value
+
+
+class Vocabulary(Frozen):
+    """Every finding that a label of a data set may name; lower-case radiology words."""
+
+    id: str
+    version: int = Field(ge=1)
+    description: str
+    findings: tuple[str, ...]
+
+
+class SourceWords(Frozen):
+    """What the label words of one source say of findings.
+
+    Attributes:
+        closed: What the readers looked for: one that a film's labels do not name is absent. Any
+            other finding that they do not name is unknown.
+        unfinished: Words that leave what a film's other labels do not name unknown, such as
+            "unchanged".
+        left_out: Words by which the source says that a film is not for use.
+        words: Word -> what it says.
+    """
+
+    id: str
+    version: int = Field(ge=1)
+    description: str
+    closed: tuple[str, ...] = ()
+    unfinished: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    words: dict[str, Annotated[Meaning, BeforeValidator(_short)]]
+
+    def finding(self, word: str) -> str:
+        """The finding of a word that names one, as a column of a table does.
+
+        Raises:
+            ValueError: When the word is unknown.
+        """
+        return self._meaning(word).present[0]
+
+    def labels(self, words: Iterable[str]) -> dict[str, int]:
+        """The known findings of a film with these labels, in the order of their names.
+
+        Raises:
+            ValueError: When a word is unknown, or words contradict one another.
+        """
+        said: dict[str, int] = {}
+        is_finished, torn = True, set[str]()
+        for word in words:
+            if word in self.unfinished:
+                is_finished = False
+                continue
+            for finding, label in self._meaning(word).labels():
+                if said.setdefault(finding, label) != label:
+                    torn.add(finding)
+        if torn:
+            raise ValueError(
+                f"the labels {', '.join(words)} contradict one another on {', '.join(sorted(torn))}"
+            )
+        if is_finished:
+            for finding in self.closed:
+                said.setdefault(finding, ABSENT)
+        return {finding: said[finding] for finding in sorted(said)}
+
+    def _meaning(self, word: str) -> Meaning:
+        if word not in self.words:
+            raise ValueError(
+                f"the label {word!r} is not among the words of {self.id}, version {self.version}; "
+                f"add it to findings/{self.id}.toml"
+            )
+        return self.words[word]
+
+
+def load_vocabulary() -> Vocabulary:
+    """The vocabulary of the package."""
+    return parse(Vocabulary, _read("vocabulary"), "findings/vocabulary.toml")
+
+
+def load_words(source: str) -> SourceWords:
+    """The label words of a source that the package knows."""
+    return parse(SourceWords, _read(source), f"findings/{source}.toml")
+
+
+def _read(name: str) -> dict:
+    path = resources.files("mmclip") / "findings" / f"{name}.toml"
+    return tomllib.loads(path.read_text("utf-8"))

@@ -1,0 +1,249 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mmclip.data.build import build_data
+from mmclip.data.manifest import ABSENT, PRESENT, UNCERTAIN, Film, Reason, read_manifest
+from mmclip.data.readers.chexpert import read_chexpert, read_chexpert_plus
+from mmclip.data.tables import SourceError
+from tests.made_files import dicom, encoded, ramp
+from tests.published import lay_out, parted, real_table, tally
+
+FINDINGS = (
+    "No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,"
+    "Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,"
+    "Support Devices"
+)
+HEADER = f"Path,Sex,Age,Frontal/Lateral,AP/PA,{FINDINGS}\n"
+FILM = encoded(ramp(), "JPEG")
+
+
+def train(prefix: str) -> str:
+    """A table whose rows have what the real one has: all four values, both sides, odd facts."""
+    return (
+        HEADER
+        + f"{prefix}patient00001/study1/view1_frontal.jpg,Female,68,Frontal,AP,1.0,,,,,,,,,0.0,,,,"
+        + "1\n"
+        + f"{prefix}patient00002/study2/view1_frontal.jpg,Male,0,Frontal,LL,,,-1.0,,,,,,,,,,,\n"
+        + f"{prefix}patient00002/study2/view2_lateral.jpg,Unknown,90,Lateral,,,,-1.0,,,,,,,,,,,\n"
+        + f"{prefix}patient00003/study1/view1_frontal.jpg,Male,40,Frontal,PA,,,2,,,,,,,,,,,\n"
+    )
+
+
+def valid(prefix: str) -> str:
+    values = ",".join(["0.0"] * 13 + ["1.0"])
+    return HEADER + f"{prefix}patient64541/study1/view1_frontal.jpg,Male,73,Frontal,PA,{values}\n"
+
+
+VIEWS = (
+    "patient00001/study1/view1_frontal.jpg",
+    "patient00002/study2/view1_frontal.jpg",
+    "patient00002/study2/view2_lateral.jpg",
+)
+LAST = "patient64541/study1/view1_frontal.jpg"
+
+LAYOUTS = {
+    "small, in its folder": {
+        "train.csv": train("CheXpert-v1.0-small/train/"),
+        "valid.csv": valid("CheXpert-v1.0-small/valid/"),
+        **dict.fromkeys([f"train/{view}" for view in VIEWS], FILM),
+        f"valid/{LAST}": FILM,
+    },
+    "small, above its folder": {
+        "CheXpert-v1.0-small/train.csv": train("CheXpert-v1.0-small/train/"),
+        "CheXpert-v1.0-small/valid.csv": valid("CheXpert-v1.0-small/valid/"),
+        **dict.fromkeys([f"CheXpert-v1.0-small/train/{view}" for view in VIEWS], FILM),
+        f"CheXpert-v1.0-small/valid/{LAST}": FILM,
+    },
+    "the four archives": {
+        "CheXpert-v1.0 batch 1 (validate & csv)/train.csv": train("CheXpert-v1.0/train/"),
+        "CheXpert-v1.0 batch 1 (validate & csv)/valid.csv": valid("CheXpert-v1.0/valid/"),
+        f"CheXpert-v1.0 batch 1 (validate & csv)/valid/{LAST}": FILM,
+        f"CheXpert-v1.0 batch 2 (train 1)/{VIEWS[0]}": FILM,
+        f"CheXpert-v1.0 batch 3 (train 2)/{VIEWS[1]}": FILM,
+        f"CheXpert-v1.0 batch 3 (train 2)/{VIEWS[2]}": FILM,
+    },
+}
+
+
+def known(film: Film) -> tuple:
+    """All of a film but where it lies."""
+    return (
+        film.film_id, film.study_id, film.patient_id, film.split, film.view, film.age_years,
+        film.sex, film.labels, film.source_labels,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_films(tmp_path: Path, layout: str):
+    root = lay_out(tmp_path / "raw", LAYOUTS[layout])
+    meta = build_data(read_chexpert(root), root, tmp_path / "out", film_px=16)
+    assert meta["excluded"] == {str(Reason.BAD_VALUE): 1}
+    assert [known(film) for film in read_manifest(tmp_path / "out")] == [
+        (
+            "patient00001/study1/view1_frontal", "patient00001/study1", "patient00001", "train",
+            "AP", 68.0, "F", {"no finding": 1, "pneumothorax": 0, "support devices": 1},
+            ("No Finding=1", "Pneumothorax=0", "Support Devices=1"),
+        ),
+        (
+            "patient00002/study2/view1_frontal", "patient00002/study2", "patient00002", "train",
+            "unknown", None, "M", {"cardiomegaly": UNCERTAIN}, ("Cardiomegaly=-1",),
+        ),
+        (
+            "patient00002/study2/view2_lateral", "patient00002/study2", "patient00002", "train",
+            "L", 90.0, None, {"cardiomegaly": UNCERTAIN}, ("Cardiomegaly=-1",),
+        ),
+        (
+            "patient64541/study1/view1_frontal", "patient64541/study1", "patient64541", "val",
+            "PA", 73.0, "M",
+            {name.lower(): int(name == "Support Devices") for name in FINDINGS.split(",")},
+            tuple(f"{name}={int(name == 'Support Devices')}" for name in FINDINGS.split(",")),
+        ),
+    ]  # fmt: skip
+
+
+def test_a_value_that_is_none_of_the_four_is_left_out_with_its_column(tmp_path: Path):
+    _, (out,) = parted(read_chexpert(lay_out(tmp_path, LAYOUTS["small, in its folder"])))
+    assert (out.row, out.film_id) == (3, "patient00003/study1/view1_frontal")
+    assert out.detail == "Cardiomegaly is '2', not 1, 0, -1 or blank"
+
+
+# The labels of the test films, as they are published.
+
+TEST_FILMS = {
+    "test/patient64741/study1/view1_frontal.jpg": FILM,
+    "test/patient64741/study1/view2_lateral.jpg": FILM,
+    "test/patient64742/study1/view1_frontal.jpg": FILM,
+}
+ZEROS = ",".join(["0"] * 13)
+
+
+@pytest.mark.parametrize("name", ["test_labels.csv", "CheXpert/test_labels.csv", "test.csv"])
+def test_test_films_come_with_labels_alone(tmp_path: Path, name: str):
+    rows = "".join(f"{path},{ZEROS},1.0\n" for path in TEST_FILMS)
+    lay_out(tmp_path, {name: f"Path,{FINDINGS}\n{rows}", **TEST_FILMS})
+    films, excluded = parted(read_chexpert(tmp_path))
+    assert [film.image for film in films] == list(TEST_FILMS) and not excluded
+    assert [film.view for film in films] == ["unknown", "L", "unknown"]
+    assert {film.split for film in films} == {"test"}
+    assert all(len(film.labels) == 14 and film.age_years is None for film in films)
+
+
+def test_labels_of_a_study_go_to_each_of_its_films(tmp_path: Path):
+    lines = [f"CheXpert-v1.0/test/patient6474{n}/study1,{ZEROS},1" for n in (1, 2, 3)]
+    table = f"Study,{FINDINGS}\n" + "\n".join(lines)
+    root = lay_out(tmp_path / "raw", {"groundtruth.csv": table, **TEST_FILMS})
+    meta = build_data(read_chexpert(root), root, tmp_path / "out", film_px=16)
+    assert (meta["n_films"], meta["n_studies"]) == (3, 2)
+    assert meta["excluded"] == {str(Reason.IMAGE_MISSING): 1}  # patient64743
+    assert all(film.labels["support devices"] == 1 for film in read_manifest(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (TEST_FILMS, r"none of train\.csv, valid\.csv and test_labels\.csv; .*https.*https"),
+        (
+            {"train.csv": train("")},
+            r"no film \(patient00001/study1/\.\.\.\); films come from https",
+        ),
+        ({"train.csv": "Path,Gout\n", **TEST_FILMS}, "the columns 'Gout', which CheXpert has not"),
+        ({"train.csv": "Path,Sex\n", **TEST_FILMS}, "no label column"),
+        ({"train.csv": "Sex,Edema\n", **TEST_FILMS}, "no column 'Path'"),
+    ],
+)
+def test_a_missing_piece_is_one_line(tmp_path: Path, files: dict, message: str):
+    with pytest.raises(SourceError, match=message):
+        list(read_chexpert(lay_out(tmp_path, files)))
+
+
+# Reports.
+
+PLUS = {
+    "df_chexpert_plus_240401.csv": (
+        "path_to_image,path_to_dcm,frontal_lateral,ap_pa,deid_patient_id,report,section_findings,"
+        "section_impression,age,sex,split\n"
+        'train/patient00001/study1/view1_frontal.jpg,,Frontal,AP,patient00001,"NARRATIVE: x",'
+        '"Lungs are clear.","1. No acute disease.",68,Female,train\n'
+        'train/patient00002/study2/view2_lateral.jpg,,Lateral,,patient00002,"IMPRESSION: Mass.",'
+        ",,30,Male,train\n"
+        "valid/patient64541/study1/view1_frontal.jpg,,Frontal,PA,patient64541,,,,73,Male,valid\n"
+        "train/patient00003/study1/view1_frontal.jpg,,Frontal,PA,patient00003,,,,73,Male,dev\n"
+    ),
+    "PNG/PNG/train/patient00001/study1/view1_frontal.png": encoded(ramp()),
+    "DICOM/train/patient00002/study2/view2_lateral.dcm": dicom(ramp()),
+    f"CheXpert-v1.0/valid/{LAST}": FILM,
+}
+
+
+def test_plus_films_have_their_reports_whatever_kind_of_file_they_are(tmp_path: Path):
+    root = lay_out(tmp_path / "raw", PLUS)
+    meta = build_data(read_chexpert_plus(root), root, tmp_path / "out", film_px=16)
+    assert meta["excluded"] == {str(Reason.BAD_VALUE): 1}
+    one, two, three = read_manifest(tmp_path / "out")
+    assert (one.findings, one.impression) == ("Lungs are clear.", "No acute disease.")
+    assert (two.report, two.view, two.split) == ("Mass.", "L", "train")
+    assert (three.report, three.split, three.age_years) == (None, "val", 73.0)
+    assert [film.labels for film in (one, two, three)] == [{}, {}, {}]
+
+
+def test_plus_labels_come_from_the_impressions_where_they_are_there(tmp_path: Path):
+    path = "train/patient00001/study1/view1_frontal.jpg"
+    line = {"path_to_image": path, "Edema": -1.0, "Fracture": None, "No Finding": 1.0}
+    name = "chexbert_labels/impression_fixed.json"
+    lay_out(tmp_path, {**PLUS, name: json.dumps(line) + "\n"})
+    film = next(read_chexpert_plus(tmp_path))
+    assert isinstance(film, Film)
+    assert film.labels == {"edema": UNCERTAIN, "no finding": PRESENT}
+    for wrong in ({**line, "Edema": 3}, {**line, "Gout": 1}, {"Edema": 1}, []):
+        (tmp_path / name).write_text(json.dumps(wrong))
+        with pytest.raises(SourceError, match=r"impression_fixed\.json, line 1: .*download"):
+            read_chexpert_plus(tmp_path)
+
+
+def test_plus_without_its_table_is_one_line(tmp_path: Path):
+    with pytest.raises(SourceError, match=r"no df_chexpert_plus_240401\.csv; it comes from https"):
+        read_chexpert_plus(lay_out(tmp_path, {f"train/{LAST}": FILM}))
+
+
+# The real table.
+
+PUBLISHED = {  # present, uncertain, absent
+    "no finding": (22381, 0, 0),
+    "enlarged cardiomediastinum": (10798, 12403, 21638),
+    "cardiomegaly": (27000, 8087, 11116),
+    "lung opacity": (105581, 5598, 6599),
+    "lung lesion": (9186, 1488, 1270),
+    "edema": (52246, 12984, 20726),
+    "consolidation": (14783, 27742, 28097),
+    "pneumonia": (6039, 18770, 2799),
+    "atelectasis": (33376, 33739, 1328),
+    "pneumothorax": (19448, 3145, 56341),
+    "pleural effusion": (86187, 11628, 35396),
+    "pleural other": (3523, 2653, 316),
+    "fracture": (9040, 642, 2512),
+    "support devices": (116001, 1079, 6137),
+}
+"""Values a column of train.csv, counted by another program (csv and Counter alone)."""
+
+
+def test_every_row_of_the_real_table_is_kept_and_the_four_values_stay_apart(tmp_path: Path):
+    table = real_table("chexpert_train.csv.gz")
+    lay_out(tmp_path, {"train.csv.gz": table, f"train/{VIEWS[0]}": FILM})
+    films, excluded = parted(read_chexpert(tmp_path))
+    assert (len(films), len(excluded)) == (223_414, 0)
+    assert len({film.patient_id for film in films}) == 64_540
+    assert len({film.study_id for film in films}) == 187_641
+    found = tally(films)
+    assert {
+        f: (found[f, PRESENT], found[f, UNCERTAIN], found[f, ABSENT]) for f in PUBLISHED
+    } == PUBLISHED
+    assert found.total() == sum(map(sum, PUBLISHED.values()))
+    views = Counter(film.view for film in films)
+    assert views == {"AP": 161_590, "PA": 29_420, "L": 32_387, "unknown": 17}
+    assert Counter(film.sex for film in films) == {"M": 132_636, "F": 90_777, None: 1}
+    assert sum(film.age_years is None for film in films) == 3
+    assert films[0].image == f"train/{VIEWS[0]}"
+    assert len({film.film_id for film in films}) == len(films)
