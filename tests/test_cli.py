@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
@@ -63,9 +64,19 @@ def test_the_version_is_that_of_the_package_and_alone_on_stdout(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def shared(made_run: Path, made_data: Path) -> dict[str, Path]:
+def shared(
+    made_run: Path, made_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Folders that a command can be given by name."""
-    return {"run": made_run, "data": made_data, "checkpoint": made_run / "checkpoints/step_000006"}
+    results = tmp_path_factory.mktemp("results")
+    ended = zeroshot_of({"run": made_run, "data": made_data}, results)
+    assert ended.code == 0, ended.err
+    return {
+        "run": made_run,
+        "data": made_data,
+        "checkpoint": made_run / "checkpoints/step_000006",
+        "results": results / "out",
+    }
 
 
 def zeroshot_of(shared: dict[str, Path], tmp_path: Path, *more: str | Path) -> Ended:
@@ -81,6 +92,29 @@ def test_zeroshot_prints_the_page_on_stdout_and_the_table_on_stderr(
     assert (tmp_path / "out" / "page.html").is_file()
     assert "AUROC" in ended.err and "Warning" not in ended.err
     assert all(finding in ended.err for finding in FINDINGS)
+
+
+def test_zeroshot_writes_over_results_of_the_same_command_alone(
+    shared: dict[str, Path], tmp_path: Path
+):
+    first = zeroshot_of(shared, tmp_path)
+    assert first.code == 0 and "again" not in first.err
+    left = (tmp_path / "out/results.json").read_text("utf-8")
+    error = zeroshot_of(shared, tmp_path, "--split", "val").error()
+    assert "already holds results of `mmclip zeroshot --out" in error and "--overwrite" in error
+    assert (tmp_path / "out/results.json").read_text("utf-8") == left
+    repeat = zeroshot_of(shared, tmp_path)
+    assert repeat.code == 0 and f"{tmp_path / 'out'} holds results of this very" in repeat.err
+
+
+def test_zeroshot_does_not_write_over_results_that_it_cannot_read(
+    shared: dict[str, Path], tmp_path: Path
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/results.json").write_text("{", "utf-8")
+    error = zeroshot_of(shared, tmp_path).error()
+    assert "results.json" in error and "--overwrite" in error
+    assert zeroshot_of(shared, tmp_path, "--overwrite").code == 0
 
 
 def test_data_build_prints_the_folder_on_stdout_and_the_counts_on_stderr(
@@ -223,6 +257,18 @@ def test_doctor_finds_sound_folders_sound(shared: dict[str, Path], tmp_path: Pat
     assert ended.code == 0, ended.err
     assert "BAD" not in ended.err and "checksum as built" in ended.err
     assert ended.err.count("step_000006 of data") == 2
+    n_scored = len(json.loads((shared["results"] / "results.json").read_text())["findings"])
+    assert f"AUROC of {n_scored} findings from scores.npz as in results.json" in ended.err
+
+
+def test_doctor_examines_a_run_and_the_results_in_its_folder(
+    shared: dict[str, Path], tmp_path: Path
+):
+    folder = shutil.copytree(shared["run"], tmp_path / "both")
+    shutil.copytree(shared["results"], folder, dirs_exist_ok=True)
+    ended = mmclip(tmp_path, "doctor", folder)
+    assert ended.code == 0, ended.err
+    assert "step_000006 of data" in ended.err and "as in results.json" in ended.err
 
 
 def flip_last_bit(path: Path) -> None:
@@ -233,6 +279,13 @@ def flip_last_bit(path: Path) -> None:
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
+
+
+def swap_scores(path: Path) -> None:
+    """Gives the films of scores.npz the scores of other films."""
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    np.savez(path, **arrays | {"scores": arrays["scores"][::-1]})
 
 
 STEP = "checkpoints/step_000006"
@@ -254,6 +307,11 @@ STEP = "checkpoints/step_000006"
         ("run", f"{STEP}/tokenizer/tokenizer.json", cut),
         ("run", f"{STEP}/meta.json", cut),
         ("run", f"{STEP}/meta.json", Path.unlink),
+        ("results", "results.json", cut),
+        ("results", "scores.npz", cut),
+        ("results", "scores.npz", swap_scores),
+        ("results", "scores.npz", Path.unlink),
+        ("results", "page.html", Path.unlink),
     ],
 )
 def test_doctor_finds_a_damaged_folder_and_names_the_file(
@@ -271,5 +329,5 @@ def test_doctor_finds_a_damaged_folder_and_names_the_file(
 def test_doctor_says_of_any_other_folder_what_it_is_not(tmp_path: Path):
     ended = mmclip(tmp_path, "doctor", tmp_path, tmp_path / "nowhere")
     assert ended.code == 1
-    assert f"{tmp_path} is neither a data folder (meta.json) nor a run" in ended.err
+    assert f"{tmp_path} is no data folder (meta.json), run (checkpoints/) or results" in ended.err
     assert f"{tmp_path / 'nowhere'} is no folder" in ended.err
