@@ -246,10 +246,33 @@ def _say_what_runs(
             f"gradient accumulation: the contrastive negatives (and a ResNet's batch statistics) "
             f"are the {per_micro} rows of a micro-batch, not the {train.batch_size} of the batch"
         )
+    for line in repeats(job.config, n_pairs, len(rows) - n_pairs):
+        console.print(line, style="yellow", soft_wrap=True)
     if job.shuffle_pairs:
         console.print("control: every film has the report of another film")
     if state.step:
         console.print(f"resumed at step {state.step} of {train.steps}")
+
+
+def repeats(config: Config, n_pairs: int, n_unpaired: int) -> list[str]:
+    """Says, in a line for either stream, that every step reads a film more than once.
+
+    Such a batch trains, but its repeats are positives of one another: fewer negatives than set.
+    (Two epochs may meet within a step, so now and then any batch repeats some.)
+    """
+    size, ratio = config.train.batch_size, config.unpaired.rows_per_pair
+    lines = []
+    if size > n_pairs:
+        lines.append(
+            f"films repeat within every step: train.batch_size={size} and there are {n_pairs} "
+            f"pairs; set it to at most {n_pairs}"
+        )
+    if (asked := round(ratio * size)) > n_unpaired:
+        lines.append(
+            f"films repeat within every step: unpaired.rows_per_pair={ratio:g} reads {asked} "
+            f"unpaired films and there are {n_unpaired}; set it to at most {n_unpaired / size:.3g}"
+        )
+    return lines
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
