@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -169,7 +170,10 @@ AT_32_PX = ("--set", "data.film_px=32")
 ERRORS = {
     "no such data folder": (pretrain_on("nowhere"), ["nowhere is no finished data folder"]),
     "a run as data": (pretrain_on("run", *AT_32_PX), ["no finished data folder", "mmclip data"]),
-    "films of another size": (pretrain_on("data"), ["32 px, 64 px are asked", "data.film_px=32"]),
+    "films of another size": (
+        pretrain_on("data"),
+        ["32 px, 64 px are needed", "--set data.film_px=32", "--film-px 64"],
+    ),
     "unknown configuration": (
         pretrain_on("data", "--config", "huge"),
         ["no configuration 'huge'", "demo, paper, tiny"],
@@ -202,6 +206,40 @@ def test_an_error_is_one_line_that_names_the_value_and_the_rule(
     assert all(part in error for part in parts), error
     assert "unexpected" not in error
     assert not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def built_at_24_px(made_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder as the command line builds it, in a folder whose name has a blank."""
+    folder = tmp_path_factory.mktemp("other size")
+    given = ("--root", made_raw, "--mapping", made_raw / "mapping.toml", "--film-px", "24")
+    out = folder / "my films"
+    assert mmclip(folder, "data", "build", "csv", *given, "--out", out, "--overwrite").code == 0
+    return out
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "zeroshot"])
+def test_films_of_another_size_come_with_the_command_that_builds_the_right_ones(
+    shared: dict[str, Path], built_at_24_px: Path, tmp_path: Path, stage: str
+):
+    def call(folder: str | Path, *more: str) -> Ended:
+        if stage == "zeroshot":
+            return zeroshot_of({"run": shared["run"], "data": Path(folder)}, tmp_path, *more)
+        return pretrain_on(str(folder), "--set", "data.film_px=32", *more)(shared, tmp_path)
+
+    error = call(built_at_24_px).error()
+    assert "have 24 px, 32 px are needed" in error
+    (command,) = re.findall(r"`mmclip (data build .+?)`", error)
+    *words, option, out = shlex.split(command)
+    assert option == "--out" and out == f"{built_at_24_px}-32px"
+    assert mmclip(tmp_path, *words, option, str(tmp_path / "again")).code == 0
+    assert call(tmp_path / "again").code == 0
+    # Only who trains can take the films as they are; a run has its size.
+    setting = re.findall(r"--set (\S+)", error)
+    assert setting == (["data.film_px=24"] if stage == "pretrain" else [])
+    shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    if setting:
+        assert call(built_at_24_px, "--set", *setting).code == 0
 
 
 def test_a_checkpoint_as_data_is_one_clear_line(shared: dict[str, Path], tmp_path: Path):

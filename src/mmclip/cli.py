@@ -6,6 +6,7 @@ Imports of torch and transformers happen inside the commands, so that --help is 
 import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -64,7 +65,7 @@ def root(
 
 
 def _command() -> str:
-    return " ".join(["mmclip", *sys.argv[1:]])
+    return shlex.join(["mmclip", *sys.argv[1:]])
 
 
 @app.command()

@@ -96,7 +96,7 @@ def pretrain(job: Job) -> Path:
         mixed_precision=precision, cpu=job.cpu, log_with=trackers, project_dir=job.run
     )
     set_seed(job.config.train.seed)
-    rows = open_rows(job.folders, job.config.data.film_px)
+    rows = open_rows(job.folders, job.config.data.film_px, px_key="data.film_px")
     chosen = training_rows(rows, job.config)
     n_pairs = sum(map(is_pair, chosen.films))
     _check_enough(job, rows, n_pairs, len(chosen) - n_pairs)
