@@ -162,6 +162,24 @@ def test_resuming_a_finished_run_changes_nothing(arguments: list, made_run: Path
     assert steps_of(run) == steps_of(made_run)
 
 
+def test_a_run_remembers_the_command_that_began_it_and_those_that_went_on(
+    arguments: list, made_run: Path, tmp_path: Path
+):
+    began = json.loads((made_run / "config.json").read_text())
+    assert began["resumed_by"] == []
+    run = shutil.copytree(made_run, tmp_path / "run")
+    shutil.rmtree(run / CHECKPOINTS / "step_000006")
+    for n_resumed in (1, 2):
+        # --cpu once or twice: the commands are told apart by their words.
+        words = ["--out", run, "--resume", *["--cpu"] * n_resumed]
+        assert mmclip(tmp_path, *arguments, *words).code == 0
+        left = json.loads((run / "config.json").read_text())
+        assert left["command"] == began["command"]
+        assert [c.count("--cpu") for c in left["resumed_by"]] == [1, 2][:n_resumed]
+    made = load_checkpoint(run).meta  # by the first: there was nothing left to do for the second
+    assert made["command"] == began["command"] and len(made["resumed_by"]) == 1
+
+
 def test_a_run_is_not_trained_over(arguments: list, made_run: Path, tmp_path: Path):
     error = mmclip(tmp_path, *arguments, "--out", made_run).error()
     assert f"{made_run} already holds a run (step_000006); add --resume" in error

@@ -105,6 +105,7 @@ def pretrain(job: Job) -> Path:
         "n_pairs": n_pairs,
         "n_unpaired": len(chosen) - n_pairs,
         "command": job.command,
+        "resumed_by": [],
         "shuffle_pairs": job.shuffle_pairs,
     }
     found = _resumable(job, facts)
@@ -113,6 +114,8 @@ def pretrain(job: Job) -> Path:
         model = build_model(job.config, tokenizer, len(label_names(chosen)))
     else:
         checkpoint = load_checkpoint(found)
+        began, since = checkpoint.meta["command"], checkpoint.meta.get("resumed_by", [])
+        facts |= {"command": began, "resumed_by": [*since, job.command]}
         tokenizer, model = checkpoint.tokenizer, checkpoint.model.train()
     objective = Objective(job.config, model.vision_model.config.patch_size)
     batches = TrainingBatches(
