@@ -2,12 +2,14 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
@@ -63,9 +65,19 @@ def test_the_version_is_that_of_the_package_and_alone_on_stdout(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def shared(made_run: Path, made_data: Path) -> dict[str, Path]:
+def shared(
+    made_run: Path, made_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Folders that a command can be given by name."""
-    return {"run": made_run, "data": made_data, "checkpoint": made_run / "checkpoints/step_000006"}
+    results = tmp_path_factory.mktemp("results")
+    ended = zeroshot_of({"run": made_run, "data": made_data}, results)
+    assert ended.code == 0, ended.err
+    return {
+        "run": made_run,
+        "data": made_data,
+        "checkpoint": made_run / "checkpoints/step_000006",
+        "results": results / "out",
+    }
 
 
 def zeroshot_of(shared: dict[str, Path], tmp_path: Path, *more: str | Path) -> Ended:
@@ -81,6 +93,29 @@ def test_zeroshot_prints_the_page_on_stdout_and_the_table_on_stderr(
     assert (tmp_path / "out" / "page.html").is_file()
     assert "AUROC" in ended.err and "Warning" not in ended.err
     assert all(finding in ended.err for finding in FINDINGS)
+
+
+def test_zeroshot_writes_over_results_of_the_same_command_alone(
+    shared: dict[str, Path], tmp_path: Path
+):
+    first = zeroshot_of(shared, tmp_path)
+    assert first.code == 0 and "again" not in first.err
+    left = (tmp_path / "out/results.json").read_text("utf-8")
+    error = zeroshot_of(shared, tmp_path, "--split", "val").error()
+    assert "already holds results of `mmclip zeroshot --out" in error and "--overwrite" in error
+    assert (tmp_path / "out/results.json").read_text("utf-8") == left
+    repeat = zeroshot_of(shared, tmp_path)
+    assert repeat.code == 0 and f"{tmp_path / 'out'} holds results of this very" in repeat.err
+
+
+def test_zeroshot_does_not_write_over_results_that_it_cannot_read(
+    shared: dict[str, Path], tmp_path: Path
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/results.json").write_text("{", "utf-8")
+    error = zeroshot_of(shared, tmp_path).error()
+    assert "results.json" in error and "--overwrite" in error
+    assert zeroshot_of(shared, tmp_path, "--overwrite").code == 0
 
 
 def test_data_build_prints_the_folder_on_stdout_and_the_counts_on_stderr(
@@ -135,7 +170,10 @@ AT_32_PX = ("--set", "data.film_px=32")
 ERRORS = {
     "no such data folder": (pretrain_on("nowhere"), ["nowhere is no finished data folder"]),
     "a run as data": (pretrain_on("run", *AT_32_PX), ["no finished data folder", "mmclip data"]),
-    "films of another size": (pretrain_on("data"), ["32 px, 64 px are asked", "data.film_px=32"]),
+    "films of another size": (
+        pretrain_on("data"),
+        ["32 px, 64 px are needed", "--set data.film_px=32", "--film-px 64"],
+    ),
     "unknown configuration": (
         pretrain_on("data", "--config", "huge"),
         ["no configuration 'huge'", "demo, paper, tiny"],
@@ -168,6 +206,40 @@ def test_an_error_is_one_line_that_names_the_value_and_the_rule(
     assert all(part in error for part in parts), error
     assert "unexpected" not in error
     assert not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def built_at_24_px(made_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder as the command line builds it, in a folder whose name has a blank."""
+    folder = tmp_path_factory.mktemp("other size")
+    given = ("--root", made_raw, "--mapping", made_raw / "mapping.toml", "--film-px", "24")
+    out = folder / "my films"
+    assert mmclip(folder, "data", "build", "csv", *given, "--out", out, "--overwrite").code == 0
+    return out
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "zeroshot"])
+def test_films_of_another_size_come_with_the_command_that_builds_the_right_ones(
+    shared: dict[str, Path], built_at_24_px: Path, tmp_path: Path, stage: str
+):
+    def call(folder: str | Path, *more: str) -> Ended:
+        if stage == "zeroshot":
+            return zeroshot_of({"run": shared["run"], "data": Path(folder)}, tmp_path, *more)
+        return pretrain_on(str(folder), "--set", "data.film_px=32", *more)(shared, tmp_path)
+
+    error = call(built_at_24_px).error()
+    assert "have 24 px, 32 px are needed" in error
+    (command,) = re.findall(r"`mmclip (data build .+?)`", error)
+    *words, option, out = shlex.split(command)
+    assert option == "--out" and out == f"{built_at_24_px}-32px"
+    assert mmclip(tmp_path, *words, option, str(tmp_path / "again")).code == 0
+    assert call(tmp_path / "again").code == 0
+    # Only who trains can take the films as they are; a run has its size.
+    setting = re.findall(r"--set (\S+)", error)
+    assert setting == (["data.film_px=24"] if stage == "pretrain" else [])
+    shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    if setting:
+        assert call(built_at_24_px, "--set", *setting).code == 0
 
 
 def test_a_checkpoint_as_data_is_one_clear_line(shared: dict[str, Path], tmp_path: Path):
@@ -223,6 +295,18 @@ def test_doctor_finds_sound_folders_sound(shared: dict[str, Path], tmp_path: Pat
     assert ended.code == 0, ended.err
     assert "BAD" not in ended.err and "checksum as built" in ended.err
     assert ended.err.count("step_000006 of data") == 2
+    n_scored = len(json.loads((shared["results"] / "results.json").read_text())["findings"])
+    assert f"AUROC of {n_scored} findings from scores.npz as in results.json" in ended.err
+
+
+def test_doctor_examines_a_run_and_the_results_in_its_folder(
+    shared: dict[str, Path], tmp_path: Path
+):
+    folder = shutil.copytree(shared["run"], tmp_path / "both")
+    shutil.copytree(shared["results"], folder, dirs_exist_ok=True)
+    ended = mmclip(tmp_path, "doctor", folder)
+    assert ended.code == 0, ended.err
+    assert "step_000006 of data" in ended.err and "as in results.json" in ended.err
 
 
 def flip_last_bit(path: Path) -> None:
@@ -233,6 +317,13 @@ def flip_last_bit(path: Path) -> None:
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
+
+
+def swap_scores(path: Path) -> None:
+    """Gives the films of scores.npz the scores of other films."""
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    np.savez(path, **arrays | {"scores": arrays["scores"][::-1]})
 
 
 STEP = "checkpoints/step_000006"
@@ -254,6 +345,11 @@ STEP = "checkpoints/step_000006"
         ("run", f"{STEP}/tokenizer/tokenizer.json", cut),
         ("run", f"{STEP}/meta.json", cut),
         ("run", f"{STEP}/meta.json", Path.unlink),
+        ("results", "results.json", cut),
+        ("results", "scores.npz", cut),
+        ("results", "scores.npz", swap_scores),
+        ("results", "scores.npz", Path.unlink),
+        ("results", "page.html", Path.unlink),
     ],
 )
 def test_doctor_finds_a_damaged_folder_and_names_the_file(
@@ -271,5 +367,5 @@ def test_doctor_finds_a_damaged_folder_and_names_the_file(
 def test_doctor_says_of_any_other_folder_what_it_is_not(tmp_path: Path):
     ended = mmclip(tmp_path, "doctor", tmp_path, tmp_path / "nowhere")
     assert ended.code == 1
-    assert f"{tmp_path} is neither a data folder (meta.json) nor a run" in ended.err
+    assert f"{tmp_path} is no data folder (meta.json), run (checkpoints/) or results" in ended.err
     assert f"{tmp_path / 'nowhere'} is no folder" in ended.err

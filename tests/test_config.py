@@ -1,10 +1,13 @@
 import tomllib
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from mmclip.config import ConfigError, config_hash, config_names, load_config
+from mmclip.data.disease_prompts import load_disease_prompts
+from mmclip.prompts import load_prompts
 
 
 @pytest.mark.parametrize("name", config_names())
@@ -92,6 +95,25 @@ def test_files_that_extend_in_a_circle_are_refused(tmp_path: Path):
 def test_a_missing_configuration_says_what_there_is(name: str, words: str):
     with pytest.raises(ConfigError, match=words):
         load_config(name)
+
+
+@pytest.mark.parametrize("load", [load_config, load_prompts, load_disease_prompts])
+def test_whatever_is_named_or_a_path_fails_in_the_same_words(load: Callable, tmp_path: Path):
+    def fails(name: str, words: str) -> None:
+        with pytest.raises(ConfigError, match=words):
+            load(name)
+
+    fails("nowhere", "there is no .* 'nowhere'; name one of .*default|tiny.*, or give a path that")
+    fails(str(tmp_path / "no.toml"), r"no\.toml cannot be read: No such file")
+    (tmp_path / "folder.toml").mkdir()
+    fails(str(tmp_path / "folder.toml"), r"folder\.toml cannot be read: Is a directory")
+    for content in (b"a = = 1", "name = 'Müller'".encode("latin-1")):
+        (tmp_path / "bad.toml").write_bytes(content)
+        fails(str(tmp_path / "bad.toml"), r"bad\.toml is no valid TOML: ")
+    (tmp_path / "odd.toml").write_text("colour = 1")
+    fails(
+        str(tmp_path / "odd.toml"), r"odd\.toml: unknown key 'colour'; known here: \w+, |; unknown"
+    )
 
 
 def test_the_hash_follows_the_values_and_not_the_way_they_were_written():

@@ -44,7 +44,7 @@ def test_labels_tell_unknown_from_absent(folder: Path):
 
 
 def test_films_of_another_size_are_refused_with_both_remedies(folder: Path):
-    with pytest.raises(ManifestError, match=r"--film-px 64 or set data\.film_px=32"):
+    with pytest.raises(ManifestError, match=r"data build .* --film-px 64 --out .*-64px"):
         open_rows([folder], 64)
 
 

@@ -104,5 +104,7 @@ def test_a_wording_without_a_place_for_the_findings_is_refused(tmp_path):
 
 
 def test_an_unknown_set_says_what_there_is():
-    with pytest.raises(ValueError, match="known are default"):
+    with pytest.raises(
+        ConfigError, match="no set of disease-kind prompts 'none'; name one of default"
+    ):
         load_disease_prompts("none")

@@ -24,6 +24,7 @@ from mmclip.checkpoint import (
 from mmclip.config import load_config
 from mmclip.data.manifest import read_meta
 from mmclip.data.text import train_tokenizer
+from mmclip.pretrain import repeats
 from tests.commands import Running, mmclip, start
 from tests.conftest import build_made
 from tests.made import write_folder
@@ -161,9 +162,49 @@ def test_resuming_a_finished_run_changes_nothing(arguments: list, made_run: Path
     assert steps_of(run) == steps_of(made_run)
 
 
+def test_a_run_remembers_the_command_that_began_it_and_those_that_went_on(
+    arguments: list, made_run: Path, tmp_path: Path
+):
+    began = json.loads((made_run / "config.json").read_text())
+    assert began["resumed_by"] == []
+    run = shutil.copytree(made_run, tmp_path / "run")
+    shutil.rmtree(run / CHECKPOINTS / "step_000006")
+    for n_resumed in (1, 2):
+        # --cpu once or twice: the commands are told apart by their words.
+        words = ["--out", run, "--resume", *["--cpu"] * n_resumed]
+        assert mmclip(tmp_path, *arguments, *words).code == 0
+        left = json.loads((run / "config.json").read_text())
+        assert left["command"] == began["command"]
+        assert [c.count("--cpu") for c in left["resumed_by"]] == [1, 2][:n_resumed]
+    made = load_checkpoint(run).meta  # by the first: there was nothing left to do for the second
+    assert made["command"] == began["command"] and len(made["resumed_by"]) == 1
+
+
 def test_a_run_is_not_trained_over(arguments: list, made_run: Path, tmp_path: Path):
     error = mmclip(tmp_path, *arguments, "--out", made_run).error()
     assert f"{made_run} already holds a run (step_000006); add --resume" in error
+
+
+def test_a_batch_that_repeats_films_is_told_and_trains(small_config: Path, tmp_path: Path):
+    data = write_folder(tmp_path)
+    command = ["pretrain", "--data", data, "--config", small_config, "--set", "train.steps=1"]
+    ended = mmclip(tmp_path, *command, "--out", tmp_path / "run", "--set", "train.batch_size=64")
+    assert ended.code == 0 and log_of(tmp_path / "run")
+    said = (
+        "repeat within every step: train.batch_size=64 and there are 6 pairs; set it to at most 6"
+    )
+    assert ended.err.count(said) == 1  # of 8 films one is a lateral, and one has no report
+
+
+def test_what_repeats_is_told_of_each_stream_and_only_where_it_does():
+    def told(size: int, ratio: float) -> str:
+        given = [f"train.batch_size={size}", f"unpaired.rows_per_pair={ratio}"]
+        return "\n".join(repeats(load_config("tiny", given), n_pairs=8, n_unpaired=4))
+
+    assert told(8, 0.5) == "" and told(8, 0) == ""
+    assert "there are 8 pairs; set it to at most 8" in told(9, 0) and "unpaired" not in told(9, 0)
+    assert "reads 8 unpaired films and there are 4; set it to at most 0.5" in told(8, 1)
+    assert "batch_size" not in told(8, 1)
 
 
 def test_another_configuration_does_not_resume(arguments: list, made_run: Path, tmp_path: Path):

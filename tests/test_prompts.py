@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from mmclip.prompts import PromptError, known_prompt_sets, load_prompts
+from mmclip.config import ConfigError
+from mmclip.prompts import known_prompt_sets, load_prompts
 
 NAMES = [
     "cardiomegaly",
@@ -112,24 +113,33 @@ def test_the_hash_follows_the_content_not_the_layout(write):
         (MINIMAL.replace("{a_finding}", "{disease}"), "placeholder 'disease'; known are finding"),
         (MINIMAL.replace("{a_finding}", "something"), "does not name the finding"),
         (MINIMAL.replace('["There {is} {a_finding}."]', "[]"), "templates.positive"),
-        (MINIMAL.replace("id =", 'color = "red"\nid ='), "color.*known keys are id, version"),
+        (
+            MINIMAL.replace("id =", 'color = "red"\nid ='),
+            "unknown key 'color'; known here: description, ",
+        ),
+        (
+            MINIMAL + "[phrases]\nmass = { article = 'a' }\n",
+            "unknown key 'phrases.mass.article'; known here: a_finding, finding, is",
+        ),
         (MINIMAL + '[phrases]\n"Big_Mass" = {}\n', "must be written 'big mass'"),
         (MINIMAL + "[findings.mass]\npositive = ['x']\n", "findings.mass.negative"),
-        ("id = ", "is no TOML"),
+        ("id = ", "is no valid TOML"),
     ],
 )
 def test_a_faulty_set_is_refused_with_its_file_and_rule(write, text, message):
-    with pytest.raises(PromptError, match=f"mine.toml.*{message}"):
+    with pytest.raises(ConfigError, match=f"mine.toml.*{message}"):
         load_prompts(write(text))
 
 
 def test_an_unknown_set_lists_the_known_ones(tmp_path):
-    with pytest.raises(PromptError, match="no prompt set 'fancy'; known are default, pair"):
+    with pytest.raises(ConfigError, match="no prompt set 'fancy'; name one of default, pair"):
         load_prompts("fancy")
-    with pytest.raises(PromptError, match="there is no prompt set"):
+    with pytest.raises(
+        ConfigError, match=r"prompt set .*absent\.toml cannot be read: No such file"
+    ):
         load_prompts(tmp_path / "absent.toml")
 
 
 def test_a_finding_needs_a_name():
-    with pytest.raises(PromptError, match="needs a name"):
+    with pytest.raises(ValueError, match="needs a name"):
         load_prompts("pair").texts(" _ ")

@@ -355,6 +355,49 @@ def test_contradictory_labels_exclude_the_row_and_are_named(tmp_path: Path):
     assert out.detail == "the labels TB, No TB contradict one another on ['tuberculosis']"
 
 
+MAPPED = {"Effusion": {"present": ["pleural effusion"]}, "Knot": {"present": ["nodule"]}}
+
+
+@pytest.mark.parametrize(
+    ("listed", "labels", "meant"),
+    [
+        ("pleural efusion", "Effusion", "pleural effusion"),  # the mapping says the right one
+        ("masss", "Mass", "mass"),  # the table does
+        ("nodules", "Effusion", "nodule"),
+    ],
+)
+def test_a_misspelt_finding_of_closed_is_named_with_the_one_that_is_meant(
+    tmp_path: Path, listed: str, labels: str, meant: str
+):
+    closed = {"nih": ["mass", "pleural effusion"], "tb": ["edema", listed]}
+    text = f"film,patient,labels\na,p,{labels}\n"
+    with pytest.raises(SourceError) as caught:
+        read(tmp_path, text, columns={"labels": "labels"}, labels={"map": MAPPED, "closed": closed})
+    message = str(caught.value)
+    assert f"[labels.closed] tb lists {listed!r}" in message and f"{meant!r}" in message
+    assert "'edema'" not in message
+
+
+def test_a_finding_that_no_film_has_may_be_listed_and_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    closed = {"*": ["edema", "mass", "nodule"]}
+    text = "film,patient,labels\na,p,Mass\n"
+    given = {"map": MAPPED, "closed": closed}
+    (film,) = films(read(tmp_path, text, columns={"labels": "labels"}, labels=given))
+    assert film.labels == {"edema": 0, "mass": 1, "nodule": 0}
+    (said,) = caplog.messages
+    assert "no label says 'edema'; " in said and "absent" in said
+
+
+def test_two_findings_with_like_names_are_told_apart_once_the_mapping_says_both(tmp_path: Path):
+    both = MAPPED | {"Knots": {"present": ["nodules"]}}
+    given = {"map": both, "closed": {"*": ["nodule", "nodules"]}}
+    text = "film,patient,labels\na,p,Knot\n"
+    (film,) = films(read(tmp_path, text, columns={"labels": "labels"}, labels=given))
+    assert film.labels == {"nodule": 1, "nodules": 0}
+
+
 CHEXPERT = {"columns": {"Mass": "mass", "Pleural Effusion": "pleural effusion"}}
 
 

@@ -92,7 +92,7 @@ def save_checkpoint(
         tokenizer: Of the text encoder.
         config: The resolved configuration.
         trainer: Tensors and plain values that training needs to go on.
-        facts: Further entries of meta.json (data hash, command).
+        facts: Further entries of meta.json (data hash, commands).
         keep: Number of newest checkpoints that stay.
 
     Returns:

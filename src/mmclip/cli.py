@@ -3,8 +3,10 @@
 Imports of torch and transformers happen inside the commands, so that --help is quick.
 """
 
+import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,7 +65,7 @@ def root(
 
 
 def _command() -> str:
-    return " ".join(["mmclip", *sys.argv[1:]])
+    return shlex.join(["mmclip", *sys.argv[1:]])
 
 
 @app.command()
@@ -159,12 +161,12 @@ def _print_meta(meta: dict, out: Path) -> None:
 @app.command()
 def doctor(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="Data folders and runs to examine.")
+        list[Path] | None, typer.Argument(help="Data folders, runs and results to examine.")
     ] = None,
 ) -> None:
     """Says what is installed, which device is used, and what of the given folders is sound.
 
-    Example: `mmclip doctor data/films runs/first`
+    Example: `mmclip doctor data/films runs/first runs/first/test`
     """
     from mmclip.doctor import examine, examine_machine
 
@@ -242,6 +244,9 @@ def zeroshot(
     prompts: Annotated[str, typer.Option(help="Prompt set: a name or a path.")] = "default",
     draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of another command in --out.")
+    ] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")] = False,
 ) -> None:
     """Scores films by what a report would say of them; AUROC with 95 % intervals.
@@ -252,6 +257,8 @@ def zeroshot(
 
     from mmclip.zeroshot import evaluate
 
+    if not overwrite:
+        _check_results(out)
     results = evaluate(
         run,
         tuple(data),
@@ -266,6 +273,28 @@ def zeroshot(
         device=torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda"),
     )
     _print_results(results, out)
+
+
+def _check_results(out: Path) -> None:
+    """Refuses a folder with the results of another command; the same one may write again."""
+    from mmclip.results import RESULTS_FILE
+
+    path = out / RESULTS_FILE
+    if not path.is_file():
+        return
+    try:
+        command = json.loads(path.read_text("utf-8"))["provenance"]["command"]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(
+            f"{path} is damaged; add --overwrite to replace it, or choose another --out"
+        ) from None
+    if command != _command():
+        raise ValueError(
+            f"{out} already holds results of `{command}`; add --overwrite to replace them, or "
+            f"choose another --out"
+        )
+    said = f"{out} holds results of this very command; they are written again"
+    console.print(said, markup=False, soft_wrap=True)
 
 
 def _split(name: str) -> "Split":

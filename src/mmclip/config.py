@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -287,16 +287,21 @@ def parse(model: type[M], values: dict, origin: str) -> M:
 
 
 def _known_keys(model: type[BaseModel], path: tuple) -> list[str]:
+    """The keys of the section that a path leads to; a table of sections takes any name."""
+    section: Any = model
     for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return sorted(model.model_fields)
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+        elif isinstance(section, type) and issubclass(section, BaseModel):
+            field = section.model_fields.get(part)
+            section = None if field is None else field.annotation
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        return []
+    return sorted(field.alias or name for name, field in section.model_fields.items())
 
 
-def config_names() -> list[str]:
-    """The names of the package's configurations, such as "tiny" and "arms/whole"."""
+def packaged_names(folder: str) -> list[str]:
+    """The names of the TOML files in a folder of the package, such as "tiny" and "arms/whole"."""
 
     def found(folder: Traversable, prefix: str) -> Iterator[str]:
         for entry in folder.iterdir():
@@ -305,7 +310,12 @@ def config_names() -> list[str]:
             elif entry.name.endswith(".toml"):
                 yield prefix + entry.name.removesuffix(".toml")
 
-    return sorted(found(resources.files("mmclip") / "configs", ""))
+    return sorted(found(resources.files("mmclip") / folder, ""))
+
+
+def config_names() -> list[str]:
+    """The names of the package's configurations."""
+    return packaged_names("configs")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -318,6 +328,34 @@ def _listed(names: Sequence[str]) -> str:
         )
         parts.append(f"or of {folder}/ one of {', '.join(inside)}")
     return ", ".join(parts)
+
+
+def read_toml(what: str, folder: str, name_or_path: str | Path) -> dict[str, Any]:
+    """The values of a TOML file of the package, by name, or of any, by its path.
+
+    Args:
+        what: For errors, such as "prompt set".
+        folder: Of the package.
+        name_or_path: One of `packaged_names(folder)`, or a path that ends in .toml.
+
+    Raises:
+        ConfigError: When there is no such file, it cannot be read, or it is no TOML.
+    """
+    if isinstance(name_or_path, Path) or name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+    elif name_or_path in (names := packaged_names(folder)):
+        path = resources.files("mmclip") / folder / f"{name_or_path}.toml"
+    else:
+        raise ConfigError(
+            f"there is no {what} {name_or_path!r}; name one of {_listed(names)}, or give a path "
+            f"that ends in .toml"
+        )
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} {path} is no valid TOML: {error}") from None
 
 
 def load_config(name_or_path: str = "tiny", overrides: Sequence[str] = ()) -> Config:
@@ -357,21 +395,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
         raise ConfigError(
             f"{' -> '.join((*seen, name_or_path))}: configurations extend in a circle"
         )
-    if name_or_path.endswith(".toml"):
-        path = Path(name_or_path)
-    elif name_or_path in config_names():
-        path = resources.files("mmclip") / "configs" / f"{name_or_path}.toml"
-    else:
-        raise ConfigError(
-            f"there is no configuration {name_or_path!r}; name one of {_listed(config_names())}, "
-            f"or give a path that ends in .toml"
-        )
-    try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no valid TOML: {error}") from None
+    values = read_toml("configuration", "configs", name_or_path)
     base = values.pop("extends", None)
     return values if base is None else _merge(_read(base, (*seen, name_or_path)), values)
 

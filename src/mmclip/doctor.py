@@ -1,20 +1,28 @@
-"""What is installed, which device is used, and what of a data folder or a run is sound."""
+"""What is installed, which device is used, and what of a folder that a command left is sound."""
 
 import importlib.metadata
+import json
 import os
 import platform
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mmclip.checkpoint import load_checkpoint, load_trainer_state
 from mmclip.data.cache import CacheError, verify_cache
 from mmclip.data.manifest import MANIFEST_FILE, META_FILE, ManifestError, read_manifest, read_meta
+from mmclip.metrics import auroc
+from mmclip.results import PAGE_FILE, RESULTS_FILE, checked
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow", "spacy")
 OPTIONAL = ("wandb",)
+
+DIGITS = 1e-5
+"""An AUROC in results.json may differ by this from the one of its scores: it has six digits."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +111,70 @@ def examine_run(folder: Path) -> Iterator[Finding]:
         yield Finding("trainer state", f"loads; --resume goes on from step {step}")
 
 
+def examine_results(folder: Path) -> Iterator[Finding]:
+    """Whether results keep their contract, and the scores beside them give the same AUROC."""
+    try:
+        results = checked(json.loads((folder / RESULTS_FILE).read_text("utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        yield Finding(
+            "results",
+            f"{RESULTS_FILE} is damaged ({error}); score again with `mmclip zeroshot --overwrite`",
+            is_sound=False,
+        )
+        return
+    made = results.provenance
+    again = f"make the results again by `{made.command}`"
+    yield Finding(
+        "results",
+        f"{results.n_films} films of {results.n_patients} patients, data {made.data_hash[:12]}, "
+        f"config {made.config_hash[:12]}; made by `{made.command}`",
+    )
+    try:
+        with np.load(folder / "scores.npz") as stored:
+            findings, labels, scores = (stored[key] for key in ("findings", "labels", "scores"))
+        column = {str(finding): k for k, finding in enumerate(findings)}
+        differ = []
+        for row in results.findings:
+            k = column[row.finding]
+            found = auroc(labels[:, k], scores[:, k])
+            if found is None or abs(found - row.auroc) > DIGITS:
+                differ.append(row.finding)
+    except (ValueError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
+        detail = f"scores.npz is missing or damaged ({error}); {again}"
+        yield Finding("scores", detail, is_sound=False)
+    else:
+        n = len(results.findings)
+        yield Finding(
+            "scores",
+            f"scores.npz gives {', '.join(differ)} another AUROC than {RESULTS_FILE}; {again}"
+            if differ
+            else f"AUROC of {n} findings from scores.npz as in {RESULTS_FILE}",
+            is_sound=not differ,
+        )
+    if not (folder / PAGE_FILE).is_file():
+        yield Finding("page", f"{PAGE_FILE} is missing; {again}", is_sound=False)
+
+
 def examine(folder: Path) -> Iterator[Finding]:
-    """A folder of either kind, told by what it holds."""
+    """A folder of any kind, or of several, told by what it holds."""
     if not folder.is_dir():
         yield Finding("folder", f"{folder} is no folder", is_sound=False)
-    elif (folder / META_FILE).is_file() and not (folder / "model.safetensors").is_file():
+        return
+    is_checkpoint = (folder / "model.safetensors").is_file()
+    is_run = is_checkpoint or (folder / "checkpoints").is_dir()
+    is_data = (folder / META_FILE).is_file() and not is_checkpoint
+    is_results = (folder / RESULTS_FILE).is_file()
+    if is_data:
         yield from examine_data(folder)
-    elif (folder / "checkpoints").is_dir() or (folder / "model.safetensors").is_file():
+    if is_run:
         yield from examine_run(folder)
-    else:
+    if is_results:
+        yield from examine_results(folder)
+    if not (is_data or is_run or is_results):
         yield Finding(
             "folder",
-            f"{folder} is neither a data folder ({META_FILE}) nor a run (checkpoints/): "
-            f"`mmclip data build` or `mmclip pretrain` did not finish there",
+            f"{folder} is no data folder ({META_FILE}), run (checkpoints/) or results "
+            f"({RESULTS_FILE}): no `mmclip data build`, `mmclip pretrain` or `mmclip zeroshot` has "
+            f"finished there",
             is_sound=False,
         )

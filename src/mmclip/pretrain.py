@@ -96,7 +96,7 @@ def pretrain(job: Job) -> Path:
         mixed_precision=precision, cpu=job.cpu, log_with=trackers, project_dir=job.run
     )
     set_seed(job.config.train.seed)
-    rows = open_rows(job.folders, job.config.data.film_px)
+    rows = open_rows(job.folders, job.config.data.film_px, px_key="data.film_px")
     chosen = training_rows(rows, job.config)
     n_pairs = sum(map(is_pair, chosen.films))
     _check_enough(job, rows, n_pairs, len(chosen) - n_pairs)
@@ -105,6 +105,7 @@ def pretrain(job: Job) -> Path:
         "n_pairs": n_pairs,
         "n_unpaired": len(chosen) - n_pairs,
         "command": job.command,
+        "resumed_by": [],
         "shuffle_pairs": job.shuffle_pairs,
     }
     found = _resumable(job, facts)
@@ -113,6 +114,8 @@ def pretrain(job: Job) -> Path:
         model = build_model(job.config, tokenizer, len(label_names(chosen)))
     else:
         checkpoint = load_checkpoint(found)
+        began, since = checkpoint.meta["command"], checkpoint.meta.get("resumed_by", [])
+        facts |= {"command": began, "resumed_by": [*since, job.command]}
         tokenizer, model = checkpoint.tokenizer, checkpoint.model.train()
     objective = Objective(job.config, model.vision_model.config.patch_size)
     batches = TrainingBatches(
@@ -246,10 +249,33 @@ def _say_what_runs(
             f"gradient accumulation: the contrastive negatives (and a ResNet's batch statistics) "
             f"are the {per_micro} rows of a micro-batch, not the {train.batch_size} of the batch"
         )
+    for line in repeats(job.config, n_pairs, len(rows) - n_pairs):
+        console.print(line, style="yellow", soft_wrap=True)
     if job.shuffle_pairs:
         console.print("control: every film has the report of another film")
     if state.step:
         console.print(f"resumed at step {state.step} of {train.steps}")
+
+
+def repeats(config: Config, n_pairs: int, n_unpaired: int) -> list[str]:
+    """Says, in a line for either stream, that every step reads a film more than once.
+
+    Such a batch trains, but its repeats are positives of one another: fewer negatives than set.
+    (Two epochs may meet within a step, so now and then any batch repeats some.)
+    """
+    size, ratio = config.train.batch_size, config.unpaired.rows_per_pair
+    lines = []
+    if size > n_pairs:
+        lines.append(
+            f"films repeat within every step: train.batch_size={size} and there are {n_pairs} "
+            f"pairs; set it to at most {n_pairs}"
+        )
+    if (asked := round(ratio * size)) > n_unpaired:
+        lines.append(
+            f"films repeat within every step: unpaired.rows_per_pair={ratio:g} reads {asked} "
+            f"unpaired films and there are {n_unpaired}; set it to at most {n_unpaired / size:.3g}"
+        )
+    return lines
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

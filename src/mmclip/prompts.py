@@ -21,30 +21,19 @@ A prompt set is a TOML file. Templates serve any finding; a finding may have its
 
 import hashlib
 import json
-import tomllib
-from importlib import resources
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, NamedTuple
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    field_validator,
-)
+from pydantic import ConfigDict, Field, StringConstraints, field_validator
+
+from mmclip.config import Frozen, packaged_names, parse, read_toml
 
 PLACEHOLDERS = ("finding", "a_finding", "is")
 """What a template may hold: the bare name, the name with its article, and "is" or "are"."""
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
-
-
-class PromptError(ValueError):
-    """A prompt set cannot be found or breaks a rule; the message names the file and the rule."""
 
 
 class Prompts(NamedTuple):
@@ -54,19 +43,17 @@ class Prompts(NamedTuple):
     negatives: tuple[str, ...]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class Phrase(_Frozen):
+class Phrase(Frozen):
     """How templates name a finding; what is left out follows from the finding's name."""
+
+    model_config = ConfigDict(populate_by_name=True)
 
     finding: Text | None = None
     a_finding: Text | None = None
     verb: Text = Field(default="is", alias="is")
 
 
-class Wording(_Frozen):
+class Wording(Frozen):
     """Texts for a finding that is present, and for one that is absent."""
 
     positive: Texts
@@ -91,15 +78,15 @@ class Templates(Wording):
         return texts
 
 
-class PromptSet(_Frozen):
+class PromptSet(Frozen):
     """One prompt set, as read from its file."""
 
     id: Text
     version: int = Field(ge=1)
     description: Text
     templates: Templates
-    phrases: dict[str, Phrase] = {}
-    findings: dict[str, Wording] = {}
+    phrases: dict[str, Phrase] = Field(default_factory=dict)
+    findings: dict[str, Wording] = Field(default_factory=dict)
 
     @field_validator("phrases", "findings")
     @classmethod
@@ -117,7 +104,7 @@ class PromptSet(_Frozen):
         """
         name = plain_name(finding)
         if not name:
-            raise PromptError("a finding needs a name to make prompts of")
+            raise ValueError("a finding needs a name to make prompts of")
         if name in self.findings:
             return Prompts(self.findings[name].positive, self.findings[name].negative)
         phrase = self.phrases.get(name, Phrase())
@@ -143,37 +130,14 @@ def plain_name(finding: str) -> str:
 
 def known_prompt_sets() -> list[str]:
     """Names of the prompt sets that come with the package."""
-    folder = resources.files("mmclip") / "prompt_sets"
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name[-5:] == ".toml")
+    return packaged_names("prompt_sets")
 
 
 def load_prompts(name_or_path: str | Path) -> PromptSet:
     """Reads a prompt set of the package by name, or any by the path of its TOML file.
 
     Raises:
-        PromptError: When there is no such set, or the file breaks a rule.
+        ConfigError: When there is no such set, or a key or value breaks a rule.
     """
-    if isinstance(name_or_path, Path) or name_or_path.endswith(".toml"):
-        source = Path(name_or_path)
-        if not source.is_file():
-            raise PromptError(f"there is no prompt set {source}")
-    elif name_or_path in known_prompt_sets():
-        source = resources.files("mmclip") / "prompt_sets" / f"{name_or_path}.toml"
-    else:
-        raise PromptError(
-            f"there is no prompt set {name_or_path!r}; known are {', '.join(known_prompt_sets())}, "
-            f"or give the path of a .toml file"
-        )
-    try:
-        return PromptSet.model_validate(tomllib.loads(source.read_text("utf-8")))
-    except tomllib.TOMLDecodeError as error:
-        raise PromptError(f"{source} is no TOML: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        known = (
-            "; known keys are " + ", ".join(PromptSet.model_fields)
-            if len(first["loc"]) == 1
-            else ""
-        )
-        raise PromptError(f"{source}: {where}: {first['msg']}{known}") from error
+    values = read_toml("prompt set", "prompt_sets", name_or_path)
+    return parse(PromptSet, values, f"prompt set {name_or_path}")

@@ -1,9 +1,12 @@
 """The rows that a task reads from data folders, their films as tensors, and augmentation."""
 
 import hashlib
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,12 +100,15 @@ class Rows:
         ).reshape(len(self), len(findings))
 
 
-def open_rows(folders: Sequence[Path], film_px: int | None = None) -> Rows:
+def open_rows(
+    folders: Sequence[Path], film_px: int | None = None, px_key: str | None = None
+) -> Rows:
     """All rows of some data folders.
 
     Args:
         folders: As `mmclip data build` leaves them.
         film_px: The film size that is needed, checked where a folder has films.
+        px_key: The key of the configuration that says `film_px`, where the user may change it.
 
     Raises:
         ManifestError: When a folder is unfinished, its films have another size, or a film id
@@ -115,9 +121,11 @@ def open_rows(folders: Sequence[Path], film_px: int | None = None) -> Rows:
     for number, folder in enumerate(folders):
         meta = read_meta(folder)
         if film_px is not None and meta["film_px"] not in (None, film_px):
+            instead = f", or take them as they are by --set {px_key}={meta['film_px']}"
             raise ManifestError(
-                f"the films of {folder} have {meta['film_px']} px, {film_px} px are asked for; "
-                f"build the folder with --film-px {film_px} or set data.film_px={meta['film_px']}"
+                f"the films of {folder} have {meta['film_px']} px, {film_px} px are needed; build "
+                f"them anew by `{_build_command(meta, folder, film_px)}` and give that folder"
+                + (instead if px_key else "")
             )
         caches.append(FilmCache.open(folder) if meta["film_px"] is not None else None)
         hashes.append(meta["data_hash"])
@@ -134,3 +142,12 @@ def open_rows(folders: Sequence[Path], film_px: int | None = None) -> Rows:
         )
     joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return Rows(tuple(films), tuple(caches), np.array(where, np.int64).reshape(-1, 2), joined)
+
+
+def _build_command(meta: Mapping[str, Any], folder: Path, film_px: int) -> str:
+    """The command that made a data folder, for films of another size in a folder beside it."""
+    made_by = str(meta.get("command", ""))
+    if not made_by.startswith("mmclip data build"):
+        made_by = "mmclip data build ..."
+    same = re.sub(r" --(?:overwrite|(?:film-px|out)[ =](?:'[^']*'|\S)+)", "", made_by)
+    return f"{same} --film-px {film_px} --out {shlex.quote(f'{folder}-{film_px}px')}"

@@ -4,17 +4,14 @@ The wording is data (disease_prompts/*.toml). An unknown finding is not in the p
 present nor as absent; an uncertain one likewise.
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from pydantic import Field, field_validator
 
-from mmclip.config import Frozen, parse
+from mmclip.config import Frozen, parse, read_toml
 from mmclip.data.manifest import ABSENT, PRESENT, Entity
 
 NO_FINDING = "no finding"
@@ -140,22 +137,8 @@ def load_disease_prompts(name_or_path: str = "default") -> DiseasePromptSet:
     """Reads a set of the package by name, or any by the path of its TOML file.
 
     Raises:
-        ConfigError: When a key is unknown or a value breaks a rule.
-        ValueError: When there is no such set, or the file is no TOML.
+        ConfigError: When there is no such set, or a key or value breaks a rule.
     """
-    folder = resources.files("mmclip") / "disease_prompts"
-    known = sorted(f.name.removesuffix(".toml") for f in folder.iterdir())
-    if name_or_path.endswith(".toml"):
-        source = Path(name_or_path)
-    elif name_or_path in known:
-        source = folder / f"{name_or_path}.toml"
-    else:
-        raise ValueError(
-            f"there are no disease-kind prompts {name_or_path!r}; known are {', '.join(known)}, or "
-            f"give the path of a .toml file"
-        )
-    try:
-        values = tomllib.loads(source.read_text("utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"disease-kind prompts {source} cannot be read: {error}") from None
-    return parse(DiseasePromptSet, values, f"disease-kind prompts {source}")
+    what = "set of disease-kind prompts"
+    values = read_toml(what, "disease_prompts", name_or_path)
+    return parse(DiseasePromptSet, values, f"{what} {name_or_path}")

@@ -1,7 +1,8 @@
 """Image files of any kind a chest film comes in, to one uint8 grey film, air dark.
 
-A film that cannot be read whole is an error with a reason, never a film with a hole in it. No
-message holds anything of a DICOM header but technical facts: names and dates stay where they are.
+A film that cannot be read whole is an error with a reason, never a film with a hole in it; but a
+JPEG that is damaged in its middle decodes, as the format has no checksum. No message holds anything
+of a DICOM header but technical facts: names and dates stay where they are.
 """
 
 import io

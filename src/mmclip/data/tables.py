@@ -1,12 +1,14 @@
 """CSV tables of films, and the mapping that says what their columns and words mean."""
 
 import csv
+import difflib
 import hashlib
+import logging
 import math
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -26,6 +28,12 @@ from mmclip.data.manifest import (
     View,
 )
 from mmclip.data.text import Report, make_report, parse_report
+
+logger = logging.getLogger(__name__)
+
+LIKENESS = 0.85
+"""A finding as much like another one (`difflib`, 1 is equal) is taken for a misspelling of it.
+[chosen: "pleural efusion" and "oedema" are; "rib fracture" is none of "fracture"]"""
 
 
 class SourceError(ValueError):
@@ -173,7 +181,8 @@ def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iter
 
     Raises:
         SourceError: At once, before any record: when the table cannot be read, lacks a column, or
-            holds label, view or split words that the mapping does not explain (all are listed).
+            holds label, view or split words that the mapping does not explain (all are listed);
+            or when `labels.closed` lists what looks like a misspelt finding.
     """
     path = root / mapping.table if table is None else table
     _check_words(path, mapping)
@@ -313,6 +322,7 @@ def _value(text: str, column: str) -> int:
 
 def _check_words(path: Path, mapping: CsvMapping) -> None:
     """Refuses a table with words that the mapping does not explain, all at once."""
+    said = {finding for meaning in mapping.labels.map.values() for finding, _ in meaning.labels()}
     rules, columns = mapping.labels, mapping.columns
     known_labels = {*rules.map, *rules.unknown}
     names = {name for listed in rules.closed.values() for name in listed}
@@ -325,6 +335,8 @@ def _check_words(path: Path, mapping: CsvMapping) -> None:
         for word in _words(_cell(cells, columns.labels), rules):
             if word not in known_labels and word.lower() not in names:
                 unmapped["labels.map"][word] += 1
+            elif word not in known_labels:
+                said.add(word.lower())
         if (view := _cell(cells, columns.view)).lower() not in known_views:
             unmapped["views"][view] += 1
         if (split := _cell(cells, columns.split)).lower() not in known_splits:
@@ -337,6 +349,33 @@ def _check_words(path: Path, mapping: CsvMapping) -> None:
     ]
     if problems:
         raise SourceError(f"{path}: {'; '.join(problems)}; add the words to the mapping")
+    _check_closed(path, rules.closed, said)
+
+
+def _check_closed(path: Path, closed: Mapping[str, Sequence[str]], said: Set[str]) -> None:
+    """Refuses a listed finding that is never said and is spelt nearly as one that is.
+
+    Names of findings are free, so any other listed finding that no film has is only told.
+    """
+    misspelt, never = [], set()
+    for source, listed in closed.items():
+        for finding in sorted(set(listed) - said):
+            if near := difflib.get_close_matches(finding, sorted(said), n=1, cutoff=LIKENESS):
+                where = f"[labels.closed] {source} lists {finding!r}"
+                misspelt.append(f"{where}, which no label says; {near[0]!r} is said")
+            else:
+                never.add(finding)
+    if misspelt:
+        raise SourceError(
+            f"{path}: {'; '.join(misspelt)}; mend the name, or give it a word in [labels.map] if "
+            f"it is another finding"
+        )
+    if never:
+        logger.warning(
+            "%s: no label says %s; where [labels.closed] lists it, it is absent from every film",
+            path,
+            ", ".join(map(repr, sorted(never))),
+        )
 
 
 def read_rows(path: Path, mapping: CsvMapping) -> Iterator[tuple[dict[str, str], str]]:
