@@ -1,0 +1,75 @@
+"""bench/real_films.py: what an arm may read, and what stands beside its numbers."""
+
+import csv
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(BENCH))
+    try:
+        import real_films
+    finally:
+        sys.path.remove(str(BENCH))
+    return real_films
+
+
+def table_of(bench, tmp_path: Path, **arm: bool) -> list[dict[str, str]]:
+    (tmp_path / "studies.csv").write_text(
+        "film,source,report\n"
+        'a.png,ieee8023,"COVID-19 by RT-PCR of a swab. Left opacity."\n'
+        "b.png,hannover,\n"
+        "c.png,openist,\n"
+        "d.png,nih1024,\n",
+        "utf-8",
+    )
+    bench.write_table(tmp_path, tmp_path / "out" / "t.csv", **arm)
+    with (tmp_path / "out" / "t.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_sources_of_one_label_are_read_by_their_arm_alone(bench, tmp_path: Path):
+    without = table_of(bench, tmp_path, one_label=False, no_covid=False)
+    assert [line["source"] for line in without] == ["ieee8023", "nih1024"]
+    everyone = table_of(bench, tmp_path, one_label=True, no_covid=False)
+    assert [line["film"] for line in everyone] == ["a.png", "b.png", "c.png", "d.png"]
+
+
+def test_words_for_covid_and_its_test_are_taken_out_and_nothing_else(bench, tmp_path: Path):
+    (line, _) = table_of(bench, tmp_path, one_label=False, no_covid=True)
+    assert line["report"].split() == ["by", "of", "a", ".", "Left", "opacity."]
+    (as_it_was, _) = table_of(bench, tmp_path, one_label=False, no_covid=False)
+    assert "COVID-19 by RT-PCR" in as_it_was["report"]
+    kept = "discovered PCRs recovered swabbed"
+    assert bench.COVID.sub("", kept) == kept
+    named = "SARS-CoV-2, 2019-nCoV, coronavirus, novel coronavirus, Covid 19, covid"
+    assert bench.COVID.sub("", named).strip(" ,") == ""
+
+
+def test_among_the_sick_films_without_a_finding_do_not_count(bench):
+    labels = np.array([[1, 0], [1, 0], [0, 1], [0, 0], [0, 1], [0, 0]], float)
+    scores = np.array([[0, 0.9], [0, 0.9], [0, 0.8], [0, 0.1], [0, 0.7], [0, 0.2]])
+    result = SimpleNamespace(
+        findings=["no finding", "mass"],
+        labels=labels,
+        scores=scores,
+        patients=lambda: list("abcdef"),
+    )
+    assert bench.among_the_sick(result)["mass"] == 1.0  # over all films it would be 0.5
+    result.findings = ["nodule", "mass"]
+    assert bench.among_the_sick(result) is None
+
+
+def test_an_arm_is_tiny_with_its_overrides_and_an_unknown_one_is_refused(bench):
+    config = bench.config_of("whole+one_label+no_covid", 3, ["train.steps=5"])
+    assert (config.loss.image, config.loss.text, config.unpaired.rows_per_pair) == (1, 1, 1)
+    assert (config.train.steps, config.train.seed) == (5, 3)
+    with pytest.raises(KeyError):
+        bench.config_of("half", 0, [])
