@@ -49,7 +49,7 @@ def run_demo(
         out: raw/ (films and reports as a data set would come), data/, run/, results.json,
             scores.npz, plots/, page.html.
         seed: Of the weights, the order and the drawn films.
-        shuffle_pairs: The control: every film has the report of another.
+        shuffle_pairs: The control: every film has the report, or the labels, of another.
         overrides: Of the configuration "demo".
         command: As typed, for the results.
     """
@@ -87,10 +87,15 @@ def run_demo(
         title="Demo: made films, tiny model",
         kind="demo",
         summary=(
-            "A tiny model trained on made films with reports, scored zero-shot on made patients "
-            "it has not seen"
+            "A tiny model trained with the whole method on made films, half of them with reports and "
+            "half with labels, scored by text prompts on made patients it has not seen"
         )
-        + (", after training on shuffled pairs (a control)." if shuffle_pairs else "."),
+        + (
+            ", after training on shuffled pairs and labels (a control)."
+            if shuffle_pairs
+            else ". The labels were put into words, so each finding was named to it: "
+            "prompt-supervised, and no zero-shot result."
+        ),
         command=command,
         seed=seed,
         wall_s=time.monotonic() - began,
@@ -99,6 +104,7 @@ def run_demo(
         gallery=_gallery(result),
         facts={
             "training pairs": checkpoint.meta["n_pairs"],
+            "unpaired films": checkpoint.meta["n_unpaired"],
             "steps": config.train.steps,
             "films": f"{config.data.film_px} px, made (preset demo, version {preset.version})",
         },
