@@ -180,11 +180,12 @@ def test_a_contrastive_checkpoint_has_no_pictures(rows: Rows):
 
 def test_warmth_and_hatching_by_hand():
     film = np.full((4, 4), 100, np.uint8)
-    response = np.array([[0.0, 1.0], [0.5, 0.0]])
+    response = np.array([[0.1, 0.9], [0.5, 0.1]])  # median 0.3
     shown = warmed(film, response)
-    assert shown[0, 0].tolist() == [100] * 3
+    assert shown[0, 0].tolist() == shown[3, 3].tolist() == [100] * 3
     assert shown[1, 3].tolist() == [round(25 + 0.75 * c) for c in HEAT]
-    assert shown[2, 1].tolist() == [round(62.5 + 0.375 * c) for c in HEAT]
+    # A third of the way from the median to the top: 0.75 / 3 of the colour.
+    assert shown[2, 1].tolist() == [round(75 + 0.25 * c) for c in HEAT]
     is_hidden = np.array([[True, False], [False, False]])
     shown = hatched(film, is_hidden)
     side = len(shown) // 2

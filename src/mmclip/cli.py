@@ -75,7 +75,10 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(help="Of the made films, the weights and the order.")] = 0,
     shuffle_pairs: Annotated[
-        bool, typer.Option("--shuffle-pairs", help="Control: deal films the reports and labels of others.")
+        bool,
+        typer.Option(
+            "--shuffle-pairs", help="Control: deal films the reports and labels of others."
+        ),
     ] = False,
     set_: SetOption = None,
 ) -> None:

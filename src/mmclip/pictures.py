@@ -197,9 +197,9 @@ def spans_of(
 def warmed(
     film: UInt8[np.ndarray, "h w"], response: Float[np.ndarray, "rows columns"]
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A film under one colour: none on the least responsive patch, HEAT_RATIO on the most."""
-    low, high = float(response.min()), float(response.max())
-    level = _over_pixels((response - low) / max(high - low, 1e-12), film)
+    """A film under one colour: none on the less responsive half of it, HEAT_RATIO on the most."""
+    low, high = float(np.median(response)), float(response.max())
+    level = _over_pixels(((response - low) / max(high - low, 1e-12)).clip(min=0), film)
     share = HEAT_RATIO * level[..., None]
     return ((1 - share) * film[..., None] + share * np.array(HEAT)).round().astype(np.uint8)
 
