@@ -87,8 +87,8 @@ def run_demo(
         title="Demo: made films, tiny model",
         kind="demo",
         summary=(
-            "A tiny model trained with the whole method on made films, half of them with reports and "
-            "half with labels, scored by text prompts on made patients it has not seen"
+            "A tiny model trained with the whole method on made films, half of them with reports "
+            "and half with labels, scored by text prompts on made patients it has not seen"
         )
         + (
             ", after training on shuffled pairs and labels (a control)."
