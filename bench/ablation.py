@@ -29,7 +29,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ceiling import with_knobs
-from compare import BASE, Runs, Scores, table
+from compare import Runs, Scores, table
 from contrastive import make_data
 from mmclip.checkpoint import Checkpoint, code_version, load_checkpoint
 from mmclip.config import Config, config_hash, config_names, load_config
@@ -202,9 +202,14 @@ def figures(checkpoint: Checkpoint, plain: ZeroShot, shifted: ZeroShot) -> dict:
     }
 
 
+def run_name(key: Key) -> str:
+    """A name that no other configuration or data set gives."""
+    return f"{key.arm}-{key.seed}-{key.config_hash[:12]}-{key.data_hash[:12]}"
+
+
 def scores_path(out: Path, key: Key) -> Path:
     """Where the scores of a run lie."""
-    return out / "scores" / f"{key.arm}-{key.seed}-{key.split}.npz"
+    return out / "scores" / f"{run_name(key)}-{key.split}.npz"
 
 
 def load_scores(path: Path, key: Key) -> Scores:
@@ -245,8 +250,7 @@ def run_all(
     both = rows, shifted_rows(rows, split)
     jsonl.parent.mkdir(parents=True, exist_ok=True)
     for key, config in configs.items():
-        hashes = f"{key.config_hash[:12]}-{key.data_hash[:12]}"
-        run = out / "runs" / f"{key.arm}-{key.seed}-{hashes}"
+        run = out / "runs" / run_name(key)
         cost = train(key.arm, config, out / "data", run)
         checkpoint = load_checkpoint(run)
         plain, shifted = (
@@ -275,7 +279,7 @@ def run_all(
         print(json.dumps(line), flush=True)
 
 
-def print_table(keys: Sequence[Key], done: Mapping[Key, dict], out: Path) -> None:
+def print_table(keys: Sequence[Key], done: Mapping[Key, dict], out: Path, base: str) -> None:
     """Prints what has finished of some runs, what has not, and the numbers as one JSON object."""
     runs: Runs = {}
     for key in keys:
@@ -284,12 +288,12 @@ def print_table(keys: Sequence[Key], done: Mapping[Key, dict], out: Path) -> Non
             runs.setdefault(key.arm, {})[key.seed] = found
     if not runs:
         raise SystemExit("none of these runs has finished; run without --table first")
-    text, numbers = table(runs)
+    text, numbers = table(runs, base)
     print(text)
     for key in keys:
         if key not in done:
             print(f"not finished: {key.arm} seed {key.seed}")
-    about = {"split": keys[0].split, "data_hash": keys[0].data_hash}
+    about = {"base": base, "split": keys[0].split, "data_hash": keys[0].data_hash}
     print(json.dumps({**about, "arms": numbers}))
 
 
@@ -306,6 +310,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["val", "test"], default="val")
     parser.add_argument("--jsonl", type=Path, default=Path("bench/results/ablation.jsonl"))
     parser.add_argument("--table", action="store_true", help="print what has finished, run nothing")
+    parser.add_argument("--base", default="contrastive", help="of --table: compare with this arm")
     parser.add_argument("--preset", choices=list(PRESETS), default="hard")
     parser.add_argument("--knob", action="append", default=[], help="lesion_scale=1.2")
     parser.add_argument("--set", action="append", default=[], help="train.steps=200, in every arm")
@@ -324,9 +329,9 @@ def main() -> None:
         return found
 
     if args.table:
-        arms = list(dict.fromkeys([BASE, *args.arms]))
+        arms = list(dict.fromkeys([args.base, *args.arms]))
         keys = sorted(runs_of(arms), key=lambda key: arms.index(key.arm))
-        print_table(keys, done, args.out)
+        print_table(keys, done, args.out, args.base)
         return
     runs = runs_of(args.arms)
     if args.split == "test":

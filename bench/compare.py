@@ -13,9 +13,6 @@ from jaxtyping import Float
 from mmclip.bootstrap import Interval, bootstrap_metrics, macro_draws, percentile_interval
 from mmclip.data.synthetic import FINDINGS
 
-BASE = "contrastive"
-"""The arm that every other one is compared with."""
-
 SMALL_FINDINGS = ("nodule", "rib fracture", "atelectasis", "support devices")
 """Where contrastive training alone leaves room; thumbnails show them not at all [docs/log.md]."""
 
@@ -71,13 +68,18 @@ class Compared(NamedTuple):
 class Comparison:
     """Finished runs side by side; the draws of a run are computed once."""
 
-    def __init__(self, runs: Runs, draws: int = DRAWS) -> None:
+    def __init__(self, runs: Runs, base: str, draws: int = DRAWS) -> None:
         """Checks that all runs scored the same films.
+
+        Args:
+            runs: By arm and seed.
+            base: The arm that every other one is compared with.
+            draws: Of the bootstrap.
 
         Raises:
             ValueError: When two runs scored other films.
         """
-        self.runs, self.draws = runs, draws
+        self.runs, self.base, self.draws = runs, base, draws
         every = [scores for by_seed in runs.values() for _, scores in by_seed.values()]
         for scores in every[1:]:
             if not np.array_equal(scores.film_id, every[0].film_id):
@@ -98,23 +100,23 @@ class Comparison:
             return float(np.mean([line[which][f] for line in lines for f in findings]))
 
         auroc = mean(arm, list(self.runs[arm]))
-        shared = [seed for seed in self.runs[arm] if seed in self.runs.get(BASE, {})]
-        if arm == BASE or not shared:
+        shared = [seed for seed in self.runs[arm] if seed in self.runs.get(self.base, {})]
+        if arm == self.base or not shared:
             return Compared(auroc, None, None)
         names = [str(name) for name in self.runs[arm][shared[0]][1].findings]
         columns = [names.index(finding) for finding in findings]
         differences = [
             macro_draws(self._draws_of(arm, seed, which), columns)
-            - macro_draws(self._draws_of(BASE, seed, which), columns)
+            - macro_draws(self._draws_of(self.base, seed, which), columns)
             for seed in shared
         ]
         interval = percentile_interval(resampled_seeds(np.stack(differences)))
-        return Compared(auroc, mean(arm, shared) - mean(BASE, shared), interval)
+        return Compared(auroc, mean(arm, shared) - mean(self.base, shared), interval)
 
 
-def table(runs: Runs) -> tuple[str, dict[str, dict]]:
+def table(runs: Runs, base: str) -> tuple[str, dict[str, dict]]:
     """Markdown for people, and the same numbers by arm."""
-    comparison = Comparison(runs)
+    comparison = Comparison(runs, base)
     some = [line for by_seed in runs.values() for line, _ in by_seed.values()]
     counted = [f for f in FINDINGS if all(f in line["macro_findings"] for line in some)]
     small = [f for f in SMALL_FINDINGS if f in counted]
@@ -140,7 +142,7 @@ def table(runs: Runs) -> tuple[str, dict[str, dict]]:
         numbers[arm] |= {name: compared._asdict() for name, compared in said.items()}
     commits = sorted({line["commit"][:12] for line in some})
     note = (
-        f"In brackets: difference to `{BASE}`, paired by seed, with a 95 % interval that resamples "
+        f"In brackets: difference to `{base}`, paired by seed, with a 95 % interval that resamples "
         f"seeds and patients together ({DRAWS} draws). Macro over {len(counted)} findings; small "
         f"findings are {', '.join(small) or 'none that counts'}. Trained at {', '.join(commits)}."
     )

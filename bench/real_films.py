@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ablation import Key, losses_at_end, read_lines, train, unfinished
+from ablation import Key, losses_at_end, read_lines, run_name, train, unfinished
 from compare import markdown
 from mmclip.bootstrap import score_findings
 from mmclip.checkpoint import code_version, load_checkpoint
@@ -144,7 +144,7 @@ def among_the_sick(result: ZeroShot) -> dict[str, float] | None:
 
 def run(key: Key, config: Config, folder: Path, out: Path) -> dict:
     """Trains and scores one run, and returns its line."""
-    where = out / "runs" / f"{key.arm}-{key.seed}-{key.config_hash[:12]}-{key.data_hash[:12]}"
+    where = out / "runs" / run_name(key)
     cost = train(key.arm, config, folder, where)
     checkpoint, prompts = load_checkpoint(where), load_prompts("default")
     rows = open_rows([folder], config.data.film_px)

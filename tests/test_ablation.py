@@ -77,12 +77,12 @@ def test_the_paired_interval_equals_the_slow_loop_over_resampled_films():
             for seed in shared
         ]
         slow.append(np.mean([gains[i] for i in picks[draw]]))
-    found = compare.Comparison(RUNS, draws=n_draws).compare("whole", NAMES)
+    found = compare.Comparison(RUNS, "contrastive", draws=n_draws).compare("whole", NAMES)
     assert found.interval == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])), abs=1e-9)
 
 
 def test_the_difference_is_that_of_the_seeds_of_both_and_the_mean_that_of_all():
-    comparison = compare.Comparison(RUNS, draws=50)
+    comparison = compare.Comparison(RUNS, "contrastive", draws=50)
     found = comparison.compare("whole", ["mass"])
 
     def of(arm: str, seeds: tuple[int, ...]) -> float:
@@ -102,7 +102,7 @@ def test_runs_on_other_films_are_not_compared():
     line, scores = made_run(1.0, 5)
     other = scores._replace(film_id=scores.film_id[::-1])
     with pytest.raises(ValueError, match="scored different films"):
-        compare.Comparison({**RUNS, "pixels": {0: (line, other)}})
+        compare.Comparison({**RUNS, "pixels": {0: (line, other)}}, "contrastive")
 
 
 def test_the_table_has_a_row_an_arm_and_the_small_findings_apart():
@@ -117,7 +117,7 @@ def test_the_table_has_a_row_an_arm_and_the_small_findings_apart():
                 line[which] = {renamed[name]: value for name, value in line[which].items()}
             line["macro_findings"] = ["edema", "nodule"]
             by_seed[seed] = line, scores._replace(findings=np.array(["edema", "nodule"]))
-    text, numbers = compare.table(runs)
+    text, numbers = compare.table(runs, "contrastive")
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     assert [cell.strip() for cell in rows[0]] == [
         "arm", "seeds", "macro AUROC", "under domain shift", "small findings", "wall s",
@@ -128,8 +128,20 @@ def test_the_table_has_a_row_an_arm_and_the_small_findings_apart():
     assert [cell.strip() for cell in rows[4]] == ["arm", "nodule"]
     assert numbers["whole"]["nodule"] == numbers["whole"]["small findings"]
     assert numbers["whole"]["macro AUROC"]["auroc"] == pytest.approx(
-        compare.Comparison(RUNS).compare("whole", NAMES).auroc
+        compare.Comparison(RUNS, "contrastive").compare("whole", NAMES).auroc
     )
+
+
+def test_against_another_base_the_difference_turns_around():
+    forth = compare.Comparison(RUNS, "contrastive", draws=50).compare("whole", NAMES)
+    back = compare.Comparison(RUNS, "whole", draws=50).compare("contrastive", NAMES)
+    assert back.difference == pytest.approx(-forth.difference)
+    assert back.interval == pytest.approx((-forth.interval[1], -forth.interval[0]))
+
+
+def test_two_configurations_of_one_arm_and_seed_have_scores_of_their_own(tmp_path: Path):
+    paths = {ablation.scores_path(tmp_path, DONE._replace(config_hash=h)) for h in ("e", "f")}
+    assert len(paths) == 2
 
 
 def test_a_finished_run_is_left_out_and_any_change_of_its_key_is_another_run(tmp_path: Path):
