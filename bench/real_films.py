@@ -4,7 +4,7 @@
     python bench/real_films.py CXR OUT --arms contrastive whole --seeds 0 1 2 --table
 
 CXR is a folder with studies.csv and the films that examples/mixed_films.toml describes. The pairs
-are clinical notes of one source; unpaired films have labels of ChestX-ray14. An arm trains `tiny`
+are clinical notes of one source; unpaired films are those with labels of ChestX-ray14. An arm trains `tiny`
 for 600 steps. ARM+one_label also trains on the sources that have one label each, so that the label
 is the source; ARM+no_covid takes the words for COVID-19 and its tests out of the notes.
 
@@ -57,6 +57,10 @@ ARMS: Mapping[str, tuple[str, ...]] = {
 """What an arm sets. Source: docs/training.md, "The arms of the method"."""
 
 ONE_LABEL, NO_COVID = "+one_label", "+no_covid"
+UNPAIRED_SOURCES = ("nih1024", "nih64")
+"""Whose labelled films train as unpaired ones. Source: the sets of ChestX-ray14 labels; tb128 is for
+fine-tuning, and its films are scored here."""
+
 ONE_LABEL_SOURCES = ("hannover", "openist")
 COVID = re.compile(
     r"\b(covid(-?\s?19)?|sars-?\s?cov-?\s?2|(novel )?corona\s?virus\w*|2019-ncov|ncov\w*"
@@ -76,7 +80,12 @@ def write_table(root: Path, path: Path, *, one_label: bool, no_covid: bool) -> N
     with (root / "studies.csv").open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or ())
-        lines = [line for line in reader if one_label or line["source"] not in ONE_LABEL_SOURCES]
+        unpaired = UNPAIRED_SOURCES + ONE_LABEL_SOURCES * one_label
+        lines = [
+            line
+            for line in reader
+            if line["split"] != "train" or line["report"] or line["source"] in unpaired
+        ]
     if no_covid:
         for line in lines:
             line["report"] = COVID.sub("", line["report"])

@@ -23,11 +23,13 @@ def bench():
 
 def table_of(bench, tmp_path: Path, **arm: bool) -> list[dict[str, str]]:
     (tmp_path / "studies.csv").write_text(
-        "film,source,report\n"
-        'a.png,ieee8023,"COVID-19 by RT-PCR of a swab. Left opacity."\n'
-        "b.png,hannover,\n"
-        "c.png,openist,\n"
-        "d.png,nih1024,\n",
+        "film,source,split,report\n"
+        'a.png,ieee8023,train,"COVID-19 by RT-PCR of a swab. Left opacity."\n'
+        "b.png,hannover,train,\n"
+        "c.png,openist,train,\n"
+        "d.png,nih1024,train,\n"
+        "e.png,tb128,train,\n"
+        "f.png,tb128,val,\n",
         "utf-8",
     )
     bench.write_table(tmp_path, tmp_path / "out" / "t.csv", **arm)
@@ -35,17 +37,17 @@ def table_of(bench, tmp_path: Path, **arm: bool) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_sources_of_one_label_are_read_by_their_arm_alone(bench, tmp_path: Path):
+def test_labelled_films_train_by_their_source_and_those_that_are_scored_stay(bench, tmp_path: Path):
     without = table_of(bench, tmp_path, one_label=False, no_covid=False)
-    assert [line["source"] for line in without] == ["ieee8023", "nih1024"]
-    everyone = table_of(bench, tmp_path, one_label=True, no_covid=False)
-    assert [line["film"] for line in everyone] == ["a.png", "b.png", "c.png", "d.png"]
+    assert [line["film"] for line in without] == ["a.png", "d.png", "f.png"]
+    with_them = table_of(bench, tmp_path, one_label=True, no_covid=False)
+    assert [line["film"] for line in with_them] == ["a.png", "b.png", "c.png", "d.png", "f.png"]
 
 
 def test_words_for_covid_and_its_test_are_taken_out_and_nothing_else(bench, tmp_path: Path):
-    (line, _) = table_of(bench, tmp_path, one_label=False, no_covid=True)
+    line, *_ = table_of(bench, tmp_path, one_label=False, no_covid=True)
     assert line["report"].split() == ["by", "of", "a", ".", "Left", "opacity."]
-    (as_it_was, _) = table_of(bench, tmp_path, one_label=False, no_covid=False)
+    as_it_was, *_ = table_of(bench, tmp_path, one_label=False, no_covid=False)
     assert "COVID-19 by RT-PCR" in as_it_was["report"]
     kept = "discovered PCRs recovered swabbed"
     assert bench.COVID.sub("", kept) == kept
