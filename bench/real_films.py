@@ -4,9 +4,10 @@
     python bench/real_films.py CXR OUT --arms contrastive whole --seeds 0 1 2 --table
 
 CXR is a folder with studies.csv and the films that examples/mixed_films.toml describes. The pairs
-are clinical notes of one source; unpaired films are those with labels of ChestX-ray14. An arm trains `tiny`
-for 600 steps. ARM+one_label also trains on the sources that have one label each, so that the label
-is the source; ARM+no_covid takes the words for COVID-19 and its tests out of the notes.
+are clinical notes of one source; unpaired films are those with labels of ChestX-ray14. An arm
+trains `tiny` for 600 steps. ARM+one_label also trains on the sources that have one label each, so
+that the label is the source; ARM+no_covid takes the words for COVID-19 and its tests out of the
+notes.
 
 The films scored are of other sources than the pairs. Those of ChestX-ray14 are of the source of the
 unpaired films: a finding that was a prompt there is prompt-supervised, and no zero-shot result.
@@ -58,8 +59,8 @@ ARMS: Mapping[str, tuple[str, ...]] = {
 
 ONE_LABEL, NO_COVID = "+one_label", "+no_covid"
 UNPAIRED_SOURCES = ("nih1024", "nih64")
-"""Whose labelled films train as unpaired ones. Source: the sets of ChestX-ray14 labels; tb128 is for
-fine-tuning, and its films are scored here."""
+"""Whose labelled films train as unpaired ones. Source: the films with labels of ChestX-ray14; tb128
+is for fine-tuning, and its films are scored here."""
 
 ONE_LABEL_SOURCES = ("hannover", "openist")
 COVID = re.compile(
