@@ -7,6 +7,7 @@ from pathlib import Path
 from mmclip.data.manifest import Record
 from mmclip.data.readers.chestxray14 import read_chestxray14
 from mmclip.data.readers.chexpert import read_chexpert, read_chexpert_plus
+from mmclip.data.readers.mimic import read_mimic_cxr, read_mimic_cxr_jpg
 from mmclip.data.readers.openi import read_openi
 from mmclip.data.readers.padchest import read_padchest
 from mmclip.data.readers.rsna import read_rsna
@@ -30,6 +31,8 @@ _PUBLISHED: dict[str, Callable[[Path], Iterator[Record]]] = {
     "chestxray14": read_chestxray14,
     "chexpert": read_chexpert,
     "chexpert-plus": read_chexpert_plus,
+    "mimic-cxr": read_mimic_cxr,
+    "mimic-cxr-jpg": read_mimic_cxr_jpg,
     "openi": read_openi,
     "padchest": read_padchest,
     "rsna": read_rsna,

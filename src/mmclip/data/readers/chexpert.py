@@ -168,7 +168,7 @@ def _film(
             raise ValueError(problem)
         if path.count("/") != 2:
             raise ValueError(f"{path!r} is no patient/study/view")
-        values = _values(cells, columns)
+        values = label_values(cells, columns)
     except ValueError as error:
         return bad_value(row, film_id, str(error))
     patient, study, name = path.split("/")
@@ -188,7 +188,7 @@ def _film(
     )
 
 
-def _values(cells: Mapping[str, str], columns: Mapping[str, str]) -> dict[str, int]:
+def label_values(cells: Mapping[str, str], columns: Mapping[str, str]) -> dict[str, int]:
     """What each column says, where it says something.
 
     Raises:
@@ -297,7 +297,9 @@ def _plus_labels(root: Path) -> dict[str, dict[str, int]]:
                 said = json.loads(line)
                 film = os.path.splitext(_tail(said.pop("path_to_image"), 3))[0]
                 cells = {k: "" if v is None else f"{v:g}" for k, v in said.items()}
-                found[film] = _values(cells, {column: words.finding(column) for column in cells})
+                found[film] = label_values(
+                    cells, {column: words.finding(column) for column in cells}
+                )
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise SourceError(f"{path}, line {number}: {error}; download it again") from None
     return found
