@@ -27,7 +27,7 @@ HIDDEN = {
 
 
 def films() -> dict[str, bytes]:
-    """Five files: one sound, and four that a build complains of in different places."""
+    """Six files: one sound, and others that a build may complain of in different places."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's, of values that break the standard
         sound = dicom(ramp(), ViewPosition="PA", PatientAge="063Y", PatientSex="F", **HIDDEN)
@@ -35,9 +35,11 @@ def films() -> dict[str, bytes]:
             "1": sound,
             # Names where facts are read from: a careless hospital, and a file that breaks rules.
             "2": dicom(ramp(), ViewPosition=NAME, PatientAge=NAME, PatientSex=NAME, **HIDDEN),
-            "3": dicom(ramp(), BitsStored=99, PhotometricInterpretation=NAME, **HIDDEN),
-            "4": sound[: len(sound) - 400],
-            "5": dicom(np.full((24, 32), 7, np.uint8), WindowCenter=None, **HIDDEN),
+            # What pydicom quotes: the first in a warning and a log, the second in an error.
+            "3": dicom(ramp(), SpecificCharacterSet=NAME, **HIDDEN),
+            "4": dicom(ramp(), PhotometricInterpretation=NAME, **HIDDEN),
+            "5": sound[: len(sound) - 400],
+            "6": dicom(np.full((24, 32), 7, np.uint8), WindowCenter=None, **HIDDEN),
         }
 
 

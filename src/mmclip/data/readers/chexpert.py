@@ -51,9 +51,11 @@ def read_chexpert(root: Path) -> Iterator[Record]:
     Licence: Stanford University Dataset Research Use Agreement; no commercial use, no sharing.
     Layout: train.csv, valid.csv (or val_labels.csv), test_labels.csv (or test.csv; or
         groundtruth.csv, with a row a study), at least one of them, in the root or in a folder of
-        it. Films in any folders, as patient00001/study1/view1_frontal.jpg: train/ and valid/ of
-        CheXpert-v1.0-small/ and CheXpert-v1.0/, or the folders of the four "CheXpert-v1.0 batch"
-        archives. What stands before the patient in the column Path makes no difference.
+        it; val_labels.csv and test_labels.csv come with the films in CheXlocalize, groundtruth.csv
+        from the authors of Rajpurkar et al. Films in any folders, as
+        patient00001/study1/view1_frontal.jpg: train/ and valid/ of CheXpert-v1.0-small/ and
+        CheXpert-v1.0/, or the folders of the four "CheXpert-v1.0 batch" archives. What stands
+        before the patient in the column Path makes no difference.
     Quirks: 1, 0, -1 and blank are present, absent, uncertain and unknown, as they stand; what to
         make of -1 is for who trains. Train labels are mined from reports, the others are read by
         radiologists. Age 0 (3 films) stands for unknown, 90 for 90 and more. 17 frontal films have
