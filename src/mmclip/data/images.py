@@ -189,7 +189,7 @@ def stretch(values: np.ndarray, low: float | None = None, high: float | None = N
 
 
 @contextmanager
-def _silent_pydicom() -> Iterator[None]:
+def silent_pydicom() -> Iterator[None]:
     """Keeps pydicom from warning and logging: both quote values of the header."""
     logger = logging.getLogger("pydicom")
     level = logger.level
@@ -204,7 +204,7 @@ def _silent_pydicom() -> Iterator[None]:
 
 def _decode_dicom(content: bytes, max_px: int) -> np.ndarray:
     step = "header"
-    with _silent_pydicom():
+    with silent_pydicom():
         try:
             data = pydicom.dcmread(io.BytesIO(content))
             rows, columns = int(data.get("Rows") or 0), int(data.get("Columns") or 0)

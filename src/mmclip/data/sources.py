@@ -7,7 +7,11 @@ from pathlib import Path
 from mmclip.data.manifest import Record
 from mmclip.data.readers.chestxray14 import read_chestxray14
 from mmclip.data.readers.chexpert import read_chexpert, read_chexpert_plus
+from mmclip.data.readers.covidx import read_covidx
+from mmclip.data.readers.mimic import read_mimic_cxr, read_mimic_cxr_jpg
+from mmclip.data.readers.nlm_tb import read_montgomery, read_shenzhen
 from mmclip.data.readers.openi import read_openi
+from mmclip.data.readers.openi_copies import read_openi_kaggle, read_openi_r2gen
 from mmclip.data.readers.padchest import read_padchest
 from mmclip.data.readers.rsna import read_rsna
 from mmclip.data.readers.siim import read_siim
@@ -30,9 +34,16 @@ _PUBLISHED: dict[str, Callable[[Path], Iterator[Record]]] = {
     "chestxray14": read_chestxray14,
     "chexpert": read_chexpert,
     "chexpert-plus": read_chexpert_plus,
+    "covidx": read_covidx,
+    "mimic-cxr": read_mimic_cxr,
+    "mimic-cxr-jpg": read_mimic_cxr_jpg,
+    "montgomery": read_montgomery,
     "openi": read_openi,
+    "openi-kaggle": read_openi_kaggle,
+    "openi-r2gen": read_openi_r2gen,
     "padchest": read_padchest,
     "rsna": read_rsna,
+    "shenzhen": read_shenzhen,
     "siim": read_siim,
     "vindr": read_vindr,
 }
@@ -40,7 +51,16 @@ _PUBLISHED: dict[str, Callable[[Path], Iterator[Record]]] = {
 READERS = ("csv", *_PUBLISHED)
 """The names that `open_reader` knows."""
 
-PATIENTS_UNKNOWN = {"openi": "study", "rsna": "film", "siim": "film", "vindr": "film"}
+PATIENTS_UNKNOWN = {
+    "montgomery": "film",
+    "openi": "study",
+    "openi-kaggle": "study",
+    "openi-r2gen": "study",
+    "rsna": "film",
+    "shenzhen": "film",
+    "siim": "film",
+    "vindr": "film",
+}
 """Data sets that publish no patient ids, and what counts as a patient instead."""
 
 

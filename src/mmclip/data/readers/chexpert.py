@@ -51,9 +51,11 @@ def read_chexpert(root: Path) -> Iterator[Record]:
     Licence: Stanford University Dataset Research Use Agreement; no commercial use, no sharing.
     Layout: train.csv, valid.csv (or val_labels.csv), test_labels.csv (or test.csv; or
         groundtruth.csv, with a row a study), at least one of them, in the root or in a folder of
-        it. Films in any folders, as patient00001/study1/view1_frontal.jpg: train/ and valid/ of
-        CheXpert-v1.0-small/ and CheXpert-v1.0/, or the folders of the four "CheXpert-v1.0 batch"
-        archives. What stands before the patient in the column Path makes no difference.
+        it; val_labels.csv and test_labels.csv come with the films in CheXlocalize, groundtruth.csv
+        from the authors of Rajpurkar et al. Films in any folders, as
+        patient00001/study1/view1_frontal.jpg: train/ and valid/ of CheXpert-v1.0-small/ and
+        CheXpert-v1.0/, or the folders of the four "CheXpert-v1.0 batch" archives. What stands
+        before the patient in the column Path makes no difference.
     Quirks: 1, 0, -1 and blank are present, absent, uncertain and unknown, as they stand; what to
         make of -1 is for who trains. Train labels are mined from reports, the others are read by
         radiologists. Age 0 (3 films) stands for unknown, 90 for 90 and more. 17 frontal films have
@@ -168,7 +170,7 @@ def _film(
             raise ValueError(problem)
         if path.count("/") != 2:
             raise ValueError(f"{path!r} is no patient/study/view")
-        values = _values(cells, columns)
+        values = label_values(cells, columns)
     except ValueError as error:
         return bad_value(row, film_id, str(error))
     patient, study, name = path.split("/")
@@ -188,7 +190,7 @@ def _film(
     )
 
 
-def _values(cells: Mapping[str, str], columns: Mapping[str, str]) -> dict[str, int]:
+def label_values(cells: Mapping[str, str], columns: Mapping[str, str]) -> dict[str, int]:
     """What each column says, where it says something.
 
     Raises:
@@ -297,7 +299,9 @@ def _plus_labels(root: Path) -> dict[str, dict[str, int]]:
                 said = json.loads(line)
                 film = os.path.splitext(_tail(said.pop("path_to_image"), 3))[0]
                 cells = {k: "" if v is None else f"{v:g}" for k, v in said.items()}
-                found[film] = _values(cells, {column: words.finding(column) for column in cells})
+                found[film] = label_values(
+                    cells, {column: words.finding(column) for column in cells}
+                )
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise SourceError(f"{path}, line {number}: {error}; download it again") from None
     return found

@@ -3,10 +3,8 @@
 import csv
 import gzip
 import io
-import logging
 import os
 import struct
-import warnings
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -18,6 +16,7 @@ from typing import IO, NamedTuple
 import pydicom
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
+from mmclip.data.images import silent_pydicom
 from mmclip.data.manifest import Excluded, Reason, Sex, View
 from mmclip.data.tables import SourceError, parse_age
 
@@ -26,7 +25,10 @@ SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A place that a reader of the film marked, in pixels of the published film."""
+    """A place that a reader of the film marked, in pixels of the published film.
+
+    `phrase` is the reader's own words for it, "" where the data set has none.
+    """
 
     film_id: str
     finding: str
@@ -34,6 +36,7 @@ class Box:
     top_px: float
     width_px: float
     height_px: float
+    phrase: str = ""
 
 
 class Row(NamedTuple):
@@ -187,20 +190,6 @@ _DICOM_FAULTS = (
 _DICOM_VIEWS: dict[str, View] = {"PA": "PA", "AP": "AP", "LL": "L", "RL": "L", "LATERAL": "L"}
 
 
-@contextmanager
-def _silent_pydicom() -> Iterator[None]:
-    """Keeps pydicom from warning and logging: both quote values of the header."""
-    logger = logging.getLogger("pydicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def dicom_facts(path: Path) -> DicomFacts:
     """View, age and sex from a DICOM header; unknown where it, or the file, cannot be read.
 
@@ -208,7 +197,7 @@ def dicom_facts(path: Path) -> DicomFacts:
     """
     tags = ["ViewPosition", "PatientAge", "PatientSex"]
     try:
-        with _silent_pydicom():
+        with silent_pydicom():
             data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
             view, age, sex = (str(data.get(tag, "") or "").strip() for tag in tags)
     except _DICOM_FAULTS:

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mmclip.data.manifest import Excluded, Film, Reason, Record, View
-from mmclip.data.tables import Columns, CsvMapping, SourceError, read_rows
+from mmclip.data.readers.files import read_rows
+from mmclip.data.tables import SourceError
 from mmclip.data.text import make_report
 
 OPENI_ARCHIVE, OPENI_REPORTS, OPENI_FILMS = "NLMCXR_reports.tgz", "ecgen-radiology", "NLMCXR_png"
@@ -106,11 +107,10 @@ def _openi_views(root: Path) -> dict[str, View]:
     path = root / OPENI_VIEWS
     if not path.is_file():
         return {}
-    columns = Columns(film_id="filename", patient_id="uid", view="projection")
     return {
         cells["filename"].removesuffix(".dcm.png"): "L"
-        for cells, problem in read_rows(path, CsvMapping(columns=columns))
-        if not problem and cells["projection"].strip().lower() == "lateral"
+        for cells, problem in read_rows(path, ("filename", "projection"))
+        if not problem and cells["projection"].lower() == "lateral"
     }
 
 

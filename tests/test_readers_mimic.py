@@ -1,0 +1,312 @@
+import gzip
+import io
+import logging
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mmclip.data.build import build_data
+from mmclip.data.manifest import ABSENT, PRESENT, UNCERTAIN, Film, Reason, read_manifest
+from mmclip.data.readers.mimic import read_mimic_cxr, read_mimic_cxr_jpg, without_addenda
+from mmclip.data.tables import SourceError
+from tests.made_files import dicom, encoded, ramp
+from tests.published import lay_out, parted
+
+ONE, TWO, THREE, FOUR, FIVE = (f"{i:08x}-0000-1111-2222-333333333333" for i in range(1, 6))
+FOLDERS = {
+    ONE: "p10/p10000032/s50414267",
+    TWO: "p10/p10000032/s50414267",
+    THREE: "p10/p10000032/s53189527",
+    FOUR: "p10/p10000764/s57375967",
+    FIVE: "p19/p19999987/s55368167",
+}
+VIEWS = {ONE: "PA", TWO: "LATERAL", THREE: "AP", FOUR: "", FIVE: "LL"}
+SPLITS = {ONE: "train", TWO: "train", THREE: "train", FOUR: "validate", FIVE: "test"}
+
+METADATA = (
+    "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,"
+    "StudyDate,StudyTime,ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,"
+    "PatientOrientationCodeSequence_CodeMeaning\n"
+    + "".join(
+        f"{film},{folder[5:13]},{folder[15:]},CHEST (PA AND LAT),{VIEWS[film]},3056,2544,21800506,"
+        f"213014.531,CHEST (PA AND LAT),postero-anterior,Erect\n"
+        for film, folder in FOLDERS.items()
+    )
+)
+SPLIT = "dicom_id,study_id,subject_id,split\n" + "".join(
+    f"{film},{folder[15:]},{folder[5:13]},{SPLITS[film]}\n" for film, folder in FOLDERS.items()
+)
+LABELS = (
+    "subject_id,study_id,Atelectasis,Cardiomegaly,Consolidation,Edema,Enlarged Cardiomediastinum,"
+    "Fracture,Lung Lesion,Lung Opacity,No Finding,Pleural Effusion,Pleural Other,Pneumonia,"
+    "Pneumothorax,Support Devices\n"
+    "10000032,50414267,,,,,,,,,1.0,,,,,\n"
+    "10000764,57375967,-1.0,,0.0,,,,,,,1.0,,,,\n"
+)
+RECORDS = "subject_id,study_id,dicom_id,path\n" + "".join(
+    f"{folder[5:13]},{folder[15:]},{film},files/{folder}/{film}.dcm\n"
+    for film, folder in FOLDERS.items()
+)
+
+# The forms that reports have, after MIMIC-CXR's own description of them.
+WITH_HEADINGS = """\
+                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ INDICATION:  ___ year old woman with ?pleural effusion  // ?pleural effusion
+
+ COMPARISON:  ___
+
+ FINDINGS:
+
+ Large left pleural effusion is new.  There is no
+ pneumothorax.
+
+ IMPRESSION:
+
+ Large left pleural effusion
+"""
+WITHOUT_HEADINGS = """\
+                                 FINAL REPORT
+ The lungs are clear.  No pneumothorax.
+"""
+WITH_ADDENDUM = """\
+                                 FINAL ADDENDUM
+ ADDENDUM:  Dr. ___ was called with a right pneumothorax at 9 p.m.
+
+ IMPRESSION:  Right-sided.
+ ______________________________________________________________________________
+                                 WET READ: ___ ___ ___ 9:22 PM
+ No acute process.
+ ______________________________________________________________________________
+                                 FINAL REPORT
+ PORTABLE CHEST
+
+ COMPARISON:  ___.
+
+ FINDINGS:  Moderate cardiomegaly.
+"""
+REPORTS = {
+    "p10/p10000032/s50414267": WITH_HEADINGS,
+    "p10/p10000032/s53189527": WITHOUT_HEADINGS,
+    "p10/p10000764/s57375967": WITH_ADDENDUM,  # and none for p19/p19999987/s55368167
+}
+SECTIONS = (
+    "study,impression,findings,last_paragraph,comparison\n"
+    's50414267,Large left pleural effusion,"Large left pleural effusion is new.  There is no\n'
+    ' pneumothorax.",,___\n'
+    "s53189527,,,The lungs are clear.  No pneumothorax.,\n"
+    "s57375967,,Moderate cardiomegaly.,,___.\n"
+)
+
+
+def zipped(files: dict[str, str]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return file.getvalue()
+
+
+JPG = encoded(ramp(), "JPEG")
+TABLES = {
+    "mimic-cxr-2.0.0-metadata.csv.gz": gzip.compress(METADATA.encode()),
+    "mimic-cxr-2.0.0-split.csv.gz": gzip.compress(SPLIT.encode()),
+    "mimic-cxr-2.0.0-chexpert.csv.gz": gzip.compress(LABELS.encode()),
+    # NegBio differs; CheXpert's labels are read where both are there.
+    "mimic-cxr-2.0.0-negbio.csv.gz": gzip.compress(LABELS.replace("1.0", "0.0").encode()),
+}
+FILMS = {f"files/{folder}/{film}.jpg": JPG for film, folder in FOLDERS.items()}
+BESIDE = {f"files/{folder}.txt": text for folder, text in REPORTS.items()}
+ZIP = {"mimic-cxr-reports.zip": zipped(BESIDE)}
+LAYOUTS = {
+    "reports as a zip": {**TABLES, **FILMS, **ZIP},
+    "reports beside the films": {**TABLES, **FILMS, **BESIDE},
+    "reports unpacked": {
+        **TABLES,
+        **FILMS,
+        **{f"mimic-cxr-reports/{name}": text for name, text in BESIDE.items()},
+    },
+    "reports in sections": {**TABLES, **FILMS, "mimic_cxr_sectioned.csv": SECTIONS},
+    "two downloads": {
+        **{f"mimic-cxr-jpg/2.0.0/{name}": data for name, data in {**TABLES, **FILMS}.items()},
+        **{f"mimic-cxr/2.0.0/{name}": data for name, data in BESIDE.items()},
+    },
+}
+
+
+def known(film: Film) -> tuple:
+    """All of a film but where it lies."""
+    return film.film_id, film.study_id, film.patient_id, film.split, film.view, film.report
+
+
+CLEAR = "The lungs are clear. No pneumothorax."
+EFFUSION = (
+    "Large left pleural effusion is new. There is no pneumothorax. Large left pleural effusion"
+)
+EXPECTED = [
+    (ONE, "s50414267", "p10000032", "train", "PA", EFFUSION),
+    (TWO, "s50414267", "p10000032", "train", "L", EFFUSION),
+    (THREE, "s53189527", "p10000032", "train", "AP", CLEAR),
+    (FOUR, "s57375967", "p10000764", "val", "unknown", "Moderate cardiomegaly."),
+    (FIVE, "s55368167", "p19999987", "test", "L", None),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_the_jpg_release_gives_the_same_films(tmp_path: Path, layout: str):
+    root = lay_out(tmp_path / "raw", LAYOUTS[layout])
+    meta = build_data(read_mimic_cxr_jpg(root), root, tmp_path / "out", film_px=16)
+    assert (meta["n_rows"], meta["n_films"]) == (5, 5)
+    films = read_manifest(tmp_path / "out")
+    assert [known(film) for film in films] == EXPECTED
+    assert {film.source for film in films} == {"mimic-cxr"}
+
+
+def test_labels_are_those_of_chexpert_with_its_four_values_for_each_film_of_a_study(tmp_path: Path):
+    films, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path, LAYOUTS["reports as a zip"])))
+    assert films[0].labels == films[1].labels == {"no finding": PRESENT}
+    assert films[3].labels == {
+        "atelectasis": UNCERTAIN, "consolidation": ABSENT, "pleural effusion": PRESENT,
+    }  # fmt: skip
+    assert films[3].source_labels == ("Atelectasis=-1", "Consolidation=0", "Pleural Effusion=1")
+    assert films[2].labels == films[4].labels == {}  # not in the table
+    assert (films[0].findings, films[0].impression) == (
+        "Large left pleural effusion is new. There is no pneumothorax.",
+        "Large left pleural effusion",
+    )
+
+
+def test_negbio_is_read_where_chexpert_is_not(tmp_path: Path):
+    files = dict(LAYOUTS["reports as a zip"])
+    del files["mimic-cxr-2.0.0-chexpert.csv.gz"]
+    films, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path, files)))
+    assert films[0].labels == {"no finding": ABSENT}
+
+
+def test_films_with_labels_alone_are_read_too(tmp_path: Path):
+    films, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path, {**TABLES, **FILMS})))
+    assert [film.report for film in films] == [None] * 5
+    assert films[0].labels
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [("XTABLE LATERAL", "L"), ("AP LLD", "unknown"), ("AP AXIAL", "unknown"), ("LAO", "unknown")],
+)
+def test_other_views_of_the_table(tmp_path: Path, view: str, expected: str):
+    table = METADATA.replace(",PA,", f",{view},")
+    files = {**TABLES, **FILMS, "mimic-cxr-2.0.0-metadata.csv.gz": gzip.compress(table.encode())}
+    assert parted(read_mimic_cxr_jpg(lay_out(tmp_path, files)))[0][0].view == expected
+
+
+def test_a_film_without_a_split_or_with_a_broken_number_or_label_is_left_out(tmp_path: Path):
+    files = {
+        **FILMS,
+        "mimic-cxr-2.0.0-metadata.csv": METADATA.replace("10000032,53189527", "10000032,s1"),
+        "mimic-cxr-2.0.0-split.csv": SPLIT.replace(FIVE, "another"),
+        "mimic-cxr-2.0.0-chexpert.csv": LABELS.replace("-1.0", "2.0"),
+    }
+    films, excluded = parted(read_mimic_cxr_jpg(lay_out(tmp_path, files)))
+    assert [film.film_id for film in films] == [ONE, TWO]
+    assert [(out.row, out.film_id, out.detail) for out in excluded] == [
+        (2, THREE, "subject_id is '10000032' and study_id 's1'; both must be numbers"),
+        (3, FOUR, "Atelectasis is '2.0', not 1, 0, -1 or blank"),
+        (4, FIVE, "the film is not in mimic-cxr-2.0.0-split.csv"),
+    ]
+    assert {out.reason for out in excluded} == {Reason.BAD_VALUE}
+
+
+def test_a_film_that_the_disk_has_not_is_listed(tmp_path: Path):
+    files = {name: data for name, data in LAYOUTS["reports as a zip"].items() if THREE not in name}
+    root = lay_out(tmp_path / "raw", files)
+    meta = build_data(read_mimic_cxr_jpg(root), root, tmp_path / "out", film_px=16)
+    assert meta["excluded"] == {str(Reason.IMAGE_MISSING): 1} and meta["n_films"] == 4
+
+
+# Addenda.
+
+
+def test_what_stands_above_the_last_line_of_underscores_is_left_out():
+    kept = " ".join(without_addenda(WITH_ADDENDUM).split())
+    assert kept == "FINAL REPORT PORTABLE CHEST COMPARISON: ___. FINDINGS: Moderate cardiomegaly."
+    assert without_addenda(WITH_HEADINGS) == WITH_HEADINGS  # ___ of a name is no such line
+    only_above = f"FINAL REPORT\n Clear lungs.\n {'_' * 78}\n ___ 12:30\n"
+    assert without_addenda(only_above) == only_above
+
+
+# DICOM.
+
+HEADERS = {ONE: "PA", TWO: "LL", THREE: "AP", FOUR: "", FIVE: "LL"}
+DICOMS = {
+    f"files/{folder}/{film}.dcm": dicom(ramp(), ViewPosition=HEADERS[film], PatientSex="F")
+    for film, folder in FOLDERS.items()
+}
+STUDIES = "subject_id,study_id,path\n" + "".join(
+    f"{folder[5:13]},{folder[15:]},files/{folder}.txt\n" for folder in REPORTS
+)
+LISTS = {
+    "cxr-record-list.csv.gz": gzip.compress(RECORDS.encode()),
+    "cxr-study-list.csv.gz": gzip.compress(STUDIES.encode()),
+}
+
+
+def test_dicom_films_get_their_view_from_the_header_and_no_split_without_the_table(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.WARNING, "mmclip")
+    root = lay_out(tmp_path / "raw", {**LISTS, **DICOMS, **ZIP})
+    films, excluded = parted(read_mimic_cxr(root))
+    assert not excluded
+    assert [known(film) for film in films] == [(*e[:3], None, *e[4:]) for e in EXPECTED]
+    assert {film.sex for film in films} == {"F"}
+    assert "no mimic-cxr-2.0.0-split.csv: patients are dealt anew" in caplog.text
+    assert build_data(films, root, tmp_path / "out", film_px=16)["n_films"] == 5
+
+
+def test_dicom_films_take_splits_views_and_labels_of_the_jpg_release_where_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.WARNING, "mmclip")
+    tables = {
+        **TABLES,
+        "mimic-cxr-2.0.0-metadata.csv.gz": gzip.compress(METADATA.replace(",PA,", ",,").encode()),
+    }
+    films, _ = parted(read_mimic_cxr(lay_out(tmp_path, {**LISTS, **DICOMS, **BESIDE, **tables})))
+    assert [film.split for film in films] == ["train", "train", "train", "val", "test"]
+    assert [film.view for film in films] == ["unknown", "L", "AP", "unknown", "L"]
+    assert films[0].labels == {"no finding": PRESENT}
+    assert not caplog.records
+
+
+# What is missing.
+
+META, SPLIT_NAME = "mimic-cxr-2.0.0-metadata.csv", "mimic-cxr-2.0.0-split.csv"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({**FILMS}, r"hold no mimic-cxr-2\.0\.0-metadata\.csv\(\.gz\); from https"),
+        ({META: METADATA, **FILMS}, r"hold no mimic-cxr-2\.0\.0-split\.csv"),
+        ({META: METADATA, SPLIT_NAME: SPLIT}, r"hold no film .*\.jpg\); films come from https"),
+        ({META: METADATA, SPLIT_NAME: SPLIT, **FILMS}, "hold neither reports .* nor labels"),
+        (
+            {META: METADATA, SPLIT_NAME: SPLIT.replace("validate", "val"), **FILMS, **ZIP},
+            f"{FOUR}: the split 'val' is none of train, validate, test",
+        ),
+        (
+            {META: METADATA, SPLIT_NAME: SPLIT, **FILMS, "mimic-cxr-reports.zip": b"<html>"},
+            "no whole archive .*; download it again",
+        ),
+        (
+            {**TABLES, **FILMS, "mimic-cxr-2.0.0-chexpert.csv": "study_id,Gout\n"},
+            "has the columns Gout; download it again",
+        ),
+    ],
+)
+def test_a_missing_or_damaged_piece_is_one_line(tmp_path: Path, files: dict, message: str):
+    with pytest.raises(SourceError, match=message) as caught:
+        read_mimic_cxr_jpg(lay_out(tmp_path, files))
+    assert "\n" not in str(caught.value)

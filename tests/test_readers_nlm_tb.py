@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import pytest
+
+from mmclip.data.build import build_data
+from mmclip.data.manifest import ABSENT, PRESENT, Reason, read_manifest
+from mmclip.data.readers.nlm_tb import read_montgomery, read_shenzhen
+from mmclip.data.tables import SourceError
+from tests.made_files import encoded, ramp
+from tests.published import lay_out, parted
+
+FILM = encoded(ramp())
+MASK = encoded(ramp()[::-1].copy())
+SHENZHEN_READINGS = {
+    "CHNCXR_0001_0": "male 45yrs\nnormal\n",
+    "CHNCXR_0340_1": "Female, 28yrs\r\n\r\nsecondary PTB  in the right upper field\n",
+    "CHNCXR_0400_1": "femal 32yrs\nbilateral PTB",
+    "CHNCXR_0401_1": "male 18month\nTB of the right lung",
+    "CHNCXR_0402_1": "female 64days\nmiliary TB\n\n",
+}
+NORMAL = {"no finding": PRESENT, "tuberculosis": ABSENT}
+SICK = {"no finding": ABSENT, "tuberculosis": PRESENT}
+
+
+def shenzhen(films: str, readings: str) -> dict[str, bytes | str]:
+    return {
+        **{f"{films}/{name}.png": FILM for name in SHENZHEN_READINGS},
+        **{f"{readings}/{name}.txt": text for name, text in SHENZHEN_READINGS.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        shenzhen("CXR_png", "ClinicalReadings"),
+        shenzhen("ChinaSet_AllFiles/CXR_png", "ChinaSet_AllFiles/ClinicalReadings"),
+        {
+            **shenzhen("b/images", "b/readings"),
+            "a/masks/CHNCXR_0001_0.png": MASK,  # as re-uploads lay lung masks beside the films
+            "a/CHNCXR_0001_0_mask.png": MASK,
+        },
+    ],
+    ids=["in the root", "in its folder", "beside masks"],
+)
+def test_shenzhen_films_have_the_label_of_their_name_and_the_facts_of_their_reading(
+    tmp_path: Path, files: dict
+):
+    root = lay_out(tmp_path / "raw", files)
+    meta = build_data(read_shenzhen(root), root, tmp_path / "out", film_px=16)
+    assert (meta["n_rows"], meta["n_films"]) == (5, 5)
+    films = read_manifest(tmp_path / "out")
+    assert [(f.film_id, f.labels, f.sex, f.source_labels) for f in films] == [
+        ("CHNCXR_0001_0", NORMAL, "M", ("normal",)),
+        ("CHNCXR_0340_1", SICK, "F", ("secondary PTB in the right upper field",)),
+        ("CHNCXR_0400_1", SICK, "F", ("bilateral PTB",)),
+        ("CHNCXR_0401_1", SICK, "M", ("TB of the right lung",)),
+        ("CHNCXR_0402_1", SICK, "F", ("miliary TB",)),
+    ]
+    ages = [film.age_years for film in films]
+    assert ages == pytest.approx([45, 28, 32, 1.5, 64 / 365.25])
+    assert {film.view for film in films} == {"PA"}
+    assert {film.report for film in films} == {None}  # a reading is the label in words
+
+
+MONTGOMERY = {
+    "MontgomerySet/CXR_png/MCUCXR_0001_0.png": FILM,
+    "MontgomerySet/CXR_png/MCUCXR_0104_1.png": FILM,
+    "MontgomerySet/ManualMask/leftMask/MCUCXR_0001_0.png": MASK,
+    "MontgomerySet/ManualMask/rightMask/MCUCXR_0001_0.png": MASK,
+    "MontgomerySet/ClinicalReadings/MCUCXR_0001_0.txt": (
+        "Patient's Sex: F \nPatient's Age: 027Y\nnormal\n"
+    ),
+    "MontgomerySet/ClinicalReadings/MCUCXR_0104_1.txt": (
+        "Patient's Sex: M\r\nPatient's Age: 040Y\r\ncavitary infiltrate LUL;\r\n small effusion\r\n"
+    ),
+}
+
+
+def test_montgomery_films_are_told_from_their_masks(tmp_path: Path):
+    films, excluded = parted(read_montgomery(lay_out(tmp_path, MONTGOMERY)))
+    assert not excluded
+    assert [(f.film_id, f.labels, f.age_years, f.sex, f.source_labels) for f in films] == [
+        ("MCUCXR_0001_0", NORMAL, 27.0, "F", ("normal",)),
+        ("MCUCXR_0104_1", SICK, 40.0, "M", ("cavitary infiltrate LUL; small effusion",)),
+    ]
+    assert [film.image for film in films] == [
+        "MontgomerySet/CXR_png/MCUCXR_0001_0.png", "MontgomerySet/CXR_png/MCUCXR_0104_1.png",
+    ]  # fmt: skip
+    assert {film.source for film in films} == {"montgomery"}
+
+
+def test_a_film_without_a_reading_and_a_reading_without_a_film_are_both_there(tmp_path: Path):
+    files = shenzhen("CXR_png", "ClinicalReadings")
+    del files["ClinicalReadings/CHNCXR_0001_0.txt"], files["CXR_png/CHNCXR_0340_1.png"]
+    files["CXR_png/CHNCXR_0500_2.png"] = FILM
+    root = lay_out(tmp_path / "raw", files)
+    meta = build_data(read_shenzhen(root), root, tmp_path / "out", film_px=16)
+    assert meta["excluded"] == {str(Reason.IMAGE_MISSING): 1, str(Reason.BAD_VALUE): 1}
+    first = read_manifest(tmp_path / "out")[0]
+    assert (first.film_id, first.labels, first.source_labels) == ("CHNCXR_0001_0", NORMAL, ())
+    assert (first.age_years, first.sex) == (None, None)
+    _, (out,) = parted(read_shenzhen(root))
+    assert out.film_id == "CHNCXR_0500_2" and "the label '2' is not among" in out.detail
+
+
+def test_a_reading_without_facts_is_kept_whole(tmp_path: Path):
+    files = {"CHNCXR_0001_0.png": FILM, "CHNCXR_0001_0.txt": "normal lungs\n"}
+    (film,), _ = parted(read_shenzhen(lay_out(tmp_path, files)))
+    assert (film.source_labels, film.age_years, film.sex) == (("normal lungs",), None, None)
+
+
+def test_no_film_is_one_line(tmp_path: Path):
+    with pytest.raises(SourceError, match=r"hold no film \(MCUCXR_0001_0\.png\); films come from"):
+        read_montgomery(lay_out(tmp_path, shenzhen("CXR_png", "ClinicalReadings")))
