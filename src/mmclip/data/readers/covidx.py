@@ -18,8 +18,8 @@ _SOURCES = {"rnsa": "rsna"}  # misspelt in 199 rows of the lists of November 202
 def read_covidx(root: Path) -> Iterator[Record]:
     """COVIDx CXR-2, -3 or -4: one record a film, in the order of train.txt, val.txt and test.txt.
 
-    Citation: Pavlova et al., Frontiers in Medicine 2022 (CXR-2: arXiv:2105.06640; CXR-3:
-        arXiv:2206.03671); Wu et al. 2023 (CXR-4: arXiv:2311.17677).
+    Citation: Pavlova et al. 2022 (CXR-3: arXiv:2206.03671); Wu et al. 2023 (CXR-4:
+        arXiv:2311.17677).
     Licence: those of the collections, for research; some forbid commercial use.
     Layout: train.txt and test.txt, with CXR-4 val.txt, too, in the root; the films in train/,
         val/ and test/, or any other folders.
