@@ -155,6 +155,9 @@ def data_split(
     patients: Annotated[
         Path | None, typer.Option(help="CSV film_id,patient_id for data without patient ids.")
     ] = None,
+    near_duplicates: Annotated[
+        bool, typer.Option("--near-duplicates", help="For clean: keep these together, too.")
+    ] = False,
     subset_seed: Annotated[
         list[int] | None,
         typer.Option(help="Of the saved 1, 10 and 100 % of patients; may be repeated. [0, 1, 2]"),
@@ -174,9 +177,52 @@ def data_split(
         test_ratio=test_ratio,
         lists=_lists(list_ or ()),
         patients=patients,
+        near_duplicates=near_duplicates,
         subset_seeds=tuple(subset_seed or (0, 1, 2)),
     )
     _print_split(split, folder)
+
+
+@data_app.command("check")
+def data_check(
+    folders: Annotated[list[Path], typer.Argument(help="Data folders, examined together.")],
+    near_duplicates: Annotated[
+        bool,
+        typer.Option("--near-duplicates/--no-near-duplicates", help="Compare films by looks, too."),
+    ] = True,
+) -> None:
+    """Says what splits and data sets share; exit code 1 when something is in two splits.
+
+    The whole report goes to stdout as JSON.
+
+    Example: `mmclip data check data/chestxray14 data/rsna > check.json`
+    """
+    from dataclasses import asdict
+
+    from mmclip.data.check import check_data
+
+    found = check_data(folders, near_duplicates)
+
+    def say(what: str, lines: "Sequence[object]", style: str = "") -> None:
+        console.print(f"{what}: {'' if lines else 'none'}".rstrip())
+        for line in lines:
+            console.print(f"  {line}", style=style, markup=False, soft_wrap=True)
+
+    counts = [
+        f"{name}: " + ", ".join(f"{what} {n:,}" for what, n in known.items())
+        for name, known in found.counts.items()
+    ]
+    say("folders", counts)
+    say("shared between splits", found.leaks, "red")
+    if len(folders) > 1:
+        say("shared between folders", found.shared, "yellow")
+        say("labels of the same film in two folders", found.disagreements)
+    say("worth a look", found.oddities)
+    if not near_duplicates:
+        console.print("near-duplicates were not looked for")
+    print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+    if found.leaks:
+        raise typer.Exit(1)
 
 
 def _lists(given: "Sequence[str]") -> "dict[Split, Path]":

@@ -208,7 +208,9 @@ def validate(records: Iterable[Record]) -> tuple[list[tuple[int, Film]], list[Ex
         films.append((row, record))
         if record.split is not None:
             known = split_of_patient.get(record.patient_id, record.split)
-            split_of_patient[record.patient_id] = max(known, record.split, key=SPLITS.index)
+            split_of_patient[record.patient_id] = SPLITS[
+                max(map(SPLITS.index, (known, record.split)))
+            ]
     kept: list[tuple[int, Film]] = []
     for row, film in films:
         split = split_of_patient.get(film.patient_id)

@@ -12,9 +12,10 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from os.path import splitext
+from pathlib import Path
 
-from mmclip.data.check import find_overlaps
+from mmclip.data.check import CHEAP, find_overlaps, near_keys
 from mmclip.data.manifest import (
     PRESENT,
     SPLIT_FILE,
@@ -99,7 +100,7 @@ def set_split(
     test_ratio: float = 0.1,
     lists: Mapping[Split, Path] | None = None,
     patients: Path | None = None,
-    duplicates: Sequence[tuple[str, str]] = (),
+    near_duplicates: bool = False,
     subset_seeds: Sequence[int] = (0, 1, 2),
 ) -> dict:
     """Sets a named split of a data folder; every command reads it from then on.
@@ -112,7 +113,7 @@ def set_split(
         test_ratio: Of `clean`, of the groups of patients.
         lists: The list of each split, for LISTED names.
         patients: CSV with the columns film_id and patient_id, for data sets without patient ids.
-        duplicates: Pairs of film ids that `clean` keeps together, beside those of equal content.
+        near_duplicates: Whether `clean` keeps them together, beside films of equal bytes.
         subset_seeds: One set of 1 %, 10 % and 100 % of the training patients each.
 
     Returns:
@@ -136,8 +137,13 @@ def set_split(
     films = [replace(f, patient_id=mapped.get(f.film_id, f.patient_id)) for f in built]
     about: dict[str, object] = {}
     if name == "clean":
-        chosen = clean_split(films, seed, val_ratio, test_ratio, duplicates)
-        about = {"val_ratio": val_ratio, "test_ratio": test_ratio, "n_duplicates": len(duplicates)}
+        alike = near_keys(films, [folder]) if near_duplicates else ()
+        chosen = clean_split(films, seed, val_ratio, test_ratio, alike)
+        about = {
+            "val_ratio": val_ratio,
+            "test_ratio": test_ratio,
+            "near_duplicates": near_duplicates,
+        }
     elif name == "official":
         chosen = _official(folder, films)
     else:
@@ -165,12 +171,12 @@ def set_split(
     return split
 
 
-def group_of(films: Sequence[Film], duplicates: Iterable[tuple[str, str]] = ()) -> dict[str, str]:
+def group_of(films: Sequence[Film], alike: Sequence[str | None] = ()) -> dict[str, str]:
     """The group of each patient: patients who share a film are one, with the least of their ids.
 
     Args:
         films: Of a data folder.
-        duplicates: Further pairs of film ids of equal content.
+        alike: A key of each film, equal for near-duplicates, None for a film without any.
     """
     parent = {film.patient_id: film.patient_id for film in films}
 
@@ -180,17 +186,12 @@ def group_of(films: Sequence[Film], duplicates: Iterable[tuple[str, str]] = ()) 
             patient = parent[patient]
         return patient
 
-    def join(one: str, other: str) -> None:
-        first, second = sorted((root(one), root(other)))
-        parent[second] = first
-
     owner: dict[str, str] = {}
-    for film in films:
-        if film.image_sha256 is not None:
-            join(owner.setdefault(film.image_sha256, film.patient_id), film.patient_id)
-    patient_of = {film.film_id: film.patient_id for film in films}
-    for one, other in duplicates:
-        join(patient_of[one], patient_of[other])
+    for keys in ([film.image_sha256 for film in films], alike):
+        for film, key in zip(films, keys, strict=False):
+            if key is not None:
+                pair = root(owner.setdefault(key, film.patient_id)), root(film.patient_id)
+                parent[max(pair)] = min(pair)
     return {patient: root(patient) for patient in parent}
 
 
@@ -199,15 +200,16 @@ def clean_split(
     seed: int,
     val_ratio: float,
     test_ratio: float,
-    duplicates: Iterable[tuple[str, str]] = (),
+    alike: Sequence[str | None] = (),
 ) -> dict[Split, list[str]]:
     """Film ids by split: neither a patient nor the content of a film is in two.
 
     The draw depends on the seed and the group's name alone. So data sets of the same patients, with
     the same patient ids and seed, put each patient into the same split.
     """
-    group = group_of(films, duplicates)
-    drawn = {name: draw_split(name, seed, val_ratio, test_ratio) for name in set(group.values())}
+    group = group_of(films, alike)
+    names = set(group.values())
+    drawn = {name: draw_split(name, seed, val_ratio, test_ratio) for name in names}
     chosen: dict[Split, list[str]] = {part: [] for part in SPLITS}
     for film in films:
         chosen[drawn[group[film.patient_id]]].append(film.film_id)
@@ -316,8 +318,8 @@ def _named(path: str, known: Mapping[str, str]) -> str | None:
 
 
 def _without_suffix(path: str) -> str:
-    suffix = PurePosixPath(path).suffix
-    return path.removesuffix(suffix) if suffix.lower() in _SUFFIXES else path
+    stem, suffix = splitext(path)
+    return stem if suffix.lower() in _SUFFIXES else path
 
 
 def read_patients(path: Path, films: Sequence[Film]) -> dict[str, str]:
@@ -354,7 +356,12 @@ def _warnings(
     said = []
     by_id = {film.film_id: film for film in films}
     pairs = [(by_id[i], part) for part in SPLITS for i in chosen.get(part, ())]
-    overlaps = find_overlaps([film for film, _ in pairs], [part for _, part in pairs])
+    listed = [film for film, _ in pairs]
+    sources = {film.source for film in films}
+    unknown = sorted(sources & PATIENTS_UNKNOWN.keys())
+    # Where each film is a patient of its own, both would say the same.
+    keys = CHEAP if is_mapped or len(unknown) < len(sources) else {"films": CHEAP["films"]}
+    overlaps = find_overlaps(listed, [part for _, part in pairs], keys)
     said += [str(overlap) for overlap in overlaps]
     if name.startswith("legacy-"):
         said.insert(
@@ -362,7 +369,6 @@ def _warnings(
             f"{name} is kept to compare with published numbers alone; "
             + ("it leaks:" if overlaps else "no leak is found in this folder"),
         )
-    unknown = sorted({film.source for film in films} & PATIENTS_UNKNOWN.keys())
     if unknown and not is_mapped:
         said.append(
             f"patients unknown in {', '.join(unknown)}: a {PATIENTS_UNKNOWN[unknown[0]]} counts as "
