@@ -1,5 +1,6 @@
 """What splits and data sets share that they should not: patients, equal films, near-duplicates."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt64
 
 from mmclip.data.duplicates import CHUNKS, near_groups, read_hashes
 from mmclip.data.manifest import SPLITS, UNCERTAIN, Film, ManifestError, read_manifest
@@ -312,3 +314,47 @@ def find_oddities(name: str, films: Sequence[Film], places: Sequence[str]) -> It
     for what, is_odd in rules.items():
         if found := [film.film_id for film in mine if is_odd(film)]:
             yield Oddity(name, what, len(found), tuple(found[:N_EXAMPLES]))
+
+
+TRAINED_FILE = "trained_on.npy"
+"""In the folder of a run: the keys of what it trained on, see `trained_keys`."""
+
+
+def _hashed_keys(films: Sequence[Film]) -> UInt64[np.ndarray, "n 2"]:
+    """Patient and content of each film, as halves of hashes."""
+
+    def number(what: str, key: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"{what}:{key}".encode()).digest()[:8], "big")
+
+    return np.array(
+        [[number("patient", patient_key(f)), number("film", film_key(f))] for f in films], np.uint64
+    ).reshape(-1, 2)
+
+
+def trained_keys(films: Sequence[Film]) -> UInt64[np.ndarray, " k"]:
+    """Patients and contents of films that train, sorted: 16 bytes a film, and no id among them.
+
+    Two of a million keys are equal by chance once in 40 million runs.
+    """
+    return np.unique(_hashed_keys(films))
+
+
+def refuse_trained(films: Sequence[Film], keys: UInt64[np.ndarray, " k"]) -> None:
+    """Stops before films are scored that a run was trained on.
+
+    Args:
+        films: To be scored.
+        keys: Of the run, see `trained_keys`.
+
+    Raises:
+        ManifestError: When the content of a film, or its patient, is among them.
+    """
+    of_patient, of_film = np.isin(_hashed_keys(films), keys).T
+    if of_patient.any() or of_film.any():
+        shown = [film.film_id for film, k in zip(films, of_patient | of_film, strict=True) if k]
+        raise ManifestError(
+            f"the run was trained on {int(of_film.sum()):,} of these {len(films):,} films, and on "
+            f"patients of {int(of_patient.sum()):,}, such as {', '.join(shown[:N_EXAMPLES])}; "
+            f"score films of other patients, or train on a split that leaves these out "
+            f"(`mmclip data check` on all folders says more)"
+        )
