@@ -1,6 +1,7 @@
 """What splits and data sets share: patients, equal files, near-duplicates; labels side by side."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,15 @@ import numpy as np
 import pytest
 
 from mmclip.data.build import build_data
-from mmclip.data.check import check_data, find_overlaps, refuse_leaks
-from mmclip.data.manifest import Film, ManifestError, Split
+from mmclip.data.check import (
+    check_data,
+    find_overlaps,
+    refuse_leaks,
+    refuse_trained,
+    trained_keys,
+)
+from mmclip.data.manifest import Film, ManifestError, Split, read_manifest
+from mmclip.data.splits import set_split
 from tests.commands import mmclip
 from tests.made_files import encoded
 from tests.test_duplicates import blurred
@@ -162,3 +170,41 @@ def test_the_command_reports_in_json_and_ends_with_1_on_a_leak_alone(leaky: Path
     ended = mmclip(tmp_path, "data", "check", leaky)
     assert ended.code == 0 and json.loads(ended.out)["leaks"] == []
     assert "shared between splits: none" in ended.err
+
+
+def test_pretrain_does_not_start_on_films_that_would_be_scored(leaky: Path, tmp_path: Path):
+    given = ("--data", leaky, "--out", tmp_path / "run", "--set", "data.film_px=32")
+    error = mmclip(tmp_path, "pretrain", *given).error()
+    assert "what trains would be scored: 1 films are in train and in test" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_zeroshot_does_not_score_what_has_trained_from_whichever_folder(
+    made_run: Path, made_data: Path, tmp_path: Path
+):
+    other = shutil.copytree(made_data, tmp_path / "other")
+    set_split(other, "clean", seed=9)
+    trained = {f.patient_id for f in read_manifest(made_data) if f.split == "train"}
+    scored = [f for f in read_manifest(other) if f.split == "test"]
+    n_seen = sum(f.patient_id in trained for f in scored if f.view != "L" and f.labels)
+    assert 0 < n_seen < len(scored)
+    given = ("--run", made_run, "--out", tmp_path / "out", "--draws", "5")
+    error = mmclip(tmp_path, "zeroshot", *given, "--data", other).error()
+    assert f"on patients of {n_seen}, such as" in error
+    assert not (tmp_path / "out").exists()
+    ended = mmclip(tmp_path, "zeroshot", *given, "--data", made_data, "--split", "train")
+    assert ended.code == 0 and "split train: the run was trained on" in ended.err
+
+
+def test_keys_of_what_trained_hold_each_patient_and_film_once():
+    films = [
+        film(0, "train", image_sha256="x"),
+        film(1, "train", patient_id="p0", image_sha256="x"),
+    ]
+    keys = trained_keys(films)
+    assert keys.dtype == np.uint64 and len(keys) == 2
+    refuse_trained([film(2, "test", image_sha256="y")], keys)
+    for seen in ({"patient_id": "p0"}, {"image_sha256": "x"}):
+        with pytest.raises(ManifestError, match="such as f2"):
+            refuse_trained([film(2, "test", **seen), film(3, "test")], keys)
+    refuse_trained([film(0, "test")], trained_keys([]))

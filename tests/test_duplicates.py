@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -28,7 +28,7 @@ def blurred(n: int, px: int = 64, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1 : 1 : px * 1j, -1 : 1 : px * 1j]
     lungs = sum(np.exp(-(((x - at) / 0.3) ** 2) - (y / 0.6) ** 2) for at in (-0.45, 0.45))
-    coarse = rng.normal(0, 22, (n, 12, 12)).astype(np.float32)
+    coarse = rng.normal(0, 22, (n, 20, 20)).astype(np.float32)
     noise = [
         np.asarray(Image.fromarray(c).resize((px, px), Image.Resampling.BICUBIC)) for c in coarse
     ]
@@ -53,12 +53,12 @@ def test_the_bits_are_the_signs_of_frequencies_and_their_order_is_this_one():
     px = 32
     i = np.arange(px)
     one, other = (np.cos(np.pi * k * (i + 0.5) / px) for k in (1, 2))
-    # Down 1 and across 2 frequencies: above 128 where both cosines agree, so its sign is positive.
-    film = (128 + 100 * np.outer(one, other)).round().astype(np.uint8)
+    # Across 1 and down 2 frequencies: above 128 where both cosines agree, so its sign is positive.
+    film = (128 + 100 * np.outer(other, one)).round().astype(np.uint8)
     bits = np.unpackbits(
         film_hashes(np.stack([film, 255 - film])).astype(">u2").view(np.uint8)
     ).reshape(2, 16, 16)
-    # By rising sum of frequencies, down first as they come: (0,0) (0,1) (1,0) (0,2) (1,1) (2,0)
+    # By rising sum of frequencies, pairs (across, down) as they come: (0,0) (0,1) (1,0) (0,2) (1,1) (2,0)
     # (0,3) (1,2): number 7, so bit 0 of part 7.
     assert bits[0, 7, 0] == 1 and bits[1, 7, 0] == 0
 
@@ -66,8 +66,8 @@ def test_the_bits_are_the_signs_of_frequencies_and_their_order_is_this_one():
 def test_brightness_and_contrast_change_no_bit_and_size_and_compression_few():
     films = blurred(20)
     hashes = film_hashes(films)
-    softer = (films.astype(float) * 0.5 + 60).round().astype(np.uint8)
-    assert distance(hashes, film_hashes(softer)).max() <= 8  # by rounding alone
+    darker = films // 3
+    assert distance(film_hashes(darker), film_hashes(2 * darker + 40)).max() <= 1  # of float32
 
     def as_jpeg(film: np.ndarray) -> np.ndarray:
         small = Image.fromarray(film).resize((48, 48))
@@ -95,6 +95,7 @@ def flipped(hashes: np.ndarray, n_bits: int, rng: np.random.Generator) -> np.nda
     return out
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.integers(0, 1000), st.integers(1, 40))
 def test_pairs_are_those_of_the_slow_loop(seed: int, n: int):
     rng = np.random.default_rng(seed)

@@ -195,7 +195,7 @@ def data_check(
 
     The whole report goes to stdout as JSON.
 
-    Example: `mmclip data check data/chestxray14 data/rsna > check.json`
+    Example: `mmclip data check data/chestxray14 data/rsna`
     """
     from dataclasses import asdict
 
