@@ -171,7 +171,7 @@ def test_meta_counts_add_up(tmp_path: Path):
     counts = {key: value for key, value in meta.items() if key.startswith("n_")}
     assert counts == {
         "n_rows": 6, "n_films": 3, "n_excluded": 3, "n_with_image": 2, "n_with_report": 2,
-        "n_paired": 1, "n_studies": 2, "n_patients": 2,
+        "n_paired": 1, "n_studies": 2, "n_patients": 2, "n_split_by_source": 0,
     }  # fmt: skip
     assert meta["excluded"] == {str(Reason.IMAGE_BLANK): 2, str(Reason.NO_ID): 1}
     assert meta["splits"] == {"train": 2, "val": 1}

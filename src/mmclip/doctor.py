@@ -14,6 +14,7 @@ import torch
 
 from mmclip.checkpoint import load_checkpoint, load_trainer_state
 from mmclip.data.cache import CacheError, verify_cache
+from mmclip.data.check import find_overlaps, patient_key
 from mmclip.data.manifest import MANIFEST_FILE, META_FILE, ManifestError, read_manifest, read_meta
 from mmclip.metrics import auroc
 from mmclip.results import PAGE_FILE, RESULTS_FILE, checked
@@ -79,7 +80,10 @@ def examine_data(folder: Path) -> Iterator[Finding]:
         f"report, {meta['n_excluded']} excluded; data hash {meta['data_hash'][:12]}",
     )
     splits = ", ".join(f"{name} {n}" for name, n in meta["splits"].items())
-    yield Finding("splits", f"{splits}; no patient is in two")
+    shared = find_overlaps(films, [f.split for f in films], {"patients": patient_key})
+    name = meta["split"]["name"] if "split" in meta else "as built"
+    said = "; ".join(map(str, shared)) or "no patient is in two"
+    yield Finding("splits", f"{name}: {splits}; {said}", is_sound=not shared)
     if meta["film_px"] is None:
         yield Finding("films", "none: the folder is text only")
         return

@@ -1,6 +1,6 @@
 """Pre-training: data folders and a configuration in, a run folder with checkpoints out.
 
-run/config.json, metrics.jsonl, tensorboard/, checkpoints/step_000500/
+run/config.json, trained_on.npy, metrics.jsonl, tensorboard/, checkpoints/step_000500/
 """
 
 import json
@@ -25,6 +25,7 @@ from mmclip.checkpoint import (
 )
 from mmclip.config import Config, config_hash
 from mmclip.data.batches import TrainingBatches, is_pair, label_names, training_rows
+from mmclip.data.check import TRAINED_FILE, refuse_leaks, trained_keys
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.manifest import ManifestError, write_text_atomic
 from mmclip.data.synthetic import read_masks
@@ -85,7 +86,8 @@ def pretrain(job: Job) -> Path:
     """Trains, or goes on training, and returns the newest checkpoint's folder.
 
     Raises:
-        ManifestError: When the data folders hold no pairs to train on, or films of another size.
+        ManifestError: When the data folders hold no pairs to train on, or films of another size,
+            or a patient or film is in train and in val or test.
         CheckpointError: When the run exists and `resume` is False, or differs from what resumes.
     """
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[job.config.train.precision]
@@ -97,6 +99,7 @@ def pretrain(job: Job) -> Path:
     )
     set_seed(job.config.train.seed)
     rows = open_rows(job.folders, job.config.data.film_px, px_key="data.film_px")
+    refuse_leaks(rows.films)
     chosen = training_rows(rows, job.config)
     n_pairs = sum(map(is_pair, chosen.films))
     _check_enough(job, rows, n_pairs, len(chosen) - n_pairs)
@@ -135,6 +138,7 @@ def pretrain(job: Job) -> Path:
         job.run.mkdir(parents=True, exist_ok=True)
         resolved = {"config": job.config.model_dump(mode="json"), **facts}
         write_text_atomic(job.run / "config.json", json.dumps(resolved, indent=2) + "\n")
+        np.save(job.run / TRAINED_FILE, trained_keys(chosen.films))
         _say_what_runs(job, accelerator, model, chosen, state)
     accelerator.init_trackers(
         "mmclip" if job.wandb else "tensorboard", config=_flat(job.config.model_dump(mode="json"))

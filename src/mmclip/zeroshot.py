@@ -1,5 +1,6 @@
 """Zero-shot classification: a film is compared with what a report would say of it."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from mmclip.baselines import nuisance_scores
 from mmclip.bootstrap import score_findings
 from mmclip.checkpoint import Checkpoint, code_version, load_checkpoint
+from mmclip.data.check import TRAINED_FILE, refuse_trained
 from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.manifest import ManifestError, Split
 from mmclip.data.text import tokenise
@@ -33,6 +35,8 @@ from mmclip.results import (
     write_plots,
     write_results,
 )
+
+logger = logging.getLogger(__name__)
 
 FRONTAL = ("PA", "AP", "unknown")
 """The views that are scored; a lateral film shows other things under the same name."""
@@ -364,6 +368,7 @@ def evaluate(
     checkpoint.model.to(device)
     prompts = load_prompts(prompt_set)
     rows = open_rows(folders, checkpoint.config.data.film_px)
+    check_trained(checkpoint, rows_to_score(rows, split, sources), split)
     result = zeroshot(
         checkpoint,
         rows,
@@ -400,6 +405,24 @@ def evaluate(
             "step": checkpoint.meta["step"],
         },
     )
+
+
+def check_trained(checkpoint: Checkpoint, scored: Rows, split: Split) -> None:
+    """Stops before films are scored that the run was trained on; of split train it says so alone.
+
+    Raises:
+        ManifestError: When the content of a film of val or test, or its patient, has trained.
+    """
+    path = checkpoint.folder.resolve().parent.parent / TRAINED_FILE
+    if not path.is_file():
+        logger.warning("%s is missing: whether the run saw these films is not checked", path)
+        return
+    try:
+        refuse_trained(scored.films, np.load(path))
+    except ManifestError as error:
+        if split != "train":
+            raise
+        logger.warning("split train: %s", error)
 
 
 def nuisance(result: ZeroShot) -> dict:

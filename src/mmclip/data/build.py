@@ -10,6 +10,7 @@ from mmclip.data.cache import FILMS_FILE, FilmFacts, build_cache
 from mmclip.data.entities import find_entities
 from mmclip.data.manifest import (
     META_FILE,
+    SPLIT_FILE,
     Entity,
     Excluded,
     Film,
@@ -70,6 +71,7 @@ def build_data(
                 f"--overwrite to build it again, or choose another --out"
             )
         (out / META_FILE).unlink()  # from here on the folder is unfinished
+    (out / SPLIT_FILE).unlink(missing_ok=True)  # of the build that is replaced
     sound, excluded = validate(records)
     films: list[tuple[int, Film]] = []
     for row, film in sound:
@@ -109,6 +111,7 @@ def build_data(
         excluded,
         film_px if with_image else None,
         {**(about or {}), "entities": entities, "films_sha256": checksum},
+        n_split_by_source=sum(film.split is not None for film in kept),
     )
 
 

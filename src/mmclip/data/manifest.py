@@ -6,6 +6,7 @@ A data folder, as `mmclip data build` leaves it and every other command reads it
     films.npy        uint8 [n, px, px]: row i is the i-th record that has an image (data/cache.py)
     excluded.jsonl   one line a row that was left out, with the reason
     meta.json        counts, film size, checksums and the data hash that travels with every result
+    split.json       after `mmclip data split` only: a named split, read in place of the built one
 """
 
 import hashlib
@@ -28,6 +29,9 @@ PRESENT, ABSENT, UNCERTAIN = 1, 0, -1
 """Values of a label. A finding that nobody looked for is unknown: it is not in the mapping."""
 
 MANIFEST_FILE, EXCLUDED_FILE, META_FILE = "films.parquet", "excluded.jsonl", "meta.json"
+SPLIT_FILE = "split.json"
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+"""In order: a film or patient that a list puts into several is read as in the last of them."""
 
 
 class Reason(StrEnum):
@@ -188,7 +192,6 @@ def validate(records: Iterable[Record]) -> tuple[list[tuple[int, Film]], list[Ex
     excluded: list[Excluded] = []
     seen: set[str] = set()
     split_of_patient: dict[str, Split] = {}
-    order: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
     for row, record in enumerate(records):
         if isinstance(record, Excluded):
             excluded.append(record)
@@ -205,7 +208,9 @@ def validate(records: Iterable[Record]) -> tuple[list[tuple[int, Film]], list[Ex
         films.append((row, record))
         if record.split is not None:
             known = split_of_patient.get(record.patient_id, record.split)
-            split_of_patient[record.patient_id] = max(known, record.split, key=order.__getitem__)
+            split_of_patient[record.patient_id] = SPLITS[
+                max(map(SPLITS.index, (known, record.split)))
+            ]
     kept: list[tuple[int, Film]] = []
     for row, film in films:
         split = split_of_patient.get(film.patient_id)
@@ -224,6 +229,22 @@ def validate(records: Iterable[Record]) -> tuple[list[tuple[int, Film]], list[Ex
     return kept, sorted(excluded, key=lambda e: e.row)
 
 
+def draw_split(key: str, seed: int, val_ratio: float, test_ratio: float) -> Split:
+    """The split of a patient (or group of patients), by a hash of key and seed and nothing else.
+
+    Raises:
+        ValueError: When the ratios are negative or leave nothing to train on.
+    """
+    if val_ratio < 0 or test_ratio < 0 or val_ratio + test_ratio >= 1:
+        raise ValueError(
+            f"val_ratio={val_ratio} and test_ratio={test_ratio} must not be negative and must add "
+            f"up to less than 1"
+        )
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    u = int.from_bytes(digest[:8], "big") / 2**64
+    return "test" if u < test_ratio else "val" if u < test_ratio + val_ratio else "train"
+
+
 def assign_splits(
     films: Sequence[Film], seed: int = 0, val_ratio: float = 0.1, test_ratio: float = 0.1
 ) -> list[Film]:
@@ -235,17 +256,10 @@ def assign_splits(
     Raises:
         ValueError: When the ratios are negative or leave nothing to train on.
     """
-    if val_ratio < 0 or test_ratio < 0 or val_ratio + test_ratio >= 1:
-        raise ValueError(
-            f"val_ratio={val_ratio} and test_ratio={test_ratio} must not be negative and must add "
-            f"up to less than 1"
-        )
     given = {film.patient_id: film.split for film in films if film.split is not None}
 
     def draw(patient_id: str) -> Split:
-        digest = hashlib.sha256(f"{seed}/{patient_id}".encode()).digest()
-        u = int.from_bytes(digest[:8], "big") / 2**64
-        return "test" if u < test_ratio else "val" if u < test_ratio + val_ratio else "train"
+        return draw_split(patient_id, seed, val_ratio, test_ratio)
 
     return [
         film
@@ -307,6 +321,7 @@ def write_manifest(
     excluded: Sequence[Excluded],
     film_px: int | None,
     about: Mapping,
+    n_split_by_source: int = 0,
 ) -> dict:
     """Writes films.parquet, excluded.jsonl and meta.json, each aside and then renamed, meta last.
 
@@ -316,6 +331,7 @@ def write_manifest(
         excluded: The rows that were left out.
         film_px: Side of the films in films.npy, or None for a text-only folder.
         about: Further facts for meta.json (source, command, checksum of films.npy).
+        n_split_by_source: Films that have their split from the source, and not from our draw.
 
     Returns:
         The contents of meta.json.
@@ -348,6 +364,7 @@ def write_manifest(
         "n_studies": len({film.study_id for film in films}),
         "n_patients": len(split_of),
         "splits": dict(sorted(Counter(film.split for film in films).items(), key=str)),
+        "n_split_by_source": n_split_by_source,
         "excluded": {str(r): n for r, n in Counter(e.reason for e in excluded).most_common()},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -361,11 +378,23 @@ def write_manifest(
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a data folder.
+    """meta.json of a data folder; where a named split is set, with its counts and data hash.
 
     Raises:
-        ManifestError: When the folder is no finished data folder.
+        ManifestError: When the folder is no finished data folder, or its split is not of it.
     """
+    meta = read_built_meta(folder)
+    split = read_split(folder)
+    if split is None:
+        return meta
+    known = ("name", "seed", "split_hash", "warnings")
+    about = {key: split[key] for key in known}
+    taken = {key: split[key] for key in ("data_hash", "n_patients", "splits")}
+    return {**meta, **taken, "split": about}
+
+
+def read_built_meta(folder: Path) -> dict:
+    """meta.json as the build left it."""
     path = folder / META_FILE
     if not path.is_file():
         raise ManifestError(
@@ -386,13 +415,83 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
+def split_checksum(split: Mapping) -> str:
+    """Over all that split.json holds but the checksum itself."""
+    rest = {key: value for key, value in split.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_split(folder: Path) -> dict | None:
+    """split.json of a data folder as `splits.write_split` leaves it, or None where none is set.
+
+    Raises:
+        ManifestError: When it is damaged, or of another build of the folder.
+    """
+    path = folder / SPLIT_FILE
+    again = "set it again with `mmclip data split`, or remove the file to have the built one"
+    try:
+        split = json.loads(path.read_text("utf-8"))
+        is_whole = split["sha256"] == split_checksum(split)
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError) as error:
+        raise ManifestError(f"{path} is damaged ({error!r}); {again}") from None
+    if not is_whole:
+        raise ManifestError(f"{path} was changed by hand (its checksum differs); {again}")
+    built = read_built_meta(folder)["data_hash"]
+    if split["built_hash"] != built:
+        raise ManifestError(
+            f"{path} is of another build of the folder (data hash {split['built_hash'][:12]}, now "
+            f"{built[:12]}); {again}"
+        )
+    return split
+
+
+def last_split(films: Mapping[str, Iterable[str]]) -> dict[str, Split]:
+    """The one split of each film; the last one where a list names it in several.
+
+    Args:
+        films: Film ids of each split.
+    """
+    return {film_id: split for split in SPLITS for film_id in films.get(split, ())}
+
+
+def with_split(films: Iterable[Film], split: Mapping) -> list[Film]:
+    """The films as a named split sees them: a film that it does not name is in no split.
+
+    Args:
+        films: As built.
+        split: Its `films`, and `patients`: other patient ids by film id.
+    """
+    known, patients = last_split(split["films"]), split["patients"]
+    return [
+        replace(
+            film,
+            split=known.get(film.film_id),
+            patient_id=patients.get(film.film_id, film.patient_id),
+        )
+        for film in films
+    ]
+
+
 def read_manifest(folder: Path) -> list[Film]:
-    """All records of a data folder, checked against the data hash in meta.json.
+    """All records of a data folder, in the split that is set.
+
+    Raises:
+        ManifestError: When the folder is unfinished, or manifest or split were changed afterwards.
+    """
+    films = read_built(folder)
+    split = read_split(folder)
+    return films if split is None else with_split(films, split)
+
+
+def read_built(folder: Path) -> list[Film]:
+    """All records of a data folder as they were built, checked against the data hash in meta.json.
 
     Raises:
         ManifestError: When the folder is unfinished or its manifest was changed after the build.
     """
-    meta = read_meta(folder)
+    meta = read_built_meta(folder)
     try:
         films = list(from_table(pq.read_table(folder / MANIFEST_FILE)))
     except (OSError, pa.ArrowException) as error:

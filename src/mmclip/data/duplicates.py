@@ -1,0 +1,174 @@
+"""Near-duplicate films: a perceptual hash of each cached film, and all pairs of hashes close by.
+
+The hashes lie in the data folder as film_hashes.npz, and are made once.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, UInt8, UInt16
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from mmclip.data.cache import FilmCache
+from mmclip.data.manifest import ManifestError, read_built_meta
+
+HASHES_FILE = "film_hashes.npz"
+
+HASH_VERSION = 1
+"""Raised with every change of the hash, so that stored ones are not taken up."""
+
+SIDE = 16
+"""Frequencies a side: 16 * 16 - 1 bits. [chosen: with 64 bits, as pHash has, 1,694 of 719,400 pairs
+of different real films lie within 10 bits; with 255 the closest two differ in 47, bench/results]"""
+
+CHUNKS = 16
+"""Parts of 16 bits by which candidates are looked up."""
+
+MAX_DISTANCE = 2 * CHUNKS - 1
+"""Bits in which near-duplicates may differ. Two hashes that differ in no more have a part in which
+they differ in one bit at most, so none is missed. On real films a JPEG of quality 50 at 2/3 of the
+size differs in up to 23, a gamma of 0.7 in up to 29, different films in 47 and more."""
+
+BLOCK_PIXELS = 1 << 20
+"""Hashed at once. [chosen: fits a cache; 32 times as many take 3 times as long a film]"""
+
+_BLOCK = 1 << 21
+"""Candidates compared at once. [chosen: some hundred MB]"""
+
+
+def film_hashes(films: UInt8[np.ndarray, "n px px"]) -> UInt16[np.ndarray, "n 16"]:
+    """The signs of the lowest 255 frequencies of each film; the brightness itself is left out.
+
+    Brightness and contrast change no sign, size and compression few. A film that is mirrored,
+    inverted, turned, or cropped by more than some percent, is another one.
+
+    A batch is two matrix products. The package imagehash takes one film at a time: 1,200 a second
+    at 64 px and 256 bits, where this takes 11,000 (one core, beside other work).
+
+    Args:
+        films: Of any side from 16 px on; equal films of other sides have nearly equal hashes.
+
+    Returns:
+        16 parts of 16 bits, each with low and high frequencies: every part tells films apart.
+
+    Source: pHash (Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions,
+        2010), with 16 frequencies a side, and signs in place of the comparison with the median.
+    """
+    n, px, _ = films.shape
+    k, i = np.arange(SIDE)[:, None], np.arange(px)[None]
+    cosines = np.cos(np.pi * k * (i + 0.5) / px).astype(np.float32).T  # [px, 16]
+    rows = films.reshape(n * px, px).astype(np.float32) @ cosines
+    columns = rows.reshape(n, px, SIDE).transpose(0, 2, 1).reshape(n * SIDE, px) @ cosines
+    order = np.argsort(np.add.outer(k[:, 0], k[:, 0]).ravel(), kind="stable")
+    is_positive = columns.reshape(n, SIDE * SIDE)[:, order] > 0
+    is_positive[:, 0] = False  # the brightness
+    parts = is_positive.reshape(n, SIDE, CHUNKS).transpose(0, 2, 1)  # bits of a part are 16 apart
+    packed = np.packbits(np.ascontiguousarray(parts), axis=2)
+    return np.ascontiguousarray(packed).view(">u2")[:, :, 0].astype(np.uint16)
+
+
+def read_hashes(
+    folder: Path, on_progress: Callable[[int], None] = lambda n: None
+) -> UInt16[np.ndarray, "n 16"]:
+    """The hashes of a data folder's films, in the order of films.npy; made and stored if need be.
+
+    Raises:
+        ManifestError: When the films are smaller than 16 px.
+    """
+    meta = read_built_meta(folder)
+    if meta["film_px"] is None:
+        return np.zeros((0, CHUNKS), np.uint16)
+    if meta["film_px"] < SIDE:
+        raise ManifestError(
+            f"the films of {folder} have {meta['film_px']} px, near-duplicates need {SIDE}; build "
+            f"larger ones, or leave them out by --no-near-duplicates"
+        )
+    path, key = folder / HASHES_FILE, f"{HASH_VERSION} {meta['films_sha256']}"
+    try:
+        with np.load(path) as stored:
+            if str(stored["key"]) == key:
+                on_progress(len(stored["hashes"]))
+                return stored["hashes"]
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
+        pass  # not there, or damaged: made anew
+    films = FilmCache.open(folder).films
+    step = max(1, BLOCK_PIXELS // meta["film_px"] ** 2)
+    made = [np.zeros((0, CHUNKS), np.uint16)]
+    for start in range(0, len(films), step):
+        made.append(film_hashes(np.ascontiguousarray(films[start : start + step])))
+        on_progress(len(made[-1]))
+    hashes = np.concatenate(made)
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        np.savez(file, hashes=hashes, key=np.array(key))
+    aside.replace(path)
+    return hashes
+
+
+def near_pairs(
+    hashes: UInt16[np.ndarray, "n 16"], on_progress: Callable[[int], None] = lambda n: None
+) -> Int64[np.ndarray, "p 2"]:
+    """All pairs of different hashes that differ in at most MAX_DISTANCE bits.
+
+    Args:
+        hashes: No two equal; see `near_groups`.
+        on_progress: Called with 1 after each of the CHUNKS parts.
+
+    Source: multi-index hashing, Norouzi et al., CVPR 2012 (arXiv:1307.2982): look up each part
+        with at most one bit changed, and compare whole hashes only there.
+    """
+    words = np.ascontiguousarray(hashes).view(np.uint64)  # [n, 4]
+    found = [np.zeros((0, 2), np.int64)]
+    for chunk in range(CHUNKS):
+        for first, second in _candidates(hashes[:, chunk]):
+            distance = np.zeros(len(first), np.uint8)
+            for word in range(words.shape[1]):
+                distance += np.bitwise_count(words[first, word] ^ words[second, word])
+            near = distance <= MAX_DISTANCE
+            found.append(np.stack([first[near], second[near]], 1))
+        on_progress(1)
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _candidates(
+    keys: UInt16[np.ndarray, " n"],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of pairs (i, j), i < j, whose keys differ in at most one bit."""
+    order = np.argsort(keys, kind="stable")
+    count = np.bincount(keys, minlength=1 << 16)
+    start = np.concatenate([[0], np.cumsum(count)[:-1]])
+    for changed in (0, *(1 << bit for bit in range(16))):
+        bucket = keys ^ np.uint16(changed)
+        ends = np.cumsum(count[bucket])
+        begin = 0
+        while begin < len(keys):
+            before = ends[begin - 1] if begin else 0
+            stop = max(begin + 1, int(np.searchsorted(ends, before + _BLOCK, side="right")))
+            n_each = count[bucket[begin:stop]]
+            first = np.repeat(np.arange(begin, stop), n_each)
+            within = np.arange(len(first)) - np.repeat(np.cumsum(n_each) - n_each, n_each)
+            second = order[np.repeat(start[bucket[begin:stop]], n_each) + within]
+            ahead = first < second
+            yield first[ahead], second[ahead]
+            begin = stop
+
+
+def near_groups(
+    hashes: UInt16[np.ndarray, "n 16"], on_progress: Callable[[int], None] = lambda n: None
+) -> Int64[np.ndarray, " n"]:
+    """The number of the group of each film: films joined by near-duplicates, one by one, are one.
+
+    Args:
+        hashes: Of films; equal ones are in one group.
+        on_progress: As in `near_pairs`.
+    """
+    if not len(hashes):
+        return np.zeros(0, np.int64)
+    different, which = np.unique(hashes, axis=0, return_inverse=True)
+    pairs = near_pairs(different, on_progress)
+    n = len(different)
+    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    return connected_components(graph, directed=False)[1].astype(np.int64)[which.ravel()]
