@@ -209,7 +209,9 @@ def clean_split(
     """
     group = group_of(films, alike)
     names = set(group.values())
-    drawn = {name: draw_split(name, seed, val_ratio, test_ratio) for name in names}
+    drawn: dict[str, Split] = {
+        name: draw_split(name, seed, val_ratio, test_ratio) for name in names
+    }
     chosen: dict[Split, list[str]] = {part: [] for part in SPLITS}
     for film in films:
         chosen[drawn[group[film.patient_id]]].append(film.film_id)
