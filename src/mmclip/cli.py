@@ -189,10 +189,9 @@ def data_split(
 @data_app.command("check")
 def data_check(
     folders: Annotated[list[Path], typer.Argument(help="Data folders, examined together.")],
-    near_duplicates: Annotated[
-        bool,
-        typer.Option("--near-duplicates/--no-near-duplicates", help="Compare films by looks, too."),
-    ] = True,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Patients and equal files alone, no near-duplicates.")
+    ] = False,
 ) -> None:
     """Says what splits and data sets share; exit code 1 when something is in two splits.
 
@@ -204,7 +203,7 @@ def data_check(
 
     from mmclip.data.check import check_data
 
-    found = check_data(folders, near_duplicates)
+    found = check_data(folders, near_duplicates=not exact)
 
     def say(what: str, lines: "Sequence[object]", style: str = "") -> None:
         console.print(f"{what}: {'' if lines else 'none'}".rstrip())
@@ -221,7 +220,7 @@ def data_check(
         say("shared between folders", found.shared, "yellow")
         say("labels of the same film in two folders", found.disagreements)
     say("worth a look", found.oddities)
-    if not near_duplicates:
+    if exact:
         console.print("near-duplicates were not looked for")
     print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
     if found.leaks:

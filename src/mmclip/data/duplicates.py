@@ -84,7 +84,7 @@ def read_hashes(
     if meta["film_px"] < SIDE:
         raise ManifestError(
             f"the films of {folder} have {meta['film_px']} px, near-duplicates need {SIDE}; build "
-            f"larger ones, or leave them out by --no-near-duplicates"
+            f"larger ones, or go without (`mmclip data check --exact`)"
         )
     path, key = folder / HASHES_FILE, f"{HASH_VERSION} {meta['films_sha256']}"
     try:

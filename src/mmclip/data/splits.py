@@ -208,9 +208,8 @@ def clean_split(
     the same patient ids and seed, put each patient into the same split.
     """
     group = group_of(films, alike)
-    names = set(group.values())
     drawn: dict[str, Split] = {
-        name: draw_split(name, seed, val_ratio, test_ratio) for name in names
+        name: draw_split(name, seed, val_ratio, test_ratio) for name in set(group.values())
     }
     chosen: dict[Split, list[str]] = {part: [] for part in SPLITS}
     for film in films:
