@@ -58,8 +58,8 @@ def test_the_bits_are_the_signs_of_frequencies_and_their_order_is_this_one():
     bits = np.unpackbits(
         film_hashes(np.stack([film, 255 - film])).astype(">u2").view(np.uint8)
     ).reshape(2, 16, 16)
-    # By rising sum of frequencies, pairs (across, down) as they come: (0,0) (0,1) (1,0) (0,2) (1,1) (2,0)
-    # (0,3) (1,2): number 7, so bit 0 of part 7.
+    # By rising sum of frequencies, pairs (across, down) as they come: (0,0) (0,1) (1,0) (0,2) (1,1)
+    # (2,0) (0,3) (1,2): number 7, so bit 0 of part 7.
     assert bits[0, 7, 0] == 1 and bits[1, 7, 0] == 0
 
 
