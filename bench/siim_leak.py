@@ -35,7 +35,7 @@ def read_rows(table: Path) -> list[tuple[str, bool]]:
 
 def row_split(films: Sequence[str], seed: int) -> tuple[set[str], set[str]]:
     """The films of train and of test, where rows are dealt."""
-    order = np.random.default_rng(seed).permutation(len(films)).tolist()
+    order: list[int] = np.random.default_rng(seed).permutation(len(films)).tolist()
     n_train = round(SHARES["train"] * len(films))
     n_test = round(SHARES["test"] * len(films))
     return {films[i] for i in order[:n_train]}, {films[i] for i in order[len(films) - n_test :]}

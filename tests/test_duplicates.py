@@ -119,6 +119,12 @@ def test_no_pair_within_the_distance_is_missed_and_none_beyond_is_found(n_bits: 
     assert beyond == (50 if n_bits < MAX_DISTANCE else 0)
 
 
+def test_a_pair_that_differs_in_one_bit_of_every_part_is_found_whichever_bit_it_is():
+    first = np.random.default_rng(0).integers(0, 1 << 16, (1, 16), dtype=np.uint16)
+    for bit in range(16):
+        assert len(near_pairs(np.concatenate([first, first ^ np.uint16(1 << bit)]))) == 1, bit
+
+
 def test_films_joined_one_by_one_and_equal_ones_are_one_group():
     rng = np.random.default_rng(0)
     first = rng.integers(0, 1 << 16, (1, 16), dtype=np.uint16)
