@@ -22,7 +22,7 @@ HASH_VERSION = 1
 
 SIDE = 16
 """Frequencies a side: 16 * 16 - 1 bits. [chosen: with 64 bits, as pHash has, 1,694 of 719,400 pairs
-of different real films lie within 10 bits; with 255 the closest two differ in 47, docs/splits.md]"""
+of different real films lie within 10 bits; with 255 the closest two differ in 47]"""
 
 CHUNKS = 16
 """Parts of 16 bits by which candidates are looked up."""
