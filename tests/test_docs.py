@@ -28,7 +28,8 @@ README, METHOD, DATA, TRAINING = (
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS_OPTIONS = {
     "--nproc-per-node", "--check", "--films", "--knob", "--preset", "--arms", "--seeds", "--table",
-    "--half", "--raw", "--base", "--jsonl", "--cache",
+    "--half", "--raw", "--base", "--jsonl", "--cache", "--batch-size", "--steps", "--film-px",
+    "--tokens", "--lengths",
 }  # fmt: skip
 """Of torchrun, ruff, and the scripts of bench/."""
 
