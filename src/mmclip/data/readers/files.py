@@ -7,7 +7,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import pydicom
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from mmclip.data.images import silent_pydicom
-from mmclip.data.manifest import Excluded, Reason, Sex, View
+from mmclip.data.manifest import Excluded, Film, Reason, Sex, Split, View
 from mmclip.data.tables import SourceError, parse_age
 
 SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}
@@ -133,6 +133,22 @@ def read_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
             yield Row({k: v.strip() for k, v in zip(header, values, strict=False)}, problem)
 
 
+def read_sound_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The cells of each row, where a row that cannot be read spoils the table.
+
+    Args:
+        path: As for `read_rows`.
+        columns: As for `read_rows`; the first one names the row in errors.
+
+    Raises:
+        SourceError: As `read_rows`, and when a row has a problem.
+    """
+    for cells, problem in read_rows(path, columns):
+        if problem:
+            raise SourceError(f"{path}, {cells.get(columns[0])}: {problem}; download it again")
+        yield cells
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Turns what a damaged table raises into one line."""
@@ -204,4 +220,43 @@ def dicom_facts(path: Path) -> DicomFacts:
         return DicomFacts()
     return DicomFacts(
         _DICOM_VIEWS.get(view.upper(), "unknown"), parse_age(age), SEXES.get(sex.lower())
+    )
+
+
+def film_of_unknown_patient(
+    root: Path,
+    film_id: str,
+    *,
+    source: str,
+    image: str,
+    labels: Mapping[str, int],
+    source_labels: tuple[str, ...],
+    split: Split | None = None,
+    view: View | None = None,
+) -> Film:
+    """The record of a DICOM film that counts as a study and a patient of its own.
+
+    Args:
+        root: The data set's folder.
+        film_id: Also of study and patient.
+        source: As are the following, a field of `Film`.
+        image: Relative to the root; its header gives age and sex.
+        labels: By finding.
+        source_labels: The source's own words.
+        split: The source's, if it has one.
+        view: Of all films of the source; None takes the header's.
+    """
+    facts = dicom_facts(root / image)
+    return Film(
+        film_id=film_id,
+        study_id=film_id,
+        patient_id=film_id,
+        source=source,
+        split=split,
+        image=image,
+        view=facts.view if view is None else view,
+        labels=dict(labels),
+        source_labels=source_labels,
+        age_years=facts.age_years,
+        sex=facts.sex,
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from mmclip.data.readers.files import Box, find_table, read_rows
+from mmclip.data.readers.files import Box, find_table, read_sound_rows
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.tables import SourceError
 
@@ -51,9 +51,7 @@ _MsCxrRow = tuple[str, str, str, tuple | list]  # film, category, phrase, left t
 
 def _csv_rows(path: Path) -> Iterator[_MsCxrRow]:
     columns = ("dicom_id", "category_name", "label_text", "x", "y", "w", "h")
-    for cells, problem in read_rows(path, columns):
-        if problem:
-            raise SourceError(f"{path}, {cells.get('dicom_id')}: {problem}; download it again")
+    for cells in read_sound_rows(path, columns):
         film_id, category, phrase, *sides = (cells[name] for name in columns)
         yield film_id, category, phrase, sides
 

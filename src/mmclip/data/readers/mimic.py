@@ -17,6 +17,7 @@ from mmclip.data.readers.files import (
     dicom_facts,
     header_of,
     read_rows,
+    read_sound_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.tables import SourceError
@@ -272,9 +273,7 @@ def _read_labels(tree: _Tree) -> dict[str, dict[str, str]]:
             f"{table} has the columns {', '.join(sorted(unknown))}; download it again"
         )
     found: dict[str, dict[str, str]] = {}
-    for cells, problem in read_rows(table, ("study_id", *columns)):
-        if problem:
-            raise SourceError(f"{table}, {cells.get('study_id')}: {problem}; download it again")
+    for cells in read_sound_rows(table, ("study_id", *columns)):
         found[cells["study_id"]] = {name: cells[name] for name in columns if cells[name]}
     return found
 

@@ -5,7 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mmclip.data.manifest import Excluded, Film, Reason, Record, Split, View
-from mmclip.data.readers.files import Row, bad_value, find_table, index_films, read_rows
+from mmclip.data.readers.files import (
+    bad_value,
+    find_table,
+    index_films,
+    read_rows,
+    read_sound_rows,
+)
 from mmclip.data.tables import SourceError
 from mmclip.data.text import Report, make_report
 
@@ -13,6 +19,7 @@ WHERE_KAGGLE = "https://www.kaggle.com/datasets/raddar/chest-xrays-indiana-unive
 WHERE_R2GEN = "https://github.com/zhjohnchan/R2Gen"
 
 _REPORTS, _PROJECTIONS = "indiana_reports.csv", "indiana_projections.csv"
+_REPORT_COLUMNS = ("uid", "MeSH", "findings", "impression")
 _ANNOTATIONS = ("annotation.json", "iu_xray_annotation.json")
 _VIEWS: dict[str, View] = {"Lateral": "L", "Frontal": "unknown"}  # PA or AP, which is not said
 _SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
@@ -51,17 +58,8 @@ def _films_or_none(root: Path) -> dict[str, str]:
     return index_films(root, {".png"}, WHERE_KAGGLE)
 
 
-def _report_rows(table: Path) -> Iterator[Row]:
-    return read_rows(table, ("uid", "MeSH", "findings", "impression"))
-
-
 def _by_uid(table: Path) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
-    for cells, problem in _report_rows(table):
-        if problem:
-            raise SourceError(f"{table}, {cells.get('uid')}: {problem}; download it again")
-        found[cells["uid"]] = cells
-    return found
+    return {cells["uid"]: cells for cells in read_sound_rows(table, _REPORT_COLUMNS)}
 
 
 def _kaggle_films(
@@ -89,7 +87,7 @@ def _kaggle_films(
 
 
 def _kaggle_texts(table: Path) -> Iterator[Record]:
-    for row, (cells, problem) in enumerate(_report_rows(table)):
+    for row, (cells, problem) in enumerate(read_rows(table, _REPORT_COLUMNS)):
         study = f"CXR{cells.get('uid', '')}"
         if problem:
             yield bad_value(row, study, problem)

@@ -4,18 +4,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmclip.data.manifest import Film, Record
+from mmclip.data.manifest import Record
 from mmclip.data.readers.files import (
     Box,
     bad_value,
-    dicom_facts,
+    film_of_unknown_patient,
     find_table,
     index_films,
     look_for_table,
     read_rows,
+    read_sound_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.tables import SourceError
 
 WHERE = "https://www.kaggle.com/c/rsna-pneumonia-detection-challenge"
 
@@ -68,18 +68,13 @@ def _records(root: Path, marks: Mapping[str, _Marks], films: Mapping[str, str]) 
         except ValueError as error:
             yield bad_value(row, film_id, str(error))
             continue
-        facts = dicom_facts(root / image)
-        yield Film(
-            film_id=film_id,
-            study_id=film_id,
-            patient_id=film_id,
+        yield film_of_unknown_patient(
+            root,
+            film_id,
             source="rsna",
             image=image,
-            view=facts.view,
             labels=labels,
             source_labels=tuple(sorted(said.classes)),
-            age_years=facts.age_years,
-            sex=facts.sex,
         )
 
 
@@ -119,9 +114,7 @@ def _classes(root: Path) -> dict[str, set[str]]:
     """The detailed class of each film; empty without the table."""
     path = look_for_table(root, (_CLASSES,))
     found: dict[str, set[str]] = {}
-    for cells, problem in read_rows(path, ("patientId", "class")) if path else ():
-        if problem:
-            raise SourceError(f"{path}, {cells.get('patientId')}: {problem}; download it again")
+    for cells in read_sound_rows(path, ("patientId", "class")) if path else ():
         found.setdefault(cells["patientId"], set()).add(cells["class"])
     return found
 

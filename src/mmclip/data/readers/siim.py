@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from mmclip.data.manifest import Film, Record
+from mmclip.data.manifest import Record
 from mmclip.data.readers.files import (
     bad_value,
-    dicom_facts,
+    film_of_unknown_patient,
     find_table,
     index_films,
-    read_rows,
+    read_sound_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.tables import SourceError
 
 WHERE = "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation"
 
@@ -67,18 +66,8 @@ def _records(
         except ValueError as error:
             yield bad_value(row, film_id, str(error))
             continue
-        facts = dicom_facts(root / image)
-        yield Film(
-            film_id=film_id,
-            study_id=film_id,
-            patient_id=film_id,
-            source="siim",
-            image=image,
-            view=facts.view,
-            labels=labels,
-            source_labels=said,
-            age_years=facts.age_years,
-            sex=facts.sex,
+        yield film_of_unknown_patient(
+            root, film_id, source="siim", image=image, labels=labels, source_labels=said
         )
 
 
@@ -90,9 +79,7 @@ def _read_masks(root: Path) -> dict[str, list[str]]:
     """
     table = find_table(root, _TABLES, WHERE)
     masks: dict[str, list[str]] = {}
-    for cells, problem in read_rows(table, ("ImageId", "EncodedPixels")):
-        if problem:
-            raise SourceError(f"{table}, {cells.get('ImageId')}: {problem}; download it again")
+    for cells in read_sound_rows(table, ("ImageId", "EncodedPixels")):
         masks.setdefault(cells["ImageId"], []).append(cells["EncodedPixels"])
     return masks
 

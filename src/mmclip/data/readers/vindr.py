@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmclip.data.manifest import ABSENT, PRESENT, UNCERTAIN, Film, Record, Split
+from mmclip.data.manifest import ABSENT, PRESENT, UNCERTAIN, Record, Split
 from mmclip.data.readers.files import (
     Box,
     bad_value,
-    dicom_facts,
+    film_of_unknown_patient,
     find_table,
     header_of,
     index_films,
@@ -141,11 +141,9 @@ def _records(
         except ValueError as error:
             yield bad_value(row, film_id, str(error))
             continue
-        facts = dicom_facts(root / image)
-        yield Film(
-            film_id=film_id,
-            study_id=film_id,
-            patient_id=film_id,
+        yield film_of_unknown_patient(
+            root,
+            film_id,
             source="vindr",
             split=reading.split,
             image=image,
@@ -156,8 +154,6 @@ def _records(
                 for reader, named in sorted(reading.named.items())
                 for name in sorted(named)
             ),
-            age_years=facts.age_years,
-            sex=facts.sex,
         )
 
 

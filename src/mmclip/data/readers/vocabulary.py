@@ -4,14 +4,12 @@
 file of its own: what its readers looked for (`closed`), and what its words mean.
 """
 
-import tomllib
 from collections.abc import Iterable
-from importlib import resources
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from mmclip.config import Frozen, parse
+from mmclip.config import Frozen, parse, read_toml
 from mmclip.data.manifest import ABSENT
 from mmclip.data.tables import Meaning
 
@@ -93,14 +91,11 @@ class SourceWords(Frozen):
 
 def load_vocabulary() -> Vocabulary:
     """The vocabulary of the package."""
-    return parse(Vocabulary, _read("vocabulary"), "findings/vocabulary.toml")
+    values = read_toml("vocabulary", "findings", "vocabulary")
+    return parse(Vocabulary, values, "findings/vocabulary.toml")
 
 
 def load_words(source: str) -> SourceWords:
     """The label words of a source that the package knows."""
-    return parse(SourceWords, _read(source), f"findings/{source}.toml")
-
-
-def _read(name: str) -> dict:
-    path = resources.files("mmclip") / "findings" / f"{name}.toml"
-    return tomllib.loads(path.read_text("utf-8"))
+    values = read_toml("list of label words", "findings", source)
+    return parse(SourceWords, values, f"findings/{source}.toml")
