@@ -315,8 +315,18 @@ def score_names(has_decoder: bool) -> list[tuple[ScoreKind, ScoreTokens]]:
 
 
 @torch.inference_mode()
-def score_maps(model: MMCLIP, films: Tensor, texts: Texts, size: int) -> dict[str, Tensor]:
-    """The score of each patch for each phrase, [phrases, n], by name of the score."""
+def score_maps(
+    model: MMCLIP, films: Tensor, texts: Texts, size: int, asks: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The score of each patch for each phrase, [phrases, n], by name of the score.
+
+    Args:
+        model: In eval mode.
+        films: In model space.
+        texts: The phrases, with the rows of their films.
+        size: Phrases at a time.
+        asks: What zero-shot scoring asks in the place of each phrase, for `PAIR`; see `pair_asks`.
+    """
     device, has_decoder = model.logit_scale.device, model.text_decoder is not None
     maps: dict[str, list[Tensor]] = {}
     for index in chunks(len(texts), size):
@@ -343,30 +353,23 @@ def score_maps(model: MMCLIP, films: Tensor, texts: Texts, size: int) -> dict[st
             )
             name = kind if kind in WHOLE_TEXT_SCORES else f"{kind}/{tokens}"
             maps.setdefault(name, []).append(score.cpu())
+        if asks is not None:
+            score = contribution_score(joint, asks[index].to(device))
+            maps.setdefault(PAIR, []).append(score.cpu())
     return {name: torch.cat(parts) for name, parts in maps.items()}
 
 
-@torch.inference_mode()
-def pair_maps(
-    model: MMCLIP, checkpoint: Checkpoint, films: Tensor, asked: Sequence[Asked], size: int
-) -> Tensor:
-    """What each patch contributes to a finding's zero-shot score, [asked, n].
+def pair_asks(model: MMCLIP, checkpoint: Checkpoint, asked: Sequence[Asked]) -> Tensor:
+    """The embedding of a finding's positive prompts less that of its negative ones, [asked, e].
 
-    The contribution to the positive prompts less that to the negative ones: the phrase with its
-    denial beside it, as zero-shot scoring asks.
+    A patch's contribution to it is the patch's part in the zero-shot score: the phrase with its
+    denial beside it.
     """
     findings = sorted({item.finding for item in asked})
     tokens = checkpoint.config.data.max_tokens
     prompts = load_prompts("default")
     pair = embed_prompts(model, checkpoint.tokenizer, prompts, findings, tokens)
-    asks = (pair.positive - pair.negative)[[findings.index(item.finding) for item in asked]]
-    rows = torch.tensor([item.row for item in asked])
-    maps = []
-    for index in chunks(len(asked), size):
-        features = model.encode_image(films[rows[index]].to(model.logit_scale.device)).features
-        joint = model.visual_projection(features[:, 1:]).cpu()
-        maps.append(contribution_score(joint, asks[index]))
-    return torch.cat(maps)
+    return (pair.positive - pair.negative)[[findings.index(item.finding) for item in asked]]
 
 
 def random_weights(checkpoint: Checkpoint, seed: int = 0) -> MMCLIP:
@@ -422,11 +425,10 @@ def measure_pointing(
     films = normalise(rows.pixels(np.arange(len(rows))))
     texts = phrases(checkpoint, asked, with_side)
     device = checkpoint.model.logit_scale.device
-    maps = score_maps(checkpoint.model, films, texts, size)
-    fresh = random_weights(checkpoint).to(device)
-    untrained = score_maps(fresh, films, texts, size)
-    for model, found in ((checkpoint.model, maps), (fresh, untrained)):
-        found[PAIR] = pair_maps(model, checkpoint, films, asked, size)
+    maps, untrained = (
+        score_maps(model, films, texts, size, pair_asks(model, checkpoint, asked))
+        for model in (checkpoint.model, random_weights(checkpoint).to(device))
+    )
     patches = patchify(films, patch_px)[row_of]
     prior = location_prior(all_rows, masks, patch_px)
     nowhere = torch.zeros(target.shape[1])
