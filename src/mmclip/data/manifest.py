@@ -422,7 +422,7 @@ def split_checksum(split: Mapping) -> str:
 
 
 def read_split(folder: Path) -> dict | None:
-    """split.json of a data folder as `splits.write_split` leaves it, or None where none is set.
+    """split.json of a data folder as `splits.set_split` leaves it, or None where none is set.
 
     Raises:
         ManifestError: When it is damaged, or of another build of the folder.

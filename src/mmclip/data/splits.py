@@ -187,8 +187,8 @@ def group_of(films: Sequence[Film], alike: Sequence[str | None] = ()) -> dict[st
         return patient
 
     owner: dict[str, str] = {}
-    for keys in ([film.image_sha256 for film in films], alike):
-        for film, key in zip(films, keys, strict=False):
+    for keys in ([film.image_sha256 for film in films], alike or [None] * len(films)):
+        for film, key in zip(films, keys, strict=True):
             if key is not None:
                 pair = root(owner.setdefault(key, film.patient_id)), root(film.patient_id)
                 parent[max(pair)] = min(pair)
