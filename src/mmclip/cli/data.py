@@ -1,0 +1,203 @@
+"""`mmclip data`: build, split and check data folders."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from mmclip.cli.shared import command_line, split_name
+from mmclip.progress import console
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmclip.data.manifest import Split
+
+app = typer.Typer(help="Build, split and check data folders.", no_args_is_help=True)
+
+
+@app.command("build")
+def data_build(
+    name: Annotated[
+        str, typer.Argument(help="Reader: csv, chestxray14, ...; docs/data.md lists them.")
+    ],
+    root_: Annotated[Path, typer.Option("--root", help="The data set, as downloaded.")],
+    out: Annotated[Path, typer.Option(help="The data folder to make.")],
+    film_px: Annotated[int, typer.Option(help="Side of the cached films, in pixels.", min=8)] = 224,
+    mapping: Annotated[
+        Path | None, typer.Option(help="For csv: TOML file that says what the columns mean.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="For csv: the table, if it is not the mapping's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the splits, where the source has none.")] = 0,
+    val_ratio: Annotated[float, typer.Option(help="Of patients without a split.")] = 0.1,
+    test_ratio: Annotated[float, typer.Option(help="Of patients without a split.")] = 0.1,
+    workers: Annotated[int, typer.Option(help="Processes; 0 takes all cores.", min=0)] = 0,
+    entities: Annotated[
+        str, typer.Option(help="Finds entities in reports: lexicon, spacy:NAME or hf:NAME.")
+    ] = "lexicon",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished build.")
+    ] = False,
+) -> None:
+    """Reads a data set and leaves a checked, hashed folder with films resized once.
+
+    Example: `mmclip data build csv --root films/ --mapping films.toml --film-px 64 --out data/a`
+    """
+    from mmclip.data.build import build_data
+    from mmclip.data.sources import open_reader
+
+    meta = build_data(
+        open_reader(name, root_, mapping=mapping, table=table),
+        root_,
+        out,
+        film_px=film_px,
+        seed=seed,
+        val_ratio=val_ratio,
+        test_ratio=test_ratio,
+        workers=workers or os.cpu_count() or 1,
+        entities=entities,
+        about={"reader": name, "command": command_line()},
+        overwrite=overwrite,
+    )
+    _print_meta(meta, out)
+
+
+@app.command("split")
+def data_split(
+    folder: Annotated[Path, typer.Argument(help="Data folder of `mmclip data build`.")],
+    name: Annotated[
+        str, typer.Option(help="clean, official, benchx, legacy-mavl or legacy-mrm.")
+    ] = "clean",
+    seed: Annotated[int, typer.Option(help="Of the split clean.")] = 0,
+    val_ratio: Annotated[float, typer.Option(help="Of the patients, for clean.")] = 0.1,
+    test_ratio: Annotated[float, typer.Option(help="Of the patients, for clean.")] = 0.1,
+    list_: Annotated[
+        list[str] | None,
+        typer.Option("--list", help="Published list of a split; once each.", metavar="SPLIT=FILE"),
+    ] = None,
+    patients: Annotated[
+        Path | None, typer.Option(help="CSV film_id,patient_id for data without patient ids.")
+    ] = None,
+    near_duplicates: Annotated[
+        bool, typer.Option("--near-duplicates", help="For clean: keep these together, too.")
+    ] = False,
+    subset_seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Of the saved 1, 10 and 100 % of patients; may be repeated. [0, 1, 2]"),
+    ] = None,
+) -> None:
+    """Sets a named split of a data folder, and saves 1 %, 10 % and 100 % of its training patients.
+
+    Example: `mmclip data split data/films --name clean --seed 0`
+    """
+    from mmclip.data.splits import set_split
+
+    split = set_split(
+        folder,
+        name,
+        seed=seed,
+        val_ratio=val_ratio,
+        test_ratio=test_ratio,
+        lists=_lists(list_ or ()),
+        patients=patients,
+        near_duplicates=near_duplicates,
+        subset_seeds=tuple(subset_seed or (0, 1, 2)),
+    )
+    _print_split(split, folder)
+
+
+@app.command("check")
+def data_check(
+    folders: Annotated[list[Path], typer.Argument(help="Data folders, examined together.")],
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Patients and equal files alone, no near-duplicates.")
+    ] = False,
+) -> None:
+    """Says what splits and data sets share; exit code 1 when something is in two splits.
+
+    The whole report goes to stdout as JSON.
+
+    Example: `mmclip data check data/chestxray14 data/rsna`
+    """
+    from dataclasses import asdict
+
+    from mmclip.data.check import check_data
+
+    found = check_data(folders, near_duplicates=not exact)
+
+    def say(what: str, lines: "Sequence[object]", style: str = "") -> None:
+        console.print(f"{what}: {'' if lines else 'none'}".rstrip())
+        for line in lines:
+            console.print(f"  {line}", style=style, markup=False, soft_wrap=True)
+
+    counts = [
+        f"{name}: " + ", ".join(f"{what} {n:,}" for what, n in known.items())
+        for name, known in found.counts.items()
+    ]
+    say("folders", counts)
+    say("shared between splits", found.leaks, "red")
+    if len(folders) > 1:
+        say("shared between folders", found.shared, "yellow")
+        say("labels of the same film in two folders", found.disagreements)
+    say("worth a look", found.oddities)
+    if exact:
+        console.print("near-duplicates were not looked for")
+    print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+    if found.leaks:
+        raise typer.Exit(1)
+
+
+def _lists(given: "Sequence[str]") -> "dict[Split, Path]":
+    lists: dict[Split, Path] = {}
+    for item in given:
+        name, is_given, path = item.partition("=")
+        if not is_given or not path:
+            raise ValueError(f"--list {item!r} is no SPLIT=FILE, such as test=test_list.txt")
+        if split_name(name) in lists:
+            raise ValueError(f"--list names {name} twice; give one file a split")
+        lists[split_name(name)] = Path(path)
+    return lists
+
+
+def _print_split(split: dict, folder: Path) -> None:
+    for part, about in split.get("lists", {}).items():
+        known = "the published list" if about["is_known"] else "not known"
+        counts = f"{about['n_rows_found']:,} of {about['n_rows']:,} rows name {about['n_films']:,}"
+        line = f"list {part}: {about['file']}, SHA-256 {about['sha256'][:16]} ({known}); {counts}"
+        console.print(f"{line} films of the folder", markup=False, soft_wrap=True)
+    for warning in split["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    counts = ", ".join(f"{name} {n:,}" for name, n in split["splits"].items())
+    left = split["n_in_no_split"]
+    console.print(f"split {split['name']}: {counts}" + (f", in none {left:,}" if left else ""))
+    for seed, subsets in split["subsets"].items():
+        sizes = (f"{p} % {s['n_patients']:,} ({s['hash'][:8]})" for p, s in subsets.items())
+        console.print(f"training patients, seed {seed}: {', '.join(sizes)}", soft_wrap=True)
+    console.print(f"split hash {split['split_hash'][:16]}, data hash {split['data_hash'][:16]}")
+    print(folder)
+
+
+def _print_meta(meta: dict, out: Path) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = [
+        ("rows read", meta["n_rows"]),
+        ("kept", meta["n_films"]),
+        ("  with a film", meta["n_with_image"]),
+        ("  with a report", meta["n_with_report"]),
+        ("  with both", meta["n_paired"]),
+        ("excluded", meta["n_excluded"]),
+        *((f"  {reason}", n) for reason, n in meta["excluded"].items()),
+        ("studies", meta["n_studies"]),
+        ("patients", meta["n_patients"]),
+        *((f"split {name}", n) for name, n in meta["splits"].items()),
+    ]
+    for what, n in rows:
+        table.add_row(what, f"{n:,}", style="yellow" if what == "excluded" and n else "")
+    console.print(table)
+    console.print(f"data hash {meta['data_hash'][:16]}")
+    print(out)

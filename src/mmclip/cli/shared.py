@@ -1,0 +1,111 @@
+"""What several commands have in common: options, checks of what was given, printed results."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from mmclip.progress import console
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmclip.data.manifest import Split
+    from mmclip.results import RunResults
+
+FolderOption = Annotated[
+    list[Path], typer.Option("--data", help="Data folder of `mmclip data build`; may be repeated.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override, e.g. train.steps=200; may be repeated.", metavar="KEY=V"),
+]
+CpuOption = Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace results of another command in --out.")
+]
+
+
+def command_line() -> str:
+    """The command as it was given, for results and logs."""
+    return shlex.join(["mmclip", *sys.argv[1:]])
+
+
+def device_of(cpu: bool) -> "torch.device":
+    """The GPU if torch sees one and `--cpu` was not given."""
+    import torch
+
+    return torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda")
+
+
+def split_name(name: str) -> "Split":
+    """A split that was named on the command line.
+
+    Raises:
+        ValueError: When there is none of that name.
+    """
+    if name not in ("train", "val", "test"):
+        raise ValueError(f"split {name!r} is none of train, val, test")
+    return name
+
+
+def check_results(out: Path) -> None:
+    """Refuses a folder with the results of another command; the same one may write again."""
+    from mmclip.results import RESULTS_FILE
+
+    path = out / RESULTS_FILE
+    if not path.is_file():
+        return
+    try:
+        command = json.loads(path.read_text("utf-8"))["provenance"]["command"]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(
+            f"{path} is damaged; add --overwrite to replace it, or choose another --out"
+        ) from None
+    if command != command_line():
+        raise ValueError(
+            f"{out} already holds results of `{command}`; add --overwrite to replace them, or "
+            f"choose another --out"
+        )
+    said = f"{out} holds results of this very command; they are written again"
+    console.print(said, markup=False, soft_wrap=True)
+
+
+def print_results(results: "RunResults", out: Path) -> None:
+    """The table for people on stderr, the page's path on stdout."""
+    table = Table(box=None, pad_edge=False)
+    wide = console.width >= 110
+    beside = {name: c.auroc for name, c in results.controls.items() if c.auroc and wide}
+    columns = ("finding", "AUROC", "95 %", "AUPRC", "F1", "MCC", "present", "absent", *beside)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "finding" else "right")
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    def interval(ci: tuple[float, float] | None) -> str:
+        return "–" if ci is None else f"{ci[0]:.3f}–{ci[1]:.3f}"
+
+    for row in results.findings:
+        values = (number(row.auroc), interval(row.auroc_ci), number(row.auprc), number(row.f1))
+        counts = (str(row.n_positive), str(row.n_negative))
+        others = (number(auroc.get(row.finding)) for auroc in beside.values())
+        table.add_row(row.finding, *values, number(row.mcc), *counts, *others)
+    macro = (results.macro_auroc, results.macro_auprc, results.macro_f1, results.macro_mcc)
+    auroc, auprc, f1, mcc = map(number, macro)
+    spread = interval(results.macro_auroc_ci)
+    table.add_row("macro", auroc, spread, auprc, f1, mcc, "", "", style="bold")
+    for name, control in results.controls.items():
+        table.add_row(f"control: {name}", number(control.macro_auroc), style="dim")
+    console.print(table)
+    console.print(
+        f"macro: the mean over findings with at least {results.min_count} films of either kind",
+        style="dim",
+    )
+    for row in results.undefined:
+        console.print(f"not scored: {row.finding} ({row.reason})", style="yellow")
+    print(out / "page.html")

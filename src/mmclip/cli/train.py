@@ -1,0 +1,81 @@
+"""`mmclip demo` and `mmclip pretrain`: what trains."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmclip.cli.shared import CpuOption, FolderOption, SetOption, command_line, print_results
+
+app = typer.Typer()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, run and results.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the made films, the weights and the order.")] = 0,
+    shuffle_pairs: Annotated[
+        bool,
+        typer.Option(
+            "--shuffle-pairs", help="Control: deal films the reports and labels of others."
+        ),
+    ] = False,
+    set_: SetOption = None,
+) -> None:
+    """Made films and reports, a tiny model, a zero-shot result and a page to look at.
+
+    Example: `mmclip demo --seed 1 --out runs/demo-seed1`
+    """
+    from mmclip.demo import run_demo
+
+    results = run_demo(out, seed, shuffle_pairs, tuple(set_ or ()), command_line())
+    print_results(results, out)
+
+
+@app.command()
+def pretrain(
+    data: FolderOption,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    config: Annotated[
+        str, typer.Option(help="Name (tiny, arms/whole, paper, ...) or path to a TOML.")
+    ] = "tiny",
+    set_: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    shuffle_pairs: Annotated[
+        bool, typer.Option("--shuffle-pairs", help="Control: deal films the reports of others.")
+    ] = False,
+    lesion_masks: Annotated[
+        Path | None,
+        typer.Option("--lesion-masks", help="Folder of made films, for image_mask.policy=oracle."),
+    ] = None,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too.")] = False,
+    cpu: CpuOption = False,
+) -> None:
+    """Pre-trains image and text encoder on films with reports.
+
+    Example: `mmclip pretrain --data data/films --config tiny --set train.steps=2000 --out runs/a`
+
+    On several GPUs: `accelerate launch -m mmclip pretrain ...` or
+    `torchrun --nproc-per-node 2 -m mmclip pretrain ...`, with the same arguments.
+    """
+    from mmclip.config import load_config
+    from mmclip.pretrain import Job
+    from mmclip.pretrain import pretrain as run
+
+    job = Job(
+        folders=tuple(data),
+        run=out,
+        config=load_config(config, set_ or ()),
+        command=command_line(),
+        resume=resume,
+        shuffle_pairs=shuffle_pairs,
+        lesions=lesion_masks,
+        wandb=wandb,
+        cpu=cpu,
+    )
+    newest = run(job)
+    if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start this once a process
+        print(newest)
