@@ -24,7 +24,7 @@ LAYERS = (
     {
         "mmclip", "mmclip.batch", "mmclip.bootstrap", "mmclip.config", "mmclip.losses",
         "mmclip.masking", "mmclip.metrics", "mmclip.patches", "mmclip.plots",
-        "mmclip.progress", "mmclip.prompts",
+        "mmclip.progress", "mmclip.prompts", "mmclip.protocols",
     },
 )  # fmt: skip
 """A module may import from its own layer and those behind it. A new module counts as a stage; name

@@ -1,0 +1,137 @@
+"""Protocols: which films are scored for which findings, and by what rules, as versioned data.
+
+A protocol is a TOML file, one for each benchmark of the field; protocols/*.toml are the package's.
+Two results are comparable when protocol, version and data hash are equal.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mmclip.config import Frozen, config_hash, packaged_names, parse, read_toml
+from mmclip.metrics import ThresholdRule
+
+BUILT = "built"
+"""In place of the name of a split: as `mmclip data build` left it."""
+
+Uncertain = Literal["ignore", "positive", "negative"]
+"""What a label that the source calls uncertain trains as. Source: U-Ignore, U-Ones and U-Zeros of
+Irvin et al. 2019 (arXiv:1901.07031), section 3."""
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class FineTuning(Frozen):
+    """What `mmclip finetune` does by a protocol.
+
+    Attributes:
+        fractions: Of the training patients; those of 1, 10 and 100 % are saved with a split.
+        seeds: Of subset, weights and order.
+        uncertain: What uncertain training labels count as, for findings not in `uncertain_of`.
+        uncertain_of: The same for single findings.
+    """
+
+    fractions: tuple[Fraction, ...] = (0.01, 0.1, 1.0)
+    seeds: tuple[int, ...] = (42, 0, 1)
+    uncertain: Uncertain = "ignore"
+    uncertain_of: dict[str, Uncertain] = Field(default_factory=dict)
+
+
+class Protocol(Frozen):
+    """One protocol, as read from its file.
+
+    Attributes:
+        title: For tables.
+        about: Where it comes from, and what differs from papers that name it.
+        readers: Data folders of these readers fit.
+        sources: Of `Film.source`; empty takes all of the folder.
+        splits: Names of splits that fit, `BUILT` among them where the source's own will do.
+        findings: In the order of the benchmark.
+        own_words: Findings are the source's own label words, in any case of letters and up to a
+            first "/": present where a film has the word, absent where it has others.
+        words: For `own_words`: the words of a finding, where they are not its name.
+        unfinished: Label words that leave what a film does not name unknown.
+        prompt_sets: For zero-shot; the first gives the result, the others its spread.
+        threshold: Rule by which a cut is chosen on validation films.
+        min_count: Films of either kind that a finding needs to count in the macro average.
+        finetune: None where a benchmark is for zero-shot alone.
+    """
+
+    id: str
+    version: int = Field(ge=1)
+    title: str
+    about: str
+    readers: tuple[str, ...] = Field(min_length=1)
+    sources: tuple[str, ...] = ()
+    splits: tuple[str, ...] = Field(min_length=1)
+    findings: tuple[str, ...] = Field(min_length=1)
+    own_words: bool = False
+    words: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    unfinished: tuple[str, ...] = ()
+    prompt_sets: tuple[str, ...] = Field(default=("default", "pair", "sentence"), min_length=1)
+    threshold: ThresholdRule = "f1"
+    min_count: int = Field(default=10, ge=1)
+    finetune: FineTuning | None = None
+
+    @model_validator(mode="after")
+    def _names_findings_alike(self) -> "Protocol":
+        if twice := {f for f in self.findings if self.findings.count(f) > 1}:
+            raise ValueError(f"findings names {', '.join(sorted(twice))} twice")
+        named: dict[str, set[str]] = {"words": set(self.words)}
+        if self.finetune:
+            named["finetune.uncertain_of"] = set(self.finetune.uncertain_of)
+        for key, names in named.items():
+            if other := names - set(self.findings):
+                raise ValueError(f"{key} names {', '.join(sorted(other))}, which findings does not")
+        if self.words and not self.own_words:
+            raise ValueError("words is for own_words = true")
+        return self
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the content; comments and layout of the file do not change it."""
+        return config_hash(self)
+
+    def check_folder(self, reader: str, split: str, where: str) -> None:
+        """Refuses a data folder of another source or split.
+
+        Args:
+            reader: That made the folder.
+            split: Its name, or `BUILT`.
+            where: The folder, for the error.
+
+        Raises:
+            ValueError: With what is wanted in its place.
+        """
+        if reader not in self.readers:
+            raise ValueError(
+                f"protocol {self.id} is for data of {_either(self.readers)}, and {where} was built "
+                f"by reader {reader!r}; give such a folder, or leave --protocol out"
+            )
+        if split not in self.splits:
+            named = [name for name in self.splits if name != BUILT]
+            how = " or ".join(f"`mmclip data split {where} --name {name}`" for name in named)
+            raise ValueError(
+                f"protocol {self.id} scores split {_either(self.splits)}, and {where} has split "
+                f"{split!r}; " + (f"set it by {how}" if how else "remove its split.json")
+            )
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(repr(name) for name in names)
+
+
+def protocol_names() -> list[str]:
+    """Names of the protocols that come with the package."""
+    return packaged_names("protocols")
+
+
+def load_protocol(name_or_path: str) -> Protocol:
+    """Reads a protocol of the package by name, or any by the path of its TOML file.
+
+    Raises:
+        ConfigError: When there is no such protocol, or a key or value breaks a rule.
+    """
+    values = read_toml("protocol", "protocols", name_or_path)
+    return parse(Protocol, values, f"protocol {name_or_path}")

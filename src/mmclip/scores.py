@@ -1,0 +1,183 @@
+"""Raw scores of films for findings, with what is known of the films: what evaluations judge.
+
+They lie in scores.npz beside each results.json, so that any metric can be computed again, and two
+runs be compared film by film.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from mmclip.data.dataset import Rows
+from mmclip.data.manifest import ABSENT, PRESENT, Film
+from mmclip.protocols import Protocol
+
+SCORES_FILE = "scores.npz"
+
+
+class ScoresError(ValueError):
+    """A file of scores is missing, damaged, or of other films; the message names the next step."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Films, what they are labelled with, and what a model says of them; a row a film."""
+
+    film_id: np.ndarray
+    patient_id: np.ndarray
+    sex: np.ndarray  # F, M or "" for unknown
+    age_years: Float[np.ndarray, " n"]  # NaN for unknown
+    view: np.ndarray
+    findings: np.ndarray  # names of the columns
+    labels: Float[np.ndarray, "n k"]  # 1, 0 or NaN
+    scores: Float[np.ndarray, "n k"]  # higher for present
+
+    def __len__(self) -> int:
+        return len(self.film_id)
+
+    def names(self) -> list[str]:
+        """The findings, as plain strings."""
+        return [str(name) for name in self.findings]
+
+    def patients(self) -> list[str]:
+        """The patient of each film, as plain strings."""
+        return [str(patient) for patient in self.patient_id]
+
+    def columns(self) -> dict[str, Any]:
+        """What plots and pages are drawn from."""
+        return {"findings": self.names(), "labels": self.labels, "scores": self.scores}
+
+    def where(self, keep: np.ndarray) -> "Scored":
+        """The films where `keep` is True."""
+        of_films = {
+            f.name: getattr(self, f.name)[keep] for f in fields(self) if f.name != "findings"
+        }
+        return replace(self, **of_films)
+
+    def save(self, path: Path, **further: Any) -> None:
+        """Writes an .npz file of all fields, and of more arrays by name."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(
+            path, **{f.name: getattr(self, f.name) for f in fields(self)}, **further
+        )
+
+
+def scored(
+    rows: Rows,
+    findings: Sequence[str],
+    labels: Float[np.ndarray, "n k"],
+    scores: Float[np.ndarray, "n k"],
+) -> Scored:
+    """The scores of the rows of a data folder."""
+    films = rows.films
+    return Scored(
+        film_id=np.array([film.film_id for film in films], str),
+        patient_id=np.array([film.patient_id for film in films], str),
+        sex=np.array([film.sex or "" for film in films], str),
+        age_years=np.array(
+            [np.nan if film.age_years is None else film.age_years for film in films], float
+        ),
+        view=np.array([film.view for film in films], str),
+        findings=np.array(list(findings), str),
+        labels=labels,
+        scores=scores,
+    )
+
+
+def load_scores(path: Path) -> Scored:
+    """Reads scores.npz.
+
+    Raises:
+        ScoresError: When it is missing, or is no file of this version.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return Scored(**{f.name: stored[f.name] for f in fields(Scored)})
+    except (OSError, ValueError, KeyError) as error:
+        raise ScoresError(
+            f"{path} is missing, damaged or of an older version ({error}); run the command that "
+            f"made these results again"
+        ) from None
+
+
+def protocol_labels(protocol: Protocol, films: Sequence[Film]) -> Float[np.ndarray, "n k"]:
+    """What films are labelled with, as a protocol reads it: 1, 0, or NaN for unknown and uncertain.
+
+    Where the protocol has `own_words`, a finding is present in a film with the word, and absent in
+    one that has words, none of which is `unfinished`.
+    """
+    known = {PRESENT: 1.0, ABSENT: 0.0}
+    if not protocol.own_words:
+        rows = [
+            [known.get(f.labels.get(name, -1), np.nan) for name in protocol.findings] for f in films
+        ]
+        return np.array(rows, float).reshape(len(films), len(protocol.findings))
+    asked = [
+        {word.lower() for word in protocol.words.get(name, (name,))} for name in protocol.findings
+    ]
+    unfinished = {word.lower() for word in protocol.unfinished}
+    labels = np.full((len(films), len(protocol.findings)), np.nan)
+    for row, film in zip(labels, films, strict=True):
+        words = {word.lower() for word in film.source_labels}
+        words |= {word.split("/")[0].strip() for word in words}
+        if words and not words & unfinished:
+            row[:] = 0.0
+        row[[bool(words & of_finding) for of_finding in asked]] = 1.0
+    return labels
+
+
+def read_scores_csv(
+    path: Path, findings: Sequence[str], film_ids: Sequence[str]
+) -> Float[np.ndarray, "n k"]:
+    """Scores of any model from a CSV: a column film_id, and one for each finding.
+
+    Args:
+        path: The file.
+        findings: The columns that are read, in order.
+        film_ids: The films that need a score, in order; others in the file are left alone.
+
+    Raises:
+        ScoresError: When a column or film is missing or named twice, or a score is no finite
+            number.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header = reader.fieldnames or ()
+            if missing := [name for name in ("film_id", *findings) if name not in header]:
+                raise ScoresError(
+                    f"{path} lacks the columns {', '.join(map(repr, missing))}; it has "
+                    f"{', '.join(map(repr, header)) or 'none'}"
+                )
+            found: dict[str, list[float]] = {}
+            for number, row in enumerate(reader, start=2):
+                if row["film_id"] in found:
+                    raise ScoresError(
+                        f"{path}, line {number}: film {row['film_id']!r} occurs twice"
+                    )
+                found[row["film_id"]] = [_number(path, number, row, name) for name in findings]
+    except OSError as error:
+        raise ScoresError(f"{path} cannot be read: {error.strerror}") from None
+    if missing := [name for name in film_ids if name not in found]:
+        raise ScoresError(
+            f"{path} has no score of {len(missing)} of the {len(film_ids)} films, such as "
+            f"{', '.join(missing[:3])}; every film of the protocol needs one"
+        )
+    return np.array([found[name] for name in film_ids], float).reshape(len(film_ids), len(findings))
+
+
+def _number(path: Path, line: int, row: Mapping[str, str], name: str) -> float:
+    try:
+        value = float(row[name])
+    except (TypeError, ValueError):
+        value = np.nan
+    if not np.isfinite(value):
+        raise ScoresError(
+            f"{path}, line {line}: the score of {name!r} is {row[name]!r}, no finite number"
+        )
+    return value
