@@ -40,7 +40,7 @@ from mmclip.data.manifest import Split, read_meta, write_text_atomic
 from mmclip.data.synthetic import FINDINGS, PRESETS
 from mmclip.pretrain import Job, pretrain
 from mmclip.prompts import load_prompts
-from mmclip.zeroshot import ZeroShot, rows_to_score, save_scores, zeroshot
+from mmclip.zeroshot import ZeroShot, rows_to_score, zeroshot
 
 SHUFFLED = "+shuffled_pairs"
 """Behind the name of an arm: with `--shuffle-pairs`."""
@@ -260,12 +260,9 @@ def run_all(
             )
             for films in both
         )  # fmt: skip
-        path = scores_path(out, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_scores(
-            path,
-            plain,
-            shifted=shifted.scores,
+        plain.test.save(
+            scores_path(out, key),
+            shifted=shifted.test.scores,
             config_hash=np.array(key.config_hash),
             data_hash=np.array(key.data_hash),
         )

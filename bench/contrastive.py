@@ -74,6 +74,7 @@ def main() -> None:
     rows = open_rows([args.out / "data"], config.data.film_px)
     prompts = load_prompts("default")
     by_step: dict[int, float] = {}
+    summary: dict = {}
     for folder in sorted(newest.parent.glob("step_*")):
         checkpoint = load_checkpoint(folder)
         summary = zeroshot(

@@ -45,6 +45,7 @@ from mmclip.data.disease_prompts import PROMPT_DRAWS, load_disease_prompts
 from mmclip.data.manifest import PRESENT
 from mmclip.data.synthetic import read_masks
 from mmclip.data.text import tokenise
+from mmclip.embed import embed_prompts
 from mmclip.masking import contribution_score, response_score
 from mmclip.mechanism import (
     PatientMean,
@@ -59,7 +60,6 @@ from mmclip.models.mmclip import MMCLIP, MaskPlan, build_mmclip
 from mmclip.patches import lesion_ratio_of_patches, normalise_patches, patchify
 from mmclip.pretrain import read_lesions
 from mmclip.prompts import load_prompts
-from mmclip.zeroshot import embed_prompts
 
 SMALL_RATIO = 0.03
 """Lesions under this share of the film count in the headline. [chosen: a heart or an edema fills

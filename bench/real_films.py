@@ -32,13 +32,13 @@ import numpy as np
 
 from ablation import Key, losses_at_end, read_lines, run_name, train, unfinished
 from compare import markdown
-from mmclip.bootstrap import score_findings
 from mmclip.checkpoint import code_version, load_checkpoint
 from mmclip.config import Config, config_hash, load_config
 from mmclip.data.build import build_data
 from mmclip.data.dataset import open_rows
 from mmclip.data.manifest import META_FILE, Split, read_meta
 from mmclip.data.sources import open_reader
+from mmclip.evaluation import score_findings
 from mmclip.metrics import known
 from mmclip.prompts import load_prompts
 from mmclip.zeroshot import ZeroShot, any_finding, nuisance, zeroshot
@@ -130,21 +130,22 @@ def figures(result: ZeroShot, beside: Mapping[str, dict]) -> dict:
 
 def among_the_sick(result: ZeroShot) -> dict[str, float] | None:
     """Each finding's AUROC over films with some finding; None where no film is labelled normal."""
-    if "no finding" not in result.findings:
+    test = result.test
+    if "no finding" not in test.names():
         return None
-    normal = result.labels[:, result.findings.index("no finding")]
+    normal = test.labels[:, test.names().index("no finding")]
     rows = np.flatnonzero(normal == 0)
-    columns = [k for k, name in enumerate(result.findings) if name != "no finding"]
-    labels, scores = result.labels[np.ix_(rows, columns)], result.scores[np.ix_(rows, columns)]
+    columns = [k for k, name in enumerate(test.names()) if name != "no finding"]
+    labels, scores = test.labels[rows][:, columns], test.scores[rows][:, columns]
     kept = [i for i in range(len(columns)) if known(labels[:, i], scores[:, i]) is not None]
     if not kept:
         return None
-    patients = result.patients()
+    patients = test.patients()
     found = score_findings(
         labels[:, kept],
         scores[:, kept],
         [patients[row] for row in rows],
-        [result.findings[columns[i]] for i in kept],
+        [test.names()[columns[i]] for i in kept],
         draws=1,
     )
     return {row["finding"]: row["auroc"] for row in found["findings"]} | (

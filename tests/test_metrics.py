@@ -18,8 +18,8 @@ from mmclip.bootstrap import (
     bootstrap_metrics,
     macro_draws,
     percentile_interval,
-    score_findings,
 )
+from mmclip.evaluation import score_findings
 from mmclip.metrics import (
     Counts,
     Threshold,

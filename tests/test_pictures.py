@@ -26,6 +26,7 @@ from mmclip.pictures import (
     spans_of,
     warmed,
 )
+from mmclip.scores import scored
 from mmclip.zeroshot import ZeroShot
 
 from . import made
@@ -301,7 +302,8 @@ def test_without_chance_nothing_of_the_film_or_the_text_is_left_out(control: str
 
 def test_the_gallery_has_the_pictures_of_its_films_in_its_order(whole: Checkpoint, rows: Rows):
     n = len(rows)
-    result = ZeroShot(rows, [], np.zeros((n, 0)), torch.zeros(n, 2), np.zeros((n, 0)), {})
+    nothing = scored(rows, [], np.zeros((n, 0)), np.zeros((n, 0)))
+    result = ZeroShot(rows, torch.zeros(n, 2), nothing, None, {})
     items = result.gallery(whole, [6, 0, 7])
     assert [item.name for item in items] == [UNPAIRED, PAIRED, SPEECHLESS]
     for item, has_picture in zip(items, (True, True, False), strict=True):

@@ -58,14 +58,13 @@ def test_words_for_covid_and_its_test_are_taken_out_and_nothing_else(bench, tmp_
 def test_among_the_sick_films_without_a_finding_do_not_count(bench):
     labels = np.array([[1, 0], [1, 0], [0, 1], [0, 0], [0, 1], [0, 0]], float)
     scores = np.array([[0, 0.9], [0, 0.9], [0, 0.8], [0, 0.1], [0, 0.7], [0, 0.2]])
-    result = SimpleNamespace(
-        findings=["no finding", "mass"],
-        labels=labels,
-        scores=scores,
-        patients=lambda: list("abcdef"),
+    names = ["no finding", "mass"]
+    test = SimpleNamespace(
+        names=lambda: names, labels=labels, scores=scores, patients=lambda: list("abcdef")
     )
+    result = SimpleNamespace(test=test)
     assert bench.among_the_sick(result)["mass"] == 1.0  # over all films it would be 0.5
-    result.findings = ["nodule", "mass"]
+    names[0] = "nodule"
     assert bench.among_the_sick(result) is None
 
 

@@ -14,17 +14,9 @@ from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.manifest import Film, ManifestError
 from mmclip.data.synthetic import FINDINGS
+from mmclip.embed import PromptEmbeddings, embed_texts, probabilities
 from mmclip.prompts import PromptSet, load_prompts
-from mmclip.zeroshot import (
-    PromptEmbeddings,
-    ZeroShot,
-    embed_texts,
-    evaluate,
-    probabilities,
-    rows_to_score,
-    write_zeroshot,
-    zeroshot,
-)
+from mmclip.zeroshot import ZeroShot, evaluate, rows_to_score, write_zeroshot, zeroshot
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +66,7 @@ def test_probabilities_are_the_softmax_over_the_pair(scored: ZeroShot):
     expected = pair.double().softmax(-1)[..., 0].numpy()
     found = probabilities(films, PromptEmbeddings(positive, negative), 14.0)
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert ((scored.scores > 0) & (scored.scores < 1)).all()
+    assert ((scored.test.scores > 0) & (scored.test.scores < 1)).all()
 
 
 def test_collapsed_embeddings_score_one_half(made_run: Path, rows: Rows, prompts: PromptSet):
@@ -82,19 +74,19 @@ def test_collapsed_embeddings_score_one_half(made_run: Path, rows: Rows, prompts
     with torch.no_grad():
         collapsed.model.visual_projection.weight.zero_()
     result = zeroshot(collapsed, rows, prompts, draws=5)
-    assert (result.scores == 0.5).all()
+    assert (result.test.scores == 0.5).all()
     assert [row["auroc"] for row in result.summary["findings"]] == [0.5] * len(FINDINGS)
 
 
 def test_the_order_of_the_findings_is_the_order_of_the_results(
     trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
 ):
-    order = np.random.default_rng(0).permutation(len(scored.findings))
-    names = [scored.findings[i] for i in order]
+    order = np.random.default_rng(0).permutation(len(scored.test.names()))
+    names = [scored.test.names()[i] for i in order]
     result = zeroshot(trained, rows, prompts, findings=names, draws=20)
-    assert result.findings == names
+    assert result.test.names() == names
     assert [row["finding"] for row in result.summary["findings"]] == names
-    np.testing.assert_allclose(result.scores, scored.scores[:, order], rtol=1e-9)
+    np.testing.assert_allclose(result.test.scores, scored.test.scores[:, order], rtol=1e-9)
     for name, row in by_finding(scored).items():
         theirs = by_finding(result)[name]
         for metric in ("auroc", "auroc_ci", "auprc", "f1", "mcc", "n_positive", "n_negative"):
@@ -105,8 +97,8 @@ def test_findings_are_scored_alone_as_among_others(
     trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
 ):
     result = zeroshot(trained, rows, prompts, findings=["nodule"], draws=20)
-    column = scored.findings.index("nodule")
-    np.testing.assert_allclose(result.scores[:, 0], scored.scores[:, column], rtol=1e-9)
+    column = scored.test.names().index("nodule")
+    np.testing.assert_allclose(result.test.scores[:, 0], scored.test.scores[:, column], rtol=1e-9)
 
 
 def test_labels_of_test_films_change_neither_scores_nor_thresholds(
@@ -118,8 +110,8 @@ def test_labels_of_test_films_change_neither_scores_nor_thresholds(
         return replace(film, labels={name: 1 - value for name, value in film.labels.items()})
 
     result = zeroshot(trained, changed(rows, opposite), prompts, draws=20)
-    assert np.array_equal(result.labels, 1 - scored.labels)
-    assert np.array_equal(result.scores, scored.scores)
+    assert np.array_equal(result.test.labels, 1 - scored.test.labels)
+    assert np.array_equal(result.test.scores, scored.test.scores)
     for name, row in by_finding(scored).items():
         theirs = by_finding(result)[name]
         assert theirs["threshold"] == row["threshold"]
@@ -131,10 +123,10 @@ def test_thresholds_come_from_the_validation_films(
 ):
     val = zeroshot(trained, rows, prompts, split="val", draws=5)
     for name, row in by_finding(scored).items():
-        column = val.findings.index(name)
-        if 0 < val.labels[:, column].sum() < len(val.rows):
+        column = val.test.names().index(name)
+        if 0 < val.test.labels[:, column].sum() < len(val.rows):
             assert (row["threshold"]["rule"], row["threshold"]["chosen_on"]) == ("f1", "val")
-            assert row["threshold"]["value"] in val.scores[:, column]
+            assert row["threshold"]["value"] in val.test.scores[:, column]
         else:
             assert (row["threshold"]["rule"], row["threshold"]["value"]) == ("even", 0.5)
     assert {row["threshold"]["rule"] for row in by_finding(val).values()} == {"even"}
@@ -203,7 +195,7 @@ def test_one_film_is_scored_as_among_others(
     last = scored.rows.films[-1].film_id
     alone = rows.select([film.film_id == last for film in rows.films])
     result = zeroshot(trained, alone, prompts, draws=5)
-    np.testing.assert_allclose(result.scores[0], scored.scores[-1], rtol=1e-4)
+    np.testing.assert_allclose(result.test.scores[0], scored.test.scores[-1], rtol=1e-4)
 
 
 def test_equal_texts_are_encoded_once(trained: Checkpoint, monkeypatch: pytest.MonkeyPatch):
@@ -246,7 +238,7 @@ def test_what_is_not_in_the_data_is_named_with_what_is(
 def test_the_files_hold_what_the_results_say(made_run: Path, made_data: Path, tmp_path: Path):
     results = evaluate(
         made_run, [made_data], tmp_path, split="test", sources=(), findings=("nodule", "mass"),
-        prompt_set="default", draws=10, seed=0, command="mmclip zeroshot",
+        prompt_sets=("default", "pair"), protocol=None, draws=10, seed=0, command="mmclip zeroshot",
         device=torch.device("cpu"),
     )  # fmt: skip
     with np.load(tmp_path / "scores.npz") as stored:

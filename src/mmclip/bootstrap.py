@@ -1,27 +1,17 @@
-"""Intervals of metrics by resampling patients, and the scores of a run with them.
+"""Intervals of metrics by resampling patients.
 
 The bootstrap is ours, as resampling by a loop over scikit-learn takes hours where this takes
 seconds; tests hold it to scikit-learn's values in each draw.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
-from mmclip.metrics import (
-    Operating,
-    Threshold,
-    at_threshold,
-    auprc,
-    auroc,
-    count_labels,
-    f1_of_counts,
-    known,
-    mcc_of_counts,
-)
+from mmclip.metrics import f1_of_counts, known, mcc_of_counts
 
 Interval = tuple[float, float]
 
@@ -143,86 +133,6 @@ def percentile_interval(
         return None
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def score_findings(
-    labels: Float[np.ndarray, "n k"],
-    scores: Float[np.ndarray, "n k"],
-    patients: Sequence[Hashable] | Int[np.ndarray, " n"],
-    findings: Sequence[str],
-    *,
-    thresholds: Mapping[str, Threshold] | None = None,
-    draws: int = 1000,
-    seed: int = 0,
-    min_count: int = 10,
-) -> dict:
-    """Every metric of every finding with its interval: the `scores` part of results.json.
-
-    Args:
-        labels: 1, 0 or NaN; a column a finding.
-        scores: Same shape.
-        patients: The patient of each row.
-        findings: The names of the columns, in order.
-        thresholds: Cuts by finding, chosen elsewhere; without one, F1 and the like are None.
-        draws: Bootstrap resamples of patients.
-        seed: Of the resamples.
-        min_count: A finding counts towards the macro average when it has at least this many
-            positive and as many negative films. [chosen: below ten, one film moves it by points]
-
-    Returns:
-        The fields of `mmclip.results.Scores`: `findings` in the given order, without those that
-        lack a class, which are in `undefined` with the reason and counts; `macro_*` over
-        `macro_findings`, None when no finding counts.
-    """
-    if len(set(findings)) != len(findings) or len(findings) != labels.shape[1]:
-        raise ValueError(
-            f"{len(findings)} findings ({len(set(findings))} distinct) for {labels.shape[1]} "
-            f"columns of labels; name each column once"
-        )
-    cut_of = dict(thresholds or {})
-    cuts = [cut_of[name].value if name in cut_of else None for name in findings]
-    resampled = bootstrap_metrics(labels, scores, patients, draws=draws, seed=seed, thresholds=cuts)
-    draws_of = dict(zip(Draws._fields, resampled, strict=True))
-    scored, undefined = [], []
-    for i, name in enumerate(findings):
-        counts = count_labels(labels[:, i])
-        row = {"finding": name, **counts._asdict()}
-        if not (counts.n_positive and counts.n_negative):
-            missing = [k for k in ("positive", "negative") if not row[f"n_{k}"]]
-            undefined.append(row | {"reason": f"no {' and no '.join(missing)} film"})
-            continue
-        cut = cut_of.get(name)
-        called = None if cut is None else at_threshold(labels[:, i], scores[:, i], cut.value)
-        at_cut = called._asdict() if called else dict.fromkeys(Operating._fields)
-        row |= {
-            "in_macro": min(counts.n_positive, counts.n_negative) >= min_count,
-            "auroc": auroc(labels[:, i], scores[:, i]),
-            "auprc": auprc(labels[:, i], scores[:, i]),
-            **at_cut,
-            **{f"{metric}_ci": percentile_interval(d[:, i]) for metric, d in draws_of.items()},
-            "threshold": None if cut is None else cut._asdict(),
-        }
-        scored.append(row)
-    counted = [row for row in scored if row["in_macro"]]
-    columns = [list(findings).index(row["finding"]) for row in counted]
-    macro: dict[str, float | Interval | None] = {}
-    for metric, values in draws_of.items():
-        points = [row[metric] for row in counted]
-        # A macro over fewer findings than `macro_findings` names would mislead: all or none.
-        complete = bool(points) and None not in points
-        macro[f"macro_{metric}"] = float(np.mean(points)) if complete else None
-        interval = percentile_interval(macro_draws(values, columns)) if complete else None
-        macro[f"macro_{metric}_ci"] = interval
-    return {
-        **macro,
-        "macro_findings": [row["finding"] for row in counted],
-        "min_count": min_count,
-        "n_films": len(labels),
-        "n_patients": len(set(_hashable(patients))),
-        "bootstrap_draws": draws,
-        "findings": scored,
-        "undefined": undefined,
-    }
 
 
 def _hashable(patients: Sequence[Hashable] | np.ndarray) -> list[Hashable]:

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.baselines import thumbnail_scores
-from mmclip.bootstrap import score_findings
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import Config, load_config
 from mmclip.data.build import build_data
@@ -19,17 +18,18 @@ from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.manifest import META_FILE
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
+from mmclip.embed import embed_films, embed_prompts, probabilities
+from mmclip.evaluation import score_findings
 from mmclip.pretrain import Job, build_model, pretrain
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet, load_prompts
 from mmclip.results import RESULTS_FILE, RunResults
 from mmclip.zeroshot import (
+    DEFAULT_PROMPT_SETS,
     GALLERY_FILMS,
     ZeroShot,
+    check_trained,
     control_of,
-    embed_films,
-    embed_prompts,
-    probabilities,
     rows_to_score,
     write_zeroshot,
     zeroshot,
@@ -71,10 +71,12 @@ def run_demo(
         shuffle_pairs=shuffle_pairs,
     )
     checkpoint = load_checkpoint(pretrain(job))
-    prompts = load_prompts("default")
+    prompts, *wordings = [load_prompts(name) for name in DEFAULT_PROMPT_SETS]
     held_out = _held_out(out / "raw")
     ordinary = rows.select([film.film_id not in held_out for film in rows.films])
-    result = zeroshot(checkpoint, ordinary, prompts, findings=FINDINGS, seed=seed)
+    result = zeroshot(
+        checkpoint, ordinary, prompts, wordings=wordings, findings=FINDINGS, seed=seed
+    )
     controls = {
         "thumbnails": _thumbnails(ordinary, result),
         "untrained": _untrained(config, checkpoint.tokenizer, result),
@@ -102,6 +104,7 @@ def run_demo(
         controls=controls,
         combinations=_combinations(rows, held_out, checkpoint, prompts, seed),
         gallery=_gallery(result),
+        leak_check=check_trained(checkpoint, result.rows, "test"),
         facts={
             "training pairs": checkpoint.meta["n_pairs"],
             "unpaired films": checkpoint.meta["n_unpaired"],
@@ -142,7 +145,7 @@ def _held_out(raw: Path) -> dict[str, str]:
 def _thumbnails(rows: Rows, result: ZeroShot) -> dict:
     """A logistic regression on 8 x 8 thumbnails, trained with labels: what brightness tells."""
     train, val = (rows_to_score(rows, split) for split in ("train", "val"))
-    scores = thumbnail_scores(train, val, result.rows, result.findings)
+    scores = thumbnail_scores(train, val, result.rows, result.test.names())
     return control_of(
         result,
         scores,
@@ -152,15 +155,15 @@ def _thumbnails(rows: Rows, result: ZeroShot) -> dict:
 
 def _untrained(config: Config, tokenizer: PreTrainedTokenizerFast, result: ZeroShot) -> dict:
     """The same model before any training, over ten initialisations."""
-    found = []
+    found, test = [], result.test
     prompts = load_prompts("default")
     for seed in UNTRAINED_SEEDS:
         torch.manual_seed(seed)
         model = build_model(config, tokenizer).eval()
-        pair = embed_prompts(model, tokenizer, prompts, result.findings, config.data.max_tokens)
+        pair = embed_prompts(model, tokenizer, prompts, test.names(), config.data.max_tokens)
         films = embed_films(model, result.rows, show=False)
         scores = probabilities(films, pair, float(model.scale().detach()))
-        summary = score_findings(result.labels, scores, result.patients(), result.findings, draws=1)
+        summary = score_findings(test.labels, scores, test.patients(), test.names(), draws=1)
         found.append(summary["macro_auroc"])
     return {
         "macro_auroc": float(np.mean(found)),
@@ -192,8 +195,8 @@ def _combinations(
 def _gallery(result: ZeroShot) -> list[int]:
     """The first films of the test split that show each finding, and two without any."""
     chosen: list[int] = []
-    for k in range(len(result.findings)):
-        with_it = [r for r in np.flatnonzero(result.labels[:, k] == 1) if r not in chosen]
+    for k in range(len(result.test.names())):
+        with_it = [r for r in np.flatnonzero(result.test.labels[:, k] == 1) if r not in chosen]
         chosen += [int(r) for r in with_it[:1]]
-    normal = np.flatnonzero(np.nansum(result.labels, 1) == 0)[:2]
+    normal = np.flatnonzero(np.nansum(result.test.labels, 1) == 0)[:2]
     return [*chosen[: GALLERY_FILMS - len(normal)], *map(int, normal)]

@@ -17,7 +17,8 @@ from mmclip.data.cache import CacheError, verify_cache
 from mmclip.data.check import find_overlaps, patient_key
 from mmclip.data.manifest import MANIFEST_FILE, META_FILE, ManifestError, read_manifest, read_meta
 from mmclip.metrics import auroc
-from mmclip.results import PAGE_FILE, RESULTS_FILE, checked
+from mmclip.pages import PAGE_FILE
+from mmclip.results import RESULTS_FILE, checked
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow", "spacy")
 OPTIONAL = ("wandb",)
@@ -131,7 +132,7 @@ def examine_results(folder: Path) -> Iterator[Finding]:
     yield Finding(
         "results",
         f"{results.n_films} films of {results.n_patients} patients, data {made.data_hash[:12]}, "
-        f"config {made.config_hash[:12]}; made by `{made.command}`",
+        f"config {(made.config_hash or 'not ours')[:12]}; made by `{made.command}`",
     )
     try:
         with np.load(folder / "scores.npz") as stored:

@@ -58,6 +58,14 @@ class Operating(NamedTuple):
     specificity: float
 
 
+class Tuned(NamedTuple):
+    """What papers report whose cuts were chosen on the test films: higher than any honest cut's."""
+
+    f1: float
+    accuracy: float
+    mcc: float
+
+
 class Retrieval(NamedTuple):
     """Share of a query's positives among its first k, and share of queries with at least one."""
 
@@ -195,6 +203,50 @@ def at_threshold(
         sensitivity=float(recall_score(truth, called)),
         specificity=float(recall_score(truth, called, pos_label=0)),
     )
+
+
+def best_on_these(labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> Tuned | None:
+    """Best F1 and best MCC over all cuts of these very films; None when a class is missing.
+
+    For comparison with published numbers alone. Accuracy is that of the cut of the best F1, above
+    which (and not at which) a film is present.
+
+    Source: F1 and accuracy as in MedKLIP's and MAVL's test.py, MCC as in KAD's.
+    """
+    by_f1, by_mcc = (choose_threshold(labels, scores, rule) for rule in ("f1", "mcc"))
+    pair = known(labels, scores)
+    if pair is None or by_f1 is None or by_mcc is None:
+        return None
+    best_f1, best_mcc = (at_threshold(labels, scores, cut) for cut in (by_f1, by_mcc))
+    assert best_f1 is not None and best_mcc is not None  # both classes are there
+    accuracy = float(accuracy_score(pair[0] == 1, pair[1] > by_f1))
+    return Tuned(best_f1.f1, accuracy, best_mcc.mcc)
+
+
+CALIBRATION_BINS = 15
+"""Source: Guo et al. 2017 (arXiv:1706.04599), section 4."""
+
+
+def calibration_error(
+    labels: Float[np.ndarray, " n"], probabilities: Float[np.ndarray, " n"]
+) -> float | None:
+    """Expected calibration error: the mean distance of what is said from what is found.
+
+    Films are put into 15 bins of equal width by their probability; a bin's distance is that of its
+    mean probability from its share of positives, and it counts by its films.
+
+    Returns:
+        Between 0 and 1; None when a class is missing, or a score is no probability.
+
+    Source: Guo et al. 2017 (arXiv:1706.04599), equation 3, of the positive class.
+    """
+    pair = known(labels, probabilities)
+    if pair is None or pair[1].min() < 0 or pair[1].max() > 1:
+        return None
+    truth, said = pair
+    bins = np.minimum((said * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=said - truth, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(truth))
 
 
 def recall_at_k(

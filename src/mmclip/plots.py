@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
 from mmclip.bootstrap import Interval
@@ -140,8 +141,45 @@ def curve_svg(panel: Panel) -> str:
         left, right = figure.subplots(1, 2)
         _draw_roc(left, panel)
         _draw_scores(right, panel)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+        return _svg(figure)
+
+
+RELIABILITY_BINS = 10
+"""Of equal numbers of scores. [chosen: so that no point is of a few films]"""
+
+
+def reliability_svg(
+    labels: Float[np.ndarray, "n k"], scores: Float[np.ndarray, "n k"]
+) -> str | None:
+    """What is said against what is found, over all known labels of all findings, for the page.
+
+    None where scores are no probabilities, or no label is known.
+    """
+    is_known = ~np.isnan(labels)
+    truth, said = labels[is_known], scores[is_known]
+    if not len(truth) or said.min() < 0 or said.max() > 1:
+        return None
+    found, mean = calibration_curve(truth, said, n_bins=RELIABILITY_BINS, strategy="quantile")
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": "reliability"}):
+        figure = Figure(figsize=(2.6, 2.4), layout="constrained")
+        axes = figure.subplots()
+        _plain_axes(axes)
+        axes.plot([0, 1], [0, 1], color=QUIET, linewidth=0.7, linestyle=_DASHED)
+        axes.plot(
+            mean, found, color=ACCENT, linewidth=1.4, marker="o", markersize=3.5, clip_on=False
+        )
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+        axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
+        axes.set_xlabel("probability said", fontsize=7, labelpad=2)
+        axes.set_ylabel("share found", fontsize=7, labelpad=2)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """A figure as an SVG element that can stand in a page with others."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

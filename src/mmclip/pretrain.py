@@ -1,6 +1,6 @@
 """Pre-training: data folders and a configuration in, a run folder with checkpoints out.
 
-run/config.json, trained_on.npy, metrics.jsonl, tensorboard/, checkpoints/step_000500/
+run/config.json, trained_on.npy, seen.json, metrics.jsonl, tensorboard/, checkpoints/step_000500/
 """
 
 import json
@@ -24,7 +24,14 @@ from mmclip.checkpoint import (
     save_checkpoint,
 )
 from mmclip.config import Config, config_hash
-from mmclip.data.batches import TrainingBatches, is_pair, label_names, training_rows
+from mmclip.data.batches import (
+    SEEN_FILE,
+    TrainingBatches,
+    is_pair,
+    label_names,
+    seen_in_training,
+    training_rows,
+)
 from mmclip.data.check import TRAINED_FILE, refuse_leaks, trained_keys
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.manifest import ManifestError, write_text_atomic
@@ -139,6 +146,8 @@ def pretrain(job: Job) -> Path:
         resolved = {"config": job.config.model_dump(mode="json"), **facts}
         write_text_atomic(job.run / "config.json", json.dumps(resolved, indent=2) + "\n")
         np.save(job.run / TRAINED_FILE, trained_keys(chosen.films))
+        seen = seen_in_training(chosen, job.config)
+        write_text_atomic(job.run / SEEN_FILE, json.dumps(seen, indent=2) + "\n")
         _say_what_runs(job, accelerator, model, chosen, state)
     accelerator.init_trackers(
         "mmclip" if job.wandb else "tensorboard", config=_flat(job.config.model_dump(mode="json"))

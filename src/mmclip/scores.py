@@ -48,6 +48,10 @@ class Scored:
         """The patient of each film, as plain strings."""
         return [str(patient) for patient in self.patient_id]
 
+    def arrays(self) -> dict[str, Any]:
+        """All fields by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     def columns(self) -> dict[str, Any]:
         """What plots and pages are drawn from."""
         return {"findings": self.names(), "labels": self.labels, "scores": self.scores}

@@ -1,40 +1,34 @@
 """Zero-shot classification: a film is compared with what a report would say of it."""
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from mmclip.baselines import nuisance_scores
-from mmclip.bootstrap import score_findings
-from mmclip.checkpoint import Checkpoint, code_version, load_checkpoint
+from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.data.batches import SEEN_FILE
 from mmclip.data.check import TRAINED_FILE, refuse_trained
-from mmclip.data.dataset import Rows, normalise, open_rows
-from mmclip.data.manifest import ManifestError, Split
-from mmclip.data.text import tokenise
-from mmclip.metrics import Threshold, choose_thresholds, known
-from mmclip.models.mmclip import MMCLIP
+from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.entities import find_entities
+from mmclip.data.manifest import ManifestError, Split, read_meta
+from mmclip.embed import PromptEmbeddings, embed_films, embed_prompts, probabilities
+from mmclip.evaluation import judge, score_findings
+from mmclip.metrics import auroc
+from mmclip.pages import GalleryItem, extreme_cases, write_evaluation
 from mmclip.pictures import make_pictures
-from mmclip.progress import progress
 from mmclip.prompts import PromptSet, load_prompts
-from mmclip.results import (
-    GalleryItem,
-    RunResults,
-    checked,
-    write_page,
-    write_plots,
-    write_results,
-)
+from mmclip.protocols import BUILT, Protocol, load_protocol
+from mmclip.results import RunResults
+from mmclip.scores import Scored, protocol_labels, scored
 
 logger = logging.getLogger(__name__)
 
@@ -45,104 +39,45 @@ GALLERY_FILMS = 12
 """Films on the page, evenly spaced over the rows: not chosen by how well they came out."""
 
 
-@dataclass(frozen=True)
-class PromptEmbeddings:
-    """One embedding a finding and side: the normalised mean over the wordings."""
-
-    positive: Float[Tensor, "k e"]
-    negative: Float[Tensor, "k e"]
+DEFAULT_PROMPT_SETS = ("default", "pair", "sentence")
+"""Where no protocol names others."""
 
 
-@torch.inference_mode()
-def embed_films(
-    model: MMCLIP, rows: Rows, batch_size: int = 256, show: bool = True
-) -> Float[Tensor, "n e"]:
-    """The embeddings of all films, on the CPU, in the order of the rows."""
-    device = model.logit_scale.device
-    out = []
-    with progress("embedding films", len(rows), show=show) as advance:
-        for start in range(0, len(rows), batch_size):
-            part = np.arange(start, min(start + batch_size, len(rows)))
-            image = normalise(rows.pixels(part)).to(device)
-            out.append(model.encode_image(image).embedding.cpu())
-            advance(len(part))
-    return torch.cat(out)
+def rows_to_score(
+    rows: Rows, split: Split, sources: Sequence[str] = (), protocol: Protocol | None = None
+) -> Rows:
+    """The labelled frontal films of a split.
 
-
-@torch.inference_mode()
-def embed_texts(
-    model: MMCLIP,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: Sequence[str],
-    max_tokens: int,
-    batch_size: int = 256,
-) -> Float[Tensor, "n e"]:
-    """The embeddings of some texts, on the CPU; a text that occurs twice is encoded once."""
-    device = model.logit_scale.device
-    distinct = list(dict.fromkeys(texts))
-    out = []
-    for start in range(0, len(distinct), batch_size):
-        tokens = tokenise(tokenizer, distinct[start : start + batch_size], max_tokens=max_tokens)
-        ids = torch.from_numpy(tokens.ids).long().to(device)
-        is_valid = torch.from_numpy(tokens.is_valid).to(device)
-        out.append(model.encode_text(ids, is_valid).embedding.cpu())
-    number = {text: i for i, text in enumerate(distinct)}
-    return torch.cat(out)[[number[text] for text in texts]]
-
-
-def embed_prompts(
-    model: MMCLIP,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: PromptSet,
-    findings: Sequence[str],
-    max_tokens: int,
-) -> PromptEmbeddings:
-    """Embeds the prompts of each finding and averages the wordings of a side.
-
-    Source: prompt ensembling in embedding space, CLIP section 3.1.4 (arXiv:2103.00020).
-    """
-
-    def averaged(texts: Sequence[str]) -> Tensor:
-        return F.normalize(embed_texts(model, tokenizer, texts, max_tokens).mean(0), dim=-1)
-
-    sides = [prompts.texts(finding) for finding in findings]
-    return PromptEmbeddings(
-        positive=torch.stack([averaged(side.positives) for side in sides]),
-        negative=torch.stack([averaged(side.negatives) for side in sides]),
-    )
-
-
-def probabilities(
-    films: Float[Tensor, "n e"], prompts: PromptEmbeddings, scale: float
-) -> Float[np.ndarray, "n k"]:
-    """Softmax over the pair of prompts: the probability that the positive one fits the film.
-
-    Source: CheXzero (Tiu et al. 2022), methods, "softmax evaluation".
-    """
-    difference = films.double() @ (prompts.positive - prompts.negative).double().T
-    return torch.sigmoid(scale * difference).numpy()
-
-
-def rows_to_score(rows: Rows, split: Split, sources: Sequence[str] = ()) -> Rows:
-    """The labelled frontal films of a split, and of some sources if they are named.
+    Args:
+        rows: Of data folders.
+        split: Train, val or test.
+        sources: Only these, where some are named.
+        protocol: In place of `sources`, and to say what counts as labelled.
 
     Raises:
-        ManifestError: When none is left; it says what the folder holds.
+        ManifestError: When no film is left; it says what the folder holds.
     """
+    if protocol is not None:
+        sources = protocol.sources
     known_sources = sorted({film.source for film in rows.films})
     if unknown := sorted(set(sources) - set(known_sources)):
         raise ManifestError(
             f"there is no source {', '.join(unknown)} in this data; there are "
             f"{', '.join(known_sources)}"
         )
+    is_labelled = (
+        [bool(film.labels) for film in rows.films]
+        if protocol is None
+        else [not np.isnan(row).all() for row in protocol_labels(protocol, rows.films)]
+    )
     kept = rows.select(
         [
             film.split == split
             and film.image is not None
-            and bool(film.labels)
+            and has_labels
             and film.view in FRONTAL
             and (not sources or film.source in sources)
-            for film in rows.films
+            for film, has_labels in zip(rows.films, is_labelled, strict=True)
         ]
     )
     if not len(kept):
@@ -160,53 +95,31 @@ def findings_of(rows: Rows) -> list[str]:
     return sorted({finding for film in rows.films for finding in film.labels})
 
 
-def threshold_of(
-    checkpoint: Checkpoint,
-    val: Rows | None,
-    prompts: PromptEmbeddings,
-    findings: Sequence[str],
-    scale: float,
-) -> dict[str, Threshold]:
-    """A threshold a finding: best F1 on the validation films, or the tie of the prompt pair.
-
-    Never chosen on the films that are scored. Without validation films that hold both classes,
-    the threshold is 0.5, where both prompts fit equally well: no data is needed for it.
-    """
-    even = {
-        f: Threshold(0.5, "even", "no data: where both prompts fit equally well") for f in findings
-    }
-    if val is None:
-        return even
-    labels = val.labels(findings)
-    scores = probabilities(embed_films(checkpoint.model, val, show=False), prompts, scale)
-    usable = [i for i in range(len(findings)) if known(labels[:, i], scores[:, i]) is not None]
-    chosen = choose_thresholds(labels[:, usable], scores[:, usable], [findings[i] for i in usable])
-    return {**even, **chosen}
-
-
 @dataclass(frozen=True)
 class ZeroShot:
-    """Raw scores, and what `score_findings` says of them."""
+    """Raw scores of films, and what `judge` says of them."""
 
     rows: Rows
-    findings: list[str]
-    labels: Float[np.ndarray, "n k"]
     embeddings: Float[Tensor, "n e"]  # of the films
-    scores: Float[np.ndarray, "n k"]
+    test: Scored  # the films that are judged, of whatever split
+    val: Scored | None  # those that chose the cuts
     summary: dict
 
-    def patients(self) -> list[str]:
-        """The patient of each row."""
-        return [film.patient_id for film in self.rows.films]
-
     def gallery(self, checkpoint: Checkpoint, rows: Sequence[int]) -> list[GalleryItem]:
-        """Some rows as the page shows them, with pictures where the checkpoint has decoders."""
+        """Some rows as the page shows them, with pictures where the checkpoint has decoders.
+
+        Behind them stand the films that the model is most right and most wrong about.
+        """
+        cases = {row: why for row, why in extreme_cases(self.test).items() if row not in rows}
+        rows = [*rows, *cases]
         pixels = self.rows.pixels(np.array(rows, np.int64)).numpy()
         films = [self.rows.films[row] for row in rows]
         shown = self.rows.select(np.isin(np.arange(len(self.rows)), rows))
         pictures = make_pictures(checkpoint, shown)
         return [
-            GalleryItem(row, film.film_id, image, film.report, pictures.get(film.film_id))
+            GalleryItem(
+                row, film.film_id, image, film.report, pictures.get(film.film_id), cases.get(row)
+            )
             for row, film, image in zip(rows, films, pixels, strict=True)
         ]
 
@@ -216,6 +129,8 @@ def zeroshot(
     rows: Rows,
     prompts: PromptSet,
     *,
+    wordings: Sequence[PromptSet] = (),
+    protocol: Protocol | None = None,
     split: Split = "test",
     sources: Sequence[str] = (),
     findings: Sequence[str] = (),
@@ -229,65 +144,131 @@ def zeroshot(
         checkpoint: The model.
         rows: Of the data folders.
         prompts: What stands for a finding.
+        wordings: Other prompt sets, scored beside it to show how much hangs on the words.
+        protocol: Films, findings and rules; then `sources` and `findings` are its own.
         split: Which films; thresholds come from "val" of the same sources unless that is it.
         sources: Only these, when named.
         findings: In this order; by default all that the films are labelled with.
         draws: Bootstrap draws.
         seed: Of the bootstrap.
-        thresholds: Whether to choose thresholds and score F1 and the like.
+        thresholds: Whether to choose cuts, and score F1, subgroups and wordings.
 
     Raises:
         ManifestError: When there is nothing to score, or a finding is labelled in no film.
     """
-    scored = rows_to_score(rows, split, sources)
-    there = findings_of(scored)
-    if missing := [f for f in findings if f not in there]:
-        raise ManifestError(
-            f"no film is labelled with {', '.join(missing)}; these films are labelled with "
-            f"{', '.join(there)}"
-        )
-    names = list(findings) or there
+    films = rows_to_score(rows, split, sources, protocol)
+    if protocol is not None:
+        names = list(protocol.findings)
+    else:
+        there = findings_of(films)
+        if missing := [f for f in findings if f not in there]:
+            raise ManifestError(
+                f"no film is labelled with {', '.join(missing)}; these films are labelled with "
+                f"{', '.join(there)}"
+            )
+        names = list(findings) or there
+
+    def labels_of(some: Rows) -> np.ndarray:
+        return some.labels(names) if protocol is None else protocol_labels(protocol, some.films)
+
     model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
     scale = float(model.scale().detach())
     pair = embed_prompts(model, checkpoint.tokenizer, prompts, names, max_tokens)
-    embeddings = embed_films(model, scored)
-    scores = probabilities(embeddings, pair, scale)
-    labels = scored.labels(names)
+    embeddings = embed_films(model, films)
+    test = scored(films, names, labels_of(films), probabilities(embeddings, pair, scale))
+    min_count = 10 if protocol is None else protocol.min_count
+    if not thresholds:
+        plain = score_findings(
+            test.labels, test.scores, test.patients(), names,
+            draws=draws, seed=seed, min_count=min_count,
+        )  # fmt: skip
+        return ZeroShot(films, embeddings, test, None, plain)
     val = None
     if split != "val":
         try:
-            val = rows_to_score(rows, "val", sources)
+            val_films = rows_to_score(rows, "val", sources, protocol)
         except ManifestError:
-            val = None  # this source has no validation films
-    summary = score_findings(
-        labels,
-        scores,
-        [film.patient_id for film in scored.films],
-        names,
-        thresholds=threshold_of(checkpoint, val, pair, names, scale) if thresholds else None,
-        draws=draws,
-        seed=seed,
-    )
-    return ZeroShot(scored, names, labels, embeddings, scores, summary)
+            pass  # this source has no validation films
+        else:
+            val_scores = probabilities(embed_films(model, val_films, show=False), pair, scale)
+            val = scored(val_films, names, labels_of(val_films), val_scores)
+    rule = "f1" if protocol is None else protocol.threshold
+    summary = judge(test, val, rule=rule, even=0.5, min_count=min_count, draws=draws, seed=seed)
+    one_sided(summary, test, embeddings, pair)
+    summary["wordings"] = [
+        _wording(checkpoint, prompt_set, test, embeddings, summary["macro_findings"])
+        for prompt_set in wordings
+    ]
+    return ZeroShot(films, embeddings, test, val, summary)
 
 
-def save_scores(path: Path, result: ZeroShot, **further: Any) -> None:
-    """Raw scores and labels as scores.npz, so that any metric can be computed again.
+def one_sided(
+    summary: dict, test: Scored, embeddings: Float[Tensor, "n e"], pair: PromptEmbeddings
+) -> None:
+    """Puts into each finding of a summary what either prompt of its pair reaches alone.
+
+    The negative one is to find the films without the finding; models that ignore "no" fall below
+    one half there, which the softmax over the pair hides.
+
+    Source: NEG and POS of Bi-MCQ (https://github.com/Castella99/Bi-MCQ).
+    """
+    column = {name: k for k, name in enumerate(test.names())}
+    for row in summary["findings"]:
+        k = column[row["finding"]]
+        for key, side, truth in (
+            ("auroc_by_positive", pair.positive, test.labels[:, k]),
+            ("auroc_by_negative", pair.negative, 1 - test.labels[:, k]),
+        ):
+            row[key] = auroc(truth, (embeddings.double() @ side[k].double()).numpy())
+
+
+def _wording(
+    checkpoint: Checkpoint,
+    prompts: PromptSet,
+    test: Scored,
+    embeddings: Float[Tensor, "n e"],
+    counted: Sequence[str],
+) -> dict:
+    """What another prompt set reaches on films that are embedded; see `results.Wording`."""
+    model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
+    pair = embed_prompts(model, checkpoint.tokenizer, prompts, test.names(), max_tokens)
+    scores = probabilities(embeddings, pair, float(model.scale().detach()))
+    values = {name: auroc(test.labels[:, k], scores[:, k]) for k, name in enumerate(test.names())}
+    known = {name: value for name, value in values.items() if value is not None}
+    return {
+        "prompt_set": f"{prompts.id} version {prompts.version}",
+        "prompt_hash": prompts.hash,
+        "macro_auroc": float(np.mean([known[name] for name in counted])) if counted else None,
+        "auroc": known,
+    }
+
+
+def findings_seen(run: Path, findings: Sequence[str]) -> dict[str, str]:
+    """How each finding was named while a run trained; see `results.Seen`.
+
+    A finding was seen in reports when they name it, or a concept that the lexicon finds in its
+    name. What prompts or labels named outweighs reports. Empty where the run does not say.
 
     Args:
-        path: The file.
-        result: What was scored.
-        further: More arrays of the file, by name.
+        run: The run's folder.
+        findings: That are scored.
     """
-    np.savez_compressed(
-        path,
-        film_id=np.array([film.film_id for film in result.rows.films]),
-        patient_id=np.array([film.patient_id for film in result.rows.films]),
-        findings=np.array(result.findings),
-        labels=result.labels,
-        scores=result.scores,
-        **further,
-    )
+    path = run / SEEN_FILE
+    if not path.is_file():
+        logger.warning("%s is missing: how findings were named in training is not known", path)
+        return {}
+    seen = json.loads(path.read_text("utf-8"))
+    names = [name.lower() for name in findings]
+    concepts = [
+        {name, *(entity.concept for entity in entities)}
+        for name, entities in zip(names, find_entities(names), strict=True)
+    ]
+    return {
+        finding: next(
+            (how for how in ("label", "prompt", "report") if of_finding & set(seen[how])), "none"
+        )
+        for finding, of_finding in zip(findings, concepts, strict=True)
+    }
 
 
 def write_zeroshot(
@@ -305,47 +286,72 @@ def write_zeroshot(
     gallery: Sequence[int],
     controls: Mapping[str, dict] | None = None,
     combinations: Sequence[dict] = (),
+    protocol: Protocol | None = None,
+    split: str = BUILT,
+    leak_check: str = "not made",
     facts: Mapping[str, str | int | float] | None = None,
 ) -> RunResults:
-    """Writes results.json, scores.npz, plots/ and page.html, and returns the results.
+    """Writes all that an evaluation leaves, and returns the results.
 
     `gallery` has the numbers of the rows that the page shows; the other arguments are parts of
     `RunResults`.
     """
-    device = checkpoint.model.logit_scale.device
-    results = checked(
-        {
-            **result.summary,
-            "title": title,
-            "kind": kind,
-            "summary": summary,
-            "controls": dict(controls or {}),
-            "combinations": list(combinations),
-            "facts": dict(facts or {}),
-            "provenance": {
-                "command": command,
-                "seed": seed,
-                "config_hash": checkpoint.meta["config_hash"],
-                "data_hash": result.rows.data_hash,
-                "prompt_set": f"{prompts.id} version {prompts.version}",
-                "prompt_hash": prompts.hash,
-                "commit": code_version()["commit"],
-                "versions": {k: v for k, v in code_version().items() if k != "commit"},
-                "device": f"{device.type}, {torch.get_num_threads()} threads",
-                "wall_s": wall_s,
-                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
-        }
+    seen = findings_seen(run_folder(checkpoint), result.test.names())
+    found = {
+        **result.summary,
+        "findings": [
+            {**row, "seen": seen.get(row["finding"])} for row in result.summary["findings"]
+        ],
+        "title": title,
+        "kind": kind,
+        "summary": summary,
+        "controls": dict(controls or {}),
+        "combinations": list(combinations),
+        "leak_check": leak_check,
+        "facts": dict(facts or {}),
+    }
+    made = {
+        "command": command,
+        "seed": seed,
+        "config_hash": checkpoint.meta["config_hash"],
+        "data_hash": result.rows.data_hash,
+        "split": split,
+        "prompt_set": f"{prompts.id} version {prompts.version}",
+        "prompt_hash": prompts.hash,
+        "device": checkpoint.model.logit_scale.device,
+        "wall_s": wall_s,
+    }
+    return write_evaluation(
+        out,
+        found,
+        made,
+        result.test,
+        val=result.val,
+        protocol=protocol,
+        gallery=result.gallery(checkpoint, gallery),
+        prompts={finding: prompts.texts(finding) for finding in result.test.names()},
     )
-    out.mkdir(parents=True, exist_ok=True)
-    save_scores(out / "scores.npz", result)
-    columns = {"findings": result.findings, "labels": result.labels, "scores": result.scores}
-    items = result.gallery(checkpoint, gallery)
-    write_plots(out, results, items, **columns)
-    texts = {finding: prompts.texts(finding) for finding in result.findings}
-    write_page(out, results, items, **columns, prompts=texts)
-    write_results(out, results)
-    return results
+
+
+def run_folder(checkpoint: Checkpoint) -> Path:
+    """The folder of the run that a checkpoint is of."""
+    return checkpoint.folder.resolve().parent.parent
+
+
+def split_of(folders: Sequence[Path], protocol: Protocol | None = None) -> str:
+    """The split of data folders by name and hash, checked against a protocol.
+
+    Raises:
+        ValueError: When a folder is of another source or split than the protocol is for.
+    """
+    said = []
+    for folder in folders:
+        meta = read_meta(folder)
+        split = meta.get("split", {"name": BUILT, "split_hash": ""})
+        if protocol is not None:
+            protocol.check_folder(meta.get("reader", "unknown"), split["name"], str(folder))
+        said.append(f"{split['name']} {split['split_hash'][:16]}".strip())
+    return ", ".join(dict.fromkeys(said))
 
 
 def evaluate(
@@ -353,36 +359,42 @@ def evaluate(
     folders: Sequence[Path],
     out: Path,
     *,
+    protocol: str | None,
     split: Split,
     sources: Sequence[str],
     findings: Sequence[str],
-    prompt_set: str,
+    prompt_sets: Sequence[str],
     draws: int,
     seed: int,
     command: str,
     device: torch.device,
 ) -> RunResults:
-    """What `mmclip zeroshot` does: load, score, write results, plots and page."""
+    """What `mmclip zeroshot` does: load, score, write results, plots and page.
+
+    `prompt_sets` are the protocol's unless some are named; the first gives the result, the others
+    its spread over wordings.
+    """
     began = time.monotonic()
+    rules = None if protocol is None else load_protocol(protocol)
+    named = split_of(folders, rules)
     checkpoint = load_checkpoint(run)
     checkpoint.model.to(device)
-    prompts = load_prompts(prompt_set)
+    asked = prompt_sets or (DEFAULT_PROMPT_SETS if rules is None else rules.prompt_sets)
+    prompts, *wordings = [load_prompts(name) for name in asked]
     rows = open_rows(folders, checkpoint.config.data.film_px)
-    check_trained(checkpoint, rows_to_score(rows, split, sources), split)
+    leak_check = check_trained(checkpoint, rows_to_score(rows, split, sources, rules), split)
     result = zeroshot(
         checkpoint,
         rows,
         prompts,
+        wordings=wordings,
+        protocol=rules,
         split=split,
         sources=sources,
         findings=findings,
         draws=draws,
         seed=seed,
     )
-    controls = {
-        "nuisance": nuisance(result),
-        "any finding": any_finding(checkpoint, result, prompts),
-    }
     where = f"split {split}" + (f" of {', '.join(sources)}" if sources else "")
     shown = np.linspace(0, len(result.rows) - 1, min(GALLERY_FILMS, len(result.rows))).astype(int)
     return write_zeroshot(
@@ -390,7 +402,7 @@ def evaluate(
         result,
         checkpoint,
         prompts,
-        title=f"Zero-shot: {where}",
+        title=f"Zero-shot: {where if rules is None else rules.title}",
         kind="zeroshot",
         summary=f"{len(result.rows)} films, {where}, scored by {run.name}"
         f" at step {checkpoint.meta['step']}",
@@ -398,7 +410,13 @@ def evaluate(
         seed=seed,
         wall_s=time.monotonic() - began,
         gallery=shown.tolist(),
-        controls=controls,
+        controls={
+            "nuisance": nuisance(result),
+            "any finding": any_finding(checkpoint, result, prompts),
+        },
+        protocol=rules,
+        split=named,
+        leak_check=leak_check,
         facts={
             "training pairs": checkpoint.meta["n_pairs"],
             "training data": checkpoint.meta["data_hash"][:12],
@@ -407,29 +425,34 @@ def evaluate(
     )
 
 
-def check_trained(checkpoint: Checkpoint, scored: Rows, split: Split) -> None:
+def check_trained(checkpoint: Checkpoint, films: Rows, split: Split) -> str:
     """Stops before films are scored that the run was trained on; of split train it says so alone.
+
+    Returns:
+        What was found, for results.
 
     Raises:
         ManifestError: When the content of a film of val or test, or its patient, has trained.
     """
-    path = checkpoint.folder.resolve().parent.parent / TRAINED_FILE
+    path = run_folder(checkpoint) / TRAINED_FILE
     if not path.is_file():
         logger.warning("%s is missing: whether the run saw these films is not checked", path)
-        return
+        return f"not made: the run has no {TRAINED_FILE}"
     try:
-        refuse_trained(scored.films, np.load(path))
+        refuse_trained(films.films, np.load(path))
     except ManifestError as error:
         if split != "train":
             raise
         logger.warning("split train: %s", error)
+        return f"split train: {error}"
+    return "no film and no patient of these was trained on (by patient id and content of the file)"
 
 
 def nuisance(result: ZeroShot) -> dict:
     """The control that reads facts of the file and no lung; see `baselines.nuisance_scores`."""
     return control_of(
         result,
-        nuisance_scores(result.rows, result.findings),
+        nuisance_scores(result.rows, result.test.labels),
         "logistic regression on the film's size, brightness, gradients, border and view, told the "
         "labels of other patients of these very films: a model that does not exceed it may have "
         "read no lung",
@@ -441,8 +464,8 @@ def any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) ->
     model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
     pair = embed_prompts(model, checkpoint.tokenizer, prompts, ["no finding"], max_tokens)
     normal = probabilities(result.embeddings, pair, float(model.scale().detach()))
-    sick = np.repeat(1 - normal, len(result.findings), axis=1)
-    is_normal = np.array([name == "no finding" for name in result.findings])
+    sick = np.repeat(1 - normal, len(result.test.findings), axis=1)
+    is_normal = np.array([name == "no finding" for name in result.test.names()])
     return control_of(
         result,
         np.where(is_normal, 1 - sick, sick),
@@ -453,7 +476,8 @@ def any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) ->
 
 def control_of(result: ZeroShot, scores: Float[np.ndarray, "n k"], note: str) -> dict:
     """A control of a result: what other scores of the same films reach, as `results.Control`."""
-    found = score_findings(result.labels, scores, result.patients(), result.findings, draws=200)
+    test = result.test
+    found = score_findings(test.labels, scores, test.patients(), test.names(), draws=200)
     return {
         "macro_auroc": found["macro_auroc"],
         "macro_auroc_ci": found["macro_auroc_ci"],

@@ -24,12 +24,22 @@ def zeroshot(
     run: Annotated[Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.")],
     data: FolderOption,
     out: Annotated[Path, typer.Option(help="Folder for results.json, scores.npz and the page.")],
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Films, findings and rules of a benchmark: a name or a path."),
+    ] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     source: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
     finding: Annotated[
         list[str] | None, typer.Option(help="Only these, in order; may be repeated.")
     ] = None,
-    prompts: Annotated[str, typer.Option(help="Prompt set: a name or a path.")] = "default",
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Prompt set, by name or path; the first scores, others show the spread. "
+            "[the protocol's, or default, pair, sentence]"
+        ),
+    ] = None,
     draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     overwrite: OverwriteOption = False,
@@ -38,19 +48,26 @@ def zeroshot(
     """Scores films by what a report would say of them; AUROC with 95 % intervals.
 
     Example: `mmclip zeroshot --run runs/a --data data/films --source kermany --out runs/a/kermany`
+
+    Example: `mmclip zeroshot --run runs/a --data data/nih --protocol chestxray14 --out runs/a/nih`
     """
     from mmclip.zeroshot import evaluate
 
+    if protocol is not None and (source or finding):
+        raise ValueError(
+            "--protocol names sources and findings itself; leave --source and --finding out"
+        )
     if not overwrite:
         check_results(out)
     results = evaluate(
         run,
         tuple(data),
         out,
+        protocol=protocol,
         split=split_name(split),
         sources=tuple(source or ()),
         findings=tuple(finding or ()),
-        prompt_set=prompts,
+        prompt_sets=tuple(prompts or ()),
         draws=draws,
         seed=seed,
         command=command_line(),

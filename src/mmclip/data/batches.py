@@ -77,6 +77,37 @@ def training_rows(rows: Rows, config: Config) -> Rows:
     )
 
 
+SEEN_FILE = "seen.json"
+"""In the folder of a run: see `seen_in_training`."""
+
+
+def seen_in_training(rows: Rows, config: Config) -> dict[str, list[str]]:
+    """The findings that training names: in reports, in prompts made of labels, as labels.
+
+    Args:
+        rows: As `training_rows` gives them.
+        config: Says what becomes of labels.
+
+    Returns:
+        Names by "report", "prompt" and "label". A report names what its entities are, denied ones,
+        too; a prompt may name whatever its film is labelled with for sure.
+    """
+    reports = {
+        entity.concept
+        for film in rows.films
+        if is_pair(film)
+        for entity in film.entities
+        if entity.kind == "finding"
+    }
+    labels = label_names(rows)
+    as_labels = config.loss.label > 0
+    return {
+        "report": sorted(reports),
+        "prompt": [] if as_labels else labels,
+        "label": labels if as_labels else [],
+    }
+
+
 def still(config: Config) -> Config:
     """The configuration under which films come as they are and texts whole, for looking at a model.
 

@@ -1,0 +1,223 @@
+"""What raw scores are worth: each finding with intervals, subgroups, cuts from validation films."""
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from mmclip.bootstrap import (
+    Draws,
+    Interval,
+    bootstrap_metrics,
+    macro_draws,
+    percentile_interval,
+)
+from mmclip.metrics import (
+    Operating,
+    Threshold,
+    ThresholdRule,
+    at_threshold,
+    auprc,
+    auroc,
+    best_on_these,
+    calibration_error,
+    choose_thresholds,
+    count_labels,
+)
+from mmclip.scores import Scored
+
+AGE_BANDS: tuple[tuple[str, float, float], ...] = (
+    ("under 40", -np.inf, 40), ("40 to 59", 40, 60), ("60 to 79", 60, 80),
+    ("80 and over", 80, np.inf),
+)  # fmt: skip
+"""Years, the lower end within. [chosen: bands that hold many films of a hospital's]"""
+
+VIEW_NAMES = {"PA": "PA", "AP": "AP"}
+"""Views that stand as subgroups: a film whose view is unknown is of neither."""
+
+
+def judge(
+    test: Scored,
+    val: Scored | None,
+    *,
+    rule: ThresholdRule = "f1",
+    even: float | None = None,
+    min_count: int = 10,
+    draws: int = 1000,
+    seed: int = 0,
+) -> dict:
+    """All figures of results.json that follow from raw scores.
+
+    Args:
+        test: The films that are judged.
+        val: Validation films of the same findings: they alone choose cuts. None where there are
+            none.
+        rule: What a cut does best on them.
+        even: The cut of a finding that the validation films cannot choose, if some cut needs no
+            data, such as 0.5 where both prompts of a pair fit equally well.
+        min_count: See `score_findings`.
+        draws: Bootstrap resamples of patients.
+        seed: Of the resamples.
+
+    Returns:
+        The fields of `score_findings` and `subgroups`.
+
+    Raises:
+        ValueError: When the validation scores are of other findings.
+    """
+    names = test.names()
+    if val is not None and val.names() != names:
+        raise ValueError(
+            f"validation scores are of {', '.join(val.names())}, test scores of {', '.join(names)}"
+        )
+    cuts: dict[str, Threshold] = {}
+    if even is not None:
+        note = "no data: where both prompts fit equally well"
+        cuts = {name: Threshold(even, "even", note) for name in names}
+    if val is not None:
+        cuts |= choose_thresholds(val.labels, val.scores, names, rule=rule)
+    found = score_findings(
+        test.labels,
+        test.scores,
+        test.patients(),
+        names,
+        thresholds=cuts,
+        draws=draws,
+        seed=seed,
+        min_count=min_count,
+    )
+    return {**found, "subgroups": subgroups(test, min_count=min_count, draws=draws, seed=seed)}
+
+
+def subgroups(
+    scored: Scored, *, min_count: int = 10, draws: int = 1000, seed: int = 0
+) -> list[dict]:
+    """Macro AUROC by sex, band of age and view, for what the films say of them.
+
+    Groups of one kind are held against one another, so their macro is over the same findings: those
+    with `min_count` films of either kind in each of the groups. A group in which no finding has so
+    many is left out; a kind of which fewer than two groups are left says nothing, and is left out.
+    """
+    ages = scored.age_years
+    kinds: dict[str, dict[str, Bool[np.ndarray, " n"]]] = {
+        "sex": {"F": scored.sex == "F", "M": scored.sex == "M"},
+        "age": {name: (ages >= low) & (ages < high) for name, low, high in AGE_BANDS},
+        "view": {name: scored.view == view for name, view in VIEW_NAMES.items()},
+    }
+    out = []
+    for kind, groups in kinds.items():
+        counting = {
+            name: {
+                finding
+                for k, finding in enumerate(scored.names())
+                if min(count_labels(scored.labels[keep, k])[:2]) >= min_count
+            }
+            for name, keep in groups.items()
+        }
+        counting = {name: findings for name, findings in counting.items() if findings}
+        shared = set.intersection(*counting.values()) if len(counting) > 1 else set()
+        if not shared:
+            continue
+        columns = [k for k, finding in enumerate(scored.names()) if finding in shared]
+        for name in counting:
+            part = scored.where(groups[name])
+            values = [auroc(part.labels[:, k], part.scores[:, k]) for k in columns]
+            drawn = bootstrap_metrics(
+                part.labels, part.scores, part.patients(), draws=draws, seed=seed
+            ).auroc
+            out.append(
+                {
+                    "kind": kind,
+                    "group": name,
+                    "n_films": len(part),
+                    "n_patients": len(set(part.patients())),
+                    "findings": [scored.names()[k] for k in columns],
+                    "macro_auroc": float(np.mean([v for v in values if v is not None])),
+                    "macro_auroc_ci": percentile_interval(macro_draws(drawn, columns)),
+                }
+            )
+    return out
+
+
+def score_findings(
+    labels: Float[np.ndarray, "n k"],
+    scores: Float[np.ndarray, "n k"],
+    patients: Sequence[Hashable] | Int[np.ndarray, " n"],
+    findings: Sequence[str],
+    *,
+    thresholds: Mapping[str, Threshold] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    min_count: int = 10,
+) -> dict:
+    """Every metric of every finding with its interval: the `scores` part of results.json.
+
+    Args:
+        labels: 1, 0 or NaN; a column a finding.
+        scores: Same shape.
+        patients: The patient of each row.
+        findings: The names of the columns, in order.
+        thresholds: Cuts by finding, chosen elsewhere; without one, F1 and the like are None.
+        draws: Bootstrap resamples of patients.
+        seed: Of the resamples.
+        min_count: A finding counts towards the macro average when it has at least this many
+            positive and as many negative films. [chosen: below ten, one film moves it by points]
+
+    Returns:
+        The fields of `mmclip.results.RunResults`: `findings` in the given order, without those that
+        lack a class, which are in `undefined` with the reason and counts; `macro_*` over
+        `macro_findings`, None when no finding counts.
+    """
+    if len(set(findings)) != len(findings) or len(findings) != labels.shape[1]:
+        raise ValueError(
+            f"{len(findings)} findings ({len(set(findings))} distinct) for {labels.shape[1]} "
+            f"columns of labels; name each column once"
+        )
+    cut_of = dict(thresholds or {})
+    cuts = [cut_of[name].value if name in cut_of else None for name in findings]
+    resampled = bootstrap_metrics(labels, scores, patients, draws=draws, seed=seed, thresholds=cuts)
+    draws_of = dict(zip(Draws._fields, resampled, strict=True))
+    scored, undefined = [], []
+    for i, name in enumerate(findings):
+        counts = count_labels(labels[:, i])
+        row = {"finding": name, **counts._asdict()}
+        if not (counts.n_positive and counts.n_negative):
+            missing = [k for k in ("positive", "negative") if not row[f"n_{k}"]]
+            undefined.append(row | {"reason": f"no {' and no '.join(missing)} film"})
+            continue
+        cut = cut_of.get(name)
+        called = None if cut is None else at_threshold(labels[:, i], scores[:, i], cut.value)
+        at_cut = called._asdict() if called else dict.fromkeys(Operating._fields)
+        row |= {
+            "in_macro": min(counts.n_positive, counts.n_negative) >= min_count,
+            "auroc": auroc(labels[:, i], scores[:, i]),
+            "auprc": auprc(labels[:, i], scores[:, i]),
+            **at_cut,
+            **{f"{metric}_ci": percentile_interval(d[:, i]) for metric, d in draws_of.items()},
+            "threshold": None if cut is None else cut._asdict(),
+            "calibration_error": calibration_error(labels[:, i], scores[:, i]),
+            "test_tuned": None
+            if (tuned := best_on_these(labels[:, i], scores[:, i])) is None
+            else tuned._asdict(),
+        }
+        scored.append(row)
+    counted = [row for row in scored if row["in_macro"]]
+    columns = [list(findings).index(row["finding"]) for row in counted]
+    macro: dict[str, float | Interval | None] = {}
+    for metric, values in draws_of.items():
+        points = [row[metric] for row in counted]
+        # A macro over fewer findings than `macro_findings` names would mislead: all or none.
+        complete = bool(points) and None not in points
+        macro[f"macro_{metric}"] = float(np.mean(points)) if complete else None
+        interval = percentile_interval(macro_draws(values, columns)) if complete else None
+        macro[f"macro_{metric}_ci"] = interval
+    return {
+        **macro,
+        "macro_findings": [row["finding"] for row in counted],
+        "min_count": min_count,
+        "n_films": len(labels),
+        "n_patients": len(set(map(str, patients))),
+        "bootstrap_draws": draws,
+        "findings": scored,
+        "undefined": undefined,
+    }

@@ -1,0 +1,354 @@
+"""What an evaluation leaves for people: one HTML page with everything in it, plots, a model card.
+
+They show the numbers of results.json; curves and distributions come from the raw scores.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from markupsafe import Markup
+from PIL import Image
+
+from mmclip.checkpoint import code_version
+from mmclip.data.manifest import write_text_atomic
+from mmclip.pictures import Picture
+from mmclip.plots import (
+    ACCENT,
+    QUIET,
+    Entry,
+    Panel,
+    auroc_figure,
+    curve_svg,
+    curves_figure,
+    pictures_figure,
+    reliability_svg,
+)
+from mmclip.prompts import Prompts
+from mmclip.protocols import Protocol
+from mmclip.results import ResultsError, RunResults, checked, write_results
+from mmclip.scores import SCORES_FILE, Scored
+
+PAGE_FILE, CARD_FILE, PLOTS_FOLDER = "page.html", "MODEL_CARD.md", "plots"
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryItem:
+    """A film to show on the page. Its labels and scores are those of its row.
+
+    Args:
+        row: Of the labels and scores that the page is given.
+        name: Under which the film is shown.
+        film: 0..255, air dark, at the size that it is shown.
+        report: What its radiologist (or the phantom) wrote, if anything.
+        picture: What the masked terms make of it, where there is one; its text is then shown in
+            place of the report.
+        why: It is shown, where it was chosen.
+    """
+
+    row: int
+    name: str
+    film: UInt8[np.ndarray, "h w"]
+    report: str | None = None
+    picture: Picture | None = None
+    why: str | None = None
+
+
+def write_evaluation(
+    out: Path,
+    found: Mapping[str, Any],
+    made: Mapping[str, Any],
+    test: Scored,
+    *,
+    val: Scored | None = None,
+    protocol: Protocol | None = None,
+    gallery: Sequence[GalleryItem] = (),
+    prompts: Mapping[str, Prompts] | None = None,
+) -> RunResults:
+    """Writes results.json, scores.npz, plots/, page.html and MODEL_CARD.md.
+
+    Args:
+        out: The folder.
+        found: The fields of `RunResults`, but for provenance and protocol.
+        made: The fields of `Provenance`, but for commit, versions and time, which are of now;
+            device is a torch.device.
+        test: The raw scores that were judged.
+        val: Those that chose the cuts; they stand in scores.npz as val_film_id and so on.
+        protocol: By whose rules.
+        gallery: Films to show.
+        prompts: What was asked about each finding, where anything was.
+    """
+    version = code_version()
+    device = made["device"]
+    rules = None
+    if protocol is not None:
+        keys = ("id", "version", "title", "hash")
+        rules = {key: getattr(protocol, key) for key in keys}
+    results = checked(
+        {
+            **found,
+            "protocol": rules,
+            "provenance": {
+                **made,
+                "device": f"{device.type}, {torch.get_num_threads()} threads",
+                "commit": version["commit"],
+                "versions": {name: value for name, value in version.items() if name != "commit"},
+                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        }
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    of_val = {} if val is None else {f"val_{name}": value for name, value in val.arrays().items()}
+    test.save(out / SCORES_FILE, **of_val)
+    write_plots(out, results, gallery, **test.columns())
+    write_page(out, results, gallery, **test.columns(), prompts=prompts or {})
+    write_card(out, results, protocol)
+    write_results(out, results)
+    return results
+
+
+def share_below(score: float, others: Float[np.ndarray, " n"]) -> float:
+    """The share of other scores below a score, ties half; its mean over positives is the AUROC."""
+    return float((others < score).mean() + 0.5 * (others == score).mean())
+
+
+def write_plots(
+    folder: Path,
+    results: RunResults | Mapping[str, Any],
+    gallery: Sequence[GalleryItem],
+    *,
+    findings: Sequence[str],
+    labels: Float[np.ndarray, "n k"],
+    scores: Float[np.ndarray, "n k"],
+) -> list[Path]:
+    """Writes plots/auroc.png (findings, controls), curves.png (ROC, distributions), pictures.png.
+
+    The latter two are written where there is something to show.
+
+    Args:
+        folder: Of the run.
+        results: The numbers that the plots show.
+        gallery: Films to show.
+        findings: Names of the columns of labels and scores.
+        labels: 1, 0 or NaN.
+        scores: Same shape.
+    """
+    results = checked(results)
+    place = folder / PLOTS_FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    entries = [Entry("macro average", results.macro_auroc, results.macro_auroc_ci, ACCENT)]
+    entries += [
+        Entry(name, c.macro_auroc, c.macro_auroc_ci, QUIET) for name, c in results.controls.items()
+    ]
+    entries += [Entry(row.finding, row.auroc, row.auroc_ci) for row in results.findings]
+    figures = {"auroc.png": auroc_figure(entries, _scale_start(results))}
+    if results.findings:
+        columns = _columns(results, findings, labels, scores)
+        figures["curves.png"] = curves_figure(
+            [
+                Panel(f"{row.finding}, AUROC {row.auroc:.3f}", *columns[row.finding])
+                for row in results.findings
+            ]
+        )
+    panels = [(item.film, item.picture.panels()) for item in gallery if item.picture]
+    if any(shown for _, shown in panels):
+        figures["pictures.png"] = pictures_figure(panels)
+    for name, figure in figures.items():
+        figure.savefig(place / name, dpi=160, facecolor="white")
+    return [place / name for name in figures]
+
+
+def write_page(
+    folder: Path,
+    results: RunResults | Mapping[str, Any],
+    gallery: Sequence[GalleryItem],
+    *,
+    findings: Sequence[str],
+    labels: Float[np.ndarray, "n k"],
+    scores: Float[np.ndarray, "n k"],
+    prompts: Mapping[str, Prompts],
+) -> Path:
+    """Writes page.html: one file with all pictures in it, for a browser without a network.
+
+    Args:
+        folder: Of the run.
+        results: The numbers that the page shows.
+        gallery: Films to show.
+        findings: Names of the columns of labels and scores.
+        labels: 1, 0 or NaN.
+        scores: Same shape.
+        prompts: What was asked about each finding, where anything was.
+    """
+    results = checked(results)
+    columns = _columns(results, findings, labels, scores)
+    low = _scale_start(results)
+    environment = _environment(autoescape=True)
+    environment.filters["at"] = lambda value: f"{100 * _position(value, low):.2f}%"
+    environment.filters["percent"] = lambda value: f"{100 * value:.0f}"
+    reliability = reliability_svg(labels, scores)
+    page = environment.from_string(_template("results.html")).render(
+        r=results,
+        scale_ticks=[round(t / 10, 1) for t in range(round(low * 10), 11)],
+        curves={name: Markup(curve_svg(Panel(name, *pair))) for name, pair in columns.items()},
+        reliability=None if reliability is None else Markup(reliability),
+        cuts=_cuts(results),
+        prompts={name: prompts[name] for name in columns if name in prompts},
+        gallery=[_card(item, columns, prompts) for item in gallery],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / PAGE_FILE, page)
+    return folder / PAGE_FILE
+
+
+def write_card(folder: Path, results: RunResults, protocol: Protocol | None = None) -> Path:
+    """Writes MODEL_CARD.md: the same numbers in Markdown, to go with weights."""
+    environment = _environment(autoescape=False)
+    environment.filters["interval"] = lambda ci: "–" if ci is None else f"{ci[0]:.3f}, {ci[1]:.3f}"
+    about = "" if protocol is None else " ".join(protocol.about.split())
+    card = environment.from_string(_template("model_card.md")).render(
+        r=results, about=about, cuts=_cuts(results)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / CARD_FILE, card.rstrip() + "\n")
+    return folder / CARD_FILE
+
+
+def _environment(autoescape: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3f}"
+    return environment
+
+
+def _template(name: str) -> str:
+    return (resources.files("mmclip") / "templates" / name).read_text("utf-8")
+
+
+CASES = 3
+"""Best and worst films on the page, of either kind. [chosen: a line of the page]"""
+
+
+def extreme_cases(test: Scored, most: int = CASES) -> dict[int, str]:
+    """The films that a model is most right and most wrong about, and what to say of each.
+
+    Of every film and finding that it has, the place among the films without the finding; the
+    highest places, then the lowest, each film once.
+
+    Returns:
+        By number of the row, best first, worst last.
+    """
+    places = [
+        (share_below(test.scores[row, k], test.scores[test.labels[:, k] == 0, k]), int(row), name)
+        for k, name in enumerate(test.names())
+        if (test.labels[:, k] == 0).any()
+        for row in np.flatnonzero(test.labels[:, k] == 1)
+    ]
+    places.sort(key=lambda place: (-place[0], place[1]))
+    best: dict[int, str] = {}
+    for place, row, name in places:
+        if len(best) < most:
+            best.setdefault(row, f"among the best: {name} above {100 * place:.0f} of 100 without")
+    worst: dict[int, str] = {}
+    for place, row, name in reversed(places):
+        if len(worst) < most and row not in best:
+            worst.setdefault(row, f"among the worst: {name} above {100 * place:.0f} of 100 without")
+    return best | dict(reversed(worst.items()))
+
+
+def _columns(
+    results: RunResults, findings: Sequence[str], labels: np.ndarray, scores: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Labels and scores of each finding that has results."""
+    index = {name: i for i, name in enumerate(findings)}
+    missing = [row.finding for row in results.findings if row.finding not in index]
+    if missing:
+        raise ResultsError(f"results: findings: {missing[0]!r} is no column of the scores given")
+    return {
+        row.finding: (labels[:, index[row.finding]], scores[:, index[row.finding]])
+        for row in results.findings
+    }
+
+
+def _cuts(results: RunResults) -> dict[str, list[str]]:
+    """Findings by how their cut came about, in words."""
+    names = {"f1": "F1", "mcc": "MCC", "youden": "sensitivity plus specificity"}
+    cuts: dict[str, list[str]] = {}
+    for row in results.findings:
+        if row.threshold is not None:
+            rule, chosen_on = row.threshold.rule, row.threshold.chosen_on
+            origin = chosen_on if rule == "even" else f"best by {names[rule]} on {chosen_on}"
+            cuts.setdefault(origin, []).append(row.finding)
+    return cuts
+
+
+def _card(
+    item: GalleryItem,
+    columns: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    prompts: Mapping[str, Prompts],
+) -> dict:
+    """A film with each finding's place among the films without it, highest first."""
+    rows = [
+        {
+            "finding": finding,
+            "score": float(score[item.row]),
+            "place": share_below(score[item.row], score[label == 0]),
+            "prompt": prompts[finding].positives[0] if finding in prompts else None,
+            "label": None if np.isnan(label[item.row]) else int(label[item.row]),
+        }
+        for finding, (label, score) in columns.items()
+    ]
+    rows.sort(key=lambda row: (-row["place"], row["finding"]))
+    first = [row for i, row in enumerate(rows) if i < 5 or row["label"] == 1]
+    picture = item.picture
+    spans = picture.spans if picture else ()
+    return {
+        "name": item.name,
+        "why": item.why,
+        "image": _data_uri(item.film),
+        "panels": {n: _data_uri(p) for n, p in picture.panels().items()} if picture else {},
+        "spans": spans,
+        "is_prompt": picture is not None and picture.is_prompt,
+        "n_hidden": sum(span.said is not None for span in spans),
+        "n_right": sum(span.is_right for span in spans),
+        "report": item.report,
+        "first": first,
+        "rest": [row for row in rows if row not in first],
+        "present": [row["finding"] for row in rows if row["label"] == 1],
+        "has_labels": any(row["label"] is not None for row in rows),
+    }
+
+
+def _data_uri(image: UInt8[np.ndarray, "..."]) -> str:
+    """An image, grey [h w] or colour [h w 3], as a PNG that stands in the page itself."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _scale_start(results: RunResults) -> float:
+    """Where AUROC axes start: 0.4, or the tenth below the lowest value or interval shown."""
+    pairs = [(results.macro_auroc, results.macro_auroc_ci)]
+    pairs += [(row.auroc, row.auroc_ci) for row in results.findings]
+    pairs += [(c.macro_auroc, c.macro_auroc_ci) for c in results.controls.values()]
+    pairs += [(c.auroc, c.auroc_ci) for c in results.combinations]
+    pairs += [(g.macro_auroc, g.macro_auroc_ci) for g in results.subgroups]
+    pairs += [(w.macro_auroc, None) for w in results.wordings]
+    lowest = min([0.4, *(ci[0] for _, ci in pairs if ci), *(v for v, _ in pairs if v is not None)])
+    return float(np.floor(round(lowest * 10, 6)) / 10)
+
+
+def _position(value: float, low: float) -> float:
+    return (value - low) / (1 - low)
