@@ -40,7 +40,8 @@ from mmclip.data.manifest import Split, read_meta, write_text_atomic
 from mmclip.data.synthetic import FINDINGS, PRESETS
 from mmclip.pretrain import Job, pretrain
 from mmclip.prompts import load_prompts
-from mmclip.zeroshot import ZeroShot, rows_to_score, zeroshot
+from mmclip.scores import rows_to_score
+from mmclip.zeroshot import ZeroShot, zeroshot
 
 SHUFFLED = "+shuffled_pairs"
 """Behind the name of an arm: with `--shuffle-pairs`."""

@@ -38,10 +38,10 @@ from mmclip.data.build import build_data
 from mmclip.data.dataset import open_rows
 from mmclip.data.manifest import META_FILE, Split, read_meta
 from mmclip.data.sources import open_reader
-from mmclip.evaluation import score_findings
+from mmclip.evaluation import nuisance, score_findings
 from mmclip.metrics import known
 from mmclip.prompts import load_prompts
-from mmclip.zeroshot import ZeroShot, any_finding, nuisance, zeroshot
+from mmclip.zeroshot import ZeroShot, any_finding, zeroshot
 
 MAPPING = Path("examples/mixed_films.toml")
 
@@ -162,7 +162,10 @@ def run(key: Key, config: Config, folder: Path, out: Path) -> dict:
     scored = {}
     for source, split in SCORED:
         result = zeroshot(checkpoint, rows, prompts, split=split, sources=[source], draws=1000)
-        beside = {"nuisance": nuisance(result), "any": any_finding(checkpoint, result, prompts)}
+        beside = {
+            "nuisance": nuisance(result.rows, result.test),
+            "any": any_finding(checkpoint, result, prompts),
+        }
         scored[source] = figures(result, beside)
     return {
         **key._asdict(),

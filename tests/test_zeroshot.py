@@ -16,7 +16,8 @@ from mmclip.data.manifest import Film, ManifestError
 from mmclip.data.synthetic import FINDINGS
 from mmclip.embed import PromptEmbeddings, embed_texts, probabilities
 from mmclip.prompts import PromptSet, load_prompts
-from mmclip.zeroshot import ZeroShot, evaluate, rows_to_score, write_zeroshot, zeroshot
+from mmclip.scores import rows_to_score
+from mmclip.zeroshot import ZeroShot, evaluate, write_zeroshot, zeroshot
 
 
 @pytest.fixture(scope="module")

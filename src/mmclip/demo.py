@@ -19,18 +19,17 @@ from mmclip.data.manifest import META_FILE
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.embed import embed_films, embed_prompts, probabilities
-from mmclip.evaluation import score_findings
+from mmclip.evaluation import control_of, score_findings
 from mmclip.pretrain import Job, build_model, pretrain
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet, load_prompts
 from mmclip.results import RESULTS_FILE, RunResults
+from mmclip.scores import rows_to_score
 from mmclip.zeroshot import (
     DEFAULT_PROMPT_SETS,
     GALLERY_FILMS,
     ZeroShot,
     check_trained,
-    control_of,
-    rows_to_score,
     write_zeroshot,
     zeroshot,
 )
@@ -147,7 +146,7 @@ def _thumbnails(rows: Rows, result: ZeroShot) -> dict:
     train, val = (rows_to_score(rows, split) for split in ("train", "val"))
     scores = thumbnail_scores(train, val, result.rows, result.test.names())
     return control_of(
-        result,
+        result.test,
         scores,
         "logistic regression on 8 x 8 thumbnails, trained with all labels of the training films",
     )

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from mmclip.baselines import nuisance_scores
 from mmclip.bootstrap import (
     Draws,
     Interval,
@@ -12,6 +13,7 @@ from mmclip.bootstrap import (
     macro_draws,
     percentile_interval,
 )
+from mmclip.data.dataset import Rows
 from mmclip.metrics import (
     Operating,
     Threshold,
@@ -221,3 +223,25 @@ def score_findings(
         "findings": scored,
         "undefined": undefined,
     }
+
+
+def control_of(test: Scored, scores: Float[np.ndarray, "n k"], note: str) -> dict:
+    """A control of a result: what other scores of the same films reach, as `results.Control`."""
+    found = score_findings(test.labels, scores, test.patients(), test.names(), draws=200)
+    return {
+        "macro_auroc": found["macro_auroc"],
+        "macro_auroc_ci": found["macro_auroc_ci"],
+        "auroc": {row["finding"]: row["auroc"] for row in found["findings"]},
+        "note": note,
+    }
+
+
+def nuisance(rows: Rows, test: Scored) -> dict:
+    """The control that reads facts of the file and no lung; see `baselines.nuisance_scores`."""
+    return control_of(
+        test,
+        nuisance_scores(rows, test.labels),
+        "logistic regression on the film's size, brightness, gradients, border and view, told the "
+        "labels of other patients of these very films: a model that does not exceed it may have "
+        "read no lung",
+    )

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from mmclip.data.dataset import Rows
-from mmclip.data.manifest import ABSENT, PRESENT, Film
-from mmclip.protocols import Protocol
+from mmclip.data.manifest import ABSENT, PRESENT, Film, ManifestError, Split, read_meta
+from mmclip.protocols import BUILT, Protocol
 
 SCORES_FILE = "scores.npz"
 
@@ -133,6 +133,78 @@ def protocol_labels(protocol: Protocol, films: Sequence[Film]) -> Float[np.ndarr
             row[:] = 0.0
         row[[bool(words & of_finding) for of_finding in asked]] = 1.0
     return labels
+
+
+FRONTAL = ("PA", "AP", "unknown")
+"""The views that are scored; a lateral film shows other things under the same name."""
+
+
+def rows_to_score(
+    rows: Rows, split: Split, sources: Sequence[str] = (), protocol: Protocol | None = None
+) -> Rows:
+    """The labelled frontal films of a split.
+
+    Args:
+        rows: Of data folders.
+        split: Train, val or test.
+        sources: Only these, where some are named.
+        protocol: In place of `sources`, and to say what counts as labelled.
+
+    Raises:
+        ManifestError: When no film is left; it says what the folder holds.
+    """
+    if protocol is not None:
+        sources = protocol.sources
+    known_sources = sorted({film.source for film in rows.films})
+    if unknown := sorted(set(sources) - set(known_sources)):
+        raise ManifestError(
+            f"there is no source {', '.join(unknown)} in this data; there are "
+            f"{', '.join(known_sources)}"
+        )
+    is_labelled = (
+        [bool(film.labels) for film in rows.films]
+        if protocol is None
+        else [not np.isnan(row).all() for row in protocol_labels(protocol, rows.films)]
+    )
+    kept = rows.select(
+        [
+            film.split == split
+            and film.image is not None
+            and has_labels
+            and film.view in FRONTAL
+            and (not sources or film.source in sources)
+            for film, has_labels in zip(rows.films, is_labelled, strict=True)
+        ]
+    )
+    if not len(kept):
+        splits = sorted({str(f.split) for f in rows.films})
+        raise ManifestError(
+            f"no labelled frontal film in split {split!r} of source "
+            f"{', '.join(sources) or 'any'}; the data has the splits {', '.join(splits)} and the "
+            f"sources {', '.join(known_sources)}"
+        )
+    return kept
+
+
+def findings_of(rows: Rows) -> list[str]:
+    """All findings that some row is labelled with, in alphabetical order."""
+    return sorted({finding for film in rows.films for finding in film.labels})
+
+
+def split_of(folders: Sequence[Path], protocol: Protocol | None = None) -> str:
+    """The split of data folders by name and hash, checked against a protocol.
+
+    Raises:
+        ValueError: When a folder is of another source or split than the protocol is for.
+    """
+    said = []
+    for folder in folders:
+        meta = read_meta(folder)
+        split = meta.get("split", {"name": BUILT, "split_hash": ""})
+        if protocol is not None:
+            protocol.check_folder(meta.get("reader", "unknown"), split["name"], str(folder))
+        said.append(f"{split['name']} {split['split_hash'][:16]}".strip())
+    return ", ".join(dict.fromkeys(said))
 
 
 def read_scores_csv(

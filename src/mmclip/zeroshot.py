@@ -13,27 +13,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmclip.baselines import nuisance_scores
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.data.batches import SEEN_FILE
 from mmclip.data.check import TRAINED_FILE, refuse_trained
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.entities import find_entities
-from mmclip.data.manifest import ManifestError, Split, read_meta
+from mmclip.data.manifest import ManifestError, Split
 from mmclip.embed import PromptEmbeddings, embed_films, embed_prompts, probabilities
-from mmclip.evaluation import judge, score_findings
+from mmclip.evaluation import control_of, judge, nuisance, score_findings
 from mmclip.metrics import auroc
 from mmclip.pages import GalleryItem, extreme_cases, write_evaluation
 from mmclip.pictures import make_pictures
 from mmclip.prompts import PromptSet, load_prompts
 from mmclip.protocols import BUILT, Protocol, load_protocol
 from mmclip.results import RunResults
-from mmclip.scores import Scored, protocol_labels, scored
+from mmclip.scores import Scored, findings_of, protocol_labels, rows_to_score, scored, split_of
 
 logger = logging.getLogger(__name__)
-
-FRONTAL = ("PA", "AP", "unknown")
-"""The views that are scored; a lateral film shows other things under the same name."""
 
 GALLERY_FILMS = 12
 """Films on the page, evenly spaced over the rows: not chosen by how well they came out."""
@@ -41,58 +37,6 @@ GALLERY_FILMS = 12
 
 DEFAULT_PROMPT_SETS = ("default", "pair", "sentence")
 """Where no protocol names others."""
-
-
-def rows_to_score(
-    rows: Rows, split: Split, sources: Sequence[str] = (), protocol: Protocol | None = None
-) -> Rows:
-    """The labelled frontal films of a split.
-
-    Args:
-        rows: Of data folders.
-        split: Train, val or test.
-        sources: Only these, where some are named.
-        protocol: In place of `sources`, and to say what counts as labelled.
-
-    Raises:
-        ManifestError: When no film is left; it says what the folder holds.
-    """
-    if protocol is not None:
-        sources = protocol.sources
-    known_sources = sorted({film.source for film in rows.films})
-    if unknown := sorted(set(sources) - set(known_sources)):
-        raise ManifestError(
-            f"there is no source {', '.join(unknown)} in this data; there are "
-            f"{', '.join(known_sources)}"
-        )
-    is_labelled = (
-        [bool(film.labels) for film in rows.films]
-        if protocol is None
-        else [not np.isnan(row).all() for row in protocol_labels(protocol, rows.films)]
-    )
-    kept = rows.select(
-        [
-            film.split == split
-            and film.image is not None
-            and has_labels
-            and film.view in FRONTAL
-            and (not sources or film.source in sources)
-            for film, has_labels in zip(rows.films, is_labelled, strict=True)
-        ]
-    )
-    if not len(kept):
-        splits = sorted({str(f.split) for f in rows.films})
-        raise ManifestError(
-            f"no labelled frontal film in split {split!r} of source "
-            f"{', '.join(sources) or 'any'}; the data has the splits {', '.join(splits)} and the "
-            f"sources {', '.join(known_sources)}"
-        )
-    return kept
-
-
-def findings_of(rows: Rows) -> list[str]:
-    """All findings that some row is labelled with, in alphabetical order."""
-    return sorted({finding for film in rows.films for finding in film.labels})
 
 
 @dataclass(frozen=True)
@@ -338,22 +282,6 @@ def run_folder(checkpoint: Checkpoint) -> Path:
     return checkpoint.folder.resolve().parent.parent
 
 
-def split_of(folders: Sequence[Path], protocol: Protocol | None = None) -> str:
-    """The split of data folders by name and hash, checked against a protocol.
-
-    Raises:
-        ValueError: When a folder is of another source or split than the protocol is for.
-    """
-    said = []
-    for folder in folders:
-        meta = read_meta(folder)
-        split = meta.get("split", {"name": BUILT, "split_hash": ""})
-        if protocol is not None:
-            protocol.check_folder(meta.get("reader", "unknown"), split["name"], str(folder))
-        said.append(f"{split['name']} {split['split_hash'][:16]}".strip())
-    return ", ".join(dict.fromkeys(said))
-
-
 def evaluate(
     run: Path,
     folders: Sequence[Path],
@@ -411,7 +339,7 @@ def evaluate(
         wall_s=time.monotonic() - began,
         gallery=shown.tolist(),
         controls={
-            "nuisance": nuisance(result),
+            "nuisance": nuisance(result.rows, result.test),
             "any finding": any_finding(checkpoint, result, prompts),
         },
         protocol=rules,
@@ -448,17 +376,6 @@ def check_trained(checkpoint: Checkpoint, films: Rows, split: Split) -> str:
     return "no film and no patient of these was trained on (by patient id and content of the file)"
 
 
-def nuisance(result: ZeroShot) -> dict:
-    """The control that reads facts of the file and no lung; see `baselines.nuisance_scores`."""
-    return control_of(
-        result,
-        nuisance_scores(result.rows, result.test.labels),
-        "logistic regression on the film's size, brightness, gradients, border and view, told the "
-        "labels of other patients of these very films: a model that does not exceed it may have "
-        "read no lung",
-    )
-
-
 def any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) -> dict:
     """One score for every finding: how little the model thinks the film normal."""
     model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
@@ -467,20 +384,8 @@ def any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) ->
     sick = np.repeat(1 - normal, len(result.test.findings), axis=1)
     is_normal = np.array([name == "no finding" for name in result.test.names()])
     return control_of(
-        result,
+        result.test,
         np.where(is_normal, 1 - sick, sick),
         "the model's score for a film that is not normal, taken for every finding: what it knows "
         "of a finding is what it has beyond this",
     )
-
-
-def control_of(result: ZeroShot, scores: Float[np.ndarray, "n k"], note: str) -> dict:
-    """A control of a result: what other scores of the same films reach, as `results.Control`."""
-    test = result.test
-    found = score_findings(test.labels, scores, test.patients(), test.names(), draws=200)
-    return {
-        "macro_auroc": found["macro_auroc"],
-        "macro_auroc_ci": found["macro_auroc_ci"],
-        "auroc": {row["finding"]: row["auroc"] for row in found["findings"]},
-        "note": note,
-    }

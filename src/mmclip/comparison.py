@@ -1,0 +1,233 @@
+"""Results side by side: paired differences, published numbers, and scores of any model judged.
+
+Two results stand in one table only when they are of the same films, findings and rules.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from mmclip.bootstrap import Interval, bootstrap_difference, macro_draws, percentile_interval
+from mmclip.config import Frozen, parse, read_toml
+from mmclip.data.dataset import open_rows
+from mmclip.data.manifest import ManifestError, Split
+from mmclip.evaluation import judge, nuisance
+from mmclip.pages import write_evaluation
+from mmclip.protocols import load_protocol
+from mmclip.results import RunResults, read_results
+from mmclip.scores import (
+    SCORES_FILE,
+    Scored,
+    ScoresError,
+    load_scores,
+    protocol_labels,
+    read_scores_csv,
+    rows_to_score,
+    scored,
+    split_of,
+)
+
+Percent = Field(ge=0, le=100)
+
+
+class Published(Frozen):
+    """A number that others published, with what keeps it from being compared with ours.
+
+    Attributes:
+        protocol: The nearest of ours.
+        fraction: Of the training data, for fine-tuning.
+        differs: What is not as in our protocol.
+    """
+
+    protocol: str
+    setting: Literal["zero-shot", "fine-tuned"]
+    method: str
+    auroc: float = Percent
+    f1: float | None = Field(default=None, ge=0, le=100)
+    accuracy: float | None = Field(default=None, ge=0, le=100)
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    source: str
+    differs: str
+
+
+class PublishedSet(Frozen):
+    """published/published.toml."""
+
+    id: str
+    version: int
+    rows: tuple[Published, ...]
+
+
+def published(protocol: str) -> list[Published]:
+    """The published numbers whose nearest protocol is this one."""
+    values = read_toml("list of published numbers", "published", "published")
+    found = parse(PublishedSet, values, "published/published.toml")
+    return [row for row in found.rows if row.protocol == protocol]
+
+
+class Difference(NamedTuple):
+    """A run's AUROC less the first one's, on the same films, with its 95 % interval."""
+
+    value: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run in a comparison; differences are to the first run, which has none."""
+
+    name: str
+    results: RunResults
+    macro: Difference | None
+    findings: dict[str, Difference]
+
+
+def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> list[Compared]:
+    """Runs side by side, with paired differences to the first.
+
+    Both runs of a pair are judged in each draw on the same resampled patients, so what is hard for
+    both cancels out.
+
+    Args:
+        folders: Each with results.json and scores.npz.
+        draws: Bootstrap resamples of patients.
+        seed: Of the resamples.
+
+    Raises:
+        ScoresError: When two runs are not of the same data, split, protocol, films and findings.
+    """
+    runs = [(folder, read_results(folder), load_scores(folder / SCORES_FILE)) for folder in folders]
+    first, base, base_scores = runs[0]
+    out = [Compared(_name(first, folders), base, None, {})]
+    for folder, results, scores in runs[1:]:
+        _check_alike(first, base, base_scores, folder, results, scores)
+        names = base_scores.names()
+        drawn = bootstrap_difference(
+            scores.labels,
+            scores.scores,
+            base_scores.scores,
+            scores.patients(),
+            draws=draws,
+            seed=seed,
+        ).auroc
+        ours, theirs = ({row.finding: row.auroc for row in r.findings} for r in (results, base))
+        by_finding = {
+            name: Difference(ours[name] - theirs[name], percentile_interval(drawn[:, k]))
+            for k, name in enumerate(names)
+            if name in ours
+        }
+        macro = None
+        if results.macro_auroc is not None and base.macro_auroc is not None:
+            counted = [names.index(name) for name in base.macro_findings]
+            macro = Difference(
+                results.macro_auroc - base.macro_auroc,
+                percentile_interval(macro_draws(drawn, counted)),
+            )
+        out.append(Compared(_name(folder, folders), results, macro, by_finding))
+    return out
+
+
+def _name(folder: Path, folders: Sequence[Path]) -> str:
+    """The folder's own name where that tells it from the others, else its path."""
+    names = [other.resolve().name for other in folders]
+    name = folder.resolve().name
+    return name if names.count(name) == 1 else str(folder)
+
+
+def _check_alike(
+    first: Path, base: RunResults, base_scores: Scored,
+    folder: Path, results: RunResults, scores: Scored,
+) -> None:  # fmt: skip
+    protocols = [None if r.protocol is None else r.protocol.hash for r in (base, results)]
+    facts = (
+        ("data hash", base.provenance.data_hash, results.provenance.data_hash),
+        ("split", base.provenance.split, results.provenance.split),
+        ("protocol", *protocols),
+        ("findings", base_scores.names(), scores.names()),
+        ("films", base_scores.film_id.tolist(), scores.film_id.tolist()),
+        ("macro findings", base.macro_findings, results.macro_findings),
+    )
+    for what, one, other in facts:
+        if one != other:
+            said = ""
+            if what not in ("films", "findings", "macro findings"):
+                said = f" ({str(one)[:16]} and {str(other)[:16]})"
+            raise ScoresError(
+                f"{first} and {folder} are not of the same {what}{said}; numbers of different "
+                f"{what} do not compare. Score both on the same data folder, split and protocol"
+            )
+    if not np.array_equal(base_scores.labels, scores.labels, equal_nan=True):
+        raise ScoresError(f"{first} and {folder} hold other labels of the same films; score again")
+
+
+def judge_csv(
+    path: Path,
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    protocol: str,
+    split: Split = "test",
+    draws: int = 1000,
+    seed: int = 0,
+    command: str = "",
+) -> RunResults:
+    """Scores of any model, judged by the rules of a protocol as one of ours would be.
+
+    Args:
+        path: CSV with film_id and a column for each finding, for every film of the split. Cuts are
+            chosen where it holds every validation film as well.
+        folders: Data folders of the protocol: films, labels and patients are theirs.
+        out: Gets what every evaluation leaves.
+        protocol: Name or path.
+        split: Which films.
+        draws: Bootstrap draws.
+        seed: Of the bootstrap.
+        command: For results.json.
+
+    Raises:
+        ScoresError: When the file lacks a film or a finding, or a score is no number.
+        ValueError: When a folder is not the protocol's.
+    """
+    began = time.monotonic()
+    rules = load_protocol(protocol)
+    named = split_of(folders, rules)
+    rows = open_rows(folders)
+
+    def scores_of(part: Split) -> tuple[Scored, dict]:
+        films = rows_to_score(rows, part, protocol=rules)
+        labels = protocol_labels(rules, films.films)
+        values = read_scores_csv(path, rules.findings, [film.film_id for film in films.films])
+        found = scored(films, rules.findings, labels, values)
+        return found, nuisance(films, found) if part == split else {}
+
+    test, beside = scores_of(split)
+    note = "cuts of F1 and the like by validation films"
+    try:
+        val = scores_of("val")[0] if split != "val" else None
+    except (ScoresError, ManifestError) as error:
+        val, note = None, f"no cuts, as validation films are not scored: {error}"
+    found = judge(
+        test, val, rule=rules.threshold, min_count=rules.min_count, draws=draws, seed=seed
+    )
+    text = {
+        "title": f"{path.stem}: {rules.title}",
+        "kind": "scores",
+        "summary": f"{len(test)} films, split {split}, with the scores of {path.name}; {note}",
+        "controls": {"nuisance": beside},
+        "leak_check": "not made: what a model of others was trained on is not known here",
+    }
+    made = {
+        "command": command,
+        "seed": seed,
+        "data_hash": rows.data_hash,
+        "split": named,
+        "device": torch.device("cpu"),
+        "wall_s": time.monotonic() - began,
+    }
+    return write_evaluation(out, {**found, **text}, made, test, val=val, protocol=rules)

@@ -1,0 +1,345 @@
+"""Evaluation: calibration and tuned cuts by hand, subgroups, comparisons that refuse."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score, roc_auc_score
+
+from mmclip.comparison import compare, judge_csv, published
+from mmclip.data.dataset import open_rows
+from mmclip.data.manifest import Film
+from mmclip.evaluation import judge, subgroups
+from mmclip.metrics import best_on_these, calibration_error
+from mmclip.pages import extreme_cases, write_evaluation
+from mmclip.protocols import Protocol, load_protocol, protocol_names
+from mmclip.results import RunResults, read_results
+from mmclip.scores import (
+    Scored,
+    ScoresError,
+    load_scores,
+    protocol_labels,
+    read_scores_csv,
+    rows_to_score,
+)
+
+NAN = float("nan")
+NAMES = ["edema", "mass"]
+
+
+def made(n: int = 400, seed: int = 0, signal: float = 1.0) -> Scored:
+    """Films of two findings; scores are probabilities, better with more signal."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((n, 2)) < 0.3).astype(float)
+    ages = rng.integers(20, 95, n).astype(float)
+    sexes = rng.choice(["F", "M", ""], n)
+    noise = np.random.default_rng(seed).normal(size=(n, 2))
+    return Scored(
+        film_id=np.array([f"f{i}" for i in range(n)]),
+        patient_id=np.array([f"p{i // 2}" for i in range(n)]),
+        sex=sexes,
+        age_years=ages,
+        view=rng.choice(["PA", "AP", "unknown"], n),
+        findings=np.array(NAMES),
+        labels=labels,
+        scores=1 / (1 + np.exp(-(signal * (2 * labels - 1) + noise))),
+    )
+
+
+def leave(folder: Path, test: Scored, val: Scored | None = None, **changes: str) -> RunResults:
+    """Results of some scores in a folder, as a command leaves them."""
+    text = {"title": "t", "kind": "scores", "summary": "s"}
+    facts = {
+        "command": "c", "seed": 0, "data_hash": "d" * 64, "split": "built",
+        "device": torch.device("cpu"), "wall_s": 1.0, **changes,
+    }  # fmt: skip
+    return write_evaluation(folder, {**judge(test, val, draws=50), **text}, facts, test, val=val)
+
+
+def test_calibration_error_by_hand():
+    # Two bins: 0.1 said and 0 found of two films, 0.9 said and 0.5 found of two.
+    labels, said = np.array([0.0, 0.0, 1.0, 0.0, NAN]), np.array([0.1, 0.1, 0.9, 0.9, 0.5])
+    assert calibration_error(labels, said) == pytest.approx((2 * 0.1 + 2 * 0.4) / 4)
+    assert calibration_error(labels, said * 2) is None  # no probabilities
+    assert calibration_error(np.zeros(3), np.full(3, 0.5)) is None
+    sure = np.array([0.0, 1.0])
+    assert calibration_error(sure, sure) == 0.0
+
+
+def test_perfectly_said_probabilities_are_calibrated():
+    rng = np.random.default_rng(0)
+    said = rng.random(200_000)
+    truth = (rng.random(200_000) < said).astype(float)
+    assert (calibration_error(truth, said) or 1) < 0.005
+    assert (calibration_error(truth, said**3) or 0) > 0.2
+
+
+def test_tuned_figures_are_the_best_of_all_cuts_and_accuracy_is_above_the_cut():
+    test = made()
+    labels, scores = test.labels[:, 0], np.round(test.scores[:, 0], 2)
+    found = best_on_these(labels, scores)
+    assert found is not None
+    by_cut = {cut: f1_score(labels == 1, scores >= cut) for cut in np.unique(scores)}
+    assert found.f1 == pytest.approx(max(by_cut.values()), abs=1e-12)
+    cut = max(c for c, value in by_cut.items() if value > found.f1 - 1e-12)
+    assert found.accuracy == pytest.approx(((scores > cut) == (labels == 1)).mean())
+    assert best_on_these(np.zeros(4), np.arange(4.0)) is None
+
+
+def test_test_labels_choose_no_cut():
+    test, val = made(), made(seed=1)
+    found = judge(test, val, draws=5)
+    other = judge(replace(test, labels=1 - test.labels), val, draws=5)
+    cuts, theirs = ([row["threshold"] for row in r["findings"]] for r in (found, other))
+    assert cuts == theirs and all(cut["chosen_on"] == "val" for cut in cuts)
+
+
+def test_validation_scores_of_other_findings_are_refused():
+    test = made()
+    swapped = replace(test, findings=np.array(["mass", "edema"]))
+    with pytest.raises(ValueError, match="validation scores are of mass, edema"):
+        judge(test, swapped, draws=5)
+
+
+def test_subgroups_compare_the_same_findings_and_equal_the_part_alone():
+    test = made()
+    groups = subgroups(test, draws=20)
+    by = {(g["kind"], g["group"]): g for g in groups}
+    assert set(by) == {
+        ("sex", "F"), ("sex", "M"), ("age", "under 40"), ("age", "40 to 59"), ("age", "60 to 79"),
+        ("age", "80 and over"), ("view", "PA"), ("view", "AP"),
+    }  # fmt: skip
+    women = test.sex == "F"
+    expected = np.mean(
+        [roc_auc_score(test.labels[women, k], test.scores[women, k]) for k in range(2)]
+    )
+    assert by["sex", "F"]["macro_auroc"] == pytest.approx(expected, abs=1e-12)
+    assert by["sex", "F"]["n_films"] == women.sum()
+    rare = test.labels.copy()
+    rare[(test.sex == "M"), 1] = 0.0  # no man has a mass: it counts for neither
+    by = {(g["kind"], g["group"]): g for g in subgroups(replace(test, labels=rare), draws=5)}
+    assert by["sex", "F"]["findings"] == by["sex", "M"]["findings"] == ["edema"]
+
+
+def test_ages_at_the_edge_of_a_band_and_unknown_ones():
+    test = made()
+    ages = np.where(np.arange(len(test)) % 2 == 0, 40.0, NAN)
+    assert not [g for g in subgroups(replace(test, age_years=ages), draws=5) if g["kind"] == "age"]
+    ages[1::2] = 39.99
+    found = [g["group"] for g in subgroups(replace(test, age_years=ages), draws=5)]
+    assert found[2:4] == ["under 40", "40 to 59"]
+
+
+def test_extreme_cases_are_the_highest_and_lowest_positives_by_hand():
+    test = replace(
+        made(4),
+        labels=np.array([[1.0, NAN], [1.0, NAN], [0.0, NAN], [0.0, NAN]]),
+        scores=np.array([[0.9, 0.5], [0.1, 0.5], [0.5, 0.5], [0.2, 0.5]]),
+    )
+    found = extreme_cases(test, most=1)
+    assert list(found) == [0, 1]
+    assert found[0].startswith("among the best: edema above 100 of 100")
+    assert found[1].startswith("among the worst: edema above 0 of 100")
+
+
+def test_scores_come_back_as_they_were_saved(tmp_path: Path):
+    test, val = made(), made(20, seed=1)
+    leave(tmp_path, test, val)
+    back = load_scores(tmp_path / "scores.npz")
+    assert np.array_equal(back.scores, test.scores) and back.patients() == test.patients()
+    assert back.names() == NAMES
+    with np.load(tmp_path / "scores.npz") as stored:
+        assert np.array_equal(stored["val_scores"], val.scores)
+    (tmp_path / "scores.npz").write_bytes(b"PK")
+    with pytest.raises(ScoresError, match="run the command that made these results again"):
+        load_scores(tmp_path / "scores.npz")
+
+
+def test_the_card_says_what_results_say(tmp_path: Path):
+    test = made()
+    results = leave(tmp_path, test)
+    card = (tmp_path / "MODEL_CARD.md").read_text("utf-8")
+    assert f"**{results.macro_auroc:.3f}**" in card
+    for row in results.findings:
+        assert re.search(rf"\| {row.finding} \| unknown \| {row.auroc:.3f} \|", card)
+    assert "d" * 64 in card and "| sex | F |" in card
+
+
+def test_a_comparison_is_paired_and_signed(tmp_path: Path):
+    weak, strong = made(signal=0.3), made(signal=1.5)
+    folders = [tmp_path / "weak", tmp_path / "strong"]
+    for folder, test in zip(folders, (weak, strong), strict=True):
+        leave(folder, test)
+    base, other = compare(folders, draws=100)
+    assert base.macro is None and base.findings == {}
+    expected = np.mean(
+        [
+            roc_auc_score(strong.labels[:, k], strong.scores[:, k])
+            - roc_auc_score(weak.labels[:, k], weak.scores[:, k])
+            for k in range(2)
+        ]
+    )
+    assert other.macro is not None and other.macro.interval is not None
+    assert other.macro.value == pytest.approx(expected, abs=1e-5)
+    low, high = other.macro.interval
+    assert 0 < low < other.macro.value < high
+    _, same = compare([folders[0], folders[0]], draws=20)
+    assert same.macro == (0.0, (0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data_hash": "e" * 64}, "not of the same data hash"),
+        ({"split": "clean 12ab"}, "not of the same split .built and clean 12ab"),
+    ],
+)
+def test_results_of_other_data_or_split_do_not_compare(
+    tmp_path: Path, change: dict[str, str], message: str
+):
+    leave(tmp_path / "a", made())
+    leave(tmp_path / "b", made(), **change)
+    with pytest.raises(ScoresError, match=message):
+        compare([tmp_path / "a", tmp_path / "b"])
+
+
+def test_results_of_other_films_or_labels_do_not_compare(tmp_path: Path):
+    test = made()
+    leave(tmp_path / "a", test)
+    leave(tmp_path / "fewer", test.where(np.arange(len(test)) > 0))
+    leave(tmp_path / "relabelled", replace(test, labels=1 - test.labels))
+    with pytest.raises(ScoresError, match="not of the same films"):
+        compare([tmp_path / "a", tmp_path / "fewer"])
+    with pytest.raises(ScoresError, match="other labels of the same films"):
+        compare([tmp_path / "a", tmp_path / "relabelled"])
+
+
+def test_every_published_number_names_a_protocol_and_what_differs():
+    rows = [row for name in protocol_names() for row in published(name)]
+    assert len(rows) == 173
+    assert all(row.differs and row.source.startswith("http") for row in rows)
+    mavl = next(r for r in published("siim") if r.method == "MAVL")
+    assert (mavl.auroc, mavl.f1, mavl.accuracy) == (92.04, 77.95, 87.14)
+
+
+def film(**changes: object) -> Film:
+    facts = {"film_id": "f", "study_id": "s", "patient_id": "p", "source": "made", "image": "f.png"}
+    return Film(**{**facts, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def small_protocol(**changes: object) -> Protocol:
+    facts = {
+        "id": "small", "version": 1, "title": "Small", "about": "Made.", "readers": ["csv"],
+        "splits": ["built"], "findings": NAMES, "prompt_sets": ["pair"],
+    }  # fmt: skip
+    return Protocol.model_validate({**facts, **changes})
+
+
+def test_labels_of_a_protocol_are_known_ones_in_its_order():
+    films = [film(labels={"mass": 1, "edema": -1, "gout": 1}), film(labels={"edema": 0})]
+    found = protocol_labels(small_protocol(), films)
+    np.testing.assert_array_equal(found, [[NAN, 1], [0, NAN]])
+
+
+def test_own_words_are_absent_in_films_with_others_and_unknown_in_unfinished_ones():
+    rules = small_protocol(
+        own_words=True, words={"mass": ["Lung Mass"]}, unfinished=["suboptimal study"]
+    )
+    films = [
+        film(source_labels=("Edema/severe", "normal")),
+        film(source_labels=("lung mass", "suboptimal study")),
+        film(source_labels=()),
+        film(source_labels=("mass",)),  # `words` name another
+    ]
+    found = protocol_labels(rules, films)
+    np.testing.assert_array_equal(found, [[1, 0], [NAN, 1], [NAN, NAN], [0, 0]])
+
+
+def test_a_protocol_refuses_folders_of_other_sources_and_splits():
+    rules = load_protocol("siim")
+    rules.check_folder("siim", "clean", "data/siim")
+    with pytest.raises(ValueError, match=r"protocol siim is for data of 'siim'.*reader 'csv'"):
+        rules.check_folder("csv", "clean", "data/x")
+    with pytest.raises(ValueError, match="`mmclip data split data/siim --name clean`"):
+        rules.check_folder("siim", "built", "data/siim")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"findings": ["edema", "edema"]}, "names edema twice"),
+        ({"words": {"gout": ["x"]}, "own_words": True}, "words names gout"),
+        ({"words": {"mass": ["x"]}}, "own_words = true"),
+        ({"finetune": {"uncertain_of": {"gout": "ignore"}}}, "uncertain_of names gout"),
+        ({"finetune": {"fractions": [1.5]}}, "less than or equal to 1"),
+    ],
+)
+def test_a_protocol_that_contradicts_itself_is_refused(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        small_protocol(**change)
+
+
+def test_the_packages_protocols_are_told_apart_by_their_hash():
+    protocols = [load_protocol(name) for name in protocol_names()]
+    assert {p.id for p in protocols} == set(protocol_names())
+    assert len({p.hash for p in protocols}) == len(protocols) >= 14
+    assert all("clean" in p.splits for p in protocols if p.id == "siim")  # the others leak
+
+
+def write_csv(path: Path, rows: list[list[object]]) -> Path:
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([["film_id", "mass"], ["a", 1]], "lacks the columns 'edema'"),
+        ([["film_id", "edema", "mass"], ["a", 1, 2]], "no score of 1 of the 2 films, such as b"),
+        ([["film_id", "edema", "mass"], ["a", 1, "x"]], "line 2: the score of 'mass' is 'x'"),
+        ([["film_id", "edema", "mass"], ["a", 1, "inf"]], "'inf', no finite number"),
+        ([["film_id", "edema", "mass"], ["a", 1, 2], ["a", 1, 2]], "line 3: film 'a' occurs twice"),
+    ],
+)
+def test_a_damaged_table_of_scores_is_refused(tmp_path: Path, rows: list, message: str):
+    with pytest.raises(ScoresError, match=message):
+        read_scores_csv(write_csv(tmp_path / "s.csv", rows), NAMES, ["a", "b"])
+    with pytest.raises(ScoresError, match="cannot be read"):
+        read_scores_csv(tmp_path / "none.csv", NAMES, ["a"])
+
+
+def test_scores_of_another_model_are_judged_as_ours_would_be(made_data: Path, tmp_path: Path):
+    rules = tmp_path / "small.toml"
+    rules.write_text(
+        'id = "small"\nversion = 1\ntitle = "Small"\nabout = "Made."\nreaders = ["csv", "made"]\n'
+        'splits = ["built"]\nfindings = ["nodule", "mass"]\nprompt_sets = ["pair"]\nmin_count = 1\n'
+    )
+    reader = json.loads((made_data / "meta.json").read_text()).get("reader", "unknown")
+    rules.write_text(rules.read_text().replace('"made"', json.dumps(reader)))
+    rows = open_rows([made_data])
+    rng = np.random.default_rng(0)
+    parts = {part: rows_to_score(rows, part).films for part in ("val", "test")}
+    lines = [[f.film_id, *rng.random(2)] for part in parts.values() for f in part]
+    both = write_csv(tmp_path / "peer.csv", [["film_id", "nodule", "mass"], *lines])
+    results = judge_csv(both, [made_data], tmp_path / "out", protocol=str(rules), draws=10)
+    assert results.kind == "scores" and results.protocol is not None
+    scores = load_scores(tmp_path / "out" / "scores.npz")
+    truth = rows_to_score(rows, "test").labels(["nodule", "mass"])
+    assert results.findings[0].auroc == pytest.approx(
+        roc_auc_score(truth[:, 0], scores.scores[:, 0])
+    )
+    assert results.findings[0].threshold is not None
+    only = write_csv(
+        tmp_path / "test.csv",
+        [["film_id", "nodule", "mass"], *[line for line in lines if line[0] in
+         {f.film_id for f in parts["test"]}]],
+    )  # fmt: skip
+    results = judge_csv(only, [made_data], tmp_path / "two", protocol=str(rules), draws=10)
+    assert results.findings[0].threshold is None and "no cuts" in results.summary
+    assert read_results(tmp_path / "two").macro_auroc == pytest.approx(
+        results.macro_auroc, rel=1e-5
+    )
