@@ -208,11 +208,14 @@ class MMCLIP(nn.Module):
         first = torch.zeros_like(is_valid[: len(ids)]).index_copy(0, which, is_valid)
         encoded = self.encode_text(ids, first)
         m = len(texts)
-        features, embedding = encoded.features[which[:m]], encoded.embedding[which[:m]]
+        # Not encoded.features[which]: its gradient adds the rows of a text in the order in which
+        # threads come, so that the last bits would differ from run to run.
+        features = encoded.features.index_select(0, which[:m])
+        embedding = encoded.embedding.index_select(0, which[:m])
         if self.text_decoder is None:
             return Read(features, embedding, None, None)
         x, attention = self.text_decoder.read(
-            encoded.features[which[m : 2 * m]],
+            encoded.features.index_select(0, which[m : 2 * m]),
             texts.is_valid,
             image_features[texts.rows],
             texts.is_masked | texts.chosen(attention_of) if attention_of else texts.is_masked,
