@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mmclip import embeddings, ranking
+from mmclip import embedding_store, ranking
 from mmclip.bootstrap import patient_weights, percentile_interval
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.data.batches import TrainingBatches, still
 from mmclip.data.check import TRAINED_FILE, trained_keys
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.manifest import Film, ManifestError
-from mmclip.embeddings import STORE_FOLDER, film_embeddings, text_embeddings
+from mmclip.embedding_store import STORE_FOLDER, film_embeddings, text_embeddings
 from mmclip.losses import positive_pairs
 from mmclip.metrics import Retrieved
 from mmclip.ranking import (
@@ -182,7 +182,7 @@ def test_intervals_are_those_of_repeated_queries_of_whole_patients(
 
 
 def test_embeddings_are_made_once_and_then_read(fresh: Made, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(embeddings, "_CHUNK", 50)
+    monkeypatch.setattr(embedding_store, "_CHUNK", 50)
     made = fresh.embed()
     np.testing.assert_allclose(
         made, embed_films(fresh.checkpoint.model, fresh.rows, show=False).numpy(), atol=1e-5
@@ -196,8 +196,8 @@ def test_embeddings_are_made_once_and_then_read(fresh: Made, monkeypatch: pytest
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("embedded again")
 
-    monkeypatch.setattr(embeddings, "embed_films", refuse)
-    monkeypatch.setattr(embeddings, "embed_texts", refuse)
+    monkeypatch.setattr(embedding_store, "embed_films", refuse)
+    monkeypatch.setattr(embedding_store, "embed_texts", refuse)
     again = fresh.embed()
     np.testing.assert_array_equal(again, made)
     assert isinstance(again, np.memmap)
@@ -210,7 +210,7 @@ def test_other_films_have_embeddings_of_their_own(fresh: Made, monkeypatch: pyte
     assert len(film_embeddings(fresh.checkpoint, some, [fresh.data])) == len(some)
     other = replace(fresh.rows, data_hash="other")
     film_embeddings(fresh.checkpoint, other, [fresh.data])
-    monkeypatch.setattr(embeddings, "read_meta", lambda folder: {"films_sha256": "other"})
+    monkeypatch.setattr(embedding_store, "read_meta", lambda folder: {"films_sha256": "other"})
     fresh.embed()  # the same records, of which another version made other films
     assert len(list((fresh.run / STORE_FOLDER).glob("films-*.npy"))) == 4
 
@@ -269,7 +269,7 @@ def test_a_run_that_cannot_be_written_is_searched_all_the_same(
 def test_an_interrupted_embedding_leaves_nothing_that_is_taken_up(
     fresh: Made, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(embeddings, "_CHUNK", 50)
+    monkeypatch.setattr(embedding_store, "_CHUNK", 50)
     embed, done = embed_films, []
 
     def interrupted(*args, **kwargs):
@@ -278,7 +278,7 @@ def test_an_interrupted_embedding_leaves_nothing_that_is_taken_up(
         done.append(1)
         return embed(*args, **kwargs)
 
-    monkeypatch.setattr(embeddings, "embed_films", interrupted)
+    monkeypatch.setattr(embedding_store, "embed_films", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fresh.embed()
     assert list((fresh.run / STORE_FOLDER).iterdir()) == []
@@ -288,7 +288,7 @@ def test_embeddings_that_are_not_finite_are_refused(fresh: Made, monkeypatch: py
     def broken(model, rows, show):
         return torch.full((len(rows), 16), torch.nan)
 
-    monkeypatch.setattr(embeddings, "embed_films", broken)
+    monkeypatch.setattr(embedding_store, "embed_films", broken)
     with pytest.raises(ValueError, match="not finite; its training has diverged"):
         fresh.embed()
 

@@ -20,7 +20,7 @@ from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.draws import film_key
 from mmclip.data.manifest import Film, ManifestError, Split, write_text_atomic
 from mmclip.data.text import tokenise
-from mmclip.embeddings import film_embeddings, text_embeddings
+from mmclip.embedding_store import film_embeddings, text_embeddings
 from mmclip.losses import positive_pairs
 from mmclip.metrics import Retrieved, retrieved, retrieved_by_chance
 from mmclip.results import Count, Provenance, Share, ShareInterval

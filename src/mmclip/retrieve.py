@@ -17,7 +17,7 @@ from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.images import FilmError, decode_film, read_bytes, resize_film
 from mmclip.data.manifest import ManifestError, Split
 from mmclip.data.text import tokenise
-from mmclip.embeddings import film_embeddings, finite
+from mmclip.embedding_store import film_embeddings, finite
 from mmclip.plots import INK, QUIET
 from mmclip.progress import console
 from mmclip.zeroshot import embed_texts
