@@ -19,6 +19,7 @@ from mmclip.data.batches import TrainingBatches, still
 from mmclip.data.check import TRAINED_FILE, trained_keys
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.manifest import Film, ManifestError
+from mmclip.embed import embed_films, embed_texts
 from mmclip.embedding_store import STORE_FOLDER, film_embeddings, text_embeddings
 from mmclip.losses import positive_pairs
 from mmclip.metrics import Retrieved
@@ -33,7 +34,6 @@ from mmclip.ranking import (
     score_direction,
 )
 from mmclip.retrieve import Search, nearest_studies, search
-from mmclip.zeroshot import embed_films, embed_texts
 from tests.commands import mmclip
 from tests.made_files import NAME, NUMBER, dicom
 
@@ -427,6 +427,7 @@ def test_evaluation_writes_what_it_prints_and_writes_over_nothing_else(made: Mad
     kept = rows_to_retrieve(made.rows, "test")
     assert results.n_films == len(kept) == results.film_to_report.n_candidates
     assert results.provenance.data_hash == made.rows.data_hash
+    assert results.leak_check.startswith("no film and no patient of these was trained on")
     for direction in ("film_to_report", "report_to_film"):
         part = getattr(results, direction)
         with np.load(out / RANKS_FILE) as stored:

@@ -25,7 +25,8 @@ from mmclip.losses import positive_pairs
 from mmclip.metrics import Retrieved, retrieved, retrieved_by_chance
 from mmclip.results import Count, Provenance, Share, ShareInterval
 from mmclip.retrieve import check_sources
-from mmclip.zeroshot import FRONTAL, check_trained
+from mmclip.scores import FRONTAL, split_of
+from mmclip.zeroshot import check_trained
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class RetrievalResults(_Part):
     n_patients: Count
     n_reports: Count  # that differ for the model
     bootstrap_draws: Count
+    leak_check: str  # what was found of films that the run was trained on
     provenance: Provenance
     facts: dict[str, str | int | FiniteFloat] = {}
 
@@ -275,7 +277,7 @@ def evaluate_retrieval(
     checkpoint.model.to(device)
     rows = open_rows(folders, checkpoint.config.data.film_px)
     rows = rows_to_retrieve(rows, split, sources)
-    check_trained(checkpoint, rows, split)
+    leak_check = check_trained(checkpoint, rows, split)
     patients = [film.patient_id for film in rows.films]
     keys = report_keys(checkpoint, rows.films)
     films = film_embeddings(checkpoint, rows, folders)
@@ -307,13 +309,13 @@ def evaluate_retrieval(
         n_patients=len(set(patients)),
         n_reports=len(keys[:, 1].unique()),
         bootstrap_draws=draws,
+        leak_check=leak_check,
         provenance=Provenance(
             command=command,
             seed=seed,
             config_hash=checkpoint.meta["config_hash"],
             data_hash=rows.data_hash,
-            prompt_set="none",
-            prompt_hash="none",
+            split=split_of(folders),
             commit=commit,
             versions=versions,
             device=f"{device.type}, {torch.get_num_threads()} threads",

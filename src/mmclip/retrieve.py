@@ -17,10 +17,10 @@ from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.images import FilmError, decode_film, read_bytes, resize_film
 from mmclip.data.manifest import ManifestError, Split
 from mmclip.data.text import tokenise
+from mmclip.embed import embed_texts
 from mmclip.embedding_store import film_embeddings, finite
 from mmclip.plots import INK, QUIET
 from mmclip.progress import console
-from mmclip.zeroshot import embed_texts
 
 logger = logging.getLogger(__name__)
 
