@@ -29,7 +29,10 @@ from mmclip.metrics import (
     choose_threshold,
     choose_thresholds,
     count_labels,
+    median_rank,
     recall_at_k,
+    retrieved,
+    retrieved_by_chance,
 )
 
 NAN = float("nan")
@@ -302,6 +305,8 @@ def test_recall_by_hand():
     at = recall_at_k(similarity, is_positive, ks=(1, 2, 3))
     assert [at[k].hit for k in (1, 2, 3)] == [0.5, 1.0, 1.0]
     assert [at[k].recall for k in (1, 2, 3)] == [0.5, 0.75, 1.0]
+    assert retrieved(similarity, is_positive, ks=(1,)).rank.tolist() == [1.0, 2.0]
+    assert median_rank(similarity, is_positive) == 1.5
 
 
 def test_collapsed_embeddings_recall_k_of_n_exactly():
@@ -314,20 +319,39 @@ def test_collapsed_embeddings_recall_k_of_n_exactly():
     assert recall_at_k(np.ones((30, 30)), single, ks=(5,))[5].hit == pytest.approx(5 / 30)
 
 
+def test_collapsed_embeddings_have_the_median_rank_of_chance():
+    assert median_rank(np.ones((30, 30)), np.eye(30, dtype=bool)) == 31 / 2
+    assert median_rank(np.ones((1, 7)), np.eye(1, 7, dtype=bool)) == 4
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_chance_is_what_collapsed_embeddings_get_whatever_is_right(share: float):
+    is_positive = np.random.default_rng(0).random((20, 30)) < share
+    is_positive[:, 7] = True
+    got = retrieved(np.full((20, 30), 0.3), is_positive, ks=(1, 5, 30))
+    chance = retrieved_by_chance(is_positive.sum(axis=1), 30, ks=(1, 5, 30))
+    for name, value, expected in zip(got._fields, got, chance, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-9, err_msg=name)
+
+
 def test_recall_equals_the_mean_over_random_orders_of_ties():
     rng = np.random.default_rng(1)
     similarity = rng.integers(0, 3, (6, 9)).astype(float)
     is_positive = rng.random((6, 9)) < 0.3
     is_positive[:, 0] = True
     exact = recall_at_k(similarity, is_positive, ks=(4,))[4]
-    recall, hit = [], []
+    rank = retrieved(similarity, is_positive, ks=(4,)).rank
+    recall, hit, ranks = [], [], []
     for _ in range(4000):
-        order = np.argsort(-(similarity + rng.random((6, 9)) * 0.5), axis=1)[:, :4]
-        found = np.take_along_axis(is_positive, order, axis=1).sum(axis=1)
+        order = np.argsort(-(similarity + rng.random((6, 9)) * 0.5), axis=1)
+        in_order = np.take_along_axis(is_positive, order, axis=1)
+        ranks.append(1 + in_order.argmax(axis=1))
+        found = in_order[:, :4].sum(axis=1)
         recall.append((found / is_positive.sum(axis=1)).mean())
         hit.append((found > 0).mean())
     assert exact.recall == pytest.approx(np.mean(recall), abs=0.01)
     assert exact.hit == pytest.approx(np.mean(hit), abs=0.01)
+    np.testing.assert_allclose(rank, np.mean(ranks, axis=0), atol=0.1)
 
 
 def test_recall_refuses_a_k_beyond_the_candidates_and_a_query_without_answer():
@@ -335,3 +359,7 @@ def test_recall_refuses_a_k_beyond_the_candidates_and_a_query_without_answer():
         recall_at_k(np.ones((3, 3)), np.eye(3, dtype=bool), ks=(1, 5))
     with pytest.raises(ValueError, match="query 2 has no positive"):
         recall_at_k(np.ones((3, 3)), np.diag([True, True, False]), ks=(1,))
+    broken = np.ones((3, 3))
+    broken[1, 2] = np.nan
+    with pytest.raises(ValueError, match="query 1 has a similarity that is not finite"):
+        median_rank(broken, np.eye(3, dtype=bool))

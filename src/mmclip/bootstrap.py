@@ -4,7 +4,7 @@ The bootstrap is ours, as resampling by a loop over scikit-learn takes hours whe
 seconds; tests hold it to scikit-learn's values in each draw.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,29 +63,47 @@ def bootstrap_metrics(
     Source: Mann-Whitney with case weights; equals scikit-learn's metrics with sample_weight.
     """
     n, k = labels.shape
-    code_of = {patient: i for i, patient in enumerate(dict.fromkeys(_hashable(patients)))}
-    code = np.array([code_of[patient] for patient in _hashable(patients)], dtype=np.int64)
+    code, n_patients = patient_codes(patients)
     if len(code) != n:
         raise ValueError(f"{len(code)} patients for {n} rows of labels; give one for each row")
     cuts = [None] * k if thresholds is None else list(thresholds)
-    counted = [_count(labels[:, i], scores[:, i], code, len(code_of), cuts[i]) for i in range(k)]
+    counted = [_count(labels[:, i], scores[:, i], code, n_patients, cuts[i]) for i in range(k)]
     out = Draws(*(np.full((draws, k), np.nan) for _ in Draws._fields))
-    rng = np.random.default_rng(seed)
-    step = max(1, _CHUNK_ELEMENTS // max(n, 1))
-    for start in range(0, draws, step):
-        rows = slice(start, min(start + step, draws))
-        # [patients, draws in the chunk]; drawn one by one, so that the chunk size changes nothing.
-        weight = np.stack(
-            [
-                np.bincount(rng.integers(0, len(code_of), len(code_of)), minlength=len(code_of))
-                for _ in range(rows.start, rows.stop)
-            ],
-            axis=1,
-        ).astype(np.float64)
+    done = 0
+    for weight in patient_weights(n_patients, draws, seed, max(1, _CHUNK_ELEMENTS // max(n, 1))):
+        rows = slice(done, done + weight.shape[1])
+        done = rows.stop
         for i, finding in enumerate(counted):
             for column, values in zip(out, _weighted_metrics(finding, weight), strict=True):
                 column[rows, i] = values
     return out
+
+
+def patient_codes(
+    patients: Sequence[Hashable] | Int[np.ndarray, " n"],
+) -> tuple[Int[np.ndarray, " n"], int]:
+    """Patients as numbers from 0, in the order of their first rows, and how many there are."""
+    listed = _hashable(patients)
+    code_of = {patient: i for i, patient in enumerate(dict.fromkeys(listed))}
+    return np.array([code_of[patient] for patient in listed], dtype=np.int64), len(code_of)
+
+
+def patient_weights(
+    n_patients: int, draws: int, seed: int, step: int
+) -> Iterator[Float[np.ndarray, "patients some"]]:
+    """How often each draw, with replacement, takes each patient; `step` draws at a time.
+
+    Drawn one by one, so that `step` changes nothing.
+    """
+    rng = np.random.default_rng(seed)
+    for start in range(0, draws, step):
+        yield np.stack(
+            [
+                np.bincount(rng.integers(0, n_patients, n_patients), minlength=n_patients)
+                for _ in range(start, min(start + step, draws))
+            ],
+            axis=1,
+        ).astype(np.float64)
 
 
 def bootstrap_difference(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.special import gammaln
 from sklearn.metrics import (
     accuracy_score,
@@ -71,6 +71,14 @@ class Retrieval(NamedTuple):
 
     recall: float
     hit: float
+
+
+class Retrieved(NamedTuple):
+    """What each query finds; see `retrieved`."""
+
+    recall: Float[np.ndarray, "q k"]  # share of its positives among the first k
+    hit: Float[np.ndarray, "q k"]  # probability that one or more are among the first k
+    rank: Float[np.ndarray, " q"]  # of its first positive, from 1
 
 
 def count_labels(labels: Float[np.ndarray, " n"]) -> Counts:
@@ -249,15 +257,15 @@ def calibration_error(
     return float(np.abs(gaps).sum() / len(truth))
 
 
-def recall_at_k(
+def retrieved(
     similarity: Float[np.ndarray, "q c"],
     is_positive: Bool[np.ndarray, "q c"],
     ks: Sequence[int] = (1, 5, 10),
-) -> dict[int, Retrieval]:
-    """Retrieval when a query has several right answers, as equal reports are all right.
+) -> Retrieved:
+    """What each query finds when it may have several right answers, as equal reports are all right.
 
-    Candidates of equal similarity stand in random order, and the result is the exact expectation
-    over that order: embeddings that collapsed to one point get recall k / c and no more.
+    Candidates of equal similarity stand in random order, and every value is the exact expectation
+    over that order: no accident of sorting lifts embeddings that collapsed to one point.
 
     Args:
         similarity: Of each query (row) with each candidate.
@@ -265,39 +273,103 @@ def recall_at_k(
             (`losses.positive_pairs`).
         ks: How many candidates are looked at.
 
-    Returns:
-        For each k, means over the queries. `recall` cannot reach 1 where a query has more than k
-        positives; `hit` is what most papers call R@k, and at chance it exceeds k / c where a
-        query has several positives.
-
     Raises:
-        ValueError: When a k is outside 1..c, or a query has no positive.
+        ValueError: When a k is outside 1..c, a similarity is not finite, or a query has no
+            positive.
     """
     n = similarity.shape[1]
-    bad = [k for k in ks if not 1 <= k <= n]
-    if bad:
-        raise ValueError(f"k={bad[0]} is not within 1..{n}, the number of candidates")
+    _check_ks(ks, n)
+    if not np.isfinite(similarity).all():
+        row = int(np.flatnonzero(~np.isfinite(similarity).all(axis=1))[0])
+        raise ValueError(f"query {row} has a similarity that is not finite; embeddings must be")
     n_positive = is_positive.sum(axis=1)
     if not n_positive.all():
         row = int(np.flatnonzero(n_positive == 0)[0])
         raise ValueError(f"query {row} has no positive among the candidates; leave it out")
-    descending = -np.sort(-similarity, axis=1)
-    out = {}
-    for k in ks:
-        edge = descending[:, k - 1 : k]
+    edges = -np.partition(-similarity, [k - 1 for k in ks], axis=1)
+    recall = np.empty((len(similarity), len(ks)))
+    for i, k in enumerate(ks):
+        edge = edges[:, k - 1 : k]
         above, tied = similarity > edge, similarity == edge
         places = k - above.sum(axis=1)  # left for the tied ones
-        n_tied = tied.sum(axis=1)
         found = (above & is_positive).sum(axis=1)
         tied_positive = (tied & is_positive).sum(axis=1)
-        recall = (found + places * tied_positive / n_tied) / n_positive
-        # No positive among the places: C(t - p, r) / C(t, r), and 0 where r > t - p.
-        n_wrong = np.maximum(n_tied - tied_positive, places)
-        miss = np.exp(_log_choose(n_wrong, places) - _log_choose(n_tied, places))
-        miss = np.where(places <= n_tied - tied_positive, miss, 0.0)
-        hit = np.where(found > 0, 1.0, 1.0 - miss)
-        out[k] = Retrieval(float(recall.mean()), float(hit.mean()))
-    return out
+        recall[:, i] = (found + places * tied_positive / tied.sum(axis=1)) / n_positive
+    # Nothing above the best positive is one: it and its equals decide over hit and rank.
+    best = np.where(is_positive, similarity, -np.inf).max(axis=1, keepdims=True)
+    n_above, tied = (similarity > best).sum(axis=1), similarity == best
+    n_tied, n_right = tied.sum(axis=1), (tied & is_positive).sum(axis=1)
+    hit = np.stack([_hit_prob(n_tied, n_right, k - n_above) for k in ks], axis=1)
+    return Retrieved(recall, hit, n_above + (n_tied + 1) / (n_right + 1))
+
+
+def retrieved_by_chance(
+    n_positive: Int[np.ndarray, " q"], n_candidates: int, ks: Sequence[int] = (1, 5, 10)
+) -> Retrieved:
+    """What `retrieved` gives where all candidates are alike, from the number of positives alone.
+
+    With p positives of c candidates: recall k / c, hit 1 - C(c - p, k) / C(c, k), and rank
+    (c + 1) / (p + 1), which for a single positive are k / c, k / c and (c + 1) / 2.
+
+    Source: the smallest of p numbers drawn from 1..c without replacement is (c + 1) / (p + 1) on
+        average.
+    """
+    _check_ks(ks, n_candidates)
+    n_all = np.full_like(n_positive, n_candidates)
+    places = [np.full_like(n_positive, k) for k in ks]
+    return Retrieved(
+        recall=np.tile(np.array(ks, float) / n_candidates, (len(n_positive), 1)),
+        hit=np.stack([_hit_prob(n_all, n_positive, k) for k in places], axis=1),
+        rank=(n_candidates + 1) / (n_positive + 1),
+    )
+
+
+def recall_at_k(
+    similarity: Float[np.ndarray, "q c"],
+    is_positive: Bool[np.ndarray, "q c"],
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[int, Retrieval]:
+    """Means of `retrieved` over the queries, for each k.
+
+    `recall` cannot reach 1 where a query has more than k positives, and is k / c at chance; `hit`
+    is what most papers call R@k, and at chance it exceeds k / c where a query has several
+    positives.
+
+    Args:
+        similarity: Of each query (row) with each candidate.
+        is_positive: The right answers of each query.
+        ks: How many candidates are looked at.
+    """
+    each = retrieved(similarity, is_positive, ks)
+    means = zip(ks, each.recall.mean(axis=0), each.hit.mean(axis=0), strict=True)
+    return {k: Retrieval(float(recall), float(hit)) for k, recall, hit in means}
+
+
+def median_rank(
+    similarity: Float[np.ndarray, "q c"], is_positive: Bool[np.ndarray, "q c"]
+) -> float:
+    """The median over the queries of the rank, from 1, at which the first positive stands.
+
+    Where candidates tie, a query's rank is its mean over their orders: with one positive a query,
+    collapsed embeddings get (c + 1) / 2.
+    """
+    return float(np.median(retrieved(similarity, is_positive, ks=(1,)).rank))
+
+
+def _check_ks(ks: Sequence[int], n: int) -> None:
+    if bad := [k for k in ks if not 1 <= k <= n]:
+        raise ValueError(f"k={bad[0]} is not within 1..{n}, the number of candidates")
+
+
+def _hit_prob(n: np.ndarray, n_right: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Probability that `places` of n in random order hold a right one: 1 - C(n - p, r) / C(n, r).
+
+    0 without places, 1 where there are more places than wrong ones.
+    """
+    n_wrong = n - n_right
+    r = np.clip(places, 0, n_wrong)
+    miss = np.exp(_log_choose(n_wrong, r) - _log_choose(n, r))
+    return np.where(places <= 0, 0.0, np.where(places > n_wrong, 1.0, 1.0 - miss))
 
 
 def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:

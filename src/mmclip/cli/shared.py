@@ -53,11 +53,14 @@ def split_name(name: str) -> "Split":
     return name
 
 
-def check_results(out: Path) -> None:
-    """Refuses a folder with the results of another command; the same one may write again."""
-    from mmclip.results import RESULTS_FILE
+def check_results(out: Path, name: str = "results.json") -> None:
+    """Refuses a folder with the results of another command; the same one may write again.
 
-    path = out / RESULTS_FILE
+    Args:
+        out: The folder.
+        name: Of the file that holds the results.
+    """
+    path = out / name
     if not path.is_file():
         return
     try:

@@ -1,0 +1,154 @@
+"""`mmclip retrieve`: the nearest studies in one's own data, and how good retrieval is."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from mmclip.cli.shared import (
+    CpuOption,
+    FolderOption,
+    OverwriteOption,
+    check_results,
+    command_line,
+    device_of,
+    split_name,
+)
+from mmclip.progress import console
+
+if TYPE_CHECKING:
+    from mmclip.ranking import RetrievalResults
+    from mmclip.retrieve import Search
+
+app = typer.Typer()
+
+REPORT_CHARS = 120
+"""Of a report in the table. [chosen: two sentences; the lines on stdout hold it whole]"""
+
+
+@app.command()
+def retrieve(
+    run: Annotated[Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.")],
+    data: FolderOption,
+    film: Annotated[
+        str | None, typer.Option(help="Search: a film id of the data, or a PNG, JPEG or DICOM.")
+    ] = None,
+    phrase: Annotated[
+        str | None, typer.Option(help="Search: what a report would say, in quotes.")
+    ] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Score how films and reports find one another.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for found.png; with --evaluate (needed) for retrieval.json."),
+    ] = None,
+    top: Annotated[int, typer.Option(help="Search: how many studies.", min=1)] = 10,
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test. [search: all; --evaluate: test]")
+    ] = None,
+    source: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    draws: Annotated[
+        int, typer.Option(help="--evaluate: bootstrap draws of patients.", min=1)
+    ] = 1000,
+    seed: Annotated[int, typer.Option(help="--evaluate: of the bootstrap.")] = 0,
+    overwrite: OverwriteOption = False,
+    cpu: CpuOption = False,
+) -> None:
+    """Finds the nearest studies for a film or a phrase; `--evaluate` scores retrieval.
+
+    Example: `mmclip retrieve --run runs/a --data data/films --film new.dcm --out found`
+
+    Example: `mmclip retrieve --run runs/a --data data/films --evaluate --out runs/a/retrieval`
+
+    A search prints a table on stderr, and on stdout a line of JSON for each study.
+    """
+    from mmclip.ranking import RETRIEVAL_FILE, evaluate_retrieval
+    from mmclip.retrieve import search, write_sheet
+
+    if (film is not None) + (phrase is not None) + evaluate != 1:
+        raise ValueError("give one of --film, --phrase and --evaluate")
+    if not evaluate:
+        found = search(
+            run,
+            tuple(data),
+            film=film,
+            phrase=phrase,
+            top=top,
+            split=None if split is None else split_name(split),
+            sources=tuple(source or ()),
+            device=device_of(cpu),
+        )
+        print_found(found, top)
+        if out is not None:
+            console.print(f"films: {write_sheet(out, found)}", markup=False, soft_wrap=True)
+        return
+    if out is None:
+        raise ValueError("--evaluate writes results: name their folder by --out")
+    if not overwrite:
+        check_results(out, RETRIEVAL_FILE)
+    results = evaluate_retrieval(
+        run,
+        tuple(data),
+        out,
+        split=split_name(split or "test"),
+        sources=tuple(source or ()),
+        draws=draws,
+        seed=seed,
+        command=command_line(),
+        device=device_of(cpu),
+    )
+    print_retrieval(results)
+    print(out / RETRIEVAL_FILE)
+
+
+def print_found(search: "Search", top: int) -> None:
+    """The table for people on stderr, a line of JSON a study on stdout."""
+    table = Table(box=None, pad_edge=False, expand=True)
+    for name in ("rank", "similarity"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("film", overflow="fold", max_width=32)
+    table.add_column("view", no_wrap=True)
+    table.add_column("report", no_wrap=True, overflow="ellipsis", ratio=1)
+    for record in search.records():
+        # As Text: a report may hold what looks like markup.
+        report = Text(" ".join((record["report"] or "–").split())[:REPORT_CHARS])
+        similarity = f"{record['similarity']:.3f}"
+        film = Text(record["film_id"])
+        table.add_row(str(record["rank"]), similarity, film, record["view"], report)
+        print(json.dumps(record, ensure_ascii=False))
+    kind = "film with film" if search.query.pixels is not None else "phrase with film"
+    said = f"the nearest studies for {search.query.said} (similarity: cosine, {kind})"
+    console.print(said, markup=False, soft_wrap=True)
+    console.print(table)
+    if len(search.found) < top:
+        console.print(f"there are no more than {len(search.found)} studies to find", style="dim")
+
+
+def print_retrieval(results: "RetrievalResults") -> None:
+    """The table for people on stderr."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "value", "95 %", "chance"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, direction in (
+        ("film → report", results.film_to_report),
+        ("report → film", results.report_to_film),
+    ):
+        for at in direction.at:
+            spread = "–" if at.hit_ci is None else f"{at.hit_ci[0]:.3f}–{at.hit_ci[1]:.3f}"
+            said = (f"{name}, R@{at.k}", f"{at.hit:.3f}", spread, f"{at.hit_chance:.3f}")
+            table.add_row(*said)
+        ci = direction.median_rank_ci
+        spread = "–" if ci is None else f"{ci[0]:.1f}–{ci[1]:.1f}"
+        ranks = (f"{direction.median_rank:.1f}", spread, f"{direction.median_rank_chance:.1f}")
+        table.add_row(f"{name}, median rank", *ranks, style="bold")
+    console.print(table)
+    console.print(
+        f"{results.n_films} films with reports of {results.n_patients} patients; "
+        f"{results.n_reports} reports differ, and equal ones are right answers; intervals over "
+        f"resampled patients of the queries",
+        style="dim",
+    )

@@ -1,0 +1,179 @@
+"""Embeddings of films and texts, made once and stored in the folder of the run.
+
+    embeddings/films-<hash>.npy     float32 [n, e], in the order of the rows
+    embeddings/films-<hash>.json    the weights that made them, and a checksum; written last
+    embeddings/texts-<hash>.npy     the same of distinct texts, and its .json
+
+The hash in a name is of what was embedded, so a changed data folder has files of its own. No id and
+no text is in them.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+from torch import Tensor
+
+from mmclip.checkpoint import CHECKPOINTS, Checkpoint, file_sha256
+from mmclip.data.dataset import Rows
+from mmclip.data.manifest import read_meta, write_text_atomic
+from mmclip.embed import embed_films, embed_texts
+from mmclip.progress import console, progress
+
+logger = logging.getLogger(__name__)
+
+STORE_FOLDER = "embeddings"
+
+_CHUNK = 1024
+"""Films or texts whose embeddings are held at once. [chosen: 2 MB at 512 wide]"""
+
+
+def film_embeddings(
+    checkpoint: Checkpoint, rows: Rows, folders: Sequence[Path]
+) -> Float32[np.ndarray, "n e"]:
+    """The embeddings of some films, from the run's folder where they are stored, else made.
+
+    Args:
+        checkpoint: Whose weights they must be of.
+        rows: All with an image.
+        folders: That the rows are of: the checksums of their films are part of the key, too.
+
+    Returns:
+        Mapped from the file: in memory only where it is read.
+
+    Raises:
+        ValueError: When the model gives embeddings that are not finite.
+    """
+    of = [rows.data_hash, *(str(read_meta(folder).get("films_sha256")) for folder in folders)]
+    of += [film.film_id for film in rows.films]
+
+    def parts() -> Iterator[Tensor]:
+        with progress("embedding films", len(rows)) as advance:
+            for start in range(0, len(rows), _CHUNK):
+                cut = slice(start, start + _CHUNK)
+                part = Rows(rows.films[cut], rows.caches, rows.where[cut], rows.data_hash)
+                yield embed_films(checkpoint.model, part, show=False)
+                advance(len(part))
+
+    return _stored(checkpoint, "films", of, len(rows), parts())
+
+
+def text_embeddings(checkpoint: Checkpoint, texts: Sequence[str]) -> Float32[np.ndarray, "n e"]:
+    """The embeddings of some texts, as `film_embeddings`; only distinct ones are made and stored.
+
+    Args:
+        checkpoint: Whose weights they must be of.
+        texts: In any order, some of them equal.
+    """
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    distinct = list(number)
+    max_tokens = checkpoint.config.data.max_tokens
+
+    def parts() -> Iterator[Tensor]:
+        with progress("embedding reports", len(distinct)) as advance:
+            for start in range(0, len(distinct), _CHUNK):
+                part = distinct[start : start + _CHUNK]
+                yield embed_texts(checkpoint.model, checkpoint.tokenizer, part, max_tokens)
+                advance(len(part))
+
+    stored = _stored(checkpoint, "texts", distinct, len(distinct), parts())
+    return stored[[number[text] for text in texts]]
+
+
+def store_folder(checkpoint: Checkpoint) -> Path:
+    """Where embeddings of a checkpoint lie: in its run, or in itself where it has none."""
+    folder = checkpoint.folder.resolve()
+    is_of_run = folder.parent.name == CHECKPOINTS
+    return (folder.parent.parent if is_of_run else folder) / STORE_FOLDER
+
+
+def _stored(
+    checkpoint: Checkpoint, kind: str, of: Sequence[str], n: int, parts: Iterable[Tensor]
+) -> Float32[np.ndarray, "n e"]:
+    """Reads stored embeddings; where there are none that fit, makes and stores them.
+
+    Args:
+        checkpoint: Whose weights they are of.
+        kind: How their file's name starts.
+        of: What they are of, for the name of the file.
+        n: How many there are.
+        parts: Makes them when it is read, some at a time.
+    """
+    digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()
+    folder, name = store_folder(checkpoint), f"{kind}-{digest[:16]}"
+    path, note = folder / f"{name}.npy", folder / f"{name}.json"
+    about = {"of": digest, "weights": checkpoint.meta["sha256"]["model.safetensors"]}
+    if path.exists() or note.exists():
+        if (fault := _fault(path, note, about)) is None:
+            return np.load(path, mmap_mode="r")
+        console.print(f"{path} {fault}; it is made anew", markup=False, soft_wrap=True)
+    try:
+        folder.mkdir(exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError:
+        is_writable = False
+    if not is_writable:
+        logger.warning(
+            "%s cannot be written: embeddings are not stored, but made each time", folder
+        )
+        return np.concatenate([finite(part) for part in parts])
+    sha256 = _write(path, parts, (n, checkpoint.config.model.embed_dim))
+    write_text_atomic(note, json.dumps({**about, "sha256": sha256}) + "\n")
+    return np.load(path, mmap_mode="r")
+
+
+def _fault(path: Path, note: Path, about: dict[str, str]) -> str | None:
+    """Why stored embeddings cannot be used, or None where they can."""
+    try:
+        known = json.loads(note.read_text("utf-8"))
+        if known["weights"] != about["weights"]:
+            return "is of other weights"
+        is_whole = known["of"] == about["of"] and known["sha256"] == file_sha256(path)
+    except (OSError, ValueError, LookupError, TypeError):
+        is_whole = False
+    return None if is_whole else "is unfinished or damaged"
+
+
+def _write(path: Path, parts: Iterable[Tensor], shape: tuple[int, int]) -> str:
+    """Writes parts as one float32 array, aside and renamed; returns the SHA-256 of the file.
+
+    Not through a memory map: on a full disk that ends in a signal, and this in an error.
+    """
+    header = io.BytesIO()
+    facts = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, facts)
+    digest = hashlib.sha256(header.getvalue())
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another command may make them, too
+    try:
+        with aside.open("wb") as file:
+            file.write(header.getvalue())
+            for part in parts:
+                content = finite(part).astype("<f4").tobytes()
+                file.write(content)
+                digest.update(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return digest.hexdigest()
+
+
+def finite(part: Tensor) -> Float32[np.ndarray, "..."]:
+    """Embeddings as an array.
+
+    Raises:
+        ValueError: When one is not finite.
+    """
+    if not part.isfinite().all():
+        raise ValueError(
+            "the model gives embeddings that are not finite; its training has diverged: take an "
+            "older checkpoint by --run"
+        )
+    return part.numpy()

@@ -1,0 +1,338 @@
+"""How well films and reports find one another: R@1, 5 and 10, and the median rank."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from torch import Tensor
+
+from mmclip.bootstrap import patient_codes, patient_weights, percentile_interval
+from mmclip.checkpoint import Checkpoint, code_version, load_checkpoint
+from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.draws import film_key
+from mmclip.data.manifest import Film, ManifestError, Split, write_text_atomic
+from mmclip.data.text import tokenise
+from mmclip.embedding_store import film_embeddings, text_embeddings
+from mmclip.losses import positive_pairs
+from mmclip.metrics import Retrieved, retrieved, retrieved_by_chance
+from mmclip.results import Count, Provenance, Share, ShareInterval
+from mmclip.retrieve import check_sources
+from mmclip.scores import FRONTAL, split_of
+from mmclip.zeroshot import check_trained
+
+logger = logging.getLogger(__name__)
+
+RETRIEVAL_FILE, RANKS_FILE = "retrieval.json", "ranks.npz"
+
+KS = (1, 5, 10)
+"""How many candidates are looked at. [usual in image and text retrieval]"""
+
+_CHUNK_PAIRS = 2**22
+"""Similarities held at once: 16 MiB an array. [chosen: bounds memory at any size]"""
+
+_CHUNK_TEXTS = 1024
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Rank = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
+
+class AtK(_Part):
+    """Means over the queries when k candidates are looked at, see `metrics.recall_at_k`.
+
+    Intervals are 95 % over resampled patients of the queries; the candidates stay. `*_chance` is
+    what embeddings reach that are all alike, from the numbers of right answers alone.
+    """
+
+    k: Annotated[int, Field(ge=1)]
+    hit: Share  # queries with a right answer among the first k: R@k
+    hit_ci: ShareInterval | None
+    hit_chance: Share
+    recall: Share  # right answers of a query that are among the first k
+    recall_ci: ShareInterval | None
+    recall_chance: Share
+
+
+class Direction(_Part):
+    """One direction of retrieval. The rank of a query is that of its first right answer."""
+
+    n_queries: Count
+    n_candidates: Count
+    at: list[AtK]
+    median_rank: Rank
+    median_rank_ci: tuple[Rank, Rank] | None
+    median_rank_chance: Rank
+
+
+class RetrievalResults(_Part):
+    """retrieval.json."""
+
+    title: str
+    kind: Literal["retrieval"]
+    summary: str  # one sentence: which model, on what
+    film_to_report: Direction
+    report_to_film: Direction
+    n_films: Count
+    n_studies: Count
+    n_patients: Count
+    n_reports: Count  # that differ for the model
+    bootstrap_draws: Count
+    leak_check: str  # what was found of films that the run was trained on
+    provenance: Provenance
+    facts: dict[str, str | int | FiniteFloat] = {}
+
+
+def rows_to_retrieve(rows: Rows, split: Split, sources: Sequence[str] = ()) -> Rows:
+    """The frontal films of a split that have a report, and of some sources if they are named.
+
+    Raises:
+        ManifestError: When there are fewer than two; it says what the folder holds.
+    """
+    check_sources(rows, sources)
+
+    def is_kept(film: Film) -> bool:
+        is_pair = film.image is not None and film.report is not None
+        is_asked = film.split == split and (not sources or film.source in sources)
+        return is_pair and is_asked and film.view in FRONTAL
+
+    kept = rows.select([is_kept(film) for film in rows.films])
+    if len(kept) < 2:
+        splits = sorted({str(f.split) for f in rows.films})
+        raise ManifestError(
+            f"{len(kept)} frontal films with a report in split {split!r} of source "
+            f"{', '.join(sources) or 'any'}; retrieval needs two. The data has the splits "
+            f"{', '.join(splits)}"
+        )
+    return kept
+
+
+def report_keys(checkpoint: Checkpoint, films: Sequence[Film]) -> Int[Tensor, "n 2"]:
+    """Study and report of each film, as training compares them (`losses.positive_pairs`).
+
+    Two reports are equal when they are after cleaning, and up to where the text encoder reads: it
+    could not tell them apart.
+
+    Args:
+        checkpoint: Whose tokenizer reads them.
+        films: All with a report.
+    """
+    key_of: dict[str, int] = {}
+    texts = list(dict.fromkeys(str(film.report) for film in films))
+    max_tokens = checkpoint.config.data.max_tokens
+    for start in range(0, len(texts), _CHUNK_TEXTS):
+        part = texts[start : start + _CHUNK_TEXTS]
+        tokens = tokenise(checkpoint.tokenizer, part, max_tokens=max_tokens)
+        for text, ids, is_valid in zip(part, tokens.ids, tokens.is_valid, strict=True):
+            key_of[text] = film_key(ids[is_valid].tobytes().hex()) >> 1
+    keys = [[film_key(film.study_id) >> 1, key_of[str(film.report)]] for film in films]
+    return torch.tensor(keys, dtype=torch.long)
+
+
+def rank_candidates(
+    queries: Float32[np.ndarray, "q e"],
+    candidates: Float32[np.ndarray, "c e"],
+    query_keys: Int[Tensor, "q m"],
+    candidate_keys: Int[Tensor, "c m"],
+    ks: Sequence[int] = KS,
+) -> tuple[Retrieved, Int[np.ndarray, " q"]]:
+    """What each query finds among the candidates, some queries at a time: memory is flat.
+
+    Similarities are summed in float64 and compared in float32, so that equal embeddings tie: in
+    float32 sums, the place in a matrix can change the last bit.
+
+    Args:
+        queries: Normalised.
+        candidates: Normalised.
+        query_keys: A column a kind of key; a candidate that shares one is a right answer.
+        candidate_keys: The same of the candidates.
+        ks: How many candidates are looked at.
+
+    Returns:
+        What each query finds, and how many right answers it has.
+    """
+    wide = candidates.astype(np.float64).T
+    step = max(1, _CHUNK_PAIRS // len(candidates))
+    found, n_positive = [], []
+    for start in range(0, len(queries), step):
+        cut = slice(start, start + step)
+        similarity = (queries[cut].astype(np.float64) @ wide).astype(np.float32)
+        is_positive = positive_pairs(query_keys[cut], candidate_keys).numpy()
+        found.append(retrieved(similarity, is_positive, ks))
+        n_positive.append(is_positive.sum(axis=1))
+    joined = (np.concatenate(column) for column in zip(*found, strict=True))
+    return Retrieved(*joined), np.concatenate(n_positive)
+
+
+def score_direction(
+    found: Retrieved,
+    n_positive: Int[np.ndarray, " q"],
+    n_candidates: int,
+    patients: Sequence[str],
+    ks: Sequence[int] = KS,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Direction:
+    """Means and median over the queries, with intervals and chance levels.
+
+    Args:
+        found: By each query.
+        n_positive: The right answers of each query.
+        n_candidates: Among which they were looked for.
+        patients: The patient of each query: whole patients are resampled, and the candidates
+            stay as they are, for the task would be another among fewer.
+        ks: The columns of `found`.
+        draws: Bootstrap resamples; the same patients and seed give the draws of
+            `bootstrap.bootstrap_metrics`.
+        seed: Of the resamples.
+    """
+    chance = retrieved_by_chance(n_positive, n_candidates, ks)
+    means, medians = resampled(found, patients, draws, seed)
+    n = len(ks)
+    at = [
+        AtK(
+            k=k,
+            hit=_rounded(found.hit[:, i].mean()),
+            hit_ci=_interval(means[:, i]),
+            hit_chance=_rounded(chance.hit[:, i].mean()),
+            recall=_rounded(found.recall[:, i].mean()),
+            recall_ci=_interval(means[:, n + i]),
+            recall_chance=_rounded(chance.recall[:, i].mean()),
+        )
+        for i, k in enumerate(ks)
+    ]
+    return Direction(
+        n_queries=len(found.rank),
+        n_candidates=n_candidates,
+        at=at,
+        median_rank=_rounded(float(np.median(found.rank))),
+        median_rank_ci=_interval(medians),
+        median_rank_chance=_rounded(float(np.median(chance.rank))),
+    )
+
+
+def resampled(
+    found: Retrieved, patients: Sequence[str], draws: int, seed: int
+) -> tuple[Float[np.ndarray, "draws m"], Float[np.ndarray, " draws"]]:
+    """Mean hits and recalls (hits first), and the median rank, of resamples of whole patients."""
+    code, n_patients = patient_codes(patients)
+    values = np.concatenate([found.hit, found.recall], axis=1)
+    sums = np.zeros((n_patients, values.shape[1]))
+    np.add.at(sums, code, values)
+    n_queries = np.bincount(code, minlength=n_patients)
+    order = np.argsort(found.rank, kind="stable")
+    rank, code = found.rank[order], code[order]
+    means, medians = [], []
+    step = max(1, _CHUNK_PAIRS // len(code))
+    for weight in patient_weights(n_patients, draws, seed, step):
+        total = weight.T @ n_queries
+        means.append((weight.T @ sums) / total[:, None])
+        # A query that is drawn w times stands w times in a row of `total` ranks.
+        last = np.cumsum(weight[code], axis=0)
+        low, high = ((last <= place).sum(axis=0) for place in ((total - 1) // 2, total // 2))
+        medians.append((rank[low] + rank[high]) / 2)
+    return np.concatenate(means), np.concatenate(medians)
+
+
+def _rounded(value: float | np.floating) -> float:
+    """Six significant digits, as in results.json."""
+    return float(f"{value:.6g}")
+
+
+def _interval(values: np.ndarray) -> tuple[float, float] | None:
+    found = percentile_interval(values)
+    return None if found is None else (_rounded(found[0]), _rounded(found[1]))
+
+
+def evaluate_retrieval(
+    run: Path,
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    split: Split,
+    sources: Sequence[str],
+    draws: int,
+    seed: int,
+    command: str,
+    device: torch.device,
+) -> RetrievalResults:
+    """What `mmclip retrieve --evaluate` does: embed, rank, write retrieval.json and ranks.npz.
+
+    Raises:
+        ManifestError: When there is nothing to rank, or the run was trained on it.
+    """
+    began = time.monotonic()
+    checkpoint = load_checkpoint(run)
+    checkpoint.model.to(device)
+    rows = open_rows(folders, checkpoint.config.data.film_px)
+    rows = rows_to_retrieve(rows, split, sources)
+    leak_check = check_trained(checkpoint, rows, split)
+    patients = [film.patient_id for film in rows.films]
+    keys = report_keys(checkpoint, rows.films)
+    films = film_embeddings(checkpoint, rows, folders)
+    reports = text_embeddings(checkpoint, [str(film.report) for film in rows.films])
+    ks = [k for k in KS if k <= len(rows)]
+    if len(ks) < len(KS):
+        logger.warning("there are %d candidates: R@%d is left out", len(rows), KS[len(ks)])
+    ranks, directions = {}, {}
+    for name, queries, candidates in (
+        ("film_to_report", films, reports),
+        ("report_to_film", reports, films),
+    ):
+        found, n_positive = rank_candidates(queries, candidates, keys, keys, ks)
+        directions[name] = score_direction(
+            found, n_positive, len(rows), patients, ks, draws=draws, seed=seed
+        )
+        ranks |= {f"{name}_rank": found.rank, f"{name}_positives": n_positive}
+    where = f"split {split}" + (f" of {', '.join(sources)}" if sources else "")
+    versions = code_version()
+    commit = versions.pop("commit")
+    results = RetrievalResults(
+        title=f"Retrieval: {where}",
+        kind="retrieval",
+        summary=f"{len(rows)} films with reports, {where}, ranked by {run.name} at step "
+        f"{checkpoint.meta['step']}",
+        **directions,
+        n_films=len(rows),
+        n_studies=len({film.study_id for film in rows.films}),
+        n_patients=len(set(patients)),
+        n_reports=len(keys[:, 1].unique()),
+        bootstrap_draws=draws,
+        leak_check=leak_check,
+        provenance=Provenance(
+            command=command,
+            seed=seed,
+            config_hash=checkpoint.meta["config_hash"],
+            data_hash=rows.data_hash,
+            split=split_of(folders),
+            commit=commit,
+            versions=versions,
+            device=f"{device.type}, {torch.get_num_threads()} threads",
+            wall_s=round(time.monotonic() - began, 1),
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        ),
+        facts={
+            "training pairs": checkpoint.meta["n_pairs"],
+            "training data": checkpoint.meta["data_hash"][:12],
+            "step": checkpoint.meta["step"],
+        },
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    ids = {"film_id": [f.film_id for f in rows.films], "patient_id": patients}
+    np.savez_compressed(out / RANKS_FILE, **{k: np.array(v) for k, v in ids.items()}, **ranks)
+    plain = json.dumps(
+        results.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False
+    )
+    write_text_atomic(out / RETRIEVAL_FILE, plain + "\n")
+    return results

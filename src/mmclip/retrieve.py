@@ -1,0 +1,281 @@
+"""Search: the nearest studies for a film or a phrase, in one's own data folders."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from matplotlib.figure import Figure
+
+from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.data.dataset import Rows, normalise, open_rows
+from mmclip.data.images import FilmError, decode_film, read_bytes, resize_film
+from mmclip.data.manifest import ManifestError, Split
+from mmclip.data.text import tokenise
+from mmclip.embed import embed_texts
+from mmclip.embedding_store import film_embeddings, finite
+from mmclip.plots import INK, QUIET
+from mmclip.progress import console
+
+logger = logging.getLogger(__name__)
+
+SHEET_FILE = "found.png"
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is searched for.
+
+    Args:
+        said: A few words for people.
+        embedding: Normalised, as those of the films.
+        pixels: Of a film, 0..255, air dark; None for a phrase.
+        study_id: The film's own study, which is no answer; None where it is in no study here.
+    """
+
+    said: str
+    embedding: Float32[np.ndarray, " e"]
+    pixels: UInt8[np.ndarray, "h w"] | None = None
+    study_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A study near a query, by the film of it that is nearest."""
+
+    rank: int  # from 1
+    similarity: float  # cosine, -1..1
+    row: int  # of the film
+    n_films: int  # of the study, among those searched
+
+
+@dataclass(frozen=True)
+class Search:
+    """A query, and the studies nearest to it."""
+
+    query: Query
+    rows: Rows  # all films with an image
+    found: list[Found]
+
+    def records(self) -> Iterator[dict]:
+        """What is found, a plain record a study. Ids of patient and study are left out."""
+        for found in self.found:
+            film = self.rows.films[found.row]
+            yield {
+                "rank": found.rank,
+                "similarity": round(found.similarity, 6),
+                "film_id": film.film_id,
+                "source": film.source,
+                "split": film.split,
+                "view": film.view,
+                "n_films": found.n_films,
+                "report": film.report,
+                "labels": dict(film.labels),
+            }
+
+    def pixels(self) -> UInt8[np.ndarray, "m h w"]:
+        """The films that are found."""
+        return self.rows.pixels(np.array([f.row for f in self.found], np.int64)).numpy()
+
+
+def nearest_studies(
+    similarity: Float32[np.ndarray, " n"],
+    studies: Sequence[str],
+    is_searched: Sequence[bool] | np.ndarray,
+    top: int,
+) -> list[Found]:
+    """The studies with the most similar films, best first; equals in the order of the rows.
+
+    Args:
+        similarity: Of each film with the query.
+        studies: Of each film.
+        is_searched: The films that may be found.
+        top: How many studies; fewer where there are no more.
+    """
+    among = np.flatnonzero(is_searched)
+    best: dict[str, int] = {}
+    for row in map(int, among[np.argsort(-similarity[among], kind="stable")]):
+        best.setdefault(studies[row], row)
+        if len(best) == top:
+            break
+    n_films = dict.fromkeys(best, 0)
+    for row in map(int, among):
+        if studies[row] in n_films:
+            n_films[studies[row]] += 1
+    return [
+        Found(rank, float(similarity[row]), row, n_films[study])
+        for rank, (study, row) in enumerate(best.items(), 1)
+    ]
+
+
+def search(
+    run: Path,
+    folders: Sequence[Path],
+    *,
+    film: str | None = None,
+    phrase: str | None = None,
+    top: int = 10,
+    split: Split | None = None,
+    sources: Sequence[str] = (),
+    device: torch.device,
+) -> Search:
+    """What `mmclip retrieve` does without --evaluate: the nearest studies for a film or a phrase.
+
+    The whole comparison is exact: one product of the stored embeddings with the query.
+
+    Args:
+        run: Run or checkpoint.
+        folders: Data folders to search.
+        film: A film id of the folders, or the path of an image file.
+        phrase: In the place of a film.
+        top: How many studies.
+        split: Only of this split, when named.
+        sources: Only of these, when named.
+        device: For embedding.
+
+    Raises:
+        ValueError: When the query cannot be read, or there is nothing to search.
+    """
+    checkpoint = load_checkpoint(run)
+    checkpoint.model.to(device)
+    rows = open_rows(folders, checkpoint.config.data.film_px)
+    rows = rows.select([f.image is not None for f in rows.films])
+    is_searched = _searched(rows, split, sources)
+    # Asked before films are embedded, which can take hours: a mistyped path must not wait for it.
+    row = next((i for i, f in enumerate(rows.films) if f.film_id == film), None)
+    if film is not None and row is None:
+        query = query_of_file(checkpoint, rows, Path(film))
+    elif phrase is not None:
+        query = query_of_phrase(checkpoint, phrase)
+    else:
+        query = None
+    embeddings = film_embeddings(checkpoint, rows, folders)
+    if query is None:
+        assert row is not None, "a film or a phrase was given"
+        pixels = rows.pixels(np.array([row]))[0].numpy()
+        own = rows.films[row]
+        query = Query(f"film {own.film_id}", np.array(embeddings[row]), pixels, own.study_id)
+    studies = [f.study_id for f in rows.films]
+    is_searched &= np.array([study != query.study_id for study in studies])
+    found = nearest_studies(embeddings @ query.embedding, studies, is_searched, top)
+    return Search(query, rows, found)
+
+
+def _searched(rows: Rows, split: Split | None, sources: Sequence[str]) -> np.ndarray:
+    """bool [n]: the films of a split and of some sources, each where it is named."""
+    check_sources(rows, sources)
+    is_searched = np.array(
+        [
+            (f.split == (split or f.split)) and (not sources or f.source in sources)
+            for f in rows.films
+        ],
+        bool,
+    )
+    if not is_searched.any():
+        of = f"split {split!r}" if split else "any split"
+        raise ManifestError(
+            f"no film with an image in {of} of source {', '.join(sources) or 'any'}: "
+            f"there is nothing to search"
+        )
+    return is_searched
+
+
+def check_sources(rows: Rows, sources: Sequence[str]) -> None:
+    """Refuses a source that the data does not have, and names those that it has."""
+    known = sorted({film.source for film in rows.films})
+    if unknown := sorted(set(sources) - set(known)):
+        raise ManifestError(
+            f"there is no source {', '.join(unknown)} in this data; there are {', '.join(known)}"
+        )
+
+
+@torch.inference_mode()
+def query_of_file(checkpoint: Checkpoint, rows: Rows, path: Path) -> Query:
+    """A film that need not be in the data: a PNG, JPEG, other raster or DICOM file.
+
+    Where the data has the very same file, its study is the query's own.
+
+    Raises:
+        ValueError: When there is no such file, or it gives no film.
+    """
+    if not path.exists():
+        raise ValueError(
+            f"{str(path)!r} is neither a film id of the data nor a file; give one of the ids in "
+            f"films.parquet (of a film with an image), or the path of a PNG, JPEG or DICOM file"
+        )
+    try:
+        content = read_bytes(path)
+        film = decode_film(content)
+    except FilmError as error:
+        raise ValueError(f"{path} gives no film: {error}; give another file") from None
+    pixels = resize_film(film, checkpoint.config.data.film_px)
+    image = normalise(torch.from_numpy(pixels.copy())[None])
+    embedding = checkpoint.model.encode_image(image.to(checkpoint.model.logit_scale.device))
+    sha256 = hashlib.sha256(content).hexdigest()
+    own = next((f for f in rows.films if f.image_sha256 == sha256), None)
+    if own is not None:
+        said = f"{path} is film {own.film_id} of the data: its own study is left out"
+        console.print(said, markup=False, soft_wrap=True)
+    return Query(
+        f"film {path.name}",
+        finite(embedding.embedding[0].cpu()),
+        pixels,
+        None if own is None else own.study_id,
+    )
+
+
+def query_of_phrase(checkpoint: Checkpoint, phrase: str) -> Query:
+    """A phrase, as a report would say it; it says what of it the model cannot read.
+
+    Raises:
+        ValueError: When the model can read no word of it.
+    """
+    max_tokens, tokenizer = checkpoint.config.data.max_tokens, checkpoint.tokenizer
+    tokens = tokenise(tokenizer, [phrase], max_tokens=max_tokens)
+    words = tokens.ids[0][tokens.is_valid[0]][1:-1]
+    n_unknown = int((words == tokenizer.unk_token_id).sum())
+    if n_unknown == len(words):
+        raise ValueError(
+            f"the phrase {phrase!r} has no word that the model knows; say it as a report of the "
+            f"training data would"
+        )
+    if n_unknown or tokens.n_truncated:
+        faults = [f"{n_unknown} of {len(words)} tokens are unknown"] if n_unknown else []
+        faults += [f"it is cut after {max_tokens} tokens"] if tokens.n_truncated else []
+        logger.warning("the model does not read all of the phrase: %s", ", and ".join(faults))
+    embedding = embed_texts(checkpoint.model, tokenizer, [phrase], max_tokens)[0]
+    return Query(f"“{phrase}”", finite(embedding))
+
+
+def write_sheet(folder: Path, search: Search, columns: int = 5) -> Path:
+    """Writes found.png: the films found, best first, after the film that was asked for."""
+    panels = [
+        (f"{f.rank}   {f.similarity:.3f}   {search.rows.films[f.row].view}", film, INK)
+        for f, film in zip(search.found, search.pixels(), strict=True)
+    ]
+    if search.query.pixels is not None:
+        panels.insert(0, ("query", search.query.pixels, QUIET))
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    with mpl.rc_context({"font.size": 8, "text.color": INK}):
+        figure = Figure(figsize=(1.7 * columns, 1.9 * lines + 0.4), layout="constrained")
+        all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axes in all_axes:
+            axes.set_axis_off()
+        for axes, (title, film, colour) in zip(all_axes, panels, strict=False):
+            axes.imshow(film, cmap="gray", vmin=0, vmax=255)
+            axes.set_title(title, loc="left", fontsize=7, color=colour)
+        said = f"nearest studies: {search.query.said}"
+        figure.suptitle(_shortened(said, 24 * columns), fontsize=9, parse_math=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / SHEET_FILE, dpi=160, facecolor="white")
+    return folder / SHEET_FILE
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,0 +1,462 @@
+"""Retrieval: equal reports are right answers, chance is chance, and stored embeddings are fresh."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmclip import embedding_store, ranking
+from mmclip.bootstrap import patient_weights, percentile_interval
+from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.data.batches import TrainingBatches, still
+from mmclip.data.check import TRAINED_FILE, trained_keys
+from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.manifest import Film, ManifestError
+from mmclip.embed import embed_films, embed_texts
+from mmclip.embedding_store import STORE_FOLDER, film_embeddings, text_embeddings
+from mmclip.losses import positive_pairs
+from mmclip.metrics import Retrieved
+from mmclip.ranking import (
+    RANKS_FILE,
+    RETRIEVAL_FILE,
+    RetrievalResults,
+    rank_candidates,
+    report_keys,
+    resampled,
+    rows_to_retrieve,
+    score_direction,
+)
+from mmclip.retrieve import Search, nearest_studies, search
+from tests.commands import mmclip
+from tests.made_files import NAME, NUMBER, dicom
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Made:
+    run: Path
+    data: Path
+    raw: Path
+    checkpoint: Checkpoint
+    rows: Rows
+
+    def search(self, **asked: object) -> Search:
+        return search(self.run, [self.data], device=CPU, **asked)  # pyright: ignore[reportArgumentType]
+
+    def embed(self) -> np.ndarray:
+        return film_embeddings(self.checkpoint, self.rows, [self.data])
+
+
+@pytest.fixture(scope="module")
+def made(
+    made_run: Path, made_data: Path, made_raw: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Made:
+    """A copy of the run, as embeddings are stored in it."""
+    run = shutil.copytree(made_run, tmp_path_factory.mktemp("retrieve") / "run")
+    return Made(run, made_data, made_raw, load_checkpoint(run), open_rows([made_data]))
+
+
+@pytest.fixture
+def fresh(made: Made) -> Iterator[Made]:
+    """Without stored embeddings, before and after."""
+    shutil.rmtree(made.run / STORE_FOLDER, ignore_errors=True)
+    yield made
+    shutil.rmtree(made.run / STORE_FOLDER, ignore_errors=True)
+
+
+def unit(n: int, seed: int = 0, width: int = 8) -> np.ndarray:
+    x = np.random.default_rng(seed).normal(size=(n, width))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def own_keys(n: int) -> torch.Tensor:
+    return torch.arange(n)[:, None].expand(n, 2)
+
+
+def changed(rows: Rows, change: Callable[[int, Film], Film]) -> Rows:
+    return replace(rows, films=tuple(change(i, film) for i, film in enumerate(rows.films)))
+
+
+# --- what counts as found
+
+
+def test_right_answers_are_the_positives_of_training(made: Made):
+    kept = rows_to_retrieve(made.rows, "test")
+    first = kept.films[0]
+
+    def alike(i: int, film: Film) -> Film:
+        if i == 1:  # the same text after cleaning, of another study
+            return replace(film, report=first.report)
+        return replace(film, study_id=first.study_id) if i == 2 else film
+
+    kept = changed(kept, alike)
+    config = still(made.checkpoint.config)
+    patch_px = made.checkpoint.model.vision_model.config.patch_size
+    batches = TrainingBatches(kept, made.checkpoint.tokenizer, config, patch_px)
+    trained = batches.of_rows(np.arange(len(kept))).keys
+    keys = report_keys(made.checkpoint, kept.films)
+    is_positive = positive_pairs(keys, keys)
+    assert torch.equal(is_positive, positive_pairs(trained, trained))
+    assert is_positive[0, :3].all() and not is_positive[1, 2]
+    assert int(is_positive.sum()) < len(kept) ** 2 / 2
+
+
+def test_an_equal_report_of_another_patient_counts_as_a_hit():
+    films = np.eye(3, dtype=np.float32)
+    reports = films[[1, 0, 2]]  # each of the first two films is nearest to the other's report
+    study, text = torch.arange(3), torch.tensor([7, 7, 8])
+    wrong, _ = rank_candidates(films, reports, own_keys(3), own_keys(3), (1,))
+    assert wrong.hit[:, 0].tolist() == [0, 0, 1]
+    keys = torch.stack([study, text], 1)
+    found, n_positive = rank_candidates(films, reports, keys, keys, (1,))
+    assert found.hit[:, 0].tolist() == [1, 1, 1] and found.rank.tolist() == [1, 1, 1]
+    assert n_positive.tolist() == [2, 2, 1]
+
+
+def test_collapsed_embeddings_score_chance_exactly():
+    # Wide, of many digits, and of a number that fits no block of a matrix product.
+    n, alike = 203, np.repeat(unit(1, width=512), 203, axis=0)
+    found, n_positive = rank_candidates(alike, alike, own_keys(n), own_keys(n))
+    result = score_direction(found, n_positive, n, [str(i) for i in range(n)], draws=5)
+    assert result.median_rank == result.median_rank_chance == (n + 1) / 2
+    for at in result.at:
+        assert at.hit == at.recall == at.hit_chance == pytest.approx(at.k / n, rel=1e-5)
+    texts = torch.arange(n)[:, None] // 50  # equal reports: what is found by chance is more
+    found, n_positive = rank_candidates(alike, alike, texts, texts)
+    result = score_direction(found, n_positive, n, [str(i) for i in range(n)], draws=5)
+    assert result.at[0].hit == result.at[0].hit_chance > 0.2
+    assert result.at[0].recall == pytest.approx(1 / n, rel=1e-5)
+    assert result.median_rank == result.median_rank_chance == pytest.approx((n + 1) / 51, rel=1e-5)
+
+
+def test_embeddings_that_agree_find_everything_at_once():
+    films = unit(40)
+    found, _ = rank_candidates(films, films, own_keys(40), own_keys(40))
+    assert found.hit.min() == found.recall.min() == 1 and found.rank.max() == 1
+
+
+def test_some_queries_at_a_time_find_what_all_find_together(monkeypatch: pytest.MonkeyPatch):
+    films, reports, keys = unit(30), unit(30, seed=1), torch.arange(30)[:, None] // 2
+    whole = rank_candidates(films, reports, keys, keys)
+    monkeypatch.setattr(ranking, "_CHUNK_PAIRS", 100)
+    parts = _flat(rank_candidates(films, reports, keys, keys))
+    for a, b in zip(_flat(whole), parts, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _flat(pair: tuple[Retrieved, np.ndarray]) -> tuple[np.ndarray, ...]:
+    return (*pair[0], pair[1])
+
+
+def test_intervals_are_those_of_repeated_queries_of_whole_patients(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    rng = np.random.default_rng(0)
+    patients = [f"p{i}" for i in rng.integers(0, 6, 21)]
+    found = Retrieved(rng.random((21, 2)), rng.random((21, 2)), 1 + rng.integers(0, 40, 21) / 2)
+    means, medians = resampled(found, patients, draws=9, seed=4)
+    names = list(dict.fromkeys(patients))
+    (weights,) = patient_weights(len(names), 9, seed=4, step=9)
+    for draw in range(9):
+        times = [int(weights[names.index(p), draw]) for p in patients]
+        assert medians[draw] == np.median(found.rank.repeat(times))
+        np.testing.assert_allclose(means[draw, :2], found.hit.repeat(times, axis=0).mean(axis=0))
+        np.testing.assert_allclose(means[draw, 2:], found.recall.repeat(times, axis=0).mean(axis=0))
+    scored = score_direction(found, np.ones(21, np.int64), 50, patients, (1, 5), draws=9, seed=4)
+    assert scored.median_rank_ci == pytest.approx(percentile_interval(medians), rel=1e-5)
+    assert scored.at[1].hit_ci == pytest.approx(percentile_interval(means[:, 1]), rel=1e-5)
+    monkeypatch.setattr(ranking, "_CHUNK_PAIRS", 50)
+    for a, b in zip(resampled(found, patients, draws=9, seed=4), (means, medians), strict=True):
+        np.testing.assert_allclose(a, b)
+
+
+# --- stored embeddings
+
+
+def test_embeddings_are_made_once_and_then_read(fresh: Made, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(embedding_store, "_CHUNK", 50)
+    made = fresh.embed()
+    np.testing.assert_allclose(
+        made, embed_films(fresh.checkpoint.model, fresh.rows, show=False).numpy(), atol=1e-5
+    )
+    texts = ["No edema.", "Edema.", "No edema."]
+    of_texts = text_embeddings(fresh.checkpoint, texts)
+    model, tokenizer = fresh.checkpoint.model, fresh.checkpoint.tokenizer
+    np.testing.assert_array_equal(of_texts, embed_texts(model, tokenizer, texts, 64).numpy())
+    assert np.load(next((fresh.run / STORE_FOLDER).glob("texts-*.npy"))).shape[0] == 2
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("embedded again")
+
+    monkeypatch.setattr(embedding_store, "embed_films", refuse)
+    monkeypatch.setattr(embedding_store, "embed_texts", refuse)
+    again = fresh.embed()
+    np.testing.assert_array_equal(again, made)
+    assert isinstance(again, np.memmap)
+    np.testing.assert_array_equal(text_embeddings(fresh.checkpoint, texts), of_texts)
+
+
+def test_other_films_have_embeddings_of_their_own(fresh: Made, monkeypatch: pytest.MonkeyPatch):
+    fresh.embed()
+    some = fresh.rows.select([film.split == "val" for film in fresh.rows.films])
+    assert len(film_embeddings(fresh.checkpoint, some, [fresh.data])) == len(some)
+    other = replace(fresh.rows, data_hash="other")
+    film_embeddings(fresh.checkpoint, other, [fresh.data])
+    monkeypatch.setattr(embedding_store, "read_meta", lambda folder: {"films_sha256": "other"})
+    fresh.embed()  # the same records, of which another version made other films
+    assert len(list((fresh.run / STORE_FOLDER).glob("films-*.npy"))) == 4
+
+
+def damage_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda npy, note: damage_byte(npy), "unfinished or damaged"),
+        (lambda npy, note: npy.write_bytes(npy.read_bytes()[:-8]), "unfinished or damaged"),
+        (lambda npy, note: note.unlink(), "unfinished or damaged"),
+        (lambda npy, note: npy.unlink(), "unfinished or damaged"),
+        (lambda npy, note: note.write_text("[]"), "unfinished or damaged"),
+        (
+            lambda npy, note: note.write_text(
+                json.dumps({**json.loads(note.read_text()), "weights": "0"})
+            ),
+            "is of other weights",
+        ),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_made_anew_and_it_is_said(
+    fresh: Made,
+    damage: Callable[[Path, Path], None],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+):
+    made = np.array(fresh.embed())
+    (npy,) = (fresh.run / STORE_FOLDER).glob("films-*.npy")
+    damage(npy, npy.with_suffix(".json"))
+    capsys.readouterr()
+    np.testing.assert_array_equal(fresh.embed(), made)
+    err = capsys.readouterr().err
+    assert npy.name in err and f"{said}; it is made anew" in err
+    capsys.readouterr()
+    fresh.embed()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_cannot_be_written_is_searched_all_the_same(
+    fresh: Made, caplog: pytest.LogCaptureFixture
+):
+    (fresh.run / STORE_FOLDER).write_text("no folder")
+    try:
+        assert fresh.embed().shape == (len(fresh.rows), 16)
+        assert "embeddings are not stored" in caplog.text
+    finally:
+        (fresh.run / STORE_FOLDER).unlink()
+
+
+def test_an_interrupted_embedding_leaves_nothing_that_is_taken_up(
+    fresh: Made, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(embedding_store, "_CHUNK", 50)
+    embed, done = embed_films, []
+
+    def interrupted(*args, **kwargs):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return embed(*args, **kwargs)
+
+    monkeypatch.setattr(embedding_store, "embed_films", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fresh.embed()
+    assert list((fresh.run / STORE_FOLDER).iterdir()) == []
+
+
+def test_embeddings_that_are_not_finite_are_refused(fresh: Made, monkeypatch: pytest.MonkeyPatch):
+    def broken(model, rows, show):
+        return torch.full((len(rows), 16), torch.nan)
+
+    monkeypatch.setattr(embedding_store, "embed_films", broken)
+    with pytest.raises(ValueError, match="not finite; its training has diverged"):
+        fresh.embed()
+
+
+# --- search
+
+
+def test_the_nearest_studies_by_hand():
+    similarity = np.array([0.2, 0.9, 0.5, 0.8, 0.5, 1.0], np.float32)
+    studies = ["a", "b", "c", "b", "d", "e"]
+    searched = [True, True, True, True, True, False]
+    found = nearest_studies(similarity, studies, searched, top=3)
+    assert [(f.rank, f.row, f.n_films) for f in found] == [(1, 1, 2), (2, 2, 1), (3, 4, 1)]
+    assert found[0].similarity == pytest.approx(0.9)
+    assert len(nearest_studies(similarity, studies, searched, top=9)) == 4
+
+
+def test_a_film_of_the_data_finds_the_films_nearest_to_it_and_not_itself(made: Made):
+    film = made.rows.films[5]
+    found = made.search(film=film.film_id, top=4)
+    films = embed_films(made.checkpoint.model, made.rows, show=False)
+    similarity = (films @ films[5]).numpy()
+    same_study = np.array([f.study_id == film.study_id for f in made.rows.films])
+    similarity[same_study] = -2
+    assert found.found[0].row == similarity.argmax()
+    assert film.study_id not in {made.rows.films[f.row].study_id for f in found.found}
+    np.testing.assert_allclose(found.found[0].similarity, similarity.max(), atol=1e-5)
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda image: encoded(image, "PNG") + b"\0",
+        lambda image: encoded(image, "TIFF"),
+        lambda image: dicom(np.array(image)),
+    ],
+    ids=["png", "tiff", "dicom"],
+)
+def test_a_film_from_a_file_finds_the_same_film_in_the_data(
+    made: Made, tmp_path: Path, write: Callable[[Image.Image], bytes]
+):
+    film = made.rows.films[9]
+    path = tmp_path / "film"
+    path.write_bytes(write(Image.open(made.raw / str(film.image)).convert("L")))
+    (first, *_) = made.search(film=str(path), top=2).records()
+    assert first["film_id"] == film.film_id
+    assert first["similarity"] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_very_file_of_a_film_is_that_film(made: Made, capsys: pytest.CaptureFixture[str]):
+    film = made.rows.films[9]
+    found = made.search(film=str(made.raw / str(film.image)), top=3)
+    assert f"is film {film.film_id} of the data: its own study is left out" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert film.film_id not in {record["film_id"] for record in found.records()}
+    by_id = made.search(film=film.film_id, top=3)
+    assert [f.row for f in found.found] == [f.row for f in by_id.found]
+
+
+def test_a_phrase_finds_films_of_the_split_that_is_asked_for(made: Made):
+    found = made.search(phrase="Large left pleural effusion.", top=5, split="val")
+    assert [record["split"] for record in found.records()] == ["val"] * 5
+    model, tokenizer = made.checkpoint.model, made.checkpoint.tokenizer
+    text = embed_texts(model, tokenizer, ["Large left pleural effusion."], 64)[0]
+    similarity = (embed_films(model, made.rows, show=False) @ text).numpy()
+    val = [i for i, film in enumerate(made.rows.films) if film.split == "val"]
+    best = [f.similarity for f in found.found]
+    assert best[0] == pytest.approx(similarity[val].max(), abs=1e-5)
+    assert best == sorted(best, reverse=True)
+
+
+def test_what_cannot_be_searched_is_refused_with_the_next_step(made: Made, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"'nowhere.png' is neither a film id of the data nor a"):
+        made.search(film="nowhere.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no more")
+    with pytest.raises(ValueError, match=r"broken.png gives no film: the file is no image"):
+        made.search(film=str(tmp_path / "broken.png"))
+    for phrase in ("", "胸水"):
+        with pytest.raises(ValueError, match="no word that the model knows"):
+            made.search(phrase=phrase)
+    with pytest.raises(ManifestError, match="no source chexpert in this data; there are synthetic"):
+        made.search(phrase="Edema.", sources=["chexpert"])
+
+
+# --- the command
+
+
+def command(made: Made, folder: Path, *more: str | Path):
+    return mmclip(folder, "retrieve", "--run", made.run, "--data", made.data, *more)
+
+
+def test_a_search_prints_json_on_stdout_and_a_table_on_stderr(made: Made, tmp_path: Path):
+    ended = command(made, tmp_path, "--phrase", "No edema.", "--top", "3", "--out", tmp_path / "o")
+    assert ended.code == 0, ended.err
+    records = [json.loads(line) for line in ended.out.splitlines()]
+    assert [record["rank"] for record in records] == [1, 2, 3]
+    films = {film.film_id: film for film in made.rows.films}
+    for record in records:
+        assert record["report"] == films[record["film_id"]].report
+        # Ids of studies can hold those of patients.
+        assert not {"patient_id", "study_id"} & record.keys()
+        assert str(record["film_id"]) in ended.err
+    with Image.open(tmp_path / "o/found.png") as sheet:
+        assert sheet.width > 300
+
+
+def test_nothing_that_a_search_says_holds_a_word_of_a_dicom_header(made: Made, tmp_path: Path):
+    sound = dicom(np.random.default_rng(0).integers(0, 255, (40, 40), dtype=np.uint8))
+    for name, content in (("sound", sound), ("cut", sound[:-300])):
+        (tmp_path / name).write_bytes(content)
+        ended = command(made, tmp_path, "--film", tmp_path / name)
+        assert ended.code == (name == "cut")
+        assert not [w for w in (*NAME.split("^"), NUMBER) if w in ended.out + ended.err]
+
+
+@pytest.mark.parametrize("given", [(), ("--film", "a", "--phrase", "b"), ("--evaluate",)])
+def test_one_thing_is_asked_at_a_time(made: Made, tmp_path: Path, given: tuple[str, ...]):
+    error = command(made, tmp_path, *given).error()
+    assert ("name their folder by --out" if given == ("--evaluate",) else "give one of") in error
+
+
+def test_evaluation_writes_what_it_prints_and_writes_over_nothing_else(made: Made, tmp_path: Path):
+    out = tmp_path / "out"
+    asked = ("--evaluate", "--out", out, "--draws", "20")
+    ended = command(made, tmp_path, *asked)
+    assert (ended.code, ended.out) == (0, f"{out / RETRIEVAL_FILE}\n"), ended.err
+    text = (out / RETRIEVAL_FILE).read_text("utf-8")
+    results = RetrievalResults.model_validate_json(text)
+    kept = rows_to_retrieve(made.rows, "test")
+    assert results.n_films == len(kept) == results.film_to_report.n_candidates
+    assert results.provenance.data_hash == made.rows.data_hash
+    assert results.leak_check.startswith("no film and no patient of these was trained on")
+    for direction in ("film_to_report", "report_to_film"):
+        part = getattr(results, direction)
+        with np.load(out / RANKS_FILE) as stored:
+            rank = stored[f"{direction}_rank"]
+            assert stored["film_id"].tolist() == [film.film_id for film in kept.films]
+        assert part.median_rank == pytest.approx(np.median(rank), rel=1e-5)
+        # Without ties a rank is whole, and its share up to k is R@k.
+        shares = [(rank <= at.k).mean() for at in part.at]
+        assert [at.hit for at in part.at] == pytest.approx(shares, rel=1e-5)
+        low, high = part.at[2].hit_ci
+        assert low <= part.at[2].hit <= high and f"{part.median_rank:.1f}" in ended.err
+    assert command(made, tmp_path, *asked).code == 0
+    other = command(made, tmp_path, *asked, "--split", "val").error()
+    assert "already holds results of" in other and "--overwrite" in other
+
+
+def test_films_that_the_run_was_trained_on_are_not_scored(made: Made, tmp_path: Path):
+    run = shutil.copytree(made.run, tmp_path / "run")
+    tested = [film for film in made.rows.films if film.split == "test"]
+    np.save(run / TRAINED_FILE, trained_keys(tested[:1]))
+    given = ("--run", run, "--data", made.data, "--out", tmp_path / "out", "--evaluate")
+    error = mmclip(tmp_path, "retrieve", *given).error()
+    assert "the run was trained on 1 of these" in error and not (tmp_path / "out").exists()
+
+
+def test_evaluation_needs_films_with_reports(made: Made):
+    silent = changed(made.rows, lambda i, film: replace(film, report=None))
+    with pytest.raises(ManifestError, match="0 frontal films with a report in split 'test'"):
+        rows_to_retrieve(silent, "test")
+    lateral = changed(made.rows, lambda i, film: replace(film, view="L"))
+    with pytest.raises(ManifestError, match="0 frontal films"):
+        rows_to_retrieve(lateral, "test")
