@@ -201,7 +201,9 @@ def mass_above_median(
     means the same in each of them, and a film's usual tissue shall not count.
     """
     order = score.argsort()
-    reached = total[order].cumsum(0)
-    median = score[order][int((reached >= reached[-1] / 2).int().argmax())]
-    mass = total * (score - median).clamp(min=0)
+    ordered, reached = score[order], total[order].cumsum(0)
+    half = reached[-1] / 2
+    at = int((reached >= half).int().argmax())
+    beyond = ordered[int((reached > half).int().argmax())]  # an even number: between the middle two
+    mass = total * (score - (ordered[at] + beyond) / 2).clamp(min=0)
     return mass / mass.sum().clamp(min=1e-30)

@@ -183,7 +183,9 @@ def map_films(
             "the score decoder_attention is the text decoder's, and this run has none; choose "
             "contribution or prompt_pair, or train with loss.text=1"
         )
-    entities = list(find_entities(phrases))
+    # Whole texts need no entities, and the lexicon takes seconds to load.
+    is_attention = score == "decoder_attention"
+    entities = list(find_entities(phrases)) if is_attention else [[]] * len(phrases)
     texts = phrase_texts(checkpoint, phrases, entities, rows)
     if score == "prompt_pair":
         asks = pair_asks(model, checkpoint, prompts, phrases)
