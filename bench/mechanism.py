@@ -37,36 +37,34 @@ from torch import Tensor
 
 from mmclip.batch import Batch, Share, Texts
 from mmclip.checkpoint import Checkpoint, load_checkpoint
-from mmclip.config import WHOLE_TEXT_SCORES, HiddenPlace, MaskPolicy, ScoreKind, ScoreTokens
+from mmclip.config import WHOLE_TEXT_SCORES, HiddenPlace, MaskPolicy
 from mmclip.data.batches import TrainingBatches, is_pair, still
-from mmclip.data.corpus import mark_concepts, special_ids
 from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.disease_prompts import PROMPT_DRAWS, load_disease_prompts
 from mmclip.data.manifest import PRESENT
 from mmclip.data.synthetic import read_masks
-from mmclip.data.text import tokenise
-from mmclip.embed import embed_prompts
-from mmclip.masking import contribution_score, response_score
+from mmclip.grounding import expected_hits, mean_places
 from mmclip.mechanism import (
     PatientMean,
     deal_to_other_patients,
     expected_hidden_share,
-    expected_hits,
     own_patches,
     patient_mean,
 )
-from mmclip.models.encoders import rebuild_encoder
-from mmclip.models.mmclip import MMCLIP, MaskPlan, build_mmclip
+from mmclip.models.mmclip import MMCLIP, MaskPlan
 from mmclip.patches import lesion_ratio_of_patches, normalise_patches, patchify
+from mmclip.phrase_maps import (
+    pair_asks,
+    phrase_texts,
+    random_weights,
+    score_maps,
+)
 from mmclip.pretrain import read_lesions
 from mmclip.prompts import load_prompts
 
 SMALL_RATIO = 0.03
 """Lesions under this share of the film count in the headline. [chosen: a heart or an edema fills
 so much of the film that pointing at it is no feat]"""
-
-PAIR = "contribution, prompt pair"
-"""The score that zero-shot classification goes by, patch by patch."""
 
 MEAN_FILMS = 2000
 """Training films in the mean film. [chosen: more change no pixel by a grey level]"""
@@ -278,8 +276,7 @@ def asked_of(rows: Rows, masks: dict[tuple[str, str], np.ndarray], raw: Path) ->
 
 def phrases(checkpoint: Checkpoint, asked: Sequence[Asked], with_side: bool) -> Texts:
     """What each is asked by, with the name as the only entity, and hidden in `masked_ids`."""
-    config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    wordings = load_disease_prompts(config.unpaired.prompts)
+    wordings = load_disease_prompts(checkpoint.config.unpaired.prompts)
     prompts = []
     for item in asked:
         prompt = wordings.write({item.finding: PRESENT}, np.zeros(PROMPT_DRAWS + 2), 0.0)
@@ -288,96 +285,12 @@ def phrases(checkpoint: Checkpoint, asked: Sequence[Asked], with_side: bool) -> 
         if with_side and item.side in ("left", "right"):
             text = f"{text.removesuffix('.')} in the {item.side} lung."
         prompts.append(prompt._replace(text=text))
-    tokens = tokenise(tokenizer, [p.text for p in prompts], max_tokens=config.data.max_tokens)
-    concepts = np.stack(
-        [mark_concepts(p.entities, o)[0] for p, o in zip(prompts, tokens.offsets, strict=True)]
+    return phrase_texts(
+        checkpoint,
+        [prompt.text for prompt in prompts],
+        [prompt.entities for prompt in prompts],
+        [item.row for item in asked],
     )
-    ids, is_valid = torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.is_valid)
-    is_name = torch.from_numpy(concepts > 0) & is_valid
-    masked_ids = ids.masked_fill(is_name, special_ids(tokenizer)[3])
-    rows = torch.tensor([item.row for item in asked])
-    return Texts(rows, ids, is_valid, is_name, is_name, masked_ids)
-
-
-def score_names(has_decoder: bool) -> list[tuple[ScoreKind, ScoreTokens]]:
-    """The scores that a checkpoint can give, without those that equal another for a phrase."""
-    every: list[tuple[ScoreKind, ScoreTokens]] = []
-    for kind in get_args(ScoreKind):
-        for tokens in get_args(ScoreTokens):
-            if kind in WHOLE_TEXT_SCORES and tokens != "all":
-                continue  # reads no tokens
-            if kind == "decoder_attention" and not has_decoder:
-                continue
-            if kind != "decoder_attention" and tokens == "masked":
-                continue  # the name is hidden and is the only entity: the same as "entities"
-            every.append((kind, tokens))
-    return every
-
-
-@torch.inference_mode()
-def score_maps(
-    model: MMCLIP, films: Tensor, texts: Texts, size: int, asks: Tensor | None = None
-) -> dict[str, Tensor]:
-    """The score of each patch for each phrase, [phrases, n], by name of the score.
-
-    Args:
-        model: In eval mode.
-        films: In model space.
-        texts: The phrases, with the rows of their films.
-        size: Phrases at a time.
-        asks: What zero-shot scoring asks in the place of each phrase, for `PAIR`; see `pair_asks`.
-    """
-    device, has_decoder = model.logit_scale.device, model.text_decoder is not None
-    maps: dict[str, list[Tensor]] = {}
-    for index in chunks(len(texts), size):
-        some = numbered(texts, index)
-        distinct, row = torch.unique(some.rows, return_inverse=True)
-        some = replace(some, rows=row).to(device)
-        image = model.encode_image(films[distinct].to(device))
-        joint = model.visual_projection(image.features[:, 1:])[some.rows]
-        none = torch.zeros_like(some.is_masked)
-        seen = replace(some, is_masked=none, masked_ids=some.ids)
-        reads = {
-            "masked": model.read(some, image.features, "masked" if has_decoder else None),
-            "all": model.read(seen, image.features, "all" if has_decoder else None),
-        }
-        for kind, tokens in score_names(has_decoder):
-            read = reads["masked" if tokens == "masked" else "all"]
-            score = response_score(
-                kind,
-                joint,
-                read.embedding,
-                model.text_projection(read.features),
-                some.chosen(tokens),
-                read.attention,
-            )
-            name = kind if kind in WHOLE_TEXT_SCORES else f"{kind}/{tokens}"
-            maps.setdefault(name, []).append(score.cpu())
-        if asks is not None:
-            score = contribution_score(joint, asks[index].to(device))
-            maps.setdefault(PAIR, []).append(score.cpu())
-    return {name: torch.cat(parts) for name, parts in maps.items()}
-
-
-def pair_asks(model: MMCLIP, checkpoint: Checkpoint, asked: Sequence[Asked]) -> Tensor:
-    """The embedding of a finding's positive prompts less that of its negative ones, [asked, e].
-
-    A patch's contribution to it is the patch's part in the zero-shot score: the phrase with its
-    denial beside it.
-    """
-    findings = sorted({item.finding for item in asked})
-    tokens = checkpoint.config.data.max_tokens
-    prompts = load_prompts("default")
-    pair = embed_prompts(model, checkpoint.tokenizer, prompts, findings, tokens)
-    return (pair.positive - pair.negative)[[findings.index(item.finding) for item in asked]]
-
-
-def random_weights(checkpoint: Checkpoint, seed: int = 0) -> MMCLIP:
-    """The model of the checkpoint before any training."""
-    torch.manual_seed(seed)
-    meta, config = checkpoint.meta, checkpoint.config
-    vision, text = (rebuild_encoder(meta[f"{name}_config"]) for name in ("vision", "text"))
-    return build_mmclip(config, vision, text).eval()
 
 
 def location_prior(
@@ -385,16 +298,10 @@ def location_prior(
 ) -> dict[str, Tensor]:
     """The mean share of each patch that a finding covers, over the training films that show it."""
     train = {film.film_id for film in rows.films if film.split == "train"}
-    found: dict[str, list[np.ndarray]] = {}
-    for (film_id, finding), mask in masks.items():
-        if film_id in train:
-            found.setdefault(finding, []).append(mask)
-    return {
-        finding: lesion_ratio_of_patches(
-            torch.from_numpy(np.mean(some, 0)).float()[None, None], patch_px
-        )[0]
-        for finding, some in found.items()
-    }
+    shown = {key: mask for key, mask in masks.items() if key[0] in train}
+    lesions = torch.from_numpy(np.stack(list(shown.values()))).float()[:, None]
+    ratio = lesion_ratio_of_patches(lesions, patch_px)
+    return mean_places(ratio, [finding for _, finding in shown])
 
 
 def measure_pointing(
@@ -426,7 +333,13 @@ def measure_pointing(
     texts = phrases(checkpoint, asked, with_side)
     device = checkpoint.model.logit_scale.device
     maps, untrained = (
-        score_maps(model, films, texts, size, pair_asks(model, checkpoint, asked))
+        score_maps(
+            model,
+            films,
+            texts,
+            size,
+            pair_asks(model, checkpoint, load_prompts("default"), [a.finding for a in asked]),
+        )
         for model in (checkpoint.model, random_weights(checkpoint).to(device))
     )
     patches = patchify(films, patch_px)[row_of]

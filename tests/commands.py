@@ -17,7 +17,15 @@ import torch
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
-    ["tests.commands", "mmclip.data.sources", "mmclip.doctor", "mmclip.pretrain", "mmclip.zeroshot"]
+    [
+        "tests.commands",
+        "mmclip.data.sources",
+        "mmclip.doctor",
+        "mmclip.pretrain",
+        "mmclip.zeroshot",
+        "mmclip.ranking",
+        "mmclip.pointing",
+    ]
 )
 
 

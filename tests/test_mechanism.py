@@ -14,15 +14,16 @@ from mmclip.config import WHOLE_TEXT_SCORES, ScoreKind, load_config
 from mmclip.data.build import build_data
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import PRESETS, read_masks, write_dataset
+from mmclip.grounding import expected_hits
 from mmclip.masking import blend_scores
 from mmclip.mechanism import (
     deal_to_other_patients,
     expected_hidden_share,
-    expected_hits,
     own_patches,
     patient_mean,
 )
 from mmclip.models.mmclip import Encoded, MaskPlan, Read
+from mmclip.phrase_maps import score_maps, score_names
 from mmclip.pretrain import Job, pretrain
 
 from . import made
@@ -113,17 +114,17 @@ def test_films_of_one_patient_do_not_narrow_the_interval():
     assert alike[1] - alike[0] > 1.7 * (apart[1] - apart[0])
 
 
-def test_maps_of_a_phrase_are_what_training_would_go_by(mechanism):
+def test_maps_of_a_phrase_are_what_training_would_go_by():
     model = made.small_model(made.small_config(*made.WHOLE)).eval()
     batch = made.MadeBatches(4, without_report=range(4), with_prompt=range(4)).batch()
     texts = batch.prompts
     texts = replace(texts, is_masked=texts.is_entity, masked_ids=texts.ids.masked_fill(
         texts.is_entity, made.MASK_ID))  # fmt: skip
     seen = replace(texts, masked_ids=texts.ids)
-    maps = mechanism.score_maps(model, batch.image, texts, size=3)
+    maps = score_maps(model, batch.image, texts, size=3)
     assert {name.partition("/")[0] for name in maps} == set(get_args(ScoreKind))
     everyone, no_one = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
-    for kind, tokens in mechanism.score_names(True):
+    for kind, tokens in score_names(True):
         asked = replace(batch, prompts=texts if tokens == "masked" else seen)
         plan = MaskPlan(0.5, "attention", kind, tokens, "features", 0.0)
         with torch.no_grad():
@@ -137,11 +138,11 @@ def test_two_phrases_of_one_film_are_asked_of_that_film(mechanism):
     model = made.small_model(made.small_config(*made.WHOLE)).eval()
     batch = made.MadeBatches(3, without_report=range(3), with_prompt=range(3)).batch()
     texts = replace(batch.prompts, rows=torch.tensor([2, 0, 2]))
-    maps = mechanism.score_maps(model, batch.image, texts, size=8)
+    maps = score_maps(model, batch.image, texts, size=8)
     of_last = replace(
         mechanism.numbered(texts, torch.tensor([0, 2])), rows=torch.zeros(2, dtype=torch.long)
     )
-    alone = mechanism.score_maps(model, batch.image[2:], of_last, size=8)
+    alone = score_maps(model, batch.image[2:], of_last, size=8)
     for name, score in alone.items():
         torch.testing.assert_close(maps[name][[0, 2]], score, atol=1e-5, rtol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Does a model use the other modality, and does a score find the lesion: the numbers behind both.
+"""Does a model use the other modality, and does it hide the lesion: the numbers behind both.
 
 Pure functions. `bench/mechanism.py` runs a checkpoint on made films and hands them what it gave.
 """
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmclip.bootstrap import Interval, percentile_interval
+from mmclip.bootstrap import Interval, macro_draws, percentile_interval
 from mmclip.masking import masked_patch_count
 
 
@@ -66,36 +66,78 @@ def patient_mean(
     """
     if not count.sum():
         return PatientMean(None, None, 0)
-    _, code = np.unique([str(patient) for patient in patients], return_inverse=True)
-    n_patients = int(code.max()) + 1
-    by_patient = np.stack([np.bincount(code, x, n_patients) for x in (total, count)])
-    rng = np.random.default_rng(seed)
-    values = np.empty(draws)
-    for i in range(draws):
-        drawn = by_patient[:, rng.integers(0, n_patients, n_patients)].sum(1)
-        values[i] = drawn[0] / drawn[1] if drawn[1] else np.nan
+    values = _resampled(total[:, None], count[:, None], patients, draws, seed)[:, 0]
     mean = float(total.sum() / count.sum())
     return PatientMean(mean, percentile_interval(values), int((count > 0).sum()))
+
+
+def patient_means(
+    values: Float[np.ndarray, " n"],
+    groups: Sequence[str],
+    patients: Sequence[Hashable],
+    min_count: int = 10,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[dict[str, PatientMean], PatientMean]:
+    """The mean of each group, and the mean of those means, with 95 % intervals over patients.
+
+    One draw of patients serves all groups, so the interval of the mean of means is valid.
+
+    Args:
+        values: Of each row; NaN where it has none, which is left out.
+        groups: The group of each row, such as its finding.
+        patients: The patient of each row.
+        min_count: A group counts in the mean of means from this many values on.
+        draws: As for `patient_mean`.
+        seed: As for `patient_mean`.
+
+    Returns:
+        By group in order of names, and over the groups that count; its n is their number.
+    """
+    names = sorted(set(groups))
+    is_of = np.array(groups)[:, None] == np.array(names)
+    count = (is_of & ~np.isnan(values)[:, None]).astype(float)
+    total = np.where(count > 0, values[:, None], 0.0)
+    resampled = _resampled(total, count, patients, draws, seed)
+    n, sums = count.sum(0), total.sum(0)
+    found = {
+        name: PatientMean(float(sums[i] / n[i]), percentile_interval(resampled[:, i]), int(n[i]))
+        if n[i]
+        else PatientMean(None, None, 0)
+        for i, name in enumerate(names)
+    }
+    counted = np.flatnonzero(n >= max(min_count, 1))
+    if not len(counted):
+        return found, PatientMean(None, None, 0)
+    macro = float((sums[counted] / n[counted]).mean())
+    interval = percentile_interval(macro_draws(resampled, counted.tolist()))
+    return found, PatientMean(macro, interval, len(counted))
+
+
+def _resampled(
+    total: Float[np.ndarray, "n g"],
+    count: Float[np.ndarray, "n g"] | Int[np.ndarray, "n g"],
+    patients: Sequence[Hashable],
+    draws: int,
+    seed: int,
+) -> Float[np.ndarray, "draws g"]:
+    """sum(total) / sum(count) of each draw of patients and column; NaN where the draw has none."""
+    _, code = np.unique([str(patient) for patient in patients], return_inverse=True)
+    n_patients = int(code.max()) + 1
+    by_patient = np.zeros((2, n_patients, total.shape[1]))
+    for summed, of_rows in zip(by_patient, (total, count), strict=True):
+        np.add.at(summed, code, of_rows)
+    rng = np.random.default_rng(seed)
+    values = np.full((draws, total.shape[1]), np.nan)
+    for i in range(draws):
+        drawn = by_patient[:, rng.integers(0, n_patients, n_patients)].sum(1)
+        np.divide(drawn[0], drawn[1], out=values[i], where=drawn[1] > 0)
+    return values
 
 
 def own_patches(touched: Bool[Tensor, "k n"]) -> Bool[Tensor, "k n"]:
     """The patches that one finding of a film touches and no other finding does."""
     return touched & (touched.sum(0) == 1)
-
-
-def expected_hits(
-    score: Float[Tensor, "m n"], is_target: Bool[Tensor, "m n"]
-) -> Float[Tensor, " m"]:
-    """The pointing game: 1 where the patch of the highest score is one of the target's.
-
-    Where several patches share the highest score, the share of them that are the target's: what
-    breaking the tie at random gives on average. A constant score gives the target's share of the
-    patches.
-
-    Source: Zhang et al., Top-down neural attention by excitation backprop (arXiv:1608.00507).
-    """
-    is_top = score == score.amax(1, keepdim=True)
-    return (is_top & is_target).sum(1) / is_top.sum(1)
 
 
 def expected_hidden_share(

@@ -1,4 +1,4 @@
-"""What the masked terms make of a film: where it responds, what is hidden, what comes back.
+"""What a model makes of a film: where it responds, what is hidden, what comes back.
 
 For people who look at a run. Films are read as they are and texts whole, the most responsive
 patches are hidden, and the hidden words are those of the run's seed; so a checkpoint gives the same
@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
+import matplotlib as mpl
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +24,7 @@ from mmclip.config import GREY_MEAN, GREY_STD
 from mmclip.data.batches import TrainingBatches, is_pair, is_unpaired, still
 from mmclip.data.dataset import Rows
 from mmclip.data.manifest import Entity
+from mmclip.grounding import Grid
 from mmclip.models.mmclip import Outputs
 from mmclip.objective import Objective
 from mmclip.patches import patchify, rescale_patches, unpatchify
@@ -33,6 +37,12 @@ HATCH, HATCH_GROUND = (150, 172, 196), (54, 68, 84)
 HATCH_PX, HATCH_PERIOD_PX, HATCHED_SIDE_PX = 2, 8, 256
 """Lines over hidden patches, their width and distance, and the least side of a hatched film.
 [chosen: blue-grey, which no film is; a film of 64 px has too few pixels for thin lines]"""
+
+
+CARD, BRIGHT, QUIET, OUTLINE, UNSEEN = "#14191f", "#f3f5f7", "#aab4bf", "#57c7ff", "#4a2f45"
+"""Of the picture of an explanation: a dark card, as films are dark; its words, what readers marked,
+and what the model did not see. [chosen: the outline's blue and the heat's amber differ for any kind
+of colour vision]"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,17 +205,27 @@ def spans_of(
 
 
 def warmed(
-    film: UInt8[np.ndarray, "h w"], response: Float[np.ndarray, "rows columns"]
+    film: UInt8[np.ndarray, "h w"],
+    response: Float[np.ndarray, "side side"],
+    grid: Grid | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A film under one colour: none on the less responsive half of it, HEAT_RATIO on the most."""
+    """A film under one colour: none on the less responsive half of it, HEAT_RATIO on the most.
+
+    Args:
+        film: Of any size.
+        response: Of each patch; of equal ones none is coloured.
+        grid: How the patches lie on the film; evenly if it is not given. Pixels that they do not
+            cover stay as they are.
+    """
     low, high = float(np.median(response)), float(response.max())
-    level = _over_pixels(((response - low) / max(high - low, 1e-12)).clip(min=0), film)
+    level = ((response - low) / max(high - low, 1e-12)).clip(min=0)
+    level = np.nan_to_num((grid or _filling(level)).over_film(level, *film.shape))
     share = HEAT_RATIO * level[..., None]
     return ((1 - share) * film[..., None] + share * np.array(HEAT)).round().astype(np.uint8)
 
 
 def hatched(
-    film: UInt8[np.ndarray, "h w"], is_hidden: Bool[np.ndarray, "rows columns"]
+    film: UInt8[np.ndarray, "h w"], is_hidden: Bool[np.ndarray, "side side"]
 ) -> UInt8[np.ndarray, "H W 3"]:
     """A film with hatching in the place of hidden patches, enlarged by a whole number."""
     factor = -(-HATCHED_SIDE_PX // film.shape[0])
@@ -216,14 +236,84 @@ def hatched(
         np.expand_dims(is_line, -1), np.array(HATCH, np.uint8), np.array(HATCH_GROUND, np.uint8)
     )
     grey = np.broadcast_to(large[..., None], (*large.shape, 3))
-    is_over: Bool[np.ndarray, "H W"] = _over_pixels(is_hidden, large)
+    is_over = _filling(is_hidden).over_film(is_hidden, *large.shape)
     return np.where(is_over[..., None], hatch, grey)
 
 
-def _over_pixels(patches: np.ndarray, film: np.ndarray) -> np.ndarray:
-    """The value of its patch for each pixel of a film."""
-    height, width = (n // m for n, m in zip(film.shape, patches.shape, strict=True))
-    return patches.repeat(height, 0).repeat(width, 1)
+def explanation_figure(
+    film: UInt8[np.ndarray, "h w"],
+    response: Float[np.ndarray, "side side"],
+    grid: Grid,
+    title: str,
+    unit: str,
+    lines: Sequence[str],
+    outlines: Sequence[Bool[np.ndarray, "_ _"]] = (),
+) -> Figure:
+    """A film, the same film warmed by a map, and the map with its scale.
+
+    Args:
+        film: 0..255, air dark.
+        response: Of each patch.
+        grid: How the patches lie on the film; what they do not cover has a colour of its own.
+        title: The phrase.
+        unit: Of the response, beside the scale.
+        lines: What else is to be said, under the title and below the films.
+        outlines: Places that readers of the film marked.
+    """
+    height, width = film.shape
+    panel = (3.4 * width / height, 3.4)  # inches
+    figure = Figure(figsize=(3 * panel[0] + 1.3, panel[1] + 0.52 + 0.19 * len(lines)))
+    figure.set_facecolor(CARD)
+    with mpl.rc_context({"font.size": 8, "text.color": BRIGHT, "text.parse_math": False}):
+        whole_in = figure.get_size_inches()
+        for i, shown in enumerate((film, warmed(film, response, grid))):
+            axes = _panel(figure, i, panel, whole_in, len(lines))
+            # As many screen pixels as film pixels, or whole patches: no smoothing of a map.
+            axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
+            for is_inside in outlines:
+                x, y = ((np.arange(n) + 0.5) for n in is_inside.shape[::-1])
+                scale = (width / is_inside.shape[1], height / is_inside.shape[0])
+                axes.contour(
+                    x * scale[0] - 0.5, y * scale[1] - 0.5, is_inside.astype(float), [0.5],
+                    colors=[OUTLINE], linewidths=1.1,
+                )  # fmt: skip
+        axes = _panel(figure, 2, panel, whole_in, len(lines))
+        colours = mpl.colormaps["inferno"].with_extremes(bad=UNSEEN)
+        pixels = grid.over_film(response, height, width)
+        image = axes.imshow(np.ma.masked_invalid(pixels), cmap=colours, interpolation="nearest")
+        beside = axes.get_position()
+        bar = figure.colorbar(
+            image, cax=figure.add_axes((beside.x1 + 0.1 / whole_in[0], beside.y0,
+                                        0.12 / whole_in[0], beside.height))
+        )  # fmt: skip
+        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+        bar.ax.tick_params(colors=QUIET, labelsize=7, length=2)
+        bar.ax.axhline(float(np.median(response)), color=BRIGHT, linewidth=1.2)
+        bar.set_label(f"{unit}; the line is the median", color=QUIET, fontsize=7)
+        figure.text(
+            0.12 / whole_in[0], 1 - 0.12 / whole_in[1], title, va="top", fontsize=13, color=BRIGHT
+        )
+        for i, line in enumerate(lines):
+            y = (0.19 * (len(lines) - i) - 0.04) / whole_in[1]
+            figure.text(0.12 / whole_in[0], y, line, va="top", fontsize=8, color=QUIET)
+    return figure
+
+
+def _panel(
+    figure: Figure, number: int, size: tuple[float, float], whole: np.ndarray, n_lines: int
+) -> Axes:
+    """The axes of one film in a row of films, above some lines."""
+    left, bottom = 0.12 + number * (size[0] + 0.08), 0.19 * n_lines + 0.1
+    axes = figure.add_axes(
+        (left / whole[0], bottom / whole[1], size[0] / whole[0], size[1] / whole[1])
+    )
+    axes.set_axis_off()
+    return axes
+
+
+def _filling(patches: np.ndarray) -> Grid:
+    """The grid of patches that fill a film."""
+    return Grid(len(patches), 1, len(patches))
 
 
 def _said(batch: Batch, out: Outputs) -> tuple[Int[Tensor, "m t"], Int[Tensor, "p q"]]:
@@ -254,7 +344,7 @@ def _patches(
         "response": [r if np.ptp(r) else None for r in response],
         "is_hidden": list(is_hidden),
         "rebuilt": [
-            np.where(_over_pixels(hidden, film), predicted, film)
+            np.where(_filling(hidden).over_film(hidden, *film.shape), predicted, film)
             for hidden, predicted, film in zip(is_hidden, grey, films.numpy(), strict=True)
         ],
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmclip import __version__
-from mmclip.cli import data, evaluate, results, retrieve, train
+from mmclip.cli import data, evaluate, explain, results, retrieve, train
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ app.add_typer(train.app)
 app.add_typer(evaluate.app)
 app.add_typer(results.app)
 app.add_typer(retrieve.app)
+app.add_typer(explain.app)
 app.add_typer(data.app, name="data")
 
 

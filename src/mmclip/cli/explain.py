@@ -1,0 +1,229 @@
+"""`mmclip explain`: where a film answers to a phrase, and how well such maps point."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mmclip.cli.shared import CpuOption, OverwriteOption, command_line, device_of, split_name
+from mmclip.progress import console
+
+if TYPE_CHECKING:
+    from mmclip.phrase_maps import ExplainScore
+
+app = typer.Typer()
+
+
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.")],
+    out: Annotated[
+        Path, typer.Option(help="The picture, .png, with an .npz beside it; a .json to evaluate.")
+    ],
+    film: Annotated[Path | None, typer.Option(help="A film: PNG, JPEG, DICOM or the like.")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Data folder of `mmclip data build`; may be repeated to evaluate."),
+    ] = None,
+    film_id: Annotated[str | None, typer.Option(help="A film of the data folder.")] = None,
+    phrase: Annotated[str | None, typer.Option(help="What to look for, as a report says.")] = None,
+    score: Annotated[
+        str, typer.Option(help="contribution, prompt_pair or decoder_attention.")
+    ] = "contribution",
+    prompts: Annotated[
+        str, typer.Option(help="Prompt set for findings and prompt_pair: a name or a path.")
+    ] = "default",
+    boxes: Annotated[
+        str | None,
+        typer.Option(
+            help="Boxes or masks: chestxdet10, chestxray14, made, ms-cxr, rsna, siim or vindr, "
+            "and the folder that holds them.",
+            metavar="NAME=FOLDER",
+        ),
+    ] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Measure the maps of all films with --boxes.")
+    ] = False,
+    split: Annotated[str, typer.Option(help="To evaluate: train, val or test.")] = "test",
+    draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap and the random weights.")] = 0,
+    overwrite: OverwriteOption = False,
+    cpu: CpuOption = False,
+) -> None:
+    """Maps where a film answers to a phrase; or, with --evaluate, how well such maps point.
+
+    Example: `mmclip explain --run runs/a --film a.png --phrase cardiomegaly --out a.png`
+
+    Example: `mmclip explain --run runs/a --data data/b --evaluate --boxes rsna=rsna/ --out a.json`
+    """
+    kind = _score_name(score)
+    files = _files(out, evaluate, overwrite)
+    where = _check_given(
+        evaluate, film=film, data=data, film_id=film_id, phrase=phrase, boxes=boxes
+    )
+    marked = None if boxes is None else _boxes(boxes)
+
+    from mmclip.checkpoint import load_checkpoint
+    from mmclip.prompts import load_prompts
+
+    checkpoint = load_checkpoint(run)
+    checkpoint.model.to(device_of(cpu))
+    prompt_set = load_prompts(prompts)
+    if evaluate:
+        from mmclip.data.dataset import open_rows
+        from mmclip.pointing import evaluate_explanations
+
+        assert data and marked
+        results = evaluate_explanations(
+            checkpoint,
+            open_rows(data, checkpoint.config.data.film_px),
+            *marked,
+            kind,
+            prompt_set,
+            split=split_name(split),
+            draws=draws,
+            seed=seed,
+        )
+        _print_pointing(results)
+        text = json.dumps({"command": command_line(), **results}, indent=2, ensure_ascii=False)
+        from mmclip.data.manifest import write_text_atomic
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(out, text + "\n")
+        print(text)
+        return
+
+    from mmclip.data.images import FilmError, read_film
+    from mmclip.explain import explain_film, film_of_folder, write_explanation
+
+    assert phrase is not None
+    if film is not None:
+        try:
+            pixels, size_px, places = read_film(film), None, []
+        except FilmError as error:
+            raise ValueError(f"--film {film}: {error}; give another file") from None
+    else:
+        assert data and film_id is not None
+        pixels, size_px, places = film_of_folder(checkpoint, data[0], film_id, marked)
+    found = explain_film(checkpoint, pixels, phrase, kind, prompt_set, size_px, places)
+    facts = found.facts()
+    step = checkpoint.meta["step"]
+    write_explanation(out, found, facts, f"{where}; run {run.name} at step {step}")
+    about = {
+        "command": command_line(),
+        "film": where,
+        "run": str(checkpoint.folder),
+        "step": step,
+        "config_hash": checkpoint.meta["config_hash"],
+        "picture": str(files[0]),
+        "arrays": str(files[1]),
+    }
+    print(json.dumps({**about, **facts}, indent=2, ensure_ascii=False))
+
+
+def _score_name(name: str) -> "ExplainScore":
+    if name not in ("contribution", "prompt_pair", "decoder_attention"):
+        raise ValueError(
+            f"--score {name!r} is none of contribution, prompt_pair, decoder_attention"
+        )
+    return name
+
+
+def _files(out: Path, evaluate: bool, overwrite: bool) -> list[Path]:
+    """The files that will be written; none of them is there, but with --overwrite."""
+    suffix = ".json" if evaluate else ".png"
+    if out.suffix != suffix:
+        raise ValueError(f"--out {out} does not end in {suffix}; name the file to write")
+    files = [out] if evaluate else [out, out.with_suffix(".npz")]
+    if not overwrite and (there := [str(file) for file in files if file.exists()]):
+        raise ValueError(f"{there[0]} is there; add --overwrite to replace it, or change --out")
+    return files
+
+
+def _check_given(
+    evaluate: bool,
+    *,
+    film: Path | None,
+    data: list[Path] | None,
+    film_id: str | None,
+    phrase: str | None,
+    boxes: str | None,
+) -> str:
+    """Refuses options that do not go together; returns the name of the one film, if it is one."""
+    given = {"--film": film, "--data": data, "--film-id": film_id, "--phrase": phrase}
+    given["--boxes"] = boxes
+    if evaluate:
+        way, needs, may = "--evaluate", ("--data", "--boxes"), ()
+    elif film is not None:
+        way, needs, may = "a map of --film", ("--film", "--phrase"), ()
+    else:
+        way, may = "a map of one film", ("--boxes",)
+        needs = ("--data", "--film-id", "--phrase")
+    if missing := [name for name in needs if not given[name]]:
+        other = "" if evaluate or film else " (or --film in place of --data and --film-id)"
+        raise ValueError(f"{way} needs {', '.join(missing)}{other}; add what is missing")
+    if extra := [name for name, value in given.items() if value and name not in (*needs, *may)]:
+        raise ValueError(f"{way} has no use for {', '.join(extra)}; leave it out")
+    if not evaluate and data and len(data) > 1:
+        raise ValueError(f"--data was given {len(data)} times; one film is in one data folder")
+    return film.name if film is not None else film_id or ""
+
+
+def _boxes(given: str) -> tuple[str, Path]:
+    name, is_given, folder = given.partition("=")
+    if not is_given or not folder:
+        raise ValueError(f"--boxes {given!r} is no NAME=FOLDER, such as rsna=downloads/rsna")
+    return name, Path(folder)
+
+
+def _print_pointing(results: "dict[str, Any]") -> None:
+    """The macro means for people on stderr, and the hits of each finding."""
+
+    def said(value: "dict[str, Any]", percent: bool = True) -> str:
+        if value["mean"] is None:
+            return "–"
+        mean = f"{100 * value['mean']:.1f}" if percent else f"{value['mean']:.2f}"
+        if not value["ci"]:
+            return mean
+        low, high = value["ci"]
+        return f"{mean} [{100 * low:.0f}, {100 * high:.0f}]" if percent else mean
+
+    columns = {
+        "hit": "hit %", "touch": "touch %", "iou_0.5": "IoU % at 0.5", "iou_chosen": "chosen",
+        "cnr": "CNR",
+    }  # fmt: skip
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(("macro mean", *columns.values())):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for name, found in results["maps"].items():
+        macros = {metric: found[metric]["macro"] for metric in columns}
+        for metric in list(macros)[1:]:
+            macros[metric] = {**macros[metric], "ci": None}  # a terminal is narrow
+        cells = [said(macro, metric != "cnr") for metric, macro in macros.items()]
+        table.add_row(name, *cells, style="bold" if name == "model" else "")
+    console.print(table)
+    table = Table(box=None, pad_edge=False)
+    shown = [n for n in ("model", "location prior", "random weights") if n in results["maps"]]
+    for i, column in enumerate(("hit %", "places", *shown)):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for finding, value in results["maps"]["model"]["hit"]["findings"].items():
+        cells = [said(results["maps"][name]["hit"]["findings"][finding]) for name in shown]
+        table.add_row(finding, str(value["n"]), *cells)
+    console.print(table)
+    console.print(
+        f"{results['n_places']:,} places on {results['n_films']:,} films of "
+        f"{results['n_patients']:,} patients; [95 % over patients]; macro over findings with at "
+        f"least {results['min_count']} places",
+        style="dim",
+    )
+    for reason, n in results["left_out"].items():
+        console.print(f"left out: {n:,} places ({reason})", style="yellow")
+    for control, found in results["sanity"].items():
+        verdict = {True: "passed", False: "FAILED", None: "not decided"}[found["is_lost"]]
+        console.print(
+            f"sanity check by {control} {verdict}: it loses {said(found['hit_lost'])} points",
+            style="" if found["is_lost"] else "red",
+            soft_wrap=True,
+        )

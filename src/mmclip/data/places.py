@@ -1,0 +1,171 @@
+"""Places that readers of films marked, as boxes or masks, on the films of a data folder."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool
+
+from mmclip.data.manifest import Film
+from mmclip.data.readers.chestxray14 import read_chestxray14_boxes
+from mmclip.data.readers.files import Box
+from mmclip.data.readers.grounding import read_chestxdet10_boxes, read_mscxr_boxes
+from mmclip.data.readers.rsna import read_rsna_boxes
+from mmclip.data.readers.siim import read_siim_masks
+from mmclip.data.readers.vindr import read_vindr_boxes
+from mmclip.data.synthetic import read_masks
+from mmclip.data.tables import SourceError
+
+FOREIGN = "the film is not in the data folder"
+EMPTY = "no pixel of the film lies in it"
+"""Why a place is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one finding is on a film: all its boxes, or its mask.
+
+    Args:
+        film_id: Of the data folder.
+        finding: The class.
+        phrase: The reader's own words for this place; "" where the data set has none.
+        is_inside: In the pixels of the film, or of a copy of it of another size.
+    """
+
+    film_id: str
+    finding: str
+    phrase: str
+    is_inside: Bool[np.ndarray, "h w"]
+
+
+def _chestxdet10(root: Path) -> Iterator[Box]:
+    yield from read_chestxdet10_boxes(root, "train")
+    yield from read_chestxdet10_boxes(root, "test")
+
+
+_PUBLISHED_PX = 1024
+"""Side of the films of ChestX-ray14, in every data set that is made of them."""
+
+_BOXES: dict[str, tuple[Callable[[Path], Iterator[Box]], int | None]] = {
+    "chestxdet10": (_chestxdet10, _PUBLISHED_PX),
+    "chestxray14": (read_chestxray14_boxes, _PUBLISHED_PX),
+    "ms-cxr": (read_mscxr_boxes, None),
+    "rsna": (read_rsna_boxes, _PUBLISHED_PX),
+    "vindr": (read_vindr_boxes, None),
+}
+"""The reader of each, and the side of the films that its boxes are in the pixels of; None for the
+size of the file."""
+
+
+def _made(root: Path) -> Iterator[tuple[str, str, np.ndarray]]:
+    for (film_id, finding), mask in read_masks(root).items():
+        yield film_id, finding, mask
+
+
+def _siim(root: Path) -> Iterator[tuple[str, str, np.ndarray]]:
+    for film_id, mask in read_siim_masks(root):
+        yield film_id, "pneumothorax", mask
+
+
+_MASKS: dict[str, Callable[[Path], Iterator[tuple[str, str, np.ndarray]]]] = {
+    "made": _made,
+    "siim": _siim,
+}
+
+PLACES = tuple(sorted({*_BOXES, *_MASKS}))
+"""The data sets whose places are read. "made" is a folder of made films with masks.npz."""
+
+
+def read_places(
+    name: str, root: Path, films: Mapping[str, Film], left_out: Counter[str]
+) -> Iterator[Place]:
+    """The places of a data set that lie on some films, one a film, finding and phrase.
+
+    Args:
+        name: One of PLACES.
+        root: The data set's folder as downloaded.
+        films: By film id.
+        left_out: The number of places that are left out is added here, by reason.
+
+    Raises:
+        SourceError: When the name is unknown, a table is missing or damaged, or a place does not
+            fit its film.
+    """
+    if name not in PLACES:
+        raise SourceError(
+            f"no boxes or masks of {name!r} are read; they are of {', '.join(PLACES)}"
+        )
+    if not root.is_dir():
+        raise SourceError(f"there is no folder {root}; give the one that holds {name}'s boxes")
+    places = (
+        _from_boxes(name, root, films, left_out)
+        if name in _BOXES
+        else _from_masks(name, root, films, left_out)
+    )
+    for place in places:
+        if place.is_inside.any():
+            yield place
+        else:
+            left_out[EMPTY] += 1
+
+
+def _from_masks(
+    name: str, root: Path, films: Mapping[str, Film], left_out: Counter[str]
+) -> Iterator[Place]:
+    for film_id, finding, mask in _MASKS[name](root):
+        if film_id not in films:
+            left_out[FOREIGN] += 1
+            continue
+        _check_shape(name, films[film_id], *mask.shape)
+        yield Place(film_id, finding, "", mask)
+
+
+def _from_boxes(
+    name: str, root: Path, films: Mapping[str, Film], left_out: Counter[str]
+) -> Iterator[Place]:
+    read, side_px = _BOXES[name]
+    boxes: dict[tuple[str, str, str], list[Box]] = {}
+    for box in read(root):
+        boxes.setdefault((box.film_id, box.finding, box.phrase), []).append(box)
+    for (film_id, finding, phrase), some in boxes.items():
+        if film_id not in films:
+            left_out[FOREIGN] += 1
+            continue
+        film = films[film_id]
+        if film.height_px is None or film.width_px is None:
+            raise SourceError(f"{film_id} has boxes and no film; build the data folder with films")
+        height, width = (side_px, side_px) if side_px else (film.height_px, film.width_px)
+        _check_shape(name, film, height, width)
+        for box in some:
+            right, bottom = box.left_px + box.width_px, box.top_px + box.height_px
+            if min(box.left_px, box.top_px) < -1 or right > width + 1 or bottom > height + 1:
+                raise SourceError(
+                    f"{film_id} has {width} x {height} px, and a box of {name} from "
+                    f"{box.left_px:g}, {box.top_px:g} to {right:g}, {bottom:g}; build the data "
+                    f"folder from films of the published size"
+                )
+        yield Place(film_id, finding, phrase, pixels_in_boxes(some, height, width))
+
+
+def pixels_in_boxes(
+    boxes: Iterable[Box], height: int, width: int
+) -> Bool[np.ndarray, "height width"]:
+    """The pixels whose centre lies in one of some boxes."""
+    is_inside = np.zeros((height, width), bool)
+    x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
+    for box in boxes:
+        rows = (box.top_px <= y) & (y < box.top_px + box.height_px)
+        columns = (box.left_px <= x) & (x < box.left_px + box.width_px)
+        is_inside |= np.outer(rows, columns)
+    return is_inside
+
+
+def _check_shape(name: str, film: Film, height: int, width: int) -> None:
+    if (film.height_px or 0) * width != (film.width_px or 0) * height:
+        raise SourceError(
+            f"{film.film_id} has {film.width_px} x {film.height_px} px, and {name} marks films of "
+            f"{width} x {height} px or of that shape; build the data folder from the published "
+            f"films"
+        )

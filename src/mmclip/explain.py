@@ -1,0 +1,267 @@
+"""Where a film answers to a phrase: a map in the film's own pixels.
+
+A map shows which patches speak for a phrase in the model's own measure. It is no proof that a
+finding is there, and whether it points at all is measured by `mmclip.pointing`.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mmclip.checkpoint import Checkpoint
+from mmclip.data.dataset import normalise, open_rows
+from mmclip.data.images import resize_film
+from mmclip.data.manifest import ManifestError
+from mmclip.data.places import Place, read_places
+from mmclip.embed import embed_texts
+from mmclip.grounding import Grid, mass_above_median
+from mmclip.phrase_maps import ExplainScore, grid_of, map_films
+from mmclip.pictures import explanation_figure
+from mmclip.prompts import PromptSet, plain_name
+
+UNITS: dict[ExplainScore, str] = {
+    "contribution": "contribution to the phrase",
+    "prompt_pair": "contribution to the phrase less that to its denial",
+    "decoder_attention": "share of the text decoder's attention",
+}
+"""What the values of a map are."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a film answers to a phrase.
+
+    Args:
+        phrase: As given.
+        asked: The texts that were encoded: the phrase, or the prompts that were made of it.
+        score: What the map shows.
+        patches: Of each patch, in the unit of the score.
+        grid: How the patches lie on the film.
+        film: 0..255, as large as it was published.
+        similarity: Cosine of the embeddings of film and phrase.
+        places: That readers of the film marked, if they are known.
+    """
+
+    phrase: str
+    asked: tuple[str, ...]
+    score: ExplainScore
+    patches: Float[np.ndarray, "side side"]
+    grid: Grid
+    film: UInt8[np.ndarray, "h w"]
+    similarity: float
+    places: tuple[Place, ...] = ()
+
+    @property
+    def map(self) -> Float[np.ndarray, "h w"]:
+        """The score of each pixel of the film; NaN where the model did not look."""
+        return self.grid.over_film(self.patches, *self.film.shape)
+
+    def mass_inside(self, is_inside: Bool[np.ndarray, "h w"]) -> float | None:
+        """Share of the map's mass (`grounding.mass_above_median`) in some pixels of the film.
+
+        None where no patch stands out.
+        """
+        inside, total = self.grid.count_pixels(is_inside)
+        mass = mass_above_median(torch.from_numpy(self.patches).flatten(), total)
+        share = float((mass * inside / total.clamp(min=1)).sum())
+        return share if float(mass.sum()) else None
+
+    def facts(self) -> dict[str, Any]:
+        """What the map says in numbers, for JSON; see docs/explanation.md."""
+        height, width = self.film.shape
+        y, x = np.indices((height, width))
+        where = {
+            "image left": 2 * x + 1 < width,
+            "image right": 2 * x + 1 > width,
+            "upper third": 3 * (2 * y + 1) < 2 * height,
+            "middle third": np.abs(3 * (2 * y + 1) - 3 * height) <= height,
+            "lower third": 3 * (2 * y + 1) > 4 * height,
+        }
+        top = np.argwhere(self.patches == self.patches.max())
+        centre_px = None
+        if len(top) == 1:
+            share = (top[0] + 0.5) * self.grid.patch_px / self.grid.film_px
+            centre_px = {"x": round(share[1] * width, 1), "y": round(share[0] * height, 1)}
+        return {
+            "phrase": self.phrase,
+            "asked": list(self.asked),
+            "score": self.score,
+            "similarity": round(self.similarity, 5),
+            "width_px": width,
+            "height_px": height,
+            "patches": list(self.patches.shape),
+            "lowest": float(self.patches.min()),
+            "median": float(np.nanmedian(self.map)),
+            "highest": float(self.patches.max()),
+            "highest_at_px": centre_px,
+            "unseen_ratio": float(np.isnan(self.map).mean()),
+            "mass": {name: _rounded(self.mass_inside(pixels)) for name, pixels in where.items()},
+            "places": [
+                {
+                    "finding": place.finding,
+                    "phrase": place.phrase,
+                    "area_ratio": _rounded(float(place.is_inside.mean())),
+                    "mass": _rounded(self.mass_inside(place.is_inside)),
+                }
+                for place in self.places
+            ],
+        }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or np.isnan(value) else round(value, 5)
+
+
+def explain_film(
+    checkpoint: Checkpoint,
+    film: UInt8[np.ndarray, "h w"],
+    phrase: str,
+    score: ExplainScore,
+    prompts: PromptSet,
+    size_px: tuple[int, int] | None = None,
+    places: Sequence[Place] = (),
+) -> Explanation:
+    """The answer of one film to a phrase.
+
+    Args:
+        checkpoint: The model.
+        film: 0..255, air dark, of any size; the model sees it as `images.resize_film` makes it.
+        phrase: What is asked, in a report's words.
+        score: What the map shows.
+        prompts: For "prompt_pair", which puts the phrase in a finding's place.
+        size_px: Height and width of the film as published, where `film` is a resized copy.
+        places: To be shown and measured beside the map.
+
+    Raises:
+        ValueError: When the phrase is empty or the score needs a decoder that is not there.
+    """
+    if not phrase.strip():
+        raise ValueError("the phrase is empty; say what to look for, such as 'pleural effusion'")
+    model = checkpoint.model
+    seen = torch.from_numpy(resize_film(film, checkpoint.config.data.film_px).copy())[None]
+    image = normalise(seen)
+    patches = map_films(model, checkpoint, image, [phrase], [0], score, prompts)[0]
+    with torch.inference_mode():
+        embedding = model.encode_image(image.to(model.logit_scale.device)).embedding.cpu()
+    text = embed_texts(model, checkpoint.tokenizer, [phrase], checkpoint.config.data.max_tokens)
+    grid = grid_of(checkpoint)
+    made = prompts.texts(phrase) if score == "prompt_pair" else None
+    return Explanation(
+        phrase=phrase,
+        asked=(phrase,) if made is None else (*made.positives, *made.negatives),
+        score=score,
+        patches=patches.unflatten(0, (grid.side, grid.side)).numpy(),
+        grid=grid,
+        film=film if size_px is None else stretched(film, *size_px),
+        similarity=float((embedding * text).sum()),
+        places=tuple(places),
+    )
+
+
+def stretched(
+    film: UInt8[np.ndarray, "h w"], height: int, width: int
+) -> UInt8[np.ndarray, "height width"]:
+    """A resized copy in the size that the film was published in: its shape, not its detail."""
+    if film.shape == (height, width):
+        return film
+    image = Image.fromarray(film).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def draw_explanation(found: Explanation, facts: dict[str, Any], about: str) -> Figure:
+    """The picture of an explanation: film, overlay and map, with what they say in words.
+
+    Places of findings that the phrase names are outlined; all of them, where it names none.
+
+    Args:
+        found: To be drawn.
+        facts: As `Explanation.facts` gives them.
+        about: What was asked of what, such as the film's id and the run.
+    """
+    mass = facts["mass"]
+    if None in mass.values():
+        where = "No patch responds more than another."
+    else:
+        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in mass.items())
+        where = f"Of what the map has above its median (amber): {shares}."
+    lines = [f"{about}. Similarity of film and phrase {found.similarity:.3f}.", where]
+    named = [plain_name(place.finding) in plain_name(found.phrase) for place in found.places]
+    is_shown = [name or not any(named) for name in named]
+    for place, shown in zip(facts["places"], is_shown, strict=True):
+        if shown:
+            share = "none" if place["mass"] is None else f"{100 * place['mass']:.0f} %"
+            lines.append(
+                f"Marked (blue): {place['phrase'] or place['finding']}, with "
+                f"{100 * place['area_ratio']:.1f} % of the film and {share} of that."
+            )
+    if facts["unseen_ratio"]:
+        lines.append(f"{100 * facts['unseen_ratio']:.1f} % of the film was not seen by the model.")
+    lines.append(
+        "Where the model's score comes from; no proof of a finding, and no medical device."
+    )
+    return explanation_figure(
+        found.film,
+        found.patches,
+        found.grid,
+        f"\u201c{found.phrase}\u201d",
+        UNITS[found.score],
+        lines,
+        [place.is_inside for place, shown in zip(found.places, is_shown, strict=True) if shown],
+    )
+
+
+def film_of_folder(
+    checkpoint: Checkpoint, folder: Path, film_id: str, boxes: tuple[str, Path] | None = None
+) -> tuple[UInt8[np.ndarray, "s s"], tuple[int, int], list[Place]]:
+    """A film of a data folder as the model sees it, its published height and width, its places.
+
+    Args:
+        checkpoint: Says the film size.
+        folder: As `mmclip data build` leaves it.
+        film_id: Of the folder.
+        boxes: Name and folder of a data set of boxes or masks, see `places.read_places`.
+
+    Raises:
+        ManifestError: When there is no such film, or it is a report alone.
+        SourceError: See `places.read_places`.
+    """
+    rows = open_rows([folder], checkpoint.config.data.film_px)
+    ids = [film.film_id for film in rows.films]
+    if film_id not in ids:
+        some = ", ".join(ids[:3])
+        raise ManifestError(f"{folder} has no film {film_id!r}; its films are {some}, ...")
+    row = ids.index(film_id)
+    film = rows.films[row]
+    if film.image is None or film.height_px is None or film.width_px is None:
+        raise ManifestError(f"{film_id} of {folder} is a report without a film; choose another")
+    places: list[Place] = []
+    if boxes is not None:
+        places = list(read_places(*boxes, {film_id: film}, Counter()))
+    seen = rows.pixels(np.array([row]))[0].numpy()
+    return seen, (film.height_px, film.width_px), places
+
+
+def write_explanation(out: Path, found: Explanation, facts: dict[str, Any], about: str) -> None:
+    """Writes the picture to `out`, and the numbers of the map beside it as .npz.
+
+    The .npz holds `map` (float32, of the film's height and width, NaN where the model did not
+    look), `patches` (the map as the model gives it), `phrase` and `score`.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure = draw_explanation(found, facts, about)
+    figure.savefig(out, format="png", dpi=160, facecolor=figure.get_facecolor())
+    np.savez_compressed(
+        out.with_suffix(".npz"),
+        map=found.map.astype(np.float32),
+        patches=found.patches,
+        phrase=np.array(found.phrase),
+        score=np.array(found.score),
+    )

@@ -1,0 +1,208 @@
+"""The score of every patch of a film for a phrase: what the text's answer lies in."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmclip.batch import Texts
+from mmclip.checkpoint import Checkpoint
+from mmclip.config import WHOLE_TEXT_SCORES, ScoreKind, ScoreTokens
+from mmclip.data.corpus import mark_concepts, special_ids
+from mmclip.data.entities import find_entities
+from mmclip.data.manifest import Entity
+from mmclip.data.text import tokenise
+from mmclip.embed import embed_prompts
+from mmclip.grounding import Grid
+from mmclip.masking import contribution_score, response_score
+from mmclip.models.encoders import rebuild_encoder
+from mmclip.models.mmclip import MMCLIP, build_mmclip
+from mmclip.prompts import PromptSet
+
+ExplainScore = Literal["contribution", "prompt_pair", "decoder_attention"]
+"""What a map shows. contribution: the part of each patch in the similarity of film and phrase.
+prompt_pair: the same, less that of the phrase's denial, as zero-shot classification scores.
+decoder_attention: the share of the text decoder's attention, from the entities of the phrase."""
+
+PAIR = "contribution, prompt pair"
+"""The name of the score prompt_pair among those of `score_maps`."""
+
+
+def phrase_texts(
+    checkpoint: Checkpoint,
+    phrases: Sequence[str],
+    entities: Sequence[Sequence[Entity]],
+    rows: Sequence[int],
+) -> Texts:
+    """Phrases as texts of films, with all of their entities hidden in `masked_ids`.
+
+    Args:
+        checkpoint: Its tokenizer reads the phrases.
+        phrases: None of them empty.
+        entities: Of each phrase.
+        rows: The film that each is asked of.
+    """
+    tokens = tokenise(checkpoint.tokenizer, phrases, max_tokens=checkpoint.config.data.max_tokens)
+    concepts = np.stack(
+        [mark_concepts(e, o)[0] for e, o in zip(entities, tokens.offsets, strict=True)]
+    )
+    ids, is_valid = torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.is_valid)
+    is_name = torch.from_numpy(concepts > 0) & is_valid
+    masked_ids = ids.masked_fill(is_name, special_ids(checkpoint.tokenizer)[3])
+    return Texts(torch.tensor(rows), ids, is_valid, is_name, is_name, masked_ids)
+
+
+def score_names(has_decoder: bool) -> list[tuple[ScoreKind, ScoreTokens]]:
+    """The scores that a checkpoint can give, without those that equal another for a phrase."""
+    every: list[tuple[ScoreKind, ScoreTokens]] = []
+    for kind in get_args(ScoreKind):
+        for tokens in get_args(ScoreTokens):
+            if kind in WHOLE_TEXT_SCORES and tokens != "all":
+                continue  # reads no tokens
+            if kind == "decoder_attention" and not has_decoder:
+                continue
+            if kind != "decoder_attention" and tokens == "masked":
+                continue  # the name is hidden and is the only entity: the same as "entities"
+            every.append((kind, tokens))
+    return every
+
+
+@torch.inference_mode()
+def score_maps(
+    model: MMCLIP,
+    films: Float[Tensor, "b 1 h w"],
+    texts: Texts,
+    size: int,
+    asks: Float[Tensor, "m e"] | None = None,
+    names: Sequence[tuple[ScoreKind, ScoreTokens]] | None = None,
+) -> dict[str, Float[Tensor, "m n"]]:
+    """The score of each patch for each phrase, by name of the score.
+
+    Args:
+        model: In eval mode.
+        films: In model space.
+        texts: The phrases, with the rows of their films.
+        size: Phrases at a time.
+        asks: What zero-shot scoring asks in the place of each phrase, for `PAIR`; see `pair_asks`.
+        names: The scores; all that the model can give if it is not given.
+    """
+    device, has_decoder = model.logit_scale.device, model.text_decoder is not None
+    names = score_names(has_decoder) if names is None else names
+    maps: dict[str, list[Tensor]] = {}
+    for index in torch.arange(len(texts)).split(size):
+        some = Texts(*(tensor[index] for tensor in texts.tensors().values()))
+        distinct, row = torch.unique(some.rows, return_inverse=True)
+        some = replace(some, rows=row).to(device)
+        image = model.encode_image(films[distinct].to(device))
+        joint = model.visual_projection(image.features[:, 1:])[some.rows]
+        none = torch.zeros_like(some.is_masked)
+        seen = replace(some, is_masked=none, masked_ids=some.ids)
+        reads = {}
+        if any(tokens == "masked" for _, tokens in names):
+            reads["masked"] = model.read(some, image.features, "masked" if has_decoder else None)
+        if any(tokens != "masked" for _, tokens in names):
+            reads["all"] = model.read(seen, image.features, "all" if has_decoder else None)
+        for kind, tokens in names:
+            read = reads["masked" if tokens == "masked" else "all"]
+            score = response_score(
+                kind,
+                joint,
+                read.embedding,
+                model.text_projection(read.features),
+                some.chosen(tokens),
+                read.attention,
+            )
+            name = kind if kind in WHOLE_TEXT_SCORES else f"{kind}/{tokens}"
+            maps.setdefault(name, []).append(score.cpu())
+        if asks is not None:
+            score = contribution_score(joint, asks[index].to(device))
+            maps.setdefault(PAIR, []).append(score.cpu())
+    return {name: torch.cat(parts) for name, parts in maps.items()}
+
+
+def pair_asks(
+    model: MMCLIP, checkpoint: Checkpoint, prompts: PromptSet, names: Sequence[str]
+) -> Float[Tensor, "m e"]:
+    """The embedding of a finding's positive prompts less that of its negative ones.
+
+    A patch's contribution to it is the patch's part in the zero-shot score: the phrase with its
+    denial beside it.
+
+    Args:
+        model: Of the checkpoint, or of other weights.
+        checkpoint: Its tokenizer reads the prompts.
+        prompts: A name without wordings of its own is put into the templates.
+        names: Findings, or phrases in the place of a finding's name.
+    """
+    distinct = sorted(set(names))
+    tokens = checkpoint.config.data.max_tokens
+    pair = embed_prompts(model, checkpoint.tokenizer, prompts, distinct, tokens)
+    return (pair.positive - pair.negative)[[distinct.index(name) for name in names]]
+
+
+def random_weights(checkpoint: Checkpoint, seed: int = 0) -> MMCLIP:
+    """The model of the checkpoint before any training."""
+    torch.manual_seed(seed)
+    meta, config = checkpoint.meta, checkpoint.config
+    vision, text = (rebuild_encoder(meta[f"{name}_config"]) for name in ("vision", "text"))
+    return build_mmclip(config, vision, text).eval()
+
+
+def map_films(
+    model: MMCLIP,
+    checkpoint: Checkpoint,
+    films: Float[Tensor, "b 1 h w"],
+    phrases: Sequence[str],
+    rows: Sequence[int],
+    score: ExplainScore,
+    prompts: PromptSet,
+    size: int = 128,
+) -> Float[Tensor, "m n"]:
+    """The score of each patch of a film for a phrase, one row a phrase.
+
+    Args:
+        model: Of the checkpoint, or of other weights.
+        checkpoint: Its tokenizer and sizes.
+        films: In model space.
+        phrases: As they are read; for "prompt_pair" the names that prompts are made of.
+        rows: The film that each phrase is asked of.
+        score: What a map shows.
+        prompts: For "prompt_pair".
+        size: Phrases at a time.
+
+    Raises:
+        ValueError: When the score needs a decoder that the checkpoint lacks.
+    """
+    if score == "decoder_attention" and model.text_decoder is None:
+        raise ValueError(
+            "the score decoder_attention is the text decoder's, and this run has none; choose "
+            "contribution or prompt_pair, or train with loss.text=1"
+        )
+    # Whole texts need no entities, and the lexicon takes seconds to load.
+    is_attention = score == "decoder_attention"
+    entities = list(find_entities(phrases)) if is_attention else [[]] * len(phrases)
+    texts = phrase_texts(checkpoint, phrases, entities, rows)
+    if score == "prompt_pair":
+        asks = pair_asks(model, checkpoint, prompts, phrases)
+        return score_maps(model, films, texts, size, asks, [])[PAIR]
+    if score == "contribution":
+        return score_maps(model, films, texts, size, None, [("contribution", "all")])[score]
+    # Where no entity is found, every word of the phrase looks at the film.
+    is_chosen = texts.is_entity | (texts.is_valid & ~texts.is_entity.any(1, keepdim=True))
+    texts = replace(texts, is_entity=is_chosen)
+    name: tuple[ScoreKind, ScoreTokens] = ("decoder_attention", "entities")
+    return score_maps(model, films, texts, size, None, [name])["decoder_attention/entities"]
+
+
+@torch.inference_mode()
+def grid_of(checkpoint: Checkpoint) -> Grid:
+    """How the patches of a checkpoint lie on its films."""
+    model, film_px = checkpoint.model, checkpoint.config.data.film_px
+    blank = torch.zeros(1, 1, film_px, film_px, device=model.logit_scale.device)
+    n_patches = model.encode_image(blank).features.shape[1] - 1
+    return Grid(math.isqrt(n_patches), model.vision_model.config.patch_size, film_px)

@@ -1,0 +1,581 @@
+"""Maps lie on the film's own pixels, say what they are worth, and are held against what knows less.
+
+The model of most tests is set by hand: a patch's features are its mean grey, and a phrase asks for
+bright patches or for dark ones. So what a right map is, is known without training.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmclip.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mmclip.data.build import build_data
+from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.images import read_film, resize_film
+from mmclip.data.manifest import Film, ManifestError
+from mmclip.data.places import EMPTY, FOREIGN, read_places
+from mmclip.data.tables import SourceError
+from mmclip.data.text import tokenise, train_tokenizer
+from mmclip.explain import explain_film, stretched
+from mmclip.grounding import (
+    CANDIDATES,
+    Grid,
+    best_threshold,
+    contrast_to_noise,
+    expected_hits,
+    mass_above_median,
+    mean_places,
+    nearness_to_centre,
+    overlaps,
+    scaled,
+)
+from mmclip.mechanism import patient_mean, patient_means
+from mmclip.models.encoders import build_image_encoder, build_text_encoder
+from mmclip.models.mmclip import build_mmclip
+from mmclip.phrase_maps import map_films
+from mmclip.pictures import HEAT, UNSEEN, explanation_figure, warmed
+from mmclip.pointing import evaluate_explanations, other_phrases
+from mmclip.prompts import load_prompts
+from tests.commands import mmclip
+
+from . import made
+
+HEIGHT, WIDTH = 48, 36  # of the films; a patch of the model has 12 x 9 of their pixels
+BRIGHT, DARK = "Large consolidation.", "Small pneumothorax."
+PROMPTS = load_prompts("sentence")
+
+
+# -- the film's own pixels --
+
+
+def test_a_bright_square_of_a_film_that_is_no_square_maps_back_to_its_pixels():
+    film = np.full((96, 40), 50, np.uint8)
+    film[24:48, 20:30] = 200  # the patch in the second row and the third column
+    seen = torch.from_numpy(resize_film(film, 32).copy()).float()
+    patches = seen.reshape(4, 8, 4, 8).mean((1, 3)).numpy()
+    shown = Grid(4, 8, 32).over_film(patches, 96, 40)
+    assert ((shown > 125) == (film > 125)).all()
+
+
+def test_a_pixel_belongs_to_the_patch_that_its_centre_lies_in():
+    for grid in (Grid(4, 8, 32), Grid(3, 8, 30), Grid(2, 8, 20)):
+        for n_px in (1, 5, 12, 97):
+            slow = [
+                min(int((i + 0.5) / n_px * grid.film_px / grid.patch_px + 1e-9), grid.side)
+                for i in range(n_px)
+            ]
+            assert grid.numbers(n_px).tolist() == slow
+
+
+def test_there_is_no_map_where_the_model_did_not_look():
+    grid = Grid(2, 8, 20)  # the last 4 of 20 px are in no patch
+    shown = grid.over_film(np.ones((2, 2), np.float32), 10, 5)
+    assert np.isnan(shown[8:]).all() and np.isnan(shown[:, 4:]).all()
+    assert (shown[:8, :4] == 1).all()
+    inside, total = grid.count_pixels(np.ones((10, 5), bool))
+    assert inside.tolist() == total.tolist() == [8.0] * 4
+    with pytest.raises(ValueError, match="2 patches of 8 px do not fill 20 px"):
+        grid.over_film(np.ones((2, 2), bool), 10, 5)
+
+
+# -- metrics --
+
+
+def random_maps(m: int, height: int, width: int, side: int = 4):
+    rng = np.random.default_rng(0)
+    grid = Grid(side, 8, 8 * side)
+    score = np.round(rng.normal(size=(m, side, side)), 1).astype(np.float32)  # with ties
+    places = rng.random((m, height, width)) < rng.random((m, 1, 1))
+    counted = [torch.stack(grid.count_pixels(place)) for place in places]
+    pixels = np.stack([grid.over_film(s, height, width) for s in score])
+    inside, total = torch.stack(counted, 1)
+    return torch.from_numpy(score).flatten(1), inside, total, pixels, places
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (50, 21), (3, 70)])
+def test_metrics_from_counts_equal_those_over_every_pixel(height: int, width: int):
+    score, inside, total, pixels, places = random_maps(12, height, width)
+    hits, cnr = expected_hits(score, inside, total), contrast_to_noise(score, inside, total)
+    iou = overlaps(score, inside, total, (0.25, 0.6))
+    for i, (shown, place) in enumerate(zip(pixels, places, strict=True)):
+        assert hits[i].item() == pytest.approx(place[shown == shown.max()].mean(), rel=1e-6)
+        within, around = shown[place].astype(float), shown[~place].astype(float)
+        noise = np.sqrt(within.var() + around.var())
+        assert cnr[i].item() == pytest.approx((within.mean() - around.mean()) / noise, rel=1e-6)
+        for j, threshold in enumerate((0.25, 0.6)):
+            span = np.ptp(shown)
+            marked = (shown - shown.min()) / span >= threshold - 1e-6
+            expected = (marked & place).sum() / (marked | place).sum()
+            assert iou[i, j].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_contrast_to_noise_by_hand():
+    total = torch.ones(5, 4)
+    inside = torch.tensor([[1.0, 1, 0, 0]] * 3 + [[0.0] * 4, [1.0] * 4])
+    score = torch.tensor([[3.0, 5, 0, 2], [0, 2, 3, 5], [0.1] * 4, [1, 2, 3, 4], [1, 2, 3, 4]])
+    found = contrast_to_noise(score, inside, total)
+    assert found[:3].tolist() == pytest.approx([3 / 2**0.5, -3 / 2**0.5, 0.0])
+    assert found[3:].isnan().all()  # nothing in the place, and nothing around it
+    two_levels = contrast_to_noise(inside[:1], inside[:1], total[:1])
+    assert two_levels.isnan().all()
+
+
+def test_a_constant_map_hits_by_chance_and_marks_nothing():
+    inside, total = torch.tensor([[6.0, 0, 2, 0]]), torch.full((1, 4), 8.0)
+    constant = torch.full((1, 4), 0.3)
+    assert expected_hits(constant, inside, total).item() == pytest.approx(8 / 32)
+    assert scaled(constant, total).tolist() == [[0.0] * 4]
+    assert overlaps(constant, inside, total, CANDIDATES).tolist() == [[0.0] * len(CANDIDATES)]
+
+
+def test_a_patch_without_pixels_takes_no_part():
+    inside, total = torch.tensor([[4.0, 0, 0]]), torch.tensor([[8.0, 8, 0]])
+    score = torch.tensor([[1.0, 0, 9]])
+    assert expected_hits(score, inside, total).item() == 0.5
+    assert overlaps(score, inside, total, [0.5]).item() == 0.5
+
+
+def test_the_best_threshold_is_that_of_the_highest_overlap():
+    score = torch.tensor([[0.0, 0.38, 0.62, 1.0]])
+    inside, total = torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1, 4)
+    assert best_threshold(score, inside, total) == 0.4  # the first above 0.38
+
+
+def test_the_centre_falls_off_evenly_and_the_prior_is_a_mean():
+    near = nearness_to_centre(4).reshape(4, 4)
+    assert torch.equal(near, near.flip(0)) and torch.equal(near, near.mT)
+    assert (near == near.max()).nonzero().tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
+    share = torch.tensor([[1.0, 0], [0, 0.5], [0.5, 0]])
+    prior = mean_places(share, ["a", "b", "a"])
+    assert {name: found.tolist() for name, found in prior.items()} == {
+        "a": [0.75, 0.0],
+        "b": [0.0, 0.5],
+    }
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (50, 21)])
+def test_the_mass_is_what_the_pixels_have_above_their_median(height: int, width: int):
+    score, _, total, pixels, _ = random_maps(6, height, width)
+    for i, shown in enumerate(pixels):
+        excess = np.clip(shown.astype(float) - np.median(shown), 0, None)
+        mass = mass_above_median(score[i], total[i])
+        grid = Grid(4, 8, 32)
+        for n in range(16):
+            is_patch = grid.over_film(np.arange(16).reshape(4, 4), height, width) == n
+            assert mass[n].item() == pytest.approx(excess[is_patch].sum() / excess.sum(), abs=1e-6)
+    assert mass_above_median(torch.full((4,), 0.1), torch.ones(4)).tolist() == [0.0] * 4
+
+
+def test_means_of_groups_and_of_groups_in_draws_that_they_share():
+    values = np.array([1.0, 0.0, 1.0, np.nan, 0.5, 0.5])
+    groups, patients = ["a", "a", "b", "b", "c", "c"], list("uvwxyz")
+    found, macro = patient_means(values, groups, patients, min_count=2, draws=300)
+    assert [(name, v.mean, v.n) for name, v in found.items()] == [
+        ("a", 0.5, 2),
+        ("b", 1.0, 1),
+        ("c", 0.5, 2),
+    ]
+    assert (macro.mean, macro.n) == (0.5, 2)  # b has one value
+    assert found["c"].interval == (0.5, 0.5)
+    one, of_one = patient_means(values[[0, 1, 2, 4]], ["a"] * 4, list("uvwx"), draws=300)
+    alone = patient_mean(values[[0, 1, 2, 4]], np.ones(4), list("uvwx"), draws=300)
+    assert one["a"] == alone and of_one.mean is None  # under ten values
+    assert patient_means(values, groups, patients, min_count=3, draws=9)[1].interval is None
+
+
+# -- what readers marked --
+
+
+def film_of(film_id: str, width: int = 64, height: int = 64) -> Film:
+    return Film(
+        film_id=film_id, study_id=film_id, patient_id=film_id, source="made", image="a.png",
+        view="PA", width_px=width, height_px=height,
+    )  # fmt: skip
+
+
+def write_nih_boxes(root: Path, *lines: str) -> Path:
+    text = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n" + "".join(f"{x}\n" for x in lines)
+    (root / "BBox_List_2017.csv").write_text(text)
+    return root
+
+
+def test_boxes_of_published_films_fit_smaller_copies_and_join_by_finding(tmp_path: Path):
+    root = write_nih_boxes(
+        tmp_path,
+        "a.png,Mass,0,0,256,512", "a.png,Mass,512,0,512,512", "a.png,Nodule,0,0,9,9",
+        "b.png,Mass,1,2,3,4", "a.png,Atelectasis,5.6,5,0.2,9",
+    )  # fmt: skip
+    left_out: Counter[str] = Counter()
+    places = list(read_places("chestxray14", root, {"a.png": film_of("a.png")}, left_out))
+    assert [(place.finding, place.phrase) for place in places] == [("mass", ""), ("nodule", "")]
+    assert places[0].is_inside.mean() == 3 / 8
+    inside, total = Grid(2, 8, 16).count_pixels(places[0].is_inside)
+    assert (inside / total).tolist() == [0.5, 1.0, 0.0, 0.0]
+    assert left_out == {FOREIGN: 1, EMPTY: 1}
+
+
+def test_a_place_that_does_not_fit_its_film_is_one_clear_line(tmp_path: Path):
+    root = write_nih_boxes(tmp_path, "a.png,Mass,0,0,2000,512")
+    with pytest.raises(SourceError, match=r"a\.png has 1024 x 1024 px, and a box of chestxray14"):
+        list(read_places("chestxray14", root, {"a.png": film_of("a.png")}, Counter()))
+    with pytest.raises(SourceError, match=r"a\.png has 64 x 48 px, and chestxray14 marks films"):
+        list(read_places("chestxray14", root, {"a.png": film_of("a.png", 64, 48)}, Counter()))
+    with pytest.raises(SourceError, match="no boxes or masks of 'nih' are read"):
+        list(read_places("nih", root, {}, Counter()))
+
+
+# -- a model that is set by hand --
+
+
+def texts_of(phrase: str) -> list[str]:
+    return [phrase, *PROMPTS.texts(phrase).positives, *PROMPTS.texts(phrase).negatives]
+
+
+TOKENIZER = train_tokenizer([*texts_of(BRIGHT), *texts_of(DARK)], vocab_size=200, min_frequency=1)
+
+
+def grey_checkpoint(*overrides: str) -> Checkpoint:
+    """A model whose patches answer by their mean grey: BRIGHT asks for bright ones, DARK for dark.
+
+    The encoder's layers add nothing, so that a patch's features are its mean grey m as
+    (m, -m, 1, -1) after a layer norm, which rises with m; the first value alone is projected. The
+    projection of texts is solved for, so that a phrase is +1 or -1, and its denial the other.
+    """
+    config = made.small_config(*overrides)
+    torch.manual_seed(0)
+    model = build_mmclip(
+        config,
+        build_image_encoder(config.model.image, made.FILM_PX),
+        build_text_encoder(config.model.text, len(TOKENIZER), max_tokens=64, pad_token_id=0),
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.vision_model.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+        (conv,) = (m for m in model.vision_model.modules() if isinstance(m, torch.nn.Conv2d))
+        conv.weight[0], conv.weight[1] = 1 / made.PATCH_PX**2, -1 / made.PATCH_PX**2
+        assert conv.bias is not None
+        conv.bias[2], conv.bias[3] = 1.0, -1.0
+        model.visual_projection.weight.zero_()
+        model.visual_projection.weight[0, 0] = 1.0
+        said = [*texts_of(BRIGHT), *texts_of(DARK)]
+        signs = torch.tensor([1.0, 1, -1, -1, -1, 1])
+        tokens = tokenise(TOKENIZER, said, max_tokens=64)
+        ids, is_valid = torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.is_valid)
+        pooled = model.text_model(input_ids=ids, attention_mask=is_valid.long()).pooler_output
+        model.text_projection.weight.zero_()
+        model.text_projection.weight[0] = torch.linalg.lstsq(pooled, signs).solution
+    return Checkpoint(Path("run"), model, TOKENIZER, config, {})
+
+
+@pytest.fixture(scope="module")
+def grey() -> Checkpoint:
+    return grey_checkpoint(*made.WHOLE)
+
+
+def film_with(row: int, column: int, level: int = 220, seed: int = 0) -> np.ndarray:
+    """A noisy film with one bright (or dark) patch."""
+    film = np.random.default_rng(seed).normal(120, 8, (HEIGHT, WIDTH))
+    film[12 * row : 12 * row + 12, 9 * column : 9 * column + 9] = level
+    return film.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("score", ["contribution", "prompt_pair"])
+def test_a_shifted_finding_shifts_the_map(grey: Checkpoint, score):
+    for phrase, level in ((BRIGHT, 220), (DARK, 10)):
+        for row, column in ((0, 0), (1, 2), (3, 1)):
+            film = film_with(row, column, level)
+            found = explain_film(grey, film, phrase, score, PROMPTS)
+            assert found.map.shape == (HEIGHT, WIDTH)
+            assert ((found.map == found.map.max()) == (film == level)).all()
+            facts = found.facts()
+            assert facts["highest_at_px"] == {"x": 9 * column + 4.5, "y": 12 * row + 6.0}
+            assert facts["unseen_ratio"] == 0
+
+
+def test_the_map_depends_on_the_phrase(grey: Checkpoint):
+    film = film_with(1, 1, 220)
+    film[24:36, 18:27] = 10
+    bright, dark = (explain_film(grey, film, p, "contribution", PROMPTS) for p in (BRIGHT, DARK))
+    assert bright.facts()["highest_at_px"] == {"x": 13.5, "y": 18.0}
+    assert dark.facts()["highest_at_px"] == {"x": 22.5, "y": 30.0}
+    np.testing.assert_allclose(bright.patches, -dark.patches, atol=1e-5)
+
+
+def test_masses_of_halves_and_thirds_by_hand(grey: Checkpoint):
+    mass = explain_film(grey, film_with(0, 3), BRIGHT, "contribution", PROMPTS).facts()["mass"]
+    assert mass["image left"] + mass["image right"] == pytest.approx(1, abs=1e-4)
+    thirds = [mass[f"{name} third"] for name in ("upper", "middle", "lower")]
+    assert sum(thirds) == pytest.approx(1, abs=1e-4)
+    assert mass["image right"] > 0.7 and thirds[0] > 0.7
+    flat = explain_film(grey, np.full((40, 30), 99, np.uint8), BRIGHT, "contribution", PROMPTS)
+    assert set(flat.facts()["mass"].values()) == {None}
+    assert flat.facts()["highest_at_px"] is None
+
+
+def test_a_resized_copy_gives_the_map_of_the_published_film(grey: Checkpoint):
+    film = film_with(2, 2)
+    copy = resize_film(film, made.FILM_PX)
+    size = (HEIGHT, WIDTH)
+    found = explain_film(grey, copy, BRIGHT, "contribution", PROMPTS, size_px=size)
+    whole = explain_film(grey, film, BRIGHT, "contribution", PROMPTS)
+    np.testing.assert_array_equal(found.map, whole.map)
+    assert found.film.shape == size and stretched(film, *size) is film
+
+
+def test_attention_is_the_decoders_and_needs_one(grey: Checkpoint):
+    films = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    phrases = ["left pleural effusion", "zzz"]  # the second has no entity: all words are asked
+    maps = map_films(grey.model, grey, films, phrases, [0, 0], "decoder_attention", PROMPTS)
+    assert maps.shape == (2, 16) and (maps > 0).all() and (maps.sum(1) < 1).all()
+    with pytest.raises(ValueError, match="this run has none; choose contribution"):
+        explain_film(grey_checkpoint(), film_with(0, 0), BRIGHT, "decoder_attention", PROMPTS)
+    with pytest.raises(ValueError, match="the phrase is empty"):
+        explain_film(grey, film_with(0, 0), "  ", "contribution", PROMPTS)
+
+
+# -- evaluation --
+
+
+def other_patch(i: int) -> tuple[int, int]:
+    return divmod((7 * i + 5 * (i // 16)) % 16, 4)
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Films of 48 x 36 px with a bright or a dark patch, a data folder, and MS-CXR's boxes."""
+    root = tmp_path_factory.mktemp("marked")
+    films, lines = [], []
+    for i in range(72):
+        row, column = other_patch(i)
+        is_bright = i % 2 == 0
+        pixels = film_with(row, column, 220 if is_bright else 10, seed=i)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+        films.append(Film(
+            film_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i}", source="made", view="PA",
+            split="train" if i < 20 else "val" if i < 40 else "test", image=f"{i}.png",
+            report=BRIGHT if is_bright else DARK,
+        ))  # fmt: skip
+        finding, phrase = ("Consolidation", BRIGHT) if is_bright else ("Pneumothorax", DARK)
+        lines.append((f"f{i}", finding, phrase, 9 * column, 12 * row, 9, 12))
+    build_data(films, root, root / "data", film_px=made.FILM_PX)
+    write_boxes(root, lines)
+    return root
+
+
+COLUMNS = ("dicom_id", "category_name", "label_text", "x", "y", "w", "h")
+
+
+def write_boxes(root: Path, lines: Sequence[tuple]) -> None:
+    with (root / "MS_CXR_Local_Alignment_v1.1.0.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *lines])
+
+
+@pytest.fixture(scope="module")
+def run(marked: Path, grey: Checkpoint) -> Path:
+    """The model that is set by hand, as a run on disk."""
+    save_checkpoint(marked / "run", 1, grey.model, TOKENIZER, grey.config, {}, {}, keep=1)
+    return marked / "run"
+
+
+@pytest.fixture(scope="module")
+def rows(marked: Path) -> Rows:
+    return open_rows([marked / "data"])
+
+
+def evaluated(checkpoint: Checkpoint, rows: Rows, root: Path, **more) -> dict:
+    return evaluate_explanations(
+        checkpoint, rows, "ms-cxr", root, "contribution", PROMPTS, draws=200, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def results(run: Path, rows: Rows, marked: Path) -> dict:
+    return evaluated(load_checkpoint(run), rows, marked)
+
+
+def test_a_model_that_finds_every_place_is_scored_so_and_random_weights_lose(results: dict):
+    hits = {name: found["hit"]["macro"]["mean"] for name, found in results["maps"].items()}
+    assert hits["model"] == hits["best on this grid"] == 1.0
+    assert hits["brightest patch"] == 0.5  # right of the bright, wrong of the dark ones
+    assert hits["chance"] == pytest.approx(1 / 16)
+    assert hits["another finding's phrase"] == 0.0
+    assert hits["random weights"] < 0.6
+    assert max(hits["location prior"], hits["centre"]) < 0.3
+    assert {name: found["is_lost"] for name, found in results["sanity"].items()} == {
+        "random weights": True,
+        "another finding's phrase": True,
+    }
+    assert results["hit_less"]["random weights"]["macro"]["ci"][0] > 0.2
+    assert results["maps"]["model"]["iou_chosen"]["macro"]["mean"] == pytest.approx(1)
+    assert results["maps"]["model"]["cnr"]["macro"]["mean"] > 5
+    findings = results["maps"]["model"]["hit"]["findings"]
+    assert {name: found["n"] for name, found in findings.items()} == {
+        "consolidation": 16,
+        "pneumothorax": 16,
+    }
+    assert (results["n_places"], results["n_films"], results["n_places_of_prior"]) == (32, 32, 40)
+    json.dumps(results, allow_nan=False)
+
+
+def test_a_model_that_learnt_nothing_fails_the_sanity_check_and_is_warned_of(
+    run: Path, rows: Rows, marked: Path, caplog: pytest.LogCaptureFixture
+):
+    checkpoint = load_checkpoint(run)
+    torch.nn.init.zeros_(checkpoint.model.visual_projection.weight)
+    found = evaluated(checkpoint, rows, marked)
+    for name in ("random weights", "another finding's phrase"):
+        assert found["sanity"][name]["is_lost"] is False
+        assert f"the sanity check by {name} fails" in caplog.text
+
+
+def test_places_of_the_scored_films_choose_nothing(
+    run: Path, rows: Rows, marked: Path, results: dict, tmp_path: Path
+):
+    with (marked / "MS_CXR_Local_Alignment_v1.1.0.csv").open() as file:
+        lines = [tuple(line) for line in csv.reader(file)][1:]
+    in_test = {film.film_id for film in rows.films if film.split == "test"}
+    # The places of test films become those of other films, and their classes change.
+    moved = [line if line[0] not in in_test else (*line[:3], 0, 0, 36, 30) for line in lines]
+    write_boxes(tmp_path, moved)
+    found = evaluated(load_checkpoint(run), rows, tmp_path)
+    assert found["thresholds"] == results["thresholds"] != {}
+    assert found["thresholds_chosen_on"] == "val"
+    assert found["maps"]["model"]["hit"] != results["maps"]["model"]["hit"]
+    # And those of the validation films do choose.
+    in_val = {film.film_id for film in rows.films if film.split == "val"}
+    write_boxes(
+        tmp_path, [line if line[0] not in in_val else (*line[:3], 0, 0, 36, 48) for line in lines]
+    )
+    assert evaluated(load_checkpoint(run), rows, tmp_path)["thresholds"] != results["thresholds"]
+
+
+def test_without_places_on_other_films_nothing_is_chosen_and_no_prior_is_made(
+    run: Path, rows: Rows, marked: Path
+):
+    only_test = rows.select([film.split == "test" for film in rows.films])
+    found = evaluated(load_checkpoint(run), only_test, marked)
+    assert "location prior" not in found["maps"] and found["thresholds"] == {}
+    assert found["thresholds_chosen_on"] is None
+    assert found["maps"]["model"]["iou_chosen"]["macro"]["mean"] is None
+    assert found["left_out"] == {FOREIGN: 40}
+    with pytest.raises(ManifestError, match=r"ms-cxr marks no film of split 'val'.*32 of test"):
+        evaluated(load_checkpoint(run), only_test, marked, split="val")
+
+
+def test_places_on_laterals_are_left_out_and_counted(run: Path, rows: Rows, marked: Path):
+    films = tuple(replace(f, view="L" if f.film_id == "f71" else "PA") for f in rows.films)
+    found = evaluated(load_checkpoint(run), replace(rows, films=films), marked)
+    assert found["n_places"] == 31 and found["left_out"] == {"the film is a lateral": 1}
+
+
+def test_the_wrong_phrase_is_that_of_the_next_finding():
+    asked = other_phrases(["b", "a", "c", "a"], ["of b", "of a", "of c", "more a"])
+    assert asked == ["of c", "of b", "of a", "of b"]
+    assert other_phrases(["a", "a"], ["of a", "of a"]) is None
+
+
+# -- the picture and the command --
+
+
+def test_the_overlay_leaves_unseen_pixels_and_quiet_patches_as_they_are():
+    film = np.full((10, 5), 100, np.uint8)
+    shown = warmed(film, np.array([[0.0, 1.0], [2.0, 3.0]], np.float32), Grid(2, 8, 20))
+    assert shown[5, 3].tolist() == [round(25 + 0.75 * c) for c in HEAT]
+    assert shown[0, 0].tolist() == shown[9, 2].tolist() == shown[5, 4].tolist() == [100] * 3
+
+
+def test_the_picture_shows_the_map_with_its_scale(grey: Checkpoint):
+    grid = Grid(2, 8, 20)
+    figure = explanation_figure(
+        np.full((40, 20), 90, np.uint8), np.array([[0.0, 1.0], [2.0, 4.0]], np.float32), grid,
+        "a $ sign", "unit", ["one line"], [np.eye(10, dtype=bool)],
+    )  # fmt: skip
+    film, overlay, shown, bar = figure.axes
+    assert bar.get_ylim() == (0.0, 4.0) and "unit" in bar.get_ylabel()
+    (image,) = shown.get_images()
+    is_unseen = np.ma.getmaskarray(np.ma.asarray(image.get_array()))
+    assert is_unseen.shape == (40, 20) and is_unseen[32:].all() and is_unseen[:, 16:].all()
+    assert not is_unseen[:32, :16].any()
+    assert image.get_cmap().get_bad()[:3].tolist() == pytest.approx(
+        [int(UNSEEN[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    )
+    assert len(film.collections) == len(overlay.collections) == 1
+    assert {text.get_text() for text in figure.texts} == {"a $ sign", "one line"}
+
+
+def test_the_command_writes_picture_and_map_and_prints_json(
+    run: Path, marked: Path, tmp_path: Path
+):
+    given = ("explain", "--run", run, "--phrase", BRIGHT, "--cpu")
+    out = tmp_path / "new" / "map.png"
+    ended = mmclip(tmp_path, *given, "--film", marked / "40.png", "--out", out)
+    assert ended.code == 0, ended.err
+    facts = json.loads(ended.out)
+    film = read_film(marked / "40.png")
+    with np.load(tmp_path / "new/map.npz") as stored, Image.open(out) as picture:
+        assert stored["map"].shape == film.shape and stored["map"].dtype == np.float32
+        assert ((stored["map"] == stored["map"].max()) == (film == 220)).all()
+        assert str(stored["phrase"]) == BRIGHT and picture.width > 400
+    # The same film out of the data folder, with what readers marked.
+    row = mmclip(
+        tmp_path, *given, "--data", marked / "data", "--film-id", "f40",
+        "--boxes", f"ms-cxr={marked}", "--out", tmp_path / "row.png",
+    )  # fmt: skip
+    assert row.code == 0, row.err
+    again = json.loads(row.out)
+    assert (again["highest_at_px"], again["mass"]) == (facts["highest_at_px"], facts["mass"])
+    assert again["places"][0]["area_ratio"] == 0.0625 and again["places"][0]["mass"] > 0.5
+    repeat = mmclip(tmp_path, *given, "--film", marked / "40.png", "--out", out)
+    assert "map.png is there; add --overwrite" in repeat.error()
+
+
+def test_the_command_evaluates(run: Path, marked: Path, tmp_path: Path, results: dict):
+    out = tmp_path / "a.json"
+    ended = mmclip(
+        tmp_path, "explain", "--run", run, "--data", marked / "data", "--evaluate",
+        "--boxes", f"ms-cxr={marked}", "--prompts", "sentence", "--draws", "200",
+        "--out", out, "--cpu",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found == json.loads(out.read_text()) and found["maps"] == results["maps"]
+    assert "by random weights passed" in ended.err and "location prior" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "needs --data, --film-id, --phrase (or --film"),
+        (["--film", "a.png"], "a map of --film needs --phrase"),
+        (["--film", "a.png", "--phrase", "a", "--film-id", "b"], "has no use for --film-id"),
+        (["--evaluate", "--data", "d"], "--evaluate needs --boxes"),
+        (["--out", "a.gif"], "does not end in .png"),
+        (["--score", "saliency"], "'saliency' is none of contribution"),
+        (["--data", "d", "--film-id", "b", "--phrase", "a", "--boxes", "x"], "no NAME=FOLDER"),
+        (["--film", "none.png", "--phrase", "a"], "none.png: the image file does not exist"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(
+    run: Path, tmp_path: Path, given: list[str], message: str
+):
+    out = (
+        []
+        if "--out" in given
+        else ["--out", tmp_path / ("a.json" if "--evaluate" in given else "a.png")]
+    )
+    assert message in mmclip(tmp_path, "explain", "--run", run, *out, *given).error()
+
+
+def test_a_film_that_is_not_in_the_folder_is_one_line(run: Path, marked: Path, tmp_path: Path):
+    given = ("--data", marked / "data", "--film-id", "g", "--phrase", "a", "--out", "a.png")
+    error = mmclip(tmp_path, "explain", "--run", run, *given).error()
+    assert "has no film 'g'; its films are f0, f1, f2" in error
