@@ -19,11 +19,10 @@ from mmclip.data.manifest import (
     read_meta,
     write_manifest,
 )
+from mmclip.data.split_lists import list_sha256, match_list
 from mmclip.data.splits import (
     clean_split,
     group_of,
-    list_sha256,
-    match_list,
     read_subset,
     set_split,
     stratified,
@@ -184,7 +183,7 @@ def test_a_list_is_held_against_the_published_one(tmp_path: Path, monkeypatch: p
     lists = write_lists(tmp_path, test="f1\nf2\n")
     sha256 = list_sha256(b"f1\r\nf2\r\n")  # line ends do not matter
     known = {sha256[:32]: "benchx made test"}
-    monkeypatch.setattr("mmclip.data.splits.KNOWN_LISTS", known)
+    monkeypatch.setattr("mmclip.data.split_lists.KNOWN_LISTS", known)
     split = set_split(tmp_path, "benchx", lists=lists)
     assert split["lists"]["test"]["is_known"] and not split["warnings"]
     with pytest.raises(ManifestError, match="is known as benchx made test"):
