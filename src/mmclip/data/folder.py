@@ -20,6 +20,9 @@ from mmclip.data.records import SPLITS, Film, Split
 MANIFEST_FILE, EXCLUDED_FILE, META_FILE = "films.parquet", "excluded.jsonl", "meta.json"
 SPLIT_FILE = "split.json"
 
+FORMAT = 2
+"""Of a data folder, in meta.json: 2 has the column `label_origin` and says what made it."""
+
 
 class ManifestError(ValueError):
     """A data folder or a record breaks a rule; the message names the rule and the next step."""
@@ -42,7 +45,11 @@ def read_meta(folder: Path) -> dict:
 
 
 def read_built_meta(folder: Path) -> dict:
-    """meta.json as the build left it."""
+    """meta.json as the build left it.
+
+    Raises:
+        ManifestError: When the folder is no finished data folder, or of another format.
+    """
     path = folder / META_FILE
     if not path.is_file():
         raise ManifestError(
@@ -59,6 +66,11 @@ def read_built_meta(folder: Path) -> dict:
         raise ManifestError(
             f"{folder} is no finished data folder ({path} describes something else); make one "
             f"with `mmclip data build`"
+        )
+    if meta.get("format") != FORMAT:
+        raise ManifestError(
+            f"{folder} has format {meta.get('format')}, and this version reads format {FORMAT}; "
+            f"build the folder again with `mmclip data build ... --overwrite`"
         )
     return meta
 

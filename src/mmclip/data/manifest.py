@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from mmclip.data.folder import (
     EXCLUDED_FILE,
+    FORMAT,
     MANIFEST_FILE,
     META_FILE,
     SPLIT_FILE,
@@ -105,6 +106,7 @@ SCHEMA = pa.schema(
         pa.field("entities", pa.list_(_ENTITY), nullable=False),
         pa.field("labels", pa.map_(pa.string(), pa.int8()), nullable=False),
         pa.field("source_labels", pa.list_(pa.string()), nullable=False),
+        pa.field("label_origin", pa.string()),
         pa.field("age_years", pa.float64()),
         pa.field("sex", pa.string()),
         pa.field("width_px", pa.int32()),
@@ -117,11 +119,17 @@ SCHEMA = pa.schema(
 def data_hash(films: Iterable[Film], film_px: int | None) -> str:
     """SHA-256 over all records, in order, and the film size: equal data, equal hash.
 
+    A film of unknown `label_origin` hashes as before that field was there, in format 1 of the
+    folder, so that the same data keeps its hash.
+
     Source: ours; a number without the hash of its data cannot be compared with another.
     """
     digest = hashlib.sha256(f"mmclip-manifest-1 film_px={film_px}\n".encode())
     for film in films:
-        digest.update(json.dumps(asdict(film), sort_keys=True, ensure_ascii=False).encode())
+        known = asdict(film)
+        if film.label_origin is None:
+            del known["label_origin"]
+        digest.update(json.dumps(known, sort_keys=True, ensure_ascii=False).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 
@@ -195,7 +203,7 @@ def write_manifest(
             )
     table = to_table(films)
     meta = {
-        "format": 1,
+        "format": FORMAT,
         **about,
         "film_px": film_px,
         # Over the records as they will be read: an age of 54 comes back as 54.0.

@@ -9,6 +9,11 @@ from typing import Literal, get_args
 Split = Literal["train", "val", "test"]
 View = Literal["PA", "AP", "L", "unknown"]
 Sex = Literal["F", "M"]
+LabelOrigin = Literal["film-reader", "report-reader", "report-program"]
+"""Who made a film's labels: people who read the film, people who read its report, or a program that
+read its report."""
+
+BY_PEOPLE: tuple[LabelOrigin, ...] = ("film-reader", "report-reader")
 
 PRESENT, ABSENT, UNCERTAIN = 1, 0, -1
 """Values of a label. A finding that nobody looked for is unknown: it is not in the mapping."""
@@ -79,6 +84,7 @@ class Film:
     entities: tuple[Entity, ...] = ()
     labels: Mapping[str, int] = field(default_factory=dict)
     source_labels: tuple[str, ...] = ()  # in the source's own words
+    label_origin: LabelOrigin | None = None  # None: unknown, or nobody labelled it
     age_years: float | None = None
     sex: Sex | None = None
     width_px: int | None = None  # of the file, before any resizing
@@ -114,6 +120,9 @@ def problem_of(film: Film) -> tuple[Reason, str] | None:
         return Reason.BAD_VALUE, f"split {film.split!r} is none of {', '.join(get_args(Split))}"
     if film.view not in get_args(View):
         return Reason.BAD_VALUE, f"view {film.view!r} is none of {', '.join(get_args(View))}"
+    if film.label_origin is not None and film.label_origin not in get_args(LabelOrigin):
+        known = ", ".join(get_args(LabelOrigin))
+        return Reason.BAD_VALUE, f"label origin {film.label_origin!r} is none of {known}"
     if film.report is not None and not film.report.strip():
         return Reason.BAD_VALUE, "the report is empty; a film without a report has report=None"
     bad = {k: v for k, v in film.labels.items() if v not in (PRESENT, ABSENT, UNCERTAIN)}

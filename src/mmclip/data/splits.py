@@ -22,11 +22,11 @@ from mmclip.data.folder import (
     write_split,
 )
 from mmclip.data.manifest import data_hash, read_built
-from mmclip.data.records import PRESENT, SPLITS, Film, Split, draw_split
+from mmclip.data.records import BY_PEOPLE, PRESENT, SPLITS, Film, Split, draw_split
 from mmclip.data.sources import PATIENTS_UNKNOWN
 from mmclip.data.split_lists import LISTED, read_lists, read_patients
 
-NAMES = ("clean", "official", *LISTED)
+NAMES = ("clean", "official", "physician", *LISTED)
 
 PERCENTS = (100, 10, 1)
 """Of the training patients. Source: the fine-tuning protocol of GLoRIA, MedKLIP, MRM and BenchX."""
@@ -49,12 +49,13 @@ def set_split(
     Args:
         folder: As `mmclip data build` leaves it.
         name: One of NAMES.
-        seed: Of `clean`.
-        val_ratio: Of `clean`, of the groups of patients.
+        seed: Of what is drawn.
+        val_ratio: Of the groups of patients in `clean`, of those that may train in `physician`, and
+            of those in train in `official` where the source has no validation part.
         test_ratio: Of `clean`, of the groups of patients.
         lists: The list of each split, for LISTED names.
         patients: CSV with the columns film_id and patient_id, for data sets without patient ids.
-        near_duplicates: Whether `clean` keeps them together, beside films of equal bytes.
+        near_duplicates: Whether the draw keeps them together, beside films of equal bytes.
         subset_seeds: One set of 1 %, 10 % and 100 % of the training patients each.
 
     Returns:
@@ -76,29 +77,41 @@ def set_split(
     built = read_built(folder)
     mapped = {} if patients is None else read_patients(patients, built)
     films = [replace(f, patient_id=mapped.get(f.film_id, f.patient_id)) for f in built]
+    said: list[str] = []
     about: dict[str, object] = {}
-    if name == "clean":
-        alike = near_keys(films, [folder]) if near_duplicates else ()
-        chosen = clean_split(films, seed, val_ratio, test_ratio, alike)
-        about = {
-            "val_ratio": val_ratio,
-            "test_ratio": test_ratio,
-            "near_duplicates": near_duplicates,
-        }
-    elif name == "official":
-        chosen = _official(folder, films)
-    else:
+    alike = near_keys(films, [folder]) if near_duplicates and name not in LISTED else ()
+    drawn = {"seed": seed, "val_ratio": val_ratio, "near_duplicates": near_duplicates}
+    if name in LISTED:
         chosen, about["lists"] = read_lists(name, films, lists or {})
+    elif name == "clean":
+        chosen = clean_split(films, seed, val_ratio, test_ratio, alike)
+        about = {**drawn, "test_ratio": test_ratio}
+    elif name == "physician":
+        chosen, about = physician_split(films, seed, val_ratio, alike), drawn
+        n_left = len(films) - sum(map(len, chosen.values()))
+        said.append(
+            f"{n_left:,} films that no person labelled are of patients in test, so they are in no "
+            f"split"
+        )
+    else:
+        chosen = _official(folder, films)
+        if not chosen["val"]:
+            n_train = len(chosen["train"])
+            chosen, about = official_with_val(films, seed, val_ratio, alike), drawn
+            said.append(
+                f"the source has no validation films: {len(chosen['val']):,} of its {n_train:,} "
+                f"train films are val, drawn by patient (seed {seed}, ratio {val_ratio:g})"
+            )
     split = {
         "format": 1,
         "name": name,
-        "seed": seed if name == "clean" else None,
+        "seed": None,
         **about,
         "built_hash": data_hash(built, film_px),
         "patients": mapped,
         "films": chosen,
         "split_hash": ids_hash(*(chosen.get(part, []) for part in SPLITS)),
-        "warnings": _warnings(name, films, chosen, bool(mapped)),
+        "warnings": said + _warnings(name, films, chosen, bool(mapped)),
     }
     read = with_split(built, split)
     split["data_hash"] = data_hash(read, film_px)
@@ -145,14 +158,83 @@ def clean_split(
 
     The draw depends on the seed and the group's name alone. So data sets of the same patients, with
     the same patient ids and seed, put each patient into the same split.
+
+    Args:
+        films: Of a data folder.
+        seed: Of the draw.
+        val_ratio: Of the groups of patients, see `group_of`.
+        test_ratio: Of the groups.
+        alike: As for `group_of`.
     """
     group = group_of(films, alike)
     drawn: dict[str, Split] = {
         name: draw_split(name, seed, val_ratio, test_ratio) for name in set(group.values())
     }
+    return _by_split((film.film_id, drawn[group[film.patient_id]]) for film in films)
+
+
+def official_with_val(
+    films: Sequence[Film], seed: int, val_ratio: float, alike: Sequence[str | None] = ()
+) -> dict[Split, list[str]]:
+    """Film ids by split: the source's test, and its train, of which a part is val.
+
+    Args:
+        films: With the source's split, train or test.
+        seed: Of the draw, as for `clean_split`.
+        val_ratio: Of the groups of patients in train, see `group_of`.
+        alike: As for `group_of`.
+    """
+    group = group_of(films, alike)
+
+    def split_of(film: Film) -> Split | None:
+        if film.split != "train":
+            return film.split
+        return draw_split(group[film.patient_id], seed, val_ratio, 0.0)
+
+    return _by_split((film.film_id, split_of(film)) for film in films)
+
+
+def physician_split(
+    films: Sequence[Film], seed: int, val_ratio: float, alike: Sequence[str | None] = ()
+) -> dict[Split, list[str]]:
+    """Film ids by split: test is what people labelled; of these patients, nothing else is used.
+
+    The other films of a group with a test film are in no split: they would train on its patients.
+
+    Args:
+        films: Of a data folder.
+        seed: Of the draw, as for `clean_split`.
+        val_ratio: Of the groups without a test film.
+        alike: As for `group_of`.
+
+    Raises:
+        ManifestError: When people labelled none of the films, or a film of every patient.
+    """
+    group = group_of(films, alike)
+    test = {film.film_id for film in films if film.label_origin in BY_PEOPLE}
+    tested = {group[film.patient_id] for film in films if film.film_id in test}
+    if not test or tested == set(group.values()):
+        which = "a film of every patient" if test else "no film"
+        raise ManifestError(
+            f"people labelled {which} of this folder ({' or '.join(BY_PEOPLE)} in the column "
+            f"label_origin), so there is no split physician; take --name clean, or official"
+        )
+
+    def split_of(film: Film) -> Split | None:
+        if film.film_id in test:
+            return "test"
+        name = group[film.patient_id]
+        return None if name in tested else draw_split(name, seed, val_ratio, 0.0)
+
+    return _by_split((film.film_id, split_of(film)) for film in films)
+
+
+def _by_split(given: Iterable[tuple[str, Split | None]]) -> dict[Split, list[str]]:
+    """Film ids by split, of pairs of film id and split."""
     chosen: dict[Split, list[str]] = {part: [] for part in SPLITS}
-    for film in films:
-        chosen[drawn[group[film.patient_id]]].append(film.film_id)
+    for film_id, part in given:
+        if part is not None:
+            chosen[part].append(film_id)
     return chosen
 
 
@@ -166,11 +248,7 @@ def _official(folder: Path, films: Sequence[Film]) -> dict[Split, list[str]]:
             f"build the folder again with the lists of the data set beside it (docs/data.md), or "
             f"take --name clean"
         )
-    chosen: dict[Split, list[str]] = {part: [] for part in SPLITS}
-    for film in films:
-        assert film.split is not None
-        chosen[film.split].append(film.film_id)
-    return chosen
+    return _by_split((film.film_id, film.split) for film in films)
 
 
 def _warnings(

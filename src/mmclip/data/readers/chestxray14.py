@@ -76,6 +76,7 @@ def _records(table: Path, splits: dict[str, Split], films: dict[str, str]) -> It
             view=_VIEWS.get(cells["View Position"], "unknown"),
             labels=labels,
             source_labels=words,
+            label_origin="report-program",
             age_years=parse_age(cells["Patient Age"]),
             sex=SEXES.get(cells["Patient Gender"].lower()),
         )

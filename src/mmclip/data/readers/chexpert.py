@@ -185,6 +185,7 @@ def _film(
         view=_view(cells.get("Frontal/Lateral", ""), cells.get("AP/PA", ""), name),
         labels={columns[column]: value for column, value in values.items()},
         source_labels=tuple(f"{column}={value}" for column, value in values.items()),
+        label_origin="report-program" if split == "train" else "film-reader",
         age_years=age or None,  # adults only: 0 is no age
         sex=SEXES.get(cells.get("Sex", "").lower()),
     )
@@ -271,6 +272,7 @@ def _plus_records(
             report=report.text,
             labels={words.finding(column): value for column, value in values.items()},
             source_labels=tuple(f"{column}={value}" for column, value in values.items()),
+            label_origin="report-program" if film_id in labels else None,
             age_years=parse_age(cells.get("age", "")) or None,
             sex=SEXES.get(cells.get("sex", "").lower()),
         )

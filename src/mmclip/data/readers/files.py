@@ -236,6 +236,8 @@ def film_of_unknown_patient(
 ) -> Film:
     """The record of a DICOM film that counts as a study and a patient of its own.
 
+    People labelled it who read the film.
+
     Args:
         root: The data set's folder.
         film_id: Also of study and patient.
@@ -257,6 +259,7 @@ def film_of_unknown_patient(
         view=facts.view if view is None else view,
         labels=dict(labels),
         source_labels=source_labels,
+        label_origin="film-reader",
         age_years=facts.age_years,
         sex=facts.sex,
     )
