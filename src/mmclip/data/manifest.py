@@ -45,6 +45,7 @@ from mmclip.data.records import (
     assign_splits,
     validate,
 )
+from mmclip.data.versions import made_with
 
 __all__ = [
     "ABSENT",
@@ -183,7 +184,8 @@ def write_manifest(
         films: Sound records, every one with a split.
         excluded: The rows that were left out.
         film_px: Side of the films in films.npy, or None for a text-only folder.
-        about: Further facts for meta.json (source, command, checksum of films.npy).
+        about: Further facts for meta.json (reader, command, what found the entities, checksum of
+            films.npy).
         n_split_by_source: Films that have their split from the source, and not from our draw.
 
     Returns:
@@ -202,9 +204,13 @@ def write_manifest(
                 f"{film.split}; call validate first"
             )
     table = to_table(films)
+    n_with_report = sum(film.report is not None for film in films)
     meta = {
         "format": FORMAT,
         **about,
+        "made_with": made_with(
+            about.get("reader"), about.get("entities") if n_with_report else None
+        ),
         "film_px": film_px,
         # Over the records as they will be read: an age of 54 comes back as 54.0.
         "data_hash": data_hash(from_table(table), film_px),
@@ -212,7 +218,7 @@ def write_manifest(
         "n_films": len(films),
         "n_excluded": len(excluded),
         "n_with_image": sum(film.image is not None for film in films),
-        "n_with_report": sum(film.report is not None for film in films),
+        "n_with_report": n_with_report,
         "n_paired": sum(film.image is not None and film.report is not None for film in films),
         "n_studies": len({film.study_id for film in films}),
         "n_patients": len(split_of),

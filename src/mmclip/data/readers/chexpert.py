@@ -239,7 +239,7 @@ def read_chexpert_plus(root: Path) -> Iterator[Record]:
 def _plus_records(
     root: Path, table: Path, patients: Mapping[str, str], labels: Mapping[str, dict[str, int]]
 ) -> Iterator[Record]:
-    words = load_words("chexpert")
+    words = load_words("chexpert-plus")
     columns = (
         "path_to_image", "frontal_lateral", "ap_pa", "report", "section_findings",
         "section_impression", "split",
@@ -293,7 +293,7 @@ def _plus_labels(root: Path) -> dict[str, dict[str, int]]:
     path = root / _PLUS_LABELS
     if not path.is_file():
         return {}
-    words = load_words("chexpert")
+    words = load_words("chexpert-plus")
     found: dict[str, dict[str, int]] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

@@ -203,7 +203,7 @@ def _films(
     report_of: Callable[[str], Report] | None,
     suffix: str,
 ) -> Iterator[Record]:
-    words = load_words("chexpert")
+    words = load_words("mimic-cxr")
     views = _read_views(tree) if suffix == ".dcm" else {}
     for row, film in enumerate(_rows(table)):
         problem = film.problem
@@ -297,7 +297,7 @@ def _read_labels_of_radiologist(tree: _Tree) -> dict[str, _Labels]:
 
 def _label_table(table: Path, names: Mapping[str, str], origin: LabelOrigin) -> dict[str, _Labels]:
     known = {finding: name for name, finding in names.items()}
-    columns = tuple(known.get(name, name) for name in load_words("chexpert").words)
+    columns = tuple(known.get(name, name) for name in load_words("mimic-cxr").words)
     unknown = set(header_of(table)) - {"subject_id", "study_id", *columns}
     if unknown:
         raise SourceError(

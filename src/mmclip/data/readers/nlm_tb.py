@@ -92,7 +92,7 @@ def _records(
     films: dict[str, str],
     readings: dict[str, str],
 ) -> Iterator[Record]:
-    words = load_words("nlm_tb")
+    words = load_words(source)
     for row, name in enumerate(sorted({*films, *readings})):
         try:
             labels = words.labels([name.rpartition("_")[2]])
