@@ -18,12 +18,11 @@ from mmclip.data.readers.files import (
     SEXES,
     bad_value,
     find_table,
-    header_of,
     look_for_table,
-    read_rows,
 )
 from mmclip.data.readers.vocabulary import SourceWords, load_words
-from mmclip.data.tables import SourceError, parse_age
+from mmclip.data.rows import SourceError, header_of, read_rows
+from mmclip.data.tables import parse_age
 from mmclip.data.text import make_report, parse_report
 
 WHERE = "https://aimi.stanford.edu/datasets/chexpert-chest-x-rays"

@@ -14,13 +14,11 @@ from mmclip.data.readers.files import (
     DicomFacts,
     bad_value,
     dicom_facts,
-    header_of,
-    read_rows,
     read_sound_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.records import Film, LabelOrigin, Record, Split, View
-from mmclip.data.tables import SourceError
+from mmclip.data.rows import SourceError, header_of, read_rows
 from mmclip.data.text import Report, make_report, parse_report
 
 WHERE = "https://physionet.org/content/mimic-cxr/"

@@ -6,7 +6,12 @@ from functools import cache
 from pathlib import Path
 
 from mmclip.data.disease_prompts import NO_FINDING
-from mmclip.data.readers.files import SEXES, bad_value, find_table, index_films, read_rows
+from mmclip.data.readers.files import (
+    SEXES,
+    bad_value,
+    find_table,
+    index_films,
+)
 from mmclip.data.readers.vocabulary import SourceWords, load_words
 from mmclip.data.records import (
     PRESENT,
@@ -18,6 +23,7 @@ from mmclip.data.records import (
     Record,
     View,
 )
+from mmclip.data.rows import read_rows
 
 WHERE = "https://bimcv.cipf.es/bimcv-projects/padchest/"
 
