@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,23 @@ def test_labels_tell_unknown_from_absent(folder: Path):
 def test_films_of_another_size_are_refused_with_both_remedies(folder: Path):
     with pytest.raises(ManifestError, match=r"data build .* --film-px 64 --out .*-64px"):
         open_rows([folder], 64)
+
+
+def test_a_folder_made_with_other_words_is_told_and_read(
+    folder: Path, caplog: pytest.LogCaptureFixture
+):
+    n = len(open_rows([folder]))
+    assert not caplog.records
+    path = folder / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["made_with"]["words"]["lexicon/cues"] = "other"
+    meta["made_with"]["vocabulary"] = 0
+    path.write_text(json.dumps(meta))
+    assert len(open_rows([folder])) == n
+    (record,) = caplog.records
+    assert "(findings/vocabulary.toml (version 0, now 1), lexicon/cues.toml changed)" in (
+        record.getMessage()
+    )
 
 
 def test_a_folder_given_twice_is_refused(folder: Path):

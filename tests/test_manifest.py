@@ -1,3 +1,4 @@
+import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -87,6 +88,7 @@ films = st.fixed_dictionaries(
         "report": st.none() | texts,
         "labels": st.dictionaries(texts, st.sampled_from([1, 0, -1]), max_size=4),
         "source_labels": st.lists(texts, max_size=3).map(tuple),
+        "label_origin": st.sampled_from([None, "film-reader", "report-program"]),
         "age_years": st.none() | st.floats(0, 120),
         "sex": st.sampled_from([None, "F", "M"]),
         "width_px": st.none() | st.integers(1, 100_000),
@@ -124,7 +126,7 @@ def test_every_field_the_order_and_the_film_size_are_in_the_hash():
     known = {data_hash([FULL, BARE], 64), data_hash([BARE, FULL], 64), data_hash([FULL, BARE], 32)}
     changes = {
         "view": "AP", "labels": {"mass": 1}, "source_labels": ("Mass",), "age_years": 54.0,
-        "sex": "M", "split": "val",
+        "sex": "M", "split": "val", "label_origin": "report-reader",
         "entities": (Entity(0, 5, "finding", "clear"),), "width_px": 1, "height_px": 1,
     }  # fmt: skip
     for name in SCHEMA.names:
@@ -135,6 +137,23 @@ def test_every_field_the_order_and_the_film_size_are_in_the_hash():
 def test_the_order_of_labels_is_not_in_the_hash():
     turned = replace(FULL, labels=dict(reversed(FULL.labels.items())))
     assert data_hash([turned], 64) == data_hash([FULL], 64)
+
+
+def test_a_film_of_unknown_label_origin_hashes_as_in_format_1():
+    known = asdict(BARE)
+    assert known.pop("label_origin") is None
+    text = "mmclip-manifest-1 film_px=64\n" + json.dumps(known, sort_keys=True) + "\n"
+    assert data_hash([BARE], 64) == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_folder_of_another_format_is_refused_with_the_next_step(tmp_path: Path):
+    meta = write(tmp_path, [BARE])
+    for old in ({"format": 1}, {"format": 3}, {}):
+        rest = {key: value for key, value in meta.items() if key != "format"}
+        (tmp_path / "meta.json").write_text(json.dumps({**rest, **old}))
+        for read in (read_manifest, read_meta):
+            with pytest.raises(ManifestError, match=f"format {old.get('format')}, .*--overwrite"):
+                read(tmp_path)
 
 
 def test_a_changed_manifest_is_noticed(tmp_path: Path):
@@ -200,6 +219,7 @@ def test_no_manifest_is_written_without_splits_or_with_a_patient_in_two(tmp_path
         ({"image": "a\0.png"}, Reason.BAD_VALUE, "NUL"),
         ({"split": "dev"}, Reason.BAD_VALUE, "'dev' is none of train, val, test"),
         ({"view": "lateral"}, Reason.BAD_VALUE, "'lateral' is none of PA"),
+        ({"label_origin": "guess"}, Reason.BAD_VALUE, "'guess' is none of film-reader"),
         ({"labels": {"mass": 2}}, Reason.BAD_VALUE, "{'mass': 2}"),
     ],
 )

@@ -11,11 +11,9 @@ from mmclip.data.readers.files import (
     DicomFacts,
     dicom_facts,
     find_table,
-    header_of,
     index_films,
-    read_rows,
 )
-from mmclip.data.tables import SourceError
+from mmclip.data.rows import SourceError, header_of, read_rows
 from tests.made_files import NAME, NUMBER, dicom, encoded, ramp
 from tests.published import lay_out
 
@@ -50,6 +48,13 @@ def test_a_table_is_read_plain_or_packed(tmp_path: Path, name: str, content: byt
     ]
 
 
+def test_a_comma_too_many_is_told_even_where_the_last_field_is_empty(tmp_path: Path):
+    path = lay_out(tmp_path, {"a.csv": "id,text,end,,\n1,a,b,,\n2,a,b\n3,a, and b,,,\n"}) / "a.csv"
+    assert [row.problem for row in read_rows(path, ("id",))] == [
+        "", "", "the row has 6 fields, the header 3",
+    ]  # fmt: skip
+
+
 def test_a_table_that_is_missing_is_one_line_that_says_where_it_comes_from(tmp_path: Path):
     with pytest.raises(SourceError, match=r"holds no a\.csv or b\.csv; it comes from the shop"):
         find_table(tmp_path, ("a.csv", "b.csv"), "the shop")
@@ -60,8 +65,10 @@ def test_a_table_that_is_missing_is_one_line_that_says_where_it_comes_from(tmp_p
     [
         ("a.csv", b"id\n1\n", "no column 'word'; its columns are id"),
         ("a.csv", b"", "none: the file is empty"),
-        ("a.csv", b"id,word\n1,\xff\n", "cannot be read"),
-        ("a.csv", b'id,word\n1,"x\n', "cannot be read"),
+        ("a.csv", b"id,word\n1,\xff\n", "line 2: not UTF-8; .*download it again"),
+        ("a.csv.gz", gzip.compress(b"id,word\n1,\xff\n"), "line 2: not UTF-8"),
+        ("a.csv", b'id,word\n1,"x\n', "line 2: unexpected end of data; download it again"),
+        ("a.csv", b"word,id,word\n", "has word twice; download it again"),
         ("a.csv.gz", gzip.compress(TABLE.encode() * 99)[:-9], "cannot be read"),
         ("a.csv.gz", b"<html>", "cannot be read"),
         ("a.csv.zip", b"<html>", "cannot be read"),
@@ -71,7 +78,9 @@ def test_a_table_that_is_missing_is_one_line_that_says_where_it_comes_from(tmp_p
         "a column",
         "empty",
         "not UTF-8",
+        "not UTF-8, packed",
         "an open quote",
+        "a column twice",
         "cut gz",
         "no gz",
         "no zip",

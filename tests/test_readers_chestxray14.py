@@ -46,7 +46,7 @@ def test_the_table_the_films_and_the_labels_come_together(tmp_path: Path):
     assert set(one.labels) == set(load_words("chestxray14").closed)
     assert {f for f, label in two.labels.items() if label == PRESENT} == {"no finding"}
     assert (one.patient_id, one.view, one.age_years, one.sex) == ("1", "PA", 57.0, "M")
-    assert (two.patient_id, two.view) == ("1", "AP")
+    assert (two.patient_id, two.view, two.label_origin) == ("1", "AP", "report-program")
     assert (three.age_years, three.sex) == (None, "F")
     assert three.image == "images_002/images/00000002_000.png"
 

@@ -104,6 +104,14 @@ def test_every_layout_gives_the_same_films(tmp_path: Path, layout: str):
     ]  # fmt: skip
 
 
+def test_train_labels_are_a_programs_and_the_others_those_of_people_who_read_the_film(
+    tmp_path: Path,
+):
+    films, _ = parted(read_chexpert(lay_out(tmp_path, LAYOUTS["small, in its folder"])))
+    known = [(film.split, film.label_origin) for film in films]
+    assert set(known) == {("train", "report-program"), ("val", "film-reader")}
+
+
 def test_a_value_that_is_none_of_the_four_is_left_out_with_its_column(tmp_path: Path):
     _, (out,) = parted(read_chexpert(lay_out(tmp_path, LAYOUTS["small, in its folder"])))
     assert (out.row, out.film_id) == (3, "patient00003/study1/view1_frontal")
@@ -127,7 +135,7 @@ def test_test_films_come_with_labels_alone(tmp_path: Path, name: str):
     films, excluded = parted(read_chexpert(tmp_path))
     assert [film.image for film in films] == list(TEST_FILMS) and not excluded
     assert [film.view for film in films] == ["unknown", "L", "unknown"]
-    assert {film.split for film in films} == {"test"}
+    assert {(film.split, film.label_origin) for film in films} == {("test", "film-reader")}
     assert all(len(film.labels) == 14 and film.age_years is None for film in films)
 
 

@@ -44,6 +44,14 @@ LABELS = (
     "10000032,50414267,,,,,,,,,1.0,,,,,\n"
     "10000764,57375967,-1.0,,0.0,,,,,,,1.0,,,,\n"
 )
+# The 15 columns of 2.1.0, as its description and those who read it name them.
+BY_RADIOLOGIST = (
+    "study_id,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Lesion,Airspace Opacity,"
+    "Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,"
+    "Fracture,Support Devices\n"
+    "55368167,,,-1.0,,1.0,,,,,0.0,,,,1.0\n"
+    "55999999,1.0,,,,,,,,,,,,,\n"
+)
 RECORDS = "subject_id,study_id,dicom_id,path\n" + "".join(
     f"{folder[5:13]},{folder[15:]},{film},files/{folder}/{film}.dcm\n"
     for film, folder in FOLDERS.items()
@@ -178,6 +186,31 @@ def test_labels_are_those_of_chexpert_with_its_four_values_for_each_film_of_a_st
     )
 
 
+@pytest.mark.parametrize("chexpert", [True, False], ids=["beside CheXpert", "alone"])
+def test_what_a_radiologist_read_comes_before_what_a_program_read(tmp_path: Path, chexpert: bool):
+    mined = LABELS + "19999987,55368167,1.0,,,,,,,,,,,,,\n"
+    files = {
+        **LAYOUTS["reports as a zip"],
+        "mimic-cxr-2.0.0-chexpert.csv.gz": gzip.compress(mined.encode()),
+        "mimic-cxr-2.1.0-test-set-labeled.csv": BY_RADIOLOGIST,
+    }
+    if not chexpert:
+        del files["mimic-cxr-2.0.0-chexpert.csv.gz"], files["mimic-cxr-2.0.0-negbio.csv.gz"]
+    films, excluded = parted(read_mimic_cxr_jpg(lay_out(tmp_path, files)))
+    assert not excluded
+    five = films[4]
+    assert five.labels == {
+        "cardiomegaly": UNCERTAIN, "lung opacity": PRESENT, "pneumothorax": ABSENT,
+        "support devices": PRESENT,
+    }  # fmt: skip
+    assert set(five.source_labels) == {
+        "Cardiomegaly=-1", "Airspace Opacity=1", "Pneumothorax=0", "Support Devices=1",
+    }  # fmt: skip
+    origins = [film.label_origin for film in films]
+    program = "report-program" if chexpert else None
+    assert origins == [program, program, None, program, "report-reader"]
+
+
 def test_negbio_is_read_where_chexpert_is_not(tmp_path: Path):
     files = dict(LAYOUTS["reports as a zip"])
     del files["mimic-cxr-2.0.0-chexpert.csv.gz"]
@@ -303,6 +336,10 @@ META, SPLIT_NAME = "mimic-cxr-2.0.0-metadata.csv", "mimic-cxr-2.0.0-split.csv"
         (
             {**TABLES, **FILMS, "mimic-cxr-2.0.0-chexpert.csv": "study_id,Gout\n"},
             "has the columns Gout; download it again",
+        ),
+        (
+            {**TABLES, **FILMS, "mimic-cxr-2.1.0-test-set-labeled.csv": LABELS},
+            "test-set-labeled.csv has the columns Lung Opacity; download it again",
         ),
     ],
 )

@@ -8,6 +8,7 @@ from mmclip.data.build import build_data
 from mmclip.data.manifest import ABSENT, PRESENT, UNCERTAIN, Film, Reason, read_manifest
 from mmclip.data.readers.padchest import read_padchest
 from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.splits import physician_split
 from mmclip.data.tables import SourceError
 from tests.made_files import encoded, ramp
 from tests.published import lay_out, parted, real_table, tally
@@ -58,6 +59,11 @@ def test_films_of_16_bits_labels_and_facts_come_together(tmp_path: Path):
     present = {"pneumonia", "pleural effusion"}
     assert one.labels == {f: int(f in present) for f in sorted(CLOSED)}
     assert (one.age_years, one.sex, one.view, one.source) == (84, "F", "PA", "padchest-physician")
+    assert (two.source, one.label_origin, two.label_origin) == (
+        "padchest",
+        "report-reader",
+        "report-program",
+    )
     assert (two.image, two.view, two.source) == ("54/1.png", "AP", "padchest")
     assert two.labels == {f: int(f == "no finding") for f in sorted(CLOSED)}
     assert (three.view, three.age_years, three.sex) == ("L", None, None)
@@ -128,8 +134,17 @@ def test_every_row_of_the_real_table_is_accounted_for(tmp_path: Path):
     )
     assert len(films) + len(excluded) == 160_861
     assert Counter(e.reason for e in excluded) == {Reason.NOT_FOR_USE: 1_323}
-    sources = Counter(film.source for film in films)
-    assert sources == {"padchest": 120_567, "padchest-physician": 38_971}
+    origins = Counter((film.source, film.label_origin) for film in films)
+    assert origins == {
+        ("padchest", "report-program"): 120_567, ("padchest-physician", "report-reader"): 38_971,
+    }  # fmt: skip
+    chosen = physician_split(films, 0, 0.1)
+    patients = {film.film_id: film.patient_id for film in films}
+    tested = {patients[i] for i in chosen["test"]}
+    assert (len(chosen["test"]), len(tested)) == (38_971, 24_437)
+    others = [patients[i] for part in ("train", "val") for i in chosen[part]]
+    assert not tested & set(others) and len(tested | set(others)) == 67_235
+    assert len(films) - 38_971 - len(others) == 24_411
     views = Counter(film.view for film in films)
     assert views == {"PA": 90_915, "L": 49_251, "AP": 18_745, "unknown": 627}
     assert len({film.patient_id for film in films}) == 67_235

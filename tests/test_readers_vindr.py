@@ -56,6 +56,7 @@ def test_kaggles_votes_become_labels_and_their_authors_are_kept(tmp_path: Path):
         "R10: Cardiomegaly", "R10: Nodule/Mass", "R8: Aortic enlargement", "R9: Cardiomegaly",
     )  # fmt: skip
     assert (two.view, two.age_years, two.sex) == ("PA", 51.0, "F")
+    assert two.label_origin == "film-reader"
 
 
 def test_physionets_tables_have_more_labels_and_the_official_splits(tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmclip.data.check import find_overlaps
 from mmclip.data.manifest import (
     SPLIT_FILE,
     Film,
@@ -19,11 +20,11 @@ from mmclip.data.manifest import (
     read_meta,
     write_manifest,
 )
+from mmclip.data.split_lists import list_sha256, match_list
 from mmclip.data.splits import (
     clean_split,
     group_of,
-    list_sha256,
-    match_list,
+    official_with_val,
     read_subset,
     set_split,
     stratified,
@@ -132,6 +133,65 @@ def test_official_is_what_the_source_gave_to_every_film_or_an_error(tmp_path: Pa
         set_split(tmp_path / "drawn", "official")
 
 
+def test_official_without_val_draws_it_from_train_by_patient_and_content_and_says_so(
+    tmp_path: Path,
+):
+    # Patients of three films; the last film of each of the first 60 is that of the patient before.
+    films = [
+        film(
+            i,
+            f"p{i // 3}",
+            content=i - 3 if i % 3 == 2 and i < 180 else i,
+            split="test" if i >= 240 else "train",
+        )
+        for i in range(300)
+    ]
+    folder_of(tmp_path, films, by_source=300)
+    split = set_split(tmp_path, "official", seed=1, val_ratio=0.3)
+    assert (split["seed"], split["val_ratio"], "test_ratio" in split) == (1, 0.3, False)
+    parts = splits_of(tmp_path)
+    n_val = sum(part == "val" for part in parts.values())
+    assert 0 < n_val < 240 and f"{n_val} of its 240 train films are val" in split["warnings"][0]
+    assert [parts[f.film_id] for f in films if f.split == "test"] == ["test"] * 60
+    assert not list(find_overlaps(films, [parts[f.film_id] for f in films]))
+    assert set_split(tmp_path, "official", seed=2, val_ratio=0.3)["films"] != split["films"]
+    assert not set_split(tmp_path, "official", val_ratio=0.0)["films"]["val"]
+    # The draw is that of clean: a patient whose number is below the ratio.
+    alone = [film(i, f"q{i}", split="train") for i in range(50)]
+    chosen = official_with_val(alone, 1, 0.3)
+    assert chosen["val"] == clean_split(alone, 1, 0.3, 0.0)["val"]
+
+
+# What people labelled.
+
+
+def test_what_people_labelled_is_test_and_no_film_of_its_patients_trains(tmp_path: Path):
+    read = {0: "report-reader", 5: "film-reader"}
+    origins = {i: read.get(i, "report-program") for i in range(100)}
+    # Patients of two films; film 40 of another patient is film 0, and so is no film to train on.
+    films = [
+        film(i, f"p{i // 2}", content=0 if i == 40 else i, label_origin=origins[i])
+        for i in range(100)
+    ]
+    folder_of(tmp_path, films)
+    split = set_split(tmp_path, "physician", seed=3, val_ratio=0.2)
+    parts = splits_of(tmp_path)
+    assert [i for i in range(100) if parts[f"f{i}"] == "test"] == [0, 5]
+    assert [i for i in range(100) if parts[f"f{i}"] is None] == [1, 4, 40, 41]
+    assert (split["seed"], split["n_in_no_split"]) == (3, 4)
+    assert split["warnings"] == [
+        "4 films that no person labelled are of patients in test, so they are in no split"
+    ]
+    assert {"train", "val"} <= set(parts.values())
+    assert not list(find_overlaps(films, [parts[f.film_id] for f in films]))
+    folder_of(tmp_path / "none", [film(0), film(1, label_origin="report-program")])
+    with pytest.raises(ManifestError, match="people labelled no film of this folder"):
+        set_split(tmp_path / "none", "physician")
+    folder_of(tmp_path / "all", [film(i, label_origin="film-reader") for i in range(2)])
+    with pytest.raises(ManifestError, match="a film of every patient"):
+        set_split(tmp_path / "all", "physician")
+
+
 def write_lists(folder: Path, **lists: str) -> dict:
     for part, text in lists.items():
         (folder / f"{part}.txt").write_text(text)
@@ -184,7 +244,7 @@ def test_a_list_is_held_against_the_published_one(tmp_path: Path, monkeypatch: p
     lists = write_lists(tmp_path, test="f1\nf2\n")
     sha256 = list_sha256(b"f1\r\nf2\r\n")  # line ends do not matter
     known = {sha256[:32]: "benchx made test"}
-    monkeypatch.setattr("mmclip.data.splits.KNOWN_LISTS", known)
+    monkeypatch.setattr("mmclip.data.split_lists.KNOWN_LISTS", known)
     split = set_split(tmp_path, "benchx", lists=lists)
     assert split["lists"]["test"]["is_known"] and not split["warnings"]
     with pytest.raises(ManifestError, match="is known as benchx made test"):

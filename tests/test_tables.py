@@ -44,7 +44,8 @@ def test_columns_are_read_by_the_names_of_the_mapping(tmp_path: Path):
         "split": "train", "image": "a/1.png", "view": "AP", "findings": "Clear, and normal.",
         "impression": "Normal.", "report": "Clear, and normal. Normal.", "entities": (),
         "labels": {},
-        "source_labels": (), "age_years": 54.0, "sex": "F", "width_px": None, "height_px": None,
+        "source_labels": (), "label_origin": None, "age_years": 54.0, "sex": "F",
+        "width_px": None, "height_px": None,
         "image_sha256": None,
     }  # fmt: skip
 

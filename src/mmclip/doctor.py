@@ -16,6 +16,7 @@ from mmclip.checkpoint import load_checkpoint, load_trainer_state
 from mmclip.data.cache import CacheError, verify_cache
 from mmclip.data.check import find_overlaps, patient_key
 from mmclip.data.manifest import MANIFEST_FILE, META_FILE, ManifestError, read_manifest, read_meta
+from mmclip.data.versions import changed_since
 from mmclip.metrics import auroc
 from mmclip.pages import PAGE_FILE
 from mmclip.results import RESULTS_FILE, checked
@@ -80,6 +81,9 @@ def examine_data(folder: Path) -> Iterator[Finding]:
         f"{len(films)} rows of {meta['n_patients']} patients, {meta['n_paired']} with film and "
         f"report, {meta['n_excluded']} excluded; data hash {meta['data_hash'][:12]}",
     )
+    changed = ", ".join(changed_since(meta))
+    said = f"{changed} changed since; build again to have it" if changed else "as installed"
+    yield Finding("words", f"of mmclip {meta['made_with']['mmclip']}; {said}")
     splits = ", ".join(f"{name} {n}" for name, n in meta["splits"].items())
     shared = find_overlaps(films, [f.split for f in films], {"patients": patient_key})
     name = meta["split"]["name"] if "split" in meta else "as built"

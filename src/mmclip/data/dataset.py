@@ -1,6 +1,7 @@
 """The rows that a task reads from data folders, their films as tensors, and augmentation."""
 
 import hashlib
+import logging
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,9 @@ from torch import Tensor
 from mmclip.config import GREY_MEAN, GREY_STD, AugmentConfig
 from mmclip.data.cache import FilmCache
 from mmclip.data.manifest import Film, ManifestError, read_manifest, read_meta
+from mmclip.data.versions import changed_since
+
+logger = logging.getLogger(__name__)
 
 
 def normalise(films: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b 1 h w"]:
@@ -126,6 +130,13 @@ def open_rows(
                 f"the films of {folder} have {meta['film_px']} px, {film_px} px are needed; build "
                 f"them anew by `{_build_command(meta, folder, film_px)}` and give that folder"
                 + (instead if px_key else "")
+            )
+        if changed := changed_since(meta):
+            logger.warning(
+                "%s was made with other words than are installed (%s changed); its labels and "
+                "entities are those of then, until it is built again",
+                folder,
+                ", ".join(changed),
             )
         caches.append(FilmCache.open(folder) if meta["film_px"] is not None else None)
         hashes.append(meta["data_hash"])

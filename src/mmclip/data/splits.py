@@ -5,90 +5,31 @@ need not be decoded again, films.parquet stays as it was built, and one rename s
 hash is that of the films in their new splits, so results on two splits never pass for one another.
 """
 
-import csv
 import hashlib
 import json
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from os.path import splitext
 from pathlib import Path
 
 from mmclip.data.check import CHEAP, find_overlaps, near_keys
-from mmclip.data.manifest import (
-    PRESENT,
-    SPLIT_FILE,
-    SPLITS,
-    Film,
+from mmclip.data.folder import (
     ManifestError,
-    Split,
-    data_hash,
-    draw_split,
     last_split,
-    read_built,
     read_built_meta,
     read_split,
-    split_checksum,
     with_split,
-    write_text_atomic,
+    write_split,
 )
+from mmclip.data.manifest import data_hash, read_built
+from mmclip.data.records import BY_PEOPLE, PRESENT, SPLITS, Film, Split, draw_split
 from mmclip.data.sources import PATIENTS_UNKNOWN
+from mmclip.data.split_lists import LISTED, read_lists, read_patients
 
-logger = logging.getLogger(__name__)
-
-LISTED = ("benchx", "legacy-mavl", "legacy-mrm")
-NAMES = ("clean", "official", *LISTED)
+NAMES = ("clean", "official", "physician", *LISTED)
 
 PERCENTS = (100, 10, 1)
 """Of the training patients. Source: the fine-tuning protocol of GLoRIA, MedKLIP, MRM and BenchX."""
-
-KNOWN_LISTS = {
-    "2b054bde4683e2bb08a7abad364c1b77": "legacy-mrm chestxray14 train",
-    "ef239d3493893aba431c39a9aa5c57e9": "legacy-mrm chestxray14 val",
-    "4333f58bed6d26bd974d825f6ee78a48": "legacy-mrm chestxray14 test",
-    "b55fb21274da61b27a6d9bb2db2dba01": "legacy-mrm rsna train",
-    "fd629d6e267a625d36faa5070acdbd0a": "legacy-mrm rsna val",
-    "e1bf25b53eabde6986281523a13b10f2": "legacy-mrm rsna test",
-    "07cdba4db9f4e05c3fe34ef751f714bc": "legacy-mrm siim train",
-    "fc360c9b742ebb65fb5737e541d578b4": "legacy-mrm siim val",
-    "e193c82800510ba03b77745a43411aba": "legacy-mrm siim test",
-    "2a8716959bc5f914e1c71f3a908f16bd": "legacy-mrm chexpert val",
-    "fbbd74514942cbf354f4d12807b32406": "legacy-mrm chexpert test",
-    "464c08be8bc0fa209527bef9956c468a": "legacy-mavl siim train",
-    "415b44e29747acd13222908496832cbb": "legacy-mavl siim val",
-    "397a3cd86a6e5e7910848c38c73a1af4": "legacy-mavl siim test",
-    "8630418436ff53a049e2d30e22b1e4df": "legacy-mavl rsna val",
-    "edeb08ee39f3c647756838f477963fdf": "legacy-mavl rsna test",
-    "21adb6ba1878297b962b9bc43d743856": "legacy-mavl covidx train",
-    "1ce5801af10ce05baaaea30fc49aa63e": "legacy-mavl covidx val",
-    "ee09a8f05ab7aa410953a61da6041d82": "legacy-mavl covidx test",
-    "2bddda3c49beccc594e073d322c3b11e": "legacy-mavl chestxray14 val",
-    "5676a62ba7edced5c82fb95bd5aec8d0": "legacy-mavl chestxray14 test",
-    "0531ae8244cb5fe8d4abb627ee286a69": "legacy-mavl chestxray14 test",
-    "035fed235a5931554c1fccaa096c9e2b": "benchx chestxray14 train",
-    "48fff6634cc3e4294ab836b9d84bb1b3": "benchx chestxray14 val",
-    "536637d62365936ef2cbd296e2de11a9": "benchx chestxray14 test",
-    "887236661d0044bef38133c9ba440df1": "benchx rsna train",
-    "f21237e5f2546b33976381033572d6f7": "benchx rsna val",
-    "48394d681ab052ec5ca60c773a589123": "benchx rsna test",
-    "66b66b47c0ab368454aab66d34ce0aa7": "benchx siim train",
-    "3740ddc604f8579604d5017d05c8ff1f": "benchx siim val",
-    "cb4b5c7b6722235a45f548667f20e560": "benchx siim test",
-    "9a38946064dd0bb645a5840545accbd1": "benchx vindr train",
-    "d1b7075628d0191d56582a68838bae88": "benchx vindr val",
-    "a9566d4f6a2d6a7cf3c65a6525889122": "benchx vindr test",
-    "bb5f3a1bf3457a9872db32dae066ec8c": "benchx covidx train",
-    "c6e7bafe208c3a8195f104d9546699b3": "benchx covidx val",
-    "e76ce6efb57f44ca7c180b2ececd8132": "benchx covidx test",
-}
-"""What each published list is, by half of the SHA-256 of its bytes without carriage returns.
-
-Source: the repositories RL4M/MRM-pytorch (DatasetsSplits/), HieuPhan33/CVPR2024_MAVL (data/) and
-yangzhou12/BenchX (preprocess/datasets/). The lists themselves are never shipped.
-"""
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm", ".dicom"}
 
 
 def set_split(
@@ -108,12 +49,13 @@ def set_split(
     Args:
         folder: As `mmclip data build` leaves it.
         name: One of NAMES.
-        seed: Of `clean`.
-        val_ratio: Of `clean`, of the groups of patients.
+        seed: Of what is drawn.
+        val_ratio: Of the groups of patients in `clean`, of those that may train in `physician`, and
+            of those in train in `official` where the source has no validation part.
         test_ratio: Of `clean`, of the groups of patients.
         lists: The list of each split, for LISTED names.
         patients: CSV with the columns film_id and patient_id, for data sets without patient ids.
-        near_duplicates: Whether `clean` keeps them together, beside films of equal bytes.
+        near_duplicates: Whether the draw keeps them together, beside films of equal bytes.
         subset_seeds: One set of 1 %, 10 % and 100 % of the training patients each.
 
     Returns:
@@ -135,29 +77,41 @@ def set_split(
     built = read_built(folder)
     mapped = {} if patients is None else read_patients(patients, built)
     films = [replace(f, patient_id=mapped.get(f.film_id, f.patient_id)) for f in built]
+    said: list[str] = []
     about: dict[str, object] = {}
-    if name == "clean":
-        alike = near_keys(films, [folder]) if near_duplicates else ()
+    alike = near_keys(films, [folder]) if near_duplicates and name not in LISTED else ()
+    drawn = {"seed": seed, "val_ratio": val_ratio, "near_duplicates": near_duplicates}
+    if name in LISTED:
+        chosen, about["lists"] = read_lists(name, films, lists or {})
+    elif name == "clean":
         chosen = clean_split(films, seed, val_ratio, test_ratio, alike)
-        about = {
-            "val_ratio": val_ratio,
-            "test_ratio": test_ratio,
-            "near_duplicates": near_duplicates,
-        }
-    elif name == "official":
-        chosen = _official(folder, films)
+        about = {**drawn, "test_ratio": test_ratio}
+    elif name == "physician":
+        chosen, about = physician_split(films, seed, val_ratio, alike), drawn
+        n_left = len(films) - sum(map(len, chosen.values()))
+        said.append(
+            f"{n_left:,} films that no person labelled are of patients in test, so they are in no "
+            f"split"
+        )
     else:
-        chosen, about["lists"] = _listed(name, films, lists or {})
+        chosen = _official(folder, films)
+        if not chosen["val"]:
+            n_train = len(chosen["train"])
+            chosen, about = official_with_val(films, seed, val_ratio, alike), drawn
+            said.append(
+                f"the source has no validation films: {len(chosen['val']):,} of its {n_train:,} "
+                f"train films are val, drawn by patient (seed {seed}, ratio {val_ratio:g})"
+            )
     split = {
         "format": 1,
         "name": name,
-        "seed": seed if name == "clean" else None,
+        "seed": None,
         **about,
         "built_hash": data_hash(built, film_px),
         "patients": mapped,
         "films": chosen,
         "split_hash": ids_hash(*(chosen.get(part, []) for part in SPLITS)),
-        "warnings": _warnings(name, films, chosen, bool(mapped)),
+        "warnings": said + _warnings(name, films, chosen, bool(mapped)),
     }
     read = with_split(built, split)
     split["data_hash"] = data_hash(read, film_px)
@@ -166,9 +120,7 @@ def set_split(
     split["n_in_no_split"] = sum(film.split is None for film in read)
     train = [film for film in read if film.split == "train"]
     split["subsets"] = {str(s): subsets_of(train, s) for s in subset_seeds}
-    split["sha256"] = split_checksum(split)
-    write_text_atomic(folder / SPLIT_FILE, json.dumps(split, ensure_ascii=False) + "\n")
-    return split
+    return write_split(folder, split)
 
 
 def group_of(films: Sequence[Film], alike: Sequence[str | None] = ()) -> dict[str, str]:
@@ -206,14 +158,83 @@ def clean_split(
 
     The draw depends on the seed and the group's name alone. So data sets of the same patients, with
     the same patient ids and seed, put each patient into the same split.
+
+    Args:
+        films: Of a data folder.
+        seed: Of the draw.
+        val_ratio: Of the groups of patients, see `group_of`.
+        test_ratio: Of the groups.
+        alike: As for `group_of`.
     """
     group = group_of(films, alike)
     drawn: dict[str, Split] = {
         name: draw_split(name, seed, val_ratio, test_ratio) for name in set(group.values())
     }
+    return _by_split((film.film_id, drawn[group[film.patient_id]]) for film in films)
+
+
+def official_with_val(
+    films: Sequence[Film], seed: int, val_ratio: float, alike: Sequence[str | None] = ()
+) -> dict[Split, list[str]]:
+    """Film ids by split: the source's test, and its train, of which a part is val.
+
+    Args:
+        films: With the source's split, train or test.
+        seed: Of the draw, as for `clean_split`.
+        val_ratio: Of the groups of patients in train, see `group_of`.
+        alike: As for `group_of`.
+    """
+    group = group_of(films, alike)
+
+    def split_of(film: Film) -> Split | None:
+        if film.split != "train":
+            return film.split
+        return draw_split(group[film.patient_id], seed, val_ratio, 0.0)
+
+    return _by_split((film.film_id, split_of(film)) for film in films)
+
+
+def physician_split(
+    films: Sequence[Film], seed: int, val_ratio: float, alike: Sequence[str | None] = ()
+) -> dict[Split, list[str]]:
+    """Film ids by split: test is what people labelled; of these patients, nothing else is used.
+
+    The other films of a group with a test film are in no split: they would train on its patients.
+
+    Args:
+        films: Of a data folder.
+        seed: Of the draw, as for `clean_split`.
+        val_ratio: Of the groups without a test film.
+        alike: As for `group_of`.
+
+    Raises:
+        ManifestError: When people labelled none of the films, or a film of every patient.
+    """
+    group = group_of(films, alike)
+    test = {film.film_id for film in films if film.label_origin in BY_PEOPLE}
+    tested = {group[film.patient_id] for film in films if film.film_id in test}
+    if not test or tested == set(group.values()):
+        which = "a film of every patient" if test else "no film"
+        raise ManifestError(
+            f"people labelled {which} of this folder ({' or '.join(BY_PEOPLE)} in the column "
+            f"label_origin), so there is no split physician; take --name clean, or official"
+        )
+
+    def split_of(film: Film) -> Split | None:
+        if film.film_id in test:
+            return "test"
+        name = group[film.patient_id]
+        return None if name in tested else draw_split(name, seed, val_ratio, 0.0)
+
+    return _by_split((film.film_id, split_of(film)) for film in films)
+
+
+def _by_split(given: Iterable[tuple[str, Split | None]]) -> dict[Split, list[str]]:
+    """Film ids by split, of pairs of film id and split."""
     chosen: dict[Split, list[str]] = {part: [] for part in SPLITS}
-    for film in films:
-        chosen[drawn[group[film.patient_id]]].append(film.film_id)
+    for film_id, part in given:
+        if part is not None:
+            chosen[part].append(film_id)
     return chosen
 
 
@@ -227,127 +248,7 @@ def _official(folder: Path, films: Sequence[Film]) -> dict[Split, list[str]]:
             f"build the folder again with the lists of the data set beside it (docs/data.md), or "
             f"take --name clean"
         )
-    chosen: dict[Split, list[str]] = {part: [] for part in SPLITS}
-    for film in films:
-        assert film.split is not None
-        chosen[film.split].append(film.film_id)
-    return chosen
-
-
-def _listed(
-    name: str, films: Sequence[Film], lists: Mapping[Split, Path]
-) -> tuple[dict[Split, list[str]], dict[str, dict]]:
-    """Film ids by split as lists have them, a film perhaps in several, and facts of each list."""
-    chosen: dict[Split, list[str]] = {}
-    about: dict[str, dict] = {}
-    for part, path in sorted(lists.items()):
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ManifestError(f"--list {part}={path} cannot be read ({error})") from None
-        sha256 = list_sha256(content)
-        is_known = _is_known(name, part, path, sha256, {film.source for film in films})
-        found, n_rows = match_list(content.decode("utf-8", "replace"), films)
-        n_films = len(set(found))
-        if not n_films:
-            raise ManifestError(
-                f"--list {part}={path}: none of its {n_rows:,} rows names a film of this folder, "
-                f"such as {films[0].film_id!r}; give the list of this data set"
-            )
-        chosen[part] = list(dict.fromkeys(found))
-        about[part] = {
-            "file": path.name, "sha256": sha256, "is_known": is_known, "n_rows": n_rows,
-            "n_rows_found": len(found), "n_films": n_films,
-        }  # fmt: skip
-    return chosen, about
-
-
-def list_sha256(content: bytes) -> str:
-    """SHA-256 of a list without carriage returns, which git may add or take away."""
-    return hashlib.sha256(content.replace(b"\r", b"")).hexdigest()
-
-
-def _is_known(name: str, part: str, path: Path, sha256: str, sources: set[str]) -> bool:
-    """Whether this is the published list; an error where it is another, or was changed."""
-    wanted = {f"{name} {source} {part}" for source in sources}
-    what = KNOWN_LISTS.get(sha256[:32])
-    if what is not None and what not in wanted:
-        raise ManifestError(
-            f"--list {part}={path} is known as {what}, and was given as {part} of {name} for "
-            f"{', '.join(sorted(sources))}; give it as what it is"
-        )
-    expected = [key for key, known in KNOWN_LISTS.items() if known in wanted]
-    if what is None and expected:
-        raise ManifestError(
-            f"--list {part}={path} has SHA-256 {sha256[:32]}..., the published list has "
-            f"{' or '.join(expected)}...; download it again"
-        )
-    if what is None:
-        logger.warning("%s: SHA-256 %s is not known for %s", path, sha256, name)
-    return what is not None
-
-
-def match_list(text: str, films: Sequence[Film]) -> tuple[list[str], int]:
-    """The films that the rows of a list name, in order and with repeats, and the number of rows.
-
-    A row is read as CSV where the first one has a comma, else split at blanks; the column is the
-    one that names most films, the first of several. A path names the film whose id is its end, with
-    or without a suffix. A header is a row that names none.
-    """
-    known: dict[str, str] = {}
-    for film in films:
-        known[film.film_id] = film.film_id
-        known.setdefault(_without_suffix(film.film_id), film.film_id)
-    lines = [line for line in text.splitlines() if line.strip()]
-    if lines and "," in lines[0]:
-        csv.field_size_limit(1 << 24)  # the masks of a film stand in one field
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
-    else:
-        rows = [line.split() for line in lines]
-    best: list[str] = []
-    for column in range(max(map(len, rows), default=0)):
-        names = (_named(row[column], known) for row in rows if column < len(row))
-        found = [film_id for film_id in names if film_id is not None]
-        best = max(best, found, key=len)
-    return best, len(rows)
-
-
-def _named(path: str, known: Mapping[str, str]) -> str | None:
-    parts = _without_suffix(path).strip("/").split("/")
-    ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    return known.get(path) or next((known[end] for end in ends if end in known), None)
-
-
-def _without_suffix(path: str) -> str:
-    stem, suffix = splitext(path)
-    return stem if suffix.lower() in _SUFFIXES else path
-
-
-def read_patients(path: Path, films: Sequence[Film]) -> dict[str, str]:
-    """Patient ids by film id, of a CSV with the columns film_id and patient_id.
-
-    Raises:
-        ManifestError: When it cannot be read, lacks a column or a film, or names a film twice.
-    """
-    try:
-        rows = list(csv.DictReader(path.read_text("utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"--patients {path} cannot be read ({error})") from None
-    if not rows or not {"film_id", "patient_id"} <= rows[0].keys():
-        raise ManifestError(f"--patients {path} needs the columns film_id,patient_id, and rows")
-    known: dict[str, str] = {}
-    for row in rows:
-        film_id, patient = row["film_id"] or "", row["patient_id"] or ""
-        if not patient.strip() or known.setdefault(film_id, patient) != patient:
-            raise ManifestError(
-                f"--patients {path}: film {film_id!r} has no patient, or two; one row a film"
-            )
-    if missing := [film.film_id for film in films if film.film_id not in known]:
-        raise ManifestError(
-            f"--patients {path} names no patient for {len(missing):,} of {len(films):,} films, "
-            f"such as {missing[0]!r}; add them"
-        )
-    return {film.film_id: known[film.film_id] for film in films}
+    return _by_split((film.film_id, film.split) for film in films)
 
 
 def _warnings(

@@ -1,6 +1,5 @@
 """CSV tables of films, and the mapping that says what their columns and words mean."""
 
-import csv
 import difflib
 import hashlib
 import logging
@@ -27,6 +26,7 @@ from mmclip.data.manifest import (
     Split,
     View,
 )
+from mmclip.data.rows import Row, SourceError, read_rows
 from mmclip.data.text import Report, make_report, parse_report
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,6 @@ logger = logging.getLogger(__name__)
 LIKENESS = 0.85
 """A finding as much like another one (`difflib`, 1 is equal) is taken for a misspelling of it.
 [chosen: "pleural efusion" and "oedema" are; "rib fracture" is none of "fracture"]"""
-
-
-class SourceError(ValueError):
-    """A data set or its mapping cannot be read; the message names the place and the next step."""
 
 
 class Columns(Frozen):
@@ -190,7 +186,7 @@ def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iter
 
 
 def _csv_records(path: Path, mapping: CsvMapping) -> Iterator[Record]:
-    for row, (cells, problem) in enumerate(read_rows(path, mapping)):
+    for row, (cells, problem) in enumerate(_rows(path, mapping)):
         if problem:
             yield Excluded(
                 row=row,
@@ -329,7 +325,7 @@ def _check_words(path: Path, mapping: CsvMapping) -> None:
     known_views, known_splits = {*_VIEWS, *mapping.views}, {"", *get_args(Split), *mapping.splits}
     unmapped: dict[str, Counter[str]] = {"labels.map": Counter(), "views": Counter()}
     unmapped["splits"] = Counter()
-    for cells, problem in read_rows(path, mapping):
+    for cells, problem in _rows(path, mapping):
         if problem:
             continue
         for word in _words(_cell(cells, columns.labels), rules):
@@ -378,53 +374,13 @@ def _check_closed(path: Path, closed: Mapping[str, Sequence[str]], said: Set[str
         )
 
 
-def read_rows(path: Path, mapping: CsvMapping) -> Iterator[tuple[dict[str, str], str]]:
-    """Each row's cells by column, and what is wrong with it ("" when nothing is)."""
-    try:
-        # utf-8-sig: spreadsheets write a byte order mark, which would hide the first column.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            # strict: else an unclosed quote swallows all rows behind it in silence.
-            reader = csv.reader(file, delimiter=mapping.delimiter, strict=True)
-            try:
-                header = [name.strip() for name in next(reader, [])]
-                _check_columns(path, header, mapping)
-                for values in reader:
-                    if len(values) <= 1 and not "".join(values).strip():
-                        continue  # a blank line
-                    problem = ""
-                    if len(values) != len(header):
-                        problem = f"the row has {len(values)} fields, the header {len(header)}"
-                    yield dict(zip(header, values, strict=False)), problem
-            except csv.Error as error:
-                raise SourceError(
-                    f"{path}, line {reader.line_num}: {error}; mend the quotes of the table"
-                ) from None
-    except OSError as error:
-        raise SourceError(f"the table {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SourceError(
-            f"{path}, line {_first_bad_line(path)}: not UTF-8; save the table as UTF-8 "
-            f"(for example by iconv -f latin1 -t utf-8)"
-        ) from None
-
-
-def _first_bad_line(path: Path) -> int:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    raise AssertionError("only called for a file that is not UTF-8")
-
-
-def _check_columns(path: Path, header: list[str], mapping: CsvMapping) -> None:
+def _rows(path: Path, mapping: CsvMapping) -> Iterator[Row]:
+    """The rows of a user's table, with the columns that the mapping names."""
     named = {column for _, column in mapping.columns if column is not None}
     named |= set(mapping.labels.columns)
-    if missing := sorted(named - set(header)):
-        raise SourceError(
-            f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(header) or 'none: the file is empty'}"
-        )
-    if doubled := sorted(name for name in named if header.count(name) > 1):
-        raise SourceError(f"{path} has {', '.join(doubled)} twice; rename one of the columns")
+    return read_rows(
+        path,
+        sorted(named),
+        delimiter=mapping.delimiter,
+        remedy="mend the quotes of the table, the names of its columns, or the mapping",
+    )

@@ -11,10 +11,10 @@ from mmclip.data.readers.files import (
     bad_value,
     find_table,
     index_films,
-    read_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.tables import SourceError, parse_age
+from mmclip.data.rows import SourceError, read_rows
+from mmclip.data.tables import parse_age
 
 WHERE = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
 
@@ -76,6 +76,7 @@ def _records(table: Path, splits: dict[str, Split], films: dict[str, str]) -> It
             view=_VIEWS.get(cells["View Position"], "unknown"),
             labels=labels,
             source_labels=words,
+            label_origin="report-program",
             age_years=parse_age(cells["Patient Age"]),
             sex=SEXES.get(cells["Patient Gender"].lower()),
         )

@@ -18,12 +18,11 @@ from mmclip.data.readers.files import (
     SEXES,
     bad_value,
     find_table,
-    header_of,
     look_for_table,
-    read_rows,
 )
 from mmclip.data.readers.vocabulary import SourceWords, load_words
-from mmclip.data.tables import SourceError, parse_age
+from mmclip.data.rows import SourceError, header_of, read_rows
+from mmclip.data.tables import parse_age
 from mmclip.data.text import make_report, parse_report
 
 WHERE = "https://aimi.stanford.edu/datasets/chexpert-chest-x-rays"
@@ -185,6 +184,7 @@ def _film(
         view=_view(cells.get("Frontal/Lateral", ""), cells.get("AP/PA", ""), name),
         labels={columns[column]: value for column, value in values.items()},
         source_labels=tuple(f"{column}={value}" for column, value in values.items()),
+        label_origin="report-program" if split == "train" else "film-reader",
         age_years=age or None,  # adults only: 0 is no age
         sex=SEXES.get(cells.get("Sex", "").lower()),
     )
@@ -238,7 +238,7 @@ def read_chexpert_plus(root: Path) -> Iterator[Record]:
 def _plus_records(
     root: Path, table: Path, patients: Mapping[str, str], labels: Mapping[str, dict[str, int]]
 ) -> Iterator[Record]:
-    words = load_words("chexpert")
+    words = load_words("chexpert-plus")
     columns = (
         "path_to_image", "frontal_lateral", "ap_pa", "report", "section_findings",
         "section_impression", "split",
@@ -271,6 +271,7 @@ def _plus_records(
             report=report.text,
             labels={words.finding(column): value for column, value in values.items()},
             source_labels=tuple(f"{column}={value}" for column, value in values.items()),
+            label_origin="report-program" if film_id in labels else None,
             age_years=parse_age(cells.get("age", "")) or None,
             sex=SEXES.get(cells.get("sex", "").lower()),
         )
@@ -291,7 +292,7 @@ def _plus_labels(root: Path) -> dict[str, dict[str, int]]:
     path = root / _PLUS_LABELS
     if not path.is_file():
         return {}
-    words = load_words("chexpert")
+    words = load_words("chexpert-plus")
     found: dict[str, dict[str, int]] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

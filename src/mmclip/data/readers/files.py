@@ -1,24 +1,20 @@
 """What every reader of a published data set needs: its table, its films, and clear words if not."""
 
-import csv
-import gzip
-import io
 import os
 import struct
-import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import pydicom
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from mmclip.data.images import silent_pydicom
-from mmclip.data.manifest import Excluded, Film, Reason, Sex, Split, View
-from mmclip.data.tables import SourceError, parse_age
+from mmclip.data.records import Excluded, Film, Reason, Sex, Split, View
+from mmclip.data.rows import SourceError, read_rows
+from mmclip.data.tables import parse_age
 
 SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}
 
@@ -37,17 +33,6 @@ class Box:
     width_px: float
     height_px: float
     phrase: str = ""
-
-
-class Row(NamedTuple):
-    """The cells of a table's row by column, and what is wrong with it ("" when nothing is)."""
-
-    cells: dict[str, str]
-    problem: str
-
-    def excluded(self, row: int, film_id: str) -> Excluded:
-        """The record of a row that has a problem."""
-        return bad_value(row, film_id, self.problem)
 
 
 def bad_value(row: int, film_id: str, detail: str) -> Excluded:
@@ -79,60 +64,6 @@ def find_table(root: Path, names: Sequence[str], where: str) -> Path:
     return path
 
 
-@contextmanager
-def _text_of(path: Path) -> Iterator[IO[str]]:
-    """The text of a table, plain or packed."""
-    # utf-8-sig: spreadsheets write a byte order mark, which would hide the first column.
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".csv")]
-            if len(names) != 1:
-                raise SourceError(f"{path} holds {len(names)} tables, not one; unpack it")
-            with archive.open(names[0]) as file:
-                yield io.TextIOWrapper(file, "utf-8-sig", newline="")
-    elif path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as file:
-            yield file
-    else:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield file
-
-
-def header_of(path: Path) -> list[str]:
-    """The column names of a table, without the white space around them."""
-    with _readable(path), _text_of(path) as file:
-        return [name.strip() for name in next(csv.reader(file), [])]
-
-
-def read_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
-    """The rows of a CSV table, as they stream by; blank lines are no rows.
-
-    Args:
-        path: The table, plain, as .gz, or alone in a .zip.
-        columns: Must be there; the others are read as well.
-
-    Raises:
-        SourceError: When the table cannot be read, or lacks a column.
-    """
-    with _readable(path), _text_of(path) as file:
-        reader = csv.reader(file, strict=True)
-        header = [name.strip() for name in next(reader, [])]
-        while header and not header[-1]:  # commas behind the last column, as in BBox_List_2017.csv
-            header.pop()
-        if missing := [name for name in columns if name not in header]:
-            raise SourceError(
-                f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
-                f"{', '.join(header) or 'none: the file is empty'}; download it again"
-            )
-        for values in reader:
-            if len(values) <= 1 and not "".join(values).strip():
-                continue
-            problem = ""
-            if len(values) < len(header) or any(map(str.strip, values[len(header) :])):
-                problem = f"the row has {len(values)} fields, the header {len(header)}"
-            yield Row({k: v.strip() for k, v in zip(header, values, strict=False)}, problem)
-
-
 def read_sound_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     """The cells of each row, where a row that cannot be read spoils the table.
 
@@ -147,15 +78,6 @@ def read_sound_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, st
         if problem:
             raise SourceError(f"{path}, {cells.get(columns[0])}: {problem}; download it again")
         yield cells
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns what a damaged table raises into one line."""
-    try:
-        yield
-    except (OSError, EOFError, csv.Error, UnicodeDecodeError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{path} cannot be read ({error}); download it again") from None
 
 
 def index_films(root: Path, suffixes: Collection[str], where: str) -> dict[str, str]:
@@ -236,6 +158,8 @@ def film_of_unknown_patient(
 ) -> Film:
     """The record of a DICOM film that counts as a study and a patient of its own.
 
+    People labelled it who read the film.
+
     Args:
         root: The data set's folder.
         film_id: Also of study and patient.
@@ -257,6 +181,7 @@ def film_of_unknown_patient(
         view=facts.view if view is None else view,
         labels=dict(labels),
         source_labels=source_labels,
+        label_origin="film-reader",
         age_years=facts.age_years,
         sex=facts.sex,
     )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from mmclip.data.readers.files import Box, find_table, read_sound_rows
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.tables import SourceError
+from mmclip.data.rows import SourceError
 
 WHERE_MSCXR = "https://physionet.org/content/ms-cxr/"
 WHERE_DET10 = "https://github.com/Deepwise-AILab/ChestX-Det10-Dataset"

@@ -9,18 +9,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from mmclip.data.manifest import Film, Record, Split, View
 from mmclip.data.readers.chexpert import label_values
 from mmclip.data.readers.files import (
     DicomFacts,
     bad_value,
     dicom_facts,
-    header_of,
-    read_rows,
     read_sound_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.tables import SourceError
+from mmclip.data.records import Film, LabelOrigin, Record, Split, View
+from mmclip.data.rows import SourceError, header_of, read_rows
 from mmclip.data.text import Report, make_report, parse_report
 
 WHERE = "https://physionet.org/content/mimic-cxr/"
@@ -28,6 +26,8 @@ WHERE_JPG = "https://physionet.org/content/mimic-cxr-jpg/"
 
 _METADATA, _SPLIT = "mimic-cxr-2.0.0-metadata.csv", "mimic-cxr-2.0.0-split.csv"
 _LABELS = ("mimic-cxr-2.0.0-chexpert.csv", "mimic-cxr-2.0.0-negbio.csv")
+_BY_RADIOLOGIST = "mimic-cxr-2.1.0-test-set-labeled.csv"
+_THEIR_NAMES = {"Airspace Opacity": "Lung Opacity"}
 _RECORDS = "cxr-record-list.csv"
 _SECTIONS, _ZIP = "mimic_cxr_sectioned.csv", "mimic-cxr-reports.zip"
 _SPLITS: dict[str, Split] = {"train": "train", "validate": "val", "test": "test"}
@@ -75,22 +75,36 @@ class _Row(NamedTuple):
         return f"p{self.patient[:2]}/p{self.patient}/s{self.study}"
 
 
+class _Labels(NamedTuple):
+    """What was read in the report of a study: column -> value, where there is one."""
+
+    cells: Mapping[str, str]
+    names: Mapping[str, str]  # column -> CheXpert's name of it, where that is another
+    origin: LabelOrigin | None
+
+
+_UNLABELLED = _Labels({}, {}, None)
+
+
 def read_mimic_cxr_jpg(root: Path) -> Iterator[Record]:
     """MIMIC-CXR-JPG: one record a film, in the order of the metadata table.
 
     Citation: Johnson et al., Scientific Data 2019; MIMIC-CXR-JPG: arXiv:1901.07042.
     Licence: PhysioNet Credentialed Health Data License 1.5.0; no sharing.
     Layout: mimic-cxr-2.0.0-metadata.csv and -split.csv, both needed; -chexpert.csv or, where that
-        is not there, -negbio.csv for labels; all as .csv or .csv.gz, in the root or any folder
-        of it. Films as files/p10/p10000032/s50414267/FILM.jpg. Reports, which MIMIC-CXR
-        publishes apart: mimic-cxr-reports.zip, or unpacked as p10/p10000032/s50414267.txt in any
-        folder, or else mimic_cxr_sectioned.csv, as MIMIC-CXR's own code makes it.
+        is not there, -negbio.csv for labels, and mimic-cxr-2.1.0-test-set-labeled.csv; all as .csv
+        or .csv.gz, in the root or any folder of it. Films as
+        files/p10/p10000032/s50414267/FILM.jpg. Reports, which MIMIC-CXR publishes apart:
+        mimic-cxr-reports.zip, or unpacked as p10/p10000032/s50414267.txt in any folder, or else
+        mimic_cxr_sectioned.csv, as MIMIC-CXR's own code makes it.
     Quirks: The split "validate" is val. Labels are mined from reports, and stand beside them:
-        films of a pair never train on their labels. Views such as "AP LLD" (lying on the side)
-        and blank are unknown. Eight studies have no report. Addenda and wet reads stand above a
-        line of underscores and are left out: they tell of calls and corrections, not of the film.
-        Where a report has no headings, all of it is read. Age and sex are not published with the
-        films.
+        films of a pair never train on their labels. Of the studies in the table of 2.1.0, all of
+        test, they are those that a radiologist gave, who read the report, too. That table has
+        "Airspace Opacity" for "Lung Opacity", and no subject_id. Views such as "AP LLD" (lying on
+        the side) and blank are unknown. Eight studies have no report. Addenda and wet reads stand
+        above a line of underscores and are left out: they tell of calls and corrections, not of
+        the film. Where a report has no headings, all of it is read. Age and sex are not published
+        with the films.
 
     Args:
         root: The folder that holds all of this; the parent of two PhysioNet downloads will do.
@@ -166,7 +180,7 @@ def _records(
             f"{root} and its folders hold no film (files/p10/p10000032/s50414267/*{suffix}); "
             f"films come from {where}"
         )
-    labels = _read_labels(tree)
+    labels = {**_read_labels(tree), **_read_labels_of_radiologist(tree)}
     report_of = _report_reader(root, tree)
     if report_of is None and not labels:
         raise SourceError(
@@ -183,11 +197,11 @@ def _films(
     tree: _Tree,
     table: Path,
     splits: Mapping[str, Split] | None,
-    labels: Mapping[str, Mapping[str, str]],
+    labels: Mapping[str, _Labels],
     report_of: Callable[[str], Report] | None,
     suffix: str,
 ) -> Iterator[Record]:
-    words = load_words("chexpert")
+    words = load_words("mimic-cxr")
     views = _read_views(tree) if suffix == ".dcm" else {}
     for row, film in enumerate(_rows(table)):
         problem = film.problem
@@ -196,7 +210,7 @@ def _films(
         try:
             if problem:
                 raise ValueError(problem)
-            cells = labels.get(film.study, {})
+            cells, names, origin = labels.get(film.study, _UNLABELLED)
             said = label_values(cells, cells)
         except ValueError as error:
             yield bad_value(row, film.film_id, str(error))
@@ -217,8 +231,9 @@ def _films(
             findings=report.findings,
             impression=report.impression,
             report=report.text,
-            labels={words.finding(name): value for name, value in said.items()},
+            labels={words.finding(names.get(n, n)): value for n, value in said.items()},
             source_labels=tuple(f"{name}={value}" for name, value in said.items()),
+            label_origin=origin,
             age_years=facts.age_years,
             sex=facts.sex,
         )
@@ -256,9 +271,8 @@ def _read_splits(table: Path) -> dict[str, Split]:
     return splits
 
 
-def _read_labels(tree: _Tree) -> dict[str, dict[str, str]]:
-    """What a labeler read in the report of each study: study -> column ->
-    value, where there is one.
+def _read_labels(tree: _Tree) -> dict[str, _Labels]:
+    """What a program read in the report of each study.
 
     Raises:
         SourceError: When a table has other columns than CheXpert's, or a row is damaged.
@@ -266,15 +280,31 @@ def _read_labels(tree: _Tree) -> dict[str, dict[str, str]]:
     table = next((path for name in _LABELS if (path := tree.table(name))), None)
     if table is None:
         return {}
-    columns = tuple(load_words("chexpert").words)
+    return _label_table(table, {}, "report-program")
+
+
+def _read_labels_of_radiologist(tree: _Tree) -> dict[str, _Labels]:
+    """What a radiologist read in the report of each of 687 studies of test; empty without it.
+
+    Raises:
+        SourceError: As for `_read_labels`.
+    """
+    table = tree.table(_BY_RADIOLOGIST)
+    return _label_table(table, _THEIR_NAMES, "report-reader") if table else {}
+
+
+def _label_table(table: Path, names: Mapping[str, str], origin: LabelOrigin) -> dict[str, _Labels]:
+    known = {finding: name for name, finding in names.items()}
+    columns = tuple(known.get(name, name) for name in load_words("mimic-cxr").words)
     unknown = set(header_of(table)) - {"subject_id", "study_id", *columns}
     if unknown:
         raise SourceError(
             f"{table} has the columns {', '.join(sorted(unknown))}; download it again"
         )
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, _Labels] = {}
     for cells in read_sound_rows(table, ("study_id", *columns)):
-        found[cells["study_id"]] = {name: cells[name] for name in columns if cells[name]}
+        said = {name: cells[name] for name in columns if cells[name]}
+        found[cells["study_id"]] = _Labels(said, names, origin)
     return found
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from mmclip.data.manifest import Film, Record, Sex
 from mmclip.data.readers.files import bad_value
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.tables import SourceError, parse_age
+from mmclip.data.rows import SourceError
+from mmclip.data.tables import parse_age
 
 WHERE = "https://data.lhncbc.nlm.nih.gov/public/Tuberculosis-Chest-X-ray-Datasets/"
 
@@ -92,7 +93,7 @@ def _records(
     films: dict[str, str],
     readings: dict[str, str],
 ) -> Iterator[Record]:
-    words = load_words("nlm_tb")
+    words = load_words(source)
     for row, name in enumerate(sorted({*films, *readings})):
         try:
             labels = words.labels([name.rpartition("_")[2]])

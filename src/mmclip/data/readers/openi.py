@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mmclip.data.manifest import Excluded, Film, Reason, Record, View
-from mmclip.data.readers.files import read_rows
-from mmclip.data.tables import SourceError
+from mmclip.data.rows import SourceError, read_rows
 from mmclip.data.text import make_report
 
 OPENI_ARCHIVE, OPENI_REPORTS, OPENI_FILMS = "NLMCXR_reports.tgz", "ecgen-radiology", "NLMCXR_png"

@@ -9,10 +9,9 @@ from mmclip.data.readers.files import (
     bad_value,
     find_table,
     index_films,
-    read_rows,
     read_sound_rows,
 )
-from mmclip.data.tables import SourceError
+from mmclip.data.rows import SourceError, read_rows
 from mmclip.data.text import Report, make_report
 
 WHERE_KAGGLE = "https://www.kaggle.com/datasets/raddar/chest-xrays-indiana-university"

@@ -6,9 +6,24 @@ from functools import cache
 from pathlib import Path
 
 from mmclip.data.disease_prompts import NO_FINDING
-from mmclip.data.manifest import PRESENT, UNCERTAIN, Excluded, Film, Reason, Record, View
-from mmclip.data.readers.files import SEXES, bad_value, find_table, index_films, read_rows
+from mmclip.data.readers.files import (
+    SEXES,
+    bad_value,
+    find_table,
+    index_films,
+)
 from mmclip.data.readers.vocabulary import SourceWords, load_words
+from mmclip.data.records import (
+    PRESENT,
+    UNCERTAIN,
+    Excluded,
+    Film,
+    LabelOrigin,
+    Reason,
+    Record,
+    View,
+)
+from mmclip.data.rows import read_rows
 
 WHERE = "https://bimcv.cipf.es/bimcv-projects/padchest/"
 
@@ -17,7 +32,10 @@ _VIEWS: dict[str, View] = {
     "PA": "PA", "AP": "AP", "AP_horizontal": "AP", "L": "L", "COSTAL": "unknown", "UNK": "unknown",
 }  # fmt: skip
 _NOT_FOR_USE = "EXCLUDE"
-_SOURCES = {"Physician": "padchest-physician", "RNN_model": "padchest"}
+_METHODS: dict[str, tuple[str, LabelOrigin]] = {
+    "Physician": ("padchest-physician", "report-reader"),
+    "RNN_model": ("padchest", "report-program"),
+}
 _COLUMNS = (
     "ImageID", "ImageDir", "StudyDate_DICOM", "StudyID", "PatientID", "PatientBirth",
     "PatientSex_DICOM", "Projection", "MethodLabel", "Labels", "Report",
@@ -31,17 +49,17 @@ def read_padchest(root: Path) -> Iterator[Record]:
     Licence: PadChest Dataset Research Use Agreement; no commercial use, no sharing.
     Layout: PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv or .csv.gz; the PNG films of 16
         bits in the folders 0 to 54 (from 0.zip to 54.zip), or in any others.
-    Quirks: The films of which a physician read the report have the source `padchest-physician`
-        (39,053, what papers test on), those labelled by a network `padchest`. Labels are a Python
-        list, many of its words with a space in front, some empty. Places ("loc right") are columns
-        of their own, and not read. "unchanged" and "suboptimal study" leave what is not named
-        unknown; films with "exclude", or the projection EXCLUDE, are left out. 221 films are
-        "normal" and something else: where that is a finding, "no finding" is uncertain. Reports
-        are Spanish word stems without stop words; they are kept in `findings` as they are, and
-        `report` stays empty: films are
-        unpaired. The label nan means unlabelled. AP_horizontal
-        is a film of a lying patient, and AP; COSTAL (ribs) and UNK have an unknown view. Ages are
-        the year of the study less that of birth.
+    Quirks: The films of which a physician labelled the report have the source `padchest-physician`
+        (39,053, what papers test on), those labelled by a network `padchest`; the split
+        `physician` keeps the first from training. Labels are a Python list, many of its words with
+        a space in front, some empty. Places ("loc right") are columns of their own, and not read.
+        "unchanged" and "suboptimal study" leave what is not named unknown; films with "exclude",
+        or the projection EXCLUDE, are left out. 221 films are "normal" and something else: where
+        that is a finding, "no finding" is uncertain. Reports are Spanish word stems without stop
+        words; they are kept in `findings` as they are, and `report` stays empty: films are
+        unpaired. The label nan means unlabelled. AP_horizontal is a film of a lying patient, and
+        AP; COSTAL (ribs) and UNK have an unknown view. Ages are the year of the study less that of
+        birth.
 
     Args:
         root: The folder that holds all of this.
@@ -73,23 +91,25 @@ def _records(table: Path, films: Mapping[str, str]) -> Iterator[Record]:
                 yield Excluded(row=row, film_id=name, reason=Reason.NOT_FOR_USE, detail=detail)
                 continue
             labels = labels_of(words)
-            for column, meanings in (("Projection", _VIEWS), ("MethodLabel", _SOURCES)):
+            for column, meanings in (("Projection", _VIEWS), ("MethodLabel", _METHODS)):
                 if cells[column] not in meanings:
                     known = ", ".join(meanings)
                     raise ValueError(f"{column} is {cells[column]!r}, none of {known}")
         except ValueError as error:
             yield bad_value(row, name, str(error))
             continue
+        named, origin = _METHODS[cells["MethodLabel"]]
         yield Film(
             film_id=name,
             study_id=cells["StudyID"],
             patient_id=cells["PatientID"],
-            source=_SOURCES[cells["MethodLabel"]],
+            source=named,
             image=films.get(Path(name).stem, f"{cells['ImageDir']}/{name}"),
             view=_VIEWS[cells["Projection"]],
             findings=_report(cells["Report"]),
             labels=labels,
             source_labels=words,
+            label_origin=origin,
             age_years=_age_years(cells["PatientBirth"], cells["StudyDate_DICOM"]),
             sex=SEXES.get(cells["PatientSex_DICOM"].lower()),
         )

@@ -12,10 +12,10 @@ from mmclip.data.readers.files import (
     find_table,
     index_films,
     look_for_table,
-    read_rows,
     read_sound_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.rows import read_rows
 
 WHERE = "https://www.kaggle.com/c/rsna-pneumonia-detection-challenge"
 

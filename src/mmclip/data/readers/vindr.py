@@ -11,13 +11,11 @@ from mmclip.data.readers.files import (
     bad_value,
     film_of_unknown_patient,
     find_table,
-    header_of,
     index_films,
     look_for_table,
-    read_rows,
 )
 from mmclip.data.readers.vocabulary import SourceWords, load_words
-from mmclip.data.tables import SourceError
+from mmclip.data.rows import SourceError, header_of, read_rows
 
 WHERE = (
     "https://physionet.org/content/vindr-cxr/ or "

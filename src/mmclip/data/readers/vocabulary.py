@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from mmclip.config import Frozen, parse, read_toml
 from mmclip.data.manifest import ABSENT
 from mmclip.data.tables import Meaning
+from mmclip.data.versions import WORDS_OF
 
 
 def _short(value: object) -> object:
@@ -96,6 +97,7 @@ def load_vocabulary() -> Vocabulary:
 
 
 def load_words(source: str) -> SourceWords:
-    """The label words of a source that the package knows."""
-    values = read_toml("list of label words", "findings", source)
-    return parse(SourceWords, values, f"findings/{source}.toml")
+    """The label words of a source that the package knows, by its name or that of its reader."""
+    name = WORDS_OF.get(source, source)
+    values = read_toml("list of label words", "findings", name)
+    return parse(SourceWords, values, f"findings/{name}.toml")

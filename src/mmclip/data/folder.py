@@ -1,0 +1,148 @@
+"""The files of a data folder, and the two of them that are JSON.
+
+A data folder, as `mmclip data build` leaves it and every other command reads it:
+
+    films.parquet    one row a film (or a text-only study), in the reader's order
+    films.npy        uint8 [n, px, px]: row i is the i-th record that has an image (data/cache.py)
+    excluded.jsonl   one line a row that was left out, with the reason
+    meta.json        counts, film size, checksums and the data hash that travels with every result
+    split.json       after `mmclip data split` only: a named split, read in place of the built one
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from mmclip.data.records import SPLITS, Film, Split
+
+MANIFEST_FILE, EXCLUDED_FILE, META_FILE = "films.parquet", "excluded.jsonl", "meta.json"
+SPLIT_FILE = "split.json"
+
+FORMAT = 2
+"""Of a data folder, in meta.json: 2 has the column `label_origin` and says what made it."""
+
+
+class ManifestError(ValueError):
+    """A data folder or a record breaks a rule; the message names the rule and the next step."""
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a data folder; where a named split is set, with its counts and data hash.
+
+    Raises:
+        ManifestError: When the folder is no finished data folder, or its split is not of it.
+    """
+    meta = read_built_meta(folder)
+    split = read_split(folder)
+    if split is None:
+        return meta
+    known = ("name", "seed", "split_hash", "warnings")
+    about = {key: split[key] for key in known}
+    taken = {key: split[key] for key in ("data_hash", "n_patients", "splits")}
+    return {**meta, **taken, "split": about}
+
+
+def read_built_meta(folder: Path) -> dict:
+    """meta.json as the build left it.
+
+    Raises:
+        ManifestError: When the folder is no finished data folder, or of another format.
+    """
+    path = folder / META_FILE
+    if not path.is_file():
+        raise ManifestError(
+            f"{folder} is no finished data folder ({META_FILE} is missing); "
+            f"make one with `mmclip data build`"
+        )
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ManifestError(
+            f"{path} is damaged ({error}); build the folder again with `mmclip data build`"
+        ) from None
+    if "film_px" not in meta:  # a checkpoint has a file of this name, too
+        raise ManifestError(
+            f"{folder} is no finished data folder ({path} describes something else); make one "
+            f"with `mmclip data build`"
+        )
+    if meta.get("format") != FORMAT:
+        raise ManifestError(
+            f"{folder} has format {meta.get('format')}, and this version reads format {FORMAT}; "
+            f"build the folder again with `mmclip data build ... --overwrite`"
+        )
+    return meta
+
+
+def split_checksum(split: Mapping) -> str:
+    """Over all that split.json holds but the checksum itself."""
+    rest = {key: value for key, value in split.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_split(folder: Path) -> dict | None:
+    """split.json of a data folder as `splits.set_split` leaves it, or None where none is set.
+
+    Raises:
+        ManifestError: When it is damaged, or of another build of the folder.
+    """
+    path = folder / SPLIT_FILE
+    again = "set it again with `mmclip data split`, or remove the file to have the built one"
+    try:
+        split = json.loads(path.read_text("utf-8"))
+        is_whole = split["sha256"] == split_checksum(split)
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError) as error:
+        raise ManifestError(f"{path} is damaged ({error!r}); {again}") from None
+    if not is_whole:
+        raise ManifestError(f"{path} was changed by hand (its checksum differs); {again}")
+    built = read_built_meta(folder)["data_hash"]
+    if split["built_hash"] != built:
+        raise ManifestError(
+            f"{path} is of another build of the folder (data hash {split['built_hash'][:12]}, now "
+            f"{built[:12]}); {again}"
+        )
+    return split
+
+
+def write_split(folder: Path, split: dict) -> dict:
+    """Writes split.json with a checksum, and returns what it holds."""
+    whole = {**split, "sha256": split_checksum(split)}
+    write_text_atomic(folder / SPLIT_FILE, json.dumps(whole, ensure_ascii=False) + "\n")
+    return whole
+
+
+def last_split(films: Mapping[str, Iterable[str]]) -> dict[str, Split]:
+    """The one split of each film; the last one where a list names it in several.
+
+    Args:
+        films: Film ids of each split.
+    """
+    return {film_id: split for split in SPLITS for film_id in films.get(split, ())}
+
+
+def with_split(films: Iterable[Film], split: Mapping) -> list[Film]:
+    """The films as a named split sees them: a film that it does not name is in no split.
+
+    Args:
+        films: As built.
+        split: Its `films`, and `patients`: other patient ids by film id.
+    """
+    known, patients = last_split(split["films"]), split["patients"]
+    return [
+        replace(
+            film,
+            split=known.get(film.film_id),
+            patient_id=patients.get(film.film_id, film.patient_id),
+        )
+        for film in films
+    ]
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Writes a text file aside and renames it, so that a reader never sees half of it."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, "utf-8")
+    aside.replace(path)

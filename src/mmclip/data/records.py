@@ -1,0 +1,223 @@
+"""The record of a film: what is known of it, the rules that a sound one keeps, and its split."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Literal, get_args
+
+Split = Literal["train", "val", "test"]
+View = Literal["PA", "AP", "L", "unknown"]
+Sex = Literal["F", "M"]
+LabelOrigin = Literal["film-reader", "report-reader", "report-program"]
+"""Who made a film's labels: people who read the film, people who read its report, or a program that
+read its report."""
+
+BY_PEOPLE: tuple[LabelOrigin, ...] = ("film-reader", "report-reader")
+
+PRESENT, ABSENT, UNCERTAIN = 1, 0, -1
+"""Values of a label. A finding that nobody looked for is unknown: it is not in the mapping."""
+
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+"""In order: a film or patient that a list puts into several is read as in the last of them."""
+
+
+class Reason(StrEnum):
+    """Why a row was left out. The text is what a user reads in excluded.jsonl."""
+
+    NO_ID = "the row has no film id"
+    NO_PATIENT = "the row has no patient id"
+    DUPLICATE_ID = "an earlier row has the same film id"
+    BAD_VALUE = "a value of the row cannot be read"
+    NOTHING_TO_LEARN = "the row has neither an image nor a report"
+    NOT_FOR_USE = "the source itself says that the film is not for use"
+    PATIENT_IN_TWO_SPLITS = "the patient is also in a split that is kept for evaluation"
+    IMAGE_OUTSIDE_ROOT = "the image lies outside the root folder"
+    IMAGE_MISSING = "the image file does not exist"
+    IMAGE_EMPTY = "the image file has 0 bytes"
+    IMAGE_UNREADABLE = "the file is no image that can be read"
+    IMAGE_TRUNCATED = "the image ends before its last row"
+    IMAGE_TOO_LARGE = "the image has more pixels than allowed"
+    IMAGE_BLANK = "all pixels of the image are (nearly) equal"
+
+
+EntityKind = Literal["finding", "anatomy", "modifier"]
+EntityStatus = Literal["present", "negated", "uncertain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A mention of a concept: text[start:end] of the report.
+
+    `status` says what the report claims of a finding; anatomy and modifiers are always "present".
+    `cue` is the span of the words that deny or doubt it, None for "present". The cue may lie inside
+    the entity ("heart is not enlarged").
+    """
+
+    start: int
+    end: int
+    kind: EntityKind
+    concept: str
+    status: EntityStatus = "present"
+    cue: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Film:
+    """One film and all that is known of it; a study without a film has `image=None`.
+
+    Films of one study share `study_id` and the report. `labels` maps a finding to PRESENT, ABSENT
+    or UNCERTAIN; a finding that is not in it is unknown. `report` is what the text encoder reads:
+    cleaned, and None, never "", when there is nothing to read; `entities` are spans of it.
+    """
+
+    film_id: str
+    study_id: str
+    patient_id: str
+    source: str
+    split: Split | None = None  # None until `assign_splits`
+    image: str | None = None  # relative to the root folder, with "/" between parts
+    view: View = "unknown"
+    findings: str | None = None
+    impression: str | None = None
+    report: str | None = None
+    entities: tuple[Entity, ...] = ()
+    labels: Mapping[str, int] = field(default_factory=dict)
+    source_labels: tuple[str, ...] = ()  # in the source's own words
+    label_origin: LabelOrigin | None = None  # None: unknown, or nobody labelled it
+    age_years: float | None = None
+    sex: Sex | None = None
+    width_px: int | None = None  # of the file, before any resizing
+    height_px: int | None = None
+    image_sha256: str | None = None  # of the file's bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Excluded:
+    """A row that was left out: which, why, and the detail that helps to mend it."""
+
+    row: int  # 0 is the first record of the source
+    film_id: str
+    reason: Reason
+    detail: str = ""
+
+
+Record = Film | Excluded
+"""What a reader yields, one for each row of its source: nothing is dropped in silence."""
+
+
+def problem_of(film: Film) -> tuple[Reason, str] | None:
+    """The first rule that a record breaks, with a detail, or None for a sound record."""
+    if not film.film_id.strip():
+        return Reason.NO_ID, ""
+    if not film.patient_id.strip():
+        return Reason.NO_PATIENT, ""
+    if film.image is None and film.report is None:
+        return Reason.NOTHING_TO_LEARN, ""
+    if film.image is not None and "\0" in film.image:
+        return Reason.BAD_VALUE, f"the image path {film.image!r} holds a NUL byte"
+    if film.split is not None and film.split not in get_args(Split):
+        return Reason.BAD_VALUE, f"split {film.split!r} is none of {', '.join(get_args(Split))}"
+    if film.view not in get_args(View):
+        return Reason.BAD_VALUE, f"view {film.view!r} is none of {', '.join(get_args(View))}"
+    if film.label_origin is not None and film.label_origin not in get_args(LabelOrigin):
+        known = ", ".join(get_args(LabelOrigin))
+        return Reason.BAD_VALUE, f"label origin {film.label_origin!r} is none of {known}"
+    if film.report is not None and not film.report.strip():
+        return Reason.BAD_VALUE, "the report is empty; a film without a report has report=None"
+    bad = {k: v for k, v in film.labels.items() if v not in (PRESENT, ABSENT, UNCERTAIN)}
+    if bad:
+        return Reason.BAD_VALUE, f"labels {bad} are not 1 (present), 0 (absent) or -1 (uncertain)"
+    return None
+
+
+def validate(records: Iterable[Record]) -> tuple[list[tuple[int, Film]], list[Excluded]]:
+    """Separates sound records from those that break a rule.
+
+    The rules: an id of its own, a patient, an image or a report, known values, and no patient in
+    two splits. Where a source names splits and one patient is in several, the films in the split
+    used last (test, then val) stay and the others are excluded, so that nothing leaks.
+
+    Returns:
+        The sound films in order, each with its row, and the excluded rows in order. Their
+        numbers add up to the number of records.
+    """
+    films: list[tuple[int, Film]] = []
+    excluded: list[Excluded] = []
+    seen: set[str] = set()
+    split_of_patient: dict[str, Split] = {}
+    for row, record in enumerate(records):
+        if isinstance(record, Excluded):
+            excluded.append(record)
+            continue
+        problem = problem_of(record)
+        if problem is None and record.film_id in seen:
+            problem = Reason.DUPLICATE_ID, ""
+        if problem is not None:
+            excluded.append(
+                Excluded(row=row, film_id=record.film_id, reason=problem[0], detail=problem[1])
+            )
+            continue
+        seen.add(record.film_id)
+        films.append((row, record))
+        if record.split is not None:
+            known = split_of_patient.get(record.patient_id, record.split)
+            split_of_patient[record.patient_id] = SPLITS[
+                max(map(SPLITS.index, (known, record.split)))
+            ]
+    kept: list[tuple[int, Film]] = []
+    for row, film in films:
+        split = split_of_patient.get(film.patient_id)
+        if film.split is not None and film.split != split:
+            detail = f"split {film.split}, but the patient is also in {split}"
+            excluded.append(
+                Excluded(
+                    row=row,
+                    film_id=film.film_id,
+                    reason=Reason.PATIENT_IN_TWO_SPLITS,
+                    detail=detail,
+                )
+            )
+        else:
+            kept.append((row, film))
+    return kept, sorted(excluded, key=lambda e: e.row)
+
+
+def draw_split(key: str, seed: int, val_ratio: float, test_ratio: float) -> Split:
+    """The split of a patient (or group of patients), by a hash of key and seed and nothing else.
+
+    Raises:
+        ValueError: When the ratios are negative or leave nothing to train on.
+    """
+    if val_ratio < 0 or test_ratio < 0 or val_ratio + test_ratio >= 1:
+        raise ValueError(
+            f"val_ratio={val_ratio} and test_ratio={test_ratio} must not be negative and must add "
+            f"up to less than 1"
+        )
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    u = int.from_bytes(digest[:8], "big") / 2**64
+    return "test" if u < test_ratio else "val" if u < test_ratio + val_ratio else "train"
+
+
+def assign_splits(
+    films: Sequence[Film], seed: int = 0, val_ratio: float = 0.1, test_ratio: float = 0.1
+) -> list[Film]:
+    """Gives every film without a split the split of its patient, drawn by a hash of the patient id.
+
+    A patient who has a split already (given by the source for another film) keeps it. The draw
+    depends on the patient id and the seed alone, so adding patients moves no other patient.
+
+    Raises:
+        ValueError: When the ratios are negative or leave nothing to train on.
+    """
+    given = {film.patient_id: film.split for film in films if film.split is not None}
+
+    def draw(patient_id: str) -> Split:
+        return draw_split(patient_id, seed, val_ratio, test_ratio)
+
+    return [
+        film
+        if film.split is not None
+        else replace(film, split=given.get(film.patient_id) or draw(film.patient_id))
+        for film in films
+    ]
