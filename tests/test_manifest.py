@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmclip.data.folder import is_built
 from mmclip.data.manifest import (
     SCHEMA,
     Entity,
@@ -154,6 +155,7 @@ def test_a_folder_of_another_format_is_refused_with_the_next_step(tmp_path: Path
         for read in (read_manifest, read_meta):
             with pytest.raises(ManifestError, match=f"format {old.get('format')}, .*--overwrite"):
                 read(tmp_path)
+        assert not is_built(tmp_path)
 
 
 def test_a_changed_manifest_is_noticed(tmp_path: Path):

@@ -15,7 +15,7 @@ from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import Config, load_config
 from mmclip.data.build import build_data
 from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.manifest import META_FILE
+from mmclip.data.folder import is_built
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.embed import embed_films, embed_prompts, probabilities
@@ -116,7 +116,7 @@ def run_demo(
 def _make_data(out: Path, preset: Preset) -> Path:
     """Draws the films and builds the data folder, unless that is done."""
     raw, data = out / "raw", out / "data"
-    if not ((data / META_FILE).is_file() and holds_preset(raw, preset)):
+    if not (is_built(data) and holds_preset(raw, preset)):
         for old in (raw, data, out / "run"):
             shutil.rmtree(old, ignore_errors=True)
         total = sum(preset.n_patients(split) for split in ("train", "val", "test"))

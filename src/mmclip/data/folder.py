@@ -75,6 +75,15 @@ def read_built_meta(folder: Path) -> dict:
     return meta
 
 
+def is_built(folder: Path) -> bool:
+    """Whether a folder holds a finished build that this version reads."""
+    try:
+        read_built_meta(folder)
+    except ManifestError:
+        return False
+    return True
+
+
 def split_checksum(split: Mapping) -> str:
     """Over all that split.json holds but the checksum itself."""
     rest = {key: value for key, value in split.items() if key != "sha256"}
