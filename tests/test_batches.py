@@ -57,6 +57,21 @@ def test_pairs_have_film_report_split_and_view_and_unpaired_films_come_where_ask
     assert [film.film_id for film in both.films] == [f"f{i}" for i in range(7)]
 
 
+def test_films_that_others_test_on_never_train_nor_do_others_of_their_patients(folder: Path):
+    rows = open_rows([folder], 32)
+    chosen = training_rows(rows, small_config(*UNPAIRED))
+    read, *others = chosen.films
+    changed = {
+        read.film_id: replace(read, source="padchest-physician", patient_id="x"),
+        others[0].film_id: replace(others[0], source="padchest", patient_id="x"),
+        others[1].film_id: replace(others[1], source="made", patient_id="x"),  # of other data
+    }
+    films = tuple(changed.get(film.film_id, film) for film in rows.films)
+    left = training_rows(replace(rows, films=films), small_config(*UNPAIRED))
+    gone = {film.film_id for film in chosen.films} - {film.film_id for film in left.films}
+    assert gone == {read.film_id, others[0].film_id}
+
+
 def test_a_batch_holds_the_films_and_reports_of_its_rows(folder: Path):
     batches = make_batches(folder)
     films = {film.film_id: (i, film) for i, film in enumerate(batches.rows.films)}

@@ -28,6 +28,7 @@ from mmclip.data.batches import (
     SEEN_FILE,
     TrainingBatches,
     is_pair,
+    kept_for_tests,
     label_names,
     seen_in_training,
     training_rows,
@@ -108,6 +109,15 @@ def pretrain(job: Job) -> Path:
     rows = open_rows(job.folders, job.config.data.film_px, px_key="data.film_px")
     refuse_leaks(rows.films)
     chosen = training_rows(rows, job.config)
+    if n_kept := sum(
+        is_kept and film.split == "train"
+        for film, is_kept in zip(rows.films, kept_for_tests(rows), strict=True)
+    ):
+        logger.warning(
+            "%d films of split train are of patients that a physician labelled, on whom others "
+            "test; they do not train (`mmclip data split --name physician` makes them test)",
+            n_kept,
+        )
     n_pairs = sum(map(is_pair, chosen.films))
     _check_enough(job, rows, n_pairs, len(chosen) - n_pairs)
     facts = {

@@ -71,11 +71,11 @@ def data_build(
 def data_split(
     folder: Annotated[Path, typer.Argument(help="Data folder of `mmclip data build`.")],
     name: Annotated[
-        str, typer.Option(help="clean, official, benchx, legacy-mavl or legacy-mrm.")
+        str, typer.Option(help="clean, official, physician, benchx, legacy-mavl or legacy-mrm.")
     ] = "clean",
-    seed: Annotated[int, typer.Option(help="Of the split clean.")] = 0,
-    val_ratio: Annotated[float, typer.Option(help="Of the patients, for clean.")] = 0.1,
-    test_ratio: Annotated[float, typer.Option(help="Of the patients, for clean.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    val_ratio: Annotated[float, typer.Option(help="Of the patients, where they are drawn.")] = 0.1,
+    test_ratio: Annotated[float, typer.Option(help="Of the patients, where they are drawn.")] = 0.1,
     list_: Annotated[
         list[str] | None,
         typer.Option("--list", help="Published list of a split; once each.", metavar="SPLIT=FILE"),

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmclip.batch import Batch, Share, Texts
 from mmclip.config import AugmentConfig, Config
+from mmclip.data.check import patient_key
 from mmclip.data.corpus import (
     MAX_SENTENCES,
     TokenRows,
@@ -64,6 +65,17 @@ def impression_start(film: Film) -> int | None:
     return len(report) - len(impression)
 
 
+KEPT_FOR_TESTS = ("padchest-physician",)
+"""Sources whose films never pre-train, nor any other film of their patients. Source: the 39,053
+films of PadChest whose report a physician read, on which KAD, CheXzero and MAVL test."""
+
+
+def kept_for_tests(rows: Rows) -> list[bool]:
+    """Which films no run may pre-train on, whatever their split; see KEPT_FOR_TESTS."""
+    patients = {patient_key(film) for film in rows.films if film.source in KEPT_FOR_TESTS}
+    return [patient_key(film) in patients for film in rows.films]
+
+
 def training_rows(rows: Rows, config: Config) -> Rows:
     """The films to train on: pairs of split "train", and unpaired ones where they are asked for."""
     wants_unpaired = config.unpaired.rows_per_pair > 0
@@ -71,8 +83,9 @@ def training_rows(rows: Rows, config: Config) -> Rows:
         [
             film.split == "train"
             and film.view in config.data.views
+            and not is_kept
             and (is_pair(film) or (wants_unpaired and is_unpaired(film)))
-            for film in rows.films
+            for film, is_kept in zip(rows.films, kept_for_tests(rows), strict=True)
         ]
     )
 
