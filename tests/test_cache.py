@@ -6,15 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmclip.data import cache
-from mmclip.data.cache import CacheError, FilmCache, build_cache, verify_cache
+from mmclip.data import cache, parts
+from mmclip.data.cache import (
+    CacheError,
+    FilmCache,
+    FilmFacts,
+    decode_films,
+    join_films,
+    verify_cache,
+)
 from mmclip.data.images import decode_film, read_film, resize_film
 from mmclip.data.manifest import Reason, read_manifest, read_meta
+from mmclip.data.parts import WorkersError
 from tests.made_files import encoded, ramp
 
 N = 40
@@ -53,19 +63,47 @@ def count_decoded(monkeypatch) -> list[int]:
     return decoded
 
 
+def build_cache(
+    images: list[Path], out: Path, film_px: int, workers: int = 1
+) -> tuple[list[FilmFacts], str]:
+    """What `build_data` does of it: the chunks, then all of them as one."""
+    decode_films(Path("/"), [str(path) for path in images], out, film_px, workers)
+    return join_films(len(images), out, film_px)
+
+
 class Stop(Exception):
-    """Ends a build from its progress call."""
+    """Ends a build from its progress display."""
 
 
-def stop_after(n_chunks: int):
+@contextmanager
+def watch_progress(
+    on_advance: Callable[[int], object], task: str = "reading films"
+) -> Iterator[list[int]]:
+    """Calls a function at every step of a task; the list gets what was done of each task before."""
+    done_before: list[int] = []
+
+    @contextmanager
+    def shown(what: str, total: int, done: int = 0):
+        if not what.endswith("what is done"):
+            done_before.append(done)
+        yield on_advance if what == task else lambda n: None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "progress", shown)
+        yield done_before
+
+
+def stop_build(images: list[Path], out: Path, film_px: int = 16, n_chunks: int = 3) -> None:
+    """Builds until some chunks are done."""
     calls = []
 
-    def on_progress(n: int) -> None:
+    def stop(n: int) -> None:
         calls.append(n)
         if len(calls) == n_chunks:
             raise Stop
 
-    return on_progress
+    with watch_progress(stop), pytest.raises(Stop):
+        build_cache(images, out, film_px)
 
 
 def test_row_i_is_the_ith_film_that_can_be_read(images: list[Path], tmp_path: Path):
@@ -78,7 +116,6 @@ def test_row_i_is_the_ith_film_that_can_be_read(images: list[Path], tmp_path: Pa
     assert [i for i, fact in enumerate(facts) if fact.reason] == [3, 13, 23, 33]
     assert {fact.reason for fact in facts} == {None, Reason.IMAGE_TRUNCATED}
     assert {(fact.width_px, fact.height_px) for fact in facts} == {(32, 24), (0, 0)}
-    assert not (tmp_path / "out" / "films.parts").exists()
     verify_cache(tmp_path / "out", checksum)
 
 
@@ -99,19 +136,18 @@ def test_the_bytes_do_not_depend_on_the_size_of_the_chunks(images, tmp_path: Pat
 @pytest.mark.usefixtures("_small_chunks")
 def test_a_resumed_build_decodes_only_what_is_not_done(images, tmp_path: Path, monkeypatch):
     whole = build_cache(images, tmp_path / "whole", 16)
-    with pytest.raises(Stop):
-        build_cache(images, tmp_path / "out", 16, on_progress=stop_after(3))
+    stop_build(images, tmp_path / "out")
     decoded = count_decoded(monkeypatch)
     done = []
-    assert build_cache(images, tmp_path / "out", 16, on_progress=done.append) == whole
-    assert len(decoded) == N - 3 * 8
-    assert sum(done) == N
+    with watch_progress(done.append) as done_before:
+        assert build_cache(images, tmp_path / "out", 16) == whole
+    assert len(decoded) == sum(done) == N - 3 * 8
+    assert done_before == [3 * 8]
 
 
 @pytest.mark.usefixtures("_small_chunks")
 def test_a_changed_file_is_decoded_anew(images, tmp_path: Path, monkeypatch):
-    with pytest.raises(Stop):
-        build_cache(images, tmp_path / "out", 16, on_progress=stop_after(3))
+    stop_build(images, tmp_path / "out")
     images[9].write_bytes(encoded(ramp()))  # of the second chunk
     images[16].unlink()  # of the third
     decoded = count_decoded(monkeypatch)
@@ -125,8 +161,7 @@ def test_a_changed_file_is_decoded_anew(images, tmp_path: Path, monkeypatch):
 
 @pytest.mark.usefixtures("_small_chunks")
 def test_another_film_size_takes_up_no_old_chunk(images, tmp_path: Path):
-    with pytest.raises(Stop):
-        build_cache(images, tmp_path / "out", 16, on_progress=stop_after(3))
+    stop_build(images, tmp_path / "out")
     build_cache(images, tmp_path / "out", 20)
     assert FilmCache.open(tmp_path / "out").films.shape == (36, 20, 20)
 
@@ -141,8 +176,7 @@ def flip(path: Path, at: int) -> None:
 @pytest.mark.parametrize("damage", ["films", "facts", "cut facts", "empty facts", "no films"])
 def test_a_tampered_chunk_is_noticed_and_made_anew(images, tmp_path: Path, damage: str):
     whole = build_cache(images, tmp_path / "whole", 16)
-    with pytest.raises(Stop):
-        build_cache(images, tmp_path / "out", 16, on_progress=stop_after(3))
+    stop_build(images, tmp_path / "out")
     films, facts = (tmp_path / "out" / "films.parts" / f"000001.{end}" for end in ("npy", "json"))
     if damage == "films":
         flip(films, -1)
@@ -196,8 +230,9 @@ def test_a_killed_worker_is_one_clear_error_and_the_build_goes_on(images, tmp_pa
 
     whole = build_cache(images, tmp_path / "whole", 16)
     many = images * 20  # more than the workers finish before they are killed
-    with pytest.raises(CacheError, match=r"run the same command again with fewer --workers"):
-        build_cache(many, tmp_path / "out", 16, workers=2, on_progress=kill_workers)
+    told = pytest.raises(WorkersError, match=r"run the same command again with fewer --workers")
+    with watch_progress(kill_workers), told:
+        build_cache(many, tmp_path / "out", 16, workers=2)
     facts, _ = build_cache(many, tmp_path / "out", 16)
     assert facts == whole[0] * 20
 

@@ -30,9 +30,10 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS_OPTIONS = {
     "--nproc-per-node", "--check", "--films", "--knob", "--preset", "--arms", "--seeds", "--table",
     "--half", "--raw", "--base", "--jsonl", "--cache", "--batch-size", "--steps", "--film-px",
-    "--tokens", "--lengths",
+    "--tokens", "--lengths", "--array", "--cpus-per-task", "--wait", "--port", "--nworkers",
+    "--nthreads", "--reports", "--plain-films",
 }  # fmt: skip
-"""Of torchrun, ruff, and the scripts of bench/."""
+"""Of torchrun, ruff, sbatch, dask, and the scripts of bench/."""
 
 
 class Block(NamedTuple):

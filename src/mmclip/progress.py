@@ -20,6 +20,10 @@ console = Console(stderr=True, highlight=False)
 
 LINE_EVERY_S = 15.0
 
+SPEED_OVER_S = 300.0
+"""The bar's estimate is of the work of so many seconds. [chosen: a chunk of large films takes a
+minute, and over Rich's 30 s there would mostly be no estimate]"""
+
 Advance = Callable[..., None]
 """advance(n=1, note=""): n more units are done; the note stands behind the bar."""
 
@@ -46,7 +50,7 @@ def progress(what: str, total: int, done: int = 0, show: bool = True) -> Iterato
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console) as bar:
+        with Progress(*columns, console=console, speed_estimate_period=SPEED_OVER_S) as bar:
             task = bar.add_task(what, total=total, completed=done, note="")
 
             def advance(n: int = 1, note: str | None = None) -> None:
@@ -73,10 +77,15 @@ def _plain(what: str, total: int, done: int) -> Advance:
         last = now
         elapsed = now - start
         left = elapsed / max(completed - done, 1) * (total - completed)
-        print(
-            f"{what}: {completed}/{total}  {text}  {elapsed:.0f} s, {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        said = [f"{what}: {completed:,}/{total:,}", text, f"{_clock(elapsed)}, {_clock(left)} left"]
+        print("  ".join(part for part in said if part), file=sys.stderr, flush=True)
 
     return advance
+
+
+def _clock(seconds: float) -> str:
+    """Such as "59 s", "59 min" or "1 h 40 min"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

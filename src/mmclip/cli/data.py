@@ -1,7 +1,6 @@
 """`mmclip data`: build, split and check data folders."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,14 +42,44 @@ def data_build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished build.")
     ] = False,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Dask scheduler whose workers do it: tcp://host:port.", metavar="ADDRESS"
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Do this share only, 1/8 to 8/8; then run it without.", metavar="I/N"),
+    ] = None,
 ) -> None:
     """Reads a data set and leaves a checked, hashed folder with films resized once.
 
     Example: `mmclip data build csv --root films/ --mapping films.toml --film-px 64 --out data/a`
     """
-    from mmclip.data.build import build_data
+    from mmclip.data.build import build_data, build_shard
+    from mmclip.data.parts import Shard, n_cores
     from mmclip.data.sources import open_reader
 
+    if scheduler is not None and workers:
+        raise ValueError(
+            f"--workers {workers} and --scheduler {scheduler} both say who works; give one of them"
+        )
+    who = scheduler or workers or n_cores()
+    if shard is not None:
+        share = Shard.parse(shard)
+        if overwrite:
+            raise ValueError(
+                f"a shard never replaces a build; leave --overwrite out, and remove {out} first if "
+                f"it holds an old one"
+            )
+        records = open_reader(name, root_, mapping=mapping, table=table)
+        build_shard(records, root_, out, share, film_px=film_px, workers=who, entities=entities)
+        console.print(
+            f"shard {shard} is done; when all are, run the same command without --shard",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+        return
     meta = build_data(
         open_reader(name, root_, mapping=mapping, table=table),
         root_,
@@ -59,7 +88,7 @@ def data_build(
         seed=seed,
         val_ratio=val_ratio,
         test_ratio=test_ratio,
-        workers=workers or os.cpu_count() or 1,
+        workers=who,
         entities=entities,
         about={"reader": name, "command": command_line()},
         overwrite=overwrite,

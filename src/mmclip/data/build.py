@@ -1,12 +1,18 @@
-"""From the records of a reader to a data folder: check, decode once, split, write."""
+"""From the records of a reader to a data folder: check, decode once, search, split, write."""
 
+import hashlib
+import json
 import os
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, replace
+from functools import cache, partial
+from importlib import resources
+from itertools import compress
 from pathlib import Path
 
-from mmclip.data.cache import FILMS_FILE, FilmFacts, build_cache
+from mmclip.data.cache import FILMS_FILE, PARTS_FOLDER, FilmFacts, decode_films, join_films
 from mmclip.data.entities import find_entities
 from mmclip.data.manifest import (
     META_FILE,
@@ -22,7 +28,14 @@ from mmclip.data.manifest import (
     validate,
     write_manifest,
 )
-from mmclip.progress import progress
+from mmclip.data.parts import Part, Shard, Work, Workers, do_chunks, read_facts
+from mmclip.data.versions import made_with
+
+ENTITY_PARTS_FOLDER = "entities.parts"
+
+CHUNK_REPORTS = 1024
+"""Records a chunk whose reports are searched. [chosen: a second of work for the lexicon, a minute
+for a large model]"""
 
 
 def build_data(
@@ -34,15 +47,15 @@ def build_data(
     seed: int = 0,
     val_ratio: float = 0.1,
     test_ratio: float = 0.1,
-    workers: int = 1,
+    workers: Workers = 1,
     entities: str = "lexicon",
     about: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> dict:
     """Builds a data folder; what was left out stands in excluded.jsonl, and the counts add up.
 
-    A build that was killed goes on where it was. The same source gives the same bytes and hash,
-    whatever `workers` is.
+    A build that was killed goes on where it was, and so does one of which `build_shard` did a part.
+    The same source gives the same bytes and hash, whoever works.
 
     Args:
         records: Of a reader, one a row.
@@ -52,7 +65,7 @@ def build_data(
         seed: Of the splits, where the source has none.
         val_ratio: Of the patients without a split.
         test_ratio: Of the patients without a split.
-        workers: Processes that decode.
+        workers: Processes that decode and search, or the address of a Dask scheduler.
         entities: What finds the entities of the reports; see `entities.EntityFinder`.
         about: Further facts for meta.json (reader, command).
         overwrite: Replace a finished build.
@@ -63,77 +76,216 @@ def build_data(
     Raises:
         ManifestError: When no row is sound, or `out` holds a finished build and `overwrite` is
             False.
+        WorkersError: When the workers cannot be had, or died.
     """
     if (out / META_FILE).is_file():
         if not overwrite:
             raise ManifestError(
-                f"{out} already holds a finished build of {read_meta(out)['n_films']} rows; add "
-                f"--overwrite to build it again, or choose another --out"
+                f"{_finished(out)}; add --overwrite to build it again, or choose another --out"
             )
         (out / META_FILE).unlink()  # from here on the folder is unfinished
     (out / SPLIT_FILE).unlink(missing_ok=True)  # of the build that is replaced
-    sound, excluded = validate(records)
-    films: list[tuple[int, Film]] = []
-    for row, film in sound:
-        if _is_inside(film, root):
-            films.append((row, film))
-        else:
-            excluded.append(_left_out(row, film, Reason.IMAGE_OUTSIDE_ROOT, str(film.image)))
-    with_image = [(row, film) for row, film in films if film.image is not None]
+    films, excluded = _readable(records, root)
+    _do_all([film for _, film in films], root, out, film_px, entities, workers)
+    n_images = sum(film.image is not None for _, film in films)
     facts: Sequence[FilmFacts] = ()
     checksum = None
-    if with_image:
-        paths = [root / str(film.image) for _, film in with_image]
-        with progress("reading films", len(paths)) as advance:
-            facts, checksum = build_cache(paths, out, film_px, workers, advance)
+    if n_images:
+        facts, checksum = join_films(n_images, out, film_px)
     else:
         (out / FILMS_FILE).unlink(missing_ok=True)  # of the build that is replaced
     known = iter(facts)
     kept: list[Film] = []
+    is_kept: list[bool] = []
     for row, film in films:
-        if film.image is None:
+        fact = FilmFacts() if film.image is None else next(known)
+        is_kept.append(fact.reason is None)
+        if fact.reason is not None:
+            excluded.append(_left_out(row, film, fact.reason, fact.detail))
+        elif film.image is None:
             kept.append(film)
-            continue
-        fact = next(known)
-        if fact.reason is None:
+        else:
             size = {"width_px": fact.width_px, "height_px": fact.height_px}
             kept.append(replace(film, **size, image_sha256=fact.sha256))
-        else:
-            excluded.append(_left_out(row, film, fact.reason, fact.detail))
     excluded.sort(key=lambda e: e.row)
     if not kept:
         reason, n = Counter(e.reason for e in excluded).most_common(1)[0] if excluded else ("", 0)
         why = f"; {n} of {len(excluded)} rows: {reason}" if n else ": the source has no rows"
         raise ManifestError(f"nothing is left of {root}{why}")
-    return write_manifest(
+    found = _entities_of([film.report for _, film in films], out)
+    meta = write_manifest(
         out,
-        assign_splits(_with_entities(kept, entities), seed, val_ratio, test_ratio),
+        assign_splits(kept, seed, val_ratio, test_ratio),
         excluded,
-        film_px if with_image else None,
+        film_px if n_images else None,
         {**(about or {}), "entities": entities, "films_sha256": checksum},
         n_split_by_source=sum(film.split is not None for film in kept),
+        entities=compress(found, is_kept),
     )
+    for parts in (PARTS_FOLDER, ENTITY_PARTS_FOLDER):
+        shutil.rmtree(out / parts, ignore_errors=True)  # what is left of them does no harm
+    return meta
 
 
-def _with_entities(films: Sequence[Film], backend: str) -> list[Film]:
-    """The films with the entities of their reports; equal reports are searched once."""
-    reports = list(dict.fromkeys(film.report for film in films if film.report is not None))
-    if not reports:
-        return list(films)
-    found: dict[str | None, tuple[Entity, ...]] = {None: ()}
-    with progress("finding entities", len(reports)) as advance:
-        for report, entities in zip(reports, find_entities(reports, backend), strict=True):
-            found[report] = tuple(entities)
-            advance(1)
-    return [replace(film, entities=found[film.report]) for film in films]
+def build_shard(
+    records: Iterable[Record],
+    root: Path,
+    out: Path,
+    shard: Shard,
+    *,
+    film_px: int,
+    workers: Workers = 1,
+    entities: str = "lexicon",
+) -> None:
+    """Does a share of the decoding and searching of `build_data`, which then takes it up.
+
+    All shards may run at once, on machines that see `root` and `out` at the same path.
+
+    Args:
+        records: All of them, as for `build_data`.
+        root: As there; so are the others.
+        shard: Which share.
+
+    Raises:
+        ManifestError: When `out` holds a finished build: a shard never replaces one.
+        WorkersError: When the workers cannot be had, or died.
+    """
+    if (out / META_FILE).is_file():
+        raise ManifestError(
+            f"{_finished(out)}, which a shard never replaces; remove it, or choose another --out"
+        )
+    films, _ = _readable(records, root)
+    _do_all([film for _, film in films], root, out, film_px, entities, workers, shard)
 
 
-def _is_inside(film: Film, root: Path) -> bool:
-    """Whether the image, with links and ".." followed, lies under the root."""
-    if film.image is None:
-        return True
+def _finished(out: Path) -> str:
+    return f"{out} already holds a finished build of {read_meta(out)['n_films']} rows"
+
+
+def _readable(
+    records: Iterable[Record], root: Path
+) -> tuple[list[tuple[int, Film]], list[Excluded]]:
+    """The sound records with an image inside the root or with none, and the others."""
+    sound, excluded = validate(records)
+    films: list[tuple[int, Film]] = []
+    is_inside = _inside(root)
+    for row, film in sound:
+        if film.image is None or is_inside(film.image):
+            films.append((row, film))
+        else:
+            excluded.append(_left_out(row, film, Reason.IMAGE_OUTSIDE_ROOT, film.image))
+    return films, excluded
+
+
+def _do_all(
+    films: Sequence[Film],
+    root: Path,
+    out: Path,
+    film_px: int,
+    entities: str,
+    workers: Workers,
+    shard: Shard | None = None,
+) -> None:
+    """Leaves the parts of all films and reports, or of a shard of them."""
+    images = [film.image for film in films if film.image is not None]
+    if images:
+        decode_films(root, images, out, film_px, workers, shard)
+    search_reports([film.report for film in films], out, entities, workers, shard)
+
+
+# -- entities, in chunks --
+
+
+def search_reports(
+    reports: Sequence[str | None],
+    out: Path,
+    backend: str = "lexicon",
+    workers: Workers = 1,
+    shard: Shard | None = None,
+) -> None:
+    """Finds the entities of all reports in chunks, into out/entities.parts, for `build_data`.
+
+    Args:
+        reports: Of the sound records, in their order.
+        out: The data folder.
+        backend: As for `entities.EntityFinder`. A spaCy or Hugging Face model that is replaced
+            under its name while a build is unfinished is not noticed.
+        workers: Processes, or the address of a Dask scheduler.
+        shard: Search only this share of the chunks.
+
+    Raises:
+        WorkersError: When the workers cannot be had, or died.
+    """
+    if all(report is None for report in reports):
+        return
+    if backend.startswith("hf:") and isinstance(workers, int):
+        workers = 1  # such a model takes all cores by itself
+    work = Work(partial(_fingerprint, backend=backend), partial(_find, backend=backend))
+    parts = out / ENTITY_PARTS_FOLDER
+    do_chunks(parts, reports, CHUNK_REPORTS, work, "finding entities", workers, shard)
+
+
+def _distinct(reports: Iterable[str | None]) -> list[str]:
+    """Equal reports of a chunk, such as of one study, are searched once."""
+    return list(dict.fromkeys(report for report in reports if report is not None))
+
+
+def _fingerprint(reports: Sequence[str | None], backend: str) -> str:
+    """Changes with the reports, the backend's name, the lexicon and the code that searches."""
+    digest = hashlib.sha256(f"{backend} {_finder_version(backend)}".encode())
+    for report in _distinct(reports):
+        digest.update(f"{report}\0".encode())
+    return digest.hexdigest()
+
+
+@cache
+def _finder_version(backend: str) -> str:
+    words = json.dumps(made_with(None, backend)["words"])
+    code = (resources.files("mmclip") / "data" / "entities.py").read_text("utf-8")
+    return hashlib.sha256(f"{words}\n{code}".encode()).hexdigest()
+
+
+def _find(reports: Sequence[str | None], backend: str) -> Part:
+    found = find_entities(_distinct(reports), backend)
+    return Part([[astuple(entity) for entity in entities] for entities in found])
+
+
+def _entities_of(reports: Sequence[str | None], out: Path) -> Iterator[tuple[Entity, ...]]:
+    """The entities of each report, a chunk in memory at a time; none of a report that is None."""
+    for number, first in enumerate(range(0, len(reports), CHUNK_REPORTS)):
+        chunk = reports[first : first + CHUNK_REPORTS]
+        texts = _distinct(chunk)
+        listed = read_facts(out / ENTITY_PARTS_FOLDER, number) if texts else []
+        known: dict[str | None, tuple[Entity, ...]] = {None: ()}
+        for text, entities in zip(texts, listed, strict=True):
+            known[text] = tuple(_entity(*values) for values in entities)
+        yield from (known[report] for report in chunk)
+
+
+def _entity(start, end, kind, concept, status, cue) -> Entity:
+    return Entity(start, end, kind, concept, status, None if cue is None else tuple(cue))
+
+
+# -- where images lie --
+
+
+def _inside(root: Path) -> Callable[[str], bool]:
+    """Says whether an image, with links and ".." followed, lies under the root.
+
+    A folder is followed once, whatever the number of its films.
+    """
     # Not Path.resolve: Python before 3.13 raises in it when a link leads to itself.
-    return Path(os.path.realpath(root / film.image)).is_relative_to(os.path.realpath(root))
+    real_root = os.path.join(os.path.realpath(root), "")
+    real_folder = cache(os.path.realpath)
+
+    def is_inside(image: str) -> bool:
+        path = os.path.join(root, image)
+        folder, name = os.path.split(path)
+        is_plain = name not in ("", ".", "..") and not os.path.islink(path)
+        real = os.path.join(real_folder(folder), name) if is_plain else os.path.realpath(path)
+        return os.path.join(real, "").startswith(real_root)
+
+    return is_inside
 
 
 def _left_out(row: int, film: Film, reason: Reason, detail: str) -> Excluded:

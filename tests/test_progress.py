@@ -1,0 +1,40 @@
+"""What a long task says of itself where there is no terminal."""
+
+import pytest
+
+from mmclip import progress as module
+from mmclip.progress import progress
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The time, in seconds, which a test moves."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_comes_now_and_then_and_at_the_end(clock, capsys):
+    with progress("reading films", 4000) as advance:
+        for moved_s in (5, 5, 20, 5):
+            clock[0] += moved_s
+            advance(1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "reading films: 3,000/4,000  30 s, 10 s left",
+        "reading films: 4,000/4,000  35 s, 0 s left",
+    ]
+
+
+def test_what_was_done_before_counts_as_done_but_not_as_speed(clock, capsys):
+    with progress("reading films", 100_000, done=90_000) as advance:
+        clock[0] += 60
+        advance(100, note="slow")
+    assert capsys.readouterr().err == "reading films: 90,100/100,000  slow  60 s, 1 h 39 min left\n"
+
+
+def test_nothing_is_shown_where_another_process_shows_it(clock, capsys):
+    with progress("reading films", 2, show=False) as advance:
+        clock[0] += 60
+        advance(2)
+    assert capsys.readouterr().err == ""
