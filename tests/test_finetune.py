@@ -58,7 +58,7 @@ from mmclip.task import (
 from tests.commands import mmclip
 from tests.made import FILM_PX, small_config
 
-ASKED = ("cardiomegaly", "pleural effusion")
+ASKED = ("pleural effusion", "pneumothorax")
 SHORT = ("train.steps=6", "train.batch_size=8", "train.save_every_steps=2", "patience=9")
 CPU = torch.device("cpu")
 
@@ -436,7 +436,7 @@ def test_what_does_not_fit_together_is_one_line(job: Job, changes: dict, said: s
 def test_the_command_prints_a_table_and_the_path_of_the_summary(
     made_data: Path, made_run: Path, tmp_path: Path
 ):
-    words = ["finetune", "--run", made_run, "--data", made_data, "--finding", "cardiomegaly"]
+    words = ["finetune", "--run", made_run, "--data", made_data, "--finding", "pneumothorax"]
     words += ["--method", "full", "--fraction", "1", "--seed", "3", "--draws", "20", "--cpu"]
     for override in SHORT:
         words += ["--set", override]

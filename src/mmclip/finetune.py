@@ -230,13 +230,6 @@ def finetune(job: Job) -> Path:
         protocol = load_protocol(job.protocol)
     rules = rules_of(protocol)
     task = open_task(job.folder, protocol, start.film_px)
-    if missing := [
-        n for k, n in enumerate(protocol.findings) if np.isnan(task.train.labels[:, k]).all()
-    ]:
-        raise ManifestError(
-            f"no training film is labelled with {', '.join(missing)}; leave them out, or build the "
-            f"folder with their labels"
-        )
     if start.init == "run":
         assert start.checkpoint is not None
         leak_check = [check_trained(start.checkpoint, task.val.rows, "val")]

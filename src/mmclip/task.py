@@ -145,8 +145,8 @@ def open_task(folder: Path, protocol: Protocol, film_px: int | None) -> Task:
     """The films of a data folder as a protocol reads them.
 
     Raises:
-        ManifestError: When a split has no film with a known label, or a patient or film of train is
-            in another split.
+        ManifestError: When no training film is labelled with a finding, a split has no labelled
+            film, or a patient or film of train is in another split.
         ValueError: When the folder does not fit the protocol.
     """
     split = split_of([folder], protocol)
@@ -163,16 +163,19 @@ def open_task(folder: Path, protocol: Protocol, film_px: int | None) -> Task:
     train = Labelled(candidates, training_labels(protocol, candidates.films))
     train = train.select([not np.isnan(row).all() for row in train.labels])
 
+    unknown = np.isnan(train.labels).all(0) if len(train) else np.ones(train.labels.shape[1])
+    if missing := [f for f, u in zip(protocol.findings, unknown, strict=True) if u]:
+        there = sorted({finding for film in candidates.films for finding in film.labels})
+        raise ManifestError(
+            f"no frontal training film of {folder} is labelled with {', '.join(missing)}; they are "
+            f"labelled with {', '.join(there) or 'nothing'}"
+        )
+
     def of(name: Literal["val", "test"]) -> Labelled:
         some = rows_to_score(rows, name, protocol=protocol)
         return Labelled(some, protocol_labels(protocol, some.films))
 
     val, test = of("val"), of("test")
-    if not len(train):
-        raise ManifestError(
-            f"no frontal training film of {folder} is labelled with "
-            f"{', '.join(protocol.findings)}; name findings that are"
-        )
     task = Task(protocol, train, val, test, split)
     refuse_leaks(task.rows.films)
     return task

@@ -118,3 +118,10 @@ def _print_summary(summary: dict) -> None:
     console.print(said, markup=False, soft_wrap=True)
     console.print(table)
     console.print("95 %: over test patients and seeds, drawn together", style="dim")
+    if any(line["mean"] is None for line in summary["lines"]):
+        console.print(
+            "no macro AUROC: too few test films with a finding or without; results.json of each "
+            "run has what there is",
+            style="yellow",
+            soft_wrap=True,
+        )
