@@ -45,8 +45,8 @@ from mmclip.data.build import build_data
 from mmclip.data.manifest import META_FILE
 from mmclip.data.sources import open_reader
 from mmclip.data.splits import stratified
-from mmclip.features import stored_features, weights_hash
-from mmclip.finetune import Job, Start, probe, start_of
+from mmclip.features import Start, start_of, stored_features, weights_hash
+from mmclip.finetune import probe
 from mmclip.models.classifier import Classifier
 from mmclip.supervised import FineTuneConfig, macro_auroc, predict, train_classifier
 from mmclip.task import Task, open_task, own_protocol
@@ -224,11 +224,9 @@ def main() -> None:
 
     config = load_config_as(FineTuneConfig, "configs_finetune", "tiny", args.set)
     starts = {}
-    for run in args.runs:
-        job = Job(run, args.out, config, "", run=run, cpu=True)  # no data folder is read here
-        starts[run.name.rsplit("-", 2)[0]] = start_of(job)
-        starts.setdefault(RANDOM, start_of(Job(run, args.out, config, "", run=run, init=RANDOM)))
-    starts[RANDOM] = starts.pop(RANDOM)  # last
+    for run in args.runs:  # a model of ours reads no data folder here
+        starts[run.name.rsplit("-", 2)[0]] = start_of("run", run, args.out)
+    starts[RANDOM] = start_of(RANDOM, args.runs[0], args.out)
     film_px = starts[RANDOM].film_px
     folder = build(args.cxr, args.out, film_px)
     task = open_task(folder, own_protocol(folder, [FINDING], [SOURCE]), film_px)
@@ -241,7 +239,8 @@ def main() -> None:
             continue
         for n_train in SIZES:
             for name in [*starts, *([NUISANCE] if method == "probe" else [])]:
-                for subset in range(n_subsets):
+                # All training films are one subset: only random weights differ then.
+                for subset in range(min(n_subsets, 3) if n_train == len(task.train) else n_subsets):
                     seed = subset % 3 if method == "probe" else subset
                     at = name, seed if name == RANDOM else 0
                     if at not in hashes and name != NUISANCE:

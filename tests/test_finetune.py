@@ -1,7 +1,10 @@
 """Fine-tuning: what validation alone may choose, what resumes exactly, and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +25,8 @@ from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.manifest import Film, ManifestError
 from mmclip.data.splits import set_split, subsets_of
 from mmclip.data.synthetic import FINDINGS
-from mmclip.features import stored_features
-from mmclip.finetune import SUMMARY_FILE, Job, finetune, probe, run_one, start_of
+from mmclip.features import start_of, stored_features
+from mmclip.finetune import SUMMARY_FILE, Job, finetune, probe, run_one
 from mmclip.losses import label_sum
 from mmclip.models.classifier import (
     Classifier,
@@ -55,11 +58,14 @@ from mmclip.task import (
     training_labels,
     with_validation,
 )
-from tests.commands import mmclip
+from tests.commands import Ended, mmclip
 from tests.made import FILM_PX, small_config
 
 ASKED = ("pleural effusion", "pneumothorax")
-SHORT = ("train.steps=6", "train.batch_size=8", "train.save_every_steps=2", "patience=9")
+SHORT = (
+    "train.steps=6", "train.batch_size=8", "train.save_every_steps=2", "patience=9",
+    "train.log_every_steps=2",
+)  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -255,7 +261,16 @@ def test_test_labels_choose_neither_scores_nor_cut_step_or_weights(
     monkeypatch.setattr("mmclip.finetune.write_evaluation", keep)
     job = replace(job, method=method)
     for name, given in (("a", task), ("b", opposite(task))):
-        run_one(job, start_of(job), given, 1.0, 0, job.out / name, given.rows, "none")
+        run_one(
+            job,
+            start_of("run", job.run, job.folder),
+            given,
+            1.0,
+            0,
+            job.out / name,
+            given.rows,
+            "none",
+        )
     straight, turned = left
     assert straight["cuts"] == turned["cuts"] and straight["cuts"].keys() == set(ASKED)
     assert straight["facts"] == turned["facts"]
@@ -381,7 +396,7 @@ def test_a_patient_in_train_and_test_is_refused(
 
 
 def test_random_weights_have_the_architecture_of_the_run_and_follow_the_seed(job: Job):
-    start = start_of(replace(job, init="random"))
+    start = start_of("random", job.run, job.folder)
     run = load_checkpoint(find_checkpoint(start.checkpoint.folder)).model  # pyright: ignore
     one, same, other = (start.encoder(seed).encoder.state_dict() for seed in (1, 1, 2))
     trained = run.vision_model.state_dict()
@@ -400,7 +415,7 @@ def test_a_vit_of_the_hub_is_fine_tuned_as_ours_is(job: Job, task: Task, tmp_pat
     config = ViTMAEConfig(**sizes, decoder_hidden_size=16, decoder_num_hidden_layers=1)
     ViTMAEModel(config).save_pretrained(tmp_path / "mae")
     for name in ("vit", "mae"):
-        start = start_of(replace(job, run=None, init=f"hf:{tmp_path / name}"))
+        start = start_of(f"hf:{tmp_path / name}", None, job.folder)
         assert start.features == "class" and start.film_px == FILM_PX
         encoder = start.encoder(0)
         image = torch.randn(2, 1, FILM_PX, FILM_PX)
@@ -433,19 +448,50 @@ def test_what_does_not_fit_together_is_one_line(job: Job, changes: dict, said: s
         finetune(replace(job, **changes))
 
 
+@pytest.fixture(scope="module")
+def words(made_data: Path, made_run: Path) -> list[str]:
+    """A command of full fine-tuning, without --out."""
+    given = ["finetune", "--run", made_run, "--data", made_data, "--finding", "pneumothorax"]
+    given += ["--method", "full", "--fraction", "1", "--seed", "3", "--draws", "20", "--cpu"]
+    return [str(word) for word in given] + [w for key in SHORT for w in ("--set", key)]
+
+
+@pytest.fixture(scope="module")
+def by_command(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """What the command left in its --out, and what it said."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    return folder / "out", mmclip(folder, *words, "--out", folder / "out")
+
+
 def test_the_command_prints_a_table_and_the_path_of_the_summary(
-    made_data: Path, made_run: Path, tmp_path: Path
+    by_command: tuple[Path, Ended], words: list[str], tmp_path: Path
 ):
-    words = ["finetune", "--run", made_run, "--data", made_data, "--finding", "pneumothorax"]
-    words += ["--method", "full", "--fraction", "1", "--seed", "3", "--draws", "20", "--cpu"]
-    for override in SHORT:
-        words += ["--set", override]
-    ended = mmclip(tmp_path, *words, "--out", tmp_path / "out")
+    out, ended = by_command
     assert ended.code == 0, ended.err
-    assert ended.out == f"{tmp_path / 'out' / SUMMARY_FILE}\n"
+    assert ended.out == f"{out / SUMMARY_FILE}\n"
     assert "3: 0." in ended.err and "95 %: over test patients and seeds" in ended.err
-    left = sorted(p.name for p in (tmp_path / "out/full-100-3/checkpoints").iterdir())
-    assert len(left) == 1
-    assert json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())["lines"][0]["method"] == "full"
+    assert len(list((out / "full-100-3/checkpoints").iterdir())) == 1
+    assert json.loads((out / SUMMARY_FILE).read_text())["lines"][0]["method"] == "full"
     bad = mmclip(tmp_path, *words, "--out", tmp_path / "other", "--set", "train.seed=4")
     assert "a run's seed is that of its subset: --seed" in bad.error()
+
+
+def test_two_processes_learn_what_one_does(
+    by_command: tuple[Path, Ended], words: list[str], tmp_path: Path
+):
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "-m", "--", "mmclip", *words, "--out", str(tmp_path / "out")],
+        check=False, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"{tmp_path / 'out' / SUMMARY_FILE}\n"
+    ours, theirs = (
+        [json.loads(line)["loss"] for line in (o / "full-100-3/metrics.jsonl").open()]
+        for o in (tmp_path / "out", by_command[0])
+    )
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    one, two = (read_results(o / "full-100-3") for o in (tmp_path / "out", by_command[0]))
+    assert one.facts["step"] == two.facts["step"]
+    assert one.macro_auroc == pytest.approx(two.macro_auroc, abs=1e-2)

@@ -1,4 +1,4 @@
-"""What an image encoder makes of films: a vector each, computed once and kept on disk.
+"""Image encoders to start from, and what they make of films: a vector each, kept on disk.
 
 A vector depends on weights and film alone, so a file of vectors is named by a hash of both.
 """
@@ -6,21 +6,94 @@ A vector depends on weights and film alone, so a file of vectors is named by a h
 import hashlib
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from jaxtyping import Float32
 from torch import nn
 
+from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.config import ImageEncoderConfig
 from mmclip.data.dataset import Rows, normalise
-from mmclip.models.classifier import FilmEncoder
+from mmclip.data.manifest import read_meta
+from mmclip.models.classifier import Features, FilmEncoder
+from mmclip.models.encoders import build_image_encoder, rebuild_encoder
 from mmclip.progress import progress
 
 logger = logging.getLogger(__name__)
 
 BATCH_FILMS = 256
 """Films encoded at once. [chosen: as `embed.embed_films`]"""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the weights of an image encoder come from."""
+
+    said: str  # "run first, step 600"
+    checkpoint: Checkpoint | None  # of the run, where one is given
+    init: str
+    features: Features
+    film_px: int
+
+    @property
+    def is_random(self) -> bool:
+        """Whether nothing was learnt."""
+        return self.init == "random"
+
+    def encoder(self, seed: int) -> FilmEncoder:
+        """New, with the weights to start from; of random ones, those of a seed."""
+        if self.init.startswith("hf:"):
+            name = self.init.removeprefix("hf:")
+            encoder = build_image_encoder(ImageEncoderConfig(pretrained=name), self.film_px)
+            if hasattr(encoder.config, "mask_ratio"):  # MAE's model hides patches as it reads
+                encoder.config.mask_ratio = 0.0
+            return FilmEncoder(encoder, self.features)
+        assert self.checkpoint is not None
+        if self.is_random:
+            set_seed(seed)
+            encoder = rebuild_encoder(self.checkpoint.meta["vision_config"])
+            return FilmEncoder(encoder, self.features)
+        model = load_checkpoint(self.checkpoint.folder).model
+        projection = model.visual_projection if self.features == "embedding" else None
+        return FilmEncoder(model.vision_model, self.features, projection)
+
+
+def start_of(init: str, run: Path | None, folder: Path, features: Features | None = None) -> Start:
+    """Reads where weights come from.
+
+    Args:
+        init: "run", "random" (weights of the run's architecture), or "hf:" and a folder or hub id.
+        run: Of pre-training, or a checkpoint of it; None where `init` needs none.
+        folder: Data folder, whose films a model of the hub reads at their size.
+        features: The vector of a film; None takes "pooled", and "class" of a model of the hub.
+
+    Raises:
+        ValueError: When `init` names nothing, lacks a run, or has no such vector.
+    """
+    is_hub = init.startswith("hf:") and init != "hf:"
+    if not is_hub and init not in ("run", "random"):
+        raise ValueError(f"--init {init!r} is none of run, random, hf:FOLDER_OR_NAME")
+    if features == "embedding" and init != "run":
+        raise ValueError(
+            f"features=embedding needs --init run, whose projection is learnt, and this is "
+            f"--init {init}; take pooled or class"
+        )
+    if is_hub:
+        return Start(init, None, init, features or "class", read_meta(folder)["film_px"])
+    if run is None:
+        raise ValueError(
+            f"--init {init} needs --run, the run of pre-training "
+            + ("whose architecture is taken" if init == "random" else "to start from")
+        )
+    checkpoint = load_checkpoint(run)
+    said = f"run {run.name}, step {checkpoint.meta['step']}"
+    if init == "random":
+        said = f"random weights, architecture of {said}"
+    return Start(said, checkpoint, init, features or "pooled", checkpoint.config.data.film_px)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -28,19 +28,16 @@ from mmclip.bootstrap import (
     percentile_interval,
     resampled_seeds,
 )
-from mmclip.checkpoint import Checkpoint, load_checkpoint
-from mmclip.config import ImageEncoderConfig, config_hash
+from mmclip.config import config_hash
 from mmclip.data.dataset import Rows
 from mmclip.data.manifest import (
     ManifestError,
-    read_meta,
     write_text_atomic,
 )
 from mmclip.data.splits import ids_hash
 from mmclip.evaluation import judge, score_findings
-from mmclip.features import stored_features, weights_hash
-from mmclip.models.classifier import Classifier, Features, FilmEncoder
-from mmclip.models.encoders import build_image_encoder, rebuild_encoder
+from mmclip.features import Start, start_of, stored_features, weights_hash
+from mmclip.models.classifier import Classifier
 from mmclip.pages import GalleryItem, extreme_cases, write_evaluation
 from mmclip.progress import console
 from mmclip.protocols import load_protocol
@@ -103,69 +100,6 @@ class Job:
     cpu: bool = False
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where the weights come from."""
-
-    said: str  # "run first, step 600"
-    checkpoint: Checkpoint | None  # of the run, where one is given
-    init: str
-    features: Features
-    film_px: int
-
-    @property
-    def is_random(self) -> bool:
-        """Whether nothing was learnt."""
-        return self.init == "random"
-
-    def encoder(self, seed: int) -> FilmEncoder:
-        """New, with the weights to start from; of random ones, those of a seed."""
-        if self.init.startswith("hf:"):
-            name = self.init.removeprefix("hf:")
-            encoder = build_image_encoder(ImageEncoderConfig(pretrained=name), self.film_px)
-            if hasattr(encoder.config, "mask_ratio"):  # MAE's model hides patches as it reads
-                encoder.config.mask_ratio = 0.0
-            return FilmEncoder(encoder, self.features)
-        assert self.checkpoint is not None
-        if self.is_random:
-            set_seed(seed)
-            encoder = rebuild_encoder(self.checkpoint.meta["vision_config"])
-            return FilmEncoder(encoder, self.features)
-        model = load_checkpoint(self.checkpoint.folder).model
-        projection = model.visual_projection if self.features == "embedding" else None
-        return FilmEncoder(model.vision_model, self.features, projection)
-
-
-def start_of(job: Job) -> Start:
-    """Reads what `init` names.
-
-    Raises:
-        ValueError: When it names nothing, or lacks a run.
-    """
-    is_hub = job.init.startswith("hf:") and job.init != "hf:"
-    if not is_hub and job.init not in ("run", "random"):
-        raise ValueError(f"--init {job.init!r} is none of run, random, hf:FOLDER_OR_NAME")
-    features = job.config.features or ("class" if is_hub else "pooled")
-    if features == "embedding" and (job.init != "run" or job.method == "full"):
-        raise ValueError(
-            "features=embedding is for a linear probe of --init run, whose projection is learnt; "
-            "take pooled or class"
-        )
-    if is_hub:
-        film_px = read_meta(job.folder)["film_px"]
-        return Start(job.init, None, job.init, features, film_px)
-    if job.run is None:
-        raise ValueError(
-            f"--init {job.init} needs --run, the run of pre-training "
-            + ("whose architecture is taken" if job.init == "random" else "to start from")
-        )
-    checkpoint = load_checkpoint(job.run)
-    said = f"run {job.run.name}, step {checkpoint.meta['step']}"
-    if job.init == "random":
-        said = f"random weights, architecture of {said}"
-    return Start(said, checkpoint, job.init, features, checkpoint.config.data.film_px)
-
-
 def probe(
     task: Task, features: Float[np.ndarray, "n d"], rows: Rows
 ) -> tuple[Float[np.ndarray, "v k"], Float[np.ndarray, "t k"]]:
@@ -211,7 +145,7 @@ def finetune(job: Job) -> Path:
     """Runs each fraction under each seed, skips those that are finished, and compares them.
 
     Returns:
-        The path of summary.json; its content is for `print`-ing by the command.
+        The path of summary.json, which the first process writes.
 
     Raises:
         ManifestError: When films that would be scored were trained on, or a subset is not saved.
@@ -223,7 +157,9 @@ def finetune(job: Job) -> Path:
             f"a linear probe is fitted by one process, and this is one of {n_processes}; start it "
             f"without torchrun or accelerate launch"
         )
-    start = start_of(job)
+    start = start_of(job.init, job.run, job.folder, job.config.features)
+    if start.features == "embedding" and job.method == "full":
+        raise ValueError("features=embedding is for a linear probe; take pooled or class")
     if job.protocol is None:
         protocol = own_protocol(job.folder, job.findings, job.sources)
     else:
@@ -255,16 +191,15 @@ def finetune(job: Job) -> Path:
         folder = job.out / f"{job.method}-{100 * fraction:g}-{seed}"
         run_one(job, start, part, fraction, seed, folder, task.rows, said)
         done.setdefault(fraction, {})[seed] = folder
-    lines = [summary_line(job.method, f, of_seed) for f, of_seed in done.items()]
-    about = {
-        "protocol": protocol.id,
-        "init": start.said,
-        "n_test": len(task.test),
-        "data_hash": task.rows.data_hash,
-        "command": job.command,
-        "lines": lines,
-    }
-    if int(os.environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("RANK", "0")) == 0:  # the others may be here before results are written
+        about = {
+            "protocol": protocol.id,
+            "init": start.said,
+            "n_test": len(task.test),
+            "data_hash": task.rows.data_hash,
+            "command": job.command,
+            "lines": [summary_line(job.method, f, of_seed) for f, of_seed in done.items()],
+        }
         write_text_atomic(job.out / SUMMARY_FILE, json.dumps(about, indent=2) + "\n")
     return job.out / SUMMARY_FILE
 
