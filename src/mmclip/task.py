@@ -163,8 +163,11 @@ def open_task(folder: Path, protocol: Protocol, film_px: int | None) -> Task:
     train = Labelled(candidates, training_labels(protocol, candidates.films))
     train = train.select([not np.isnan(row).all() for row in train.labels])
 
-    unknown = np.isnan(train.labels).all(0) if len(train) else np.ones(train.labels.shape[1])
-    if missing := [f for f, u in zip(protocol.findings, unknown, strict=True) if u]:
+    if missing := [
+        finding
+        for finding, column in zip(protocol.findings, train.labels.T, strict=True)
+        if np.isnan(column).all()
+    ]:
         there = sorted({finding for film in candidates.films for finding in film.labels})
         raise ManifestError(
             f"no frontal training film of {folder} is labelled with {', '.join(missing)}; they are "
