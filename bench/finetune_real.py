@@ -117,11 +117,11 @@ def scores_path(out: Path, key: Key) -> Path:
 
 
 def fit_probe(
-    task: Task, whole: Task, start: Start, weights_seed: int, out: Path
+    task: Task, whole: Task, start: Start, weights_seed: int, data: Path, out: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Validation and test scores of a probe on the features of some weights."""
     encoder = start.encoder(weights_seed)
-    features = stored_features(encoder, whole.rows, out / "features", CPU)
+    features = stored_features(encoder, whole.rows, data, out / "features", CPU)
     return probe(task, features, whole.rows)
 
 
@@ -255,7 +255,7 @@ def main() -> None:
                     if name == NUISANCE:
                         val, test = probe(part, facts, task.rows)
                     elif method == "probe":
-                        val, test = fit_probe(part, task, starts[name], seed, args.out)
+                        val, test = fit_probe(part, task, starts[name], seed, folder, args.out)
                     else:
                         run = args.out / "runs" / f"{name}-{n_train}-{subset}"
                         val, test, further = fit_full(part, starts[name], config, subset, run, key)

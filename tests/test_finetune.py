@@ -21,7 +21,7 @@ import mmclip.task as tasks
 from mmclip.checkpoint import checkpoint_meta, find_checkpoint, load_checkpoint, read_weights
 from mmclip.config import load_config_as
 from mmclip.data.check import TRAINED_FILE, trained_keys
-from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.manifest import Film, ManifestError
 from mmclip.data.splits import set_split, subsets_of
 from mmclip.data.synthetic import FINDINGS
@@ -220,19 +220,30 @@ def test_subsets_are_the_saved_ones_and_an_error_names_the_command(made_data: Pa
         training_ids(folder, 0.05, 0)
 
 
-def test_films_are_encoded_once_and_a_damaged_file_is_made_anew(task: Task, tmp_path: Path):
-    encoder = small_encoder("vit")
-    rows = task.val.rows
-    first = stored_features(encoder, rows, tmp_path, CPU)
-    (path,) = tmp_path.iterdir()
-    np.save(path, first + 1)
-    assert np.array_equal(stored_features(encoder, rows, tmp_path, CPU), first + 1)
-    path.write_bytes(path.read_bytes()[:100])
-    assert np.array_equal(stored_features(encoder, rows, tmp_path, CPU), first)
+def test_films_are_encoded_once_for_each_set_of_weights(
+    task: Task, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encoder, rows = small_encoder("vit"), task.val.rows
+
+    def vectors() -> np.ndarray:
+        return np.array(stored_features(encoder, rows, made_data, tmp_path, CPU))
+
+    first = vectors()
+    with torch.no_grad():
+        films = normalise(rows.pixels(np.arange(len(rows))))
+        np.testing.assert_allclose(first, encoder(films).numpy(), atol=1e-5)
+    forward = FilmEncoder.forward
+
+    def refuse(self, image):
+        raise AssertionError("a film was encoded again")
+
+    monkeypatch.setattr(FilmEncoder, "forward", refuse)
+    assert np.array_equal(vectors(), first)
+    monkeypatch.setattr(FilmEncoder, "forward", forward)
     with torch.no_grad():
         next(encoder.parameters()).add_(1)
-    assert not np.array_equal(stored_features(encoder, rows, tmp_path, CPU), first)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert not np.array_equal(vectors(), first)
+    assert len(list(tmp_path.glob("pooled-*.npy"))) == 2
 
 
 def test_what_the_output_does_not_need_is_frozen_and_all_else_learns():

@@ -1,11 +1,7 @@
-"""Image encoders to start from, and what they make of films: a vector each, kept on disk.
-
-A vector depends on weights and film alone, so a file of vectors is named by a hash of both.
-"""
+"""Image encoders to start from, and what they make of films: a vector each, kept on disk."""
 
 import hashlib
-import logging
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +9,16 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from jaxtyping import Float32
-from torch import nn
+from torch import Tensor, nn
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import ImageEncoderConfig
 from mmclip.data.dataset import Rows, normalise
 from mmclip.data.manifest import read_meta
+from mmclip.embedding_store import stored
 from mmclip.models.classifier import Features, FilmEncoder
 from mmclip.models.encoders import build_image_encoder, rebuild_encoder
 from mmclip.progress import progress
-
-logger = logging.getLogger(__name__)
 
 BATCH_FILMS = 256
 """Films encoded at once. [chosen: as `embed.embed_films`]"""
@@ -106,66 +101,35 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@torch.inference_mode()
-def film_features(
-    encoder: FilmEncoder, rows: Rows, device: torch.device
+def stored_features(
+    encoder: FilmEncoder, rows: Rows, data: Path, folder: Path, device: torch.device
 ) -> Float32[np.ndarray, "n d"]:
-    """A vector a film, in the order of the rows.
+    """A vector a film, in the order of the rows; read from a file where there is one.
 
     Args:
         encoder: On the device; it is put into evaluation mode.
-        rows: At least one, each with an image.
+        rows: Each with an image.
+        data: The data folder that they are of.
+        folder: Where vectors are stored.
         device: Where the encoder is.
 
     Raises:
         ValueError: When a vector is not finite.
     """
     encoder.eval()
-    out = []
-    with progress("encoding films", len(rows)) as advance:
-        for start in range(0, len(rows), BATCH_FILMS):
-            part = np.arange(start, min(start + BATCH_FILMS, len(rows)))
-            vectors = encoder(normalise(rows.pixels(part)).to(device)).float().cpu()
-            if not vectors.isfinite().all():
-                raise ValueError(
-                    "the encoder gives features that are not finite; its training has diverged: "
-                    "take an older checkpoint by --run"
-                )
-            out.append(vectors.numpy())
-            advance(len(part))
-    return np.concatenate(out)
 
+    @torch.inference_mode()
+    def encoded(part: np.ndarray) -> Tensor:
+        return encoder(normalise(rows.pixels(part)).to(device)).float().cpu()
 
-def stored_features(
-    encoder: FilmEncoder, rows: Rows, folder: Path, device: torch.device
-) -> Float32[np.ndarray, "n d"]:
-    """As `film_features`, read from a file where equal weights have encoded these films before.
+    def parts() -> Iterator[Tensor]:
+        with progress("encoding films", len(rows)) as advance:
+            for start in range(0, len(rows), BATCH_FILMS):
+                part = np.arange(start, min(start + BATCH_FILMS, len(rows)))
+                yield encoded(part)
+                advance(len(part))
 
-    The file is written aside and renamed, so a process that is killed leaves none; one that cannot
-    be read is written again.
-
-    Args:
-        encoder: On the device.
-        rows: Each with an image.
-        folder: Of the files.
-        device: Where the encoder is.
-    """
-    ids = "\n".join(film.film_id for film in rows.films)
-    key = f"{weights_hash(encoder)} {encoder.features} {rows.data_hash} {ids}"
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    path = folder / f"{encoder.features}-{digest[:16]}.npy"
-    if path.is_file():
-        try:
-            found = np.load(path, allow_pickle=False)
-            if found.dtype == np.float32 and found.ndim == 2 and len(found) == len(rows):
-                return found
-        except (OSError, ValueError, EOFError):
-            pass
-        logger.warning("%s is damaged; the films are encoded again", path)
-    found = film_features(encoder, rows, device)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another command may write it, too
-    with aside.open("wb") as file:
-        np.save(file, found)
-    aside.replace(path)
-    return found
+    weights = weights_hash(encoder)
+    of = [weights, rows.data_hash, str(read_meta(data).get("films_sha256"))]
+    of += [film.film_id for film in rows.films]
+    return stored(folder, weights, encoder.features, of, (len(rows), encoder.width), parts())

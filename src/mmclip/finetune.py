@@ -35,6 +35,7 @@ from mmclip.data.manifest import (
     write_text_atomic,
 )
 from mmclip.data.splits import ids_hash
+from mmclip.embedding_store import STORE_FOLDER, store_folder
 from mmclip.evaluation import judge, score_findings
 from mmclip.features import Start, start_of, stored_features, weights_hash
 from mmclip.models.classifier import Classifier
@@ -51,16 +52,13 @@ from mmclip.supervised import (
     train_classifier,
 )
 from mmclip.task import Labelled, Task, open_task, own_protocol, rules_of, training_ids
-from mmclip.zeroshot import check_trained, run_folder
+from mmclip.zeroshot import check_trained
 
 logger = logging.getLogger(__name__)
 
 Method = Literal["probe", "full"]
 
 SUMMARY_FILE = "summary.json"
-
-FEATURES_FOLDER = "features"
-"""In the folder of a run, or of the results where no run is given: see `stored_features`."""
 
 
 @dataclass(frozen=True)
@@ -251,9 +249,11 @@ def run_one(
     if job.method == "probe":
         device = torch.device("cpu" if job.cpu or not torch.cuda.is_available() else "cuda")
         home = (
-            job.out if start.checkpoint is None or start.is_random else run_folder(start.checkpoint)
+            job.out / STORE_FOLDER
+            if start.checkpoint is None or start.is_random
+            else store_folder(start.checkpoint)
         )
-        features = stored_features(encoder.to(device), rows, home / FEATURES_FOLDER, device)
+        features = stored_features(encoder.to(device), rows, job.folder, home, device)
         val_scores, test_scores = probe(task, features, rows)
     else:
         precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[job.config.train.precision]

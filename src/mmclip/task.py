@@ -23,8 +23,7 @@ from mmclip.data.manifest import (
 from mmclip.data.splits import PERCENTS, read_subset, subsets_of
 from mmclip.progress import console
 from mmclip.protocols import BUILT, FineTuning, Protocol, load_protocol, protocol_names
-from mmclip.scores import protocol_labels
-from mmclip.zeroshot import FRONTAL, rows_to_score, split_of
+from mmclip.scores import FRONTAL, protocol_labels, rows_to_score, split_of
 
 VAL_RATIO = 0.1
 """Of the training patients that validate where a split has no validation films, as the official one
