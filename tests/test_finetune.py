@@ -383,6 +383,43 @@ def test_finished_runs_are_skipped_and_others_are_not_written_over(job: Job, tas
     assert (job.out / SUMMARY_FILE).is_file()
 
 
+PROTOCOL = """\
+id = "few"
+version = 1
+title = "Few films"
+about = "For a test."
+readers = ["unknown"]
+splits = ["built"]
+findings = ["pneumothorax", "pleural effusion"]
+
+[finetune]
+fractions = [0.1]
+seeds = [0, 1]
+uncertain = "positive"
+"""
+
+
+def test_a_protocol_gives_findings_fractions_and_seeds_and_seeds_are_averaged(
+    job: Job, made_data: Path, tmp_path: Path
+):
+    path = tmp_path / "few.toml"
+    path.write_text(PROTOCOL, "utf-8")
+    job = replace(job, findings=(), protocol=str(path), fractions=(), seeds=(), init="random")
+    (line,) = json.loads(finetune(job).read_text())["lines"]
+    found = {seed: read_results(job.out / f"probe-10-{seed}") for seed in (0, 1)}
+    assert line["mean"] == pytest.approx(
+        np.mean([line["macro_auroc"][str(seed)] for seed in found])
+    )
+    assert [one.protocol.id for one in found.values() if one.protocol] == ["few", "few"]
+    built = [film for film in open_rows([made_data]).films if film.split == "train"]
+    for seed, one in found.items():
+        assert one.facts["training films"] == subsets_of(built, seed)["10"]["n_films"]
+        assert one.provenance.seed == seed and line["macro_auroc"][str(seed)] == one.macro_auroc
+    assert found[0].macro_auroc != found[1].macro_auroc
+    low, high = line["interval"]
+    assert low <= line["mean"] <= high
+
+
 def test_films_that_trained_the_run_are_not_scored(job: Job, task: Task):
     assert job.run is not None
     np.save(job.run / TRAINED_FILE, trained_keys(task.val.rows.films[:1]))
