@@ -42,7 +42,7 @@ from mmclip.bootstrap import Interval, bootstrap_metrics, percentile_interval, r
 from mmclip.checkpoint import code_version
 from mmclip.config import config_hash, load_config_as
 from mmclip.data.build import build_data
-from mmclip.data.manifest import META_FILE
+from mmclip.data.folder import META_FILE
 from mmclip.data.sources import open_reader
 from mmclip.data.splits import stratified
 from mmclip.features import Start, start_of, stored_features, weights_hash

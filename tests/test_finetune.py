@@ -22,7 +22,8 @@ from mmclip.checkpoint import checkpoint_meta, find_checkpoint, load_checkpoint,
 from mmclip.config import load_config_as
 from mmclip.data.check import TRAINED_FILE, trained_keys
 from mmclip.data.dataset import Rows, normalise, open_rows
-from mmclip.data.manifest import Film, ManifestError
+from mmclip.data.folder import ManifestError
+from mmclip.data.records import Film
 from mmclip.data.splits import set_split, subsets_of
 from mmclip.data.synthetic import FINDINGS
 from mmclip.features import start_of, stored_features
@@ -56,7 +57,6 @@ from mmclip.task import (
     own_protocol,
     training_ids,
     training_labels,
-    with_validation,
 )
 from tests.commands import Ended, mmclip
 from tests.made import FILM_PX, small_config
@@ -184,23 +184,6 @@ def test_uncertain_labels_train_as_the_protocol_says():
     assert np.isnan(training_labels(protocol, [film])[0, 3])
     ignore = protocol.model_copy(update={"finetune": FineTuning()})
     assert np.isnan(training_labels(ignore, [film])).all()
-
-
-def test_a_split_without_validation_gets_some_training_patients_and_always_the_same(
-    made_data: Path,
-):
-    rows = open_rows([made_data])
-    assert with_validation(rows) is rows
-    films = tuple(replace(f, split="train" if f.split == "val" else f.split) for f in rows.films)
-    without = replace(rows, films=films)
-    split = {f.film_id: f.split for f in with_validation(without).films}
-    val = {name for name, part in split.items() if part == "val"}
-    assert 0 < len(val) < 30
-    assert {n for n, p in split.items() if p == "test"} == {
-        f.film_id for f in films if f.split == "test"
-    }
-    fewer = without.select([f.split == "train" for f in films])
-    assert {f.film_id for f in with_validation(fewer).films if f.split == "val"} == val
 
 
 def test_subsets_are_the_saved_ones_and_an_error_names_the_command(made_data: Path, tmp_path: Path):
@@ -440,6 +423,18 @@ def test_a_patient_in_train_and_test_is_refused(
 
     monkeypatch.setattr(tasks, "open_rows", leaking)
     with pytest.raises(ManifestError, match="what trains would be scored"):
+        open_task(made_data, task.protocol, FILM_PX)
+
+
+def test_a_split_without_validation_films_is_refused_with_the_command_that_draws_some(
+    made_data: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+):
+    def without(folders: list[Path], film_px: int | None) -> Rows:
+        rows = open_rows(folders, film_px)
+        return rows.select([film.split != "val" for film in rows.films])
+
+    monkeypatch.setattr(tasks, "open_rows", without)
+    with pytest.raises(ManifestError, match=r"no validation films.*--name official"):
         open_task(made_data, task.protocol, FILM_PX)
 
 

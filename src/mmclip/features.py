@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import ImageEncoderConfig
 from mmclip.data.dataset import Rows, normalise
-from mmclip.data.manifest import read_meta
+from mmclip.data.folder import read_meta
 from mmclip.embedding_store import stored
 from mmclip.models.classifier import Features, FilmEncoder
 from mmclip.models.encoders import build_image_encoder, rebuild_encoder

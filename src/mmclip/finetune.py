@@ -30,10 +30,7 @@ from mmclip.bootstrap import (
 )
 from mmclip.config import config_hash
 from mmclip.data.dataset import Rows
-from mmclip.data.manifest import (
-    ManifestError,
-    write_text_atomic,
-)
+from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.splits import ids_hash
 from mmclip.embedding_store import STORE_FOLDER, store_folder
 from mmclip.evaluation import judge, score_findings

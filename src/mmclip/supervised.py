@@ -27,7 +27,7 @@ from mmclip.checkpoint import (
 from mmclip.config import AugmentConfig, Frozen, TrainConfig
 from mmclip.data.dataset import Rows, augment, normalise
 from mmclip.data.draws import Draw, Schedule, film_key, keyed_uniform
-from mmclip.data.manifest import ManifestError
+from mmclip.data.folder import ManifestError
 from mmclip.losses import label_sum
 from mmclip.metrics import auroc
 from mmclip.models.classifier import Classifier, Features, freeze_unused, image_of, lr_scales

@@ -11,23 +11,12 @@ from jaxtyping import Float
 
 from mmclip.data.check import refuse_leaks
 from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.manifest import (
-    UNCERTAIN,
-    Film,
-    ManifestError,
-    draw_split,
-    read_manifest,
-    read_meta,
-    read_split,
-)
+from mmclip.data.folder import ManifestError, read_meta, read_split
+from mmclip.data.manifest import read_manifest
+from mmclip.data.records import UNCERTAIN, Film
 from mmclip.data.splits import PERCENTS, read_subset, subsets_of
-from mmclip.progress import console
 from mmclip.protocols import BUILT, FineTuning, Protocol, load_protocol, protocol_names
 from mmclip.scores import FRONTAL, protocol_labels, rows_to_score, split_of
-
-VAL_RATIO = 0.1
-"""Of the training patients that validate where a split has no validation films, as the official one
-of ChestX-ray14 has none. [chosen: as `mmclip data build` deals patients]"""
 
 
 @dataclass(frozen=True)
@@ -119,27 +108,6 @@ def training_labels(protocol: Protocol, films: Sequence[Film]) -> Float[np.ndarr
     return labels
 
 
-def with_validation(rows: Rows) -> Rows:
-    """The rows as they are where some film validates; else with some training patients for it.
-
-    The draw depends on the patient alone, so validation is the same for every fraction and seed.
-    """
-    if any(film.split == "val" for film in rows.films):
-        return rows
-    films = tuple(
-        replace(film, split=draw_split(film.patient_id, 0, VAL_RATIO, 0.0))
-        if film.split == "train"
-        else film
-        for film in rows.films
-    )
-    moved = sum(film.split == "val" for film in films)
-    console.print(
-        f"the split has no validation films: {VAL_RATIO:.0%} of the training patients "
-        f"({moved:,} films) validate"
-    )
-    return replace(rows, films=films)
-
-
 def open_task(folder: Path, protocol: Protocol, film_px: int | None) -> Task:
     """The films of a data folder as a protocol reads them.
 
@@ -149,7 +117,13 @@ def open_task(folder: Path, protocol: Protocol, film_px: int | None) -> Task:
         ValueError: When the folder does not fit the protocol.
     """
     split = split_of([folder], protocol)
-    rows = with_validation(open_rows([folder], film_px))
+    rows = open_rows([folder], film_px)
+    if not any(film.split == "val" for film in rows.films):
+        raise ManifestError(
+            f"{folder} has no validation films, and nothing else may choose; draw some from the "
+            f"training patients by `mmclip data split {folder} --name official` (or clean), or "
+            f"name a list by --list val=FILE"
+        )
     candidates = rows.select(
         [
             film.split == "train"
