@@ -10,7 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from mmclip.bootstrap import Interval, bootstrap_metrics, macro_draws, percentile_interval
+from mmclip.bootstrap import (
+    Interval,
+    bootstrap_metrics,
+    macro_draws,
+    percentile_interval,
+    resampled_seeds,
+)
 from mmclip.data.synthetic import FINDINGS
 
 SMALL_FINDINGS = ("nodule", "rib fracture", "atelectasis", "support devices")
@@ -33,22 +39,6 @@ class Scores(NamedTuple):
 
 Runs = dict[str, dict[int, tuple[dict, Scores]]]
 """Finished runs by arm and seed: the line of each, and its scores."""
-
-
-def resampled_seeds(
-    differences: Float[np.ndarray, "seeds draws"], seed: int = 0
-) -> Float[np.ndarray, " draws"]:
-    """The mean difference in each draw over seeds that are drawn with replacement.
-
-    A column holds what each seed says of one draw of patients, the same patients for every seed and
-    arm: so seeds and patients are resampled together. Few seeds give an interval that is somewhat
-    narrow: their spread is taken from themselves, with s in the place of s - 1.
-
-    Source: bootstrap of two crossed factors (Owen, "The pigeonhole bootstrap", 2007).
-    """
-    n_seeds, n_draws = differences.shape
-    picked = np.random.default_rng(seed).integers(0, n_seeds, (n_draws, n_seeds))
-    return differences[picked, np.arange(n_draws)[:, None]].mean(1)
 
 
 class Compared(NamedTuple):

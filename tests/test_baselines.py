@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmclip import baselines
 from mmclip.baselines import (
     STRENGTHS,
     logistic_scores,
@@ -148,3 +149,11 @@ def test_one_patient_or_one_class_teaches_nothing(splits: dict[str, Rows]):
     assert (nuisance_scores(rows, np.ones((len(rows), 1))) == 0.5).all()
     alone = rows.select(np.arange(len(rows)) == 0)
     assert (nuisance_scores(alone, alone.labels(FINDINGS)) == 0.5).all()
+
+
+def test_nuisance_facts_of_many_films_are_those_of_parts(
+    splits: dict[str, Rows], monkeypatch: pytest.MonkeyPatch
+):
+    whole = nuisance_facts(splits["test"])
+    monkeypatch.setattr(baselines, "_FILMS_AT_ONCE", 7)
+    assert np.array_equal(nuisance_facts(splits["test"]), whole)

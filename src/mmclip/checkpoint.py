@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmclip import __version__
@@ -80,10 +82,7 @@ def save_checkpoint(
     facts: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Writes a checkpoint aside, syncs it to disk, renames it, and removes the oldest ones.
-
-    A process killed at any moment leaves either the whole checkpoint or none under its name; what
-    it was writing or removing lies in a folder *.tmp, which the next save clears away.
+    """Writes a checkpoint of pre-training; see `write_checkpoint`.
 
     Args:
         run: The run's folder.
@@ -98,6 +97,46 @@ def save_checkpoint(
     Returns:
         The checkpoint's folder.
     """
+    about = {
+        "config": config.model_dump(mode="json"),
+        "config_hash": config_hash(config),
+        "vision_config": model.vision_model.config.to_dict(),
+        "text_config": model.text_model.config.to_dict(),
+        "versions": code_version(),
+        **facts,
+    }
+    return write_checkpoint(run, step, model, trainer, about, keep, tokenizer=tokenizer)
+
+
+def write_checkpoint(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    trainer: dict[str, Any],
+    about: Mapping[str, Any],
+    keep: int,
+    *,
+    spare: Collection[int] = (),
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
+    """Writes a checkpoint aside, syncs it to disk, renames it, and removes the oldest ones.
+
+    A process killed at any moment leaves either the whole checkpoint or none under its name; what
+    it was writing or removing lies in a folder *.tmp, which the next save clears away.
+
+    Args:
+        run: The run's folder.
+        step: Optimiser steps done.
+        model: Not wrapped.
+        trainer: Tensors and plain values that training needs to go on.
+        about: Further entries of meta.json.
+        keep: Number of newest checkpoints that stay.
+        spare: Steps of checkpoints that stay, too.
+        tokenizer: Saved with the weights, where the model has one.
+
+    Returns:
+        The checkpoint's folder.
+    """
     final = run / CHECKPOINTS / f"step_{step:06d}"
     aside = final.with_name(final.name + ".tmp")
     for left in final.parent.glob("*.tmp"):
@@ -108,18 +147,11 @@ def save_checkpoint(
     torch.save(trainer, aside / "trainer.pt")
     # safetensors lets only the owner read its files; colleagues may read what the folder lets them.
     (aside / "model.safetensors").chmod((aside / "trainer.pt").stat().st_mode)
-    tokenizer.save_pretrained(aside / "tokenizer")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(aside / "tokenizer")
     written = sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*") if p.is_file())
-    meta = {
-        "step": step,
-        "config": config.model_dump(mode="json"),
-        "config_hash": config_hash(config),
-        "vision_config": model.vision_model.config.to_dict(),
-        "text_config": model.text_model.config.to_dict(),
-        "versions": code_version(),
-        **facts,
-        "sha256": {name: file_sha256(aside / name) for name in written},
-    }
+    sha256 = {name: file_sha256(aside / name) for name in written}
+    meta = {"step": step, **about, "sha256": sha256}
     (aside / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n", "utf-8")
     for path in [*aside.rglob("*"), aside]:
         _sync(path)
@@ -128,7 +160,8 @@ def save_checkpoint(
     aside.rename(final)
     _sync(final.parent)
     for old in _finished(run)[:-keep]:
-        _remove(old)
+        if int(old.name.removeprefix("step_")) not in spare:
+            _remove(old)
     return final
 
 
@@ -178,32 +211,49 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     folder = find_checkpoint(path)
     meta = checkpoint_meta(folder)
-    weights = folder / "model.safetensors"
-    for name, sha256 in meta["sha256"].items():
-        if name != "trainer.pt" and not _is_intact(folder / name, sha256):
-            raise CheckpointError(
-                f"{folder / name} is missing or damaged (its checksum differs from meta.json); "
-                f"take an older checkpoint"
-            )
+    tensors = read_weights(folder, meta)
     config = parse(Config, meta["config"], f"configuration in {folder / 'meta.json'}")
-    tensors = load_file(weights)
     model = build_mmclip(
         config,
         rebuild_encoder(meta["vision_config"]),
         rebuild_encoder(meta["text_config"]),
         n_label_findings=len(tensors["label_head.bias"]) if "label_head.bias" in tensors else 0,
     )
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{weights} does not fit this version of the model: {error}"
-        ) from None
+    put_weights(model, tensors, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / 'tokenizer'} cannot be loaded: {error}") from None
     return Checkpoint(folder, model.eval(), tokenizer, config, meta)
+
+
+def read_weights(folder: Path, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint, once its files are found as they were written.
+
+    Raises:
+        CheckpointError: When one was changed since; trainer.pt is not looked at.
+    """
+    for name, sha256 in meta["sha256"].items():
+        if name != "trainer.pt" and not _is_intact(folder / name, sha256):
+            raise CheckpointError(
+                f"{folder / name} is missing or damaged (its checksum differs from meta.json); "
+                f"take an older checkpoint"
+            )
+    return load_file(folder / "model.safetensors")
+
+
+def put_weights(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Gives a model the weights of a checkpoint, each in its place and none left out.
+
+    Raises:
+        CheckpointError: When they do not fit.
+    """
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'} does not fit this version of the model: {error}"
+        ) from None
 
 
 def checkpoint_meta(folder: Path) -> dict[str, Any]:

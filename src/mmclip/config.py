@@ -359,9 +359,7 @@ def read_toml(what: str, folder: str, name_or_path: str | Path) -> dict[str, Any
 
 
 def load_config(name_or_path: str = "tiny", overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration by name or path, then applies overrides.
-
-    A file may start with `extends = "NAME"`: then it holds only what differs from that one.
+    """Reads a configuration of pre-training by name or path, then applies overrides.
 
     Args:
         name_or_path: A name of `config_names()`, such as "tiny" or "arms/whole", or a path that
@@ -371,7 +369,23 @@ def load_config(name_or_path: str = "tiny", overrides: Sequence[str] = ()) -> Co
     Raises:
         ConfigError: When there is no such file, or a key or value breaks a rule.
     """
-    values = _read(name_or_path, seen=())
+    return load_config_as(Config, "configs", name_or_path, overrides)
+
+
+def load_config_as(
+    model: type[M], folder: str, name_or_path: str, overrides: Sequence[str] = ()
+) -> M:
+    """Reads a configuration of any stage, as `load_config` does.
+
+    A file may start with `extends = "NAME"`: then it holds only what differs from that one.
+
+    Args:
+        model: Of the stage.
+        folder: Of the package, with the files that have names.
+        name_or_path: A name of `packaged_names(folder)`, or a path that ends in .toml.
+        overrides: As in `load_config`.
+    """
+    values = _read(folder, name_or_path, seen=())
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
@@ -387,17 +401,17 @@ def load_config(name_or_path: str = "tiny", overrides: Sequence[str] = ()) -> Co
             if not isinstance(node, dict):
                 raise ConfigError(f"{override!r}: {part!r} is a value, not a section")
         node[last] = value
-    return parse(Config, values, f"configuration {name_or_path}")
+    return parse(model, values, f"configuration {name_or_path}")
 
 
-def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
+def _read(folder: str, name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if name_or_path in seen:
         raise ConfigError(
             f"{' -> '.join((*seen, name_or_path))}: configurations extend in a circle"
         )
-    values = read_toml("configuration", "configs", name_or_path)
+    values = read_toml("configuration", folder, name_or_path)
     base = values.pop("extends", None)
-    return values if base is None else _merge(_read(base, (*seen, name_or_path)), values)
+    return values if base is None else _merge(_read(folder, base, (*seen, name_or_path)), values)
 
 
 def _merge(base: dict, top: dict) -> dict:

@@ -1,8 +1,9 @@
-"""Embeddings of films and texts, made once and stored in the folder of the run.
+"""Embeddings of films and texts, and other vectors, made once and stored in the folder of the run.
 
     embeddings/films-<hash>.npy     float32 [n, e], in the order of the rows
     embeddings/films-<hash>.json    the weights that made them, and a checksum; written last
     embeddings/texts-<hash>.npy     the same of distinct texts, and its .json
+    embeddings/pooled-<hash>.npy    what a linear probe reads, see `features.stored_features`
 
 The hash in a name is of what was embedded, so a changed data folder has files of its own. No id and
 no text is in them.
@@ -61,7 +62,7 @@ def film_embeddings(
                 yield embed_films(checkpoint.model, part, show=False)
                 advance(len(part))
 
-    return _stored(checkpoint, "films", of, len(rows), parts())
+    return _of_checkpoint(checkpoint, "films", of, len(rows), parts())
 
 
 def text_embeddings(checkpoint: Checkpoint, texts: Sequence[str]) -> Float32[np.ndarray, "n e"]:
@@ -82,8 +83,8 @@ def text_embeddings(checkpoint: Checkpoint, texts: Sequence[str]) -> Float32[np.
                 yield embed_texts(checkpoint.model, checkpoint.tokenizer, part, max_tokens)
                 advance(len(part))
 
-    stored = _stored(checkpoint, "texts", distinct, len(distinct), parts())
-    return stored[[number[text] for text in texts]]
+    found = _of_checkpoint(checkpoint, "texts", distinct, len(distinct), parts())
+    return found[[number[text] for text in texts]]
 
 
 def store_folder(checkpoint: Checkpoint) -> Path:
@@ -93,28 +94,45 @@ def store_folder(checkpoint: Checkpoint) -> Path:
     return (folder.parent.parent if is_of_run else folder) / STORE_FOLDER
 
 
-def _stored(
+def _of_checkpoint(
     checkpoint: Checkpoint, kind: str, of: Sequence[str], n: int, parts: Iterable[Tensor]
 ) -> Float32[np.ndarray, "n e"]:
-    """Reads stored embeddings; where there are none that fit, makes and stores them.
+    weights = checkpoint.meta["sha256"]["model.safetensors"]
+    shape = (n, checkpoint.config.model.embed_dim)
+    return stored(store_folder(checkpoint), weights, kind, of, shape, parts)
+
+
+def stored(
+    folder: Path,
+    weights: str,
+    kind: str,
+    of: Sequence[str],
+    shape: tuple[int, int],
+    parts: Iterable[Tensor],
+) -> Float32[np.ndarray, "n e"]:
+    """Reads stored vectors; where there are none that fit, makes and stores them.
 
     Args:
-        checkpoint: Whose weights they are of.
+        folder: Of the files.
+        weights: Hash of the weights that made them.
         kind: How their file's name starts.
         of: What they are of, for the name of the file.
-        n: How many there are.
+        shape: How many there are, and how wide.
         parts: Makes them when it is read, some at a time.
+
+    Raises:
+        ValueError: When one is not finite.
     """
     digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()
-    folder, name = store_folder(checkpoint), f"{kind}-{digest[:16]}"
+    name = f"{kind}-{digest[:16]}"
     path, note = folder / f"{name}.npy", folder / f"{name}.json"
-    about = {"of": digest, "weights": checkpoint.meta["sha256"]["model.safetensors"]}
+    about = {"of": digest, "weights": weights}
     if path.exists() or note.exists():
         if (fault := _fault(path, note, about)) is None:
             return np.load(path, mmap_mode="r")
         console.print(f"{path} {fault}; it is made anew", markup=False, soft_wrap=True)
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         is_writable = os.access(folder, os.W_OK)
     except OSError:
         is_writable = False
@@ -123,7 +141,7 @@ def _stored(
             "%s cannot be written: embeddings are not stored, but made each time", folder
         )
         return np.concatenate([finite(part) for part in parts])
-    sha256 = _write(path, parts, (n, checkpoint.config.model.embed_dim))
+    sha256 = _write(path, parts, shape)
     write_text_atomic(note, json.dumps({**about, "sha256": sha256}) + "\n")
     return np.load(path, mmap_mode="r")
 

@@ -71,18 +71,25 @@ def masked_patch_sum(
     return torch.where(is_masked, per_patch, 0.0).sum()
 
 
-def label_sum(logits: Float[Tensor, "b k"], labels: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+def label_sum(
+    logits: Float[Tensor, "b k"],
+    labels: Float[Tensor, "b k"],
+    positive_weight: Float[Tensor, " k"] | None = None,
+) -> Float[Tensor, ""]:
     """Binary cross-entropy of each known label, summed over them.
 
     Args:
         logits: Of the presence of each finding.
         labels: 1 present, 0 absent; NaN is not known and adds nothing.
+        positive_weight: Of the labels that are present, by finding; 1 where it is None.
 
     Source: the usual loss of multi-label classification; docs/training.md, "Prompts or labels".
     """
     is_known = ~labels.isnan()
     target = torch.where(is_known, labels, 0.0)
-    per_label = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
+    per_label = F.binary_cross_entropy_with_logits(
+        logits.float(), target, reduction="none", pos_weight=positive_weight
+    )
     return torch.where(is_known, per_label, 0.0).sum()
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmclip.batch import Batch, Share
+from mmclip.batch import Share
 from mmclip.checkpoint import load_trainer_state
 from mmclip.config import TrainConfig
 from mmclip.progress import progress
@@ -25,14 +25,33 @@ class NonFiniteLoss(RuntimeError):
     """A loss term became infinite or not a number; the message names it and the saved batch."""
 
 
-ReadBatch = Callable[[int, Share], Batch]
+@runtime_checkable
+class Films(Protocol):
+    """What the loop needs of a batch."""
+
+    @property
+    def film_ids(self) -> tuple[str, ...]:
+        """The film of each row."""
+        ...
+
+    def to(self, device: torch.device) -> Any:
+        """The same batch on a device."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        ...
+
+
+B = TypeVar("B", bound=Films)
+
+ReadBatch = Callable[[int, Share], B]
 """What the loop reads from: (step, share) -> that share of the batch of a step."""
 
-
-LossSums = Callable[[nn.Module, Batch], dict[str, Tensor]]
+LossSums = Callable[[nn.Module, B], dict[str, Tensor]]
 """Sums of each loss term over the elements of this process's rows."""
 
-LossCounts = Callable[[Batch], dict[str, int]]
+LossCounts = Callable[[B], dict[str, int]]
 """Elements of each loss term in these rows; known before the model has run."""
 
 
@@ -63,12 +82,30 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     )
 
 
-def make_optimizer(model: nn.Module, no_decay: set[str], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in two groups, with weight decay and without."""
-    named = list(model.named_parameters())
+def make_optimizer(
+    model: nn.Module,
+    no_decay: set[str],
+    config: TrainConfig,
+    lr_scale: Mapping[str, float] | None = None,
+) -> torch.optim.AdamW:
+    """AdamW in groups, with weight decay and without, two for each learning rate.
+
+    Args:
+        model: Parameters that take no gradient are left out.
+        no_decay: Names of parameters without weight decay.
+        config: The optimisation.
+        lr_scale: Of each parameter's learning rate, by name; 1 where it is None.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    scale = dict.fromkeys((n for n, _ in named), 1.0) if lr_scale is None else lr_scale
     groups = [
-        {"params": [p for n, p in named if n not in no_decay], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if n in no_decay], "weight_decay": 0.0},
+        {
+            "params": [p for n, p in named if scale[n] == of and (n in no_decay) == spared],
+            "weight_decay": 0.0 if spared else config.weight_decay,
+            "lr_scale": of,
+        }
+        for of in sorted({scale[n] for n, _ in named}, reverse=True)
+        for spared in (False, True)
     ]
     return torch.optim.AdamW(groups, lr=config.base_lr, betas=(0.9, config.beta2), eps=1e-6)
 
@@ -117,9 +154,9 @@ def shares(n_micro: int, accelerator: Accelerator) -> list[Share]:
 def train_step(
     accelerator: Accelerator,
     state: TrainState,
-    read_batch: ReadBatch,
-    loss_sums: LossSums,
-    loss_counts: LossCounts,
+    read_batch: ReadBatch[B],
+    loss_sums: LossSums[B],
+    loss_counts: LossCounts[B],
     weights: Mapping[str, float],
     config: TrainConfig,
 ) -> dict[str, Tensor]:
@@ -163,7 +200,7 @@ def train_step(
     grad_norm = accelerator.clip_grad_norm_(state.model.parameters(), config.clip_norm)
     lr = learning_rate(state.step, config)
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)  # older checkpoints have no scale
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
@@ -173,13 +210,14 @@ def train_step(
 def fit(
     accelerator: Accelerator,
     state: TrainState,
-    read_batch: ReadBatch,
-    loss_sums: LossSums,
-    loss_counts: LossCounts,
+    read_batch: ReadBatch[B],
+    loss_sums: LossSums[B],
+    loss_counts: LossCounts[B],
     weights: Mapping[str, float],
     config: TrainConfig,
     run: Path,
     save: Callable[[TrainState], None],
+    is_over: Callable[[TrainState], bool] | None = None,
 ) -> TrainState:
     """Trains from state.step to config.steps; logs, saves, and stops on a non-finite loss.
 
@@ -193,6 +231,8 @@ def fit(
         config: The optimisation.
         run: Folder of metrics.jsonl and of what a failure leaves.
         save: Writes a checkpoint; called on the main process.
+        is_over: Asked on every process before each checkpoint, with the same answer on all: True
+            ends training there.
 
     Raises:
         NonFiniteLoss: The batch is saved as safetensors beside the names of its films.
@@ -229,9 +269,12 @@ def fit(
                         file.write(json.dumps(line) + "\n")
             advance(1, note)
             if state.step % config.save_every_steps == 0 or state.step == config.steps:
+                ends_here = is_over is not None and is_over(state)
                 if main:
                     save(state)
                 accelerator.wait_for_everyone()
+                if ends_here:
+                    break
     return state
 
 
@@ -254,7 +297,7 @@ def _cut_log(path: Path, step: int) -> None:
 def _save_failed(
     accelerator: Accelerator,
     state: TrainState,
-    read_batch: ReadBatch,
+    read_batch: ReadBatch[B],
     config: TrainConfig,
     run: Path,
 ) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmclip import __version__
-from mmclip.cli import data, evaluate, explain, results, retrieve, train
+from mmclip.cli import data, evaluate, explain, finetune, results, retrieve, train
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(train.app)
 app.add_typer(evaluate.app)
+app.add_typer(finetune.app)
 app.add_typer(results.app)
 app.add_typer(retrieve.app)
 app.add_typer(explain.app)

@@ -377,6 +377,20 @@ def at_patch_centres(features: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h
     return features
 
 
+def no_decay_names(model: nn.Module) -> set[str]:
+    """Parameters that weight decay would pull away from where they mean something.
+
+    Biases and norms (one-dimensional), a temperature, class token and position tables.
+    Source: usual practice of ViT and BERT training (timm's `no_weight_decay`).
+    """
+    tables = ("position_embedding", "cls_token", "token_type_embedding")
+    return {
+        name
+        for name, p in model.named_parameters()
+        if p.ndim <= 1 or any(table in name for table in tables)
+    }
+
+
 def pooled(output: Any, encoder: PreTrainedModel) -> Tensor:
     """The pooled output [b, d], which the projection reads.
 

@@ -19,7 +19,7 @@ from mmclip.masking import (
     response_score,
 )
 from mmclip.models.decoders import ImageDecoder, TextDecoder
-from mmclip.models.encoders import encode_visible, pooled, token_features
+from mmclip.models.encoders import encode_visible, no_decay_names, pooled, token_features
 from mmclip.patches import place_visible
 
 
@@ -251,17 +251,8 @@ class MMCLIP(nn.Module):
         return blend_scores(by_report, by_prompt, batch.has_report, batch.has_prompt)
 
     def no_decay_names(self) -> set[str]:
-        """Parameters that weight decay would pull away from where they mean something.
-
-        Biases and norms (one-dimensional), the temperature, class token and position tables.
-        Source: usual practice of ViT and BERT training (timm's `no_weight_decay`).
-        """
-        tables = ("position_embedding", "cls_token", "token_type_embedding")
-        return {
-            name
-            for name, p in self.named_parameters()
-            if p.ndim <= 1 or any(table in name for table in tables)
-        }
+        """See `encoders.no_decay_names`."""
+        return no_decay_names(self)
 
 
 def _side_by_side(

@@ -1,0 +1,127 @@
+"""`mmclip finetune`: what an encoder is worth where few films are labelled."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from mmclip.cli.shared import CpuOption, SetOption, command_line
+from mmclip.progress import console
+
+app = typer.Typer()
+
+
+@app.command()
+def finetune(
+    data: Annotated[Path, typer.Option("--data", help="Data folder of `mmclip data build`.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results, one folder a run in it.")],
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.")
+    ] = None,
+    init: Annotated[
+        str,
+        typer.Option(help="Weights: run, random (the run's architecture) or hf:FOLDER_OR_NAME."),
+    ] = "run",
+    protocol: Annotated[
+        str | None, typer.Option(help="Findings, films and rules of a benchmark: name or path.")
+    ] = None,
+    finding: Annotated[
+        list[str] | None, typer.Option(help="Without a protocol: learn these; may be repeated.")
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Without a protocol: only these; may be repeated.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="probe (linear, encoder as it is) or full (encoder and head).")
+    ] = "probe",
+    fraction: Annotated[
+        list[float] | None,
+        typer.Option(help="Of the training patients: 0.01, 0.1 or 1; may be repeated."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Of subset, weights and order; may be repeated. [the protocol's]"),
+    ] = None,
+    config: Annotated[
+        str, typer.Option(help="Of full fine-tuning: tiny, vit_b, or a path to a TOML.")
+    ] = "tiny",
+    overrides: SetOption = None,
+    draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
+    cpu: CpuOption = False,
+) -> None:
+    """Learns findings from 1, 10 and 100 % of the training patients, and scores the test films.
+
+    A call that was interrupted goes on where it was; finished runs are skipped.
+
+    Example: `mmclip finetune --run runs/a --data data/nih --protocol chestxray14 --out runs/a/ft`
+
+    Example: `mmclip finetune --run runs/a --init random --data data/films --finding tuberculosis
+    --method full --fraction 0.1 --seed 0 --out runs/random/ft`
+    """
+    from mmclip.config import load_config_as
+    from mmclip.finetune import Job
+    from mmclip.finetune import finetune as learn
+    from mmclip.supervised import FineTuneConfig
+
+    if protocol is not None and (source or finding):
+        raise ValueError(
+            "--protocol names sources and findings itself; leave --source and --finding out"
+        )
+    if method not in ("probe", "full"):
+        raise ValueError(f"--method {method!r} is none of probe, full")
+    summary = learn(
+        Job(
+            folder=data,
+            out=out,
+            config=load_config_as(FineTuneConfig, "configs_finetune", config, overrides or ()),
+            command=command_line(),
+            protocol=protocol,
+            findings=tuple(finding or ()),
+            sources=tuple(source or ()),
+            run=run,
+            init=init,
+            method="full" if method == "full" else "probe",
+            fractions=tuple(fraction or ()),
+            seeds=tuple(seed or ()),
+            draws=draws,
+            cpu=cpu,
+        )
+    )
+    if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start this once a process
+        _print_summary(json.loads(summary.read_text("utf-8")))
+        print(summary)
+
+
+def _print_summary(summary: dict) -> None:
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("method", "patients", "films", "macro AUROC", "95 %", "each seed", "nuisance"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for line in summary["lines"]:
+        interval = line["interval"]
+        films = sorted(set(line["training_films"].values()))
+        table.add_row(
+            line["method"],
+            f"{line['fraction']:.0%}",
+            str(films[0]) if len(films) == 1 else f"{films[0]}–{films[-1]}",
+            number(line["mean"]),
+            "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}",
+            "  ".join(f"{seed}: {number(v)}" for seed, v in line["macro_auroc"].items()),
+            number(line["nuisance"]),
+        )
+    said = f"{summary['protocol']}: {summary['init']}, {summary['n_test']} test films"
+    console.print(said, markup=False, soft_wrap=True)
+    console.print(table)
+    console.print("95 %: over test patients and seeds, drawn together", style="dim")
+    if any(line["mean"] is None for line in summary["lines"]):
+        console.print(
+            "no macro AUROC: too few test films with a finding or without; results.json of each "
+            "run has what there is",
+            style="yellow",
+            soft_wrap=True,
+        )

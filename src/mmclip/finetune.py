@@ -1,0 +1,385 @@
+"""Fine-tuning: what an image encoder is worth where few films are labelled.
+
+out/<method>-<percent>-<seed>/   results.json, scores.npz (test and val), page.html, MODEL_CARD.md,
+                                 and of full fine-tuning metrics.jsonl and checkpoints/step_.../
+out/summary.json                 each method, fraction and seed side by side
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from jaxtyping import Float
+
+from mmclip.baselines import logistic_scores, nuisance_facts
+from mmclip.bootstrap import (
+    bootstrap_metrics,
+    macro_draws,
+    percentile_interval,
+    resampled_seeds,
+)
+from mmclip.config import config_hash
+from mmclip.data.dataset import Rows
+from mmclip.data.folder import ManifestError, write_text_atomic
+from mmclip.data.splits import ids_hash
+from mmclip.embedding_store import STORE_FOLDER, store_folder
+from mmclip.evaluation import judge, score_findings
+from mmclip.features import Start, start_of, stored_features, weights_hash
+from mmclip.models.classifier import Classifier
+from mmclip.pages import GalleryItem, extreme_cases, write_evaluation
+from mmclip.progress import console
+from mmclip.protocols import load_protocol
+from mmclip.results import RESULTS_FILE, read_results
+from mmclip.scores import SCORES_FILE, Scored, load_scores, scored
+from mmclip.supervised import (
+    FineTuneConfig,
+    keep_only,
+    macro_auroc,
+    predict,
+    train_classifier,
+)
+from mmclip.task import Labelled, Task, open_task, own_protocol, rules_of, training_ids
+from mmclip.zeroshot import check_trained
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["probe", "full"]
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to fine-tune, on what, and where to.
+
+    Attributes:
+        folder: Data folder.
+        out: Folder of the results.
+        protocol: Name or path; None takes `findings` and `sources` with the folder's own split.
+        findings: Without a protocol.
+        sources: Without a protocol; empty takes all.
+        run: Of pre-training; None where `init` needs none.
+        init: "run", "random" (weights of the run's architecture), or "hf:" and a folder or hub id.
+        method: A linear probe, or encoder and head together.
+        fractions: In place of the protocol's.
+        seeds: In place of the protocol's.
+        config: See FineTuneConfig.
+        draws: Of the bootstrap.
+        command: For results.
+        cpu: Do not use a GPU.
+    """
+
+    folder: Path
+    out: Path
+    config: FineTuneConfig
+    command: str
+    protocol: str | None = None
+    findings: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    run: Path | None = None
+    init: str = "run"
+    method: Method = "probe"
+    fractions: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    draws: int = 1000
+    cpu: bool = False
+
+
+def probe(
+    task: Task, features: Float[np.ndarray, "n d"], rows: Rows
+) -> tuple[Float[np.ndarray, "v k"], Float[np.ndarray, "t k"]]:
+    """Validation and test scores of a logistic regression a finding; see `logistic_scores`.
+
+    Args:
+        task: With the films that train. Labels of its test films are not looked at.
+        features: Of the rows.
+        rows: All films of the task, and perhaps more.
+    """
+    at = {film.film_id: i for i, film in enumerate(rows.films)}
+
+    def of(part: Labelled) -> Float[np.ndarray, "n d"]:
+        return features[[at[film.film_id] for film in part.rows.films]].astype(np.float64)
+
+    train, val, test = map(of, (task.train, task.val, task.test))
+    both = np.concatenate([val, test])
+    scores = logistic_scores(train, task.train.labels, val, task.val.labels, both)
+    return scores[: len(val)], scores[len(val) :]
+
+
+def run_hash(job: Job, start: Start, task: Task, weights: str, seed: int) -> str:
+    """SHA-256 over all that a run's scores follow from: films, labels, weights, settings."""
+    parts = {
+        "method": job.method,
+        "weights": weights,
+        "features": start.features,
+        "is_random": start.is_random,
+        "config": config_hash(job.config),
+        "protocol": task.protocol.hash,
+        "data": task.rows.data_hash,
+        "films": [
+            ids_hash([film.film_id for film in part.rows.films])
+            for part in (task.train, task.val, task.test)
+        ],
+        "seed": seed,
+        "draws": job.draws,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def finetune(job: Job) -> Path:
+    """Runs each fraction under each seed, skips those that are finished, and compares them.
+
+    Returns:
+        The path of summary.json, which the first process writes.
+
+    Raises:
+        ManifestError: When films that would be scored were trained on, or a subset is not saved.
+        ValueError: When what was asked for does not fit together.
+    """
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if job.method == "probe" and n_processes > 1:
+        raise ValueError(
+            f"a linear probe is fitted by one process, and this is one of {n_processes}; start it "
+            f"without torchrun or accelerate launch"
+        )
+    start = start_of(job.init, job.run, job.folder, job.config.features)
+    if start.features == "embedding" and job.method == "full":
+        raise ValueError("features=embedding is for a linear probe; take pooled or class")
+    if job.protocol is None:
+        protocol = own_protocol(job.folder, job.findings, job.sources)
+    else:
+        protocol = load_protocol(job.protocol)
+    rules = rules_of(protocol)
+    task = open_task(job.folder, protocol, start.film_px)
+    if start.init == "run":
+        assert start.checkpoint is not None
+        leak_check = [check_trained(start.checkpoint, task.val.rows, "val")]
+        leak_check += [check_trained(start.checkpoint, task.test.rows, "test")]
+        said = "; ".join(dict.fromkeys(leak_check))
+    else:
+        said = "no film of train is in val or test, nor its patient" + (
+            "" if start.is_random else f"; what {start.said} was trained on is not known"
+        )
+    fractions = job.fractions or rules.fractions
+    seeds = job.seeds or rules.seeds
+    runs = [
+        (f, s, task.with_train(training_ids(job.folder, f, s))) for f in fractions for s in seeds
+    ]
+    for fraction, seed, part in runs:
+        if not len(part.train):
+            raise ManifestError(
+                f"{fraction:.0%} of the training patients with seed {seed} have no film that is "
+                f"labelled with {', '.join(protocol.findings)}; take a larger --fraction"
+            )
+    done: dict[float, dict[int, Path]] = {}
+    for fraction, seed, part in runs:
+        folder = job.out / f"{job.method}-{100 * fraction:g}-{seed}"
+        run_one(job, start, part, fraction, seed, folder, task.rows, said)
+        done.setdefault(fraction, {})[seed] = folder
+    if int(os.environ.get("RANK", "0")) == 0:  # the others may be here before results are written
+        about = {
+            "protocol": protocol.id,
+            "init": start.said,
+            "n_test": len(task.test),
+            "data_hash": task.rows.data_hash,
+            "command": job.command,
+            "lines": [summary_line(job.method, f, of_seed) for f, of_seed in done.items()],
+        }
+        write_text_atomic(job.out / SUMMARY_FILE, json.dumps(about, indent=2) + "\n")
+    return job.out / SUMMARY_FILE
+
+
+def run_one(
+    job: Job,
+    start: Start,
+    task: Task,
+    fraction: float,
+    seed: int,
+    folder: Path,
+    rows: Rows,
+    leak_check: str,
+) -> None:
+    """One fraction under one seed, unless it is finished.
+
+    Raises:
+        ValueError: When the folder holds results of another run.
+    """
+    began = time.monotonic()
+    encoder = start.encoder(seed)
+    weights = weights_hash(encoder)
+    this = run_hash(job, start, task, weights, seed)
+    if (folder / RESULTS_FILE).is_file():
+        if read_results(folder).facts.get("run") == this:
+            console.print(f"{folder} is finished", markup=False, soft_wrap=True)
+            return
+        raise ValueError(
+            f"{folder} holds results of other weights, films or settings; choose another --out, or "
+            f"remove that folder"
+        )
+    facts: dict[str, str | int | float] = {
+        "run": this, "start": start.said, "method": job.method, "features": start.features,
+        "fraction": fraction, "training films": len(task.train),
+        "training patients": len({film.patient_id for film in task.train.rows.films}),
+    }  # fmt: skip
+    one_class = [
+        name
+        for k, name in enumerate(task.protocol.findings)
+        if not {0.0, 1.0} <= set(task.train.labels[:, k])
+    ]
+    if one_class:
+        facts["not learnt"] = ", ".join(one_class)
+        logger.warning(
+            "%s: the %d training films show one class alone of %s",
+            folder.name, len(task.train), ", ".join(one_class),
+        )  # fmt: skip
+    is_main = True
+    if job.method == "probe":
+        device = torch.device("cpu" if job.cpu or not torch.cuda.is_available() else "cuda")
+        home = (
+            job.out / STORE_FOLDER
+            if start.checkpoint is None or start.is_random
+            else store_folder(start.checkpoint)
+        )
+        features = stored_features(encoder.to(device), rows, job.folder, home, device)
+        val_scores, test_scores = probe(task, features, rows)
+    else:
+        precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[job.config.train.precision]
+        accelerator = Accelerator(mixed_precision=precision, cpu=job.cpu)
+        device, is_main = accelerator.device, accelerator.is_main_process
+        set_seed(seed)
+        trained = train_classifier(
+            accelerator,
+            Classifier(encoder, len(task.protocol.findings)),
+            task.train,
+            task.val,
+            job.config,
+            seed,
+            folder,
+            {
+                "run": this,
+                "findings": list(task.protocol.findings),
+                "features": start.features,
+                "vision_config": encoder.encoder.config.to_dict(),
+                "config": job.config.model_dump(mode="json"),
+                "command": job.command,
+            },
+            1.0 if start.is_random else job.config.lr_decay,
+        )
+        facts |= {"step": trained.step, "steps": trained.history[-1][0]}
+        val_scores, test_scores = (
+            predict(trained.model, part.rows, device) for part in (task.val, task.test)
+        )
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
+    if not is_main:
+        return
+    names = task.protocol.findings
+    val = scored(task.val.rows, names, task.val.labels, val_scores)
+    test = scored(task.test.rows, names, task.test.labels, test_scores)
+    chosen_by = macro_auroc(val.labels, val.scores)
+    if chosen_by is not None:
+        facts["validation macro AUROC"] = chosen_by
+    found = judge(
+        test, val, rule=task.protocol.threshold, min_count=task.protocol.min_count, draws=job.draws
+    )
+    method = "linear probe" if job.method == "probe" else "full fine-tuning"
+    found |= {
+        "title": f"{method.capitalize()}: {task.protocol.title}",
+        "kind": "finetune",
+        "summary": f"{len(test)} films, scored by {method} of {start.said}, on {fraction:.0%} of "
+        f"the training patients ({len(task.train)} films), seed {seed}",
+        "controls": {"nuisance": nuisance(task, test)},
+        "leak_check": leak_check,
+        "facts": facts,
+    }
+    made = {
+        "command": job.command,
+        "seed": seed,
+        "config_hash": config_hash(job.config),
+        "data_hash": rows.data_hash,
+        "split": task.split,
+        "device": device,
+        "wall_s": time.monotonic() - began,
+    }
+    write_evaluation(
+        folder, found, made, test, val=val, protocol=task.protocol, gallery=gallery(task, test)
+    )
+    if job.method == "full":
+        keep_only(folder, int(facts["step"]))
+
+
+def nuisance(task: Task, test: Scored) -> dict:
+    """The control that reads facts of the file and no lung, and learns from the same films."""
+    rows = task.rows
+    _, scores = probe(task, nuisance_facts(rows), rows)
+    found = score_findings(
+        test.labels, scores, test.patients(), test.names(), draws=200,
+        min_count=task.protocol.min_count,
+    )  # fmt: skip
+    return {
+        "macro_auroc": found["macro_auroc"],
+        "macro_auroc_ci": found["macro_auroc_ci"],
+        "auroc": {row["finding"]: row["auroc"] for row in found["findings"]},
+        "note": "logistic regression on the film's size, brightness, gradients, border and view, "
+        "on the same training and validation films: a model that does not exceed it may have read "
+        "no lung",
+    }
+
+
+def gallery(task: Task, test: Scored) -> list[GalleryItem]:
+    """The test films that the model is most right and most wrong about, for the page."""
+    cases = extreme_cases(test)
+    if not cases:
+        return []
+    pixels = task.test.rows.pixels(np.array(list(cases), np.int64)).numpy()
+    return [
+        GalleryItem(row, task.test.rows.films[row].film_id, image, None, None, why)
+        for (row, why), image in zip(cases.items(), pixels, strict=True)
+    ]
+
+
+def summary_line(method: Method, fraction: float, runs: Mapping[int, Path]) -> dict[str, Any]:
+    """What a fraction reached under all seeds: mean, each seed, interval over patients and seeds.
+
+    Every seed is judged on the same draws of patients; see `bootstrap.resampled_seeds`.
+
+    Args:
+        method: Of the runs.
+        fraction: Of the training patients.
+        runs: The folder of each seed.
+    """
+    results = {seed: read_results(folder) for seed, folder in runs.items()}
+    reached = {seed: found.macro_auroc for seed, found in results.items()}
+    shortcut = [found.controls["nuisance"].macro_auroc for found in results.values()]
+    by_seed = [value for value in reached.values() if value is not None]
+    interval = None
+    if len(by_seed) == len(runs):
+        drawn = []
+        for seed, folder in runs.items():
+            test = load_scores(folder / SCORES_FILE)
+            columns = [test.names().index(name) for name in results[seed].macro_findings]
+            draws = bootstrap_metrics(
+                test.labels, test.scores, test.patients(), draws=results[seed].bootstrap_draws
+            )
+            drawn.append(macro_draws(draws.auroc, columns))
+        interval = percentile_interval(resampled_seeds(np.stack(drawn)))
+    known = [value for value in shortcut if value is not None]
+    return {
+        "method": method,
+        "fraction": fraction,
+        "training_films": {s: found.facts["training films"] for s, found in results.items()},
+        "macro_auroc": reached,
+        "mean": float(np.mean(by_seed)) if by_seed else None,
+        "interval": interval,
+        "nuisance": float(np.mean(known)) if known else None,
+    }

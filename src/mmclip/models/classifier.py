@@ -1,0 +1,129 @@
+"""A classifier of films: an image encoder, a vector of its output, and a logit a finding."""
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mmclip.models.encoders import pooled, token_features
+
+Features = Literal["pooled", "class", "embedding"]
+"""The vector of a film: the pooled output; the class token of the last layer (the pooled output of
+a ResNet), for encoders whose pooler was never trained; the normalised embedding in joint space."""
+
+
+class FilmEncoder(nn.Module):
+    """One vector a film: what a probe reads, and what a head stands on."""
+
+    def __init__(
+        self, encoder: PreTrainedModel, features: Features, projection: nn.Linear | None = None
+    ) -> None:
+        """Keeps the weights of both.
+
+        Args:
+            encoder: Of one-channel films.
+            features: Which vector.
+            projection: Into the joint space; for "embedding" alone.
+        """
+        super().__init__()
+        assert (projection is not None) == (features == "embedding")
+        self.encoder, self.features, self.projection = encoder, features, projection
+
+    @property
+    def width(self) -> int:
+        """Of the vector."""
+        return (
+            self.encoder.config.hidden_size
+            if self.projection is None
+            else self.projection.out_features
+        )
+
+    def forward(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b d"]:
+        """The vectors of films in model space (see data.dataset.normalise)."""
+        output = self.encoder(pixel_values=image)
+        if self.features == "class":
+            return token_features(output)[:, 0]
+        vector = pooled(output, self.encoder)
+        if self.projection is None:
+            return vector
+        return F.normalize(self.projection(vector).float(), dim=-1)
+
+
+class Classifier(nn.Module):
+    """A linear head on a film's vector. It starts at 0: every film is as likely as not.
+
+    Source: fine-tuning of MAE (arXiv:2111.06377, released code), whose head starts at 2e-5.
+    """
+
+    def __init__(self, films: FilmEncoder, n_findings: int) -> None:
+        super().__init__()
+        self.films = films
+        self.head = nn.Linear(films.width, n_findings)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k"]:
+        """The logit of each finding."""
+        return self.head(self.films(image))
+
+
+def freeze_unused(model: nn.Module, image: Float[Tensor, "b 1 h w"]) -> list[str]:
+    """Turns off the gradient of parameters that the output does not depend on, and names them.
+
+    Such as an unused pooler or mask token: processes that train together wait for each gradient.
+
+    Args:
+        model: Takes `image`; it must not change state in evaluation mode.
+        image: Any films.
+    """
+    was_training = model.training
+    model.eval()
+    model(image).sum().backward()
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    for name, p in model.named_parameters():
+        p.grad = None
+        if name in unused:
+            p.requires_grad_(False)
+    model.train(was_training)
+    return unused
+
+
+_BLOCK = re.compile(r"(?:^|\.)(?:layer|layers|blocks|stages)\.(\d+)\.")
+_BEFORE = re.compile(r"(?:^|\.)embed")
+
+
+def layer_numbers(names: Sequence[str]) -> dict[str, int]:
+    """The layer of each parameter: 0 for what embeds pixels, then blocks, last what stands on them.
+
+    A block is one of a transformer's, or a stage of a ResNet. Norm and pooler behind the last
+    block, and the head, are one layer above it.
+
+    Args:
+        names: Of the parameters.
+    """
+    block = {name: int(found[1]) for name in names if (found := _BLOCK.search(name))}
+    last = max(block.values(), default=-1)
+    return {
+        name: block[name] + 1 if name in block else 0 if _BEFORE.search(name) else last + 2
+        for name in names
+    }
+
+
+def lr_scales(names: Sequence[str], decay: float) -> dict[str, float]:
+    """What each parameter's learning rate is multiplied by: `decay` for each layer below the top.
+
+    Source: BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377, appendix A.1), layer-wise decay.
+    """
+    number = layer_numbers(names)
+    top = max(number.values())
+    return {name: decay ** (top - layer) for name, layer in number.items()}
+
+
+def image_of(film_px: int) -> Float[Tensor, "b 1 h w"]:
+    """One grey film, for `freeze_unused`."""
+    return torch.zeros(1, 1, film_px, film_px)

@@ -1,0 +1,316 @@
+"""Full fine-tuning: encoder and head learn labels; validation films choose the step, and end it."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mmclip.batch import Share
+from mmclip.checkpoint import (
+    CHECKPOINTS,
+    CheckpointError,
+    checkpoint_meta,
+    find_checkpoint,
+    load_trainer_state,
+    put_weights,
+    read_weights,
+    write_checkpoint,
+)
+from mmclip.config import AugmentConfig, Frozen, TrainConfig
+from mmclip.data.dataset import Rows, augment, normalise
+from mmclip.data.draws import Draw, Schedule, film_key, keyed_uniform
+from mmclip.data.folder import ManifestError
+from mmclip.losses import label_sum
+from mmclip.metrics import auroc
+from mmclip.models.classifier import Classifier, Features, freeze_unused, image_of, lr_scales
+from mmclip.models.encoders import no_decay_names
+from mmclip.task import Labelled
+from mmclip.train import (
+    TrainState,
+    fit,
+    gather_rows,
+    make_optimizer,
+    restore_trainer_state,
+    trainer_state,
+)
+
+SCORED_AT_ONCE = 256
+"""Films. [chosen: as `embed.embed_films`]"""
+
+
+class FineTuneConfig(Frozen):
+    """How fine-tuning learns; docs/finetuning.md explains each key.
+
+    Attributes:
+        features: The vector that probe or head read; None takes "pooled", and "class" of an encoder
+            from the hub, whose pooler may never have been trained.
+        lr_decay: Of the learning rate, a layer down. Not of random weights: it protects what was
+            learnt. Source: MAE, appendix A.1.
+        patience: Validations without a better one, after which training ends.
+        max_positive_weight: Limit of absent / present films, the weight of a present label.
+            [chosen: a finding of 1 in 1,000 must not rule the gradient]
+        augment: As in pre-training.
+        train: The optimisation; validation follows every `save_every_steps`.
+    """
+
+    features: Features | None = None
+    lr_decay: float = Field(default=0.75, gt=0, le=1)
+    patience: int = Field(default=5, gt=0)
+    max_positive_weight: float = Field(default=10.0, ge=1)
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _seed_is_of_the_run(self) -> "FineTuneConfig":
+        if self.train.seed:
+            raise ValueError(
+                f"train.seed={self.train.seed}; a run's seed is that of its subset: --seed"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Some films with their labels."""
+
+    image: Float[Tensor, "b 1 h w"]
+    labels: Float[Tensor, "b k"]
+    film_ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> "LabelledBatch":
+        """The same batch on a device."""
+        return LabelledBatch(self.image.to(device), self.labels.to(device), self.film_ids)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {"image": self.image, "labels": self.labels}
+
+
+@dataclass(frozen=True)
+class LabelledBatches:
+    """One endless stream of augmented films, every draw keyed by (seed, purpose, epoch, film)."""
+
+    films: Labelled
+    config: FineTuneConfig
+    seed: int
+
+    def batch(self, step: int, share: Share) -> LabelledBatch:
+        """A share of the batch of a step; the shares of all processes and micro-batches are it."""
+        films = self.films.rows.films
+        keys = np.array([film_key(film.film_id) for film in films], np.uint64)
+        rows, epochs = Schedule(keys, self.config.train.batch_size, self.seed).rows(step)
+        cut = share.of_rows(len(rows))
+        rows, epochs = rows[cut], epochs[cut]
+        draws = keyed_uniform(self.seed, Draw.AUGMENT, epochs, keys[rows], 6)
+        image = augment(
+            normalise(self.films.rows.pixels(rows)),
+            torch.from_numpy(draws).float(),
+            self.config.augment,
+        )
+        labels = torch.from_numpy(self.films.labels[rows]).float()
+        return LabelledBatch(image, labels, tuple(films[row].film_id for row in rows))
+
+
+def positive_weights(labels: Float[np.ndarray, "n k"], most: float) -> Float[np.ndarray, " k"]:
+    """Absent / present films of each finding, within 1 / most and most; 1 where a class is missing.
+
+    So both classes of a finding weigh alike in the loss, up to the limit.
+    """
+    n_positive, n_negative = (labels == 1).sum(0), (labels == 0).sum(0)
+    ratio = np.clip(n_negative / np.maximum(n_positive, 1), 1 / most, most)
+    return np.where((n_positive > 0) & (n_negative > 0), ratio, 1.0)
+
+
+def macro_auroc(labels: Float[np.ndarray, "n k"], scores: Float[np.ndarray, "n k"]) -> float | None:
+    """The mean AUROC over the findings that have both classes; None where none has."""
+    values = [auroc(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]
+    some = [value for value in values if value is not None]
+    return float(np.mean(some)) if some else None
+
+
+def best_of(history: Sequence[tuple[int, float]]) -> int:
+    """The step of the highest validation score, the first of equals."""
+    return max(history, key=lambda entry: (entry[1], -entry[0]))[0]
+
+
+def has_ended(history: Sequence[tuple[int, float]], patience: int) -> bool:
+    """Whether the last `patience` validations were no better than one before them."""
+    if not history:
+        return False
+    steps = [step for step, _ in history]
+    return len(history) - 1 - steps.index(best_of(history)) >= patience
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, rows: Rows, device: torch.device, share: Share | None = None
+) -> Float[np.ndarray, "n k"]:
+    """The probability of each finding, in the order of the rows.
+
+    Args:
+        model: On the device and not wrapped; left in the mode that it is in.
+        rows: Each with an image.
+        device: Where the model is.
+        share: What this process scores, where all processes score together.
+    """
+    was_training = model.training
+    model.eval()
+    cut = (share or Share()).of_rows(len(rows))
+    parts = [torch.zeros(0, model.head.out_features, device=device)]  # pyright: ignore
+    for start in range(cut.start, cut.stop, SCORED_AT_ONCE):
+        part = np.arange(start, min(start + SCORED_AT_ONCE, cut.stop))
+        parts.append(model(normalise(rows.pixels(part)).to(device)).float())
+    model.train(was_training)
+    logits = torch.cat(parts)
+    if share is not None:
+        logits = gather_rows(logits)
+    return torch.sigmoid(logits.double()).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A classifier with the weights of its best step, and how it came to them."""
+
+    model: Classifier
+    step: int
+    history: list[tuple[int, float]]  # step, validation macro AUROC
+
+    @property
+    def val_auroc(self) -> float:
+        """That chose the step."""
+        return dict(self.history)[self.step]
+
+
+def train_classifier(
+    accelerator: Accelerator,
+    model: Classifier,
+    train: Labelled,
+    val: Labelled,
+    config: FineTuneConfig,
+    seed: int,
+    run: Path,
+    about: Mapping[str, Any],
+    lr_decay: float,
+) -> Trained:
+    """Trains, or goes on training where a checkpoint is, to the end or the end of patience.
+
+    Args:
+        accelerator: New; it decides device, precision and processes.
+        model: With the weights to start from.
+        train: The films that are learnt.
+        val: The films that choose the step, all of them at each validation.
+        config: See FineTuneConfig.
+        seed: Of order and augmentation.
+        run: The run's folder.
+        about: Entries of the checkpoints' meta.json; "run" identifies the run, and a checkpoint of
+            another is refused.
+        lr_decay: In the place of the configuration's.
+
+    Raises:
+        CheckpointError: When the folder holds another run.
+        ManifestError: When no validation film can choose.
+        NonFiniteLoss: See `train.fit`.
+    """
+    if macro_auroc(val.labels, np.zeros(val.labels.shape)) is None:
+        raise ManifestError(
+            f"none of the findings is both present and absent in the {len(val)} validation films, "
+            f"so nothing can choose the step; set a split with more by `mmclip data split`"
+        )
+    freeze_unused(model, image_of(train.rows.pixels(np.zeros(1, np.int64)).shape[-1]))
+    history: list[tuple[int, float]] = []
+    found = _checkpoint_of(run, about)
+    if found is not None:
+        put_weights(model, read_weights(found, checkpoint_meta(found)), found)
+        history += [(int(s), float(v)) for s, v in load_trainer_state(found)["history"]]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = make_optimizer(
+        model.train(), no_decay_names(model), config.train, lr_scales(names, lr_decay)
+    )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    state = TrainState(wrapped, optimizer)
+    if found is not None:
+        restore_trainer_state(accelerator, state, found)
+    weight = positive_weights(train.labels, config.max_positive_weight)
+    positive_weight = torch.from_numpy(weight).float().to(accelerator.device)
+    share = Share(accelerator.process_index, accelerator.num_processes)
+
+    def loss_sums(wrapped: nn.Module, batch: LabelledBatch) -> dict[str, Tensor]:
+        return {"label": label_sum(wrapped(batch.image), batch.labels, positive_weight)}
+
+    def loss_counts(batch: LabelledBatch) -> dict[str, int]:
+        return {"label": int((~batch.labels.isnan()).sum())}
+
+    def is_over(state: TrainState) -> bool:
+        own = accelerator.unwrap_model(state.model)
+        reached = macro_auroc(val.labels, predict(own, val.rows, accelerator.device, share))
+        assert reached is not None
+        history.append((state.step, reached))
+        return has_ended(history, config.patience)
+
+    def save(state: TrainState) -> None:
+        write_checkpoint(
+            run,
+            state.step,
+            accelerator.unwrap_model(state.model),
+            {**trainer_state(accelerator, state), "history": [list(entry) for entry in history]},
+            about,
+            keep=1,
+            spare={best_of(history)},
+        )
+
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+    if not has_ended(history, config.patience):
+        fit(
+            accelerator,
+            state,
+            LabelledBatches(train, config, seed).batch,
+            loss_sums,
+            loss_counts,
+            {"label": 1.0},
+            config.train,
+            run,
+            save,
+            is_over,
+        )
+    step = best_of(history)
+    best = checkpoint_at(run, step)
+    chosen = accelerator.unwrap_model(state.model)
+    put_weights(chosen, read_weights(best, checkpoint_meta(best)), best)
+    return Trained(chosen, step, history)
+
+
+def _checkpoint_of(run: Path, about: Mapping[str, Any]) -> Path | None:
+    """The newest checkpoint of an unfinished run; None where there is none."""
+    try:
+        found = find_checkpoint(run)
+    except CheckpointError:
+        return None
+    if checkpoint_meta(found).get("run") != about["run"]:
+        raise CheckpointError(
+            f"{run} holds an unfinished run of other weights, films or configuration; choose "
+            f"another --out, or remove that folder"
+        )
+    return found
+
+
+def checkpoint_at(run: Path, step: int) -> Path:
+    """The checkpoint folder of a step."""
+    return run / CHECKPOINTS / f"step_{step:06d}"
+
+
+def keep_only(run: Path, step: int) -> None:
+    """Removes all checkpoints of a finished run but that of a step, and its trainer's state."""
+    best = checkpoint_at(run, step)
+    for folder in best.parent.iterdir():
+        if folder != best:
+            shutil.rmtree(folder)
+    (best / "trainer.pt").unlink(missing_ok=True)

@@ -1,0 +1,188 @@
+"""What fine-tuning learns: the findings of a protocol, from some films of a data folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from mmclip.data.check import refuse_leaks
+from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.folder import ManifestError, read_meta, read_split
+from mmclip.data.manifest import read_manifest
+from mmclip.data.records import UNCERTAIN, Film
+from mmclip.data.splits import PERCENTS, read_subset, subsets_of
+from mmclip.protocols import BUILT, FineTuning, Protocol, load_protocol, protocol_names
+from mmclip.scores import FRONTAL, protocol_labels, rows_to_score, split_of
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Films with an image, and what they are labelled with."""
+
+    rows: Rows
+    labels: Float[np.ndarray, "n k"]  # 1, 0 or NaN for unknown
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, keep: Sequence[bool] | np.ndarray) -> "Labelled":
+        """The films where `keep` is True."""
+        return Labelled(self.rows.select(keep), self.labels[np.asarray(keep, bool)])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt: the findings of a protocol, from some films, judged on others."""
+
+    protocol: Protocol
+    train: Labelled  # all of it
+    val: Labelled
+    test: Labelled
+    split: str  # by name and hash
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Training, validation and test films, in this order."""
+        parts = [part.rows for part in (self.train, self.val, self.test)]
+        films = tuple(film for part in parts for film in part.films)
+        where = np.concatenate([part.where for part in parts])
+        return Rows(films, parts[0].caches, where, parts[0].data_hash)
+
+    def with_train(self, ids: set[str]) -> "Task":
+        """The same task with some of its training films."""
+        keep = [film.film_id in ids for film in self.train.rows.films]
+        return replace(self, train=self.train.select(keep))
+
+
+def own_protocol(folder: Path, findings: Sequence[str], sources: Sequence[str]) -> Protocol:
+    """The rules where no benchmark is named: some findings, by the folder's own split.
+
+    Raises:
+        ManifestError: When no finding is named.
+    """
+    if not findings:
+        raise ManifestError("name a --protocol, or the findings to learn by --finding")
+    meta = read_meta(folder)
+    return Protocol(
+        id="own",
+        version=1,
+        title=", ".join(findings),
+        about="Findings that were named on the command line, with the folder's own split.",
+        readers=(meta.get("reader", "unknown"),),
+        sources=tuple(sources),
+        splits=(meta.get("split", {"name": BUILT})["name"],),
+        findings=tuple(findings),
+        finetune=FineTuning(),
+    )
+
+
+def rules_of(protocol: Protocol) -> FineTuning:
+    """What a protocol says of fine-tuning.
+
+    Raises:
+        ManifestError: When it is for zero-shot alone.
+    """
+    if protocol.finetune is None:
+        others = [name for name in protocol_names() if load_protocol(name).finetune is not None]
+        raise ManifestError(
+            f"protocol {protocol.id} is for zero-shot alone; those with fine-tuning are "
+            f"{', '.join(others)}; or name --finding in its place"
+        )
+    return protocol.finetune
+
+
+def training_labels(protocol: Protocol, films: Sequence[Film]) -> Float[np.ndarray, "n k"]:
+    """Labels to learn from: those of the protocol, uncertain ones as it says."""
+    labels = protocol_labels(protocol, films)
+    rules = rules_of(protocol)
+    for k, finding in enumerate(protocol.findings):
+        policy = rules.uncertain_of.get(finding, rules.uncertain)
+        if policy == "ignore" or protocol.own_words:
+            continue
+        is_uncertain = [film.labels.get(finding) == UNCERTAIN for film in films]
+        labels[is_uncertain, k] = 1.0 if policy == "positive" else 0.0
+    return labels
+
+
+def open_task(folder: Path, protocol: Protocol, film_px: int | None) -> Task:
+    """The films of a data folder as a protocol reads them.
+
+    Raises:
+        ManifestError: When no training film is labelled with a finding, a split has no labelled
+            film, or a patient or film of train is in another split.
+        ValueError: When the folder does not fit the protocol.
+    """
+    split = split_of([folder], protocol)
+    rows = open_rows([folder], film_px)
+    if not any(film.split == "val" for film in rows.films):
+        raise ManifestError(
+            f"{folder} has no validation films, and nothing else may choose; draw some from the "
+            f"training patients by `mmclip data split {folder} --name official` (or clean), or "
+            f"name a list by --list val=FILE"
+        )
+    candidates = rows.select(
+        [
+            film.split == "train"
+            and film.image is not None
+            and film.view in FRONTAL
+            and (not protocol.sources or film.source in protocol.sources)
+            for film in rows.films
+        ]
+    )
+    train = Labelled(candidates, training_labels(protocol, candidates.films))
+    train = train.select([not np.isnan(row).all() for row in train.labels])
+
+    if missing := [
+        finding
+        for finding, column in zip(protocol.findings, train.labels.T, strict=True)
+        if np.isnan(column).all()
+    ]:
+        there = sorted({finding for film in candidates.films for finding in film.labels})
+        raise ManifestError(
+            f"no frontal training film of {folder} is labelled with {', '.join(missing)}; they are "
+            f"labelled with {', '.join(there) or 'nothing'}"
+        )
+
+    def of(name: Literal["val", "test"]) -> Labelled:
+        some = rows_to_score(rows, name, protocol=protocol)
+        return Labelled(some, protocol_labels(protocol, some.films))
+
+    val, test = of("val"), of("test")
+    task = Task(protocol, train, val, test, split)
+    refuse_leaks(task.rows.films)
+    return task
+
+
+def training_ids(folder: Path, fraction: float, seed: int) -> set[str]:
+    """The film ids of a fraction of the training patients.
+
+    Those that `mmclip data split` saved; a folder with its built split, which has none, gets what
+    would be saved.
+
+    Raises:
+        ManifestError: When no such subset is saved, with the command that saves it.
+    """
+    percent = round(100 * fraction)
+    if percent not in PERCENTS or abs(percent - 100 * fraction) > 1e-9:
+        raise ManifestError(
+            f"a fraction of {fraction:g} is not saved with splits; take "
+            f"{', '.join(f'{p / 100:g}' for p in reversed(PERCENTS))}"
+        )
+    split = read_split(folder)
+    if split is None or percent == 100:
+        train = [film for film in read_manifest(folder) if film.split == "train"]
+        ids = None if percent == 100 else subsets_of(train, seed)[str(percent)]["film_ids"]
+        return {film.film_id for film in train} if ids is None else set(ids)
+    if str(seed) not in split["subsets"]:
+        saved = ", ".join(split["subsets"]) or "none"
+        again = " ".join(f"--subset-seed {s}" for s in dict.fromkeys([*split["subsets"], seed]))
+        raise ManifestError(
+            f"{folder} has no subset of {percent} % with seed {seed} (saved seeds: {saved}); save "
+            f"it by `mmclip data split {folder} --name {split['name']} {again}`, with the other "
+            f"options that set the split"
+        )
+    return read_subset(folder, percent, seed)

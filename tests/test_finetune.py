@@ -1,0 +1,540 @@
+"""Fine-tuning: what validation alone may choose, what resumes exactly, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from transformers import ViTConfig, ViTMAEConfig, ViTMAEModel, ViTModel
+
+import mmclip.supervised as supervised
+import mmclip.task as tasks
+from mmclip.checkpoint import checkpoint_meta, find_checkpoint, load_checkpoint, read_weights
+from mmclip.config import load_config_as
+from mmclip.data.check import TRAINED_FILE, trained_keys
+from mmclip.data.dataset import Rows, normalise, open_rows
+from mmclip.data.folder import ManifestError
+from mmclip.data.records import Film
+from mmclip.data.splits import set_split, subsets_of
+from mmclip.data.synthetic import FINDINGS
+from mmclip.features import start_of, stored_features
+from mmclip.finetune import SUMMARY_FILE, Job, finetune, probe, run_one
+from mmclip.losses import label_sum
+from mmclip.models.classifier import (
+    Classifier,
+    FilmEncoder,
+    freeze_unused,
+    image_of,
+    layer_numbers,
+    lr_scales,
+)
+from mmclip.models.encoders import build_image_encoder
+from mmclip.protocols import FineTuning, Protocol
+from mmclip.results import read_results
+from mmclip.scores import load_scores
+from mmclip.supervised import (
+    FineTuneConfig,
+    best_of,
+    has_ended,
+    macro_auroc,
+    positive_weights,
+    predict,
+    train_classifier,
+)
+from mmclip.task import (
+    Labelled,
+    Task,
+    open_task,
+    own_protocol,
+    training_ids,
+    training_labels,
+)
+from tests.commands import Ended, mmclip
+from tests.made import FILM_PX, small_config
+
+ASKED = ("pleural effusion", "pneumothorax")
+SHORT = (
+    "train.steps=6", "train.batch_size=8", "train.save_every_steps=2", "patience=9",
+    "train.log_every_steps=2",
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def short(*overrides: str) -> FineTuneConfig:
+    return load_config_as(FineTuneConfig, "configs_finetune", "tiny", [*SHORT, *overrides])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def task(made_data: Path) -> Task:
+    return open_task(made_data, own_protocol(made_data, ASKED, ()), FILM_PX)
+
+
+@pytest.fixture
+def job(made_data: Path, made_run: Path, tmp_path: Path) -> Job:
+    run = shutil.copytree(made_run, tmp_path / "run")
+    return Job(
+        made_data, tmp_path / "out", short(), "mmclip finetune", findings=ASKED, run=run,
+        fractions=(1.0,), seeds=(0,), draws=20, cpu=True,
+    )  # fmt: skip
+
+
+def test_asked_findings_are_those_of_the_made_films():
+    assert set(ASKED) <= set(FINDINGS)
+
+
+def small_encoder(kind: str) -> FilmEncoder:
+    torch.manual_seed(0)
+    config = small_config(f"model.image.kind={kind}")
+    return FilmEncoder(build_image_encoder(config.model.image, FILM_PX), "pooled")
+
+
+def test_layers_of_a_vit_and_a_resnet_by_hand():
+    vit = {
+        "films.encoder.embeddings.cls_token": 0, "films.encoder.layers.0.mlp.fc1.weight": 1,
+        "films.encoder.layers.11.norm.bias": 12, "films.encoder.layernorm.weight": 13,
+        "films.encoder.pooler.dense.weight": 13, "head.weight": 13,
+    }  # fmt: skip
+    assert layer_numbers(list(vit)) == vit
+    resnet = {
+        "films.encoder.embedder.embedder.convolution.weight": 0,
+        "films.encoder.encoder.stages.0.layers.1.layer.0.convolution.weight": 1,
+        "films.encoder.encoder.stages.3.layers.0.shortcut.convolution.weight": 4, "head.bias": 5,
+    }  # fmt: skip
+    assert layer_numbers(list(resnet)) == resnet
+    assert list(lr_scales(list(resnet), 0.5).values()) == [1 / 32, 1 / 16, 1 / 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_each_parameter_of_our_encoders_has_the_layer_of_its_depth(kind: str):
+    names = [name for name, _ in Classifier(small_encoder(kind), 2).named_parameters()]
+    number = layer_numbers(names)
+    n_blocks = 2
+    assert set(number.values()) == set(range(n_blocks + 2))
+    assert number["head.weight"] == n_blocks + 1
+    for name, layer in number.items():
+        if "embed" in name:
+            assert layer == 0, name
+
+
+def test_rates_of_layers_are_what_the_optimiser_gets():
+    model = Classifier(small_encoder("vit"), 2)
+    names = [name for name, _ in model.named_parameters()]
+    scales = lr_scales(names, 0.5)
+    optimizer = supervised.make_optimizer(model, set(), short().train, scales)
+    by_id = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    assert {n: by_id[id(p)] for n, p in model.named_parameters()} == scales
+
+
+def test_weights_of_present_labels_by_hand():
+    nan = np.nan
+    labels = np.array(
+        [[1, 1, 1, 1, nan], [0, 1, 0, 1, nan], [0, 0, nan, 1, nan], [0, 1, 0, 1, nan]]
+    )
+    assert positive_weights(labels, 10.0).tolist() == [3, 1 / 3, 2, 1, 1]
+    assert positive_weights(labels, 2.0).tolist() == [2, 1 / 2, 2, 1, 1]
+
+
+def test_a_weight_of_present_labels_repeats_their_terms_and_no_others():
+    logits = torch.tensor([[0.3, -1.0], [2.0, 0.5]])
+    labels = torch.tensor([[1.0, 0.0], [0.0, torch.nan]])
+    once = label_sum(logits, labels)
+    thrice = label_sum(logits, labels, torch.tensor([3.0, 3.0]))
+    present = torch.log1p(torch.exp(-logits[0, 0]))
+    assert thrice.item() == pytest.approx((once + 2 * present).item(), rel=1e-6)
+
+
+def test_the_first_of_equal_validations_is_best_and_patience_ends_by_hand():
+    history = [(2, 0.6), (4, 0.8), (6, 0.8), (8, 0.7)]
+    assert best_of(history) == 4
+    assert not has_ended([], 1) and not has_ended(history, 3) and has_ended(history, 2)
+    assert not has_ended([*history, (10, 0.9)], 1)
+
+
+def test_macro_auroc_leaves_out_findings_of_one_class():
+    labels = np.array([[1.0, 1.0], [0.0, 1.0], [0.0, np.nan]])
+    assert macro_auroc(labels, np.array([[0.4, 0.0], [0.5, 0.0], [0.1, 0.0]])) == 0.5
+    assert macro_auroc(labels[:, 1:], np.zeros((3, 1))) is None
+
+
+def test_uncertain_labels_train_as_the_protocol_says():
+    facts = {"study_id": "s", "patient_id": "p", "source": "made", "split": "train"}
+    film = Film(film_id="f", image="f.png", labels={"mass": -1, "edema": -1, "hernia": -1}, **facts)
+    protocol = Protocol(
+        id="p", version=1, title="t", about="a", readers=("made",), splits=("built",),
+        findings=("mass", "edema", "hernia", "nodule"),
+        finetune=FineTuning(uncertain="positive", uncertain_of={"edema": "negative"}),
+    )  # fmt: skip
+    assert training_labels(protocol, [film])[0, :3].tolist() == [1, 0, 1]
+    assert np.isnan(training_labels(protocol, [film])[0, 3])
+    ignore = protocol.model_copy(update={"finetune": FineTuning()})
+    assert np.isnan(training_labels(ignore, [film])).all()
+
+
+def test_subsets_are_the_saved_ones_and_an_error_names_the_command(made_data: Path, tmp_path: Path):
+    folder = shutil.copytree(made_data, tmp_path / "data")
+    films = open_rows([folder]).films
+    built = [film for film in films if film.split == "train"]
+    drawn = subsets_of(built, 5)["10"]["film_ids"]
+    assert training_ids(folder, 0.1, 5) == set(drawn)
+    assert training_ids(folder, 1.0, 5) == {film.film_id for film in built}
+    split = set_split(folder, "clean", subset_seeds=(0, 1))
+    assert training_ids(folder, 0.1, 1) == set(split["subsets"]["1"]["10"]["film_ids"])
+    with pytest.raises(
+        ManifestError, match="--name clean --subset-seed 0 --subset-seed 1 --subset-seed 5"
+    ):
+        training_ids(folder, 0.1, 5)
+    with pytest.raises(ManifestError, match=r"0\.05 is not saved with splits; take 0\.01, 0\.1, 1"):
+        training_ids(folder, 0.05, 0)
+
+
+def test_films_are_encoded_once_for_each_set_of_weights(
+    task: Task, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encoder, rows = small_encoder("vit"), task.val.rows
+
+    def vectors() -> np.ndarray:
+        return np.array(stored_features(encoder, rows, made_data, tmp_path, CPU))
+
+    first = vectors()
+    with torch.no_grad():
+        films = normalise(rows.pixels(np.arange(len(rows))))
+        np.testing.assert_allclose(first, encoder(films).numpy(), atol=1e-5)
+    forward = FilmEncoder.forward
+
+    def refuse(self, image):
+        raise AssertionError("a film was encoded again")
+
+    monkeypatch.setattr(FilmEncoder, "forward", refuse)
+    assert np.array_equal(vectors(), first)
+    monkeypatch.setattr(FilmEncoder, "forward", forward)
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1)
+    assert not np.array_equal(vectors(), first)
+    assert len(list(tmp_path.glob("pooled-*.npy"))) == 2
+
+
+def test_what_the_output_does_not_need_is_frozen_and_all_else_learns():
+    encoder = small_encoder("vit")
+    by_class = Classifier(FilmEncoder(encoder.encoder, "class"), 2)
+    frozen = freeze_unused(by_class, image_of(FILM_PX))
+    assert sorted(frozen) == [f"films.encoder.pooler.dense.{end}" for end in ("bias", "weight")]
+    assert freeze_unused(Classifier(small_encoder("resnet"), 2), image_of(FILM_PX)) == []
+
+
+def opposite(task: Task) -> Task:
+    """The task with every test label turned round."""
+    return replace(task, test=Labelled(task.test.rows, 1 - task.test.labels))
+
+
+@pytest.mark.parametrize("method", ["probe", "full"])
+def test_test_labels_choose_neither_scores_nor_cut_step_or_weights(
+    method: str, job: Job, task: Task, monkeypatch: pytest.MonkeyPatch
+):
+    left: list[dict] = []
+
+    def keep(out, found, made, test, *, val, protocol, gallery):
+        cuts = {row["finding"]: row["threshold"] for row in found["findings"]}
+        left.append({"cuts": cuts, "facts": found["facts"], "test": test.scores, "val": val.scores})
+
+    monkeypatch.setattr("mmclip.finetune.write_evaluation", keep)
+    job = replace(job, method=method)
+    for name, given in (("a", task), ("b", opposite(task))):
+        run_one(
+            job,
+            start_of("run", job.run, job.folder),
+            given,
+            1.0,
+            0,
+            job.out / name,
+            given.rows,
+            "none",
+        )
+    straight, turned = left
+    assert straight["cuts"] == turned["cuts"] and straight["cuts"].keys() == set(ASKED)
+    assert straight["facts"] == turned["facts"]
+    assert np.array_equal(straight["test"], turned["test"])
+    assert np.array_equal(straight["val"], turned["val"])
+    if method == "full":
+        a, b = (find_checkpoint(job.out / name) for name in "ab")
+        ours, theirs = (read_weights(f, checkpoint_meta(f)) for f in (a, b))
+        assert a.name == b.name and all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+def test_a_probe_learns_what_one_feature_says_and_leaves_unknown_labels_out(task: Task):
+    labels = np.where(np.isnan(task.train.labels), 0.0, task.train.labels)
+    labels[::3] = np.nan
+    known = replace(task, train=Labelled(task.train.rows, labels))
+    told = np.concatenate(
+        [np.where(np.isnan(labels), 1e3, labels), task.val.labels, task.test.labels]
+    )
+    val, test = probe(known, np.nan_to_num(told), known.rows)
+    assert macro_auroc(task.val.labels, val) == macro_auroc(task.test.labels, test) == 1.0
+
+
+class Killed(BaseException):
+    pass
+
+
+def full(task: Task, run: Path, *overrides: str, about: str = "a"):
+    model = Classifier(small_encoder("resnet"), len(ASKED))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return train_classifier(
+        Accelerator(cpu=True), model, task.train, task.val, short(*overrides), 0, run,
+        {"run": about}, 0.5,
+    )  # fmt: skip
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_and_validations(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = full(task, tmp_path / "whole")
+    write, written = supervised.write_checkpoint, []
+
+    def dies(*args, **kwargs):
+        if len(written) == 2:
+            raise Killed
+        written.append(write(*args, **kwargs))
+        return written[-1]
+
+    monkeypatch.setattr(supervised, "write_checkpoint", dies)
+    with pytest.raises(Killed):
+        full(task, tmp_path / "cut")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="unfinished run of other weights"):
+        full(task, tmp_path / "cut", about="b")
+    resumed = full(task, tmp_path / "cut")
+    assert resumed.history == whole.history and [s for s, _ in whole.history] == [2, 4, 6]
+    assert resumed.step == whole.step
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    again = full(task, tmp_path / "cut")  # finished: nothing is trained
+    assert again.history == whole.history
+    lines = (tmp_path / "cut/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len((tmp_path / "whole/metrics.jsonl").read_text().splitlines())
+
+
+def test_patience_ends_training_and_the_best_step_is_what_scores(task: Task, tmp_path: Path):
+    trained = full(task, tmp_path, "train.base_lr=1e-30", "patience=1", "train.steps=100")
+    assert [step for step, _ in trained.history] == [2, 4]
+    assert trained.step == 2
+    reached = macro_auroc(task.val.labels, predict(trained.model, task.val.rows, CPU))
+    assert reached == trained.val_auroc
+
+
+def test_few_films_are_learnt_by_heart(task: Task, tmp_path: Path):
+    few = replace(task, train=task.train.select(np.arange(len(task.train)) < 8))
+    few = replace(few, val=few.train)
+    options = ("train.steps=60", "train.save_every_steps=60", "augment.rotation_deg=0")
+    trained = full(few, tmp_path, *options)
+    assert trained.val_auroc > 0.95
+
+
+def test_finished_runs_are_skipped_and_others_are_not_written_over(job: Job, task: Task):
+    summary = json.loads(finetune(job).read_text())
+    folder = job.out / "probe-100-0"
+    written = (folder / "results.json").stat().st_mtime_ns
+    scores = load_scores(folder / "scores.npz")
+    assert scores.film_id.tolist() == [f.film_id for f in task.test.rows.films]
+    assert scores.names() == list(ASKED)
+    with np.load(folder / "scores.npz") as stored:
+        assert len(stored["val_scores"]) == len(task.val)
+    found = read_results(folder)
+    assert found.kind == "finetune" and found.controls["nuisance"].macro_auroc is not None
+    (line,) = summary["lines"]
+    assert line["mean"] == line["macro_auroc"]["0"] == found.macro_auroc
+    assert line["interval"][0] <= line["mean"] <= line["interval"][1]
+    finetune(job)
+    assert (folder / "results.json").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="other weights, films or settings"):
+        finetune(replace(job, config=short("features=embedding")))
+    assert (job.out / SUMMARY_FILE).is_file()
+
+
+PROTOCOL = """\
+id = "few"
+version = 1
+title = "Few films"
+about = "For a test."
+readers = ["unknown"]
+splits = ["built"]
+findings = ["pneumothorax", "pleural effusion"]
+
+[finetune]
+fractions = [0.1]
+seeds = [0, 1]
+uncertain = "positive"
+"""
+
+
+def test_a_protocol_gives_findings_fractions_and_seeds_and_seeds_are_averaged(
+    job: Job, made_data: Path, tmp_path: Path
+):
+    path = tmp_path / "few.toml"
+    path.write_text(PROTOCOL, "utf-8")
+    job = replace(job, findings=(), protocol=str(path), fractions=(), seeds=(), init="random")
+    (line,) = json.loads(finetune(job).read_text())["lines"]
+    found = {seed: read_results(job.out / f"probe-10-{seed}") for seed in (0, 1)}
+    assert line["mean"] == pytest.approx(
+        np.mean([line["macro_auroc"][str(seed)] for seed in found])
+    )
+    assert [one.protocol.id for one in found.values() if one.protocol] == ["few", "few"]
+    built = [film for film in open_rows([made_data]).films if film.split == "train"]
+    for seed, one in found.items():
+        assert one.facts["training films"] == subsets_of(built, seed)["10"]["n_films"]
+        assert one.provenance.seed == seed and line["macro_auroc"][str(seed)] == one.macro_auroc
+    assert found[0].macro_auroc != found[1].macro_auroc
+    low, high = line["interval"]
+    assert low <= line["mean"] <= high
+
+
+def test_films_that_trained_the_run_are_not_scored(job: Job, task: Task):
+    assert job.run is not None
+    np.save(job.run / TRAINED_FILE, trained_keys(task.val.rows.films[:1]))
+    with pytest.raises(ManifestError, match="trained on 1 of these"):
+        finetune(job)
+
+
+def test_a_patient_in_train_and_test_is_refused(
+    made_data: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+):
+    def leaking(folders: list[Path], film_px: int | None) -> Rows:
+        rows = open_rows(folders, film_px)
+        test = next(f for f in rows.films if f.split == "test")
+        shared = (
+            replace(f, patient_id=test.patient_id) if f.split == "train" else f for f in rows.films
+        )
+        return replace(rows, films=tuple(shared))
+
+    monkeypatch.setattr(tasks, "open_rows", leaking)
+    with pytest.raises(ManifestError, match="what trains would be scored"):
+        open_task(made_data, task.protocol, FILM_PX)
+
+
+def test_a_split_without_validation_films_is_refused_with_the_command_that_draws_some(
+    made_data: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+):
+    def without(folders: list[Path], film_px: int | None) -> Rows:
+        rows = open_rows(folders, film_px)
+        return rows.select([film.split != "val" for film in rows.films])
+
+    monkeypatch.setattr(tasks, "open_rows", without)
+    with pytest.raises(ManifestError, match=r"no validation films.*--name official"):
+        open_task(made_data, task.protocol, FILM_PX)
+
+
+def test_random_weights_have_the_architecture_of_the_run_and_follow_the_seed(job: Job):
+    start = start_of("random", job.run, job.folder)
+    run = load_checkpoint(find_checkpoint(start.checkpoint.folder)).model  # pyright: ignore
+    one, same, other = (start.encoder(seed).encoder.state_dict() for seed in (1, 1, 2))
+    trained = run.vision_model.state_dict()
+    assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in trained.items()}
+    name = next(n for n in one if n.endswith("convolution.weight"))
+    assert torch.equal(one[name], same[name])
+    assert not torch.equal(one[name], other[name]) and not torch.equal(one[name], trained[name])
+
+
+def test_a_vit_of_the_hub_is_fine_tuned_as_ours_is(job: Job, task: Task, tmp_path: Path):
+    sizes = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32, "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path / "vit")
+    config = ViTMAEConfig(**sizes, decoder_hidden_size=16, decoder_num_hidden_layers=1)
+    ViTMAEModel(config).save_pretrained(tmp_path / "mae")
+    for name in ("vit", "mae"):
+        start = start_of(f"hf:{tmp_path / name}", None, job.folder)
+        assert start.features == "class" and start.film_px == FILM_PX
+        encoder = start.encoder(0)
+        image = torch.randn(2, 1, FILM_PX, FILM_PX)
+        # MAE deals its patches anew at each reading: equal but for the order of sums.
+        assert torch.allclose(encoder(image), encoder(image), atol=1e-5)
+        model = Classifier(encoder, len(ASKED))
+        trained = train_classifier(
+            Accelerator(cpu=True), model, task.train, task.val, short("train.steps=2"), 0,
+            tmp_path / f"{name}-run", {"run": name}, 0.75,
+        )  # fmt: skip
+        assert trained.step == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"init": "hf:"}, "none of run, random, hf:FOLDER_OR_NAME"),
+        ({"run": None}, "--init run needs --run"),
+        ({"findings": ()}, "name a --protocol, or the findings to learn by --finding"),
+        ({"findings": ("gout",)}, "is labelled with gout"),
+        ({"findings": (), "protocol": "montgomery"}, "for zero-shot alone; those with fine-tuning"),
+        (
+            {"method": "full", "config": FineTuneConfig(features="embedding")},
+            "take pooled or class",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_one_line(job: Job, changes: dict, said: str):
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        finetune(replace(job, **changes))
+
+
+@pytest.fixture(scope="module")
+def words(made_data: Path, made_run: Path) -> list[str]:
+    """A command of full fine-tuning, without --out."""
+    given = ["finetune", "--run", made_run, "--data", made_data, "--finding", "pneumothorax"]
+    given += ["--method", "full", "--fraction", "1", "--seed", "3", "--draws", "20", "--cpu"]
+    return [str(word) for word in given] + [w for key in SHORT for w in ("--set", key)]
+
+
+@pytest.fixture(scope="module")
+def by_command(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """What the command left in its --out, and what it said."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    return folder / "out", mmclip(folder, *words, "--out", folder / "out")
+
+
+def test_the_command_prints_a_table_and_the_path_of_the_summary(
+    by_command: tuple[Path, Ended], words: list[str], tmp_path: Path
+):
+    out, ended = by_command
+    assert ended.code == 0, ended.err
+    assert ended.out == f"{out / SUMMARY_FILE}\n"
+    assert "3: 0." in ended.err and "95 %: over test patients and seeds" in ended.err
+    assert len(list((out / "full-100-3/checkpoints").iterdir())) == 1
+    assert json.loads((out / SUMMARY_FILE).read_text())["lines"][0]["method"] == "full"
+    bad = mmclip(tmp_path, *words, "--out", tmp_path / "other", "--set", "train.seed=4")
+    assert "a run's seed is that of its subset: --seed" in bad.error()
+
+
+def test_two_processes_learn_what_one_does(
+    by_command: tuple[Path, Ended], words: list[str], tmp_path: Path
+):
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "-m", "--", "mmclip", *words, "--out", str(tmp_path / "out")],
+        check=False, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"{tmp_path / 'out' / SUMMARY_FILE}\n"
+    ours, theirs = (
+        [json.loads(line)["loss"] for line in (o / "full-100-3/metrics.jsonl").open()]
+        for o in (tmp_path / "out", by_command[0])
+    )
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    one, two = (read_results(o / "full-100-3") for o in (tmp_path / "out", by_command[0]))
+    assert one.facts["step"] == two.facts["step"]
+    assert one.macro_auroc == pytest.approx(two.macro_auroc, abs=1e-2)
