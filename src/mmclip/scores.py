@@ -151,10 +151,17 @@ def rows_to_score(
         protocol: In place of `sources`, and to say what counts as labelled.
 
     Raises:
-        ManifestError: When no film is left; it says what the folder holds.
+        ManifestError: When no film is left; it says what the folder holds. When the protocol
+            needs to tell laterals, and no film is known as one.
     """
     if protocol is not None:
-        sources = protocol.sources
+        sources = protocol.sources_of(split)
+        if protocol.needs_laterals and all(film.view != "L" for film in rows.films):
+            raise ManifestError(
+                f"no film of this data is known as a lateral, and protocol {protocol.id} scores "
+                f"frontal films alone; add the table of views that the reader takes "
+                f"(docs/data.md), and build the folder again"
+            )
     known_sources = sorted({film.source for film in rows.films})
     if unknown := sorted(set(sources) - set(known_sources)):
         raise ManifestError(
