@@ -74,8 +74,10 @@ def plain_loop(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, dra
         rows = np.concatenate([order[starts[i] : starts[i + 1]] for i in drawn])
         for k in range(labels.shape[1]):
             y, s = labels[rows, k], scores[rows, k]
-            roc_auc_score(y, s), average_precision_score(y, s)
-            f1_score(y, s >= GAP), matthews_corrcoef(y, s >= GAP)
+            for metric in (roc_auc_score, average_precision_score):
+                metric(y, s)
+            for metric in (f1_score, matthews_corrcoef):
+                metric(y, s >= GAP)
 
 
 def speed(n: int, k: int, draws: int, loop_draws: int) -> dict[str, object]:
@@ -131,7 +133,9 @@ def main() -> None:
     parser.add_argument("--findings", type=int, default=14)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--loop-draws", type=int, default=2, help="of the plain loop")
-    parser.add_argument("--repeats", type=int, default=1000, help="made data sets; 0 for speed alone")
+    parser.add_argument(
+        "--repeats", type=int, default=1000, help="made data sets; 0 for speed alone"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     fast = speed(args.films, args.findings, args.draws, args.loop_draws)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import (
+    accuracy_score,
     average_precision_score,
     f1_score,
     matthews_corrcoef,
@@ -101,6 +102,36 @@ def test_the_chosen_threshold_is_the_best_of_all_scores(rule, levels):
 def test_at_threshold_by_hand():
     at = at_threshold(np.array([1.0, 1.0, 0.0, 0.0]), np.array([0.9, 0.2, 0.7, 0.1]), 0.7)
     assert (at.f1, at.accuracy, at.sensitivity, at.specificity, at.mcc) == (0.5, 0.5, 0.5, 0.5, 0)
+
+
+@pytest.mark.parametrize("levels", [0, 2])
+def test_point_metrics_equal_scikit_learns_and_the_slow_loop(levels):
+    labels, scores, patients = made(levels=levels, seed=5)
+    assert levels == 0 or len(np.unique(scores)) < 20  # nearly all tied
+    cuts = {name: Threshold(0.5, "f1", "val") for name in "abcd"}
+    rows = score_findings(labels, scores, patients, list("abcd"), thresholds=cuts, draws=2)
+    for k, row in enumerate(rows["findings"]):
+        is_known = ~np.isnan(labels[:, k])
+        y, s = labels[is_known, k] == 1, scores[is_known, k]
+        called = s >= 0.5
+        expected = {
+            "auroc": roc_auc_score(y, s),
+            "auprc": average_precision_score(y, s),
+            "f1": f1_score(y, called),
+            "mcc": matthews_corrcoef(y, called),
+            "accuracy": accuracy_score(y, called),
+        }
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+        wins = [(p > q) + 0.5 * (p == q) for p in s[y] for q in s[~y]]
+        assert row["auroc"] == pytest.approx(np.mean(wins), abs=1e-12)
+        precision = [y[s >= cut].mean() for cut in s[y]]
+        assert row["auprc"] == pytest.approx(np.mean(precision), abs=1e-12)
+        tp, fp = (y & called).sum(), (~y & called).sum()
+        fn, tn = (y & ~called).sum(), (~y & ~called).sum()
+        assert row["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn), abs=1e-12)
+        product = float(tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+        assert row["mcc"] == pytest.approx((tp * tn - fp * fn) / math.sqrt(product), abs=1e-12)
+        assert row["accuracy"] == pytest.approx((tp + tn) / len(y), abs=1e-12)
 
 
 def test_a_cut_that_calls_nothing_has_f1_and_mcc_zero():

@@ -28,6 +28,10 @@ from mmclip.metrics import (
 )
 from mmclip.scores import Scored
 
+MIN_COUNT = 10
+"""Films of either kind that a finding needs to count in a macro average. [chosen: below ten, one
+film moves its AUROC by points]"""
+
 AGE_BANDS: tuple[tuple[str, float, float], ...] = (
     ("under 40", -np.inf, 40), ("40 to 59", 40, 60), ("60 to 79", 60, 80),
     ("80 and over", 80, np.inf),
@@ -44,7 +48,7 @@ def judge(
     *,
     rule: ThresholdRule = "f1",
     even: float | None = None,
-    min_count: int = 10,
+    min_count: int = MIN_COUNT,
     draws: int = 1000,
     seed: int = 0,
 ) -> dict:
@@ -92,7 +96,7 @@ def judge(
 
 
 def subgroups(
-    scored: Scored, *, min_count: int = 10, draws: int = 1000, seed: int = 0
+    scored: Scored, *, min_count: int = MIN_COUNT, draws: int = 1000, seed: int = 0
 ) -> list[dict]:
     """Macro AUROC by sex, band of age and view, for what the films say of them.
 
@@ -150,7 +154,7 @@ def score_findings(
     thresholds: Mapping[str, Threshold] | None = None,
     draws: int = 1000,
     seed: int = 0,
-    min_count: int = 10,
+    min_count: int = MIN_COUNT,
 ) -> dict:
     """Every metric of every finding with its interval: the `scores` part of results.json.
 
@@ -163,7 +167,7 @@ def score_findings(
         draws: Bootstrap resamples of patients.
         seed: Of the resamples.
         min_count: A finding counts towards the macro average when it has at least this many
-            positive and as many negative films. [chosen: below ten, one film moves it by points]
+            positive and as many negative films.
 
     Returns:
         The fields of `mmclip.results.RunResults`: `findings` in the given order, without those that
@@ -226,14 +230,21 @@ def score_findings(
 
 
 def control_of(test: Scored, scores: Float[np.ndarray, "n k"], note: str) -> dict:
-    """A control of a result: what other scores of the same films reach, as `results.Control`."""
-    found = score_findings(test.labels, scores, test.patients(), test.names(), draws=200)
-    return {
-        "macro_auroc": found["macro_auroc"],
-        "macro_auroc_ci": found["macro_auroc_ci"],
-        "auroc": {row["finding"]: row["auroc"] for row in found["findings"]},
-        "note": note,
-    }
+    """A control of a result: what other scores of the same films reach, as `results.Control`.
+
+    Its macro average is over the findings that `score_findings` counts by its default.
+    """
+    values = {name: auroc(test.labels[:, k], scores[:, k]) for k, name in enumerate(test.names())}
+    known = {name: value for name, value in values.items() if value is not None}
+    counted = [
+        k for k in range(len(test.names())) if min(count_labels(test.labels[:, k])[:2]) >= MIN_COUNT
+    ]
+    macro, interval = None, None
+    if counted:
+        drawn = bootstrap_metrics(test.labels, scores, test.patients(), draws=200).auroc
+        macro = float(np.mean([known[test.names()[k]] for k in counted]))
+        interval = percentile_interval(macro_draws(drawn, counted))
+    return {"macro_auroc": macro, "macro_auroc_ci": interval, "auroc": known, "note": note}
 
 
 def nuisance(rows: Rows, test: Scored) -> dict:
