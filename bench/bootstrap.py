@@ -6,15 +6,17 @@ Speed: AUROC, AUPRC, F1 and MCC of made scores in all draws, against the plain l
 rows and calls scikit-learn, on fewer draws, its time scaled up to as many.
 
 Coverage: data sets are made again and again, of patients with 1 to 5 films that are alike, with a
-given number of positive films in the mean; the share of them whose interval holds the true value.
-That of AUROC follows from the two normal distributions; that of AUPRC, from the same and the share
-of positives. The last line is one JSON object.
+given number of positive films in the mean, which half as many patients have; the share of them
+whose interval holds the true value. That of AUROC follows from the two normal distributions, that
+of AUPRC from the same and the share of positives. Beside the intervals of results stand percentiles
+of the draws. The last line is one JSON object.
 """
 
 import argparse
 import json
 import math
 import time
+from collections import Counter
 
 import numpy as np
 from scipy.stats import norm
@@ -25,11 +27,14 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mmclip.bootstrap import bootstrap_metrics, percentile_interval
+from mmclip.bootstrap import bootstrap_metrics, percentile_interval, share_interval
+from mmclip.evaluation import patients_of_rarer
+from mmclip.metrics import auprc, auroc
 
 POSITIVES = (10, 20, 50, 100, 200)
 RATE = 0.1  # of films with the finding
 GAP = 1.2  # between the means of films with and without it, in deviations: an AUROC of 0.80
+FINDINGS = 20  # of the same patients and draws, which saves time
 ALIKE = 0.5  # share of a score's variance that films of one patient have in common
 
 
@@ -101,26 +106,36 @@ def coverage(n_positive: int, repeats: int, draws: int, seed: int) -> dict[str, 
 
     The data sets are findings of the same patients: `made` gives each its own labels and scores.
     """
-    truth = dict(zip(("auroc", "auprc"), true_values(), strict=True))
+    truth = dict(zip((auroc, auprc), true_values(), strict=True))
     rng = np.random.default_rng([seed, n_positive])
-    held = dict.fromkeys(truth, 0)
-    width = dict.fromkeys(truth, 0.0)
-    done = 0
+    held: Counter[str] = Counter()
+    width: Counter[str] = Counter()
+    done, n_patients = 0, 0
     while done < repeats:
-        # Ten findings of the same patients and draws; 100 would save little more.
-        labels, scores, patients = made(round(n_positive / RATE), 10, rng)
+        labels, scores, patients = made(round(n_positive / RATE), FINDINGS, rng)
         drawn = bootstrap_metrics(labels, scores, patients, draws=draws, seed=done)
         for k in range(labels.shape[1]):
-            for metric, value in truth.items():
-                found = percentile_interval(getattr(drawn, metric)[:, k])
-                if found is not None:
-                    held[metric] += found[0] <= value <= found[1]
-                    width[metric] += found[1] - found[0]
-        done += labels.shape[1]
+            few = patients_of_rarer(labels[:, k], patients)
+            if few < 2:
+                continue  # one patient with all of a class has no interval
+            done += 1
+            n_patients += few
+            for metric, true in truth.items():
+                values = getattr(drawn, metric.__name__)[:, k]
+                value = metric(labels[:, k], scores[:, k])
+                assert value is not None  # both classes are there
+                intervals = {
+                    metric.__name__: share_interval(value, values, few),
+                    f"{metric.__name__} percentile": percentile_interval(values),
+                }
+                for name, found in intervals.items():
+                    if found is not None:
+                        held[name] += found[0] <= true <= found[1]
+                        width[name] += found[1] - found[0]
     return {
-        "positives": n_positive, "data_sets": done,
-        **{metric: round(n / done, 4) for metric, n in held.items()},
-        **{f"{metric}_width": round(w / done, 4) for metric, w in width.items()},
+        "positives": n_positive, "patients": round(n_patients / done, 1), "data_sets": done,
+        **{name: {"held": round(n / done, 4), "width": round(width[name] / done, 3)}
+           for name, n in held.items()},
     }  # fmt: skip
 
 
@@ -147,7 +162,11 @@ def main() -> None:
     covered = []
     for n_positive in POSITIVES if args.repeats else ():
         covered.append(coverage(n_positive, args.repeats, args.draws, args.seed))
-        print("  ".join(f"{what} {value}" for what, value in covered[-1].items()), flush=True)
+        said = (f"{k} {v}" for k, v in covered[-1].items() if not isinstance(v, dict))
+        print("  ".join(said))
+        for name, found in covered[-1].items():
+            if isinstance(found, dict):
+                print(f"  {name:17} held {found['held']:.1%}, width {found['width']}", flush=True)
     print(json.dumps({"speed": fast, "coverage": covered}))
 
 
