@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 from sklearn.metrics import (
+    accuracy_score,
     average_precision_score,
     f1_score,
     matthews_corrcoef,
@@ -18,6 +20,7 @@ from mmclip.bootstrap import (
     bootstrap_metrics,
     macro_draws,
     percentile_interval,
+    share_interval,
 )
 from mmclip.evaluation import score_findings
 from mmclip.metrics import (
@@ -101,6 +104,36 @@ def test_the_chosen_threshold_is_the_best_of_all_scores(rule, levels):
 def test_at_threshold_by_hand():
     at = at_threshold(np.array([1.0, 1.0, 0.0, 0.0]), np.array([0.9, 0.2, 0.7, 0.1]), 0.7)
     assert (at.f1, at.accuracy, at.sensitivity, at.specificity, at.mcc) == (0.5, 0.5, 0.5, 0.5, 0)
+
+
+@pytest.mark.parametrize("levels", [0, 2])
+def test_point_metrics_equal_scikit_learns_and_the_slow_loop(levels):
+    labels, scores, patients = made(levels=levels, seed=5)
+    assert levels == 0 or len(np.unique(scores)) < 20  # nearly all tied
+    cuts = {name: Threshold(0.5, "f1", "val") for name in "abcd"}
+    rows = score_findings(labels, scores, patients, list("abcd"), thresholds=cuts, draws=2)
+    for k, row in enumerate(rows["findings"]):
+        is_known = ~np.isnan(labels[:, k])
+        y, s = labels[is_known, k] == 1, scores[is_known, k]
+        called = s >= 0.5
+        expected = {
+            "auroc": roc_auc_score(y, s),
+            "auprc": average_precision_score(y, s),
+            "f1": f1_score(y, called),
+            "mcc": matthews_corrcoef(y, called),
+            "accuracy": accuracy_score(y, called),
+        }
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+        wins = [(p > q) + 0.5 * (p == q) for p in s[y] for q in s[~y]]
+        assert row["auroc"] == pytest.approx(np.mean(wins), abs=1e-12)
+        precision = [y[s >= cut].mean() for cut in s[y]]
+        assert row["auprc"] == pytest.approx(np.mean(precision), abs=1e-12)
+        tp, fp = (y & called).sum(), (~y & called).sum()
+        fn, tn = (y & ~called).sum(), (~y & ~called).sum()
+        assert row["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn), abs=1e-12)
+        product = float(tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+        assert row["mcc"] == pytest.approx((tp * tn - fp * fn) / math.sqrt(product), abs=1e-12)
+        assert row["accuracy"] == pytest.approx((tp + tn) / len(y), abs=1e-12)
 
 
 def test_a_cut_that_calls_nothing_has_f1_and_mcc_zero():
@@ -197,6 +230,55 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         low, high = percentile_interval(drawn.auroc[:, 0])
         hits += low <= truth <= high
     assert 0.88 <= hits / trials <= 0.99
+
+
+def test_the_interval_of_a_share_by_hand():
+    # Draws whose logits are 1 +- 0.4 times the quantiles of a normal distribution; 11 patients.
+    draws = 1 / (1 + np.exp(-(1 + 0.4 * norm.ppf(np.linspace(0.001, 0.999, 999)))))
+    reach = 2.228139 * 0.4 * math.sqrt(11 / 10)  # Student's t with 10 degrees
+    expected = [1 / (1 + math.exp(-(0.8 + sign * reach))) for sign in (-1, 1)]
+    value = 1 / (1 + math.exp(-0.8))
+    assert share_interval(value, draws, 11) == pytest.approx(expected, abs=1e-3)
+    assert share_interval(value, np.append(draws, [NAN] * 999), 11) == pytest.approx(
+        expected, abs=1e-3
+    )
+    assert share_interval(value, np.append(draws, [NAN] * 1000), 11) is None
+    assert share_interval(value, draws, 1) is None
+    assert share_interval(1.0, np.ones(10), 5) == (1.0, 1.0)
+    low, high = share_interval(0.98, np.append(draws, np.ones(300)), 3)
+    assert 0 < low < 0.98 < high <= 1
+
+
+def test_intervals_of_results_know_how_few_patients_have_the_finding():
+    labels, scores, patients = made()
+    labels[:, 0] = 0.0
+    labels[np.isin(patients, [3, 5, 8]), 0] = 1.0
+    results = score_findings(labels, scores, patients, list("abcd"), draws=50)
+    drawn = bootstrap_metrics(labels, scores, patients, draws=50)
+    row = results["findings"][0]
+    for metric in ("auroc", "auprc"):
+        values = getattr(drawn, metric)[:, 0]
+        assert row[f"{metric}_ci"] == share_interval(row[metric], values, 3)
+    alone = score_findings(labels[:, :1], scores[:, :1], patients, ["a"], draws=50, min_count=3)
+    assert alone["macro_auroc_ci"] == pytest.approx(alone["findings"][0]["auroc_ci"])
+
+
+def test_intervals_hold_the_truth_where_few_patients_have_several_films_each():
+    truth = 0.5 * (1 + math.erf(1.0 / 2))
+    trials, hits, by_percentile = 400, 0, 0
+    rng = np.random.default_rng(1)
+    patients = np.repeat(np.arange(30), 4)
+    labels = (patients % 3 == 0).astype(float)[:, None]  # ten patients, forty films
+    for trial in range(trials):
+        shared = rng.normal(size=30)[patients, None]
+        scores = labels + math.sqrt(0.5) * (shared + rng.normal(size=(120, 1)))
+        drawn = bootstrap_metrics(labels, scores, patients, draws=200, seed=trial).auroc[:, 0]
+        low, high = share_interval(auroc(labels[:, 0], scores[:, 0]), drawn, 10)
+        hits += low <= truth <= high
+        low, high = percentile_interval(drawn)
+        by_percentile += low <= truth <= high
+    assert 0.93 <= hits / trials <= 0.99
+    assert by_percentile < hits
 
 
 def test_bootstrap_difference_uses_the_same_draws_for_both_models():

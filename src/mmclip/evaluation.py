@@ -12,6 +12,7 @@ from mmclip.bootstrap import (
     bootstrap_metrics,
     macro_draws,
     percentile_interval,
+    share_interval,
 )
 from mmclip.data.dataset import Rows
 from mmclip.metrics import (
@@ -27,6 +28,10 @@ from mmclip.metrics import (
     count_labels,
 )
 from mmclip.scores import Scored
+
+MIN_COUNT = 10
+"""Films of either kind that a finding needs to count in a macro average. [chosen: below ten, one
+film moves its AUROC by points]"""
 
 AGE_BANDS: tuple[tuple[str, float, float], ...] = (
     ("under 40", -np.inf, 40), ("40 to 59", 40, 60), ("60 to 79", 60, 80),
@@ -44,7 +49,7 @@ def judge(
     *,
     rule: ThresholdRule = "f1",
     even: float | None = None,
-    min_count: int = 10,
+    min_count: int = MIN_COUNT,
     draws: int = 1000,
     seed: int = 0,
 ) -> dict:
@@ -92,7 +97,7 @@ def judge(
 
 
 def subgroups(
-    scored: Scored, *, min_count: int = 10, draws: int = 1000, seed: int = 0
+    scored: Scored, *, min_count: int = MIN_COUNT, draws: int = 1000, seed: int = 0
 ) -> list[dict]:
     """Macro AUROC by sex, band of age and view, for what the films say of them.
 
@@ -134,11 +139,37 @@ def subgroups(
                     "n_films": len(part),
                     "n_patients": len(set(part.patients())),
                     "findings": [scored.names()[k] for k in columns],
-                    "macro_auroc": float(np.mean([v for v in values if v is not None])),
-                    "macro_auroc_ci": percentile_interval(macro_draws(drawn, columns)),
+                    "macro_auroc": (macro := float(np.mean([v for v in values if v is not None]))),
+                    "macro_auroc_ci": _macro_interval(
+                        macro, drawn, columns, part.labels, part.patients()
+                    ),
                 }
             )
     return out
+
+
+SHARES = ("auroc", "auprc")
+"""Metrics whose intervals are `share_interval`; those of the others are percentiles."""
+
+
+def patients_of_rarer(
+    labels: Float[np.ndarray, " n"], patients: Sequence[Hashable] | Int[np.ndarray, " n"]
+) -> int:
+    """The patients that have films of a class, of the class that fewer have."""
+    of = list(zip(labels, patients, strict=True))
+    return min(len({patient for label, patient in of if label == known}) for known in (0, 1))
+
+
+def _macro_interval(
+    value: float,
+    drawn: Float[np.ndarray, "draws k"],
+    columns: Sequence[int],
+    labels: Float[np.ndarray, "n k"],
+    patients: Sequence[Hashable] | Int[np.ndarray, " n"],
+) -> Interval | None:
+    """`share_interval` of a mean over findings, whose degrees of freedom add up."""
+    degrees = sum(patients_of_rarer(labels[:, k], patients) - 1 for k in columns)
+    return share_interval(float(value), macro_draws(drawn, columns), degrees + 1)
 
 
 def score_findings(
@@ -150,7 +181,7 @@ def score_findings(
     thresholds: Mapping[str, Threshold] | None = None,
     draws: int = 1000,
     seed: int = 0,
-    min_count: int = 10,
+    min_count: int = MIN_COUNT,
 ) -> dict:
     """Every metric of every finding with its interval: the `scores` part of results.json.
 
@@ -163,7 +194,7 @@ def score_findings(
         draws: Bootstrap resamples of patients.
         seed: Of the resamples.
         min_count: A finding counts towards the macro average when it has at least this many
-            positive and as many negative films. [chosen: below ten, one film moves it by points]
+            positive and as many negative films.
 
     Returns:
         The fields of `mmclip.results.RunResults`: `findings` in the given order, without those that
@@ -195,13 +226,19 @@ def score_findings(
             "auroc": auroc(labels[:, i], scores[:, i]),
             "auprc": auprc(labels[:, i], scores[:, i]),
             **at_cut,
-            **{f"{metric}_ci": percentile_interval(d[:, i]) for metric, d in draws_of.items()},
             "threshold": None if cut is None else cut._asdict(),
             "calibration_error": calibration_error(labels[:, i], scores[:, i]),
             "test_tuned": None
             if (tuned := best_on_these(labels[:, i], scores[:, i])) is None
             else tuned._asdict(),
         }
+        few = patients_of_rarer(labels[:, i], patients)
+        for metric, values in draws_of.items():
+            row[f"{metric}_ci"] = (
+                share_interval(row[metric], values[:, i], few)
+                if metric in SHARES
+                else percentile_interval(values[:, i])
+            )
         scored.append(row)
     counted = [row for row in scored if row["in_macro"]]
     columns = [list(findings).index(row["finding"]) for row in counted]
@@ -211,7 +248,11 @@ def score_findings(
         # A macro over fewer findings than `macro_findings` names would mislead: all or none.
         complete = bool(points) and None not in points
         macro[f"macro_{metric}"] = float(np.mean(points)) if complete else None
-        interval = percentile_interval(macro_draws(values, columns)) if complete else None
+        interval = None
+        if complete and metric in SHARES:
+            interval = _macro_interval(np.mean(points), values, columns, labels, patients)
+        elif complete:
+            interval = percentile_interval(macro_draws(values, columns))
         macro[f"macro_{metric}_ci"] = interval
     return {
         **macro,
@@ -226,14 +267,21 @@ def score_findings(
 
 
 def control_of(test: Scored, scores: Float[np.ndarray, "n k"], note: str) -> dict:
-    """A control of a result: what other scores of the same films reach, as `results.Control`."""
-    found = score_findings(test.labels, scores, test.patients(), test.names(), draws=200)
-    return {
-        "macro_auroc": found["macro_auroc"],
-        "macro_auroc_ci": found["macro_auroc_ci"],
-        "auroc": {row["finding"]: row["auroc"] for row in found["findings"]},
-        "note": note,
-    }
+    """A control of a result: what other scores of the same films reach, as `results.Control`.
+
+    Its macro average is over the findings that `score_findings` counts by its default.
+    """
+    values = {name: auroc(test.labels[:, k], scores[:, k]) for k, name in enumerate(test.names())}
+    known = {name: value for name, value in values.items() if value is not None}
+    counted = [
+        k for k in range(len(test.names())) if min(count_labels(test.labels[:, k])[:2]) >= MIN_COUNT
+    ]
+    macro, interval = None, None
+    if counted:
+        drawn = bootstrap_metrics(test.labels, scores, test.patients(), draws=200).auroc
+        macro = float(np.mean([known[test.names()[k]] for k in counted]))
+        interval = _macro_interval(macro, drawn, counted, test.labels, test.patients())
+    return {"macro_auroc": macro, "macro_auroc_ci": interval, "auroc": known, "note": note}
 
 
 def nuisance(rows: Rows, test: Scored) -> dict:

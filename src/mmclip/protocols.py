@@ -46,7 +46,10 @@ class Protocol(Frozen):
         about: Where it comes from, and what differs from papers that name it.
         readers: Data folders of these readers fit.
         sources: Of `Film.source`; empty takes all of the folder.
-        splits: Names of splits that fit, `BUILT` among them where the source's own will do.
+        val_sources: Of validation films, where they are others.
+        splits: Names of splits that fit, the best first; `BUILT` where any draw will do.
+        needs_laterals: Whether a folder that names no film as a lateral is refused, as its
+            laterals pass for frontal films there.
         findings: In the order of the benchmark.
         own_words: Findings are the source's own label words, in any case of letters and up to a
             first "/": present where a film has the word, absent where it has others.
@@ -64,7 +67,9 @@ class Protocol(Frozen):
     about: str
     readers: tuple[str, ...] = Field(min_length=1)
     sources: tuple[str, ...] = ()
+    val_sources: tuple[str, ...] = ()
     splits: tuple[str, ...] = Field(min_length=1)
+    needs_laterals: bool = False
     findings: tuple[str, ...] = Field(min_length=1)
     own_words: bool = False
     words: dict[str, tuple[str, ...]] = Field(default_factory=dict)
@@ -92,6 +97,10 @@ class Protocol(Frozen):
     def hash(self) -> str:
         """SHA-256 of the content; comments and layout of the file do not change it."""
         return config_hash(self)
+
+    def sources_of(self, split: str) -> tuple[str, ...]:
+        """Of `Film.source`, for the films of a split; empty takes all."""
+        return (self.val_sources or self.sources) if split == "val" else self.sources
 
     def check_folder(self, reader: str, split: str, where: str) -> None:
         """Refuses a data folder of another source or split.

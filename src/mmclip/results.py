@@ -215,7 +215,10 @@ def read_results(folder: Path) -> RunResults:
             f"{folder} holds no {RESULTS_FILE}; give the --out of `mmclip zeroshot` or the like"
         ) from None
     except (ValueError, TypeError) as error:
-        raise ResultsError(f"{path} is damaged ({error}); make it again") from None
+        raise ResultsError(
+            f"{path} is damaged or of another version of mmclip ({error}); run the command that "
+            f"made it again"
+        ) from None
 
 
 def write_results(folder: Path, results: RunResults | Mapping[str, Any]) -> Path:

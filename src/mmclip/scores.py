@@ -151,10 +151,17 @@ def rows_to_score(
         protocol: In place of `sources`, and to say what counts as labelled.
 
     Raises:
-        ManifestError: When no film is left; it says what the folder holds.
+        ManifestError: When no film is left; it says what the folder holds. When the protocol
+            needs to tell laterals, and no film is known as one.
     """
     if protocol is not None:
-        sources = protocol.sources
+        sources = protocol.sources_of(split)
+        if protocol.needs_laterals and all(film.view != "L" for film in rows.films):
+            raise ManifestError(
+                f"no film of this data is known as a lateral, and protocol {protocol.id} scores "
+                f"frontal films alone; add the table of views that the reader takes "
+                f"(docs/data.md), and build the folder again"
+            )
     known_sources = sorted({film.source for film in rows.films})
     if unknown := sorted(set(sources) - set(known_sources)):
         raise ManifestError(
@@ -218,18 +225,14 @@ def read_scores_csv(
         film_ids: The films that need a score, in order; others in the file are left alone.
 
     Raises:
-        ScoresError: When a column or film is missing or named twice, or a score is no finite
-            number.
+        ScoresError: When it is no CSV in UTF-8, a column or film is missing or named twice, or a
+            score is no finite number.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            header = reader.fieldnames or ()
-            if missing := [name for name in ("film_id", *findings) if name not in header]:
-                raise ScoresError(
-                    f"{path} lacks the columns {', '.join(map(repr, missing))}; it has "
-                    f"{', '.join(map(repr, header)) or 'none'}"
-                )
+            header = list(reader.fieldnames or ())
+            _check_header(path, header, ("film_id", *findings))
             found: dict[str, list[float]] = {}
             for number, row in enumerate(reader, start=2):
                 if row["film_id"] in found:
@@ -239,12 +242,33 @@ def read_scores_csv(
                 found[row["film_id"]] = [_number(path, number, row, name) for name in findings]
     except OSError as error:
         raise ScoresError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ScoresError(
+            f"{path} is no CSV in UTF-8 ({error}); write it as such, with commas between columns"
+        ) from None
     if missing := [name for name in film_ids if name not in found]:
         raise ScoresError(
             f"{path} has no score of {len(missing)} of the {len(film_ids)} films, such as "
             f"{', '.join(missing[:3])}; every film of the protocol needs one"
         )
     return np.array([found[name] for name in film_ids], float).reshape(len(film_ids), len(findings))
+
+
+def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:
+    """Refuses a table that lacks a column, or names one twice."""
+    other = next((sep for sep in (";", "\t") if len(header) == 1 and sep in header[0]), None)
+    if other is not None:
+        raise ScoresError(
+            f"{path} has {other!r} between its columns; write it with commas, and with points in "
+            f"decimals"
+        )
+    if missing := [name for name in needed if name not in header]:
+        raise ScoresError(
+            f"{path} lacks the columns {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, header)) or 'none'}"
+        )
+    if twice := [name for name in needed if header.count(name) > 1]:
+        raise ScoresError(f"{path} names column {twice[0]!r} twice; leave one of them out")
 
 
 def _number(path: Path, line: int, row: Mapping[str, str], name: str) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mmclip.cli.shared import command_line, split_name
+from mmclip.cli.shared import OverwriteOption, check_results, command_line, split_name
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def results(
     draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     save: Annotated[Path | None, typer.Option(help="Write the table as Markdown, too.")] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Compares results on the same films, pair by pair; refuses what does not compare.
 
@@ -57,6 +58,19 @@ def results(
         raise ValueError(
             f"{tables[0]} holds scores alone; give --data, --protocol and --out to have it judged"
         )
+    if not tables and (data or protocol or out):
+        raise ValueError(
+            "--data, --protocol and --out are for CSV files of scores, and none is given; leave "
+            "them out, or name a file that ends in .csv"
+        )
+    if len({path.stem for path in tables}) < len(tables):
+        raise ValueError(
+            f"{' and '.join(map(str, tables))} would share a folder in --out, which is named after "
+            f"the file; rename one"
+        )
+    if out is not None and not overwrite:
+        for path in tables:
+            check_results(out / path.stem)
     folders = []
     for path in given:
         if path in tables:

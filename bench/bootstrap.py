@@ -1,0 +1,174 @@
+"""How fast the bootstrap is, and how often its 95 % intervals hold the true value.
+
+    python bench/bootstrap.py
+
+Speed: AUROC, AUPRC, F1 and MCC of made scores in all draws, against the plain loop that resamples
+rows and calls scikit-learn, on fewer draws, its time scaled up to as many.
+
+Coverage: data sets are made again and again, of patients with 1 to 5 films that are alike, with a
+given number of positive films in the mean, which half as many patients have; the share of them
+whose interval holds the true value. That of AUROC follows from the two normal distributions, that
+of AUPRC from the same and the share of positives. Beside the intervals of results stand percentiles
+of the draws. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections import Counter
+
+import numpy as np
+from scipy.stats import norm
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    matthews_corrcoef,
+    roc_auc_score,
+)
+
+from mmclip.bootstrap import bootstrap_metrics, percentile_interval, share_interval
+from mmclip.evaluation import patients_of_rarer
+from mmclip.metrics import auprc, auroc
+
+POSITIVES = (10, 20, 50, 100, 200)
+RATE = 0.1  # of films with the finding
+GAP = 1.2  # between the means of films with and without it, in deviations: an AUROC of 0.80
+FINDINGS = 20  # of the same patients and draws, which saves time
+ALIKE = 0.5  # share of a score's variance that films of one patient have in common
+
+
+def made_patients(n: int, rng: np.random.Generator) -> np.ndarray:
+    """The patient of each of about n films; a patient has 1 to 5."""
+    films = rng.integers(1, 6, n // 3 + 1)
+    return np.repeat(np.arange(len(films)), films)
+
+
+def made(n: int, k: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels [n, k], scores [n, k] and patients [n].
+
+    Films of a patient mostly share a finding, and share a part of their scores. Each film by
+    itself has the finding with probability RATE, and then a score of mean GAP and deviation 1.
+    """
+    patients = made_patients(n, rng)
+    n_patients = patients[-1] + 1
+    has = rng.random((n_patients, k)) < RATE
+    again = rng.random((len(patients), k)) < RATE
+    is_own = rng.random((len(patients), k)) < 0.2
+    labels = np.where(is_own, again, has[patients]).astype(float)
+    shared = rng.normal(size=(n_patients, k))[patients]
+    noise = math.sqrt(ALIKE) * shared + math.sqrt(1 - ALIKE) * rng.normal(size=labels.shape)
+    return labels, GAP * labels + noise, patients
+
+
+def true_values() -> tuple[float, float]:
+    """AUROC and AUPRC of films of two normal distributions, at the share RATE of positives."""
+    cut = np.linspace(-9, 9 + GAP, 200_001)
+    recall, called = norm.sf(cut - GAP), norm.sf(cut)
+    precision = RATE * recall / (RATE * recall + (1 - RATE) * called)
+    return float(norm.cdf(GAP / math.sqrt(2))), float(-np.trapezoid(precision, recall))
+
+
+def plain_loop(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, draws: int) -> None:
+    """What evaluations in this field do: resampled rows, one call of scikit-learn each."""
+    rng = np.random.default_rng(0)
+    order = np.argsort(patients, kind="stable")
+    starts = np.searchsorted(patients[order], np.arange(patients.max() + 2))
+    for _ in range(draws):
+        drawn = rng.integers(0, len(starts) - 1, len(starts) - 1)
+        rows = np.concatenate([order[starts[i] : starts[i + 1]] for i in drawn])
+        for k in range(labels.shape[1]):
+            y, s = labels[rows, k], scores[rows, k]
+            for metric in (roc_auc_score, average_precision_score):
+                metric(y, s)
+            for metric in (f1_score, matthews_corrcoef):
+                metric(y, s >= GAP)
+
+
+def speed(n: int, k: int, draws: int, loop_draws: int) -> dict[str, object]:
+    """Seconds of both, and their ratio."""
+    labels, scores, patients = made(n, k, np.random.default_rng(0))
+    began, cpu = time.monotonic(), time.process_time()
+    bootstrap_metrics(labels, scores, patients, draws=draws, thresholds=[GAP] * k)
+    wall, cpu = time.monotonic() - began, time.process_time() - cpu
+    began = time.process_time()
+    plain_loop(labels, scores, patients, loop_draws)
+    loop = (time.process_time() - began) * draws / loop_draws
+    return {
+        "films": len(labels), "findings": k, "draws": draws, "seconds": round(wall, 2),
+        "cpu_s": round(cpu, 2), "loop_draws": loop_draws, "loop_cpu_s_scaled": round(loop),
+        "times_faster": round(loop / cpu, 1),
+    }  # fmt: skip
+
+
+def coverage(n_positive: int, repeats: int, draws: int, seed: int) -> dict[str, object]:
+    """Of many made data sets, the share whose intervals hold the true values, and their width.
+
+    The data sets are findings of the same patients: `made` gives each its own labels and scores.
+    """
+    truth = dict(zip((auroc, auprc), true_values(), strict=True))
+    rng = np.random.default_rng([seed, n_positive])
+    held: Counter[str] = Counter()
+    width: Counter[str] = Counter()
+    done, n_patients = 0, 0
+    while done < repeats:
+        labels, scores, patients = made(round(n_positive / RATE), FINDINGS, rng)
+        drawn = bootstrap_metrics(labels, scores, patients, draws=draws, seed=done)
+        for k in range(labels.shape[1]):
+            few = patients_of_rarer(labels[:, k], patients)
+            if few < 2:
+                continue  # one patient with all of a class has no interval
+            done += 1
+            n_patients += few
+            for metric, true in truth.items():
+                values = getattr(drawn, metric.__name__)[:, k]
+                value = metric(labels[:, k], scores[:, k])
+                assert value is not None  # both classes are there
+                intervals = {
+                    metric.__name__: share_interval(value, values, few),
+                    f"{metric.__name__} percentile": percentile_interval(values),
+                }
+                for name, found in intervals.items():
+                    if found is not None:
+                        held[name] += found[0] <= true <= found[1]
+                        width[name] += found[1] - found[0]
+    return {
+        "positives": n_positive, "patients": round(n_patients / done, 1), "data_sets": done,
+        **{name: {"held": round(n / done, 4), "width": round(width[name] / done, 3)}
+           for name, n in held.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Prints what was measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--films", type=int, default=25_000)
+    parser.add_argument("--findings", type=int, default=14)
+    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--loop-draws", type=int, default=2, help="of the plain loop")
+    parser.add_argument(
+        "--repeats", type=int, default=1000, help="made data sets; 0 for speed alone"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    fast = speed(args.films, args.findings, args.draws, args.loop_draws)
+    print(
+        f"{fast['films']:,} films x {args.findings} findings x {args.draws} draws: "
+        f"{fast['seconds']} s (CPU {fast['cpu_s']} s); plain loop {fast['loop_cpu_s_scaled']} s "
+        f"(scaled from {args.loop_draws} draws): {fast['times_faster']} times faster"
+    )
+    covered = []
+    for n_positive in POSITIVES if args.repeats else ():
+        covered.append(coverage(n_positive, args.repeats, args.draws, args.seed))
+        said = (f"{k} {v}" for k, v in covered[-1].items() if not isinstance(v, dict))
+        print("  ".join(said))
+        for name, found in covered[-1].items():
+            if isinstance(found, dict):
+                print(f"  {name:17} held {found['held']:.1%}, width {found['width']}", flush=True)
+    print(json.dumps({"speed": fast, "coverage": covered}))
+
+
+if __name__ == "__main__":
+    main()
