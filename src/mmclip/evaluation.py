@@ -250,7 +250,7 @@ def score_findings(
         macro[f"macro_{metric}"] = float(np.mean(points)) if complete else None
         interval = None
         if complete and metric in SHARES:
-            interval = _macro_interval(np.mean(points), values, columns, labels, patients)
+            interval = _macro_interval(float(np.mean(points)), values, columns, labels, patients)
         elif complete:
             interval = percentile_interval(macro_draws(values, columns))
         macro[f"macro_{metric}_ci"] = interval
