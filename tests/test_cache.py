@@ -28,6 +28,8 @@ from mmclip.data.parts import WorkersError
 from tests.made_files import encoded, ramp
 
 N = 40
+PATIENCE_S = 300
+"""For processes to start or end: on a machine with other work that takes a minute."""
 
 
 def write_images(root: Path, n: int = N, size_px: int = 24) -> list[Path]:
@@ -275,7 +277,7 @@ def n_chunks(out: Path) -> int:
 
 def wait_for_chunk(out: Path, process: subprocess.Popen) -> None:
     """Returns when the build has finished a chunk more, or all."""
-    before, deadline = n_chunks(out), time.monotonic() + 60
+    before, deadline = n_chunks(out), time.monotonic() + PATIENCE_S
     while n_chunks(out) <= before and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -300,7 +302,7 @@ def test_a_build_killed_ten_times_ends_with_the_bytes_of_one_never_killed(many, 
     process = start(driver, root, tmp_path / "whole", 1)
     wait_for_chunk(tmp_path / "whole", process)
     began = time.monotonic()
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE_S) == 0
     work_s = time.monotonic() - began
     expected = (tmp_path / "whole" / "films.npy").read_bytes()
     meta = read_meta(tmp_path / "whole")
@@ -320,7 +322,7 @@ def test_a_build_killed_ten_times_ends_with_the_bytes_of_one_never_killed(many, 
         else:  # too late to kill: begin a new folder
             finished.append(out)
             out = tmp_path / f"out{len(finished)}"
-    assert start(driver, root, out, workers=1).wait(60) == 0
+    assert start(driver, root, out, workers=1).wait(PATIENCE_S) == 0
     finished.append(out)
     assert len(set(at_kill)) > 2, at_kill  # else nothing was resumed
     for folder in finished:
@@ -346,7 +348,7 @@ def test_workers_end_when_their_parent_is_killed(many, tmp_path: Path):
     assert len(children) >= 2
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while any(is_running(int(pid)) for pid in children):
         assert time.monotonic() < deadline, "workers are left"
         time.sleep(0.05)

@@ -92,7 +92,7 @@ def run_python(code: str, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(SRC)}
     ended = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        check=False, capture_output=True, text=True, timeout=120, env=environment,
+        check=False, capture_output=True, text=True, timeout=300, env=environment,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
