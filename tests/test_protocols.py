@@ -23,6 +23,7 @@ from mmclip.plots import curves_figure
 from mmclip.protocols import BUILT, Protocol, load_protocol, protocol_names
 from mmclip.results import Undefined, read_results
 from mmclip.scores import ScoresError, load_scores, rows_to_score
+from mmclip.task import open_task
 from tests import made_layouts as made
 from tests.commands import Ended, mmclip
 from tests.made_layouts import Files, Planned
@@ -143,7 +144,7 @@ def test_a_protocol_runs_from_the_data_set_as_published_to_results(
     planned = plan(rules, case)
     films = {case.film_id.format(f.number, int(bool(f.present))): f for f in planned}
     # These lists are none of the published ones, and two panels a finding take long to draw.
-    monkeypatch.setattr("mmclip.data.splits.KNOWN_LISTS", {})
+    monkeypatch.setattr("mmclip.data.split_lists.KNOWN_LISTS", {})
     monkeypatch.setattr("mmclip.pages.curves_figure", lambda panels: curves_figure(panels[:1]))
     monkeypatch.setattr("mmclip.pages.curve_svg", lambda panel: f"<svg><!--{panel.title}--></svg>")
     data, out = build(case, planned, tmp_path), tmp_path / "out"
@@ -206,6 +207,11 @@ def test_a_protocol_runs_from_the_data_set_as_published_to_results(
     assert results.macro_findings == counted and counted
     assert next(scored, None) is None and next(undefined, None) is None
     assert bool(results.undefined) == (len(rules.findings) > 2)
+    if rules.finetune is not None:
+        task = open_task(data, rules, 32)
+        assert [f.film_id for f in task.test.rows.films] == scores.film_id.tolist()
+        train = [i for i, film in built.items() if film.split == "train" and i in films]
+        assert [f.film_id for f in task.train.rows.films] == train and train
 
 
 @pytest.mark.parametrize("name", [name for name in protocol_names() if "padchest" in name])
@@ -253,12 +259,12 @@ def rsna(made_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def peer(rsna: dict[str, Path]) -> list[list[object]]:
+def peer(rsna: dict[str, Path]) -> list[tuple[str, object]]:
     """The rows of a table of scores for every film of RSNA's: another model's."""
     films = read_manifest(rsna["data"])
     scores = np.random.default_rng(0).normal(size=len(films)).round(3)
-    rows = [[film.film_id, score] for film, score in zip(films, scores, strict=True)]
-    return [["film_id", "pneumonia"], *rows]
+    rows = [(film.film_id, score) for film, score in zip(films, scores.tolist(), strict=True)]
+    return [("film_id", "pneumonia"), *rows]
 
 
 def judged(rsna: dict[str, Path], out: Path, *given: str | Path) -> Ended:
@@ -288,7 +294,7 @@ def test_two_runs_stand_side_by_side_with_what_others_published(
 
 
 def test_scores_of_another_model_are_judged_and_stand_beside_ours(
-    rsna: dict[str, Path], peer: list[list[object]], tmp_path: Path
+    rsna: dict[str, Path], peer: list[tuple[str, object]], tmp_path: Path
 ):
     table = tmp_path / "peer.csv"
     table.write_text("\ufeff" + made.lines(*peer), "utf-8")  # as Excel writes it

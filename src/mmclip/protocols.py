@@ -46,7 +46,7 @@ class Protocol(Frozen):
         about: Where it comes from, and what differs from papers that name it.
         readers: Data folders of these readers fit.
         sources: Of `Film.source`; empty takes all of the folder.
-        val_sources: Of validation films, where they are others.
+        other_sources: Of the films of train and val, where these may be others.
         splits: Names of splits that fit, the best first; `BUILT` where any draw will do.
         needs_laterals: Whether a folder that names no film as a lateral is refused, as its
             laterals pass for frontal films there.
@@ -67,7 +67,7 @@ class Protocol(Frozen):
     about: str
     readers: tuple[str, ...] = Field(min_length=1)
     sources: tuple[str, ...] = ()
-    val_sources: tuple[str, ...] = ()
+    other_sources: tuple[str, ...] = ()
     splits: tuple[str, ...] = Field(min_length=1)
     needs_laterals: bool = False
     findings: tuple[str, ...] = Field(min_length=1)
@@ -100,7 +100,7 @@ class Protocol(Frozen):
 
     def sources_of(self, split: str) -> tuple[str, ...]:
         """Of `Film.source`, for the films of a split; empty takes all."""
-        return (self.val_sources or self.sources) if split == "val" else self.sources
+        return self.sources if split == "test" else self.other_sources or self.sources
 
     def check_folder(self, reader: str, split: str, where: str) -> None:
         """Refuses a data folder of another source or split.

@@ -124,12 +124,13 @@ def open_task(folder: Path, protocol: Protocol, film_px: int | None) -> Task:
             f"training patients by `mmclip data split {folder} --name official` (or clean), or "
             f"name a list by --list val=FILE"
         )
+    sources = protocol.sources_of("train")
     candidates = rows.select(
         [
             film.split == "train"
             and film.image is not None
             and film.view in FRONTAL
-            and (not protocol.sources or film.source in protocol.sources)
+            and (not sources or film.source in sources)
             for film in rows.films
         ]
     )
