@@ -67,7 +67,7 @@ def test_the_arms_hold_only_what_differs_from_the_ablation():
 
 def test_the_long_control_follows_the_steps_of_the_ablation():
     steps = load_config("ablation").train.steps
-    assert load_config("arms/contrastive_long").train.steps == round(1.8 * steps)
+    assert load_config("arms/contrastive_long").train.steps == round(3.05 * steps)
 
 
 def test_files_that_extend_in_a_circle_are_refused(tmp_path: Path):
