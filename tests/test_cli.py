@@ -369,3 +369,12 @@ def test_doctor_says_of_any_other_folder_what_it_is_not(tmp_path: Path):
     assert ended.code == 1
     assert f"{tmp_path} is no data folder (meta.json), run (checkpoints/) or results" in ended.err
     assert f"{tmp_path / 'nowhere'} is no folder" in ended.err
+
+
+def test_the_demo_replaces_nothing_that_it_did_not_make(tmp_path: Path):
+    for name in ("data", "raw", "run"):
+        kept = tmp_path / name / name / "mine.txt"
+        kept.parent.mkdir(parents=True)
+        kept.write_text("mine")
+        error = mmclip(tmp_path, "demo", "--out", tmp_path / name).error()
+        assert "not made by a demo" in error and kept.read_text() == "mine"

@@ -18,6 +18,7 @@ from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import is_built
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
+from mmclip.data.synthetic.dataset import PRESET_FILE
 from mmclip.embed import embed_films, embed_prompts, probabilities
 from mmclip.evaluation import control_of, score_findings
 from mmclip.pretrain import Job, build_model, pretrain
@@ -117,7 +118,13 @@ def _make_data(out: Path, preset: Preset) -> Path:
     """Draws the films and builds the data folder, unless that is done."""
     raw, data = out / "raw", out / "data"
     if not (is_built(data) and holds_preset(raw, preset)):
-        for old in (raw, data, out / "run"):
+        there = [old for old in (raw, data, out / "run") if old.exists()]
+        if there and not (raw / PRESET_FILE).is_file():
+            raise ValueError(
+                f"{there[0]} is there and was not made by a demo, which would replace it; choose "
+                f"another --out"
+            )
+        for old in there:
             shutil.rmtree(old, ignore_errors=True)
         total = sum(preset.n_patients(split) for split in ("train", "val", "test"))
         with progress("drawing patients", total) as advance:
