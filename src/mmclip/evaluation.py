@@ -39,8 +39,8 @@ AGE_BANDS: tuple[tuple[str, float, float], ...] = (
 )  # fmt: skip
 """Years, the lower end within. [chosen: bands that hold many films of a hospital's]"""
 
-VIEW_NAMES = {"PA": "PA", "AP": "AP"}
-"""Views that stand as subgroups: a film whose view is unknown is of neither."""
+VIEWS = ("PA", "AP")
+"""That stand as subgroups: a film whose view is unknown is of neither."""
 
 
 def judge(
@@ -109,7 +109,7 @@ def subgroups(
     kinds: dict[str, dict[str, Bool[np.ndarray, " n"]]] = {
         "sex": {"F": scored.sex == "F", "M": scored.sex == "M"},
         "age": {name: (ages >= low) & (ages < high) for name, low, high in AGE_BANDS},
-        "view": {name: scored.view == view for name, view in VIEW_NAMES.items()},
+        "view": {view: scored.view == view for view in VIEWS},
     }
     out = []
     for kind, groups in kinds.items():
@@ -266,15 +266,17 @@ def score_findings(
     }
 
 
-def control_of(test: Scored, scores: Float[np.ndarray, "n k"], note: str) -> dict:
+def control_of(
+    test: Scored, scores: Float[np.ndarray, "n k"], note: str, min_count: int = MIN_COUNT
+) -> dict:
     """A control of a result: what other scores of the same films reach, as `results.Control`.
 
-    Its macro average is over the findings that `score_findings` counts by its default.
+    Its macro average is over the findings that `score_findings` counts by the same `min_count`.
     """
     values = {name: auroc(test.labels[:, k], scores[:, k]) for k, name in enumerate(test.names())}
     known = {name: value for name, value in values.items() if value is not None}
     counted = [
-        k for k in range(len(test.names())) if min(count_labels(test.labels[:, k])[:2]) >= MIN_COUNT
+        k for k in range(len(test.names())) if min(count_labels(test.labels[:, k])[:2]) >= min_count
     ]
     macro, interval = None, None
     if counted:

@@ -33,7 +33,7 @@ from mmclip.data.dataset import Rows
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.splits import ids_hash
 from mmclip.embedding_store import STORE_FOLDER, store_folder
-from mmclip.evaluation import judge, score_findings
+from mmclip.evaluation import control_of, judge
 from mmclip.features import Start, start_of, stored_features, weights_hash
 from mmclip.models.classifier import Classifier
 from mmclip.pages import GalleryItem, extreme_cases, write_evaluation
@@ -322,18 +322,13 @@ def nuisance(task: Task, test: Scored) -> dict:
     """The control that reads facts of the file and no lung, and learns from the same films."""
     rows = task.rows
     _, scores = probe(task, nuisance_facts(rows), rows)
-    found = score_findings(
-        test.labels, scores, test.patients(), test.names(), draws=200,
-        min_count=task.protocol.min_count,
-    )  # fmt: skip
-    return {
-        "macro_auroc": found["macro_auroc"],
-        "macro_auroc_ci": found["macro_auroc_ci"],
-        "auroc": {row["finding"]: row["auroc"] for row in found["findings"]},
-        "note": "logistic regression on the film's size, brightness, gradients, border and view, "
-        "on the same training and validation films: a model that does not exceed it may have read "
-        "no lung",
-    }
+    return control_of(
+        test,
+        scores,
+        "logistic regression on the film's size, brightness, gradients, border and view, on the "
+        "same training and validation films: a model that does not exceed it may have read no lung",
+        task.protocol.min_count,
+    )
 
 
 def gallery(task: Task, test: Scored) -> list[GalleryItem]:

@@ -7,19 +7,16 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-import torch
 from jaxtyping import Float, UInt8
 from markupsafe import Markup
 from PIL import Image
 
-from mmclip.checkpoint import code_version
 from mmclip.data.manifest import write_text_atomic
 from mmclip.pictures import Picture
 from mmclip.plots import (
@@ -35,7 +32,7 @@ from mmclip.plots import (
 )
 from mmclip.prompts import Prompts
 from mmclip.protocols import Protocol
-from mmclip.results import ResultsError, RunResults, checked, write_results
+from mmclip.results import ResultsError, RunResults, checked, provenance, write_results
 from mmclip.scores import SCORES_FILE, Scored
 
 PAGE_FILE, CARD_FILE, PLOTS_FOLDER = "page.html", "MODEL_CARD.md", "plots"
@@ -87,8 +84,6 @@ def write_evaluation(
         gallery: Films to show.
         prompts: What was asked about each finding, where anything was.
     """
-    version = code_version()
-    device = made["device"]
     rules = None
     if protocol is not None:
         keys = ("id", "version", "title", "hash")
@@ -97,13 +92,7 @@ def write_evaluation(
         {
             **found,
             "protocol": rules,
-            "provenance": {
-                **made,
-                "device": f"{device.type}, {torch.get_num_threads()} threads",
-                "commit": version["commit"],
-                "versions": {name: value for name, value in version.items() if name != "commit"},
-                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
+            "provenance": provenance(made).model_dump(),
         }
     )
     out.mkdir(parents=True, exist_ok=True)

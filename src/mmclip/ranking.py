@@ -4,18 +4,18 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from mmclip.bootstrap import patient_codes, patient_weights, percentile_interval
-from mmclip.checkpoint import Checkpoint, code_version, load_checkpoint
+from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.config import Frozen
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.draws import film_key
 from mmclip.data.manifest import Film, ManifestError, Split, write_text_atomic
@@ -23,9 +23,8 @@ from mmclip.data.text import tokenise
 from mmclip.embedding_store import film_embeddings, text_embeddings
 from mmclip.losses import positive_pairs
 from mmclip.metrics import Retrieved, retrieved, retrieved_by_chance
-from mmclip.results import Count, Provenance, Share, ShareInterval
-from mmclip.retrieve import check_sources
-from mmclip.scores import FRONTAL, split_of
+from mmclip.results import Count, Provenance, Share, ShareInterval, provenance
+from mmclip.scores import FRONTAL, check_sources, split_of
 from mmclip.zeroshot import check_trained
 
 logger = logging.getLogger(__name__)
@@ -41,14 +40,10 @@ _CHUNK_PAIRS = 2**22
 _CHUNK_TEXTS = 1024
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 Rank = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
-class AtK(_Part):
+class AtK(Frozen):
     """Means over the queries when k candidates are looked at, see `metrics.recall_at_k`.
 
     Intervals are 95 % over resampled patients of the queries; the candidates stay. `*_chance` is
@@ -64,7 +59,7 @@ class AtK(_Part):
     recall_chance: Share
 
 
-class Direction(_Part):
+class Direction(Frozen):
     """One direction of retrieval. The rank of a query is that of its first right answer."""
 
     n_queries: Count
@@ -75,7 +70,7 @@ class Direction(_Part):
     median_rank_chance: Rank
 
 
-class RetrievalResults(_Part):
+class RetrievalResults(Frozen):
     """retrieval.json."""
 
     title: str
@@ -90,7 +85,7 @@ class RetrievalResults(_Part):
     bootstrap_draws: Count
     leak_check: str  # what was found of films that the run was trained on
     provenance: Provenance
-    facts: dict[str, str | int | FiniteFloat] = {}
+    facts: dict[str, str | int | FiniteFloat] = Field(default_factory=dict)
 
 
 def rows_to_retrieve(rows: Rows, split: Split, sources: Sequence[str] = ()) -> Rows:
@@ -296,8 +291,6 @@ def evaluate_retrieval(
         )
         ranks |= {f"{name}_rank": found.rank, f"{name}_positives": n_positive}
     where = f"split {split}" + (f" of {', '.join(sources)}" if sources else "")
-    versions = code_version()
-    commit = versions.pop("commit")
     results = RetrievalResults(
         title=f"Retrieval: {where}",
         kind="retrieval",
@@ -310,17 +303,16 @@ def evaluate_retrieval(
         n_reports=len(keys[:, 1].unique()),
         bootstrap_draws=draws,
         leak_check=leak_check,
-        provenance=Provenance(
-            command=command,
-            seed=seed,
-            config_hash=checkpoint.meta["config_hash"],
-            data_hash=rows.data_hash,
-            split=split_of(folders),
-            commit=commit,
-            versions=versions,
-            device=f"{device.type}, {torch.get_num_threads()} threads",
-            wall_s=round(time.monotonic() - began, 1),
-            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        provenance=provenance(
+            {
+                "command": command,
+                "seed": seed,
+                "config_hash": checkpoint.meta["config_hash"],
+                "data_hash": rows.data_hash,
+                "split": split_of(folders),
+                "device": device,
+                "wall_s": round(time.monotonic() - began, 1),
+            }
         ),
         facts={
             "training pairs": checkpoint.meta["n_pairs"],

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from mmclip.checkpoint import code_version
 from mmclip.data.manifest import write_text_atomic
 from mmclip.metrics import CutRule
 
@@ -199,6 +202,25 @@ def checked(results: RunResults | Mapping[str, Any]) -> RunResults:
         raise ResultsError(
             f"results: {where}: {first['msg']} (got {str(first['input'])[:60]!r})"
         ) from error
+
+
+def provenance(made: Mapping[str, Any]) -> Provenance:
+    """The provenance of results that are made now: adds commit, versions, threads and time.
+
+    Args:
+        made: The other fields; `device` is a torch.device.
+    """
+    versions = code_version()
+    commit = versions.pop("commit")
+    return Provenance(
+        **{
+            **made,
+            "device": f"{made['device'].type}, {torch.get_num_threads()} threads",
+            "commit": commit,
+            "versions": versions,
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    )
 
 
 def read_results(folder: Path) -> RunResults:

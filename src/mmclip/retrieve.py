@@ -21,6 +21,7 @@ from mmclip.embed import embed_texts
 from mmclip.embedding_store import film_embeddings, finite
 from mmclip.plots import INK, QUIET
 from mmclip.progress import console
+from mmclip.scores import check_sources
 
 logger = logging.getLogger(__name__)
 
@@ -183,15 +184,6 @@ def _searched(rows: Rows, split: Split | None, sources: Sequence[str]) -> np.nda
             f"there is nothing to search"
         )
     return is_searched
-
-
-def check_sources(rows: Rows, sources: Sequence[str]) -> None:
-    """Refuses a source that the data does not have, and names those that it has."""
-    known = sorted({film.source for film in rows.films})
-    if unknown := sorted(set(sources) - set(known)):
-        raise ManifestError(
-            f"there is no source {', '.join(unknown)} in this data; there are {', '.join(known)}"
-        )
 
 
 @torch.inference_mode()

@@ -139,6 +139,15 @@ FRONTAL = ("PA", "AP", "unknown")
 """The views that are scored; a lateral film shows other things under the same name."""
 
 
+def check_sources(rows: Rows, sources: Sequence[str]) -> None:
+    """Refuses a source that the data does not have, and names those that it has."""
+    known = sorted({film.source for film in rows.films})
+    if unknown := sorted(set(sources) - set(known)):
+        raise ManifestError(
+            f"there is no source {', '.join(unknown)} in this data; there are {', '.join(known)}"
+        )
+
+
 def rows_to_score(
     rows: Rows, split: Split, sources: Sequence[str] = (), protocol: Protocol | None = None
 ) -> Rows:
@@ -162,12 +171,7 @@ def rows_to_score(
                 f"frontal films alone; add the table of views that the reader takes "
                 f"(docs/data.md), and build the folder again"
             )
-    known_sources = sorted({film.source for film in rows.films})
-    if unknown := sorted(set(sources) - set(known_sources)):
-        raise ManifestError(
-            f"there is no source {', '.join(unknown)} in this data; there are "
-            f"{', '.join(known_sources)}"
-        )
+    check_sources(rows, sources)
     is_labelled = (
         [bool(film.labels) for film in rows.films]
         if protocol is None
@@ -185,6 +189,7 @@ def rows_to_score(
     )
     if not len(kept):
         splits = sorted({str(f.split) for f in rows.films})
+        known_sources = sorted({film.source for film in rows.films})
         raise ManifestError(
             f"no labelled frontal film in split {split!r} of source "
             f"{', '.join(sources) or 'any'}; the data has the splits {', '.join(splits)} and the "
