@@ -36,12 +36,13 @@ from mmclip.config import Config, config_hash, config_names, load_config
 from mmclip.data.cache import FilmCache
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.draws import film_key
-from mmclip.data.manifest import Split, read_meta, write_text_atomic
+from mmclip.data.folder import read_meta, write_text_atomic
+from mmclip.data.records import Split
 from mmclip.data.synthetic import FINDINGS, PRESETS
-from mmclip.pretrain import Job, pretrain
+from mmclip.evaluation.scores import rows_to_score
+from mmclip.evaluation.zeroshot import ZeroShot, zeroshot
 from mmclip.prompts import load_prompts
-from mmclip.scores import rows_to_score
-from mmclip.zeroshot import ZeroShot, zeroshot
+from mmclip.training.pretrain import Job, pretrain
 
 SHUFFLED = "+shuffled_pairs"
 """Behind the name of an arm: with `--shuffle-pairs`."""

@@ -27,9 +27,9 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mmclip.bootstrap import bootstrap_metrics, percentile_interval, share_interval
-from mmclip.evaluation import patients_of_rarer
-from mmclip.metrics import auprc, auroc
+from mmclip.evaluation.bootstrap import bootstrap_metrics, percentile_interval, share_interval
+from mmclip.evaluation.judge import patients_of_rarer
+from mmclip.evaluation.metrics import auprc, auroc
 
 POSITIVES = (10, 20, 50, 100, 200)
 RATE = 0.1  # of films with the finding

@@ -27,7 +27,8 @@ import numpy as np
 from PIL import Image
 
 from mmclip.data.build import build_data
-from mmclip.data.manifest import Film, Record, read_manifest
+from mmclip.data.manifest import read_manifest
+from mmclip.data.records import Film, Record
 from mmclip.progress import progress
 
 HEIGHT_PX, WIDTH_PX, N_BASES = 192, 224, 300

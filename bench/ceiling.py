@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmclip.baselines import logistic_scores, shrunk
 from mmclip.config import load_config
 from mmclip.data.dataset import normalise
-from mmclip.data.manifest import Split
+from mmclip.data.records import Split
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, SyntheticFilm, make_patient
-from mmclip.metrics import auroc
+from mmclip.evaluation.baselines import logistic_scores, shrunk
+from mmclip.evaluation.metrics import auroc
 from mmclip.models.encoders import build_image_encoder, pooled
 
 SEED_OFFSET = 1_000_003

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from mmclip.bootstrap import (
+from mmclip.data.synthetic import FINDINGS
+from mmclip.evaluation.bootstrap import (
     Interval,
     bootstrap_metrics,
     macro_draws,
     percentile_interval,
     resampled_seeds,
 )
-from mmclip.data.synthetic import FINDINGS
 
 SMALL_FINDINGS = ("nodule", "rib fracture", "atelectasis", "support devices")
 """Where contrastive training alone leaves room; thumbnails show them not at all [docs/log.md]."""

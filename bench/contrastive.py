@@ -21,12 +21,12 @@ from mmclip.checkpoint import load_checkpoint
 from mmclip.config import config_hash, load_config
 from mmclip.data.build import build_data
 from mmclip.data.dataset import open_rows
-from mmclip.data.manifest import META_FILE, read_meta
+from mmclip.data.folder import META_FILE, read_meta
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
-from mmclip.pretrain import Job, pretrain
+from mmclip.evaluation.zeroshot import zeroshot
 from mmclip.prompts import load_prompts
-from mmclip.zeroshot import zeroshot
+from mmclip.training.pretrain import Job, pretrain
 
 
 def make_data(preset: Preset, out: Path) -> dict[str, float]:

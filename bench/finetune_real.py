@@ -37,19 +37,24 @@ from accelerate.utils import set_seed
 from jaxtyping import Float
 
 from compare import markdown
-from mmclip.baselines import nuisance_facts
-from mmclip.bootstrap import Interval, bootstrap_metrics, percentile_interval, resampled_seeds
 from mmclip.checkpoint import code_version
 from mmclip.config import config_hash, load_config_as
 from mmclip.data.build import build_data
 from mmclip.data.folder import META_FILE
 from mmclip.data.sources import open_reader
 from mmclip.data.splits import stratified
-from mmclip.features import Start, start_of, stored_features, weights_hash
-from mmclip.finetune import probe
+from mmclip.evaluation.baselines import nuisance_facts
+from mmclip.evaluation.bootstrap import (
+    Interval,
+    bootstrap_metrics,
+    percentile_interval,
+    resampled_seeds,
+)
+from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
+from mmclip.finetuning.finetune import probe
+from mmclip.finetuning.supervised import FineTuneConfig, macro_auroc, predict, train_classifier
+from mmclip.finetuning.task import Task, open_task, own_protocol
 from mmclip.models.classifier import Classifier
-from mmclip.supervised import FineTuneConfig, macro_auroc, predict, train_classifier
-from mmclip.task import Task, open_task, own_protocol
 
 MAPPING = Path("examples/mixed_films.toml")
 SOURCE, FINDING = "tb128", "tuberculosis"

@@ -41,26 +41,26 @@ from mmclip.config import WHOLE_TEXT_SCORES, HiddenPlace, MaskPolicy
 from mmclip.data.batches import TrainingBatches, is_pair, still
 from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.disease_prompts import PROMPT_DRAWS, load_disease_prompts
-from mmclip.data.manifest import PRESENT
+from mmclip.data.records import PRESENT
 from mmclip.data.synthetic import read_masks
-from mmclip.grounding import expected_hits, mean_places
-from mmclip.mechanism import (
+from mmclip.explanation.grounding import expected_hits, mean_places
+from mmclip.explanation.mechanism import (
     PatientMean,
     deal_to_other_patients,
     expected_hidden_share,
     own_patches,
     patient_mean,
 )
-from mmclip.models.mmclip import MMCLIP, MaskPlan
-from mmclip.patches import lesion_ratio_of_patches, normalise_patches, patchify
-from mmclip.phrase_maps import (
+from mmclip.explanation.phrase_maps import (
     pair_asks,
     phrase_texts,
     random_weights,
     score_maps,
 )
-from mmclip.pretrain import read_lesions
+from mmclip.models.mmclip import MMCLIP, MaskPlan
+from mmclip.patches import lesion_ratio_of_patches, normalise_patches, patchify
 from mmclip.prompts import load_prompts
+from mmclip.training.pretrain import read_lesions
 
 SMALL_RATIO = 0.03
 """Lesions under this share of the film count in the headline. [chosen: a heart or an edema fills

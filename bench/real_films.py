@@ -36,12 +36,13 @@ from mmclip.checkpoint import code_version, load_checkpoint
 from mmclip.config import Config, config_hash, load_config
 from mmclip.data.build import build_data
 from mmclip.data.dataset import open_rows
-from mmclip.data.manifest import META_FILE, Split, read_meta
+from mmclip.data.folder import META_FILE, read_meta
+from mmclip.data.records import Split
 from mmclip.data.sources import open_reader
-from mmclip.evaluation import nuisance, score_findings
-from mmclip.metrics import known
+from mmclip.evaluation.judge import nuisance, score_findings
+from mmclip.evaluation.metrics import known
+from mmclip.evaluation.zeroshot import ZeroShot, any_finding, zeroshot
 from mmclip.prompts import load_prompts
-from mmclip.zeroshot import ZeroShot, any_finding, zeroshot
 
 MAPPING = Path("examples/mixed_films.toml")
 

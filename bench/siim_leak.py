@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmclip.data.manifest import Film
+from mmclip.data.records import Film
 from mmclip.data.splits import clean_split
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}

@@ -47,12 +47,12 @@ from mmclip.config import Config, TextEncoderConfig, load_config
 from mmclip.data.batches import TrainingBatches, training_rows
 from mmclip.data.build import build_data
 from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.manifest import Film
+from mmclip.data.records import Film
 from mmclip.data.text import train_tokenizer
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
-from mmclip.objective import Objective
-from mmclip.train import TrainState, make_optimizer, train_step
+from mmclip.training.loop import TrainState, make_optimizer, train_step
+from mmclip.training.objective import Objective
 
 OPENI_MEDIAN, OPENI_SIGMA = 42, 0.456
 """Tokens of a report of Open-I, as a log-normal: 5 % have fewer than 20, 5 % more than 89.

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 
 from build_scale import Clock, peak_mb, watch_workers
 from mmclip.data.build import build_data, search_reports
-from mmclip.data.manifest import MANIFEST_FILE, Film, Record
+from mmclip.data.folder import MANIFEST_FILE
 from mmclip.data.readers.openi import read_openi
+from mmclip.data.records import Film, Record
 from mmclip.data.text import parse_report, split_sentences, tokenise, train_tokenizer
 from mmclip.progress import progress
 

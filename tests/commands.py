@@ -21,10 +21,10 @@ _forks.set_forkserver_preload(
         "tests.commands",
         "mmclip.data.sources",
         "mmclip.doctor",
-        "mmclip.pretrain",
-        "mmclip.zeroshot",
-        "mmclip.ranking",
-        "mmclip.pointing",
+        "mmclip.training.pretrain",
+        "mmclip.evaluation.zeroshot",
+        "mmclip.retrieval.ranking",
+        "mmclip.explanation.pointing",
     ]
 )
 

@@ -11,7 +11,7 @@ from PIL import Image
 from mmclip.batch import Batch, Share, Texts
 from mmclip.config import Config, load_config
 from mmclip.data.build import build_data
-from mmclip.data.manifest import Film
+from mmclip.data.records import Film
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 

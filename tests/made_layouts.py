@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmclip.data.manifest import Split
 from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.records import Split
 from tests import test_readers_chestxray14 as chestxray14
 from tests import test_readers_chexpert as chexpert
 from tests import test_readers_openi as openi

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.data.manifest import Excluded, Film, Record
+from mmclip.data.records import Excluded, Film, Record
 
 FOLDER = os.environ.get("MMCLIP_TABLES", "")
 

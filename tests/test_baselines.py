@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmclip import baselines
-from mmclip.baselines import (
+from mmclip.data.build import build_data
+from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.records import Film
+from mmclip.data.synthetic import FINDINGS
+from mmclip.evaluation import baselines
+from mmclip.evaluation.baselines import (
     STRENGTHS,
     logistic_scores,
     nuisance_facts,
@@ -16,11 +20,7 @@ from mmclip.baselines import (
     thumbnail_scores,
     thumbnails,
 )
-from mmclip.data.build import build_data
-from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.manifest import Film
-from mmclip.data.synthetic import FINDINGS
-from mmclip.metrics import auroc
+from mmclip.evaluation.metrics import auroc
 
 
 def test_thumbnails_are_block_means_laid_flat(tmp_path: Path):

@@ -10,7 +10,7 @@ from mmclip.data.batches import TrainingBatches, label_names, training_rows
 from mmclip.data.build import build_data
 from mmclip.data.corpus import MAX_SENTENCES, mark_concepts, sentences_read, tokenise_corpus
 from mmclip.data.dataset import normalise, open_rows
-from mmclip.data.manifest import Entity
+from mmclip.data.records import Entity
 from mmclip.data.text import train_tokenizer
 from tests.made import REPORTS, small_config, write_films, write_folder
 

@@ -16,8 +16,10 @@ from PIL import Image
 
 from mmclip.data.build import build_data
 from mmclip.data.cache import FilmCache, verify_cache
+from mmclip.data.folder import ManifestError, read_meta
 from mmclip.data.images import resize_film
-from mmclip.data.manifest import Film, ManifestError, Reason, read_manifest, read_meta
+from mmclip.data.manifest import read_manifest
+from mmclip.data.records import Film, Reason
 from mmclip.data.tables import CsvMapping, SourceError, load_mapping, read_csv
 from tests.made_files import NAME, NUMBER, blank, dicom, encoded, huge_png, ramp
 

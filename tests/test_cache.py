@@ -22,9 +22,11 @@ from mmclip.data.cache import (
     join_films,
     verify_cache,
 )
+from mmclip.data.folder import read_meta
 from mmclip.data.images import decode_film, read_film, resize_film
-from mmclip.data.manifest import Reason, read_manifest, read_meta
+from mmclip.data.manifest import read_manifest
 from mmclip.data.parts import WorkersError
+from mmclip.data.records import Reason
 from tests.made_files import encoded, ramp
 
 N = 40
@@ -245,7 +247,7 @@ from pathlib import Path
 
 from mmclip.data import cache
 from mmclip.data.build import build_data
-from mmclip.data.manifest import Film
+from mmclip.data.records import Film
 
 if __name__ == "__main__":
     cache.CHUNK_FILMS = 16

@@ -16,7 +16,9 @@ from mmclip.data.check import (
     refuse_trained,
     trained_keys,
 )
-from mmclip.data.manifest import Film, ManifestError, Split, read_manifest
+from mmclip.data.folder import ManifestError
+from mmclip.data.manifest import read_manifest
+from mmclip.data.records import Film, Split
 from mmclip.data.splits import set_split
 from tests.commands import mmclip
 from tests.made_files import encoded

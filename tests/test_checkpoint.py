@@ -22,7 +22,7 @@ from mmclip.checkpoint import (
     save_checkpoint,
 )
 from mmclip.config import Config, config_hash, parse
-from mmclip.data.manifest import read_meta
+from mmclip.data.folder import read_meta
 from mmclip.models.mmclip import build_mmclip
 
 FACTS = {"data_hash": "d" * 64, "n_pairs": 2}

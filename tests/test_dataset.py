@@ -7,7 +7,7 @@ import torch
 
 from mmclip.config import AugmentConfig
 from mmclip.data.dataset import augment, normalise, open_rows
-from mmclip.data.manifest import ManifestError
+from mmclip.data.folder import ManifestError
 from tests.made import write_folder
 
 

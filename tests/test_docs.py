@@ -16,10 +16,11 @@ from typer.main import get_command
 import mmclip
 from mmclip.cli import app
 from mmclip.config import WHOLE_TEXT_SCORES, Config, config_names, load_config, parse
-from mmclip.data.manifest import SCHEMA, Film, Reason
+from mmclip.data.manifest import SCHEMA
+from mmclip.data.records import Film, Reason
 from mmclip.data.sources import READERS
 from mmclip.data.tables import CsvMapping, read_csv
-from mmclip.pages import CARD_FILE
+from mmclip.evaluation.pages import CARD_FILE
 from tests.test_cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,8 @@ from mmclip.data.duplicates import (
     near_pairs,
     read_hashes,
 )
-from mmclip.data.manifest import Film, ManifestError
+from mmclip.data.folder import ManifestError
+from mmclip.data.records import Film
 from tests.made_files import encoded
 
 

@@ -19,15 +19,16 @@ from PIL import Image
 from mmclip.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mmclip.data.build import build_data
 from mmclip.data.dataset import Rows, open_rows
+from mmclip.data.folder import ManifestError
 from mmclip.data.images import read_film, resize_film
-from mmclip.data.manifest import Film, ManifestError
 from mmclip.data.places import EMPTY, FOREIGN, read_places
+from mmclip.data.records import Film
 from mmclip.data.tables import SourceError
 from mmclip.data.text import tokenise, train_tokenizer
-from mmclip.explain import explain_film, stretched
-from mmclip.grounding import (
+from mmclip.evaluation.pictures import HEAT, UNSEEN, explanation_figure, warmed
+from mmclip.explanation.explain import explain_film, stretched
+from mmclip.explanation.grounding import (
     CANDIDATES,
-    Grid,
     best_threshold,
     contrast_to_noise,
     expected_hits,
@@ -37,12 +38,12 @@ from mmclip.grounding import (
     overlaps,
     scaled,
 )
-from mmclip.mechanism import patient_mean, patient_means
+from mmclip.explanation.mechanism import patient_mean, patient_means
+from mmclip.explanation.phrase_maps import map_films
+from mmclip.explanation.pointing import evaluate_explanations, other_phrases
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import build_mmclip
-from mmclip.phrase_maps import map_films
-from mmclip.pictures import HEAT, UNSEEN, explanation_figure, warmed
-from mmclip.pointing import evaluate_explanations, other_phrases
+from mmclip.patches import Grid
 from mmclip.prompts import load_prompts
 from tests.commands import mmclip
 

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEModel, ViTModel
 
-import mmclip.supervised as supervised
-import mmclip.task as tasks
+import mmclip.finetuning.supervised as supervised
+import mmclip.finetuning.task as tasks
 from mmclip.checkpoint import checkpoint_meta, find_checkpoint, load_checkpoint, read_weights
 from mmclip.config import load_config_as
 from mmclip.data.check import TRAINED_FILE, trained_keys
@@ -26,8 +26,28 @@ from mmclip.data.folder import ManifestError
 from mmclip.data.records import Film
 from mmclip.data.splits import set_split, subsets_of
 from mmclip.data.synthetic import FINDINGS
-from mmclip.features import start_of, stored_features
-from mmclip.finetune import SUMMARY_FILE, Job, finetune, probe, run_one
+from mmclip.evaluation.protocols import FineTuning, Protocol
+from mmclip.evaluation.results import read_results
+from mmclip.evaluation.scores import load_scores
+from mmclip.finetuning.features import start_of, stored_features
+from mmclip.finetuning.finetune import SUMMARY_FILE, Job, finetune, probe, run_one
+from mmclip.finetuning.supervised import (
+    FineTuneConfig,
+    best_of,
+    has_ended,
+    macro_auroc,
+    positive_weights,
+    predict,
+    train_classifier,
+)
+from mmclip.finetuning.task import (
+    Labelled,
+    Task,
+    open_task,
+    own_protocol,
+    training_ids,
+    training_labels,
+)
 from mmclip.losses import label_sum
 from mmclip.models.classifier import (
     Classifier,
@@ -38,26 +58,6 @@ from mmclip.models.classifier import (
     lr_scales,
 )
 from mmclip.models.encoders import build_image_encoder
-from mmclip.protocols import FineTuning, Protocol
-from mmclip.results import read_results
-from mmclip.scores import load_scores
-from mmclip.supervised import (
-    FineTuneConfig,
-    best_of,
-    has_ended,
-    macro_auroc,
-    positive_weights,
-    predict,
-    train_classifier,
-)
-from mmclip.task import (
-    Labelled,
-    Task,
-    open_task,
-    own_protocol,
-    training_ids,
-    training_labels,
-)
 from tests.commands import Ended, mmclip
 from tests.made import FILM_PX, small_config
 
@@ -252,7 +252,7 @@ def test_test_labels_choose_neither_scores_nor_cut_step_or_weights(
         cuts = {row["finding"]: row["threshold"] for row in found["findings"]}
         left.append({"cuts": cuts, "facts": found["facts"], "test": test.scores, "val": val.scores})
 
-    monkeypatch.setattr("mmclip.finetune.write_evaluation", keep)
+    monkeypatch.setattr("mmclip.finetuning.finetune.write_evaluation", keep)
     job = replace(job, method=method)
     for name, given in (("a", task), ("b", opposite(task))):
         run_one(

@@ -19,7 +19,7 @@ from pydicom.multival import MultiValue
 from pydicom.uid import JPEGLSLossless
 
 from mmclip.data.images import FilmError, decode_film, read_film, resize_film, stretch
-from mmclip.data.manifest import Reason
+from mmclip.data.records import Reason
 from tests.made_files import NAME, NUMBER, blank, dicom, encoded, huge_png, ramp
 
 DICOM_FILES = Path(DATA_ROOT) / "test_files"

@@ -8,23 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmclip.data.folder import is_built
+from mmclip.data.folder import ManifestError, is_built, read_meta
 from mmclip.data.manifest import (
     SCHEMA,
-    Entity,
-    Excluded,
-    Film,
-    ManifestError,
-    Reason,
-    assign_splits,
     data_hash,
     from_table,
     read_manifest,
-    read_meta,
     to_table,
-    validate,
     write_manifest,
 )
+from mmclip.data.records import Entity, Excluded, Film, Reason, assign_splits, validate
 
 FULL = Film(
     film_id="a.png",

@@ -14,17 +14,17 @@ from mmclip.config import WHOLE_TEXT_SCORES, ScoreKind, load_config
 from mmclip.data.build import build_data
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import PRESETS, read_masks, write_dataset
-from mmclip.grounding import expected_hits
-from mmclip.masking import blend_scores
-from mmclip.mechanism import (
+from mmclip.explanation.grounding import expected_hits
+from mmclip.explanation.mechanism import (
     deal_to_other_patients,
     expected_hidden_share,
     own_patches,
     patient_mean,
 )
+from mmclip.explanation.phrase_maps import score_maps, score_names
+from mmclip.masking import blend_scores
 from mmclip.models.mmclip import Encoded, MaskPlan, Read
-from mmclip.phrase_maps import score_maps, score_names
-from mmclip.pretrain import Job, pretrain
+from mmclip.training.pretrain import Job, pretrain
 
 from . import made
 

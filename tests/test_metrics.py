@@ -15,15 +15,15 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mmclip.bootstrap import (
+from mmclip.evaluation.bootstrap import (
     bootstrap_difference,
     bootstrap_metrics,
     macro_draws,
     percentile_interval,
     share_interval,
 )
-from mmclip.evaluation import score_findings
-from mmclip.metrics import (
+from mmclip.evaluation.judge import score_findings
+from mmclip.evaluation.metrics import (
     Counts,
     Threshold,
     at_threshold,
@@ -199,7 +199,7 @@ def test_bootstrap_equals_weighted_sklearn_on_any_small_tied_input(rows, seed):
 def test_bootstrap_does_not_depend_on_the_chunk_size(monkeypatch):
     labels, scores, patients = made()
     whole = bootstrap_metrics(labels, scores, patients, draws=30, seed=1)
-    monkeypatch.setattr("mmclip.bootstrap._CHUNK_ELEMENTS", 7 * len(labels))
+    monkeypatch.setattr("mmclip.evaluation.bootstrap._CHUNK_ELEMENTS", 7 * len(labels))
     again = bootstrap_metrics(labels, scores, patients, draws=30, seed=1)
     for a, b in zip(whole, again, strict=True):
         np.testing.assert_array_equal(a, b)

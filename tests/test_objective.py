@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from mmclip.batch import Batch, Texts
 from mmclip.config import ConfigError, ScoreKind, TrainConfig
 from mmclip.models.mmclip import MMCLIP, MaskPlan, Outputs
-from mmclip.objective import Objective
-from mmclip.train import TrainState, fit, make_optimizer
+from mmclip.training.loop import TrainState, fit, make_optimizer
+from mmclip.training.objective import Objective
 from tests.made import (
     LABELS,
     N_PATCHES,

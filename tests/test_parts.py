@@ -16,8 +16,10 @@ import pytest
 from mmclip.data import build, cache, parts
 from mmclip.data.build import build_data, build_shard
 from mmclip.data.entities import find_entities
-from mmclip.data.manifest import Film, ManifestError, read_manifest
+from mmclip.data.folder import ManifestError
+from mmclip.data.manifest import read_manifest
 from mmclip.data.parts import Shard, WorkersError
+from mmclip.data.records import Film
 from tests.commands import Ended, mmclip
 from tests.made_files import encoded, ramp
 from tests.test_cache import Stop, watch_progress

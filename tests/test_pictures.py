@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from mmclip.checkpoint import Checkpoint
 from mmclip.data.batches import TrainingBatches, still
 from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.manifest import Entity
+from mmclip.data.records import Entity
 from mmclip.data.text import tokenise, train_tokenizer
-from mmclip.models.encoders import build_image_encoder, build_text_encoder
-from mmclip.models.mmclip import MMCLIP, build_mmclip
-from mmclip.pictures import (
+from mmclip.evaluation.pictures import (
     HATCH,
     HATCH_GROUND,
     HEAT,
@@ -26,8 +24,10 @@ from mmclip.pictures import (
     spans_of,
     warmed,
 )
-from mmclip.scores import scored
-from mmclip.zeroshot import ZeroShot
+from mmclip.evaluation.scores import scored
+from mmclip.evaluation.zeroshot import ZeroShot
+from mmclip.models.encoders import build_image_encoder, build_text_encoder
+from mmclip.models.mmclip import MMCLIP, build_mmclip
 
 from . import made
 

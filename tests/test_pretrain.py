@@ -22,9 +22,9 @@ from mmclip.checkpoint import (
     load_trainer_state,
 )
 from mmclip.config import load_config
-from mmclip.data.manifest import read_meta
+from mmclip.data.folder import read_meta
 from mmclip.data.text import train_tokenizer
-from mmclip.pretrain import repeats
+from mmclip.training.pretrain import repeats
 from tests.commands import Running, mmclip, start
 from tests.conftest import build_made
 from tests.made import write_folder

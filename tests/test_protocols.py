@@ -13,17 +13,18 @@ from typer.testing import CliRunner
 
 from mmclip.cli.data import app as data_commands
 from mmclip.cli.evaluate import app as zeroshot_command
-from mmclip.comparison import judge_csv
 from mmclip.data.dataset import open_rows
-from mmclip.data.manifest import ManifestError, read_manifest
+from mmclip.data.folder import ManifestError
+from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.splits import LISTED, NAMES
-from mmclip.metrics import auroc
-from mmclip.plots import curves_figure
-from mmclip.protocols import BUILT, Protocol, load_protocol, protocol_names
-from mmclip.results import Undefined, read_results
-from mmclip.scores import ScoresError, load_scores, rows_to_score
-from mmclip.task import open_task
+from mmclip.evaluation.comparison import judge_csv
+from mmclip.evaluation.metrics import auroc
+from mmclip.evaluation.plots import curves_figure
+from mmclip.evaluation.protocols import BUILT, Protocol, load_protocol, protocol_names
+from mmclip.evaluation.results import Undefined, read_results
+from mmclip.evaluation.scores import ScoresError, load_scores, rows_to_score
+from mmclip.finetuning.task import open_task
 from tests import made_layouts as made
 from tests.commands import Ended, mmclip
 from tests.made_layouts import Files, Planned
@@ -145,8 +146,12 @@ def test_a_protocol_runs_from_the_data_set_as_published_to_results(
     films = {case.film_id.format(f.number, int(bool(f.present))): f for f in planned}
     # These lists are none of the published ones, and two panels a finding take long to draw.
     monkeypatch.setattr("mmclip.data.split_lists.KNOWN_LISTS", {})
-    monkeypatch.setattr("mmclip.pages.curves_figure", lambda panels: curves_figure(panels[:1]))
-    monkeypatch.setattr("mmclip.pages.curve_svg", lambda panel: f"<svg><!--{panel.title}--></svg>")
+    monkeypatch.setattr(
+        "mmclip.evaluation.pages.curves_figure", lambda panels: curves_figure(panels[:1])
+    )
+    monkeypatch.setattr(
+        "mmclip.evaluation.pages.curve_svg", lambda panel: f"<svg><!--{panel.title}--></svg>"
+    )
     data, out = build(case, planned, tmp_path), tmp_path / "out"
     split = set_its_split(data, rules, films)
     given = ("--run", made_run, "--data", data, "--protocol", name, "--out", out)

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
-from mmclip.data.manifest import ABSENT, PRESENT, UNCERTAIN, Film, Reason, read_manifest
+from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.chexpert import read_chexpert, read_chexpert_plus
+from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Film, Reason
 from mmclip.data.tables import SourceError
 from tests.made_files import dicom, encoded, ramp
 from tests.published import lay_out, parted, real_table, tally

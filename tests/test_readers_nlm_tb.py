@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
-from mmclip.data.manifest import ABSENT, PRESENT, Reason, read_manifest
+from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.nlm_tb import read_montgomery, read_shenzhen
+from mmclip.data.records import ABSENT, PRESENT, Reason
 from mmclip.data.tables import SourceError
 from tests.made_files import encoded, ramp
 from tests.published import lay_out, parted

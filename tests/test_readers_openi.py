@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
-from mmclip.data.manifest import Excluded, Film, Reason, read_manifest
+from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.openi import read_openi
+from mmclip.data.records import Excluded, Film, Reason
 from mmclip.data.tables import SourceError
 from tests.made_files import encoded, ramp
 

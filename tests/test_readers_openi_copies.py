@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
-from mmclip.data.manifest import Reason, read_manifest
+from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.openi_copies import read_openi_kaggle, read_openi_r2gen
+from mmclip.data.records import Reason
 from mmclip.data.tables import SourceError
 from tests.made_files import encoded, ramp
 from tests.published import lay_out, parted

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from mmclip.data.build import build_data
-from mmclip.data.manifest import ABSENT, PRESENT, UNCERTAIN, Film, Reason, read_manifest
+from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.padchest import read_padchest
 from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Film, Reason
 from mmclip.data.splits import physician_split
 from mmclip.data.tables import SourceError
 from tests.made_files import encoded, ramp

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
-from mmclip.data.manifest import ABSENT, PRESENT, Film, Reason, read_manifest
+from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.files import Box
 from mmclip.data.readers.rsna import read_rsna, read_rsna_boxes
+from mmclip.data.records import ABSENT, PRESENT, Film, Reason
 from mmclip.data.tables import SourceError
 from tests.made_files import NAME, NUMBER, dicom, encoded, ramp
 from tests.published import lay_out, parted, real_table, tally

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from mmclip.data.build import build_data
-from mmclip.data.manifest import ABSENT, PRESENT, Reason, read_manifest
+from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.siim import decode_mask, read_siim, read_siim_masks
+from mmclip.data.records import ABSENT, PRESENT, Reason
 from mmclip.data.tables import SourceError
 from tests.made_files import dicom, encoded, ramp
 from tests.published import lay_out, parted, real_table, tally

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
-from mmclip.data.manifest import ABSENT, PRESENT, UNCERTAIN, Film, Reason, read_manifest
+from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.files import Box
 from mmclip.data.readers.vindr import read_vindr, read_vindr_boxes
 from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Film, Reason
 from mmclip.data.tables import SourceError
 from tests.made_files import dicom, ramp
 from tests.published import lay_out, parted, real_table, tally

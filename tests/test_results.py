@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmclip.data.manifest import Entity
-from mmclip.evaluation import score_findings
-from mmclip.metrics import auroc, choose_thresholds
-from mmclip.pages import GalleryItem, share_below, write_page, write_plots
-from mmclip.pictures import Picture, Span
-from mmclip.plots import Panel, curves_figure, roc_points
+from mmclip.data.records import Entity
+from mmclip.evaluation.judge import score_findings
+from mmclip.evaluation.metrics import auroc, choose_thresholds
+from mmclip.evaluation.pages import GalleryItem, share_below, write_page, write_plots
+from mmclip.evaluation.pictures import Picture, Span
+from mmclip.evaluation.plots import Panel, curves_figure, roc_points
+from mmclip.evaluation.results import ResultsError, write_results
 from mmclip.prompts import load_prompts
-from mmclip.results import ResultsError, write_results
 
 FINDINGS = ["edema", "mass", "tuberculosis"]
 REPORT = "Heart size is normal.\n<script>alert(1)</script> & no effusion."

@@ -12,18 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
-from mmclip import embedding_store, ranking
-from mmclip.bootstrap import patient_weights, percentile_interval
+from mmclip import embedding_store
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.data.batches import TrainingBatches, still
 from mmclip.data.check import TRAINED_FILE, trained_keys
 from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.manifest import Film, ManifestError
+from mmclip.data.folder import ManifestError
+from mmclip.data.records import Film
 from mmclip.embed import embed_films, embed_texts
 from mmclip.embedding_store import STORE_FOLDER, film_embeddings, text_embeddings
+from mmclip.evaluation.bootstrap import patient_weights, percentile_interval
+from mmclip.evaluation.metrics import Retrieved
 from mmclip.losses import positive_pairs
-from mmclip.metrics import Retrieved
-from mmclip.ranking import (
+from mmclip.retrieval import ranking
+from mmclip.retrieval.ranking import (
     RANKS_FILE,
     RETRIEVAL_FILE,
     RetrievalResults,
@@ -33,7 +35,7 @@ from mmclip.ranking import (
     rows_to_retrieve,
     score_direction,
 )
-from mmclip.retrieve import Search, nearest_studies, search
+from mmclip.retrieval.retrieve import Search, nearest_studies, search
 from tests.commands import mmclip
 from tests.made_files import NAME, NUMBER, dicom
 

@@ -11,15 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmclip.data.check import find_overlaps
-from mmclip.data.manifest import (
-    SPLIT_FILE,
-    Film,
-    ManifestError,
-    assign_splits,
-    read_manifest,
-    read_meta,
-    write_manifest,
-)
+from mmclip.data.folder import SPLIT_FILE, ManifestError, read_meta
+from mmclip.data.manifest import read_manifest, write_manifest
+from mmclip.data.records import Film, assign_splits
 from mmclip.data.split_lists import list_sha256, match_list
 from mmclip.data.splits import (
     clean_split,

@@ -19,7 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from mmclip.data.build import build_data
-from mmclip.data.manifest import Split, read_manifest
+from mmclip.data.manifest import read_manifest
+from mmclip.data.records import Split
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import (
     FINDINGS,

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mmclip.config import ConfigError
-from mmclip.data.manifest import Excluded, Film, Reason
+from mmclip.data.records import Excluded, Film, Reason
 from mmclip.data.sources import open_reader
 from mmclip.data.tables import CsvMapping, SourceError, load_mapping, parse_age, read_csv
 

@@ -1,14 +1,13 @@
-from importlib import resources
-
 import pytest
 
-from mmclip.data.manifest import ABSENT, PRESENT
+from mmclip.config import RESOURCES
 from mmclip.data.readers.vocabulary import SourceWords, load_vocabulary, load_words
+from mmclip.data.records import ABSENT, PRESENT
 from mmclip.prompts import plain_name
 
 SOURCES = sorted(
     file.name.removesuffix(".toml")
-    for file in (resources.files("mmclip") / "findings").iterdir()
+    for file in (RESOURCES / "findings").iterdir()
     if file.name != "vocabulary.toml"
 )
 WORDS = SourceWords.model_validate(

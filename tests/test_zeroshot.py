@@ -12,12 +12,13 @@ import torch
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.manifest import Film, ManifestError
+from mmclip.data.folder import ManifestError
+from mmclip.data.records import Film
 from mmclip.data.synthetic import FINDINGS
 from mmclip.embed import PromptEmbeddings, embed_texts, probabilities
+from mmclip.evaluation.scores import rows_to_score
+from mmclip.evaluation.zeroshot import ZeroShot, evaluate, write_zeroshot, zeroshot
 from mmclip.prompts import PromptSet, load_prompts
-from mmclip.scores import rows_to_score
-from mmclip.zeroshot import ZeroShot, evaluate, write_zeroshot, zeroshot
 
 
 @pytest.fixture(scope="module")

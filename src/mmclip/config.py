@@ -15,6 +15,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+RESOURCES = resources.files("mmclip") / "resources"
+"""The data of the package: configurations, prompts, vocabularies, protocols, templates."""
+
 GREY_MEAN, GREY_STD = 0.5, 0.25
 """Film pixels, scaled to 0..1, are normalised by these. Source: ours, near the mean and deviation
 of chest films; one pair for every data set, so that no data set's statistics tell it apart."""
@@ -310,7 +313,7 @@ def packaged_names(folder: str) -> list[str]:
             elif entry.name.endswith(".toml"):
                 yield prefix + entry.name.removesuffix(".toml")
 
-    return sorted(found(resources.files("mmclip") / folder, ""))
+    return sorted(found(RESOURCES / folder, ""))
 
 
 def config_names() -> list[str]:
@@ -344,7 +347,7 @@ def read_toml(what: str, folder: str, name_or_path: str | Path) -> dict[str, Any
     if isinstance(name_or_path, Path) or name_or_path.endswith(".toml"):
         path = Path(name_or_path)
     elif name_or_path in (names := packaged_names(folder)):
-        path = resources.files("mmclip") / folder / f"{name_or_path}.toml"
+        path = RESOURCES / folder / f"{name_or_path}.toml"
     else:
         raise ConfigError(
             f"there is no {what} {name_or_path!r}; name one of {_listed(names)}, or give a path "

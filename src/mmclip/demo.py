@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mmclip.baselines import thumbnail_scores
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import Config, load_config
 from mmclip.data.build import build_data
@@ -20,13 +19,11 @@ from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.data.synthetic.dataset import PRESET_FILE
 from mmclip.embed import embed_films, embed_prompts, probabilities
-from mmclip.evaluation import control_of, score_findings
-from mmclip.pretrain import Job, build_model, pretrain
-from mmclip.progress import progress
-from mmclip.prompts import PromptSet, load_prompts
-from mmclip.results import RESULTS_FILE, RunResults
-from mmclip.scores import rows_to_score
-from mmclip.zeroshot import (
+from mmclip.evaluation.baselines import thumbnail_scores
+from mmclip.evaluation.judge import control_of, score_findings
+from mmclip.evaluation.results import RESULTS_FILE, RunResults
+from mmclip.evaluation.scores import rows_to_score
+from mmclip.evaluation.zeroshot import (
     DEFAULT_PROMPT_SETS,
     GALLERY_FILMS,
     ZeroShot,
@@ -34,6 +31,9 @@ from mmclip.zeroshot import (
     write_zeroshot,
     zeroshot,
 )
+from mmclip.progress import progress
+from mmclip.prompts import PromptSet, load_prompts
+from mmclip.training.pretrain import Job, build_model, pretrain
 
 UNTRAINED_SEEDS = range(10)
 

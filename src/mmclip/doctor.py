@@ -15,11 +15,12 @@ import torch
 from mmclip.checkpoint import load_checkpoint, load_trainer_state
 from mmclip.data.cache import CacheError, verify_cache
 from mmclip.data.check import find_overlaps, patient_key
-from mmclip.data.manifest import MANIFEST_FILE, META_FILE, ManifestError, read_manifest, read_meta
+from mmclip.data.folder import MANIFEST_FILE, META_FILE, ManifestError, read_meta
+from mmclip.data.manifest import read_manifest
 from mmclip.data.versions import changed_since
-from mmclip.metrics import auroc
-from mmclip.pages import PAGE_FILE
-from mmclip.results import RESULTS_FILE, checked
+from mmclip.evaluation.metrics import auroc
+from mmclip.evaluation.pages import PAGE_FILE
+from mmclip.evaluation.results import RESULTS_FILE, checked
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow", "spacy")
 OPTIONAL = ("wandb",)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmclip.checkpoint import CHECKPOINTS, Checkpoint, file_sha256
 from mmclip.data.dataset import Rows
-from mmclip.data.manifest import read_meta, write_text_atomic
+from mmclip.data.folder import read_meta, write_text_atomic
 from mmclip.embed import embed_films, embed_texts
 from mmclip.progress import console, progress
 

@@ -13,7 +13,7 @@ from mmclip.progress import console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmclip.data.manifest import Split
+    from mmclip.data.records import Split
 
 app = typer.Typer(help="Build, split and check data folders.", no_args_is_help=True)
 

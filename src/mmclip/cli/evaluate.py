@@ -51,7 +51,7 @@ def zeroshot(
 
     Example: `mmclip zeroshot --run runs/a --data data/nih --protocol chestxray14 --out runs/a/nih`
     """
-    from mmclip.zeroshot import evaluate
+    from mmclip.evaluation.zeroshot import evaluate
 
     if protocol is not None and (source or finding):
         raise ValueError(

@@ -11,7 +11,7 @@ from mmclip.cli.shared import CpuOption, OverwriteOption, command_line, device_o
 from mmclip.progress import console
 
 if TYPE_CHECKING:
-    from mmclip.phrase_maps import ExplainScore
+    from mmclip.explanation.phrase_maps import ExplainScore
 
 app = typer.Typer()
 
@@ -73,7 +73,7 @@ def explain(
     prompt_set = load_prompts(prompts)
     if evaluate:
         from mmclip.data.dataset import open_rows
-        from mmclip.pointing import evaluate_explanations
+        from mmclip.explanation.pointing import evaluate_explanations
 
         assert data and marked
         results = evaluate_explanations(
@@ -88,7 +88,7 @@ def explain(
         )
         _print_pointing(results)
         text = json.dumps({"command": command_line(), **results}, indent=2, ensure_ascii=False)
-        from mmclip.data.manifest import write_text_atomic
+        from mmclip.data.folder import write_text_atomic
 
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(out, text + "\n")
@@ -96,7 +96,7 @@ def explain(
         return
 
     from mmclip.data.images import FilmError, read_film
-    from mmclip.explain import explain_film, film_of_folder, write_explanation
+    from mmclip.explanation.explain import explain_film, film_of_folder, write_explanation
 
     assert phrase is not None
     if film is not None:

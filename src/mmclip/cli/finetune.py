@@ -62,9 +62,9 @@ def finetune(
     --method full --fraction 0.1 --seed 0 --out runs/random/ft`
     """
     from mmclip.config import load_config_as
-    from mmclip.finetune import Job
-    from mmclip.finetune import finetune as learn
-    from mmclip.supervised import FineTuneConfig
+    from mmclip.finetuning.finetune import Job
+    from mmclip.finetuning.finetune import finetune as learn
+    from mmclip.finetuning.supervised import FineTuneConfig
 
     if protocol is not None and (source or finding):
         raise ValueError(

@@ -13,7 +13,7 @@ from mmclip.progress import console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmclip.comparison import Compared, Difference, Published
+    from mmclip.evaluation.comparison import Compared, Difference, Published
 
 app = typer.Typer()
 
@@ -51,7 +51,7 @@ def results(
 
     Example: `mmclip results peer.csv runs/a/nih --data data/nih --protocol chestxray14 --out peers`
     """
-    from mmclip.comparison import compare, judge_csv, published
+    from mmclip.evaluation.comparison import compare, judge_csv, published
 
     tables = [path for path in given if path.suffix.lower() == ".csv"]
     if tables and not (data and protocol and out):

@@ -20,8 +20,8 @@ from mmclip.cli.shared import (
 from mmclip.progress import console
 
 if TYPE_CHECKING:
-    from mmclip.ranking import RetrievalResults
-    from mmclip.retrieve import Search
+    from mmclip.retrieval.ranking import RetrievalResults
+    from mmclip.retrieval.retrieve import Search
 
 app = typer.Typer()
 
@@ -66,8 +66,8 @@ def retrieve(
 
     A search prints a table on stderr, and on stdout a line of JSON for each study.
     """
-    from mmclip.ranking import RETRIEVAL_FILE, evaluate_retrieval
-    from mmclip.retrieve import search, write_sheet
+    from mmclip.retrieval.ranking import RETRIEVAL_FILE, evaluate_retrieval
+    from mmclip.retrieval.retrieve import search, write_sheet
 
     if (film is not None) + (phrase is not None) + evaluate != 1:
         raise ValueError("give one of --film, --phrase and --evaluate")

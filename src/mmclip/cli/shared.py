@@ -14,8 +14,8 @@ from mmclip.progress import console
 if TYPE_CHECKING:
     import torch
 
-    from mmclip.data.manifest import Split
-    from mmclip.results import RunResults
+    from mmclip.data.records import Split
+    from mmclip.evaluation.results import RunResults
 
 FolderOption = Annotated[
     list[Path], typer.Option("--data", help="Data folder of `mmclip data build`; may be repeated.")

@@ -62,8 +62,8 @@ def pretrain(
     `torchrun --nproc-per-node 2 -m mmclip pretrain ...`, with the same arguments.
     """
     from mmclip.config import load_config
-    from mmclip.pretrain import Job
-    from mmclip.pretrain import pretrain as run
+    from mmclip.training.pretrain import Job
+    from mmclip.training.pretrain import pretrain as run
 
     job = Job(
         folders=tuple(data),

@@ -32,7 +32,7 @@ from mmclip.data.disease_prompts import (
     load_disease_prompts,
 )
 from mmclip.data.draws import Draw, Schedule, film_key, keyed_uniform
-from mmclip.data.manifest import ABSENT, PRESENT, Entity, Film
+from mmclip.data.records import ABSENT, PRESENT, Entity, Film
 from mmclip.data.text import tokenise
 from mmclip.masking import (
     add_cues,

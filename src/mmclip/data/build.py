@@ -14,21 +14,18 @@ from pathlib import Path
 
 from mmclip.data.cache import FILMS_FILE, PARTS_FOLDER, FilmFacts, decode_films, join_films
 from mmclip.data.entities import find_entities
-from mmclip.data.manifest import (
-    META_FILE,
-    SPLIT_FILE,
+from mmclip.data.folder import META_FILE, SPLIT_FILE, ManifestError, read_meta
+from mmclip.data.manifest import write_manifest
+from mmclip.data.parts import Part, Shard, Work, Workers, do_chunks, read_facts
+from mmclip.data.records import (
     Entity,
     Excluded,
     Film,
-    ManifestError,
     Reason,
     Record,
     assign_splits,
-    read_meta,
     validate,
-    write_manifest,
 )
-from mmclip.data.parts import Part, Shard, Work, Workers, do_chunks, read_facts
 from mmclip.data.versions import made_with
 
 ENTITY_PARTS_FOLDER = "entities.parts"

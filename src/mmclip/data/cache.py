@@ -15,8 +15,8 @@ import numpy as np
 from numpy.lib.format import write_array_header_1_0
 
 from mmclip.data.images import FilmError, decode_film, read_bytes, resize_film
-from mmclip.data.manifest import Reason
 from mmclip.data.parts import Part, Shard, Work, Workers, do_chunks, read_array, read_facts
+from mmclip.data.records import Reason
 
 FILMS_FILE, PARTS_FOLDER = "films.npy", "films.parts"
 

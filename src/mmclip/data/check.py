@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import UInt64
 
 from mmclip.data.duplicates import CHUNKS, near_groups, read_hashes
-from mmclip.data.manifest import SPLITS, UNCERTAIN, Film, ManifestError, read_manifest
+from mmclip.data.folder import ManifestError
+from mmclip.data.manifest import read_manifest
+from mmclip.data.records import SPLITS, UNCERTAIN, Film
 from mmclip.progress import progress
 
 COLLECTIONS = {

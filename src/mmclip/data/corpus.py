@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.data.entities import is_entity_tokens
-from mmclip.data.manifest import Entity
+from mmclip.data.records import Entity
 from mmclip.data.text import split_sentences, tokenise
 
 CHUNK = 2048

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from mmclip.config import GREY_MEAN, GREY_STD, AugmentConfig
 from mmclip.data.cache import FilmCache
-from mmclip.data.manifest import Film, ManifestError, read_manifest, read_meta
+from mmclip.data.folder import ManifestError, read_meta
+from mmclip.data.manifest import read_manifest
+from mmclip.data.records import Film
 from mmclip.data.versions import changed_since
 
 logger = logging.getLogger(__name__)

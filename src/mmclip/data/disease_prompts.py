@@ -12,7 +12,7 @@ from jaxtyping import Float
 from pydantic import Field, field_validator
 
 from mmclip.config import Frozen, parse, read_toml
-from mmclip.data.manifest import ABSENT, PRESENT, Entity
+from mmclip.data.records import ABSENT, PRESENT, Entity
 
 NO_FINDING = "no finding"
 """The label that says of a film that nothing is wrong with it."""

@@ -13,7 +13,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from mmclip.data.cache import FilmCache
-from mmclip.data.manifest import ManifestError, read_built_meta
+from mmclip.data.folder import ManifestError, read_built_meta
 
 HASHES_FILE = "film_hashes.npz"
 

@@ -7,13 +7,11 @@ stay the same.
 """
 
 import re
-import tomllib
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib import resources
 from itertools import islice, pairwise
 from operator import itemgetter
 from typing import NamedTuple, TypeVar
@@ -25,7 +23,8 @@ from spacy.matcher import PhraseMatcher
 from spacy.tokens import Doc
 from spacy.vocab import Vocab
 
-from mmclip.data.manifest import Entity, EntityKind, EntityStatus
+from mmclip.config import read_toml
+from mmclip.data.records import Entity, EntityKind, EntityStatus
 
 
 class EntityFinder:
@@ -297,8 +296,7 @@ def _read_lexicon(cues_only: bool = False) -> _Lexicon:
     """The lexicon of the package."""
 
     def read(name: str) -> dict:
-        path = resources.files("mmclip") / "lexicon" / f"{name}.toml"
-        return tomllib.loads(path.read_text("utf-8"))
+        return read_toml("lexicon", "lexicon", name)
 
     forms: list[tuple[EntityKind, str, str]] = []
     kinds: dict[str, EntityKind] = {} if cues_only else _KINDS

@@ -24,7 +24,7 @@ from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 from pydicom.pixels.utils import get_expected_length
 
-from mmclip.data.manifest import Reason
+from mmclip.data.records import Reason
 
 MAX_PX = 100_000_000
 """Pixels of the largest film that is read. [chosen: detectors have up to 20 million]"""

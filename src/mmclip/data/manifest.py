@@ -1,8 +1,4 @@
-"""The manifest of a data folder: its film records as Parquet, hashed, in the split that is set.
-
-What other modules need of a data folder is imported from here: the records (data/records.py) and
-the folder's other files (data/folder.py), too.
-"""
+"""The manifest of a data folder: its film records as Parquet, hashed, in the split that is set."""
 
 import hashlib
 import json
@@ -21,67 +17,19 @@ from mmclip.data.folder import (
     FORMAT,
     MANIFEST_FILE,
     META_FILE,
-    SPLIT_FILE,
     ManifestError,
     read_built_meta,
-    read_meta,
     read_split,
     with_split,
     write_text_atomic,
 )
 from mmclip.data.records import (
-    ABSENT,
-    PRESENT,
-    SPLITS,
-    UNCERTAIN,
     Entity,
-    EntityKind,
-    EntityStatus,
     Excluded,
     Film,
-    Reason,
-    Record,
-    Sex,
     Split,
-    View,
-    assign_splits,
-    validate,
 )
 from mmclip.data.versions import made_with
-
-__all__ = [
-    "ABSENT",
-    "EXCLUDED_FILE",
-    "MANIFEST_FILE",
-    "META_FILE",
-    "PRESENT",
-    "SCHEMA",
-    "SPLITS",
-    "SPLIT_FILE",
-    "UNCERTAIN",
-    "Entity",
-    "EntityKind",
-    "EntityStatus",
-    "Excluded",
-    "Film",
-    "ManifestError",
-    "Reason",
-    "Record",
-    "Sex",
-    "Split",
-    "View",
-    "assign_splits",
-    "data_hash",
-    "from_table",
-    "read_built",
-    "read_built_meta",
-    "read_manifest",
-    "read_meta",
-    "to_table",
-    "validate",
-    "write_manifest",
-    "write_text_atomic",
-]
 
 BATCH_RECORDS = 4096
 """Records that are on their way to or from the disk at a time. [chosen: 30 MB, with entities]"""

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from mmclip.data.manifest import Film
 from mmclip.data.readers.chestxray14 import read_chestxray14_boxes
 from mmclip.data.readers.files import Box
 from mmclip.data.readers.grounding import read_chestxdet10_boxes, read_mscxr_boxes
 from mmclip.data.readers.rsna import read_rsna_boxes
 from mmclip.data.readers.siim import read_siim_masks
 from mmclip.data.readers.vindr import read_vindr_boxes
+from mmclip.data.records import Film
 from mmclip.data.synthetic import read_masks
 from mmclip.data.tables import SourceError
 

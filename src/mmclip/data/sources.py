@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mmclip.data.manifest import Record
 from mmclip.data.readers.chestxray14 import read_chestxray14
 from mmclip.data.readers.chexpert import read_chexpert, read_chexpert_plus
 from mmclip.data.readers.covidx import read_covidx
@@ -16,6 +15,7 @@ from mmclip.data.readers.padchest import read_padchest
 from mmclip.data.readers.rsna import read_rsna
 from mmclip.data.readers.siim import read_siim
 from mmclip.data.readers.vindr import read_vindr
+from mmclip.data.records import Record
 from mmclip.data.tables import CsvMapping, SourceError, load_mapping, read_csv
 
 __all__ = [

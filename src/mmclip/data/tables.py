@@ -14,7 +14,7 @@ from typing import Literal, cast, get_args
 from pydantic import Field, field_validator, model_validator
 
 from mmclip.config import Frozen, parse
-from mmclip.data.manifest import (
+from mmclip.data.records import (
     ABSENT,
     PRESENT,
     UNCERTAIN,

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from mmclip.data.manifest import Film, Record, Split, View
 from mmclip.data.readers.files import (
     SEXES,
     Box,
@@ -13,6 +12,7 @@ from mmclip.data.readers.files import (
     index_films,
 )
 from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.records import Film, Record, Split, View
 from mmclip.data.rows import SourceError, read_rows
 from mmclip.data.tables import parse_age
 

@@ -5,15 +5,6 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmclip.data.manifest import (
-    ABSENT,
-    PRESENT,
-    UNCERTAIN,
-    Film,
-    Record,
-    Split,
-    View,
-)
 from mmclip.data.readers.files import (
     SEXES,
     bad_value,
@@ -21,6 +12,7 @@ from mmclip.data.readers.files import (
     look_for_table,
 )
 from mmclip.data.readers.vocabulary import SourceWords, load_words
+from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Film, Record, Split, View
 from mmclip.data.rows import SourceError, header_of, read_rows
 from mmclip.data.tables import parse_age
 from mmclip.data.text import make_report, parse_report

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmclip.data.manifest import Film, Record, Split
 from mmclip.data.readers.files import bad_value, index_films
 from mmclip.data.readers.vocabulary import SourceWords, load_words
+from mmclip.data.records import Film, Record, Split
 from mmclip.data.rows import SourceError
 
 WHERE = "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2"

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from mmclip.data.manifest import Film, Record, Sex
 from mmclip.data.readers.files import bad_value
 from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.records import Film, Record, Sex
 from mmclip.data.rows import SourceError
 from mmclip.data.tables import parse_age
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmclip.data.manifest import Excluded, Film, Reason, Record, View
+from mmclip.data.records import Excluded, Film, Reason, Record, View
 from mmclip.data.rows import SourceError, read_rows
 from mmclip.data.text import make_report
 

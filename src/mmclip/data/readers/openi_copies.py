@@ -4,13 +4,13 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmclip.data.manifest import Excluded, Film, Reason, Record, Split, View
 from mmclip.data.readers.files import (
     bad_value,
     find_table,
     index_films,
     read_sound_rows,
 )
+from mmclip.data.records import Excluded, Film, Reason, Record, Split, View
 from mmclip.data.rows import SourceError, read_rows
 from mmclip.data.text import Report, make_report
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmclip.data.manifest import Record
 from mmclip.data.readers.files import (
     Box,
     bad_value,
@@ -15,6 +14,7 @@ from mmclip.data.readers.files import (
     read_sound_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.records import Record
 from mmclip.data.rows import read_rows
 
 WHERE = "https://www.kaggle.com/c/rsna-pneumonia-detection-challenge"

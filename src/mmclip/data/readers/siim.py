@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from mmclip.data.manifest import Record
 from mmclip.data.readers.files import (
     bad_value,
     film_of_unknown_patient,
@@ -15,6 +14,7 @@ from mmclip.data.readers.files import (
     read_sound_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.records import Record
 
 WHERE = "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation"
 

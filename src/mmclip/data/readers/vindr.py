@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmclip.data.manifest import ABSENT, PRESENT, UNCERTAIN, Record, Split
 from mmclip.data.readers.files import (
     Box,
     bad_value,
@@ -15,6 +14,7 @@ from mmclip.data.readers.files import (
     look_for_table,
 )
 from mmclip.data.readers.vocabulary import SourceWords, load_words
+from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Record, Split
 from mmclip.data.rows import SourceError, header_of, read_rows
 
 WHERE = (

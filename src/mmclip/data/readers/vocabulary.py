@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from mmclip.config import Frozen, parse, read_toml
-from mmclip.data.manifest import ABSENT
+from mmclip.data.records import ABSENT
 from mmclip.data.tables import Meaning
 from mmclip.data.versions import WORDS_OF
 

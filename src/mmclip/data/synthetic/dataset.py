@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
-from mmclip.data.manifest import Split, write_text_atomic
+from mmclip.data.folder import write_text_atomic
+from mmclip.data.records import Split
 from mmclip.data.synthetic.patient import make_study
 from mmclip.data.synthetic.preset import FINDINGS, Preset
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt8
 
-from mmclip.data.manifest import View
+from mmclip.data.records import View
 from mmclip.data.synthetic.phantom import (
     CARINA_V,
     TRACHEA_HALF_WIDTH,

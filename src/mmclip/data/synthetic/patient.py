@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from mmclip.data.manifest import Sex, Split, View
+from mmclip.data.records import Sex, Split, View
 from mmclip.data.synthetic.film import develop, draw_exposure
 from mmclip.data.synthetic.language import write_report
 from mmclip.data.synthetic.lesions import DEVICES, HEART_RATIO, PENS, Lesion, draw_lesion

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from mmclip.data.manifest import Sex
+from mmclip.data.records import Sex
 from mmclip.data.synthetic.preset import Side
 
 Field = Float32[np.ndarray, "h w"]

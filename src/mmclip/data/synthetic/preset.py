@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mmclip.data.manifest import Split
+from mmclip.data.records import Split
 
 Side = Literal["left", "right", "bilateral", "none"]
 Size = Literal["small", "moderate", "large"]

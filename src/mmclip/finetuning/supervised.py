@@ -28,12 +28,12 @@ from mmclip.config import AugmentConfig, Frozen, TrainConfig
 from mmclip.data.dataset import Rows, augment, normalise
 from mmclip.data.draws import Draw, Schedule, film_key, keyed_uniform
 from mmclip.data.folder import ManifestError
+from mmclip.evaluation.metrics import auroc
+from mmclip.finetuning.task import Labelled
 from mmclip.losses import label_sum
-from mmclip.metrics import auroc
 from mmclip.models.classifier import Classifier, Features, freeze_unused, image_of, lr_scales
 from mmclip.models.encoders import no_decay_names
-from mmclip.task import Labelled
-from mmclip.train import (
+from mmclip.training.loop import (
     TrainState,
     fit,
     gather_rows,

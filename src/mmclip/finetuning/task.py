@@ -15,8 +15,8 @@ from mmclip.data.folder import ManifestError, read_meta, read_split
 from mmclip.data.manifest import read_manifest
 from mmclip.data.records import UNCERTAIN, Film
 from mmclip.data.splits import PERCENTS, read_subset, subsets_of
-from mmclip.protocols import BUILT, FineTuning, Protocol, load_protocol, protocol_names
-from mmclip.scores import FRONTAL, protocol_labels, rows_to_score, split_of
+from mmclip.evaluation.protocols import BUILT, FineTuning, Protocol, load_protocol, protocol_names
+from mmclip.evaluation.scores import FRONTAL, protocol_labels, rows_to_score, split_of
 
 
 @dataclass(frozen=True)

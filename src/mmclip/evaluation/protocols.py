@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmclip.config import Frozen, config_hash, packaged_names, parse, read_toml
-from mmclip.metrics import ThresholdRule
+from mmclip.evaluation.metrics import ThresholdRule
 
 BUILT = "built"
 """In place of the name of a split: as `mmclip data build` left it."""

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from mmclip.checkpoint import Checkpoint, code_version
 from mmclip.data.dataset import Rows, normalise
-from mmclip.data.manifest import SPLITS, ManifestError, Split
+from mmclip.data.folder import ManifestError
 from mmclip.data.places import EMPTY, Place, read_places
-from mmclip.grounding import (
+from mmclip.data.records import SPLITS, Split
+from mmclip.evaluation.scores import FRONTAL
+from mmclip.evaluation.zeroshot import check_trained
+from mmclip.explanation.grounding import (
     FIXED_THRESHOLDS,
-    Grid,
     best_threshold,
     contrast_to_noise,
     expected_hits,
@@ -29,14 +31,12 @@ from mmclip.grounding import (
     nearness_to_centre,
     overlaps,
 )
-from mmclip.mechanism import PatientMean, patient_means
+from mmclip.explanation.mechanism import PatientMean, patient_means
+from mmclip.explanation.phrase_maps import ExplainScore, grid_of, map_films, random_weights
 from mmclip.models.mmclip import MMCLIP
-from mmclip.patches import patchify
-from mmclip.phrase_maps import ExplainScore, grid_of, map_films, random_weights
+from mmclip.patches import Grid, patchify
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet
-from mmclip.scores import FRONTAL
-from mmclip.zeroshot import check_trained
 
 logger = logging.getLogger(__name__)
 

@@ -13,19 +13,20 @@ from jaxtyping import Float, Float32, Int
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from mmclip.bootstrap import patient_codes, patient_weights, percentile_interval
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import Frozen
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.draws import film_key
-from mmclip.data.manifest import Film, ManifestError, Split, write_text_atomic
+from mmclip.data.folder import ManifestError, write_text_atomic
+from mmclip.data.records import Film, Split
 from mmclip.data.text import tokenise
 from mmclip.embedding_store import film_embeddings, text_embeddings
+from mmclip.evaluation.bootstrap import patient_codes, patient_weights, percentile_interval
+from mmclip.evaluation.metrics import Retrieved, retrieved, retrieved_by_chance
+from mmclip.evaluation.results import Count, Provenance, Share, ShareInterval, provenance
+from mmclip.evaluation.scores import FRONTAL, check_sources, split_of
+from mmclip.evaluation.zeroshot import check_trained
 from mmclip.losses import positive_pairs
-from mmclip.metrics import Retrieved, retrieved, retrieved_by_chance
-from mmclip.results import Count, Provenance, Share, ShareInterval, provenance
-from mmclip.scores import FRONTAL, check_sources, split_of
-from mmclip.zeroshot import check_trained
 
 logger = logging.getLogger(__name__)
 

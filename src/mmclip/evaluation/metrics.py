@@ -4,7 +4,7 @@ Labels are float arrays with 1 (present), 0 (absent) and NaN (unknown); scores a
 for "present". Unknown labels are left out, never counted as absent. A metric of a finding that
 lacks one class is undefined: None here and listed with its counts in results, never NaN or 0.
 
-Point values come from scikit-learn; their intervals are in `mmclip.bootstrap`.
+Point values come from scikit-learn; their intervals are in `mmclip.evaluation.bootstrap`.
 """
 
 from collections.abc import Sequence

@@ -23,11 +23,10 @@ from mmclip.checkpoint import Checkpoint
 from mmclip.config import GREY_MEAN, GREY_STD
 from mmclip.data.batches import TrainingBatches, is_pair, is_unpaired, still
 from mmclip.data.dataset import Rows
-from mmclip.data.manifest import Entity
-from mmclip.grounding import Grid
+from mmclip.data.records import Entity
 from mmclip.models.mmclip import Outputs
-from mmclip.objective import Objective
-from mmclip.patches import patchify, rescale_patches, unpatchify
+from mmclip.patches import Grid, patchify, rescale_patches, unpatchify
+from mmclip.training.objective import Objective
 
 HEAT, HEAT_RATIO = (255, 176, 0), 0.75
 """Colour of the most responsive patch, and how much of it covers the film there. [chosen: an amber

@@ -1,7 +1,7 @@
 """Where a film answers to a phrase: a map in the film's own pixels.
 
 A map shows which patches speak for a phrase in the model's own measure. It is no proof that a
-finding is there, and whether it points at all is measured by `mmclip.pointing`.
+finding is there, and whether it points at all is measured by `mmclip.explanation.pointing`.
 """
 
 from collections import Counter
@@ -18,13 +18,14 @@ from PIL import Image
 
 from mmclip.checkpoint import Checkpoint
 from mmclip.data.dataset import normalise, open_rows
+from mmclip.data.folder import ManifestError
 from mmclip.data.images import resize_film
-from mmclip.data.manifest import ManifestError
 from mmclip.data.places import Place, read_places
 from mmclip.embed import embed_texts
-from mmclip.grounding import Grid, mass_above_median
-from mmclip.phrase_maps import ExplainScore, grid_of, map_films
-from mmclip.pictures import explanation_figure
+from mmclip.evaluation.pictures import explanation_figure
+from mmclip.explanation.grounding import mass_above_median
+from mmclip.explanation.phrase_maps import ExplainScore, grid_of, map_films
+from mmclip.patches import Grid
 from mmclip.prompts import PromptSet, plain_name
 
 UNITS: dict[ExplainScore, str] = {

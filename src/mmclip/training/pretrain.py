@@ -35,20 +35,20 @@ from mmclip.data.batches import (
 )
 from mmclip.data.check import TRAINED_FILE, refuse_leaks, trained_keys
 from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.manifest import ManifestError, write_text_atomic
+from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.synthetic import read_masks
 from mmclip.data.text import load_tokenizer, train_tokenizer
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
-from mmclip.objective import Objective
 from mmclip.progress import console
-from mmclip.train import (
+from mmclip.training.loop import (
     TrainState,
     fit,
     make_optimizer,
     restore_trainer_state,
     trainer_state,
 )
+from mmclip.training.objective import Objective
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from mmclip.checkpoint import code_version
-from mmclip.data.manifest import write_text_atomic
-from mmclip.metrics import CutRule
+from mmclip.data.folder import write_text_atomic
+from mmclip.evaluation.metrics import CutRule
 
 RESULTS_FILE = "results.json"
 

@@ -16,8 +16,7 @@ from accelerate.state import AcceleratorState
 
 from mmclip.batch import Batch, Share
 from mmclip.config import TrainConfig
-from mmclip.objective import Objective
-from mmclip.train import (
+from mmclip.training.loop import (
     NonFiniteLoss,
     TrainState,
     fit,
@@ -25,6 +24,7 @@ from mmclip.train import (
     make_optimizer,
     train_step,
 )
+from mmclip.training.objective import Objective
 from tests.made import LABELS, PATCH_PX, WHOLE, MadeBatches, small_config, small_model
 
 CONTRASTIVE = Objective(small_config(), PATCH_PX)
@@ -106,7 +106,7 @@ def write_gradients_of_this_process(folder: Path) -> None:
 
 def test_two_processes_give_loss_and_gradients_of_one_on_the_joined_batch(tmp_path: Path):
     code = (
-        "from pathlib import Path; import tests.test_train as t;"
+        "from pathlib import Path; import tests.test_loop as t;"
         f"t.write_gradients_of_this_process(Path({str(tmp_path)!r}))"
     )
     root = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from mmclip.data.dataset import Rows
-from mmclip.metrics import auroc
+from mmclip.evaluation.metrics import auroc
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Inverse regularisation strengths tried. [chosen: from nearly constant to nearly free]"""

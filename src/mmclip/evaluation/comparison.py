@@ -13,15 +13,21 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mmclip.bootstrap import Interval, bootstrap_difference, macro_draws, percentile_interval
 from mmclip.config import Frozen, parse, read_toml
 from mmclip.data.dataset import open_rows
-from mmclip.data.manifest import ManifestError, Split
-from mmclip.evaluation import judge, nuisance
-from mmclip.pages import write_evaluation
-from mmclip.protocols import load_protocol
-from mmclip.results import RunResults, read_results
-from mmclip.scores import (
+from mmclip.data.folder import ManifestError
+from mmclip.data.records import Split
+from mmclip.evaluation.bootstrap import (
+    Interval,
+    bootstrap_difference,
+    macro_draws,
+    percentile_interval,
+)
+from mmclip.evaluation.judge import judge, nuisance
+from mmclip.evaluation.pages import write_evaluation
+from mmclip.evaluation.protocols import load_protocol
+from mmclip.evaluation.results import RunResults, read_results
+from mmclip.evaluation.scores import (
     SCORES_FILE,
     Scored,
     ScoresError,

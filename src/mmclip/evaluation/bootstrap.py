@@ -14,7 +14,7 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from mmclip.metrics import f1_of_counts, known, mcc_of_counts
+from mmclip.evaluation.metrics import f1_of_counts, known, mcc_of_counts
 
 Interval = tuple[float, float]
 

@@ -7,7 +7,6 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from jaxtyping import Float, UInt8
 from markupsafe import Markup
 from PIL import Image
 
-from mmclip.data.manifest import write_text_atomic
-from mmclip.pictures import Picture
-from mmclip.plots import (
+from mmclip.config import RESOURCES
+from mmclip.data.folder import write_text_atomic
+from mmclip.evaluation.pictures import Picture
+from mmclip.evaluation.plots import (
     ACCENT,
     QUIET,
     Entry,
@@ -30,10 +30,10 @@ from mmclip.plots import (
     pictures_figure,
     reliability_svg,
 )
+from mmclip.evaluation.protocols import Protocol
+from mmclip.evaluation.results import ResultsError, RunResults, checked, provenance, write_results
+from mmclip.evaluation.scores import SCORES_FILE, Scored
 from mmclip.prompts import Prompts
-from mmclip.protocols import Protocol
-from mmclip.results import ResultsError, RunResults, checked, provenance, write_results
-from mmclip.scores import SCORES_FILE, Scored
 
 PAGE_FILE, CARD_FILE, PLOTS_FOLDER = "page.html", "MODEL_CARD.md", "plots"
 
@@ -223,7 +223,7 @@ def _environment(autoescape: bool) -> jinja2.Environment:
 
 
 def _template(name: str) -> str:
-    return (resources.files("mmclip") / "templates" / name).read_text("utf-8")
+    return (RESOURCES / "templates" / name).read_text("utf-8")
 
 
 CASES = 3

@@ -14,14 +14,15 @@ from matplotlib.figure import Figure
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.data.dataset import Rows, normalise, open_rows
+from mmclip.data.folder import ManifestError
 from mmclip.data.images import FilmError, decode_film, read_bytes, resize_film
-from mmclip.data.manifest import ManifestError, Split
+from mmclip.data.records import Split
 from mmclip.data.text import tokenise
 from mmclip.embed import embed_texts
 from mmclip.embedding_store import film_embeddings, finite
-from mmclip.plots import INK, QUIET
+from mmclip.evaluation.plots import INK, QUIET
+from mmclip.evaluation.scores import check_sources
 from mmclip.progress import console
-from mmclip.scores import check_sources
 
 logger = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
-from mmclip.comparison import compare, judge_csv, published
 from mmclip.data.dataset import open_rows
-from mmclip.data.manifest import Film
-from mmclip.evaluation import judge, subgroups
-from mmclip.metrics import best_on_these, calibration_error
-from mmclip.pages import extreme_cases, write_evaluation
-from mmclip.protocols import Protocol, load_protocol, protocol_names
-from mmclip.results import RunResults, read_results
-from mmclip.scores import (
+from mmclip.data.records import Film
+from mmclip.evaluation.comparison import compare, judge_csv, published
+from mmclip.evaluation.judge import judge, subgroups
+from mmclip.evaluation.metrics import best_on_these, calibration_error
+from mmclip.evaluation.pages import extreme_cases, write_evaluation
+from mmclip.evaluation.protocols import Protocol, load_protocol, protocol_names
+from mmclip.evaluation.results import RunResults, read_results
+from mmclip.evaluation.scores import (
     Scored,
     ScoresError,
     load_scores,

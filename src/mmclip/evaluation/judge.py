@@ -5,8 +5,9 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from mmclip.baselines import nuisance_scores
-from mmclip.bootstrap import (
+from mmclip.data.dataset import Rows
+from mmclip.evaluation.baselines import nuisance_scores
+from mmclip.evaluation.bootstrap import (
     Draws,
     Interval,
     bootstrap_metrics,
@@ -14,8 +15,7 @@ from mmclip.bootstrap import (
     percentile_interval,
     share_interval,
 )
-from mmclip.data.dataset import Rows
-from mmclip.metrics import (
+from mmclip.evaluation.metrics import (
     Operating,
     Threshold,
     ThresholdRule,
@@ -27,7 +27,7 @@ from mmclip.metrics import (
     choose_thresholds,
     count_labels,
 )
-from mmclip.scores import Scored
+from mmclip.evaluation.scores import Scored
 
 MIN_COUNT = 10
 """Films of either kind that a finding needs to count in a macro average. [chosen: below ten, one
@@ -197,9 +197,9 @@ def score_findings(
             positive and as many negative films.
 
     Returns:
-        The fields of `mmclip.results.RunResults`: `findings` in the given order, without those that
-        lack a class, which are in `undefined` with the reason and counts; `macro_*` over
-        `macro_findings`, None when no finding counts.
+        The fields of `mmclip.evaluation.results.RunResults`: `findings` in the given order, without
+        those that lack a class, which are in `undefined` with the reason and counts; `macro_*`
+        over `macro_findings`, None when no finding counts.
     """
     if len(set(findings)) != len(findings) or len(findings) != labels.shape[1]:
         raise ValueError(

@@ -18,8 +18,8 @@ from matplotlib.patches import Patch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
-from mmclip.bootstrap import Interval
-from mmclip.metrics import known
+from mmclip.evaluation.bootstrap import Interval
+from mmclip.evaluation.metrics import known
 
 # On the page these become the theme's colours, so that the plots read in dark mode too.
 INK, QUIET, PRESENT, ABSENT, ACCENT = "#1d2733", "#667180", "#b65708", "#5478a0", "#0f766e"

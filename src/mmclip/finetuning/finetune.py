@@ -21,35 +21,35 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from jaxtyping import Float
 
-from mmclip.baselines import logistic_scores, nuisance_facts
-from mmclip.bootstrap import (
-    bootstrap_metrics,
-    macro_draws,
-    percentile_interval,
-    resampled_seeds,
-)
 from mmclip.config import config_hash
 from mmclip.data.dataset import Rows
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.splits import ids_hash
 from mmclip.embedding_store import STORE_FOLDER, store_folder
-from mmclip.evaluation import control_of, judge
-from mmclip.features import Start, start_of, stored_features, weights_hash
-from mmclip.models.classifier import Classifier
-from mmclip.pages import GalleryItem, extreme_cases, write_evaluation
-from mmclip.progress import console
-from mmclip.protocols import load_protocol
-from mmclip.results import RESULTS_FILE, read_results
-from mmclip.scores import SCORES_FILE, Scored, load_scores, scored
-from mmclip.supervised import (
+from mmclip.evaluation.baselines import logistic_scores, nuisance_facts
+from mmclip.evaluation.bootstrap import (
+    bootstrap_metrics,
+    macro_draws,
+    percentile_interval,
+    resampled_seeds,
+)
+from mmclip.evaluation.judge import control_of, judge
+from mmclip.evaluation.pages import GalleryItem, extreme_cases, write_evaluation
+from mmclip.evaluation.protocols import load_protocol
+from mmclip.evaluation.results import RESULTS_FILE, read_results
+from mmclip.evaluation.scores import SCORES_FILE, Scored, load_scores, scored
+from mmclip.evaluation.zeroshot import check_trained
+from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
+from mmclip.finetuning.supervised import (
     FineTuneConfig,
     keep_only,
     macro_auroc,
     predict,
     train_classifier,
 )
-from mmclip.task import Labelled, Task, open_task, own_protocol, rules_of, training_ids
-from mmclip.zeroshot import check_trained
+from mmclip.finetuning.task import Labelled, Task, open_task, own_protocol, rules_of, training_ids
+from mmclip.models.classifier import Classifier
+from mmclip.progress import console
 
 logger = logging.getLogger(__name__)
 

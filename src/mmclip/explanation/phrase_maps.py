@@ -15,13 +15,13 @@ from mmclip.checkpoint import Checkpoint
 from mmclip.config import WHOLE_TEXT_SCORES, ScoreKind, ScoreTokens
 from mmclip.data.corpus import mark_concepts, special_ids
 from mmclip.data.entities import find_entities
-from mmclip.data.manifest import Entity
+from mmclip.data.records import Entity
 from mmclip.data.text import tokenise
 from mmclip.embed import embed_prompts
-from mmclip.grounding import Grid
 from mmclip.masking import contribution_score, response_score
 from mmclip.models.encoders import rebuild_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
+from mmclip.patches import Grid
 from mmclip.prompts import PromptSet
 
 ExplainScore = Literal["contribution", "prompt_pair", "decoder_attention"]

@@ -18,16 +18,24 @@ from mmclip.data.batches import SEEN_FILE
 from mmclip.data.check import TRAINED_FILE, refuse_trained
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.entities import find_entities
-from mmclip.data.manifest import ManifestError, Split
+from mmclip.data.folder import ManifestError
+from mmclip.data.records import Split
 from mmclip.embed import PromptEmbeddings, embed_films, embed_prompts, probabilities
-from mmclip.evaluation import control_of, judge, nuisance, score_findings
-from mmclip.metrics import auroc
-from mmclip.pages import GalleryItem, extreme_cases, write_evaluation
-from mmclip.pictures import make_pictures
+from mmclip.evaluation.judge import control_of, judge, nuisance, score_findings
+from mmclip.evaluation.metrics import auroc
+from mmclip.evaluation.pages import GalleryItem, extreme_cases, write_evaluation
+from mmclip.evaluation.pictures import make_pictures
+from mmclip.evaluation.protocols import BUILT, Protocol, load_protocol
+from mmclip.evaluation.results import RunResults
+from mmclip.evaluation.scores import (
+    Scored,
+    findings_of,
+    protocol_labels,
+    rows_to_score,
+    scored,
+    split_of,
+)
 from mmclip.prompts import PromptSet, load_prompts
-from mmclip.protocols import BUILT, Protocol, load_protocol
-from mmclip.results import RunResults
-from mmclip.scores import Scored, findings_of, protocol_labels, rows_to_score, scored, split_of
 
 logger = logging.getLogger(__name__)
 

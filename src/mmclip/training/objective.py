@@ -25,7 +25,7 @@ from mmclip.losses import (
 from mmclip.masking import masked_patch_count, randomness_at
 from mmclip.models.mmclip import MaskPlan, Outputs
 from mmclip.patches import normalise_patches, patchify
-from mmclip.train import gather_rows
+from mmclip.training.loop import gather_rows
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from mmclip.data.dataset import Rows
-from mmclip.data.manifest import ABSENT, PRESENT, Film, ManifestError, Split, read_meta
-from mmclip.protocols import BUILT, Protocol
+from mmclip.data.folder import ManifestError, read_meta
+from mmclip.data.records import ABSENT, PRESENT, Film, Split
+from mmclip.evaluation.protocols import BUILT, Protocol
 
 SCORES_FILE = "scores.npz"
 

@@ -1,4 +1,4 @@
-"""Where a map lies on a film, and how well it finds a place that a reader of the film marked.
+"""How well a map finds a place that a reader of the film marked.
 
 Pure functions. A map has one value a patch, and no finer detail: each pixel of the film has the
 value of the patch that its centre lies in. So everything that is asked of pixels is computed from
@@ -6,11 +6,10 @@ the number of pixels that each patch has, and has of the place; no map of a film
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 FIXED_THRESHOLDS = (0.25, 0.5, 0.75)
@@ -19,68 +18,6 @@ raw score means the same in two]"""
 
 CANDIDATES = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """The thresholds among which one is chosen on other films. [chosen: steps that IoU can tell]"""
-
-
-# -- a film's pixels and the model's patches --
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """How a square of film_px x film_px is cut into side x side patches, from the upper left.
-
-    `images.resize_film` scales each side of a film to that square, so the share of a side that a
-    pixel lies at is the same in both. What a whole number of patches does not fill is not seen.
-    """
-
-    side: int
-    patch_px: int
-    film_px: int
-
-    def numbers(self, n_px: int) -> Int[np.ndarray, " n_px"]:
-        """The row (or column) of patches that the centre of each pixel of a side lies in.
-
-        Args:
-            n_px: Of the film's side, as it was published.
-
-        Returns:
-            0 to side - 1; `side` for a pixel that no patch sees.
-        """
-        # (i + 1/2) / n_px of the side, times film_px / patch_px patches: in whole numbers, so that
-        # a centre on the edge of a patch falls to the same one everywhere.
-        centres = (2 * np.arange(n_px, dtype=np.int64) + 1) * self.film_px
-        return np.minimum(centres // (2 * n_px * self.patch_px), self.side)
-
-    def over_film(
-        self, values: Shaped[np.ndarray, "side side"], height: int, width: int
-    ) -> Shaped[np.ndarray, "height width"]:
-        """The value of its patch for each pixel of a film; NaN where the model did not look.
-
-        Raises:
-            ValueError: When there are pixels that no patch sees and the values know no NaN.
-        """
-        rows, columns = self.numbers(height), self.numbers(width)
-        if max(rows.max(), columns.max()) == self.side:
-            if not np.issubdtype(values.dtype, np.floating):
-                raise ValueError(
-                    f"{self.side} patches of {self.patch_px} px do not fill {self.film_px} px, and "
-                    f"values of type {values.dtype} have no NaN for the rest; give floats"
-                )
-            values = np.pad(values, ((0, 1), (0, 1)), constant_values=np.nan)
-        return values[np.ix_(rows, columns)]
-
-    def count_pixels(
-        self, is_inside: Bool[np.ndarray, "h w"]
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """The pixels of each patch that lie in a place of the film, and all of its pixels."""
-        height, width = is_inside.shape
-        rows = np.eye(self.side + 1, dtype=np.float32)[self.numbers(height)][:, : self.side]
-        columns = np.eye(self.side + 1, dtype=np.float32)[self.numbers(width)][:, : self.side]
-        inside = rows.T @ is_inside.astype(np.float32) @ columns
-        total = np.outer(rows.sum(0), columns.sum(0))
-        return torch.from_numpy(inside).flatten(), torch.from_numpy(total).flatten()
-
-
-# -- how well a map finds a place --
 
 
 def expected_hits(

@@ -1,0 +1,1 @@
+"""Where a film answers to a phrase, and how well that points at what readers marked."""

@@ -1,0 +1,1 @@
+"""Films and reports that find one another."""

@@ -1,0 +1,1 @@
+"""Pre-training: the objective, the loop that every training runs in, and the stage."""
