@@ -2,6 +2,7 @@ import gc
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from mmclip.training.loop import (
     NonFiniteLoss,
     TrainState,
     fit,
+    interrupt_between_steps,
     learning_rate,
     make_optimizer,
     train_step,
@@ -227,3 +229,22 @@ def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path: Path):
     fit_here(tmp_path, MadeBatches(), state, accelerator, [])
     assert math.isfinite(state.log["contrastive"])
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}
+
+
+def test_the_first_control_c_waits_for_the_step_and_the_second_does_not():
+    def before(*_: object) -> None:
+        raise InterruptedError
+
+    theirs = signal.signal(signal.SIGINT, before)
+    try:
+        with interrupt_between_steps(1) as is_interrupted:
+            assert not is_interrupted()
+            signal.raise_signal(signal.SIGINT)
+            assert is_interrupted()
+            with pytest.raises(InterruptedError):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
+        with interrupt_between_steps(2), pytest.raises(InterruptedError):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, theirs)

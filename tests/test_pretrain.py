@@ -138,19 +138,27 @@ def test_ten_kills_change_neither_weights_nor_log(arguments: list, tmp_path: Pat
     assert not list((run / CHECKPOINTS).glob("*.tmp"))
 
 
-def test_control_c_ends_a_run_in_one_word_and_leaves_its_checkpoint(
+def test_control_c_ends_a_run_after_its_step_and_resume_changes_nothing(
     arguments: list, tmp_path: Path
 ):
+    long = [*arguments, "--set", "train.steps=160", "--set", "train.save_every_steps=1000"]
+    assert mmclip(tmp_path, *long, "--out", tmp_path / "whole").code == 0
     run = tmp_path / "run"
-    long = [*arguments, "--out", run, "--set", "train.steps=100000"]
-    running = start(tmp_path / "interrupted", *long)
-    until(lambda: (run / CHECKPOINTS / "step_000002").exists(), running)
+    running = start(tmp_path / "interrupted", *long, "--out", run)
+    until(lambda: (run / "metrics.jsonl").exists(), running)
     assert running.process.pid is not None
     os.kill(running.process.pid, signal.SIGINT)
     ended = running.wait()
-    assert ended.code == 130 and ended.out == ""
-    assert ended.err.splitlines()[-1] == "interrupted" and "Traceback" not in ended.err
-    load_checkpoint(run)
+    assert ended.code == 130 and ended.out == "" and "Traceback" not in ended.err
+    step = int(find_checkpoint(run).name.removeprefix("step_"))
+    assert 0 < step < 160
+    assert ended.err.splitlines()[-3:] == [
+        f"stopped after step {step} of 160, which {run} holds",
+        "the same command with --resume goes on",
+        "interrupted",
+    ]
+    assert mmclip(tmp_path, *long, "--out", run, "--resume").code == 0
+    assert weights_of(run) == weights_of(tmp_path / "whole")
 
 
 def test_resuming_a_finished_run_changes_nothing(arguments: list, made_run: Path, tmp_path: Path):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mmclip.cli.shared import command_line, split_name
+from mmclip.cli.shared import command_line, split_name, told_how_to_go_on
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -74,25 +74,27 @@ def data_build(
                 f"it holds an old one"
             )
         records = open_reader(name, root_, mapping=mapping, table=table)
-        build_shard(records, root_, out, share, film_px=film_px, workers=who, entities=entities)
+        with told_how_to_go_on():
+            build_shard(records, root_, out, share, film_px=film_px, workers=who, entities=entities)
         console.print(
             f"shard {shard} is done; when all are, run the same command without --shard",
             markup=False, soft_wrap=True,
         )  # fmt: skip
         return
-    meta = build_data(
-        open_reader(name, root_, mapping=mapping, table=table),
-        root_,
-        out,
-        film_px=film_px,
-        seed=seed,
-        val_ratio=val_ratio,
-        test_ratio=test_ratio,
-        workers=who,
-        entities=entities,
-        about={"reader": name, "command": command_line()},
-        overwrite=overwrite,
-    )
+    with told_how_to_go_on():
+        meta = build_data(
+            open_reader(name, root_, mapping=mapping, table=table),
+            root_,
+            out,
+            film_px=film_px,
+            seed=seed,
+            val_ratio=val_ratio,
+            test_ratio=test_ratio,
+            workers=who,
+            entities=entities,
+            about={"reader": name, "command": command_line()},
+            overwrite=overwrite,
+        )
     _print_meta(meta, out)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mmclip.cli.shared import CpuOption, SetOption, command_line
+from mmclip.cli.shared import CpuOption, SetOption, command_line, told_how_to_go_on
 from mmclip.progress import console
 
 app = typer.Typer()
@@ -72,24 +72,24 @@ def finetune(
         )
     if method not in ("probe", "full"):
         raise ValueError(f"--method {method!r} is none of probe, full")
-    summary = learn(
-        Job(
-            folder=data,
-            out=out,
-            config=load_config_as(FineTuneConfig, "configs_finetune", config, overrides or ()),
-            command=command_line(),
-            protocol=protocol,
-            findings=tuple(finding or ()),
-            sources=tuple(source or ()),
-            run=run,
-            init=init,
-            method="full" if method == "full" else "probe",
-            fractions=tuple(fraction or ()),
-            seeds=tuple(seed or ()),
-            draws=draws,
-            cpu=cpu,
-        )
+    job = Job(
+        folder=data,
+        out=out,
+        config=load_config_as(FineTuneConfig, "configs_finetune", config, overrides or ()),
+        command=command_line(),
+        protocol=protocol,
+        findings=tuple(finding or ()),
+        sources=tuple(source or ()),
+        run=run,
+        init=init,
+        method="full" if method == "full" else "probe",
+        fractions=tuple(fraction or ()),
+        seeds=tuple(seed or ()),
+        draws=draws,
+        cpu=cpu,
     )
+    with told_how_to_go_on():
+        summary = learn(job)
     if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start this once a process
         _print_summary(json.loads(summary.read_text("utf-8")))
         print(summary)

@@ -3,6 +3,8 @@
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +35,16 @@ OverwriteOption = Annotated[
 def command_line() -> str:
     """The command as it was given, for results and logs."""
     return shlex.join(["mmclip", *sys.argv[1:]])
+
+
+@contextmanager
+def told_how_to_go_on(how: str = "the same command goes on") -> Iterator[None]:
+    """Says behind Ctrl-C how a long task that keeps its work goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(how)
+        raise
 
 
 def device_of(cpu: bool) -> "torch.device":

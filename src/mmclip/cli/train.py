@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from mmclip.cli.shared import CpuOption, FolderOption, SetOption, command_line, print_results
+from mmclip.cli.shared import (
+    CpuOption,
+    FolderOption,
+    SetOption,
+    command_line,
+    print_results,
+    told_how_to_go_on,
+)
 
 app = typer.Typer()
 
@@ -31,7 +38,8 @@ def demo(
     """
     from mmclip.demo import run_demo
 
-    results = run_demo(out, seed, shuffle_pairs, tuple(set_ or ()), command_line())
+    with told_how_to_go_on():
+        results = run_demo(out, seed, shuffle_pairs, tuple(set_ or ()), command_line())
     print_results(results, out)
 
 
@@ -76,6 +84,7 @@ def pretrain(
         wandb=wandb,
         cpu=cpu,
     )
-    newest = run(job)
+    with told_how_to_go_on("the same command with --resume goes on"):
+        newest = run(job)
     if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start this once a process
         print(newest)

@@ -263,7 +263,7 @@ def train_classifier(
             {**trainer_state(accelerator, state), "history": [list(entry) for entry in history]},
             about,
             keep=1,
-            spare={best_of(history)},
+            spare={best_of(history)} if history else set(),
         )
 
     if accelerator.is_main_process:

@@ -3,8 +3,11 @@
 import json
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from mmclip.batch import Share
 from mmclip.checkpoint import load_trainer_state
 from mmclip.config import TrainConfig
-from mmclip.progress import progress
+from mmclip.progress import console, progress
 
 
 class NonFiniteLoss(RuntimeError):
@@ -207,6 +210,36 @@ def train_step(
     return {**means, "grad_norm": torch.as_tensor(grad_norm), "lr": torch.tensor(lr)}
 
 
+@contextmanager
+def interrupt_between_steps(n_processes: int) -> Iterator[Callable[[], bool]]:
+    """Puts Ctrl-C off to the end of a step, where all is whole; a second one acts at once.
+
+    Source: ours. Python raises KeyboardInterrupt wherever it is, and where that is a callback of C
+    code or a finaliser, the interrupt is printed or lost and training goes on.
+
+    Args:
+        n_processes: With several, each would stop at a step of its own and wait for the others for
+            ever, so Ctrl-C ends them at once, as it does outside of the main thread.
+
+    Returns:
+        By `with`, a function that says whether Ctrl-C was pressed.
+    """
+    pressed = threading.Event()
+    if n_processes > 1 or threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+
+    def put_off(*_: object) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, put_off)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def fit(
     accelerator: Accelerator,
     state: TrainState,
@@ -220,6 +253,8 @@ def fit(
     is_over: Callable[[TrainState], bool] | None = None,
 ) -> TrainState:
     """Trains from state.step to config.steps; logs, saves, and stops on a non-finite loss.
+
+    Ctrl-C ends the step in progress, saves a checkpoint, and says how to go on.
 
     Args:
         accelerator: Prepared; it decides device, precision and processes.
@@ -236,13 +271,17 @@ def fit(
 
     Raises:
         NonFiniteLoss: The batch is saved as safetensors beside the names of its films.
+        KeyboardInterrupt: After the checkpoint; at once if Ctrl-C is pressed again.
     """
     main = accelerator.is_main_process
     log_path = run / "metrics.jsonl"
     if main:
         _cut_log(log_path, state.step)
     began, since = time.monotonic(), state.step
-    with progress("training", config.steps, state.step, show=main) as advance:
+    with (
+        progress("training", config.steps, state.step, show=main) as advance,
+        interrupt_between_steps(accelerator.num_processes) as is_interrupted,
+    ):
         while state.step < config.steps:
             try:
                 values = train_step(
@@ -268,13 +307,19 @@ def fit(
                     with log_path.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
             advance(1, note)
-            if state.step % config.save_every_steps == 0 or state.step == config.steps:
-                ends_here = is_over is not None and is_over(state)
+            due = state.step % config.save_every_steps == 0 or state.step == config.steps
+            ends_here = due and is_over is not None and is_over(state)
+            stops_here = is_interrupted()
+            if due or stops_here:
                 if main:
                     save(state)
                 accelerator.wait_for_everyone()
-                if ends_here:
-                    break
+            if stops_here:
+                said = f"stopped after step {state.step:,} of {config.steps:,}, which {run} holds"
+                console.print(said, markup=False, soft_wrap=True)
+                raise KeyboardInterrupt
+            if ends_here:
+                break
     return state
 
 
