@@ -5,18 +5,24 @@
 Draws distinct films of 192 x 224 px (nine JPEG to one PNG), builds them with `build_data`, and runs
 beside it the plain loop that most repositories ship: open with Pillow, convert, resize, save as a
 PNG each, in one process, over `--plain-films` of the same films. Prints films a second of both,
-their ratio, and the most memory that this process and a worker held. Both find the files in the
+their ratio, and the most memory that this process and a worker held. With `--kill 0.5` a second
+build is killed, with its workers, when half of its chunks are done, and goes on: prints what going
+on took, and fails unless it ends with the bytes of the first. Both find the files in the
 page cache, just drawn. A busy machine makes films a second worth little: those a second of CPU time
 stand beside them. The last line is one JSON object.
 """
 
 import argparse
 import contextlib
+import filecmp
 import json
+import math
 import multiprocessing
+import os
 import re
 import resource
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -27,6 +33,7 @@ import numpy as np
 from PIL import Image
 
 from mmclip.data.build import build_data
+from mmclip.data.cache import CHUNK_FILMS, PARTS_FOLDER
 from mmclip.data.manifest import read_manifest
 from mmclip.data.records import Film, Record
 from mmclip.progress import progress
@@ -135,15 +142,62 @@ def watch_workers(every_s: float = 0.2) -> Iterator[list[float]]:
         thread.join()
 
 
+def build(root: Path, out: Path, args: argparse.Namespace) -> dict:
+    return build_data(records(args.films), root, out, film_px=args.film_px, workers=args.workers)
+
+
+def _build_alone(root: Path, out: Path, args: argparse.Namespace) -> None:
+    os.setsid()  # so that its workers can be killed with it
+    build(root, out, args)
+
+
+def killed_and_resumed(root: Path, whole: Path, args: argparse.Namespace) -> dict[str, object]:
+    """What a build costs that goes on where a killed one was.
+
+    Raises:
+        RuntimeError: When its bytes are not those of the whole one, or it was over too soon.
+    """
+    out = whole.with_name("killed")
+    parts = out / PARTS_FOLDER
+    wanted = args.kill * math.ceil(args.films / CHUNK_FILMS)
+    first = multiprocessing.get_context("spawn").Process(
+        target=_build_alone, args=(root, out, args)
+    )
+    first.start()
+    assert first.pid is not None
+
+    def n_done() -> int:
+        return sum(1 for _ in parts.glob("*.json")) if parts.is_dir() else 0
+
+    while n_done() < wanted:
+        if not first.is_alive():
+            raise RuntimeError(
+                f"the build ended before {args.kill:.0%} of its chunks; kill earlier"
+            )
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.join()
+    n_before, clock = n_done(), Clock()
+    build(root, out, args)
+    seconds, cpu_s = clock.read()
+    for name in ("films.npy", "films.parquet"):
+        if not filecmp.cmp(whole / name, out / name, shallow=False):
+            raise RuntimeError(
+                f"{name} of the build that went on differs from that of the whole one"
+            )
+    return {
+        "killed_at_chunk": n_before, "resumed_s": round(seconds, 1),
+        "resumed_cpu_s": round(cpu_s, 1), "same_bytes": True,
+    }  # fmt: skip
+
+
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Draws, builds, runs the plain loop and compares."""
     root = folder / "root"
     draw_films(root, args.films, args.seed)
     clock = Clock()
     with watch_workers() as peak_of_workers:
-        meta = build_data(
-            records(args.films), root, folder / "data", film_px=args.film_px, workers=args.workers
-        )
+        meta = build(root, folder / "data", args)
     build_s, build_cpu_s = clock.read()
     peak = peak_mb("self")
     n_plain = min(args.films, args.plain_films)
@@ -162,6 +216,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         "ratio_of_cpu": round(plain_cpu_s / film_cpu_s, 2),
         "peak_rss_mb": round(peak), "peak_rss_worker_mb": round(peak_of_workers[0]),
         "data_hash": meta["data_hash"][:16],
+        **(killed_and_resumed(root, folder / "data", args) if args.kill else {}),
     }  # fmt: skip
 
 
@@ -174,6 +229,7 @@ def main() -> None:
     parser.add_argument("--film-px", type=int, default=64, help="side of the built films")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--plain-films", type=int, default=5000, help="films of the plain loop")
+    parser.add_argument("--kill", type=float, help="share of the chunks at which one is killed")
     parser.add_argument("--folder", type=Path, help="for the films; a temporary one by default")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
