@@ -7,8 +7,9 @@ Draws the preset into OUT/raw and builds OUT/data unless they are there, trains 
 configs/arms/ under each seed, and scores it on the films of --split, as they are and under a domain
 shift. A finished run appends one line to --jsonl and leaves the scores of its films in OUT/scores;
 a run that the file already holds, with equal configuration and data, is skipped, so an interrupted
-call is simply repeated. ARM+shuffled_pairs is an arm with `--shuffle-pairs`. --table prints what
-has finished as Markdown.
+call is simply repeated. ARM+shuffled_pairs is an arm with `--shuffle-pairs`; ARM,train.steps=11160
+is one with a setting of its own, which goes before those of --set. --table prints what has
+finished as Markdown.
 
 Validation films are for choosing. `--split test` is refused until every run that is named has
 finished on them; it scores the weights that are there and trains nothing twice. Two calls may share
@@ -46,6 +47,10 @@ from mmclip.training.pretrain import Job, pretrain
 
 SHUFFLED = "+shuffled_pairs"
 """Behind the name of an arm: with `--shuffle-pairs`."""
+
+KNOWN_ARMS = tuple(
+    name.removeprefix("arms/") for name in config_names() if name.startswith("arms/")
+)
 
 SHIFT_SEED = 64
 """Of the domain shift; part of what the shifted films are."""
@@ -98,9 +103,18 @@ def shifted_rows(rows: Rows, split: Split) -> Rows:
 
 
 def config_of(arm: str, seed: int, overrides: Sequence[str]) -> Config:
-    """The configuration of an arm under a seed."""
-    name = arm.removesuffix(SHUFFLED)
-    return load_config(f"arms/{name}", [*overrides, f"train.seed={seed}"])
+    """The configuration of an arm, with settings of its own or not, under a seed."""
+    name, *own = arm.split(",")
+    name = name.removesuffix(SHUFFLED)
+    return load_config(f"arms/{name}", [*overrides, *own, f"train.seed={seed}"])
+
+
+def arm_argument(text: str) -> str:
+    """Checks the name of an arm, for argparse; its settings are checked where they are read."""
+    name = text.split(",")[0].removesuffix(SHUFFLED)
+    if name not in KNOWN_ARMS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(KNOWN_ARMS)}")
+    return text
 
 
 def read_lines(path: Path) -> dict[Key, dict]:
@@ -278,32 +292,35 @@ def run_all(
         print(json.dumps(line), flush=True)
 
 
-def print_table(keys: Sequence[Key], done: Mapping[Key, dict], out: Path, base: str) -> None:
-    """Prints what has finished of some runs, what has not, and the numbers as one JSON object."""
-    runs: Runs = {}
-    for key in keys:
-        if key in done:
-            found = done[key], load_scores(scores_path(out, key), key)
-            runs.setdefault(key.arm, {})[key.seed] = found
+def print_table(
+    keys: Mapping[str, Sequence[Key]], done: Mapping[Key, dict], out: Path, base: str
+) -> None:
+    """Prints what has finished of each arm, what has not, and the numbers as one JSON object."""
+    runs: Runs = {
+        arm: {key.seed: (done[key], load_scores(scores_path(out, key), key)) for key in found}
+        for arm, some in keys.items()
+        if (found := [key for key in some if key in done])
+    }
     if not runs:
         raise SystemExit("none of these runs has finished; run without --table first")
     text, numbers = table(runs, base)
     print(text)
-    for key in keys:
+    every = [(arm, key) for arm, some in keys.items() for key in some]
+    for arm, key in every:
         if key not in done:
-            print(f"not finished: {key.arm} seed {key.seed}")
-    about = {"base": base, "split": keys[0].split, "data_hash": keys[0].data_hash}
+            print(f"not finished: {arm} seed {key.seed}")
+    some = every[0][1]
+    about = {"base": base, "split": some.split, "data_hash": some.data_hash}
     print(json.dumps({**about, "arms": numbers}))
 
 
 def main() -> None:
     """Draws, builds, trains and scores what is missing; or prints the table."""
-    known = [name.removeprefix("arms/") for name in config_names() if name.startswith("arms/")]
     parser = argparse.ArgumentParser(description="Arms x seeds on made films, zero-shot.")
     parser.add_argument("out", type=Path)
     parser.add_argument(
-        "--arms", nargs="+", default=known, choices=[*known, *(name + SHUFFLED for name in known)],
-        metavar="ARM", help=f"of {', '.join(known)}; ARM{SHUFFLED} for the control",
+        "--arms", nargs="+", default=list(KNOWN_ARMS), type=arm_argument, metavar="ARM[,KEY=V]",
+        help=f"of {', '.join(KNOWN_ARMS)}; ARM{SHUFFLED} for the control",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--split", choices=["val", "test"], default="val")
@@ -324,12 +341,12 @@ def main() -> None:
         for seed in dict.fromkeys(args.seeds):  # whole seeds first: they compare
             for arm in dict.fromkeys(arms):
                 config = config_of(arm, seed, args.set)
-                found[Key(arm, seed, args.split, config_hash(config), data_hash)] = config
+                name = arm.split(",")[0]
+                found[Key(name, seed, args.split, config_hash(config), data_hash)] = config
         return found
 
     if args.table:
-        arms = list(dict.fromkeys([args.base, *args.arms]))
-        keys = sorted(runs_of(arms), key=lambda key: arms.index(key.arm))
+        keys = {arm: list(runs_of([arm])) for arm in dict.fromkeys([args.base, *args.arms])}
         print_table(keys, done, args.out, args.base)
         return
     runs = runs_of(args.arms)

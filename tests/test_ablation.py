@@ -1,5 +1,6 @@
 """The pure parts of bench/ablation.py: intervals, which runs are left, the guard, the shift."""
 
+import argparse
 import importlib
 import json
 import sys
@@ -183,6 +184,11 @@ def test_arms_are_read_with_their_seed_and_the_overrides():
     config = ablation.config_of("whole+shuffled_pairs", 7, ["train.steps=4"])
     assert (config.train.seed, config.train.steps) == (7, 4)
     assert config.loss.image == config.loss.text == config.unpaired.rows_per_pair == 1
+    own = ablation.config_of("contrastive,train.steps=9", 0, ["train.steps=4", "loss.text=0"])
+    assert own.train.steps == 9
+    assert ablation.arm_argument("whole+shuffled_pairs,train.steps=9").startswith("whole")
+    with pytest.raises(argparse.ArgumentTypeError, match="'half' is none of"):
+        ablation.arm_argument("half,train.steps=9")
 
 
 def test_the_domain_shift_follows_the_film_and_its_name_alone():
