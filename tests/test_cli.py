@@ -284,10 +284,24 @@ def test_debug_gives_the_traceback(shared: dict[str, Path], tmp_path: Path):
     assert "Traceback" in ended.err and "ManifestError" in ended.err
 
 
-def test_an_option_that_is_missing_or_unknown_is_a_usage_error(tmp_path: Path):
-    for arguments in (["pretrain", "--out", "a"], ["zeroshot", "--ru", "a"], ["train"]):
+def test_an_option_that_is_missing_or_unknown_is_one_line_that_names_the_help(tmp_path: Path):
+    for arguments, said in (
+        (["pretrain", "--data", "a"], "error: missing option '--out'; see mmclip pretrain --help"),
+        (["zeroshot", "--ru", "a"], "error: no such option: --ru"),
+        (["data", "build", "csv", "--film-px", "x"], "see mmclip data build --help"),
+        (["train"], "error: no such command 'train'"),
+    ):
         ended = mmclip(tmp_path, *arguments)
-        assert ended.code == 2 and ended.out == "" and "Usage:" in ended.err
+        assert ended.code == 2 and ended.out == "", arguments
+        (line,) = ended.err.splitlines()
+        assert line.startswith("error: ") and said in line and line.endswith(" --help")
+
+
+def test_the_name_of_a_group_alone_shows_its_help(tmp_path: Path):
+    for arguments in ([], ["data"]):
+        ended = mmclip(tmp_path, *arguments)
+        assert ended.code == 2 and "Commands" in ended.out + ended.err
+        assert "error:" not in ended.err
 
 
 def test_doctor_finds_sound_folders_sound(shared: dict[str, Path], tmp_path: Path):
