@@ -56,7 +56,7 @@ def finetune(
 
     A call that was interrupted goes on where it was; finished runs are skipped.
 
-    Example: `mmclip finetune --run runs/a --data data/nih --protocol chestxray14 --out runs/a/ft`
+    Example: `mmclip finetune --run runs/a --data data/chestxray14 --protocol chestxray14 --out ft`
 
     Example: `mmclip finetune --run runs/a --init random --data data/films --finding tuberculosis
     --method full --fraction 0.1 --seed 0 --out runs/random/ft`
