@@ -256,6 +256,21 @@ def test_an_unfinished_data_folder_is_told_from_a_finished_one(
     assert "no finished data folder (meta.json is missing)" in error
 
 
+def test_a_folder_around_the_right_one_is_answered_with_the_right_one(
+    shared: dict[str, Path], tmp_path: Path
+):
+    demo = tmp_path / "demo"
+    for name in ("run", "data"):
+        shutil.copytree(shared[name], demo / name)
+    error = score(run="demo")(shared, tmp_path).error()
+    assert f"{demo} holds no finished checkpoint; did you mean {demo / 'run'}, which does?" in error
+    error = score(run="demo/run/checkpoints")(shared, tmp_path).error()
+    assert f"did you mean {demo / 'run'}, which does?" in error
+    error = score(data="demo")(shared, tmp_path).error()
+    assert f"{demo} is no finished data folder" in error
+    assert f"did you mean {demo / 'data'}, which is one?" in error
+
+
 def test_a_corrupt_run_is_one_line_that_names_the_file(
     made_run: Path, shared: dict[str, Path], tmp_path: Path
 ):
