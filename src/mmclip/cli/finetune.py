@@ -100,7 +100,15 @@ def _print_summary(summary: dict) -> None:
         return "–" if value is None else f"{value:.3f}"
 
     table = Table(box=None, pad_edge=False)
-    for column in ("method", "patients", "films", "macro AUROC", "95 %", "each seed", "nuisance"):
+    for column in (
+        "method",
+        "patients",
+        "training films",
+        "macro AUROC",
+        "95 %",
+        "each seed",
+        "nuisance",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for line in summary["lines"]:
         interval = line["interval"]
@@ -108,13 +116,13 @@ def _print_summary(summary: dict) -> None:
         table.add_row(
             line["method"],
             f"{line['fraction']:.0%}",
-            str(films[0]) if len(films) == 1 else f"{films[0]}–{films[-1]}",
+            f"{films[0]:,}" if len(films) == 1 else f"{films[0]:,}–{films[-1]:,}",
             number(line["mean"]),
             "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}",
             "  ".join(f"{seed}: {number(v)}" for seed, v in line["macro_auroc"].items()),
             number(line["nuisance"]),
         )
-    said = f"{summary['protocol']}: {summary['init']}, {summary['n_test']} test films"
+    said = f"{summary['protocol']}: {summary['init']}, {summary['n_test']:,} test films"
     console.print(said, markup=False, soft_wrap=True)
     console.print(table)
     console.print("95 %: over test patients and seeds, drawn together", style="dim")
