@@ -285,7 +285,8 @@ def test_the_page_calls_zero_shot_only_what_training_did_not_name(tmp_path, resu
         found = results | {"kind": "zeroshot"}
         found["findings"] = [{**row, "seen": seen} for row in results["findings"]]
         text = write_page(tmp_path, found, [], prompts={}, **table).read_text("utf-8")
-        return re.search(r'class="eyebrow">(.*?)<', text)[1]
+        (said,) = re.findall(r'class="eyebrow">(.*?)<', text)
+        return said
 
     assert eyebrow("report") == "MMCLIP · zero-shot"
     assert eyebrow("prompt") == eyebrow("label") == "MMCLIP · scored by prompts"

@@ -6,7 +6,7 @@ Imports of torch and transformers happen inside the commands, so that --help is 
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -83,13 +83,12 @@ def doctor(
         raise typer.Exit(1)
 
 
-UsageError = typer.BadParameter.__base__
+UsageError = cast("type[Exception]", typer.BadParameter.__base__)
 """Of Click, or of its copy in newer versions of Typer: it has no public name in both."""
 
 
 def main() -> None:
     """Runs the command line; an error is one line, a traceback needs --debug."""
-    assert UsageError is not None
     debug = "--debug" in sys.argv[1:]
     try:
         code = app(prog_name="mmclip", standalone_mode=False) or 0
