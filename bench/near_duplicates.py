@@ -5,9 +5,9 @@
 
 Made films of 32 px: two dark lungs under smooth noise of their own, of which 1 % come again as
 another file would show them: smaller and back, paler or darker, and with noise of compression.
-Prints minutes, recall, and pairs that are no planted ones. `--cache` takes the films of a data
-folder instead, plants copies of 1 % of them, and counts all other near pairs as false (some may be
-true). The last line is one JSON object.
+Prints minutes, recall, pairs whose hashes are close, and pairs found that are no planted ones.
+`--cache` takes the films of a data folder instead, plants copies of 1 % of them, and counts all
+other near pairs as false (some may be true). The last line is one JSON object.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmclip.data.duplicates import BLOCK_PIXELS, film_hashes, near_pairs
+from mmclip.data.duplicates import BLOCK_PIXELS, are_alike, film_hashes, near_pairs
 
 PX = 32
 PLANTED_RATIO = 0.01
@@ -63,11 +63,18 @@ def measure(films: np.ndarray, rng: np.random.Generator) -> dict[str, object]:
     n = len(films)
     chosen = rng.choice(n, max(1, round(PLANTED_RATIO * n)), replace=False)
     began, cpu = time.monotonic(), time.process_time()
-    hashes = np.concatenate([hashes_of(films), hashes_of(passed_on(films[chosen], rng))])
+    copies = passed_on(films[chosen], rng)
+    hashes = np.concatenate([hashes_of(films), hashes_of(copies)])
     hashed = time.process_time()
     # Equal hashes count as pairs of the first of them, as in `near_groups`.
-    different, which = np.unique(hashes, axis=0, return_inverse=True)
-    pairs = near_pairs(different)
+    different, at, which = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
+    close = near_pairs(different)
+
+    def film_of(number: int) -> np.ndarray:
+        k = int(at[number])
+        return np.asarray(films[k]) if k < n else copies[k - n]
+
+    pairs = close[are_alike(different, close, film_of)]
     near = {tuple(pair) for pair in pairs.tolist()}
     which = which.ravel()
     planted = {tuple(sorted((which[film], which[n + i]))) for i, film in enumerate(chosen)}
@@ -78,6 +85,7 @@ def measure(films: np.ndarray, rng: np.random.Generator) -> dict[str, object]:
         "minutes": round((time.monotonic() - began) / 60, 3),
         "hash_cpu_s": round(hashed - cpu, 2),
         "search_cpu_s": round(time.process_time() - hashed, 2),
+        "close_pairs": len(close),
         "recall": len(found) / len(planted),
         "false_pairs": len(near - planted) + int(n_equal),
         "memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),

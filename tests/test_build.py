@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmclip.data.build import build_data
+from mmclip.data.build import build_data, build_shard
 from mmclip.data.cache import FilmCache, verify_cache
 from mmclip.data.folder import ManifestError, read_meta
 from mmclip.data.images import resize_film
 from mmclip.data.manifest import read_manifest
+from mmclip.data.parts import Shard
 from mmclip.data.records import Film, Reason
 from mmclip.data.tables import CsvMapping, SourceError, load_mapping, read_csv
 from tests.made_files import NAME, NUMBER, blank, dicom, encoded, huge_png, ramp
@@ -342,6 +343,21 @@ def test_a_finished_build_is_replaced_only_when_asked_to(tmp_path: Path):
     assert read_meta(out) == first
     again = build_data(films, tmp_path / "root", out, film_px=16, overwrite=True)
     assert again["film_px"] == FilmCache.open(out).films.shape[1] == 16
+
+
+@pytest.mark.parametrize("name", ["film.png", "meta.json"])
+def test_a_build_writes_nothing_into_a_folder_of_other_things(tmp_path: Path, name: str):
+    films = write_root(tmp_path / "root")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(ManifestError, match=f"holds other things .*such as {name}; name a new"):
+        build_data(films, tmp_path / "root", out, film_px=PX, overwrite=True)
+    with pytest.raises(ManifestError, match="holds other things"):
+        build_shard(films, tmp_path / "root", out, Shard(1, 2), film_px=PX)
+    with pytest.raises(ManifestError, match="is a file; name the folder"):
+        build_data(films, tmp_path / "root", out / name, film_px=PX)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {name: "mine"}
 
 
 def test_a_text_only_build_has_no_films_and_leaves_none_behind(tmp_path: Path):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from typer.main import get_command
 
 import mmclip as package
 from mmclip.cli import app
-from mmclip.data.synthetic import FINDINGS
+from mmclip.cli.shared import check_results
+from mmclip.data.synthetic import FINDINGS, PRESETS
+from mmclip.demo import _make_room
 from tests.commands import Ended, mmclip
 
 
@@ -256,6 +259,21 @@ def test_an_unfinished_data_folder_is_told_from_a_finished_one(
     assert "no finished data folder (meta.json is missing)" in error
 
 
+def test_a_folder_around_the_right_one_is_answered_with_the_right_one(
+    shared: dict[str, Path], tmp_path: Path
+):
+    demo = tmp_path / "demo"
+    for name in ("run", "data"):
+        shutil.copytree(shared[name], demo / name)
+    error = score(run="demo")(shared, tmp_path).error()
+    assert f"{demo} holds no finished checkpoint; did you mean {demo / 'run'}, which does?" in error
+    error = score(run="demo/run/checkpoints")(shared, tmp_path).error()
+    assert f"did you mean {demo / 'run'}, which does?" in error
+    error = score(data="demo")(shared, tmp_path).error()
+    assert f"{demo} is no finished data folder" in error
+    assert f"did you mean {demo / 'data'}, which is one?" in error
+
+
 def test_a_corrupt_run_is_one_line_that_names_the_file(
     made_run: Path, shared: dict[str, Path], tmp_path: Path
 ):
@@ -284,10 +302,24 @@ def test_debug_gives_the_traceback(shared: dict[str, Path], tmp_path: Path):
     assert "Traceback" in ended.err and "ManifestError" in ended.err
 
 
-def test_an_option_that_is_missing_or_unknown_is_a_usage_error(tmp_path: Path):
-    for arguments in (["pretrain", "--out", "a"], ["zeroshot", "--ru", "a"], ["train"]):
+def test_an_option_that_is_missing_or_unknown_is_one_line_that_names_the_help(tmp_path: Path):
+    for arguments, said in (
+        (["pretrain", "--data", "a"], "error: missing option '--out'; see mmclip pretrain --help"),
+        (["zeroshot", "--ru", "a"], "error: no such option: --ru"),
+        (["data", "build", "csv", "--film-px", "x"], "see mmclip data build --help"),
+        (["train"], "error: no such command 'train'"),
+    ):
         ended = mmclip(tmp_path, *arguments)
-        assert ended.code == 2 and ended.out == "" and "Usage:" in ended.err
+        assert ended.code == 2 and ended.out == "", arguments
+        (line,) = ended.err.splitlines()
+        assert line.startswith("error: ") and said in line and line.endswith(" --help")
+
+
+def test_the_name_of_a_group_alone_shows_its_help(tmp_path: Path):
+    for arguments in ([], ["data"]):
+        ended = mmclip(tmp_path, *arguments)
+        assert ended.code == 2 and "Commands" in ended.out + ended.err
+        assert "error:" not in ended.err
 
 
 def test_doctor_finds_sound_folders_sound(shared: dict[str, Path], tmp_path: Path):
@@ -307,6 +339,53 @@ def test_doctor_examines_a_run_and_the_results_in_its_folder(
     ended = mmclip(tmp_path, "doctor", folder)
     assert ended.code == 0, ended.err
     assert "step_000006 of data" in ended.err and "as in results.json" in ended.err
+
+
+def test_doctor_knows_what_fine_tuning_retrieval_and_explanations_leave(
+    shared: dict[str, Path], tmp_path: Path
+):
+    run, out = shutil.copytree(shared["run"], tmp_path / "run"), tmp_path / "out"
+    given = ("--run", run, "--data", shared["data"])
+    learn = ("--finding", "nodule", "--fraction", "1", "--seed", "0", "--draws", "5")
+    few = ("--method", "full", "--set", "train.steps=2", "--set", "train.batch_size=8")
+    for arguments in (
+        ("finetune", *given, *learn, "--out", out / "probe"),
+        ("finetune", *given, *learn, *few, "--out", out / "full"),
+        ("retrieve", *given, "--evaluate", "--draws", "5", "--out", out / "retrieval"),
+        ("retrieve", *given, "--phrase", "nodule", "--out", out / "search"),
+    ):
+        ended = mmclip(tmp_path, *arguments)
+        assert ended.code == 0, ended.err
+    full = out / "full/full-100-0"
+    (checkpoint,) = (full / "checkpoints").iterdir()
+    folders = (out / "probe", out / "probe/probe-100-0", out / "full", full, checkpoint)
+    folders += (out / "retrieval", out / "search", run / "embeddings")
+    ended = mmclip(tmp_path, "doctor", *folders)
+    assert ended.code == 0 and "BAD" not in ended.err, ended.err
+    for said in ("full fine-tuning for nodule", "ranks.npz: ", "found.png", "checksum as written"):
+        assert said in ended.err, said
+    stored = next((run / "embeddings").glob("*.npy"))
+    for file, folder in (
+        (full / "results.json", out / "full"),
+        (checkpoint / "model.safetensors", full),
+        (out / "probe/summary.json", out / "probe"),
+        (out / "retrieval/ranks.npz", out / "retrieval"),
+        (stored, run / "embeddings"),
+    ):
+        cut(file)
+        ended = mmclip(tmp_path, "doctor", folder)
+        bad = [line for line in ended.err.splitlines() if line.startswith("BAD")]
+        assert ended.code == 1 and any(file.name in line for line in bad), (file, ended.err)
+
+
+def test_doctor_knows_results_and_maps_of_explanations(tmp_path: Path):
+    results = {"command": "mmclip explain", "maps": {}, "sanity": {}, "n_films": 1092}
+    (tmp_path / "a.json").write_text(json.dumps(results))
+    (tmp_path / "b.png").touch()
+    np.savez(tmp_path / "b.npz", map=np.zeros((4, 5)))
+    ended = mmclip(tmp_path / "log", "doctor", tmp_path)
+    assert ended.code == 0, ended.err
+    assert "a.json of 1,092 films" in ended.err and "b.npz: map (4, 5)" in ended.err
 
 
 def flip_last_bit(path: Path) -> None:
@@ -367,7 +446,10 @@ def test_doctor_finds_a_damaged_folder_and_names_the_file(
 def test_doctor_says_of_any_other_folder_what_it_is_not(tmp_path: Path):
     ended = mmclip(tmp_path, "doctor", tmp_path, tmp_path / "nowhere")
     assert ended.code == 1
-    assert f"{tmp_path} is no data folder (meta.json), run (checkpoints/) or results" in ended.err
+    assert (
+        f"{tmp_path} is no data folder (meta.json), run (checkpoints/), results (results.json"
+        in ended.err
+    )
     assert f"{tmp_path / 'nowhere'} is no folder" in ended.err
 
 
@@ -378,3 +460,42 @@ def test_the_demo_replaces_nothing_that_it_did_not_make(tmp_path: Path):
         kept.write_text("mine")
         error = mmclip(tmp_path, "demo", "--out", tmp_path / name).error()
         assert "not made by a demo" in error and kept.read_text() == "mine"
+
+
+def made_demo(out: Path, *, finished: bool) -> Path:
+    """What a demo of seed 0 leaves, but for the contents of its folders."""
+    for name in ("raw", "data", "run"):
+        (out / name).mkdir(parents=True)
+        (out / name / "kept.txt").write_text("kept")
+    (out / "raw/preset.json").write_text(json.dumps(asdict(PRESETS["demo"]), indent=2) + "\n")
+    if finished:
+        made = {"provenance": {"command": f"mmclip demo --out {out} --overwrite"}}
+        (out / "results.json").write_text(json.dumps(made))
+    return out
+
+
+def test_a_demo_of_other_settings_is_refused_and_replaces_nothing(tmp_path: Path):
+    finished = made_demo(tmp_path / "finished", finished=True)
+    for more in (("--seed", "1"), ("--set", "train.steps=30"), ("--shuffle-pairs",)):
+        error = mmclip(tmp_path, "demo", "--out", finished, *more).error()
+        assert f"already holds results of `mmclip demo --out {finished}" in error
+        assert "--overwrite" in error
+    begun = made_demo(tmp_path / "begun", finished=False)
+    error = mmclip(tmp_path, "demo", "--out", begun, "--seed", "1").error()
+    assert "holds a demo of other made films" in error and "--overwrite" in error
+    for out in (finished, begun):
+        assert all((out / name / "kept.txt").is_file() for name in ("raw", "data", "run"))
+    assert (finished / "results.json").is_file()
+
+
+def test_the_same_demo_again_keeps_its_films_and_another_one_replaces_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    out, preset = made_demo(tmp_path / "demo", finished=True), PRESETS["demo"]
+    monkeypatch.setattr(sys, "argv", ["mmclip", "demo", "--out", str(out)])
+    check_results(out)
+    assert "results of this very command; they are written again" in capsys.readouterr().err
+    _make_room(out, preset, overwrite=False)
+    assert sorted(path.name for path in out.iterdir()) == ["data", "raw"]
+    _make_room(out, replace(preset, seed=8), overwrite=True)
+    assert not list(out.iterdir())

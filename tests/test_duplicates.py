@@ -14,13 +14,18 @@ from mmclip.data.build import build_data
 from mmclip.data.duplicates import (
     HASHES_FILE,
     MAX_DISTANCE,
+    MIN_LIKENESS,
+    SURE_DISTANCE,
     film_hashes,
+    likeness,
+    look,
     near_groups,
     near_pairs,
     read_hashes,
 )
 from mmclip.data.folder import ManifestError
 from mmclip.data.records import Film
+from mmclip.data.synthetic import PRESETS, make_patient
 from tests.made_files import encoded
 
 
@@ -132,10 +137,41 @@ def test_films_joined_one_by_one_and_equal_ones_are_one_group():
     second = flipped(first, 25, rng)
     third = flipped(second, 25, rng)
     alone = rng.integers(0, 1 << 16, (1, 16), dtype=np.uint16)
-    groups = near_groups(np.concatenate([third, alone, first, second, alone]))
+    films = blurred(2)
+    hashes = np.concatenate([third, alone, first, second, alone])
+    groups = near_groups(hashes, lambda i: films[0])
     assert groups[0] == groups[2] == groups[3] != groups[1] == groups[4]
-    assert len(near_groups(np.zeros((0, 16), np.uint16))) == 0
-    assert set(near_groups(np.zeros((3000, 16), np.uint16)).tolist()) == {0}
+    apart = near_groups(hashes, lambda i: films[int(i == 3)])  # the one in the middle looks other
+    assert len(set(apart[[0, 2, 3]].tolist())) == 3
+    assert len(near_groups(np.zeros((0, 16), np.uint16), lambda i: films[0])) == 0
+    assert set(near_groups(np.zeros((3000, 16), np.uint16), lambda i: films[0]).tolist()) == {0}
+
+
+def test_a_film_that_was_changed_looks_like_itself_and_like_no_other():
+    films = blurred(12, px=128)
+    looks = [look(film) for film in films]
+    changed = {
+        "pixel over": np.roll(films, 2, axis=2),
+        "paler": (films * 0.6 + 50).astype(np.uint8),
+        "gamma": (255 * (films / 255) ** 0.6).astype(np.uint8),
+        "smaller": films.reshape(12, 64, 2, 64, 2).mean((2, 4)).astype(np.uint8),
+    }
+    for what, others in changed.items():
+        least = min(likeness(look(b), a) for a, b in zip(looks, others, strict=True))
+        assert least >= MIN_LIKENESS, (what, least)
+    assert max(likeness(a, b) for i, a in enumerate(looks) for b in looks[:i]) < MIN_LIKENESS
+
+
+def test_patients_whose_hashes_are_close_by_chance_are_told_apart():
+    """Two of the demo's made patients, whose hashes differ in 28 bits."""
+    one = make_patient(PRESETS["demo"], "val", 245).film
+    other = make_patient(PRESETS["demo"], "test", 635).film
+    hashes = film_hashes(np.stack([one, other]))
+    assert SURE_DISTANCE < distance(*hashes) <= MAX_DISTANCE
+    groups = near_groups(hashes, lambda i: (one, other)[i])
+    assert groups[0] != groups[1]
+    again = film_hashes(np.stack([one, (one * 0.8 + 20).astype(np.uint8)]))
+    assert len(set(near_groups(again, lambda i: one).tolist())) == 1
 
 
 def build(root: Path, films: np.ndarray, px: int = 32) -> Path:

@@ -1,5 +1,8 @@
 """What a long task says of itself where there is no terminal."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mmclip import progress as module
@@ -38,3 +41,20 @@ def test_nothing_is_shown_where_another_process_shows_it(clock, capsys):
         clock[0] += 60
         advance(2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_message_into_a_pipe_stands_in_one_line_and_a_table_fits_its_width():
+    code = """
+from rich.table import Table
+from mmclip.progress import console
+console.print("folder/" * 30 + " holds no films")
+table = Table(box=None)
+table.add_column("report")
+table.add_row("effusion " * 20)
+console.print(table)
+"""
+    run = [sys.executable, "-c", code]
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True)
+    message, *rest = ended.stderr.splitlines()
+    assert message == "folder/" * 30 + " holds no films" and ended.stdout == ""
+    assert len(rest) > 2 and max(map(len, rest)) <= 80

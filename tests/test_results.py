@@ -13,10 +13,16 @@ from PIL import Image
 from mmclip.data.records import Entity
 from mmclip.evaluation.judge import score_findings
 from mmclip.evaluation.metrics import auroc, choose_thresholds
-from mmclip.evaluation.pages import GalleryItem, share_below, write_page, write_plots
+from mmclip.evaluation.pages import (
+    GalleryItem,
+    share_below,
+    write_card,
+    write_page,
+    write_plots,
+)
 from mmclip.evaluation.pictures import Picture, Span
 from mmclip.evaluation.plots import Panel, curves_figure, roc_points
-from mmclip.evaluation.results import ResultsError, write_results
+from mmclip.evaluation.results import ResultsError, RunResults, write_results
 from mmclip.prompts import load_prompts
 
 FINDINGS = ["edema", "mass", "tuberculosis"]
@@ -272,6 +278,41 @@ def test_the_page_of_real_films_warns_of_shortcuts_instead(tmp_path, results, ta
     path = write_page(tmp_path, results | {"kind": "zeroshot"}, [], prompts=prompts, **table)
     page = path.read_text("utf-8")
     assert "without\n  reading lungs" in page and "drawn by a program" not in page
+
+
+def test_the_page_calls_zero_shot_only_what_training_did_not_name(tmp_path, results, table):
+    def eyebrow(seen: str) -> str:
+        found = results | {"kind": "zeroshot"}
+        found["findings"] = [{**row, "seen": seen} for row in results["findings"]]
+        text = write_page(tmp_path, found, [], prompts={}, **table).read_text("utf-8")
+        (said,) = re.findall(r'class="eyebrow">(.*?)<', text)
+        return said
+
+    assert eyebrow("report") == "MMCLIP · zero-shot"
+    assert eyebrow("prompt") == eyebrow("label") == "MMCLIP · scored by prompts"
+
+
+def test_the_page_names_the_data_of_training_where_they_are_not_those_scored(
+    tmp_path, results, table
+):
+    def facts(trained_on: str) -> list[str]:
+        found = results | {"facts": {"training data": trained_on}}
+        text = write_page(tmp_path, found, [], prompts={}, **table).read_text("utf-8")
+        return re.findall(r"<dt>([^<]*[Dd]ata[^<]*)</dt>", text.partition("</section>")[0])
+
+    assert facts("a" * 12) == ["Training data", "Data"]
+    assert facts("d" * 12) == ["Data, trained on and scored"]
+
+
+@pytest.mark.parametrize("summary", ["One sentence", "One sentence."])
+def test_the_summary_ends_with_one_full_stop(tmp_path, results, table, summary: str):
+    found = RunResults.model_validate(
+        results | {"summary": summary, "facts": {"training films": 1092}}
+    )
+    page = write_page(tmp_path, found, [], prompts={}, **table).read_text("utf-8")
+    card = write_card(tmp_path, found).read_text("utf-8")
+    assert '<p class="lead">One sentence.</p>' in page
+    assert "\nOne sentence.\n" in card and "| training films | 1,092 |" in card
 
 
 def test_plots_follow_the_theme_of_the_page(page):

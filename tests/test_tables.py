@@ -146,10 +146,25 @@ def test_an_unknown_key_lists_the_known_ones(tmp_path: Path):
 
 def test_a_mapping_that_is_no_toml_is_refused(tmp_path: Path):
     (tmp_path / "m.toml").write_bytes(b"a = = 1")
-    with pytest.raises(SourceError, match="no valid TOML"):
+    with pytest.raises(SourceError, match=r"no valid TOML.*; mend that place"):
         load_mapping(tmp_path / "m.toml")
-    with pytest.raises(SourceError, match="cannot be read: Is a directory"):
+    with pytest.raises(SourceError, match="cannot be read: Is a directory; give the TOML file"):
         load_mapping(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('table = "a.csv"\n', r"has no section \[columns\]"),
+        ('[columns]\nimage = "film"\n', r"names no column patient_id in \[columns\]"),
+    ],
+)
+def test_a_mapping_that_does_not_say_whose_the_films_are_is_told_how(
+    tmp_path: Path, text: str, said: str
+):
+    (tmp_path / "m.toml").write_text(text)
+    with pytest.raises(ConfigError, match=said + r".*; add such lines as patient_id = .*data\.md"):
+        load_mapping(tmp_path / "m.toml")
 
 
 def test_readers_say_what_they_lack(tmp_path: Path):
@@ -213,8 +228,11 @@ def test_a_table_that_is_not_utf_8_is_refused_with_the_line(tmp_path: Path, enco
 
 
 def test_a_missing_table_is_named(tmp_path: Path):
-    with pytest.raises(SourceError, match=r"studies.csv cannot be read: No such file"):
-        read_csv(tmp_path, CsvMapping.model_validate({"columns": IDS}))
+    mapping = CsvMapping.model_validate({"columns": IDS})
+    for table, step in ((None, r"name it in the mapping \(table = "), (tmp_path, "another one by")):
+        with pytest.raises(SourceError, match=rf"there is no table {tmp_path}.*; .*{step}") as said:
+            read_csv(tmp_path, mapping, table)
+        assert "quotes" not in str(said.value)
 
 
 @pytest.mark.parametrize(("fields", "cells"), [(1, "a.png"), (3, "a.png,p,more")])

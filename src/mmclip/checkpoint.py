@@ -196,9 +196,13 @@ def find_checkpoint(path: Path) -> Path:
         return path
     finished = _finished(path)
     if not finished:
+        runs = path.parent, *(sorted(path.iterdir()) if path.is_dir() else ())
+        meant = [run for run in runs if any((s / "tokenizer").is_dir() for s in _finished(run))]
         raise CheckpointError(
-            f"{path} holds no finished checkpoint; give the folder of a run that `mmclip "
-            f"pretrain` wrote, or one of its checkpoints/step_... folders"
+            f"{path} holds no finished checkpoint; "
+            + (f"did you mean {meant[0]}, which does? Else give" if meant else "give")
+            + " the folder of a run that `mmclip pretrain` wrote, or one of its "
+            "checkpoints/step_... folders"
         )
     return finished[-1]
 

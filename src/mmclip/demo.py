@@ -39,11 +39,17 @@ UNTRAINED_SEEDS = range(10)
 
 
 def run_demo(
-    out: Path, seed: int, shuffle_pairs: bool, overrides: tuple[str, ...], command: str
+    out: Path,
+    seed: int,
+    shuffle_pairs: bool,
+    overrides: tuple[str, ...],
+    command: str,
+    overwrite: bool = False,
 ) -> RunResults:
     """Runs the demo and returns its results.
 
     Started again after a kill it goes on where it was; after a finished run it starts anew.
+    Whether finished results may be replaced is for the caller to ask.
 
     Args:
         out: raw/ (films and reports as a data set would come), data/, run/, results.json,
@@ -52,15 +58,18 @@ def run_demo(
         shuffle_pairs: The control: every film has the report, or the labels, of another.
         overrides: Of the configuration "demo".
         command: As typed, for the results.
+        overwrite: Replace a demo of other settings, finished or not.
+
+    Raises:
+        ValueError: When something is there that no demo made, or, without `overwrite`, an
+            unfinished demo of other settings.
     """
     began = time.monotonic()
     if shuffle_pairs:
         overrides = (*overrides, "unpaired.shuffle=true")  # no film keeps what is true of it
     config = load_config("demo", (*overrides, f"train.seed={seed}"))
     preset = replace(PRESETS["demo"], seed=PRESETS["demo"].seed + seed)
-    if (out / RESULTS_FILE).is_file():
-        shutil.rmtree(out / "run", ignore_errors=True)
-        (out / RESULTS_FILE).unlink()
+    _make_room(out, preset, overwrite)
     rows = open_rows([_make_data(out, preset)], config.data.film_px)
     job = Job(
         folders=(out / "data",),
@@ -93,7 +102,7 @@ def run_demo(
             "and half with labels, scored by text prompts on made patients it has not seen"
         )
         + (
-            ", after training on shuffled pairs and labels (a control)."
+            ", after training on shuffled pairs and labels (a control)"
             if shuffle_pairs
             else ". The labels were put into words, so each finding was named to it: "
             "prompt-supervised, and no zero-shot result."
@@ -114,17 +123,34 @@ def run_demo(
     )
 
 
+def _make_room(out: Path, preset: Preset, overwrite: bool) -> None:
+    """Removes what this demo replaces: a finished run, or all that is of another preset."""
+    raw, run, results = out / "raw", out / "run", out / RESULTS_FILE
+    there = [old for old in (raw, out / "data", run) if old.exists()]
+    if there and not (raw / PRESET_FILE).is_file():
+        raise ValueError(
+            f"{there[0]} is there and was not made by a demo, which would replace it; choose "
+            f"another --out"
+        )
+    is_other = bool(there) and not holds_preset(raw, preset)
+    if is_other and not overwrite:
+        raise ValueError(
+            f"{out} holds a demo of other made films, by another --seed or version of mmclip; add "
+            f"--overwrite to replace it, or choose another --out"
+        )
+    if is_other:
+        for old in there:
+            shutil.rmtree(old)
+    elif overwrite or results.is_file():
+        shutil.rmtree(run, ignore_errors=True)
+    results.unlink(missing_ok=True)
+
+
 def _make_data(out: Path, preset: Preset) -> Path:
     """Draws the films and builds the data folder, unless that is done."""
     raw, data = out / "raw", out / "data"
     if not (is_built(data) and holds_preset(raw, preset)):
-        there = [old for old in (raw, data, out / "run") if old.exists()]
-        if there and not (raw / PRESET_FILE).is_file():
-            raise ValueError(
-                f"{there[0]} is there and was not made by a demo, which would replace it; choose "
-                f"another --out"
-            )
-        for old in there:
+        for old in (raw, data, out / "run"):
             shutil.rmtree(old, ignore_errors=True)
         total = sum(preset.n_patients(split) for split in ("train", "val", "test"))
         with progress("drawing patients", total) as advance:

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmclip.checkpoint import load_checkpoint, load_trainer_state
+from mmclip.checkpoint import (
+    CHECKPOINTS,
+    checkpoint_meta,
+    file_sha256,
+    find_checkpoint,
+    load_checkpoint,
+    load_trainer_state,
+    read_weights,
+)
 from mmclip.data.cache import CacheError, verify_cache
 from mmclip.data.check import find_overlaps, patient_key
 from mmclip.data.folder import MANIFEST_FILE, META_FILE, ManifestError, read_meta
@@ -20,7 +29,10 @@ from mmclip.data.manifest import read_manifest
 from mmclip.data.versions import changed_since
 from mmclip.evaluation.metrics import auroc
 from mmclip.evaluation.pages import PAGE_FILE
-from mmclip.evaluation.results import RESULTS_FILE, checked
+from mmclip.evaluation.results import RESULTS_FILE, checked, read_results
+from mmclip.finetuning.finetune import SUMMARY_FILE
+from mmclip.retrieval.ranking import RANKS_FILE, RETRIEVAL_FILE, RetrievalResults
+from mmclip.retrieval.retrieve import SHEET_FILE
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow", "spacy")
 OPTIONAL = ("wandb",)
@@ -56,7 +68,7 @@ def examine_machine() -> Iterator[Finding]:
     else:
         yield Finding(
             "device",
-            f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores "
+            f"cpu, {torch.get_num_threads()} of {os.cpu_count()} cores "
             f"({torch.backends.cpu.get_cpu_capability()}); torch sees no GPU",
         )
 
@@ -79,13 +91,13 @@ def examine_data(folder: Path) -> Iterator[Finding]:
         return
     yield Finding(
         "manifest",
-        f"{len(films)} rows of {meta['n_patients']} patients, {meta['n_paired']} with film and "
-        f"report, {meta['n_excluded']} excluded; data hash {meta['data_hash'][:12]}",
+        f"{len(films):,} rows of {meta['n_patients']:,} patients, {meta['n_paired']:,} with film "
+        f"and report, {meta['n_excluded']:,} excluded; data hash {meta['data_hash'][:12]}",
     )
     changed = ", ".join(changed_since(meta))
     said = f"{changed} changed since; build again to have it" if changed else "as installed"
     yield Finding("words", f"of mmclip {meta['made_with']['mmclip']}; {said}")
-    splits = ", ".join(f"{name} {n}" for name, n in meta["splits"].items())
+    splits = ", ".join(f"{name} {n:,}" for name, n in meta["splits"].items())
     shared = find_overlaps(films, [f.split for f in films], {"patients": patient_key})
     name = meta["split"]["name"] if "split" in meta else "as built"
     said = "; ".join(map(str, shared)) or "no patient is in two"
@@ -98,12 +110,19 @@ def examine_data(folder: Path) -> Iterator[Finding]:
     except (CacheError, OSError) as error:
         yield Finding("films", str(error), is_sound=False)
     else:
-        yield Finding("films", f"{meta['n_with_image']} of {meta['film_px']} px; checksum as built")
+        yield Finding(
+            "films", f"{meta['n_with_image']:,} of {meta['film_px']} px; checksum as built"
+        )
 
 
 def examine_run(folder: Path) -> Iterator[Finding]:
     """Whether a run holds a checkpoint that loads, and that training can go on from."""
     try:
+        where = find_checkpoint(folder)
+        meta = checkpoint_meta(where)
+        if "findings" in meta:  # what fine-tuning saves
+            yield from _examine_classifier(folder, where, meta)
+            return
         found = load_checkpoint(folder)
     except (ValueError, OSError) as error:
         yield Finding("checkpoint", str(error), is_sound=False)
@@ -136,8 +155,9 @@ def examine_results(folder: Path) -> Iterator[Finding]:
     again = f"make the results again by `{made.command}`"
     yield Finding(
         "results",
-        f"{results.n_films} films of {results.n_patients} patients, data {made.data_hash[:12]}, "
-        f"config {(made.config_hash or 'not ours')[:12]}; made by `{made.command}`",
+        f"{results.n_films:,} films of {results.n_patients:,} patients, "
+        f"data {made.data_hash[:12]}, config {(made.config_hash or 'not ours')[:12]}; "
+        f"made by `{made.command}`",
     )
     try:
         with np.load(folder / "scores.npz") as stored:
@@ -165,26 +185,173 @@ def examine_results(folder: Path) -> Iterator[Finding]:
         yield Finding("page", f"{PAGE_FILE} is missing; {again}", is_sound=False)
 
 
+def _examine_classifier(folder: Path, where: Path, meta: dict) -> Iterator[Finding]:
+    """The checkpoint of full fine-tuning: of a finished run the best one, without its trainer."""
+    read_weights(where, meta)
+    yield Finding(
+        "checkpoint",
+        f"{where.name} of full fine-tuning for {', '.join(meta['findings'])}; checksums as written",
+    )
+    if (where / "trainer.pt").is_file():
+        yield Finding("trainer state", f"loads from step {load_trainer_state(where)['step']}")
+    elif not (folder / RESULTS_FILE).is_file():
+        yield Finding("trainer state", "none: the run is finished, or this is its best checkpoint")
+
+
+FINETUNED = re.compile(r"(probe|full)-[\d.e+-]+-\d+")
+"""Folders of the runs in the --out of `mmclip finetune`."""
+
+
+def examine_finetuned(folder: Path) -> Iterator[Finding]:
+    """Whether all runs of `mmclip finetune` are there and sound, and the summary is of them."""
+    runs = {p.name: p for p in sorted(folder.iterdir()) if FINETUNED.fullmatch(p.name)}
+    again = "the same `mmclip finetune` goes on where it was"
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_text("utf-8"))
+        reached = {
+            f"{line['method']}-{100 * line['fraction']:g}-{seed}": value
+            for line in summary["lines"]
+            for seed, value in line["macro_auroc"].items()
+        }
+        said = f"{len(reached)} runs by protocol {summary['protocol']}, {summary['init']}"
+        yield Finding("summary", said)
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        reached = {}
+        detail = f"{SUMMARY_FILE} is missing or damaged ({error}); {again}"
+        yield Finding("summary", detail, is_sound=False)
+    for name in sorted(runs.keys() | reached.keys()):
+        if name not in runs:
+            yield Finding(name, f"{name} of {SUMMARY_FILE} is missing; {again}", is_sound=False)
+            continue
+        bad = [found for found in examine(runs[name]) if not found.is_sound]
+        yield from (Finding(name, f"{f.what}: {f.detail}", is_sound=False) for f in bad)
+        if bad or not (runs[name] / RESULTS_FILE).is_file():
+            if not bad:
+                yield Finding(name, f"is not finished; {again}")
+            continue
+        found = read_results(runs[name]).macro_auroc
+        if name in reached and not _is_close(found, reached[name]):
+            detail = f"{SUMMARY_FILE} gives it another macro AUROC; {again}"
+            yield Finding(name, detail, is_sound=False)
+        else:
+            yield Finding(name, "results as its scores give them")
+
+
+def _is_close(one: float | None, other: float | None) -> bool:
+    return one == other or (one is not None and other is not None and abs(one - other) <= DIGITS)
+
+
+def examine_retrieval(folder: Path) -> Iterator[Finding]:
+    """Whether results of `mmclip retrieve --evaluate` keep their contract."""
+    try:
+        text = (folder / RETRIEVAL_FILE).read_text("utf-8")
+        found = RetrievalResults.model_validate_json(text)
+    except (ValueError, OSError) as error:
+        said = " ".join(str(error).split())
+        detail = f"{RETRIEVAL_FILE} is damaged ({said}); retrieve again with --overwrite"
+        yield Finding("retrieval", detail, is_sound=False)
+        return
+    made = found.provenance
+    yield Finding(
+        "retrieval",
+        f"{found.n_films:,} films of {found.n_patients:,} patients, data {made.data_hash[:12]}; "
+        f"made by `{made.command}`",
+    )
+    yield from _arrays(folder / RANKS_FILE, f"make the results again by `{made.command}`")
+
+
+def examine_explanations(folder: Path, files: list[Path]) -> Iterator[Finding]:
+    """What `mmclip explain` left in a folder: results of --evaluate, and maps beside pictures."""
+    for path in files:
+        if path.suffix == ".json":
+            known = json.loads(path.read_text("utf-8"))
+            said = f"of {known['n_films']:,} films; made by `{known['command']}`"
+            yield Finding("explanations", f"{path.name} {said}")
+        else:
+            yield from _arrays(path, "explain the film again with --overwrite")
+
+
+def _explanations(folder: Path) -> list[Path]:
+    """Results and maps of `mmclip explain`, whose names their user gave."""
+    found = [path for path in sorted(folder.glob("*.npz")) if path.with_suffix(".png").is_file()]
+    for path in sorted(folder.glob("*.json")):
+        try:
+            known = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            continue
+        if isinstance(known, dict) and {"command", "maps", "sanity", "n_films"} <= known.keys():
+            found.append(path)
+    return found
+
+
+def _arrays(path: Path, again: str) -> Iterator[Finding]:
+    try:
+        with np.load(path) as stored:
+            sizes = ", ".join(f"{name} {stored[name].shape}" for name in stored.files)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        detail = f"{path.name} is missing or damaged ({error}); {again}"
+        yield Finding("arrays", detail, is_sound=False)
+    else:
+        yield Finding("arrays", f"{path.name}: {sizes}")
+
+
+def _stored(folder: Path) -> dict[Path, str]:
+    """The notes of an embedding store, and the checksum that each tells."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            known = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            continue
+        if isinstance(known, dict) and known.keys() == {"of", "weights", "sha256"}:
+            found[path] = str(known["sha256"])
+    return found
+
+
+def examine_store(notes: dict[Path, str]) -> Iterator[Finding]:
+    """Whether stored embeddings are as they were written."""
+    for note, sha256 in notes.items():
+        path = note.with_suffix(".npy")
+        if path.is_file() and file_sha256(path) == sha256:
+            shape = np.load(path, mmap_mode="r").shape
+            yield Finding("embeddings", f"{path.name} {shape}; checksum as written")
+        else:
+            detail = f"{path.name} is missing or damaged; the next command makes it anew"
+            yield Finding("embeddings", detail, is_sound=False)
+
+
 def examine(folder: Path) -> Iterator[Finding]:
     """A folder of any kind, or of several, told by what it holds."""
     if not folder.is_dir():
         yield Finding("folder", f"{folder} is no folder", is_sound=False)
         return
     is_checkpoint = (folder / "model.safetensors").is_file()
-    is_run = is_checkpoint or (folder / "checkpoints").is_dir()
-    is_data = (folder / META_FILE).is_file() and not is_checkpoint
-    is_results = (folder / RESULTS_FILE).is_file()
-    if is_data:
-        yield from examine_data(folder)
-    if is_run:
-        yield from examine_run(folder)
-    if is_results:
-        yield from examine_results(folder)
-    if not (is_data or is_run or is_results):
+    kinds: list[Iterator[Finding]] = []
+    if (folder / META_FILE).is_file() and not is_checkpoint:
+        kinds.append(examine_data(folder))
+    if is_checkpoint or (folder / CHECKPOINTS).is_dir():
+        kinds.append(examine_run(folder))
+    if (folder / RESULTS_FILE).is_file():
+        kinds.append(examine_results(folder))
+    if (folder / SUMMARY_FILE).is_file() or any(
+        FINETUNED.fullmatch(path.name) for path in folder.iterdir()
+    ):
+        kinds.append(examine_finetuned(folder))
+    if (folder / RETRIEVAL_FILE).is_file():
+        kinds.append(examine_retrieval(folder))
+    if (folder / SHEET_FILE).is_file():
+        kinds.append(iter([Finding("search", f"{SHEET_FILE}, films that a search found")]))
+    if maps := _explanations(folder):
+        kinds.append(examine_explanations(folder, maps))
+    if notes := _stored(folder):
+        kinds.append(examine_store(notes))
+    for kind in kinds:
+        yield from kind
+    if not kinds:
         yield Finding(
             "folder",
-            f"{folder} is no data folder ({META_FILE}), run (checkpoints/) or results "
-            f"({RESULTS_FILE}): no `mmclip data build`, `mmclip pretrain` or `mmclip zeroshot` has "
-            f"finished there",
+            f"{folder} is no data folder ({META_FILE}), run (checkpoints/), results "
+            f"({RESULTS_FILE}, {SUMMARY_FILE}, {RETRIEVAL_FILE}), explanations or stored "
+            f"embeddings: no command of mmclip has finished there",
             is_sound=False,
         )

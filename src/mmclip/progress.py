@@ -15,8 +15,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True, highlight=False)
-"""Messages for people go to stderr, so that stdout carries results alone."""
+console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+"""Messages for people go to stderr, so that stdout carries results alone. Into a file or a pipe
+they are never wrapped: logs are searched by the paths in them."""
 
 LINE_EVERY_S = 15.0
 

@@ -6,7 +6,7 @@ Imports of torch and transformers happen inside the commands, so that --help is 
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -83,15 +83,19 @@ def doctor(
         raise typer.Exit(1)
 
 
+UsageError = cast("type[Exception]", typer.BadParameter.__base__)
+"""Of Click, or of its copy in newer versions of Typer: it has no public name in both."""
+
+
 def main() -> None:
     """Runs the command line; an error is one line, a traceback needs --debug."""
     debug = "--debug" in sys.argv[1:]
     try:
-        app(standalone_mode=True)
-    except SystemExit as ended:
-        if ended.code == 130:  # so typer ends at Ctrl-C, without a word
-            console.print("interrupted")
-        raise
+        code = app(prog_name="mmclip", standalone_mode=False) or 0
+    except UsageError as error:
+        code = _say_usage_error(error)
+    except typer.Abort:  # the older Typers end so at Ctrl-C
+        code = 130
     except Exception as error:
         if debug:
             raise
@@ -100,4 +104,20 @@ def main() -> None:
         hint = "" if known else " (run again with --debug after `mmclip` for the traceback)"
         said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
         console.print(f"error: {kind}{said}{hint}", style="red", markup=False, soft_wrap=True)
-        sys.exit(1)
+        code = 1
+    if code == 130:
+        console.print("interrupted")
+    sys.exit(code)
+
+
+def _say_usage_error(error: Any) -> int:
+    """One line for what cannot be parsed, the help where nothing was given; the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # `mmclip` or `mmclip data` alone
+        error.show()
+        return error.exit_code
+    said = " ".join(error.format_message().split()).rstrip(".")
+    path = error.ctx.command_path if error.ctx is not None else "mmclip"
+    see = f"{' See' if said.endswith('?') else '; see'} {path} --help"
+    line = f"error: {said[:1].lower()}{said[1:]}{see}"
+    console.print(line, style="red", markup=False, soft_wrap=True)
+    return error.exit_code

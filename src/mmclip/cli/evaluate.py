@@ -49,7 +49,7 @@ def zeroshot(
 
     Example: `mmclip zeroshot --run runs/a --data data/films --source kermany --out runs/a/kermany`
 
-    Example: `mmclip zeroshot --run runs/a --data data/nih --protocol chestxray14 --out runs/a/nih`
+    Example: `mmclip zeroshot --run runs/a --data data/chestxray14 --protocol chestxray14 --out a/b`
     """
     from mmclip.evaluation.zeroshot import evaluate
 

@@ -210,7 +210,7 @@ def _print_pointing(results: "dict[str, Any]") -> None:
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for finding, value in results["maps"]["model"]["hit"]["findings"].items():
         cells = [said(results["maps"][name]["hit"]["findings"][finding]) for name in shown]
-        table.add_row(finding, str(value["n"]), *cells)
+        table.add_row(finding, f"{value['n']:,}", *cells)
     console.print(table)
     console.print(
         f"{results['n_places']:,} places on {results['n_films']:,} films of "

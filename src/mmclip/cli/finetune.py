@@ -56,7 +56,7 @@ def finetune(
 
     A call that was interrupted goes on where it was; finished runs are skipped.
 
-    Example: `mmclip finetune --run runs/a --data data/nih --protocol chestxray14 --out runs/a/ft`
+    Example: `mmclip finetune --run runs/a --data data/chestxray14 --protocol chestxray14 --out ft`
 
     Example: `mmclip finetune --run runs/a --init random --data data/films --finding tuberculosis
     --method full --fraction 0.1 --seed 0 --out runs/random/ft`
@@ -100,7 +100,15 @@ def _print_summary(summary: dict) -> None:
         return "–" if value is None else f"{value:.3f}"
 
     table = Table(box=None, pad_edge=False)
-    for column in ("method", "patients", "films", "macro AUROC", "95 %", "each seed", "nuisance"):
+    for column in (
+        "method",
+        "patients",
+        "training films",
+        "macro AUROC",
+        "95 %",
+        "each seed",
+        "nuisance",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for line in summary["lines"]:
         interval = line["interval"]
@@ -108,13 +116,13 @@ def _print_summary(summary: dict) -> None:
         table.add_row(
             line["method"],
             f"{line['fraction']:.0%}",
-            str(films[0]) if len(films) == 1 else f"{films[0]}–{films[-1]}",
+            f"{films[0]:,}" if len(films) == 1 else f"{films[0]:,}–{films[-1]:,}",
             number(line["mean"]),
             "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}",
             "  ".join(f"{seed}: {number(v)}" for seed, v in line["macro_auroc"].items()),
             number(line["nuisance"]),
         )
-    said = f"{summary['protocol']}: {summary['init']}, {summary['n_test']} test films"
+    said = f"{summary['protocol']}: {summary['init']}, {summary['n_test']:,} test films"
     console.print(said, markup=False, soft_wrap=True)
     console.print(table)
     console.print("95 %: over test patients and seeds, drawn together", style="dim")

@@ -49,7 +49,7 @@ def results(
 
     Example: `mmclip results runs/a/test runs/b/test`
 
-    Example: `mmclip results peer.csv runs/a/nih --data data/nih --protocol chestxray14 --out peers`
+    Example: `mmclip results b.csv runs/a --data data/chestxray14 --protocol chestxray14 --out b`
     """
     from mmclip.evaluation.comparison import compare, judge_csv, published
 

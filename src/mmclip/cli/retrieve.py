@@ -147,8 +147,8 @@ def print_retrieval(results: "RetrievalResults") -> None:
         table.add_row(f"{name}, median rank", *ranks, style="bold")
     console.print(table)
     console.print(
-        f"{results.n_films} films with reports of {results.n_patients} patients; "
-        f"{results.n_reports} reports differ, and equal ones are right answers; intervals over "
+        f"{results.n_films:,} films with reports of {results.n_patients:,} patients; "
+        f"{results.n_reports:,} reports differ, and equal ones are right answers; intervals over "
         f"resampled patients of the queries",
         style="dim",
     )

@@ -65,6 +65,11 @@ def split_name(name: str) -> "Split":
     return name
 
 
+def _what_it_makes(command: str) -> list[str]:
+    """The words of a command without those that change nothing in its results."""
+    return [word for word in shlex.split(command) if word not in ("--overwrite", "--debug")]
+
+
 def check_results(out: Path, name: str = "results.json") -> None:
     """Refuses a folder with the results of another command; the same one may write again.
 
@@ -81,7 +86,7 @@ def check_results(out: Path, name: str = "results.json") -> None:
         raise ValueError(
             f"{path} is damaged; add --overwrite to replace it, or choose another --out"
         ) from None
-    if command != command_line():
+    if _what_it_makes(command) != _what_it_makes(command_line()):
         raise ValueError(
             f"{out} already holds results of `{command}`; add --overwrite to replace them, or "
             f"choose another --out"
@@ -107,7 +112,7 @@ def print_results(results: "RunResults", out: Path) -> None:
 
     for row in results.findings:
         values = (number(row.auroc), interval(row.auroc_ci), number(row.auprc), number(row.f1))
-        counts = (str(row.n_positive), str(row.n_negative))
+        counts = (f"{row.n_positive:,}", f"{row.n_negative:,}")
         others = (number(auroc.get(row.finding)) for auroc in beside.values())
         table.add_row(row.finding, *values, number(row.mcc), *counts, *others)
     macro = (results.macro_auroc, results.macro_auprc, results.macro_f1, results.macro_mcc)

@@ -9,7 +9,9 @@ import typer
 from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
+    OverwriteOption,
     SetOption,
+    check_results,
     command_line,
     print_results,
     told_how_to_go_on,
@@ -31,15 +33,21 @@ def demo(
         ),
     ] = False,
     set_: SetOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Made films and reports, a tiny model, a zero-shot result and a page to look at.
+    """Made films and reports, a tiny model, a result by text prompts and a page to look at.
+
+    The same command goes on where it was, or makes a finished demo anew.
 
     Example: `mmclip demo --seed 1 --out runs/demo-seed1`
     """
     from mmclip.demo import run_demo
 
-    with told_how_to_go_on():
-        results = run_demo(out, seed, shuffle_pairs, tuple(set_ or ()), command_line())
+    if not overwrite:
+        check_results(out)
+    how = "the same command goes on" if not overwrite else "the same without --overwrite goes on"
+    with told_how_to_go_on(how):
+        results = run_demo(out, seed, shuffle_pairs, tuple(set_ or ()), command_line(), overwrite)
     print_results(results, out)
 
 

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from mmclip.data.cache import FILMS_FILE, PARTS_FOLDER, FilmFacts, decode_films, join_films
 from mmclip.data.entities import find_entities
-from mmclip.data.folder import META_FILE, SPLIT_FILE, ManifestError, read_meta
+from mmclip.data.folder import (
+    EXCLUDED_FILE,
+    MANIFEST_FILE,
+    META_FILE,
+    SPLIT_FILE,
+    ManifestError,
+    read_meta,
+)
 from mmclip.data.manifest import write_manifest
 from mmclip.data.parts import Part, Shard, Work, Workers, do_chunks, read_facts
 from mmclip.data.records import (
@@ -71,10 +78,11 @@ def build_data(
         The contents of meta.json.
 
     Raises:
-        ManifestError: When no row is sound, or `out` holds a finished build and `overwrite` is
-            False.
+        ManifestError: When no row is sound, `out` holds a finished build and `overwrite` is
+            False, or it holds other things than a build.
         WorkersError: When the workers cannot be had, or died.
     """
+    _check_is_ours(out)
     if (out / META_FILE).is_file():
         if not overwrite:
             raise ManifestError(
@@ -144,15 +152,30 @@ def build_shard(
         shard: Which share.
 
     Raises:
-        ManifestError: When `out` holds a finished build: a shard never replaces one.
+        ManifestError: When `out` holds a finished build, which a shard never replaces, or other
+            things.
         WorkersError: When the workers cannot be had, or died.
     """
+    _check_is_ours(out)
     if (out / META_FILE).is_file():
         raise ManifestError(
             f"{_finished(out)}, which a shard never replaces; remove it, or choose another --out"
         )
     films, _ = _readable(records, root)
     _do_all([film for _, film in films], root, out, film_px, entities, workers, shard)
+
+
+def _check_is_ours(out: Path) -> None:
+    """Refuses a folder of other things: a build leaves its files in it, and may remove some."""
+    if out.exists() and not out.is_dir():
+        raise ManifestError(f"{out} is a file; name the folder to make by --out")
+    there = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    ours = {MANIFEST_FILE, FILMS_FILE, EXCLUDED_FILE, PARTS_FOLDER, ENTITY_PARTS_FOLDER}
+    if there and not ours & set(there):
+        raise ManifestError(
+            f"{out} holds other things than a data folder, such as {there[0]}; name a new or "
+            f"empty folder by --out (--root is where the films are)"
+        )
 
 
 def _finished(out: Path) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt64
 
+from mmclip.data.cache import FilmCache
 from mmclip.data.duplicates import CHUNKS, near_groups, read_hashes
-from mmclip.data.folder import ManifestError
+from mmclip.data.folder import ManifestError, read_built_meta
 from mmclip.data.manifest import read_manifest
 from mmclip.data.records import SPLITS, UNCERTAIN, Film
 from mmclip.progress import progress
@@ -234,8 +235,17 @@ def near_keys(films: Sequence[Film], folders: Sequence[Path]) -> list[str | None
     with progress("hashing films", n_films) as advance:
         hashes = np.concatenate([read_hashes(folder, advance) for folder in folders])
     assert len(hashes) == n_films
+    caches = [
+        FilmCache.open(folder).films for folder in folders if read_built_meta(folder)["film_px"]
+    ]
+    ends = np.cumsum([len(films) for films in caches])
+
+    def film_of(number: int) -> np.ndarray:
+        k = int(np.searchsorted(ends, number, side="right"))
+        return np.asarray(caches[k][number - int(ends[k])])  # counted from the end of its cache
+
     with progress("comparing films", CHUNKS) as advance:
-        numbers = iter(near_groups(hashes, advance).tolist())
+        numbers = iter(near_groups(hashes, film_of, advance).tolist())
     group = [next(numbers) if film.image is not None else -1 for film in films]
     contents: dict[int, set[str]] = {}
     for film, number in zip(films, group, strict=True):

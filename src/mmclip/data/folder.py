@@ -53,8 +53,7 @@ def read_built_meta(folder: Path) -> dict:
     path = folder / META_FILE
     if not path.is_file():
         raise ManifestError(
-            f"{folder} is no finished data folder ({META_FILE} is missing); "
-            f"make one with `mmclip data build`"
+            f"{folder} is no finished data folder ({META_FILE} is missing); {_next_step(folder)}"
         )
     try:
         meta = json.loads(path.read_text("utf-8"))
@@ -64,8 +63,8 @@ def read_built_meta(folder: Path) -> dict:
         ) from None
     if "film_px" not in meta:  # a checkpoint has a file of this name, too
         raise ManifestError(
-            f"{folder} is no finished data folder ({path} describes something else); make one "
-            f"with `mmclip data build`"
+            f"{folder} is no finished data folder ({path} describes something else); "
+            f"{_next_step(folder)}"
         )
     if meta.get("format") != FORMAT:
         raise ManifestError(
@@ -73,6 +72,15 @@ def read_built_meta(folder: Path) -> dict:
             f"build the folder again with `mmclip data build ... --overwrite`"
         )
     return meta
+
+
+def _next_step(folder: Path) -> str:
+    """What to give in place of a folder that is no data folder: one inside it, such as a demo's."""
+    inside = [path.parent for path in sorted(folder.glob(f"*/{MANIFEST_FILE}"))]
+    finished = [path for path in inside if (path / META_FILE).is_file()]
+    if not finished:
+        return "make one with `mmclip data build`"
+    return f"did you mean {finished[0]}, which is one?"
 
 
 def is_built(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Literal, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from mmclip.config import Frozen, parse
+from mmclip.config import ConfigError, Frozen, parse
 from mmclip.data.records import (
     ABSENT,
     PRESENT,
@@ -145,15 +145,29 @@ def load_mapping(path: Path) -> CsvMapping:
     """Reads a mapping from its TOML file.
 
     Raises:
-        SourceError: When the file cannot be read or is no TOML.
-        ConfigError: When a key is unknown or a value breaks a rule.
+        SourceError: When the file cannot be read, or is no TOML.
+        ConfigError: When a key is unknown or missing, or a value breaks a rule.
     """
     try:
         values = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
-        raise SourceError(f"the mapping {path} cannot be read: {error.strerror}") from None
+        raise SourceError(
+            f"the mapping {path} cannot be read: {error.strerror}; give the TOML file that says "
+            f"what the columns mean by --mapping (docs/data.md shows one)"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"the mapping {path} is no valid TOML: {error}") from None
+        raise SourceError(
+            f"the mapping {path} is no valid TOML: {error}; mend that place, or write it anew "
+            f"after docs/data.md"
+        ) from None
+    columns = values.get("columns", {})
+    if isinstance(columns, dict) and "patient_id" not in columns:
+        lacks = "names no column patient_id in" if columns else "has no section"
+        raise ConfigError(
+            f"the mapping {path} {lacks} [columns], which says how the table calls what is read: "
+            f"patient_id, film_id or image, and more; add such lines as "
+            f'patient_id = "the name in the table" (docs/data.md shows them)'
+        )
     return parse(CsvMapping, values, f"mapping {path}")
 
 
@@ -181,6 +195,14 @@ def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iter
             or when `labels.closed` lists what looks like a misspelt finding.
     """
     path = root / mapping.table if table is None else table
+    if not path.is_file():
+        where = (
+            f"name it in the mapping (table = ..., below --root; now {mapping.table!r}), or give "
+            f"it by --table"
+            if table is None
+            else "give another one by --table (a path from here, not below --root)"
+        )
+        raise SourceError(f"there is no table {path}; {where}")
     _check_words(path, mapping)
     return _csv_records(path, mapping)
 

@@ -184,8 +184,13 @@ def write_page(
     environment.filters["at"] = lambda value: f"{100 * _position(value, low):.2f}%"
     environment.filters["percent"] = lambda value: f"{100 * value:.0f}"
     reliability = reliability_svg(labels, scores)
+    # Runs that are scored on the folder that they trained on name it once.
+    trained_on = {("training data", results.provenance.data_hash[:12])}
     page = environment.from_string(_template("results.html")).render(
         r=results,
+        is_zero_shot=not any(row.seen in ("prompt", "label") for row in results.findings),
+        is_of_training_data=lambda name, value: (name, value) in trained_on,
+        is_one_data=bool(trained_on & set(results.facts.items())),
         scale_ticks=[round(t / 10, 1) for t in range(round(low * 10), 11)],
         curves={name: Markup(curve_svg(Panel(name, *pair))) for name, pair in columns.items()},
         reliability=None if reliability is None else Markup(reliability),
@@ -218,6 +223,7 @@ def _environment(autoescape: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["sentence"] = lambda text: text.rstrip(".") + "."
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3f}"
     return environment
 

@@ -212,10 +212,11 @@ def provenance(made: Mapping[str, Any]) -> Provenance:
     """
     versions = code_version()
     commit = versions.pop("commit")
+    n_threads = torch.get_num_threads()
     return Provenance(
         **{
             **made,
-            "device": f"{made['device'].type}, {torch.get_num_threads()} threads",
+            "device": f"{made['device'].type}, {n_threads} thread{'s' * (n_threads != 1)}",
             "commit": commit,
             "versions": versions,
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -338,9 +338,9 @@ def evaluate(
         result,
         checkpoint,
         prompts,
-        title=f"Zero-shot: {where if rules is None else rules.title}",
+        title=f"Scored by prompts: {where if rules is None else rules.title}",
         kind="zeroshot",
-        summary=f"{len(result.rows)} films, {where}, scored by {run.name}"
+        summary=f"{len(result.rows):,} films, {where}, scored by {run.name}"
         f" at step {checkpoint.meta['step']}",
         command=command,
         seed=seed,

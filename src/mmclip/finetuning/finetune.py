@@ -296,8 +296,8 @@ def run_one(
     found |= {
         "title": f"{method.capitalize()}: {task.protocol.title}",
         "kind": "finetune",
-        "summary": f"{len(test)} films, scored by {method} of {start.said}, on {fraction:.0%} of "
-        f"the training patients ({len(task.train)} films), seed {seed}",
+        "summary": f"{len(test):,} films, scored by {method} of {start.said}, on {fraction:.0%} of "
+        f"the training patients ({len(task.train):,} films), seed {seed}",
         "controls": {"nuisance": nuisance(task, test)},
         "leak_check": leak_check,
         "facts": facts,

@@ -248,7 +248,12 @@ def query_of_phrase(checkpoint: Checkpoint, phrase: str) -> Query:
 def write_sheet(folder: Path, search: Search, columns: int = 5) -> Path:
     """Writes found.png: the films found, best first, after the film that was asked for."""
     panels = [
-        (f"{f.rank}   {f.similarity:.3f}   {search.rows.films[f.row].view}", film, INK)
+        (
+            f"{f.rank}   {f.similarity:.3f}   {search.rows.films[f.row].view}\n"
+            f"{_shortened(search.rows.films[f.row].film_id, 28)}",
+            film,
+            INK,
+        )
         for f, film in zip(search.found, search.pixels(), strict=True)
     ]
     if search.query.pixels is not None:
@@ -256,13 +261,13 @@ def write_sheet(folder: Path, search: Search, columns: int = 5) -> Path:
     columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
     with mpl.rc_context({"font.size": 8, "text.color": INK}):
-        figure = Figure(figsize=(1.7 * columns, 1.9 * lines + 0.4), layout="constrained")
+        figure = Figure(figsize=(1.7 * columns, 2.0 * lines + 0.4), layout="constrained")
         all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for axes in all_axes:
             axes.set_axis_off()
         for axes, (title, film, colour) in zip(all_axes, panels, strict=False):
             axes.imshow(film, cmap="gray", vmin=0, vmax=255)
-            axes.set_title(title, loc="left", fontsize=7, color=colour)
+            axes.set_title(title, loc="left", fontsize=6, color=colour, parse_math=False)
         said = f"nearest studies: {search.query.said}"
         figure.suptitle(_shortened(said, 24 * columns), fontsize=9, parse_math=False)
     folder.mkdir(parents=True, exist_ok=True)

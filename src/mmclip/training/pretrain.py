@@ -261,11 +261,13 @@ def _say_what_runs(
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     per_micro = train.batch_size // train.micro_batches
     n_pairs = sum(map(is_pair, rows.films))
-    unpaired = f" and {len(rows) - n_pairs} unpaired films" if len(rows) > n_pairs else ""
+    unpaired = f" and {len(rows) - n_pairs:,} unpaired films" if len(rows) > n_pairs else ""
+    n_threads = torch.get_num_threads()
     console.print(
-        f"{n_pairs} pairs{unpaired} of {len({f.patient_id for f in rows.films})} patients, "
+        f"{n_pairs:,} pairs{unpaired} of {len({f.patient_id for f in rows.films}):,} patients, "
         f"{millions:.1f} million parameters, {accelerator.device.type} x "
-        f"{accelerator.num_processes}, {train.precision}, {torch.get_num_threads()} threads"
+        f"{accelerator.num_processes}, {train.precision}, "
+        f"{n_threads} thread{'s' * (n_threads != 1)}"
     )
     if train.micro_batches > 1:
         console.print(
