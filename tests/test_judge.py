@@ -25,6 +25,7 @@ from mmclip.evaluation.scores import (
     protocol_labels,
     read_scores_csv,
     rows_to_score,
+    scores_of_films,
 )
 
 NAN = float("nan")
@@ -306,10 +307,11 @@ def write_csv(path: Path, rows: list[list[object]]) -> Path:
     ],
 )
 def test_a_damaged_table_of_scores_is_refused(tmp_path: Path, rows: list, message: str):
+    path = write_csv(tmp_path / "s.csv", rows)
     with pytest.raises(ScoresError, match=message):
-        read_scores_csv(write_csv(tmp_path / "s.csv", rows), NAMES, ["a", "b"])
+        scores_of_films(path, read_scores_csv(path, NAMES), ["a", "b"])
     with pytest.raises(ScoresError, match="cannot be read"):
-        read_scores_csv(tmp_path / "none.csv", NAMES, ["a"])
+        read_scores_csv(tmp_path / "none.csv", NAMES)
 
 
 def test_scores_of_another_model_are_judged_as_ours_would_be(made_data: Path, tmp_path: Path):

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from mmclip.config import Frozen, parse, read_toml
-from mmclip.data.dataset import open_rows
+from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import ManifestError
 from mmclip.data.records import Split
 from mmclip.evaluation.bootstrap import (
@@ -36,6 +36,7 @@ from mmclip.evaluation.scores import (
     read_scores_csv,
     rows_to_score,
     scored,
+    scores_of_films,
     split_of,
 )
 
@@ -204,18 +205,18 @@ def judge_csv(
     rules = load_protocol(protocol)
     named = split_of(folders, rules)
     rows = open_rows(folders)
+    table = read_scores_csv(path, rules.findings)
 
-    def scores_of(part: Split) -> tuple[Scored, dict]:
-        films = rows_to_score(rows, part, protocol=rules)
+    def scores_of(films: Rows) -> Scored:
         labels = protocol_labels(rules, films.films)
-        values = read_scores_csv(path, rules.findings, [film.film_id for film in films.films])
-        found = scored(films, rules.findings, labels, values)
-        return found, nuisance(films, found) if part == split else {}
+        values = scores_of_films(path, table, [film.film_id for film in films.films])
+        return scored(films, rules.findings, labels, values)
 
-    test, beside = scores_of(split)
+    films = rows_to_score(rows, split, protocol=rules)
+    test = scores_of(films)
     note = "cuts of F1 and the like by validation films"
     try:
-        val = scores_of("val")[0] if split != "val" else None
+        val = scores_of(rows_to_score(rows, "val", protocol=rules)) if split != "val" else None
     except (ScoresError, ManifestError) as error:
         val, note = None, f"no cuts, as validation films are not scored: {error}"
     found = judge(
@@ -225,7 +226,7 @@ def judge_csv(
         "title": f"{path.stem}: {rules.title}",
         "kind": "scores",
         "summary": f"{len(test)} films, split {split}, with the scores of {path.name}; {note}",
-        "controls": {"nuisance": beside},
+        "controls": {"nuisance": nuisance(films, test, rules.min_count)},
         "leak_check": "not made: what a model of others was trained on is not known here",
     }
     made = {
