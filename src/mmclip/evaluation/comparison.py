@@ -25,7 +25,7 @@ from mmclip.evaluation.bootstrap import (
 )
 from mmclip.evaluation.judge import judge, nuisance
 from mmclip.evaluation.pages import write_evaluation
-from mmclip.evaluation.protocols import load_protocol
+from mmclip.evaluation.protocols import OWN_PROTOCOL, load_protocol
 from mmclip.evaluation.results import RunResults, read_results
 from mmclip.evaluation.scores import (
     SCORES_FILE,
@@ -93,6 +93,9 @@ class Compared:
     results: RunResults
     macro: Difference | None
     findings: dict[str, Difference]
+    differs: tuple[
+        str, ...
+    ] = ()  # what is not as in the first, and does not keep it from comparing
 
 
 def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> list[Compared]:
@@ -113,8 +116,9 @@ def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> lis
     first, base, base_scores = runs[0]
     out = [Compared(_name(first, folders), base, None, {})]
     for folder, results, scores in runs[1:]:
-        _check_alike(first, base, base_scores, folder, results, scores)
         names = base_scores.names()
+        scores = scores.in_order(names)
+        _check_alike(first, base, base_scores, folder, results, scores)
         drawn = bootstrap_difference(
             scores.labels,
             scores.scores,
@@ -136,7 +140,8 @@ def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> lis
                 results.macro_auroc - base.macro_auroc,
                 percentile_interval(macro_draws(drawn, counted)),
             )
-        out.append(Compared(_name(folder, folders), results, macro, by_finding))
+        name = _name(folder, folders)
+        out.append(Compared(name, results, macro, by_finding, _differs(base, results)))
     return out
 
 
@@ -147,18 +152,42 @@ def _name(folder: Path, folders: Sequence[Path]) -> str:
     return name if names.count(name) == 1 else str(folder)
 
 
+def _benchmark(results: RunResults) -> str | None:
+    """The hash of the protocol; None for findings named on the command line, or none at all.
+
+    Those are rules of no benchmark: labels, films and findings, which are compared, say them.
+    """
+    rules = results.protocol
+    return None if rules is None or rules.id == OWN_PROTOCOL else rules.hash
+
+
+def _differs(base: RunResults, results: RunResults) -> tuple[str, ...]:
+    """What of two results that compare is not the same, for people."""
+
+    def rules(of: RunResults) -> str:
+        return "no protocol" if of.protocol is None else f"protocol {of.protocol.title!r}"
+
+    facts = (
+        (base.kind, results.kind),
+        (rules(base), rules(results)),
+        (f"prompts {base.provenance.prompt_set}", f"prompts {results.provenance.prompt_set}"),
+        (f"macro from {base.min_count} films", f"macro from {results.min_count} films"),
+    )
+    return tuple(f"{other}, the first: {one}" for one, other in facts if one != other)
+
+
 def _check_alike(
     first: Path, base: RunResults, base_scores: Scored,
     folder: Path, results: RunResults, scores: Scored,
 ) -> None:  # fmt: skip
-    protocols = [None if r.protocol is None else r.protocol.hash for r in (base, results)]
+    protocols = [_benchmark(r) for r in (base, results)]
     facts = (
         ("data hash", base.provenance.data_hash, results.provenance.data_hash),
         ("split", base.provenance.split, results.provenance.split),
         ("protocol", *protocols),
         ("findings", base_scores.names(), scores.names()),
         ("films", base_scores.film_id.tolist(), scores.film_id.tolist()),
-        ("macro findings", base.macro_findings, results.macro_findings),
+        ("macro findings", sorted(base.macro_findings), sorted(results.macro_findings)),
     )
     for what, one, other in facts:
         if one != other:

@@ -64,6 +64,18 @@ class Scored:
         }
         return replace(self, **of_films)
 
+    def in_order(self, names: Sequence[str]) -> "Scored":
+        """With the columns in the order of some names; as it is where it has others."""
+        if sorted(names) != sorted(self.names()):
+            return self
+        columns = [self.names().index(name) for name in names]
+        return replace(
+            self,
+            findings=self.findings[columns],
+            labels=self.labels[:, columns],
+            scores=self.scores[:, columns],
+        )
+
     def save(self, path: Path, **further: Any) -> None:
         """Writes an .npz file of all fields, and of more arrays by name."""
         path.parent.mkdir(parents=True, exist_ok=True)
