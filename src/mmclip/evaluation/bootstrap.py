@@ -4,7 +4,7 @@ The bootstrap is ours, as resampling by a loop over scikit-learn takes hours whe
 seconds; tests hold it to scikit-learn's values in each draw.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -156,6 +156,26 @@ def resampled_seeds(
     n_seeds, n_draws = values.shape
     picked = np.random.default_rng(seed).integers(0, n_seeds, (n_draws, n_seeds))
     return values[picked, np.arange(n_draws)[:, None]].mean(1)
+
+
+def difference_over_seeds(
+    ours: Mapping[int, Float[np.ndarray, " draws"]],
+    theirs: Mapping[int, Float[np.ndarray, " draws"]],
+) -> Interval | None:
+    """The 95 % interval of one arm's mean over seeds less another's, paired by seed and patient.
+
+    Args:
+        ours: By seed, a metric in each draw of patients; the same draws for all seeds of both arms.
+        theirs: Of the other arm. Seeds of one arm alone are left out.
+
+    Returns:
+        None without a seed in common, or with too few defined draws.
+    """
+    shared = [seed for seed in ours if seed in theirs]
+    if not shared:
+        return None
+    pairs = np.stack([ours[seed] - theirs[seed] for seed in shared])
+    return percentile_interval(resampled_seeds(pairs))
 
 
 def percentile_interval(
