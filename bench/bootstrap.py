@@ -18,6 +18,8 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from scipy.stats import norm
@@ -115,7 +117,11 @@ def coverage(n_positive: int, repeats: int, draws: int, seed: int) -> dict[str, 
 
     A data set has FINDINGS findings of the same patients; each has its own labels and scores.
     """
-    truth = dict(zip((auroc, auprc), true_values(), strict=True))
+    of_auroc, of_auprc = true_values()
+    truth: tuple[tuple[Literal["auroc", "auprc"], Callable[..., float | None], float], ...] = (
+        ("auroc", auroc, of_auroc),
+        ("auprc", auprc, of_auprc),
+    )
     rng = np.random.default_rng([seed, n_positive])
     held: Counter[str] = Counter()
     width: Counter[str] = Counter()
@@ -129,9 +135,10 @@ def coverage(n_positive: int, repeats: int, draws: int, seed: int) -> dict[str, 
             continue  # a finding that lacks a class has no value
         done += 1
         n_patients += float(np.mean([effective_number(rarer_class(each)) for each in films]))
-        for metric, true in truth.items():
-            name, of = metric.__name__, getattr(drawn, metric.__name__)
-            values = [metric(labels[:, k], scores[:, k]) for k in range(FINDINGS)]
+        for name, metric, true in truth:
+            of = getattr(drawn, name)
+            found_all = [metric(labels[:, k], scores[:, k]) for k in range(FINDINGS)]
+            values = [v for v in found_all if v is not None]  # all: both classes are there
             single = [finding_interval(name, v, of[:, k], films[k]) for k, v in enumerate(values)]
             found = {name: single, f"{name} percentile": [percentile_interval(v) for v in of.T]}
             found[f"macro {name}"] = [mean_interval(np.array(values), single, of)]
