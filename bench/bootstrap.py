@@ -9,7 +9,8 @@ Coverage: data sets are made again and again, of patients with 1 to 5 films that
 given number of positive films in the mean, which half as many patients have; the share of them
 whose interval holds the true value. That of AUROC follows from the two normal distributions, that
 of AUPRC from the same and the share of positives. Beside the intervals of results stand percentiles
-of the draws. The last line is one JSON object.
+of the draws; macro is over 20 findings of the same patients. The
+last line is one JSON object.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from scipy.stats import norm
@@ -27,14 +30,22 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mmclip.evaluation.bootstrap import bootstrap_metrics, percentile_interval, share_interval
-from mmclip.evaluation.judge import patients_of_rarer
+from mmclip.evaluation.bootstrap import (
+    bootstrap_metrics,
+    effective_number,
+    films_of_patients,
+    finding_interval,
+    macro_draws,
+    mean_interval,
+    percentile_interval,
+    rarer_class,
+)
 from mmclip.evaluation.metrics import auprc, auroc
 
 POSITIVES = (10, 20, 50, 100, 200)
 RATE = 0.1  # of films with the finding
 GAP = 1.2  # between the means of films with and without it, in deviations: an AUROC of 0.80
-FINDINGS = 20  # of the same patients and draws, which saves time
+FINDINGS = 20  # of a data set, for the macro average
 ALIKE = 0.5  # share of a score's variance that films of one patient have in common
 
 
@@ -104,38 +115,44 @@ def speed(n: int, k: int, draws: int, loop_draws: int) -> dict[str, object]:
 def coverage(n_positive: int, repeats: int, draws: int, seed: int) -> dict[str, object]:
     """Of many made data sets, the share whose intervals hold the true values, and their width.
 
-    The data sets are findings of the same patients: `made` gives each its own labels and scores.
+    A data set has FINDINGS findings of the same patients; each has its own labels and scores.
     """
-    truth = dict(zip((auroc, auprc), true_values(), strict=True))
+    of_auroc, of_auprc = true_values()
+    truth: tuple[tuple[Literal["auroc", "auprc"], Callable[..., float | None], float], ...] = (
+        ("auroc", auroc, of_auroc),
+        ("auprc", auprc, of_auprc),
+    )
     rng = np.random.default_rng([seed, n_positive])
     held: Counter[str] = Counter()
     width: Counter[str] = Counter()
-    done, n_patients = 0, 0
+    tried: Counter[str] = Counter()
+    n_patients, done = 0.0, 0
     while done < repeats:
         labels, scores, patients = made(round(n_positive / RATE), FINDINGS, rng)
         drawn = bootstrap_metrics(labels, scores, patients, draws=draws, seed=done)
-        for k in range(labels.shape[1]):
-            few = patients_of_rarer(labels[:, k], patients)
-            if few < 2:
-                continue  # one patient with all of a class has no interval
-            done += 1
-            n_patients += few
-            for metric, true in truth.items():
-                values = getattr(drawn, metric.__name__)[:, k]
-                value = metric(labels[:, k], scores[:, k])
-                assert value is not None  # both classes are there
-                intervals = {
-                    metric.__name__: share_interval(value, values, few),
-                    f"{metric.__name__} percentile": percentile_interval(values),
-                }
-                for name, found in intervals.items():
-                    if found is not None:
-                        held[name] += found[0] <= true <= found[1]
-                        width[name] += found[1] - found[0]
+        films = [films_of_patients(column, patients) for column in labels.T]
+        if min(min(map(np.count_nonzero, each)) for each in films) < 1:
+            continue  # a finding that lacks a class has no value
+        done += 1
+        n_patients += float(np.mean([effective_number(rarer_class(each)) for each in films]))
+        for name, metric, true in truth:
+            of = getattr(drawn, name)
+            found_all = [metric(labels[:, k], scores[:, k]) for k in range(FINDINGS)]
+            values = [v for v in found_all if v is not None]  # all: both classes are there
+            single = [finding_interval(name, v, of[:, k], films[k]) for k, v in enumerate(values)]
+            found = {name: single, f"{name} percentile": [percentile_interval(v) for v in of.T]}
+            found[f"macro {name}"] = [mean_interval(np.array(values), single, of)]
+            every = list(range(FINDINGS))
+            found[f"macro {name} percentile"] = [percentile_interval(macro_draws(of, every))]
+            for kind, intervals in found.items():
+                for low, high in filter(None, intervals):
+                    tried[kind] += 1
+                    held[kind] += low <= true <= high
+                    width[kind] += high - low
     return {
         "positives": n_positive, "patients": round(n_patients / done, 1), "data_sets": done,
-        **{name: {"held": round(n / done, 4), "width": round(width[name] / done, 3)}
-           for name, n in held.items()},
+        **{name: {"held": round(held[name] / n, 4), "width": round(width[name] / n, 3)}
+           for name, n in tried.items()},
     }  # fmt: skip
 
 
@@ -166,7 +183,7 @@ def main() -> None:
         print("  ".join(said))
         for name, found in covered[-1].items():
             if isinstance(found, dict):
-                print(f"  {name:17} held {found['held']:.1%}, width {found['width']}", flush=True)
+                print(f"  {name:23} held {found['held']:.1%}, width {found['width']}", flush=True)
     print(json.dumps({"speed": fast, "coverage": covered}))
 
 

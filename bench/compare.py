@@ -14,9 +14,8 @@ from mmclip.data.synthetic import FINDINGS
 from mmclip.evaluation.bootstrap import (
     Interval,
     bootstrap_metrics,
+    difference_over_seeds,
     macro_draws,
-    percentile_interval,
-    resampled_seeds,
 )
 
 SMALL_FINDINGS = ("nodule", "rib fracture", "atelectasis", "support devices")
@@ -95,12 +94,11 @@ class Comparison:
             return Compared(auroc, None, None)
         names = [str(name) for name in self.runs[arm][shared[0]][1].findings]
         columns = [names.index(finding) for finding in findings]
-        differences = [
-            macro_draws(self._draws_of(arm, seed, which), columns)
-            - macro_draws(self._draws_of(self.base, seed, which), columns)
-            for seed in shared
-        ]
-        interval = percentile_interval(resampled_seeds(np.stack(differences)))
+        ours, theirs = (
+            {seed: macro_draws(self._draws_of(name, seed, which), columns) for seed in shared}
+            for name in (arm, self.base)
+        )
+        interval = difference_over_seeds(ours, theirs)
         return Compared(auroc, mean(arm, shared) - mean(self.base, shared), interval)
 
 

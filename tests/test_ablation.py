@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmclip.data.build import build_data
 from mmclip.data.dataset import open_rows
+from mmclip.evaluation.bootstrap import resampled_seeds
 from tests.made import write_films
 
 BENCH = str(Path(__file__).parents[1] / "bench")
@@ -51,7 +52,7 @@ RUNS = {
 
 def test_seeds_are_resampled_in_each_draw_by_hand():
     # Two seeds that differ by 0 and 1 whoever the patients: means of two picks are 0, 1/2 and 1.
-    means = compare.resampled_seeds(np.array([[0.0] * 4000, [1.0] * 4000]))
+    means = resampled_seeds(np.array([[0.0] * 4000, [1.0] * 4000]))
     assert set(means.tolist()) == {0.0, 0.5, 1.0}
     assert np.mean(means == 0.5) == pytest.approx(0.5, abs=0.04)
     assert np.mean(means == 0.0) == pytest.approx(0.25, abs=0.04)
@@ -59,7 +60,7 @@ def test_seeds_are_resampled_in_each_draw_by_hand():
 
 def test_one_seed_leaves_the_draws_of_patients_as_they_are():
     draws = np.random.default_rng(1).random((1, 50))
-    assert np.array_equal(compare.resampled_seeds(draws), draws[0])
+    assert np.array_equal(resampled_seeds(draws), draws[0])
 
 
 def test_the_paired_interval_equals_the_slow_loop_over_resampled_films():

@@ -20,6 +20,7 @@ import mmclip.finetuning.supervised as supervised
 import mmclip.finetuning.task as tasks
 from mmclip.checkpoint import checkpoint_meta, find_checkpoint, load_checkpoint, read_weights
 from mmclip.config import load_config_as
+from mmclip.data.batches import SEEN_FILE
 from mmclip.data.check import TRAINED_FILE, trained_keys
 from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.folder import ManifestError
@@ -264,6 +265,7 @@ def test_test_labels_choose_neither_scores_nor_cut_step_or_weights(
             job.out / name,
             given.rows,
             "none",
+            {},
         )
     straight, turned = left
     assert straight["cuts"] == turned["cuts"] and straight["cuts"].keys() == set(ASKED)
@@ -346,6 +348,7 @@ def test_few_films_are_learnt_by_heart(task: Task, tmp_path: Path):
 
 
 def test_finished_runs_are_skipped_and_others_are_not_written_over(job: Job, task: Task):
+    assert job.run is not None
     summary = json.loads(finetune(job).read_text())
     folder = job.out / "probe-100-0"
     written = (folder / "results.json").stat().st_mtime_ns
@@ -356,6 +359,11 @@ def test_finished_runs_are_skipped_and_others_are_not_written_over(job: Job, tas
         assert len(stored["val_scores"]) == len(task.val)
     found = read_results(folder)
     assert found.kind == "finetune" and found.controls["nuisance"].macro_auroc is not None
+    said = json.loads((job.run / SEEN_FILE).read_text())
+    for row in found.findings:  # as the run of pre-training says, and not this one
+        assert row.seen != "none" and row.finding in said[row.seen]
+    card = (folder / "MODEL_CARD.md").read_text("utf-8")
+    assert "seen in pre-training as" in card and "no score here is zero-shot" in card
     (line,) = summary["lines"]
     assert line["mean"] == line["macro_auroc"]["0"] == found.macro_auroc
     assert line["interval"][0] <= line["mean"] <= line["interval"][1]
@@ -397,6 +405,7 @@ def test_a_protocol_gives_findings_fractions_and_seeds_and_seeds_are_averaged(
     built = [film for film in open_rows([made_data]).films if film.split == "train"]
     for seed, one in found.items():
         assert one.facts["training films"] == subsets_of(built, seed)["10"]["n_films"]
+        assert {row.seen for row in one.findings} == {"none"}  # random weights
         assert one.provenance.seed == seed and line["macro_auroc"][str(seed)] == one.macro_auroc
     assert found[0].macro_auroc != found[1].macro_auroc
     low, high = line["interval"]

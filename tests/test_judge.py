@@ -25,6 +25,7 @@ from mmclip.evaluation.scores import (
     protocol_labels,
     read_scores_csv,
     rows_to_score,
+    scores_of_films,
 )
 
 NAN = float("nan")
@@ -50,14 +51,21 @@ def made(n: int = 400, seed: int = 0, signal: float = 1.0) -> Scored:
     )
 
 
-def leave(folder: Path, test: Scored, val: Scored | None = None, **changes: str) -> RunResults:
+def leave(
+    folder: Path,
+    test: Scored,
+    val: Scored | None = None,
+    protocol: Protocol | None = None,
+    **changes: str,
+) -> RunResults:
     """Results of some scores in a folder, as a command leaves them."""
     text = {"title": "t", "kind": "scores", "summary": "s"}
     facts = {
         "command": "c", "seed": 0, "data_hash": "d" * 64, "split": "built",
         "device": torch.device("cpu"), "wall_s": 1.0, **changes,
     }  # fmt: skip
-    return write_evaluation(folder, {**judge(test, val, draws=50), **text}, facts, test, val=val)
+    found = {**judge(test, val, draws=50), **text}
+    return write_evaluation(folder, found, facts, test, val=val, protocol=protocol)
 
 
 def test_calibration_error_by_hand():
@@ -191,6 +199,20 @@ def test_a_comparison_is_paired_and_signed(tmp_path: Path):
     assert same.macro == (0.0, (0.0, 0.0))
 
 
+def test_results_without_a_benchmark_compare_with_ones_by_named_findings(tmp_path: Path):
+    test = made()
+    own = small_protocol(id="own", title="edema, mass")
+    leave(tmp_path / "free", test)
+    turned = test.in_order(["mass", "edema"])
+    leave(tmp_path / "own", turned, protocol=own)
+    leave(tmp_path / "benchmark", test, protocol=small_protocol())
+    _, other = compare([tmp_path / "free", tmp_path / "own"], draws=5)
+    assert other.macro == (0.0, (0.0, 0.0)) and set(other.findings) == set(NAMES)
+    assert other.differs == ("protocol 'edema, mass', the first: no protocol",)
+    with pytest.raises(ScoresError, match="not of the same protocol"):
+        compare([tmp_path / "free", tmp_path / "benchmark"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -306,10 +328,11 @@ def write_csv(path: Path, rows: list[list[object]]) -> Path:
     ],
 )
 def test_a_damaged_table_of_scores_is_refused(tmp_path: Path, rows: list, message: str):
+    path = write_csv(tmp_path / "s.csv", rows)
     with pytest.raises(ScoresError, match=message):
-        read_scores_csv(write_csv(tmp_path / "s.csv", rows), NAMES, ["a", "b"])
+        scores_of_films(path, read_scores_csv(path, NAMES), ["a", "b"])
     with pytest.raises(ScoresError, match="cannot be read"):
-        read_scores_csv(tmp_path / "none.csv", NAMES, ["a"])
+        read_scores_csv(tmp_path / "none.csv", NAMES)
 
 
 def test_scores_of_another_model_are_judged_as_ours_would_be(made_data: Path, tmp_path: Path):

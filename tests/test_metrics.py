@@ -19,8 +19,11 @@ from mmclip.evaluation.bootstrap import (
     bootstrap_difference,
     bootstrap_metrics,
     macro_draws,
+    mean_interval,
+    newcombe_interval,
     percentile_interval,
     share_interval,
+    wilson_interval,
 )
 from mmclip.evaluation.judge import score_findings
 from mmclip.evaluation.metrics import (
@@ -244,7 +247,7 @@ def test_the_interval_of_a_share_by_hand():
     )
     assert share_interval(value, np.append(draws, [NAN] * 1000), 11) is None
     assert share_interval(value, draws, 1) is None
-    assert share_interval(1.0, np.ones(10), 5) == (1.0, 1.0)
+    assert share_interval(0.7, np.full(10, 0.7), 5) is None
     low, high = share_interval(0.98, np.append(draws, np.ones(300)), 3)
     assert 0 < low < 0.98 < high <= 1
 
@@ -252,13 +255,16 @@ def test_the_interval_of_a_share_by_hand():
 def test_intervals_of_results_know_how_few_patients_have_the_finding():
     labels, scores, patients = made()
     labels[:, 0] = 0.0
-    labels[np.isin(patients, [3, 5, 8]), 0] = 1.0
+    labels[np.isin(patients, range(3, 11)), 0] = 1.0
     results = score_findings(labels, scores, patients, list("abcd"), draws=50)
     drawn = bootstrap_metrics(labels, scores, patients, draws=50)
     row = results["findings"][0]
+    films = np.bincount(patients, weights=labels[:, 0])
+    effective = films.sum() ** 2 / (films**2).sum()  # of films that patients share unequally
+    assert 5 <= effective <= 8
     for metric in ("auroc", "auprc"):
         values = getattr(drawn, metric)[:, 0]
-        assert row[f"{metric}_ci"] == share_interval(row[metric], values, 3)
+        assert row[f"{metric}_ci"] == share_interval(row[metric], values, effective)
     alone = score_findings(labels[:, :1], scores[:, :1], patients, ["a"], draws=50, min_count=3)
     assert alone["macro_auroc_ci"] == pytest.approx(alone["findings"][0]["auroc_ci"])
 
@@ -279,6 +285,46 @@ def test_intervals_hold_the_truth_where_few_patients_have_several_films_each():
         by_percentile += low <= truth <= high
     assert 0.93 <= hits / trials <= 0.99
     assert by_percentile < hits
+
+
+def test_the_interval_of_separated_films_says_what_few_patients_can():
+    # Hanley-McNeil's variance at t, 1.96 deviations from 1, solved by hand for 2 and 2 patients.
+    low, high = newcombe_interval(1.0, 2, 2)
+    variance = low * (1 - low) * (1 + (1 - low) / (2 - low) + low / (1 + low)) / 4
+    assert (1 - low) ** 2 == pytest.approx(norm.ppf(0.975) ** 2 * variance, rel=1e-2)
+    assert high == 1.0
+    mirrored = newcombe_interval(0.0, 2, 2)
+    assert mirrored == pytest.approx((0.0, 1 - low), abs=1e-9)
+    assert newcombe_interval(1.0, 50, 500)[0] > 0.9 > newcombe_interval(1.0, 2, 20)[0]
+    assert wilson_interval(1.0, 4) == pytest.approx((4 / (4 + norm.ppf(0.975) ** 2), 1.0))
+    labels = np.array([1.0, 1, 0, 0])[:, None]
+    row = score_findings(labels, labels, list("pqrs"), ["a"], draws=50)["findings"][0]
+    assert row["auroc_ci"] == pytest.approx((low, 1.0)) and row["auprc_ci"][0] < 0.5
+
+
+@pytest.mark.parametrize("n_positive", [2, 3, 4, 5])
+def test_the_formula_for_few_patients_holds_the_truth(n_positive: int):
+    truth, n_negative, trials = 0.5 * (1 + math.erf(1.2 / 2)), 9 * n_positive, 400
+    rng = np.random.default_rng(n_positive)
+    with_it = 1.2 + rng.normal(size=(trials, n_positive, 1))
+    without = rng.normal(size=(trials, 1, n_negative))
+    values = (with_it > without).mean((1, 2))
+    intervals = [newcombe_interval(float(v), n_positive, n_negative) for v in values]
+    held = np.mean([low <= truth <= high for low, high in intervals])
+    assert 0.92 <= held <= 0.99
+
+
+def test_the_macro_interval_adds_reaches_as_their_draws_correlate():
+    rng = np.random.default_rng(0)
+    values, intervals = np.array([0.8, 0.7]), [(0.6, 0.9), (0.6, 0.8)]
+    one = rng.normal(size=4000)
+    same = mean_interval(values, intervals, np.stack([one, 2 * one], 1))
+    assert same == pytest.approx((0.75 - 0.15, 0.75 + 0.1))  # the means of either edge
+    apart = mean_interval(values, intervals, rng.normal(size=(4000, 2)))
+    reach = math.hypot(0.2, 0.1) / 2, math.hypot(0.1, 0.1) / 2
+    assert apart == pytest.approx((0.75 - reach[0], 0.75 + reach[1]), abs=5e-3)
+    fixed = mean_interval(values, intervals, np.full((10, 2), 0.7))  # draws that say nothing
+    assert fixed == pytest.approx((0.75 - reach[0], 0.75 + reach[1]))
 
 
 def test_bootstrap_difference_uses_the_same_draws_for_both_models():

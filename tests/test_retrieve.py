@@ -19,7 +19,8 @@ from mmclip.data.check import TRAINED_FILE, trained_keys
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import ManifestError
 from mmclip.data.records import Film
-from mmclip.embed import embed_films, embed_texts
+from mmclip.data.text import train_tokenizer
+from mmclip.embed import embed_films, embed_texts, words_hardly_known
 from mmclip.embedding_store import STORE_FOLDER, film_embeddings, text_embeddings
 from mmclip.evaluation.bootstrap import patient_weights, percentile_interval
 from mmclip.evaluation.metrics import Retrieved
@@ -380,6 +381,25 @@ def test_what_cannot_be_searched_is_refused_with_the_next_step(made: Made, tmp_p
             made.search(phrase=phrase)
     with pytest.raises(ManifestError, match="no source chexpert in this data; there are synthetic"):
         made.search(phrase="Edema.", sources=["chexpert"])
+
+
+def test_words_that_the_vocabulary_only_spells_are_named():
+    said = ["There is a small left pleural effusion.", "No pneumothorax.", "Mild cardiomegaly."]
+    letters = ["abcdefghijklmnopqrstuvwxyz " + " ".join("abcdefghijklmnopqrstuvwxyz")]
+    tokenizer = train_tokenizer([*said, *letters] * 3)
+    assert words_hardly_known(tokenizer, "A small xyzzy, Xyzzy left effusion; qwv.") == [
+        "xyzzy", "qwv"
+    ]  # fmt: skip
+    assert words_hardly_known(tokenizer, "Small left pleural effusion, no pneumothorax.") == []
+
+
+def test_a_phrase_that_is_spelt_letter_by_letter_is_searched_with_a_warning(
+    made: Made, caplog: pytest.LogCaptureFixture
+):
+    made.search(phrase="Edema.")
+    assert "spells it" not in caplog.text
+    made.search(phrase="Edema xqzvkj.")
+    assert "xqzvkj: not in the vocabulary of the run" in caplog.text
 
 
 # --- the command

@@ -1,5 +1,7 @@
 """Embeddings of films, texts and prompts by a trained model, and what a film says of a prompt."""
 
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +17,8 @@ from mmclip.data.text import tokenise
 from mmclip.models.mmclip import MMCLIP
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,62 @@ def embed_films(
             out.append(model.encode_image(image).embedding.cpu())
             advance(len(part))
     return torch.cat(out)
+
+
+MIN_PIECE_CHARS = 2.0
+"""Mean length of a word's pieces below which the tokenizer has hardly seen it. [chosen: words of
+radiology that BERT's vocabulary lacks have 2.2 and more (em-phy-se-ma), "xyzzy" has 1.7]"""
+
+
+def words_hardly_known(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    """The words of a text that a tokenizer can only spell: in pieces of hardly a letter.
+
+    A vocabulary holds whole what its texts say often, and spells out the rest, so such words were
+    rare or absent in what the tokenizer was trained on. The rule is blind to words that are made of
+    longer pieces, and to those that a vocabulary of other texts holds ("giraffe"); it also names
+    abbreviations that are not in the vocabulary.
+
+    Args:
+        tokenizer: Of the run.
+        text: As given.
+
+    Returns:
+        Each once, in order, in lower case as in the text.
+    """
+    found = dict.fromkeys(re.findall(r"[^\W\d_]{2,}", text.lower()))
+    out = []
+    for word in found:
+        pieces = tokenizer.tokenize(word)
+        is_unknown = tokenizer.unk_token in pieces or not pieces
+        if is_unknown or (len(pieces) > 1 and len(word) / len(pieces) < MIN_PIECE_CHARS):
+            out.append(word)
+    return out
+
+
+def warn_of_unread(tokenizer: PreTrainedTokenizerFast, phrase: str, max_tokens: int) -> None:
+    """Says what of a phrase a model cannot read, or has hardly read in training.
+
+    Raises:
+        ValueError: When it can read no word of it.
+    """
+    tokens = tokenise(tokenizer, [phrase], max_tokens=max_tokens)
+    words = tokens.ids[0][tokens.is_valid[0]][1:-1]
+    n_unknown = int((words == tokenizer.unk_token_id).sum())
+    if n_unknown == len(words):
+        raise ValueError(
+            f"the phrase {phrase!r} has no word that the model knows; say it as a report of the "
+            f"training data would"
+        )
+    if n_unknown or tokens.n_truncated:
+        faults = [f"{n_unknown} of {len(words)} tokens are unknown"] if n_unknown else []
+        faults += [f"it is cut after {max_tokens} tokens"] if tokens.n_truncated else []
+        logger.warning("the model does not read all of the phrase: %s", ", and ".join(faults))
+    if spelt := words_hardly_known(tokenizer, phrase):
+        logger.warning(
+            "%s: not in the vocabulary of the run, which spells it letter by letter; the model can "
+            "hardly know what it means: check the spelling, or say it as a report would",
+            ", ".join(spelt),
+        )
 
 
 @torch.inference_mode()

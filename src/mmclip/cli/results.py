@@ -84,6 +84,10 @@ def results(
         else:
             folders.append(path)
     found = compare(folders, draws=draws, seed=seed)
+    for run in found:
+        if run.differs:
+            said = f"{run.name} compares, but for: {'; '.join(run.differs)}"
+            console.print(said, markup=False, soft_wrap=True)
     rules = found[0].results.protocol
     known = [] if rules is None else published(rules.id)
     _print_compared(found, known)
@@ -181,6 +185,7 @@ def _plain(found: "Sequence[Compared]", known: "Sequence[Published]") -> dict:
                 "macro_auroc": run.results.macro_auroc,
                 "difference": None if run.macro is None else run.macro._asdict(),
                 "findings": {name: diff._asdict() for name, diff in run.findings.items()},
+                "differs": list(run.differs),
             }
             for run in found
         ],

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from mmclip.config import Frozen, parse, read_toml
-from mmclip.data.dataset import open_rows
+from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import ManifestError
 from mmclip.data.records import Split
 from mmclip.evaluation.bootstrap import (
@@ -25,7 +25,7 @@ from mmclip.evaluation.bootstrap import (
 )
 from mmclip.evaluation.judge import judge, nuisance
 from mmclip.evaluation.pages import write_evaluation
-from mmclip.evaluation.protocols import load_protocol
+from mmclip.evaluation.protocols import OWN_PROTOCOL, load_protocol
 from mmclip.evaluation.results import RunResults, read_results
 from mmclip.evaluation.scores import (
     SCORES_FILE,
@@ -36,6 +36,7 @@ from mmclip.evaluation.scores import (
     read_scores_csv,
     rows_to_score,
     scored,
+    scores_of_films,
     split_of,
 )
 
@@ -92,6 +93,9 @@ class Compared:
     results: RunResults
     macro: Difference | None
     findings: dict[str, Difference]
+    differs: tuple[
+        str, ...
+    ] = ()  # what is not as in the first, and does not keep it from comparing
 
 
 def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> list[Compared]:
@@ -112,8 +116,9 @@ def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> lis
     first, base, base_scores = runs[0]
     out = [Compared(_name(first, folders), base, None, {})]
     for folder, results, scores in runs[1:]:
-        _check_alike(first, base, base_scores, folder, results, scores)
         names = base_scores.names()
+        scores = scores.in_order(names)
+        _check_alike(first, base, base_scores, folder, results, scores)
         drawn = bootstrap_difference(
             scores.labels,
             scores.scores,
@@ -135,7 +140,8 @@ def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> lis
                 results.macro_auroc - base.macro_auroc,
                 percentile_interval(macro_draws(drawn, counted)),
             )
-        out.append(Compared(_name(folder, folders), results, macro, by_finding))
+        name = _name(folder, folders)
+        out.append(Compared(name, results, macro, by_finding, _differs(base, results)))
     return out
 
 
@@ -146,18 +152,42 @@ def _name(folder: Path, folders: Sequence[Path]) -> str:
     return name if names.count(name) == 1 else str(folder)
 
 
+def _benchmark(results: RunResults) -> str | None:
+    """The hash of the protocol; None for findings named on the command line, or none at all.
+
+    Those are rules of no benchmark: labels, films and findings, which are compared, say them.
+    """
+    rules = results.protocol
+    return None if rules is None or rules.id == OWN_PROTOCOL else rules.hash
+
+
+def _differs(base: RunResults, results: RunResults) -> tuple[str, ...]:
+    """What of two results that compare is not the same, for people."""
+
+    def rules(of: RunResults) -> str:
+        return "no protocol" if of.protocol is None else f"protocol {of.protocol.title!r}"
+
+    facts = (
+        (base.kind, results.kind),
+        (rules(base), rules(results)),
+        (f"prompts {base.provenance.prompt_set}", f"prompts {results.provenance.prompt_set}"),
+        (f"macro from {base.min_count} films", f"macro from {results.min_count} films"),
+    )
+    return tuple(f"{other}, the first: {one}" for one, other in facts if one != other)
+
+
 def _check_alike(
     first: Path, base: RunResults, base_scores: Scored,
     folder: Path, results: RunResults, scores: Scored,
 ) -> None:  # fmt: skip
-    protocols = [None if r.protocol is None else r.protocol.hash for r in (base, results)]
+    protocols = [_benchmark(r) for r in (base, results)]
     facts = (
         ("data hash", base.provenance.data_hash, results.provenance.data_hash),
         ("split", base.provenance.split, results.provenance.split),
         ("protocol", *protocols),
         ("findings", base_scores.names(), scores.names()),
         ("films", base_scores.film_id.tolist(), scores.film_id.tolist()),
-        ("macro findings", base.macro_findings, results.macro_findings),
+        ("macro findings", sorted(base.macro_findings), sorted(results.macro_findings)),
     )
     for what, one, other in facts:
         if one != other:
@@ -204,18 +234,18 @@ def judge_csv(
     rules = load_protocol(protocol)
     named = split_of(folders, rules)
     rows = open_rows(folders)
+    table = read_scores_csv(path, rules.findings)
 
-    def scores_of(part: Split) -> tuple[Scored, dict]:
-        films = rows_to_score(rows, part, protocol=rules)
+    def scores_of(films: Rows) -> Scored:
         labels = protocol_labels(rules, films.films)
-        values = read_scores_csv(path, rules.findings, [film.film_id for film in films.films])
-        found = scored(films, rules.findings, labels, values)
-        return found, nuisance(films, found) if part == split else {}
+        values = scores_of_films(path, table, [film.film_id for film in films.films])
+        return scored(films, rules.findings, labels, values)
 
-    test, beside = scores_of(split)
+    films = rows_to_score(rows, split, protocol=rules)
+    test = scores_of(films)
     note = "cuts of F1 and the like by validation films"
     try:
-        val = scores_of("val")[0] if split != "val" else None
+        val = scores_of(rows_to_score(rows, "val", protocol=rules)) if split != "val" else None
     except (ScoresError, ManifestError) as error:
         val, note = None, f"no cuts, as validation films are not scored: {error}"
     found = judge(
@@ -225,7 +255,7 @@ def judge_csv(
         "title": f"{path.stem}: {rules.title}",
         "kind": "scores",
         "summary": f"{len(test)} films, split {split}, with the scores of {path.name}; {note}",
-        "controls": {"nuisance": beside},
+        "controls": {"nuisance": nuisance(films, test, rules.min_count)},
         "leak_check": "not made: what a model of others was trained on is not known here",
     }
     made = {

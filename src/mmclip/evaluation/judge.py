@@ -1,6 +1,7 @@
 """What raw scores are worth: each finding with intervals, subgroups, cuts from validation films."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -11,9 +12,11 @@ from mmclip.evaluation.bootstrap import (
     Draws,
     Interval,
     bootstrap_metrics,
+    films_of_patients,
+    finding_interval,
     macro_draws,
+    mean_interval,
     percentile_interval,
-    share_interval,
 )
 from mmclip.evaluation.metrics import (
     Operating,
@@ -128,10 +131,8 @@ def subgroups(
         columns = [k for k, finding in enumerate(scored.names()) if finding in shared]
         for name in counting:
             part = scored.where(groups[name])
-            values = [auroc(part.labels[:, k], part.scores[:, k]) for k in columns]
-            drawn = bootstrap_metrics(
-                part.labels, part.scores, part.patients(), draws=draws, seed=seed
-            ).auroc
+            labels, scores = part.labels[:, columns], part.scores[:, columns]
+            macro, interval = _macro_auroc(labels, scores, part.patients(), draws=draws, seed=seed)
             out.append(
                 {
                     "kind": kind,
@@ -139,37 +140,34 @@ def subgroups(
                     "n_films": len(part),
                     "n_patients": len(set(part.patients())),
                     "findings": [scored.names()[k] for k in columns],
-                    "macro_auroc": (macro := float(np.mean([v for v in values if v is not None]))),
-                    "macro_auroc_ci": _macro_interval(
-                        macro, drawn, columns, part.labels, part.patients()
-                    ),
+                    "macro_auroc": macro,
+                    "macro_auroc_ci": interval,
                 }
             )
     return out
 
 
-SHARES = ("auroc", "auprc")
-"""Metrics whose intervals are `share_interval`; those of the others are percentiles."""
+SHARES: tuple[Literal["auroc", "auprc"], ...] = ("auroc", "auprc")
+"""Metrics whose intervals are `finding_interval`; those of the others are percentiles."""
 
 
-def patients_of_rarer(
-    labels: Float[np.ndarray, " n"], patients: Sequence[Hashable] | Int[np.ndarray, " n"]
-) -> int:
-    """The patients that have films of a class, of the class that fewer have."""
-    of = list(zip(labels, patients, strict=True))
-    return min(len({patient for label, patient in of if label == known}) for known in (0, 1))
-
-
-def _macro_interval(
-    value: float,
-    drawn: Float[np.ndarray, "draws k"],
-    columns: Sequence[int],
+def _macro_auroc(
     labels: Float[np.ndarray, "n k"],
+    scores: Float[np.ndarray, "n k"],
     patients: Sequence[Hashable] | Int[np.ndarray, " n"],
-) -> Interval | None:
-    """`share_interval` of a mean over findings, whose degrees of freedom add up."""
-    degrees = sum(patients_of_rarer(labels[:, k], patients) - 1 for k in columns)
-    return share_interval(float(value), macro_draws(drawn, columns), degrees + 1)
+    *,
+    draws: int,
+    seed: int,
+) -> tuple[float, Interval]:
+    """The mean AUROC of findings that have both classes each, and its interval."""
+    drawn = bootstrap_metrics(labels, scores, patients, draws=draws, seed=seed).auroc
+    found = [auroc(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]
+    values = np.array(found, float)
+    intervals = [
+        finding_interval("auroc", value, drawn[:, k], films_of_patients(labels[:, k], patients))
+        for k, value in enumerate(values.tolist())
+    ]
+    return float(values.mean()), mean_interval(values, intervals, drawn)
 
 
 def score_findings(
@@ -232,10 +230,10 @@ def score_findings(
             if (tuned := best_on_these(labels[:, i], scores[:, i])) is None
             else tuned._asdict(),
         }
-        few = patients_of_rarer(labels[:, i], patients)
+        films = films_of_patients(labels[:, i], patients)
         for metric, values in draws_of.items():
             row[f"{metric}_ci"] = (
-                share_interval(row[metric], values[:, i], few)
+                finding_interval(metric, row[metric], values[:, i], films)
                 if metric in SHARES
                 else percentile_interval(values[:, i])
             )
@@ -250,7 +248,8 @@ def score_findings(
         macro[f"macro_{metric}"] = float(np.mean(points)) if complete else None
         interval = None
         if complete and metric in SHARES:
-            interval = _macro_interval(float(np.mean(points)), values, columns, labels, patients)
+            intervals = [row[f"{metric}_ci"] for row in counted]
+            interval = mean_interval(np.array(points), intervals, values[:, columns])
         elif complete:
             interval = percentile_interval(macro_draws(values, columns))
         macro[f"macro_{metric}_ci"] = interval
@@ -280,13 +279,13 @@ def control_of(
     ]
     macro, interval = None, None
     if counted:
-        drawn = bootstrap_metrics(test.labels, scores, test.patients(), draws=200).auroc
-        macro = float(np.mean([known[test.names()[k]] for k in counted]))
-        interval = _macro_interval(macro, drawn, counted, test.labels, test.patients())
+        macro, interval = _macro_auroc(
+            test.labels[:, counted], scores[:, counted], test.patients(), draws=200, seed=0
+        )
     return {"macro_auroc": macro, "macro_auroc_ci": interval, "auroc": known, "note": note}
 
 
-def nuisance(rows: Rows, test: Scored) -> dict:
+def nuisance(rows: Rows, test: Scored, min_count: int = MIN_COUNT) -> dict:
     """The control that reads facts of the file and no lung; see `baselines.nuisance_scores`."""
     return control_of(
         test,
@@ -294,4 +293,5 @@ def nuisance(rows: Rows, test: Scored) -> dict:
         "logistic regression on the film's size, brightness, gradients, border and view, told the "
         "labels of other patients of these very films: a model that does not exceed it may have "
         "read no lung",
+        min_count,
     )

@@ -15,6 +15,9 @@ from mmclip.evaluation.metrics import ThresholdRule
 BUILT = "built"
 """In place of the name of a split: as `mmclip data build` left it."""
 
+OWN_PROTOCOL = "own"
+"""The id of the rules of findings that were named on the command line: of no benchmark."""
+
 Uncertain = Literal["ignore", "positive", "negative"]
 """What a label that the source calls uncertain trains as. Source: U-Ignore, U-Ones and U-Zeros of
 Irvin et al. 2019 (arXiv:1901.07031), section 3."""

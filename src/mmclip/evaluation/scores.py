@@ -64,6 +64,18 @@ class Scored:
         }
         return replace(self, **of_films)
 
+    def in_order(self, names: Sequence[str]) -> "Scored":
+        """With the columns in the order of some names; as it is where it has others."""
+        if sorted(names) != sorted(self.names()):
+            return self
+        columns = [self.names().index(name) for name in names]
+        return replace(
+            self,
+            findings=self.findings[columns],
+            labels=self.labels[:, columns],
+            scores=self.scores[:, columns],
+        )
+
     def save(self, path: Path, **further: Any) -> None:
         """Writes an .npz file of all fields, and of more arrays by name."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,26 +232,23 @@ def split_of(folders: Sequence[Path], protocol: Protocol | None = None) -> str:
     return ", ".join(dict.fromkeys(said))
 
 
-def read_scores_csv(
-    path: Path, findings: Sequence[str], film_ids: Sequence[str]
-) -> Float[np.ndarray, "n k"]:
-    """Scores of any model from a CSV: a column film_id, and one for each finding.
+def read_scores_csv(path: Path, findings: Sequence[str]) -> dict[str, list[float]]:
+    """Scores of any model from a CSV, by film: a column film_id, and one for each finding.
 
     Args:
         path: The file.
         findings: The columns that are read, in order.
-        film_ids: The films that need a score, in order; others in the file are left alone.
 
     Raises:
-        ScoresError: When it is no CSV in UTF-8, a column or film is missing or named twice, or a
-            score is no finite number.
+        ScoresError: When it is no CSV in UTF-8, a column is missing or named twice, a film occurs
+            twice, or a score is no finite number.
     """
+    found: dict[str, list[float]] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = list(reader.fieldnames or ())
             _check_header(path, header, ("film_id", *findings))
-            found: dict[str, list[float]] = {}
             for number, row in enumerate(reader, start=2):
                 if row["film_id"] in found:
                     raise ScoresError(
@@ -252,12 +261,23 @@ def read_scores_csv(
         raise ScoresError(
             f"{path} is no CSV in UTF-8 ({error}); write it as such, with commas between columns"
         ) from None
+    return found
+
+
+def scores_of_films(
+    path: Path, found: Mapping[str, Sequence[float]], film_ids: Sequence[str]
+) -> Float[np.ndarray, "n k"]:
+    """Some films' rows of `read_scores_csv`, in their order; others in the file are left alone.
+
+    Raises:
+        ScoresError: When the file has no score of a film.
+    """
     if missing := [name for name in film_ids if name not in found]:
         raise ScoresError(
             f"{path} has no score of {len(missing)} of the {len(film_ids)} films, such as "
             f"{', '.join(missing[:3])}; every film of the protocol needs one"
         )
-    return np.array([found[name] for name in film_ids], float).reshape(len(film_ids), len(findings))
+    return np.array([found[name] for name in film_ids], float).reshape(len(film_ids), -1)
 
 
 def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:

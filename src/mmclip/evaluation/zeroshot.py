@@ -347,7 +347,7 @@ def evaluate(
         wall_s=time.monotonic() - began,
         gallery=shown.tolist(),
         controls={
-            "nuisance": nuisance(result.rows, result.test),
+            "nuisance": nuisance(result.rows, result.test, result.summary["min_count"]),
             "any finding": any_finding(checkpoint, result, prompts),
         },
         protocol=rules,
@@ -396,4 +396,5 @@ def any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) ->
         np.where(is_normal, 1 - sick, sick),
         "the model's score for a film that is not normal, taken for every finding: what it knows "
         "of a finding is what it has beyond this",
+        result.summary["min_count"],
     )

@@ -21,7 +21,7 @@ from mmclip.data.dataset import normalise, open_rows
 from mmclip.data.folder import ManifestError
 from mmclip.data.images import resize_film
 from mmclip.data.places import Place, read_places
-from mmclip.embed import embed_texts
+from mmclip.embed import embed_texts, warn_of_unread
 from mmclip.evaluation.pictures import explanation_figure
 from mmclip.explanation.grounding import mass_above_median
 from mmclip.explanation.phrase_maps import ExplainScore, grid_of, map_films
@@ -142,11 +142,13 @@ def explain_film(
         places: To be shown and measured beside the map.
 
     Raises:
-        ValueError: When the phrase is empty or the score needs a decoder that is not there.
+        ValueError: When the phrase is empty, the model can read no word of it, or the score needs a
+            decoder that is not there.
     """
     if not phrase.strip():
         raise ValueError("the phrase is empty; say what to look for, such as 'pleural effusion'")
     model = checkpoint.model
+    warn_of_unread(checkpoint.tokenizer, phrase, checkpoint.config.data.max_tokens)
     seen = torch.from_numpy(resize_film(film, checkpoint.config.data.film_px).copy())[None]
     image = normalise(seen)
     patches = map_films(model, checkpoint, image, [phrase], [0], score, prompts)[0]

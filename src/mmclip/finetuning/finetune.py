@@ -38,7 +38,7 @@ from mmclip.evaluation.pages import GalleryItem, extreme_cases, write_evaluation
 from mmclip.evaluation.protocols import load_protocol
 from mmclip.evaluation.results import RESULTS_FILE, read_results
 from mmclip.evaluation.scores import SCORES_FILE, Scored, load_scores, scored
-from mmclip.evaluation.zeroshot import check_trained
+from mmclip.evaluation.zeroshot import check_trained, findings_seen, run_folder
 from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
 from mmclip.finetuning.supervised import (
     FineTuneConfig,
@@ -166,7 +166,9 @@ def finetune(job: Job) -> Path:
         leak_check = [check_trained(start.checkpoint, task.val.rows, "val")]
         leak_check += [check_trained(start.checkpoint, task.test.rows, "test")]
         said = "; ".join(dict.fromkeys(leak_check))
+        seen = findings_seen(run_folder(start.checkpoint), protocol.findings)
     else:
+        seen = dict.fromkeys(protocol.findings, "none") if start.is_random else {}
         said = "no film of train is in val or test, nor its patient" + (
             "" if start.is_random else f"; what {start.said} was trained on is not known"
         )
@@ -184,7 +186,7 @@ def finetune(job: Job) -> Path:
     done: dict[float, dict[int, Path]] = {}
     for fraction, seed, part in runs:
         folder = job.out / f"{job.method}-{100 * fraction:g}-{seed}"
-        run_one(job, start, part, fraction, seed, folder, task.rows, said)
+        run_one(job, start, part, fraction, seed, folder, task.rows, said, seen)
         done.setdefault(fraction, {})[seed] = folder
     if int(os.environ.get("RANK", "0")) == 0:  # the others may be here before results are written
         about = {
@@ -208,8 +210,11 @@ def run_one(
     folder: Path,
     rows: Rows,
     leak_check: str,
+    seen: Mapping[str, str],
 ) -> None:
     """One fraction under one seed, unless it is finished.
+
+    `seen` says how pre-training named each finding, where that is known.
 
     Raises:
         ValueError: When the folder holds results of another run.
@@ -293,11 +298,13 @@ def run_one(
         test, val, rule=task.protocol.threshold, min_count=task.protocol.min_count, draws=job.draws
     )
     method = "linear probe" if job.method == "probe" else "full fine-tuning"
+    found["findings"] = [{**row, "seen": seen.get(row["finding"])} for row in found["findings"]]
     found |= {
         "title": f"{method.capitalize()}: {task.protocol.title}",
         "kind": "finetune",
         "summary": f"{len(test):,} films, scored by {method} of {start.said}, on {fraction:.0%} of "
-        f"the training patients ({len(task.train):,} films), seed {seed}",
+        f"the training patients ({len(task.train):,} films), seed {seed}; it learnt the labels "
+        "of every finding, and `seen` says how pre-training named it",
         "controls": {"nuisance": nuisance(task, test)},
         "leak_check": leak_check,
         "facts": facts,

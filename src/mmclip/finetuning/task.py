@@ -15,7 +15,14 @@ from mmclip.data.folder import ManifestError, read_meta, read_split
 from mmclip.data.manifest import read_manifest
 from mmclip.data.records import UNCERTAIN, Film
 from mmclip.data.splits import PERCENTS, read_subset, subsets_of
-from mmclip.evaluation.protocols import BUILT, FineTuning, Protocol, load_protocol, protocol_names
+from mmclip.evaluation.protocols import (
+    BUILT,
+    OWN_PROTOCOL,
+    FineTuning,
+    Protocol,
+    load_protocol,
+    protocol_names,
+)
 from mmclip.evaluation.scores import FRONTAL, protocol_labels, rows_to_score, split_of
 
 
@@ -68,7 +75,7 @@ def own_protocol(folder: Path, findings: Sequence[str], sources: Sequence[str]) 
         raise ManifestError("name a --protocol, or the findings to learn by --finding")
     meta = read_meta(folder)
     return Protocol(
-        id="own",
+        id=OWN_PROTOCOL,
         version=1,
         title=", ".join(findings),
         about="Findings that were named on the command line, with the folder's own split.",

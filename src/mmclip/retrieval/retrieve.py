@@ -1,7 +1,6 @@
 """Search: the nearest studies for a film or a phrase, in one's own data folders."""
 
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,11 @@ from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.folder import ManifestError
 from mmclip.data.images import FilmError, decode_film, read_bytes, resize_film
 from mmclip.data.records import Split
-from mmclip.data.text import tokenise
-from mmclip.embed import embed_texts
+from mmclip.embed import embed_texts, warn_of_unread
 from mmclip.embedding_store import film_embeddings, finite
 from mmclip.evaluation.plots import INK, QUIET
 from mmclip.evaluation.scores import check_sources
 from mmclip.progress import console
-
-logger = logging.getLogger(__name__)
 
 SHEET_FILE = "found.png"
 
@@ -229,18 +225,7 @@ def query_of_phrase(checkpoint: Checkpoint, phrase: str) -> Query:
         ValueError: When the model can read no word of it.
     """
     max_tokens, tokenizer = checkpoint.config.data.max_tokens, checkpoint.tokenizer
-    tokens = tokenise(tokenizer, [phrase], max_tokens=max_tokens)
-    words = tokens.ids[0][tokens.is_valid[0]][1:-1]
-    n_unknown = int((words == tokenizer.unk_token_id).sum())
-    if n_unknown == len(words):
-        raise ValueError(
-            f"the phrase {phrase!r} has no word that the model knows; say it as a report of the "
-            f"training data would"
-        )
-    if n_unknown or tokens.n_truncated:
-        faults = [f"{n_unknown} of {len(words)} tokens are unknown"] if n_unknown else []
-        faults += [f"it is cut after {max_tokens} tokens"] if tokens.n_truncated else []
-        logger.warning("the model does not read all of the phrase: %s", ", and ".join(faults))
+    warn_of_unread(tokenizer, phrase, max_tokens)
     embedding = embed_texts(checkpoint.model, tokenizer, [phrase], max_tokens)[0]
     return Query(f"“{phrase}”", finite(embedding))
 
