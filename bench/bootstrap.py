@@ -31,6 +31,7 @@ from sklearn.metrics import (
 )
 
 from mmclip.evaluation.bootstrap import (
+    auprc_bias,
     bootstrap_metrics,
     effective_number,
     films_of_patients,
@@ -141,7 +142,9 @@ def coverage(n_positive: int, repeats: int, draws: int, seed: int) -> dict[str, 
             values = [v for v in found_all if v is not None]  # all: both classes are there
             single = [finding_interval(name, v, of[:, k], films[k]) for k, v in enumerate(values)]
             found = {name: single, f"{name} percentile": [percentile_interval(v) for v in of.T]}
-            found[f"macro {name}"] = [mean_interval(np.array(values), single, of)]
+            of_all = np.array(values)
+            bias = auprc_bias(labels, scores, patients, of_all) if name == "auprc" else None
+            found[f"macro {name}"] = [mean_interval(of_all, single, of, bias)]
             every = list(range(FINDINGS))
             found[f"macro {name} percentile"] = [percentile_interval(macro_draws(of, every))]
             for kind, intervals in found.items():

@@ -16,11 +16,13 @@ from sklearn.metrics import (
 )
 
 from mmclip.evaluation.bootstrap import (
+    auprc_bias,
     bootstrap_difference,
     bootstrap_metrics,
     macro_draws,
     mean_interval,
     newcombe_interval,
+    patient_halves,
     percentile_interval,
     share_interval,
     wilson_interval,
@@ -325,6 +327,40 @@ def test_the_macro_interval_adds_reaches_as_their_draws_correlate():
     assert apart == pytest.approx((0.75 - reach[0], 0.75 + reach[1]), abs=5e-3)
     fixed = mean_interval(values, intervals, np.full((10, 2), 0.7))  # draws that say nothing
     assert fixed == pytest.approx((0.75 - reach[0], 0.75 + reach[1]))
+
+
+def test_halves_of_the_patients_tell_how_far_few_films_raise_average_precision():
+    rng = np.random.default_rng(3)
+    n, k, trials = 150, 10, 60
+    many = rng.random(200_000) < 0.1
+    truth = average_precision_score(many, rng.standard_normal(len(many)) + 1.2 * many)
+    plain, corrected = [], []
+    for trial in range(trials):
+        labels = (rng.random((n, k)) < 0.1).astype(float)
+        scores = rng.standard_normal((n, k)) + 1.2 * labels
+        values = np.array([auprc(labels[:, i], scores[:, i]) for i in range(k)], float)
+        bias = auprc_bias(labels, scores, np.arange(n), values, draws=50, seed=trial)
+        plain.append(values.mean())
+        corrected.append((values - bias).mean())
+    excess = np.mean(plain) - truth
+    assert excess > 0.015  # of 15 positives
+    assert abs(np.mean(corrected) - truth) < excess / 2
+
+
+def test_halves_take_each_patient_once_and_the_mean_over_them_is_scikit_learns():
+    labels = np.array([[1], [1], [0], [0], [1], [0], [0], [0]], float)
+    scores = np.array([[9], [3], [5], [1], [7], [6], [2], [4]], float)
+    patients = [0, 0, 1, 1, 2, 2, 3, 3]
+    value = average_precision_score(labels[:, 0], scores[:, 0])
+    weights = np.concatenate(list(patient_halves(4, 40, 5, 7)), axis=1)
+    assert ((weights == 0) | (weights == 1)).all() and (weights.sum(0) == 2).all()
+    halves = []
+    for weight in weights.T:
+        rows = weight[patients] > 0
+        if labels[rows].any():
+            halves.append(average_precision_score(labels[rows, 0], scores[rows, 0]))
+    bias = auprc_bias(labels, scores, patients, np.array([value]), draws=40, seed=5)
+    assert len(halves) < 40 and bias == pytest.approx(np.mean(halves) - value, abs=1e-12)
 
 
 def test_bootstrap_difference_uses_the_same_draws_for_both_models():

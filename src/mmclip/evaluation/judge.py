@@ -11,6 +11,7 @@ from mmclip.evaluation.baselines import nuisance_scores
 from mmclip.evaluation.bootstrap import (
     Draws,
     Interval,
+    auprc_bias,
     bootstrap_metrics,
     films_of_patients,
     finding_interval,
@@ -249,7 +250,10 @@ def score_findings(
         interval = None
         if complete and metric in SHARES:
             intervals = [row[f"{metric}_ci"] for row in counted]
-            interval = mean_interval(np.array(points), intervals, values[:, columns])
+            known = np.array(points)
+            of = labels[:, columns], scores[:, columns], patients, known
+            bias = auprc_bias(*of, seed=seed) if metric == "auprc" else None
+            interval = mean_interval(known, intervals, values[:, columns], bias)
         elif complete:
             interval = percentile_interval(macro_draws(values, columns))
         macro[f"macro_{metric}_ci"] = interval
