@@ -117,16 +117,16 @@ def table(runs: Runs, base: str) -> tuple[str, dict[str, dict]]:
     numbers: dict[str, dict] = {}
     main, by_finding = [], []
     for arm, by_seed in runs.items():
-        wall_s = float(np.mean([line["wall_s"] for line, _ in by_seed.values()]))
+        cpu_s = float(np.mean([line["cpu_s"] for line, _ in by_seed.values()]))
         said = {
             name: comparison.compare(arm, findings, which)
             for name, (findings, which) in (columns | apart).items()
             if findings
         }
         cells = [str(said[name]) if name in said else "–" for name in columns]
-        main.append([arm, str(len(by_seed)), *cells, f"{wall_s:.0f}"])
+        main.append([arm, str(len(by_seed)), *cells, f"{cpu_s:.0f}"])
         by_finding.append([arm, *(str(said[name]) for name in apart)])
-        numbers[arm] = {"seeds": sorted(by_seed), "wall_s": round(wall_s, 1)}
+        numbers[arm] = {"seeds": sorted(by_seed), "cpu_s": round(cpu_s, 1)}
         numbers[arm] |= {name: compared._asdict() for name, compared in said.items()}
     commits = sorted({line["commit"][:12] for line in some})
     note = (
@@ -134,7 +134,7 @@ def table(runs: Runs, base: str) -> tuple[str, dict[str, dict]]:
         f"seeds and patients together ({DRAWS} draws). Macro over {len(counted)} findings; small "
         f"findings are {', '.join(small) or 'none that counts'}. Trained at {', '.join(commits)}."
     )
-    head = ["arm", "seeds", *columns, "wall s"]
+    head = ["arm", "seeds", *columns, "CPU s"]
     return f"{markdown(head, main)}\n{markdown(['arm', *apart], by_finding)}\n{note}", numbers
 
 

@@ -38,7 +38,7 @@ def made_run(strength: float, seed: int) -> tuple[dict, tuple]:
 
     line = {
         "auroc": each(plain), "shift_auroc": each(shifted), "macro_findings": NAMES,
-        "wall_s": 100.0 + seed, "commit": "c" * 40,
+        "cpu_s": 100.0 + seed, "commit": "c" * 40,
     }  # fmt: skip
     films = np.array([f"f{i}" for i in range(60)])
     return line, compare.Scores(films, PATIENTS, np.array(NAMES), TRUTH, plain, shifted)
@@ -122,7 +122,7 @@ def test_the_table_has_a_row_an_arm_and_the_small_findings_apart():
     text, numbers = compare.table(runs, "contrastive")
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     assert [cell.strip() for cell in rows[0]] == [
-        "arm", "seeds", "macro AUROC", "under domain shift", "small findings", "wall s",
+        "arm", "seeds", "macro AUROC", "under domain shift", "small findings", "CPU s",
     ]  # fmt: skip
     assert [row[0].strip() for row in rows[2:4]] == ["contrastive", "whole"]
     assert rows[3][1].strip() == "3" and rows[3][-1].strip() == "112"
