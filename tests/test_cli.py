@@ -121,6 +121,20 @@ def test_zeroshot_does_not_write_over_results_that_it_cannot_read(
     assert zeroshot_of(shared, tmp_path, "--overwrite").code == 0
 
 
+@pytest.mark.parametrize("stage", ["zeroshot", "pretrain"])
+def test_nothing_is_written_among_other_things(shared: dict[str, Path], tmp_path: Path, stage: str):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/film.png").write_bytes(b"mine")
+    if stage == "zeroshot":
+        error = zeroshot_of(shared, tmp_path, "--overwrite").error()
+    else:
+        (tmp_path / "out").rename(tmp_path / "new")
+        error = pretrain_on("data")(shared, tmp_path).error()
+        (tmp_path / "new").rename(tmp_path / "out")
+    assert "holds other things, such as film.png; name a new or empty folder by" in error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["film.png"]
+
+
 def test_data_build_prints_the_folder_on_stdout_and_the_counts_on_stderr(
     made_raw: Path, made_data: Path, tmp_path: Path
 ):

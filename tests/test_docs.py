@@ -32,7 +32,7 @@ OTHERS_OPTIONS = {
     "--nproc-per-node", "--check", "--films", "--knob", "--preset", "--arms", "--seeds", "--table",
     "--half", "--raw", "--base", "--jsonl", "--cache", "--batch-size", "--steps", "--film-px",
     "--tokens", "--lengths", "--array", "--cpus-per-task", "--wait", "--port", "--nworkers",
-    "--nthreads", "--reports", "--plain-films",
+    "--nthreads", "--reports", "--plain-films", "--repeats", "--kill",
 }  # fmt: skip
 """Of torchrun, ruff, sbatch, dask, and the scripts of bench/."""
 

@@ -199,6 +199,19 @@ def test_a_comparison_is_paired_and_signed(tmp_path: Path):
     assert same.macro == (0.0, (0.0, 0.0))
 
 
+def test_a_difference_that_rests_on_few_films_has_no_interval(tmp_path: Path):
+    few = made()
+    few.labels[:, 0] = 0
+    few.labels[:3, 0] = 1
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, scores in zip(folders, (few.scores, few.scores[::-1].copy()), strict=True):
+        leave(folder, replace(few, scores=scores))
+    _, other = compare(folders, draws=50)
+    rare, common = (other.findings[name] for name in few.names())
+    assert rare.value and rare.interval is None
+    assert common.value and common.interval is not None
+
+
 def test_results_without_a_benchmark_compare_with_ones_by_named_findings(tmp_path: Path):
     test = made()
     own = small_protocol(id="own", title="edema, mass")

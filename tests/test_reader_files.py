@@ -64,7 +64,7 @@ def test_a_table_that_is_missing_is_one_line_that_says_where_it_comes_from(tmp_p
     ("name", "content", "message"),
     [
         ("a.csv", b"id\n1\n", "no column 'word'; its columns are id"),
-        ("a.csv", b"", "none: the file is empty"),
+        ("a.csv", b"", "a.csv is empty; name a table"),
         ("a.csv", b"id,word\n1,\xff\n", "line 2: not UTF-8; .*download it again"),
         ("a.csv.gz", gzip.compress(b"id,word\n1,\xff\n"), "line 2: not UTF-8"),
         ("a.csv", b'id,word\n1,"x\n', "line 2: unexpected end of data; download it again"),

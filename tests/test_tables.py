@@ -207,7 +207,7 @@ def test_the_error_comes_before_the_first_record(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no column 'film', 'patient'; its columns are none: the file is empty"),
+        ("", "is empty; name a table with a header and rows"),
         ("film,who\na,p\n", "no column 'patient'; its columns are film, who"),
         ("film,patient,film\na,p,b\n", "has film twice"),
         ('film,patient\n"a,p\nb,q\n', r"line 3: .*mend the quotes"),

@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from mmclip.cli.shared import (
+    RESULT_FILES,
     CpuOption,
     FolderOption,
     OverwriteOption,
+    check_place,
     check_results,
     command_line,
     device_of,
@@ -57,6 +59,7 @@ def zeroshot(
         raise ValueError(
             "--protocol names sources and findings itself; leave --source and --finding out"
         )
+    check_place(out, RESULT_FILES)
     if not overwrite:
         check_results(out)
     results = evaluate(

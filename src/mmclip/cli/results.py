@@ -150,6 +150,13 @@ def _print_compared(found: "Sequence[Compared]", known: "Sequence[Published]") -
             for row in rows:
                 table.add_row(*row)
             console.print(table)
+    few = [row.finding for row in found[0].results.findings if not row.in_macro]
+    if few:
+        console.print(
+            f"no interval, and not in the macro average, for fewer than "
+            f"{found[0].results.min_count} films with the finding or without: {', '.join(few)}",
+            style="dim",
+        )
     if known:
         table = Table(*HEAD_PUBLISHED[:5], box=None, pad_edge=False)
         for row in known:

@@ -12,6 +12,7 @@ from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
     OverwriteOption,
+    check_place,
     check_results,
     command_line,
     device_of,
@@ -88,6 +89,7 @@ def retrieve(
         return
     if out is None:
         raise ValueError("--evaluate writes results: name their folder by --out")
+    check_place(out, (RETRIEVAL_FILE, "found.png"))
     if not overwrite:
         check_results(out, RETRIEVAL_FILE)
     results = evaluate_retrieval(

@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from mmclip.cli.shared import (
+    RUN_FILES,
     CpuOption,
     FolderOption,
     OverwriteOption,
     SetOption,
+    check_place,
     check_results,
     command_line,
     print_results,
@@ -77,6 +79,8 @@ def pretrain(
     On several GPUs: `accelerate launch -m mmclip pretrain ...` or
     `torchrun --nproc-per-node 2 -m mmclip pretrain ...`, with the same arguments.
     """
+    check_place(out, RUN_FILES)
+
     from mmclip.config import load_config
     from mmclip.training.pretrain import Job
     from mmclip.training.pretrain import pretrain as run

@@ -57,10 +57,12 @@ def read_rows(
         try:
             first = next(reader, [])
             header = _names(first)
+            if not first:
+                raise SourceError(f"{path} is empty; name a table with a header and rows")
             if missing := [name for name in columns if name not in header]:
                 raise SourceError(
                     f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
-                    f"{', '.join(header) or 'none: the file is empty'}; {remedy}"
+                    f"{', '.join(header)}; {remedy}"
                 )
             if doubled := sorted(name for name in set(columns) if header.count(name) > 1):
                 raise SourceError(f"{path} has {', '.join(doubled)} twice; {remedy}")

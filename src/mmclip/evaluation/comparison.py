@@ -79,7 +79,11 @@ def published(protocol: str) -> list[Published]:
 
 
 class Difference(NamedTuple):
-    """A run's AUROC less the first one's, on the same films, with its 95 % interval."""
+    """A run's AUROC less the first one's, on the same films, with its 95 % interval.
+
+    None of a finding that does not count in the macro average: resamples of so few films would give
+    an interval that is far too sure.
+    """
 
     value: float
     interval: Interval | None
@@ -127,9 +131,13 @@ def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> lis
             draws=draws,
             seed=seed,
         ).auroc
+        counts = {row.finding for row in base.findings if row.in_macro}
         ours, theirs = ({row.finding: row.auroc for row in r.findings} for r in (results, base))
         by_finding = {
-            name: Difference(ours[name] - theirs[name], percentile_interval(drawn[:, k]))
+            name: Difference(
+                ours[name] - theirs[name],
+                percentile_interval(drawn[:, k]) if name in counts else None,
+            )
             for k, name in enumerate(names)
             if name in ours
         }
