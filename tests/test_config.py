@@ -1,11 +1,10 @@
 import tomllib
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
-from mmclip.config import ConfigError, config_hash, config_names, load_config
+from mmclip.config import RESOURCES, ConfigError, config_hash, config_names, load_config
 from mmclip.data.disease_prompts import load_disease_prompts
 from mmclip.prompts import load_prompts
 
@@ -56,7 +55,7 @@ def test_the_arms_hold_only_what_differs_from_the_ablation():
     assert {"arms/contrastive", "arms/whole"} <= set(arms)
     assert load_config("arms/contrastive") == ablation
     for arm in arms:
-        file = resources.files("mmclip") / "configs" / f"{arm}.toml"
+        file = RESOURCES / "configs" / f"{arm}.toml"
         values = tomllib.loads(file.read_text("utf-8"))
         assert values.pop("extends") == "ablation", arm
         config, base = load_config(arm).model_dump(), ablation.model_dump()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from mmclip.config import Config, load_config
 from mmclip.data.build import build_data
 from mmclip.data.dataset import Rows, open_rows
@@ -79,7 +79,13 @@ def run_demo(
         resume=True,
         shuffle_pairs=shuffle_pairs,
     )
-    checkpoint = load_checkpoint(pretrain(job))
+    try:
+        checkpoint = load_checkpoint(pretrain(job))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{out} holds a demo that does not go on with this command ({error}); add --overwrite "
+            f"to replace it"
+        ) from None
     prompts, *wordings = [load_prompts(name) for name in DEFAULT_PROMPT_SETS]
     held_out = _held_out(out / "raw")
     ordinary = rows.select([film.film_id not in held_out for film in rows.films])

@@ -191,7 +191,7 @@ def write_page(
         is_zero_shot=not any(row.seen in ("prompt", "label") for row in results.findings),
         is_of_training_data=lambda name, value: (name, value) in trained_on,
         is_one_data=bool(trained_on & set(results.facts.items())),
-        scale_ticks=[round(t / 10, 1) for t in range(round(low * 10), 11)],
+        scale_ticks=_ticks(low),
         curves={name: Markup(curve_svg(Panel(name, *pair))) for name, pair in columns.items()},
         reliability=None if reliability is None else Markup(reliability),
         cuts=_cuts(results),
@@ -331,6 +331,12 @@ def _data_uri(image: UInt8[np.ndarray, "..."]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _ticks(low: float) -> list[float]:
+    """Of an AUROC axis from `low` to 1: tenths, or every second one where they would touch."""
+    tenths = range(10, round(low * 10) - 1, -1 if low > 0.35 else -2)
+    return sorted(tenth / 10 for tenth in tenths)
 
 
 def _scale_start(results: RunResults) -> float:
