@@ -140,7 +140,7 @@ def test_without_validation_films_the_threshold_is_the_tie(
     no_val = rows.select([film.split != "val" for film in rows.films])
     for row in zeroshot(trained, no_val, prompts, draws=5).summary["findings"]:
         assert row["threshold"]["value"] == 0.5
-        assert row["threshold"]["chosen_on"].startswith("no data")
+        assert row["threshold"]["chosen_on"].startswith("where both prompts fit equally well")
 
 
 def test_findings_that_lack_a_class_are_listed_and_have_no_score(

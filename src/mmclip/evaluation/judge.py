@@ -83,7 +83,7 @@ def judge(
         )
     cuts: dict[str, Threshold] = {}
     if even is not None:
-        note = "0.5, where both prompts fit equally well, as no validation films can choose"
+        note = "where both prompts fit equally well, as no validation films can choose"
         cuts = {name: Threshold(even, "even", note) for name in names}
     if val is not None:
         cuts |= choose_thresholds(val.labels, val.scores, names, rule=rule)
