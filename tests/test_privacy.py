@@ -102,6 +102,7 @@ def test_nothing_that_a_build_leaves_or_says_holds_a_word_of_the_patient(
     # Sound, and complained of: both kinds of film are among what is searched.
     assert {film.film_id for film in read_manifest(out)}
     assert (out / "excluded.jsonl").read_text("utf-8").count("\n") >= 2
+    assert f"of the rows are excluded; which and why: {out / 'excluded.jsonl'}" in ended.err
     texts = {"stdout": ended.out, "stderr": ended.err, "the records": repr(read_manifest(out))}
     for path in out.rglob("*"):
         texts[path.name] = path.read_bytes().decode("latin1") if path.is_file() else ""

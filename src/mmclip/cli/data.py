@@ -230,5 +230,12 @@ def _print_meta(meta: dict, out: Path) -> None:
     for what, n in rows:
         table.add_row(what, f"{n:,}", style="yellow" if what == "excluded" and n else "")
     console.print(table)
+    if meta["n_excluded"]:
+        said = (
+            f"{meta['n_excluded'] / meta['n_rows']:.0%} of the rows are excluded; which and why: "
+        )
+        console.print(
+            f"{said}{out / 'excluded.jsonl'}", style="yellow", markup=False, soft_wrap=True
+        )
     console.print(f"data hash {meta['data_hash'][:16]}")
     print(out)
