@@ -6,11 +6,9 @@ from typing import Annotated
 import typer
 
 from mmclip.cli.shared import (
-    RESULT_FILES,
     CpuOption,
     FolderOption,
     OverwriteOption,
-    check_place,
     check_results,
     command_line,
     device_of,
@@ -53,6 +51,8 @@ def zeroshot(
 
     Example: `mmclip zeroshot --run runs/a --data data/chestxray14 --protocol chestxray14 --out a/b`
     """
+    from mmclip.data.folder import check_place
+    from mmclip.evaluation.pages import RESULT_FILES
     from mmclip.evaluation.zeroshot import evaluate
 
     if protocol is not None and (source or finding):

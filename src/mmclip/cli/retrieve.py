@@ -12,7 +12,6 @@ from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
     OverwriteOption,
-    check_place,
     check_results,
     command_line,
     device_of,
@@ -67,8 +66,9 @@ def retrieve(
 
     A search prints a table on stderr, and on stdout a line of JSON for each study.
     """
+    from mmclip.data.folder import check_place
     from mmclip.retrieval.ranking import RETRIEVAL_FILE, evaluate_retrieval
-    from mmclip.retrieval.retrieve import search, write_sheet
+    from mmclip.retrieval.retrieve import SHEET_FILE, search, write_sheet
 
     if (film is not None) + (phrase is not None) + evaluate != 1:
         raise ValueError("give one of --film, --phrase and --evaluate")
@@ -89,7 +89,7 @@ def retrieve(
         return
     if out is None:
         raise ValueError("--evaluate writes results: name their folder by --out")
-    check_place(out, (RETRIEVAL_FILE, "found.png"))
+    check_place(out, (RETRIEVAL_FILE, SHEET_FILE))
     if not overwrite:
         check_results(out, RETRIEVAL_FILE)
     results = evaluate_retrieval(

@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -68,26 +68,6 @@ def split_name(name: str) -> "Split":
 def _what_it_makes(command: str) -> list[str]:
     """The words of a command without those that change nothing in its results."""
     return [word for word in shlex.split(command) if word not in ("--overwrite", "--debug")]
-
-
-RESULT_FILES = ("results.json", "scores.npz", "page.html", "MODEL_CARD.md", "plots")
-RUN_FILES = ("config.json", "checkpoints", "metrics.jsonl", "tensorboard", "seen.json", "tb")
-
-
-def check_place(out: Path, ours: Sequence[str]) -> None:
-    """Refuses a folder that holds other things, such as films, and nothing of what will be written.
-
-    Args:
-        out: The folder; it may be missing or empty.
-        ours: Names of files and folders that this command leaves.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name the folder to write by --out")
-    there = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if there and not set(ours) & set(there):
-        raise ValueError(
-            f"{out} holds other things, such as {there[0]}; name a new or empty folder by --out"
-        )
 
 
 def check_results(out: Path, name: str = "results.json") -> None:

@@ -7,12 +7,10 @@ from typing import Annotated
 import typer
 
 from mmclip.cli.shared import (
-    RUN_FILES,
     CpuOption,
     FolderOption,
     OverwriteOption,
     SetOption,
-    check_place,
     check_results,
     command_line,
     print_results,
@@ -79,12 +77,12 @@ def pretrain(
     On several GPUs: `accelerate launch -m mmclip pretrain ...` or
     `torchrun --nproc-per-node 2 -m mmclip pretrain ...`, with the same arguments.
     """
-    check_place(out, RUN_FILES)
-
     from mmclip.config import load_config
-    from mmclip.training.pretrain import Job
+    from mmclip.data.folder import check_place
+    from mmclip.training.pretrain import RUN_FILES, Job
     from mmclip.training.pretrain import pretrain as run
 
+    check_place(out, RUN_FILES)
     job = Job(
         folders=tuple(data),
         run=out,

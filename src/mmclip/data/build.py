@@ -20,6 +20,7 @@ from mmclip.data.folder import (
     META_FILE,
     SPLIT_FILE,
     ManifestError,
+    check_place,
     read_meta,
 )
 from mmclip.data.manifest import write_manifest
@@ -166,16 +167,13 @@ def build_shard(
 
 
 def _check_is_ours(out: Path) -> None:
-    """Refuses a folder of other things: a build leaves its files in it, and may remove some."""
-    if out.exists() and not out.is_dir():
-        raise ManifestError(f"{out} is a file; name the folder to make by --out")
-    there = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    ours = {MANIFEST_FILE, FILMS_FILE, EXCLUDED_FILE, PARTS_FOLDER, ENTITY_PARTS_FOLDER}
-    if there and not ours & set(there):
-        raise ManifestError(
-            f"{out} holds other things than a data folder, such as {there[0]}; name a new or "
-            f"empty folder by --out (--root is where the films are)"
-        )
+    """A build leaves its files in a folder, and may remove some."""
+    check_place(
+        out,
+        (MANIFEST_FILE, FILMS_FILE, EXCLUDED_FILE, PARTS_FOLDER, ENTITY_PARTS_FOLDER),
+        what="other things than a data folder",
+        remedy="name a new or empty folder by --out (--root is where the films are)",
+    )
 
 
 def _finished(out: Path) -> str:

@@ -216,11 +216,18 @@ def are_alike(
         film_of: Gives a film by its number; called for pairs beyond SURE_DISTANCE.
     """
     looks = lru_cache(maxsize=4096)(lambda i: look(film_of(i)))  # 64 MB at most
-    out = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]).sum(1) <= SURE_DISTANCE
+    out = _are_sure(hashes, pairs)
     for i in np.flatnonzero(~out):
         first, second = map(int, pairs[i])
         out[i] = likeness(looks(first), looks(second)) >= MIN_LIKENESS
     return out
+
+
+def _are_sure(
+    hashes: UInt16[np.ndarray, "n 16"], pairs: Int64[np.ndarray, "p 2"]
+) -> Bool[np.ndarray, " p"]:
+    """Which pairs need no look at their films."""
+    return np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]).sum(1) <= SURE_DISTANCE
 
 
 def near_groups(
@@ -239,8 +246,8 @@ def near_groups(
         return np.zeros(0, np.int64)
     different, at, which = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     pairs = near_pairs(different, on_progress)
-    distance = np.bitwise_count(different[pairs[:, 0]] ^ different[pairs[:, 1]]).sum(1)
-    sure, unsure = pairs[distance <= SURE_DISTANCE], pairs[distance > SURE_DISTANCE]
+    are_sure = _are_sure(different, pairs)
+    sure, unsure = pairs[are_sure], pairs[~are_sure]
     group = _joined(sure, len(different))
     unsure = unsure[group[unsure[:, 0]] != group[unsure[:, 1]]]  # the others need no look
     alike = unsure[are_alike(different, unsure, lambda i: film_of(int(at[i])))]

@@ -11,7 +11,7 @@ A data folder, as `mmclip data build` leaves it and every other command reads it
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +81,30 @@ def _next_step(folder: Path) -> str:
     if not finished:
         return "make one with `mmclip data build`"
     return f"did you mean {finished[0]}, which is one?"
+
+
+def check_place(
+    out: Path,
+    ours: Collection[str],
+    what: str = "other things",
+    remedy: str = "name a new or empty folder by --out",
+) -> None:
+    """Refuses to write into a folder of other things, such as films, with nothing of ours in it.
+
+    Args:
+        out: The folder; it may be missing or empty.
+        ours: Names of files and folders that are left there.
+        what: It holds, for the error.
+        remedy: The next step.
+
+    Raises:
+        ManifestError: When it holds other things alone, or is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise ManifestError(f"{out} is a file; name the folder to make by --out")
+    there = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if there and not set(ours) & set(there):
+        raise ManifestError(f"{out} holds {what}, such as {there[0]}; {remedy}")
 
 
 def is_built(folder: Path) -> bool:

@@ -97,9 +97,7 @@ class Compared:
     results: RunResults
     macro: Difference | None
     findings: dict[str, Difference]
-    differs: tuple[
-        str, ...
-    ] = ()  # what is not as in the first, and does not keep it from comparing
+    differs: tuple[str, ...] = ()  # from the first, and does not keep it from comparing
 
 
 def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> list[Compared]:

@@ -31,11 +31,21 @@ from mmclip.evaluation.plots import (
     reliability_svg,
 )
 from mmclip.evaluation.protocols import Protocol
-from mmclip.evaluation.results import ResultsError, RunResults, checked, provenance, write_results
+from mmclip.evaluation.results import (
+    RESULTS_FILE,
+    ResultsError,
+    RunResults,
+    checked,
+    provenance,
+    write_results,
+)
 from mmclip.evaluation.scores import SCORES_FILE, Scored
 from mmclip.prompts import Prompts
 
 PAGE_FILE, CARD_FILE, PLOTS_FOLDER = "page.html", "MODEL_CARD.md", "plots"
+
+RESULT_FILES = (RESULTS_FILE, SCORES_FILE, PAGE_FILE, CARD_FILE, PLOTS_FOLDER)
+"""What `write_evaluation` leaves."""
 
 
 @dataclass(frozen=True, slots=True)

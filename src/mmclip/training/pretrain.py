@@ -17,6 +17,7 @@ from accelerate.utils import LoggerType, set_seed
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.checkpoint import (
+    CHECKPOINTS,
     CheckpointError,
     checkpoint_meta,
     find_checkpoint,
@@ -51,6 +52,12 @@ from mmclip.training.loop import (
 from mmclip.training.objective import Objective
 
 logger = logging.getLogger(__name__)
+
+
+CONFIG_FILE = "config.json"
+
+RUN_FILES = (CONFIG_FILE, TRAINED_FILE, SEEN_FILE, "metrics.jsonl", "tensorboard", CHECKPOINTS)
+"""What a run leaves in its folder."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ def pretrain(job: Job) -> Path:
     if accelerator.is_main_process:
         job.run.mkdir(parents=True, exist_ok=True)
         resolved = {"config": job.config.model_dump(mode="json"), **facts}
-        write_text_atomic(job.run / "config.json", json.dumps(resolved, indent=2) + "\n")
+        write_text_atomic(job.run / CONFIG_FILE, json.dumps(resolved, indent=2) + "\n")
         np.save(job.run / TRAINED_FILE, trained_keys(chosen.films))
         seen = seen_in_training(chosen, job.config)
         write_text_atomic(job.run / SEEN_FILE, json.dumps(seen, indent=2) + "\n")
