@@ -14,7 +14,7 @@ from mmclip.data.synthetic import FINDINGS
 from mmclip.evaluation.bootstrap import (
     Interval,
     bootstrap_metrics,
-    difference_over_seeds,
+    interval_over_seeds,
     macro_draws,
 )
 
@@ -22,7 +22,7 @@ SMALL_FINDINGS = ("nodule", "rib fracture", "atelectasis", "support devices")
 """Where contrastive training alone leaves room; thumbnails show them not at all [docs/log.md]."""
 
 DRAWS = 1000
-"""Bootstrap draws of patients and seeds. Source: as in `mmclip zeroshot`."""
+"""Bootstrap draws of patients. Source: as in `mmclip zeroshot`."""
 
 
 class Scores(NamedTuple):
@@ -84,22 +84,23 @@ class Comparison:
     def compare(self, arm: str, findings: Sequence[str], which: str = "auroc") -> Compared:
         """The mean AUROC over some findings, films as they are or "shift_auroc"."""
 
-        def mean(name: str, seeds: Sequence[int]) -> float:
-            lines = [self.runs[name][seed][0] for seed in seeds]
-            return float(np.mean([line[which][f] for line in lines for f in findings]))
+        def reached(name: str, seed: int) -> float:
+            line, _ = self.runs[name][seed]
+            return float(np.mean([line[which][finding] for finding in findings]))
 
-        auroc = mean(arm, list(self.runs[arm]))
+        auroc = float(np.mean([reached(arm, seed) for seed in self.runs[arm]]))
         shared = [seed for seed in self.runs[arm] if seed in self.runs.get(self.base, {})]
         if arm == self.base or not shared:
             return Compared(auroc, None, None)
         names = [str(name) for name in self.runs[arm][shared[0]][1].findings]
         columns = [names.index(finding) for finding in findings]
-        ours, theirs = (
-            {seed: macro_draws(self._draws_of(name, seed, which), columns) for seed in shared}
-            for name in (arm, self.base)
-        )
-        interval = difference_over_seeds(ours, theirs)
-        return Compared(auroc, mean(arm, shared) - mean(self.base, shared), interval)
+
+        def drawn(name: str, seed: int) -> Float[np.ndarray, " draws"]:
+            return macro_draws(self._draws_of(name, seed, which), columns)
+
+        gains = np.array([reached(arm, seed) - reached(self.base, seed) for seed in shared])
+        draws = np.stack([drawn(arm, seed) - drawn(self.base, seed) for seed in shared])
+        return Compared(auroc, float(gains.mean()), interval_over_seeds(gains, draws))
 
 
 def table(runs: Runs, base: str) -> tuple[str, dict[str, dict]]:
@@ -130,9 +131,9 @@ def table(runs: Runs, base: str) -> tuple[str, dict[str, dict]]:
         numbers[arm] |= {name: compared._asdict() for name, compared in said.items()}
     commits = sorted({line["commit"][:12] for line in some})
     note = (
-        f"In brackets: difference to `{base}`, paired by seed, with a 95 % interval that resamples "
-        f"seeds and patients together ({DRAWS} draws). Macro over {len(counted)} findings; small "
-        f"findings are {', '.join(small) or 'none that counts'}. Trained at {', '.join(commits)}."
+        f"In brackets: difference to `{base}`, paired by seed, with a 95 % interval over seeds and "
+        f"patients together. Macro over {len(counted)} findings; small findings are "
+        f"{', '.join(small) or 'none that counts'}. Trained at {', '.join(commits)}."
     )
     head = ["arm", "seeds", *columns, "CPU s"]
     return f"{markdown(head, main)}\n{markdown(['arm', *apart], by_finding)}\n{note}", numbers

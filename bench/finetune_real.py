@@ -47,8 +47,8 @@ from mmclip.evaluation.baselines import nuisance_facts
 from mmclip.evaluation.bootstrap import (
     Interval,
     bootstrap_metrics,
-    percentile_interval,
-    resampled_seeds,
+    interval_over_seeds,
+    share_over_seeds,
 )
 from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
 from mmclip.finetuning.finetune import probe
@@ -162,15 +162,16 @@ def mean_and_interval(
     """The mean AUROC over subsets, or the mean difference from a base, with its interval."""
     many = np.repeat(labels, scores.shape[1], axis=1)
 
-    def of(some: np.ndarray) -> tuple[float, np.ndarray]:
+    def of(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         reached = [macro_auroc(labels, some[:, [s]]) or 0.0 for s in range(some.shape[1])]
-        return float(np.mean(reached)), bootstrap_metrics(many, some, patients, draws=DRAWS).auroc
+        return np.array(reached), bootstrap_metrics(many, some, patients, draws=DRAWS).auroc
 
-    mean, drawn = of(scores)
-    if base is not None:
-        base_mean, base_drawn = of(base)
-        mean, drawn = mean - base_mean, drawn - base_drawn
-    return mean, percentile_interval(resampled_seeds(drawn.T))
+    reached, drawn = of(scores)
+    if base is None:
+        return float(reached.mean()), share_over_seeds(reached, drawn.T)
+    base_reached, base_drawn = of(base)
+    gains = reached - base_reached
+    return float(gains.mean()), interval_over_seeds(gains, (drawn - base_drawn).T)
 
 
 def print_table(task: Task, keys: Sequence[Key], done: Mapping[Key, dict], out: Path) -> None:

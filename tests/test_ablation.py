@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmclip.data.build import build_data
 from mmclip.data.dataset import open_rows
-from mmclip.evaluation.bootstrap import resampled_seeds
+from mmclip.evaluation.bootstrap import interval_over_seeds
 from tests.made import write_films
 
 BENCH = str(Path(__file__).parents[1] / "bench")
@@ -50,37 +50,26 @@ RUNS = {
 }
 
 
-def test_seeds_are_resampled_in_each_draw_by_hand():
-    # Two seeds that differ by 0 and 1 whoever the patients: means of two picks are 0, 1/2 and 1.
-    means = resampled_seeds(np.array([[0.0] * 4000, [1.0] * 4000]))
-    assert set(means.tolist()) == {0.0, 0.5, 1.0}
-    assert np.mean(means == 0.5) == pytest.approx(0.5, abs=0.04)
-    assert np.mean(means == 0.0) == pytest.approx(0.25, abs=0.04)
-
-
-def test_one_seed_leaves_the_draws_of_patients_as_they_are():
-    draws = np.random.default_rng(1).random((1, 50))
-    assert np.array_equal(resampled_seeds(draws), draws[0])
-
-
 def test_the_paired_interval_equals_the_slow_loop_over_resampled_films():
     n_draws, shared = 200, (1, 2)
-    rng = np.random.default_rng(0)  # of the patients
-    picks = np.random.default_rng(0).integers(0, 2, (n_draws, 2))  # of the seeds
+    rng = np.random.default_rng(0)
     patients = list(dict.fromkeys(PATIENTS))
     rows_of = {patient: np.flatnonzero(patient == PATIENTS) for patient in patients}
+
+    def gain(seed: int, rows: np.ndarray) -> float:
+        ours, theirs = (RUNS[arm][seed][1].scores[rows] for arm in ("whole", "contrastive"))
+        return roc_auc_score(TRUTH[rows], ours) - roc_auc_score(TRUTH[rows], theirs)
+
     slow = []
-    for draw in range(n_draws):
+    for _ in range(n_draws):
         drawn = rng.integers(0, len(patients), len(patients))
         rows = np.concatenate([rows_of[patients[i]] for i in drawn])
-        gains = [
-            roc_auc_score(TRUTH[rows], RUNS["whole"][seed][1].scores[rows])
-            - roc_auc_score(TRUTH[rows], RUNS["contrastive"][seed][1].scores[rows])
-            for seed in shared
-        ]
-        slow.append(np.mean([gains[i] for i in picks[draw]]))
+        slow.append([gain(seed, rows) for seed in shared])
+    gains = np.array([gain(seed, np.arange(len(TRUTH))) for seed in shared])
+    expected = interval_over_seeds(gains, np.array(slow).T)
     found = compare.Comparison(RUNS, "contrastive", draws=n_draws).compare("whole", NAMES)
-    assert found.interval == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])), abs=1e-9)
+    assert found.difference == pytest.approx(gains.mean())
+    assert found.interval == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_difference_is_that_of_the_seeds_of_both_and_the_mean_that_of_all():

@@ -19,12 +19,14 @@ from mmclip.evaluation.bootstrap import (
     auprc_bias,
     bootstrap_difference,
     bootstrap_metrics,
+    interval_over_seeds,
     macro_draws,
     mean_interval,
     newcombe_interval,
     patient_halves,
     percentile_interval,
     share_interval,
+    share_over_seeds,
     wilson_interval,
 )
 from mmclip.evaluation.judge import score_findings
@@ -371,6 +373,72 @@ def test_bootstrap_difference_uses_the_same_draws_for_both_models():
     a = bootstrap_metrics(labels, scores, patients, draws=300, seed=0).auroc[:, 3]
     b = bootstrap_metrics(labels, worse, patients, draws=300, seed=1).auroc[:, 3]
     assert paired.std() < 0.9 * (a - b).std()
+
+
+def test_the_interval_over_seeds_by_hand():
+    # Seeds 0.1, 0.2, 0.6 whoever the patients: variance 0.07 over 3, Student's t of 2 degrees.
+    values = np.array([0.1, 0.2, 0.6])
+    found = interval_over_seeds(values, np.tile(values[:, None], 50))
+    assert found == pytest.approx((0.3 - 4.3027 * 0.152753, 0.3 + 4.3027 * 0.152753), abs=1e-4)
+    # Patients move both seeds by one number a draw: its variance, 0.04 * 10 / 9, and nothing else.
+    moved = np.array([-0.2, 0.2] * 5)
+    found = interval_over_seeds(np.array([0.5, 0.5]), np.stack([0.5 + moved, 0.5 + moved]))
+    assert found == pytest.approx((0.5 - 1.96 * 0.210819, 0.5 + 1.96 * 0.210819), abs=1e-4)
+    # What they do to each seed apart, here the contrary, is in the spread of the seeds alone.
+    assert interval_over_seeds(
+        np.array([0.4, 0.6]), np.stack([0.4 + moved, 0.6 - moved])
+    ) == pytest.approx((0.5 - 12.7062 * 0.1, 0.5 + 12.7062 * 0.1), abs=1e-3)
+
+
+def test_the_interval_of_one_seed_is_over_its_patients():
+    drawn = np.random.default_rng(0).normal(0.7, 0.02, (1, 1000))
+    low, high = interval_over_seeds(np.array([0.7]), drawn)
+    assert (low, high) == pytest.approx((0.7 - 0.0392, 0.7 + 0.0392), abs=2e-3)
+
+
+def test_no_interval_over_seeds_where_half_of_the_draws_or_a_value_is_undefined():
+    drawn = np.random.default_rng(0).random((2, 10))
+    values = drawn.mean(1)
+    drawn[0, :3], drawn[1, 2:5] = np.nan, np.nan
+    assert interval_over_seeds(values, drawn) is not None  # 5 of 10 draws are left
+    drawn[1, 5] = np.nan
+    assert interval_over_seeds(values, drawn) is None
+    assert interval_over_seeds(np.array([np.nan, 0.5]), np.ones((2, 10))) is None
+    assert interval_over_seeds(np.empty(0), np.empty((0, 10))) is None
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("of_seeds", "of_both", "of_patients"),
+    [(1, 0, 0), (1, 0, 0.5), (1, 0.5, 0.5), (0.3, 0.3, 1), (0, 0, 1)],
+)
+def test_the_interval_over_seeds_holds_the_truth(
+    n_seeds: int, of_seeds: float, of_both: float, of_patients: float
+):
+    rng = np.random.default_rng(n_seeds)
+    held = []
+    for _ in range(800):
+        values = (
+            of_seeds * rng.standard_normal(n_seeds)
+            + of_both * rng.standard_normal(n_seeds)
+            + of_patients * rng.standard_normal()
+        )
+        other_patients = of_both * rng.standard_normal((n_seeds, 200))
+        other_patients += of_patients * rng.standard_normal(200)
+        low, high = interval_over_seeds(values, values[:, None] + other_patients)
+        held.append(low <= 0 <= high)
+    assert np.mean(held) >= (0.88 if n_seeds == 2 else 0.92)
+    assert np.mean(held) <= 0.98
+
+
+def test_the_interval_of_a_share_over_seeds_stays_within_0_and_1():
+    values = np.array([0.95, 0.99, 0.97])
+    drawn = values[:, None] + np.random.default_rng(0).normal(0, 0.01, 500)
+    low, high = interval_over_seeds(values, drawn)
+    assert high > 1
+    low_share, high_share = share_over_seeds(values, drawn)
+    assert low_share < low < 0.97 < high_share < 1
+    assert share_over_seeds(np.ones(2), np.ones((2, 9))) == (1.0, 1.0)
 
 
 def test_macro_draws_leave_out_findings_that_a_draw_does_not_define():

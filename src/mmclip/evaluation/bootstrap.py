@@ -4,7 +4,7 @@ The bootstrap is ours, as resampling by a loop over scikit-learn takes hours whe
 seconds; tests hold it to scikit-learn's values in each draw.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -194,40 +194,64 @@ def macro_draws(
         return total / is_defined.sum(axis=1)
 
 
-def resampled_seeds(
-    values: Float[np.ndarray, "seeds draws"], seed: int = 0
-) -> Float[np.ndarray, " draws"]:
-    """The mean in each draw over seeds that are drawn with replacement.
-
-    A column holds what each seed says of one draw of patients, the same patients for every seed:
-    so seeds and patients are resampled together. Few seeds give an interval that is somewhat
-    narrow: their spread is taken from themselves, with s in the place of s - 1.
-
-    Source: bootstrap of two crossed factors (Owen, "The pigeonhole bootstrap", 2007).
-    """
-    n_seeds, n_draws = values.shape
-    picked = np.random.default_rng(seed).integers(0, n_seeds, (n_draws, n_seeds))
-    return values[picked, np.arange(n_draws)[:, None]].mean(1)
-
-
-def difference_over_seeds(
-    ours: Mapping[int, Float[np.ndarray, " draws"]],
-    theirs: Mapping[int, Float[np.ndarray, " draws"]],
+def interval_over_seeds(
+    values: Float[np.ndarray, " seeds"],
+    drawn: Float[np.ndarray, "seeds draws"],
+    level: float = 0.95,
 ) -> Interval | None:
-    """The 95 % interval of one arm's mean over seeds less another's, paired by seed and patient.
+    """The interval of a metric's mean over seeds, for other seeds and other patients.
+
+    mean -+ t sqrt(s^2 / n + c), with s^2 the variance of the values over n seeds, and c the mean
+    covariance of two seeds' draws: what the patients do to all seeds alike. What they do to each
+    seed apart is in s^2 already. t is Student's quantile with (s^2 / n + c)^2 / ((s^2 / n)^2 /
+    (n - 1)) degrees, so that few seeds are paid for where they are what is uncertain. Of one seed
+    c is the variance of its draws: the interval is over patients alone.
+
+    Resampling the seeds themselves is far too sure of few: where seeds alone differ, normally, 74 %
+    of such 95 % intervals over 3 seeds hold the truth, 84 % over 5. Of these 94 to 96 % do from 3
+    seeds on, 90 to 96 % with 2, however much of the variance is the patients'
+    (tests/test_bootstrap.py).
 
     Args:
-        ours: By seed, a metric in each draw of patients; the same draws for all seeds of both arms.
-        theirs: Of the other arm. Seeds of one arm alone are left out.
+        values: Of each seed, on all films; a metric, or a difference paired by seed.
+        drawn: The same in each draw of patients, the same draws for all seeds; NaN where undefined.
+        level: Share of such intervals that should hold the truth.
 
     Returns:
-        None without a seed in common, or with too few defined draws.
+        None where fewer than half of the draws are defined for all seeds.
+
+    Source: variance components of two crossed factors (Owen 2007, "The pigeonhole bootstrap");
+        degrees of freedom of their sum by Satterthwaite 1946.
     """
-    shared = [seed for seed in ours if seed in theirs]
-    if not shared:
+    n_seeds, n_draws = drawn.shape
+    drawn = drawn[:, ~np.isnan(drawn).any(0)]
+    if not n_seeds or 2 * drawn.shape[1] < n_draws or drawn.shape[1] < 2 or np.isnan(values).any():
         return None
-    pairs = np.stack([ours[seed] - theirs[seed] for seed in shared])
-    return percentile_interval(resampled_seeds(pairs))
+    covariance = np.atleast_2d(np.cov(drawn))
+    if n_seeds == 1:
+        of_seeds, of_patients = 0.0, covariance[0, 0]
+    else:
+        of_seeds = values.var(ddof=1) / n_seeds
+        apart = covariance.sum() - covariance.trace()
+        of_patients = max(apart / (n_seeds * (n_seeds - 1)), 0.0)
+    total = of_seeds + of_patients
+    degrees = np.inf if of_seeds == 0 else total**2 / (of_seeds**2 / (n_seeds - 1))
+    reach = student.ppf((1 + level) / 2, degrees) * np.sqrt(total)
+    return float(values.mean() - reach), float(values.mean() + reach)
+
+
+def share_over_seeds(
+    values: Float[np.ndarray, " seeds"], drawn: Float[np.ndarray, "seeds draws"]
+) -> Interval | None:
+    """`interval_over_seeds` of a share such as AUROC, within 0 to 1: the same reach on the logit.
+
+    Source: as `share_interval`.
+    """
+    found, middle = interval_over_seeds(values, drawn), float(values.mean())
+    if found is None or not 0 < middle < 1:
+        return found
+    reach = (found[1] - middle) / (middle * (1 - middle))  # the slope of the logit
+    return float(expit(logit(middle) - reach)), float(expit(logit(middle) + reach))
 
 
 def percentile_interval(

@@ -30,8 +30,7 @@ from mmclip.evaluation.baselines import logistic_scores, nuisance_facts
 from mmclip.evaluation.bootstrap import (
     bootstrap_metrics,
     macro_draws,
-    percentile_interval,
-    resampled_seeds,
+    share_over_seeds,
 )
 from mmclip.evaluation.judge import control_of, judge
 from mmclip.evaluation.pages import GalleryItem, extreme_cases, write_evaluation
@@ -353,7 +352,7 @@ def gallery(task: Task, test: Scored) -> list[GalleryItem]:
 def summary_line(method: Method, fraction: float, runs: Mapping[int, Path]) -> dict[str, Any]:
     """What a fraction reached under all seeds: mean, each seed, interval over patients and seeds.
 
-    Every seed is judged on the same draws of patients; see `bootstrap.resampled_seeds`.
+    Every seed is judged on the same draws of patients; see `bootstrap.interval_over_seeds`.
 
     Args:
         method: Of the runs.
@@ -374,7 +373,7 @@ def summary_line(method: Method, fraction: float, runs: Mapping[int, Path]) -> d
                 test.labels, test.scores, test.patients(), draws=results[seed].bootstrap_draws
             )
             drawn.append(macro_draws(draws.auroc, columns))
-        interval = percentile_interval(resampled_seeds(np.stack(drawn)))
+        interval = share_over_seeds(np.array(by_seed), np.stack(drawn))
     known = [value for value in shortcut if value is not None]
     return {
         "method": method,
