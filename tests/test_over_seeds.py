@@ -163,7 +163,7 @@ def test_few_seeds_are_said_to_be_few(tmp_path: Path):
     runs = [leave(tmp_path / f"{arm}-{s}", arm, s) for arm in "ab" for s in range(5)]
     few = compare_over_seeds([*runs[:3], *runs[5:8]], draws=5)
     assert "b: an interval over 3 seeds is too narrow" in remarks(few)[0]
-    assert "75 %" in remarks(few)[0]
+    assert "75 of 100" in remarks(few)[0]
     assert remarks(compare_over_seeds(runs, draws=5)) == []
     assert remarks(compare_over_seeds(runs[:5], draws=5)) == []  # one arm, and no difference
 

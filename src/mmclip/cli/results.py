@@ -115,7 +115,10 @@ def results(
         drawn, parts, said = "patients", _parts(found), []
         plain = {"runs": [_plain_run(run) for run in found]}
     known = [] if first.protocol is None else published(first.protocol.id)
-    _print_tables(parts, said, first, known)
+    _print_tables(parts, first, drawn)
+    for sentence in said:
+        console.print(sentence, style="yellow", markup=False)
+    _print_published(known)
     if save is not None:
         save.write_text(_markdown(parts, said, first, known, drawn), "utf-8")
         console.print(f"written: {save}", markup=False, soft_wrap=True)
@@ -207,12 +210,7 @@ def _by_finding(
     ]
 
 
-def _print_tables(
-    parts: "Sequence[Part]",
-    said: "Sequence[str]",
-    first: "RunResults",
-    known: "Sequence[Published]",
-) -> None:
+def _print_tables(parts: "Sequence[Part]", first: "RunResults", drawn: str) -> None:
     for head, rows in parts:
         if rows:
             table = Table(*head, box=None, pad_edge=False)
@@ -226,8 +224,10 @@ def _print_tables(
             f"{first.min_count} films with the finding or without: {', '.join(few)}",
             style="dim",
         )
-    for sentence in said:
-        console.print(sentence, style="yellow", markup=False)
+    console.print(f"in brackets: 95 %, over {drawn}, the same for both of a pair", style="dim")
+
+
+def _print_published(known: "Sequence[Published]") -> None:
     if known:
         table = Table(*HEAD_PUBLISHED[:5], box=None, pad_edge=False)
         for row in known:
@@ -256,7 +256,8 @@ def _markdown(
         f"In brackets 95 % intervals over resampled {drawn}, the same for both of a pair. Data "
         f"{made.data_hash[:16]}, split {made.split}."
     )
-    return "\n".join([*tables, note + "\n", *(f"- {sentence}\n" for sentence in said)])
+    notes = [f"{note}\n", "".join(f"- {sentence}\n" for sentence in said)]
+    return "\n".join(part for part in [*tables, *notes] if part)
 
 
 def _plain_run(run: "Compared") -> dict:

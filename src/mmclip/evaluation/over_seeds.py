@@ -163,7 +163,7 @@ def remarks(arms: Sequence[Arm]) -> list[str]:
         elif n in HELD_PERCENT:
             said.append(
                 f"{which}: an interval over {n} seeds is too narrow; where seeds alone differ, "
-                f"{HELD_PERCENT[n]} % of such intervals hold the truth, not 95 %"
+                f"{HELD_PERCENT[n]} of 100 such intervals hold the truth, and not 95"
             )
     if any(run.results.kind == "finetune" for arm in arms for run in arm.runs.values()):
         said.append(
