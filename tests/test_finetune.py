@@ -31,7 +31,7 @@ from mmclip.evaluation.protocols import FineTuning, Protocol
 from mmclip.evaluation.results import read_results
 from mmclip.evaluation.scores import load_scores
 from mmclip.finetuning.features import start_of, stored_features
-from mmclip.finetuning.finetune import SUMMARY_FILE, Job, finetune, probe, run_one
+from mmclip.finetuning.finetune import SUMMARY_FILE, Job, finetune, probe, recipe_of, run_one
 from mmclip.finetuning.supervised import (
     FineTuneConfig,
     best_of,
@@ -406,10 +406,27 @@ def test_a_protocol_gives_findings_fractions_and_seeds_and_seeds_are_averaged(
     for seed, one in found.items():
         assert one.facts["training films"] == subsets_of(built, seed)["10"]["n_films"]
         assert {row.seen for row in one.findings} == {"none"}  # random weights
-        assert one.provenance.seed == seed and line["macro_auroc"][str(seed)] == one.macro_auroc
+        assert one.provenance.seed == one.provenance.train_seed == seed
+        assert line["macro_auroc"][str(seed)] == one.macro_auroc
     assert found[0].macro_auroc != found[1].macro_auroc
+    first, second = (one.provenance.recipe_hash for one in found.values())
+    assert first == second is not None  # random weights of either seed are of one recipe
     low, high = line["interval"]
     assert low <= line["mean"] <= high
+
+
+def test_the_recipe_of_fine_tuning_holds_the_weights_that_it_starts_from(job: Job, task: Task):
+    run, random = (start_of(init, job.run, job.folder) for init in ("run", "random"))
+    recipes = [
+        recipe_of(job, run, task, "weights", 0.1),
+        recipe_of(job, run, task, "of another seed of pre-training", 0.1),
+        recipe_of(job, run, task, "weights", 1.0),
+        recipe_of(replace(job, method="full"), run, task, "weights", 0.1),
+        recipe_of(replace(job, config=short("patience=3")), run, task, "weights", 0.1),
+        recipe_of(job, random, task, "weights", 0.1),
+    ]
+    assert len(set(recipes)) == len(recipes)
+    assert recipe_of(job, random, task, "of another seed", 0.1) == recipes[-1]
 
 
 def test_films_that_trained_the_run_are_not_scored(job: Job, task: Task):

@@ -17,7 +17,7 @@ from mmclip.data.records import Film
 from mmclip.data.synthetic import FINDINGS
 from mmclip.embed import PromptEmbeddings, embed_texts, probabilities
 from mmclip.evaluation.scores import rows_to_score
-from mmclip.evaluation.zeroshot import ZeroShot, evaluate, write_zeroshot, zeroshot
+from mmclip.evaluation.zeroshot import ZeroShot, evaluate, recipe_of, write_zeroshot, zeroshot
 from mmclip.prompts import PromptSet, load_prompts
 
 
@@ -252,5 +252,20 @@ def test_the_files_hold_what_the_results_say(made_run: Path, made_data: Path, tm
     meta = load_checkpoint(made_run).meta
     assert left["provenance"]["config_hash"] == meta["config_hash"]
     assert left["provenance"]["data_hash"] == meta["data_hash"]
+    assert left["provenance"]["train_seed"] == meta["config"]["train"]["seed"]
+    assert left["provenance"]["recipe_hash"] == recipe_of(load_checkpoint(made_run))
     assert left["facts"]["step"] == 6
     assert (tmp_path / "page.html").is_file() and (tmp_path / "plots" / "auroc.png").is_file()
+
+
+def test_the_recipe_of_weights_is_all_but_the_seed(made_run: Path):
+    last = load_checkpoint(made_run)
+
+    def under(**train: int) -> Checkpoint:
+        changed = last.config.train.model_copy(update=train)
+        return replace(last, config=last.config.model_copy(update={"train": changed}))
+
+    assert recipe_of(under(seed=5)) == recipe_of(last)
+    shuffled = replace(last, meta=last.meta | {"shuffle_pairs": True})
+    others = [under(batch_size=32), load_checkpoint(last.folder.with_name("step_000004")), shuffled]
+    assert recipe_of(last) not in map(recipe_of, others)

@@ -7,7 +7,7 @@ the known ones. Values derived from the configuration are computed where they ar
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -428,4 +428,17 @@ def _merge(base: dict, top: dict) -> dict:
 def config_hash(config: BaseModel) -> str:
     """SHA-256 of the resolved values: equal settings, equal hash, however they were written."""
     text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def recipe_hash(config: BaseModel, given: Mapping[str, Any]) -> str:
+    """SHA-256 of all that weights follow from but the seed: equal of runs that repeat one another.
+
+    Args:
+        config: With the seed in its section `train`.
+        given: What training had beside it, such as the hash of its data.
+    """
+    values = config.model_dump(mode="json")
+    del values["train"]["seed"]
+    text = json.dumps({"config": values, "given": dict(given)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -11,9 +11,11 @@ from mmclip.cli.shared import OverwriteOption, check_results, command_line, spli
 from mmclip.progress import console
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mmclip.evaluation.comparison import Compared, Difference, Published
+    from mmclip.evaluation.over_seeds import Arm
+    from mmclip.evaluation.results import RunResults
 
 app = typer.Typer()
 
@@ -39,6 +41,12 @@ def results(
     split: Annotated[str, typer.Option(help="For CSV files: val or test.")] = "test",
     draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    over_seeds: Annotated[
+        bool,
+        typer.Option(
+            "--over-seeds", help="One row for the runs that differ by their training seed alone."
+        ),
+    ] = False,
     save: Annotated[Path | None, typer.Option(help="Write the table as Markdown, too.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -47,13 +55,24 @@ def results(
     Published numbers of the same protocol stand below, with what keeps them from comparing. A CSV
     has a column film_id and one for each finding; it is judged first, and leaves its page in --out.
 
+    With --over-seeds, runs of one recipe (configuration but for the seed, training data, step) are
+    one row, and intervals of differences resample seeds and patients together. Folders may stand in
+    any order; the runs of the first one's recipe are the base.
+
     Example: `mmclip results runs/a/test runs/b/test`
 
     Example: `mmclip results b.csv runs/a --data data/chestxray14 --protocol chestxray14 --out b`
+
+    Example: `mmclip results runs/a-0/test runs/a-1/test runs/b-0/test runs/b-1/test --over-seeds`
     """
     from mmclip.evaluation.comparison import compare, judge_csv, published
+    from mmclip.evaluation.over_seeds import compare_over_seeds, remarks
 
     tables = [path for path in given if path.suffix.lower() == ".csv"]
+    if tables and over_seeds:
+        raise ValueError(
+            f"{tables[0]} holds scores, and no training seed; leave it or --over-seeds out"
+        )
     if tables and not (data and protocol and out):
         raise ValueError(
             f"{tables[0]} holds scores alone; give --data, --protocol and --out to have it judged"
@@ -83,18 +102,35 @@ def results(
             folders.append(out / path.stem)
         else:
             folders.append(path)
-    found = compare(folders, draws=draws, seed=seed)
-    for run in found:
-        if run.differs:
-            said = f"{run.name} compares, but for: {'; '.join(run.differs)}"
-            console.print(said, markup=False, soft_wrap=True)
-    rules = found[0].results.protocol
-    known = [] if rules is None else published(rules.id)
-    _print_compared(found, known)
+    if over_seeds:
+        arms = compare_over_seeds(folders, draws=draws, seed=seed)
+        first = next(run for run in arms[0].runs.values() if run.folder == folders[0]).results
+        _say_differences((arm.name, arm.differs) for arm in arms)
+        drawn, parts, said = "seeds and patients", _parts_over_seeds(arms), remarks(arms)
+        plain: dict = {"arms": [_plain_arm(arm) for arm in arms], "remarks": said}
+    else:
+        found = compare(folders, draws=draws, seed=seed)
+        first = found[0].results
+        _say_differences((run.name, run.differs) for run in found)
+        drawn, parts, said = "patients", _parts(found), []
+        plain = {"runs": [_plain_run(run) for run in found]}
+    known = [] if first.protocol is None else published(first.protocol.id)
+    _print_tables(parts, first, drawn)
+    for sentence in said:
+        console.print(sentence, style="yellow", markup=False)
+    _print_published(known)
     if save is not None:
-        save.write_text(_markdown(found, known), "utf-8")
+        save.write_text(_markdown(parts, said, first, known, drawn), "utf-8")
         console.print(f"written: {save}", markup=False, soft_wrap=True)
-    print(json.dumps(_plain(found, known), ensure_ascii=False))
+    plain["published"] = [row.model_dump(mode="json") for row in known]
+    print(json.dumps(plain, ensure_ascii=False))
+
+
+def _say_differences(runs: "Iterable[tuple[str, Sequence[str]]]") -> None:
+    for name, differs in runs:
+        if differs:
+            said = f"{name} compares, but for: {'; '.join(differs)}"
+            console.print(said, markup=False, soft_wrap=True)
 
 
 def _signed(difference: "Difference | None") -> str:
@@ -128,35 +164,70 @@ def _of_others(row: "Published") -> tuple[str, ...]:
 
 
 HEAD = ("run", "macro AUROC", "less the first", "AUPRC", "F1", "MCC")
+HEAD_SEEDS = ("runs", "macro AUROC", "over seeds", "less the first")
 HEAD_FINDINGS = ("finding", "first", "run", "AUROC", "less the first")
 HEAD_PUBLISHED = ("published by others", "setting", "AUROC", "F1", "not as here", "source")
 
 
-def _by_finding(found: "Sequence[Compared]") -> list[tuple[str, ...]]:
-    base = {row.finding: row.auroc for row in found[0].results.findings}
+Part = tuple[tuple[str, ...], list[tuple[str, ...]]]
+"""A table: its head and its rows."""
+
+
+def _parts(found: "Sequence[Compared]") -> list[Part]:
+    def aurocs(results: "RunResults") -> dict[str, float]:
+        return {row.finding: row.auroc for row in results.findings}
+
+    base, *others = found
+    of_others = [(run.name, aurocs(run.results), run.findings) for run in others]
+    return [(HEAD, _rows(found)), (HEAD_FINDINGS, _by_finding(aurocs(base.results), of_others))]
+
+
+def _parts_over_seeds(arms: "Sequence[Arm]") -> list[Part]:
+    rows: list[tuple[str, ...]] = []
+    for arm in arms:
+        values = arm.macro_aurocs().values()
+        spread = f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else "–"
+        rows.append((_named(arm), _number(arm.mean()), spread, _signed(arm.macro)))
+    base, *others = arms
+    of_others = [(arm.name, arm.means(), arm.findings) for arm in others]
+    return [(HEAD_SEEDS, rows), (HEAD_FINDINGS, _by_finding(base.means(), of_others))]
+
+
+def _named(arm: "Arm") -> str:
+    return f"{arm.name} x {len(arm.runs)} seed{'s' * (len(arm.runs) != 1)}"
+
+
+def _by_finding(
+    base: "Mapping[str, float]",
+    others: "Sequence[tuple[str, Mapping[str, float], Mapping[str, Difference]]]",
+) -> list[tuple[str, ...]]:
+    """A row for each finding of each other: name of the other, its AUROC, its differences."""
     return [
-        (row.finding, _number(base.get(row.finding)), run.name, _number(row.auroc), _signed(diff))
-        for run in found[1:]
-        for row in run.results.findings
-        if (diff := run.findings.get(row.finding)) is not None
+        (finding, _number(base.get(finding)), name, _number(auroc), _signed(differences[finding]))
+        for name, aurocs, differences in others
+        for finding, auroc in aurocs.items()
+        if finding in differences
     ]
 
 
-def _print_compared(found: "Sequence[Compared]", known: "Sequence[Published]") -> None:
-    parts = ((HEAD, _rows(found)), (HEAD_FINDINGS, _by_finding(found)))
+def _print_tables(parts: "Sequence[Part]", first: "RunResults", drawn: str) -> None:
     for head, rows in parts:
         if rows:
             table = Table(*head, box=None, pad_edge=False)
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-    few = [row.finding for row in found[0].results.findings if not row.in_macro]
+    few = [row.finding for row in first.findings if not row.in_macro]
     if few:
         console.print(
             f"no interval, and not in the macro average, for fewer than "
-            f"{found[0].results.min_count} films with the finding or without: {', '.join(few)}",
+            f"{first.min_count} films with the finding or without: {', '.join(few)}",
             style="dim",
         )
+    console.print(f"in brackets: 95 %, over {drawn}, the same for both of a pair", style="dim")
+
+
+def _print_published(known: "Sequence[Published]") -> None:
     if known:
         table = Table(*HEAD_PUBLISHED[:5], box=None, pad_edge=False)
         for row in known:
@@ -168,33 +239,46 @@ def _print_compared(found: "Sequence[Compared]", known: "Sequence[Published]") -
         )
 
 
-def _markdown(found: "Sequence[Compared]", known: "Sequence[Published]") -> str:
-    parts = [(HEAD, _rows(found)), (HEAD_FINDINGS, _by_finding(found))]
-    parts.append((HEAD_PUBLISHED, [_of_others(row) for row in known]))
+def _markdown(
+    parts: "Sequence[Part]",
+    said: "Sequence[str]",
+    first: "RunResults",
+    known: "Sequence[Published]",
+    drawn: str,
+) -> str:
     tables = [
         "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
-        for head, rows in parts
+        for head, rows in (*parts, (HEAD_PUBLISHED, [_of_others(row) for row in known]))
         if rows
     ]
-    made = found[0].results.provenance
+    made = first.provenance
     note = (
-        f"In brackets 95 % intervals over resampled patients, the same for both of a pair. Data "
+        f"In brackets 95 % intervals over resampled {drawn}, the same for both of a pair. Data "
         f"{made.data_hash[:16]}, split {made.split}."
     )
-    return "\n".join([*tables, note + "\n"])
+    notes = [f"{note}\n", "".join(f"- {sentence}\n" for sentence in said)]
+    return "\n".join(part for part in [*tables, *notes] if part)
 
 
-def _plain(found: "Sequence[Compared]", known: "Sequence[Published]") -> dict:
+def _plain_run(run: "Compared") -> dict:
     return {
-        "runs": [
-            {
-                "name": run.name,
-                "macro_auroc": run.results.macro_auroc,
-                "difference": None if run.macro is None else run.macro._asdict(),
-                "findings": {name: diff._asdict() for name, diff in run.findings.items()},
-                "differs": list(run.differs),
-            }
-            for run in found
-        ],
-        "published": [row.model_dump(mode="json") for row in known],
+        "name": run.name,
+        "macro_auroc": run.results.macro_auroc,
+        "difference": None if run.macro is None else run.macro._asdict(),
+        "findings": {name: diff._asdict() for name, diff in run.findings.items()},
+        "differs": list(run.differs),
+    }
+
+
+def _plain_arm(arm: "Arm") -> dict:
+    return {
+        "name": arm.name,
+        "folders": {seed: str(run.folder) for seed, run in arm.runs.items()},
+        "macro_auroc": arm.mean(),
+        "macro_auroc_by_seed": arm.macro_aurocs(),
+        "auroc": arm.means(),
+        "paired_seeds": list(arm.paired),
+        "difference": None if arm.macro is None else arm.macro._asdict(),
+        "findings": {name: diff._asdict() for name, diff in arm.findings.items()},
+        "differs": list(arm.differs),
     }

@@ -1,5 +1,7 @@
 """Results side by side: paired differences, published numbers, and scores of any model judged.
 
+Runs of one recipe under several seeds are compared as one in `over_seeds`.
+
 Two results stand in one table only when they are of the same films, findings and rules.
 """
 
@@ -100,6 +102,41 @@ class Compared:
     differs: tuple[str, ...] = ()  # from the first, and does not keep it from comparing
 
 
+class Run(NamedTuple):
+    """The results in a folder, and the scores that they are of."""
+
+    name: str  # that tells it from the others
+    folder: Path
+    results: RunResults
+    scores: Scored  # columns in the order of the first run's
+
+    def auroc_of(self) -> dict[str, float]:
+        """The AUROC of each finding that has one."""
+        return {row.finding: row.auroc for row in self.results.findings}
+
+
+def read_alike(folders: Sequence[Path]) -> list[Run]:
+    """Reads results that stand in one table.
+
+    Args:
+        folders: Each with results.json and scores.npz.
+
+    Raises:
+        ScoresError: When one is not of the same data, split, protocol, films and findings as the
+            first.
+    """
+    runs: list[Run] = []
+    for folder in folders:
+        results, scores = read_results(folder), load_scores(folder / SCORES_FILE)
+        first = runs[0] if runs else None
+        if first is not None:
+            scores = scores.in_order(first.scores.names())
+        runs.append(Run(_name(folder, folders), folder, results, scores))
+        if first is not None:
+            _check_alike(first, runs[-1])
+    return runs
+
+
 def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> list[Compared]:
     """Runs side by side, with paired differences to the first.
 
@@ -107,47 +144,43 @@ def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> lis
     both cancels out.
 
     Args:
-        folders: Each with results.json and scores.npz.
+        folders: See `read_alike`.
         draws: Bootstrap resamples of patients.
         seed: Of the resamples.
 
     Raises:
-        ScoresError: When two runs are not of the same data, split, protocol, films and findings.
+        ScoresError: See `read_alike`.
     """
-    runs = [(folder, read_results(folder), load_scores(folder / SCORES_FILE)) for folder in folders]
-    first, base, base_scores = runs[0]
-    out = [Compared(_name(first, folders), base, None, {})]
-    for folder, results, scores in runs[1:]:
-        names = base_scores.names()
-        scores = scores.in_order(names)
-        _check_alike(first, base, base_scores, folder, results, scores)
+    first, *others = read_alike(folders)
+    base = first.results
+    out = [Compared(first.name, base, None, {})]
+    names = first.scores.names()
+    counted = [names.index(name) for name in base.macro_findings]
+    for run in others:
         drawn = bootstrap_difference(
-            scores.labels,
-            scores.scores,
-            base_scores.scores,
-            scores.patients(),
+            run.scores.labels,
+            run.scores.scores,
+            first.scores.scores,
+            run.scores.patients(),
             draws=draws,
             seed=seed,
         ).auroc
-        counts = {row.finding for row in base.findings if row.in_macro}
-        ours, theirs = ({row.finding: row.auroc for row in r.findings} for r in (results, base))
+        ours, theirs = run.auroc_of(), first.auroc_of()
         by_finding = {
             name: Difference(
                 ours[name] - theirs[name],
-                percentile_interval(drawn[:, k]) if name in counts else None,
+                percentile_interval(drawn[:, k]) if k in counted else None,
             )
             for k, name in enumerate(names)
             if name in ours
         }
         macro = None
-        if results.macro_auroc is not None and base.macro_auroc is not None:
-            counted = [names.index(name) for name in base.macro_findings]
+        if run.results.macro_auroc is not None and base.macro_auroc is not None:
             macro = Difference(
-                results.macro_auroc - base.macro_auroc,
+                run.results.macro_auroc - base.macro_auroc,
                 percentile_interval(macro_draws(drawn, counted)),
             )
-        name = _name(folder, folders)
-        out.append(Compared(name, results, macro, by_finding, _differs(base, results)))
+        out.append(Compared(run.name, run.results, macro, by_finding, differs(base, run.results)))
     return out
 
 
@@ -167,7 +200,7 @@ def _benchmark(results: RunResults) -> str | None:
     return None if rules is None or rules.id == OWN_PROTOCOL else rules.hash
 
 
-def _differs(base: RunResults, results: RunResults) -> tuple[str, ...]:
+def differs(base: RunResults, results: RunResults) -> tuple[str, ...]:
     """What of two results that compare is not the same, for people."""
 
     def rules(of: RunResults) -> str:
@@ -182,30 +215,30 @@ def _differs(base: RunResults, results: RunResults) -> tuple[str, ...]:
     return tuple(f"{other}, the first: {one}" for one, other in facts if one != other)
 
 
-def _check_alike(
-    first: Path, base: RunResults, base_scores: Scored,
-    folder: Path, results: RunResults, scores: Scored,
-) -> None:  # fmt: skip
-    protocols = [_benchmark(r) for r in (base, results)]
-    facts = (
-        ("data hash", base.provenance.data_hash, results.provenance.data_hash),
-        ("split", base.provenance.split, results.provenance.split),
-        ("protocol", *protocols),
-        ("findings", base_scores.names(), scores.names()),
-        ("films", base_scores.film_id.tolist(), scores.film_id.tolist()),
-        ("macro findings", sorted(base.macro_findings), sorted(results.macro_findings)),
-    )
-    for what, one, other in facts:
-        if one != other:
+def _check_alike(first: Run, other: Run) -> None:
+    of_both = first, other
+    facts = {
+        "data hash": [run.results.provenance.data_hash for run in of_both],
+        "split": [run.results.provenance.split for run in of_both],
+        "protocol": [_benchmark(run.results) for run in of_both],
+        "findings": [run.scores.names() for run in of_both],
+        "films": [run.scores.film_id.tolist() for run in of_both],
+        "macro findings": [sorted(run.results.macro_findings) for run in of_both],
+    }
+    for what, (one, two) in facts.items():
+        if one != two:
             said = ""
             if what not in ("films", "findings", "macro findings"):
-                said = f" ({str(one)[:16]} and {str(other)[:16]})"
+                said = f" ({str(one)[:16]} and {str(two)[:16]})"
             raise ScoresError(
-                f"{first} and {folder} are not of the same {what}{said}; numbers of different "
-                f"{what} do not compare. Score both on the same data folder, split and protocol"
+                f"{first.folder} and {other.folder} are not of the same {what}{said}; numbers of "
+                f"different {what} do not compare. Score both on the same data folder, split and "
+                f"protocol"
             )
-    if not np.array_equal(base_scores.labels, scores.labels, equal_nan=True):
-        raise ScoresError(f"{first} and {folder} hold other labels of the same films; score again")
+    if not np.array_equal(first.scores.labels, other.scores.labels, equal_nan=True):
+        raise ScoresError(
+            f"{first.folder} and {other.folder} hold other labels of the same films; score again"
+        )
 
 
 def judge_csv(

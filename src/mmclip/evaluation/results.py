@@ -142,8 +142,10 @@ class Provenance(_Part):
     """What it takes to get the numbers again."""
 
     command: str
-    seed: int
+    seed: int  # of the bootstrap; of fine-tuning, of its training
     config_hash: str | None = None  # None for scores of a model that is not ours
+    train_seed: int | None = None  # of the weights, or of fine-tuning them; None where not known
+    recipe_hash: str | None = None  # of what they follow from but that seed: config.recipe_hash
     data_hash: str
     split: str = "built"  # name of the split, and where it has one, its hash
     prompt_set: str | None = None

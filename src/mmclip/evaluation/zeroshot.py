@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.config import recipe_hash
 from mmclip.data.batches import SEEN_FILE
 from mmclip.data.check import TRAINED_FILE, refuse_trained
 from mmclip.data.dataset import Rows, open_rows
@@ -266,6 +267,8 @@ def write_zeroshot(
         "command": command,
         "seed": seed,
         "config_hash": checkpoint.meta["config_hash"],
+        "train_seed": checkpoint.config.train.seed,
+        "recipe_hash": recipe_of(checkpoint),
         "data_hash": result.rows.data_hash,
         "split": split,
         "prompt_set": f"{prompts.id} version {prompts.version}",
@@ -283,6 +286,12 @@ def write_zeroshot(
         gallery=result.gallery(checkpoint, gallery),
         prompts={finding: prompts.texts(finding) for finding in result.test.names()},
     )
+
+
+def recipe_of(checkpoint: Checkpoint) -> str:
+    """The hash of what the weights of a checkpoint follow from, all but the seed."""
+    given = {key: checkpoint.meta[key] for key in ("data_hash", "shuffle_pairs", "step")}
+    return recipe_hash(checkpoint.config, given)
 
 
 def run_folder(checkpoint: Checkpoint) -> Path:

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from jaxtyping import Float
 
-from mmclip.config import config_hash
+from mmclip.config import config_hash, recipe_hash
 from mmclip.data.dataset import Rows
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.splits import ids_hash
@@ -133,6 +133,27 @@ def run_hash(job: Job, start: Start, task: Task, weights: str, seed: int) -> str
         "draws": job.draws,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def recipe_of(job: Job, start: Start, task: Task, weights: str, fraction: float) -> str:
+    """The hash of what fine-tuned weights follow from, all but the seed of fine-tuning.
+
+    That seed, `train_seed` in results, draws the subset of the patients, new weights and the order.
+    A pre-training that fine-tuning starts from is part of the recipe by its weights: those of
+    another seed are another recipe, as seeds of fine-tuning say nothing of how they differ. Random
+    weights are drawn by the seed, so that of them the architecture alone is part of it.
+    """
+    random_of = start.checkpoint.meta["vision_config"] if start.checkpoint else None
+    given = {
+        "method": job.method,
+        "start": {"random": random_of} if start.is_random else weights,
+        "features": start.features,
+        "fraction": fraction,
+        "protocol": task.protocol.hash,
+        "data": task.rows.data_hash,
+        "split": task.split,
+    }
+    return recipe_hash(job.config, given)
 
 
 def finetune(job: Job) -> Path:
@@ -312,6 +333,8 @@ def run_one(
         "command": job.command,
         "seed": seed,
         "config_hash": config_hash(job.config),
+        "train_seed": seed,
+        "recipe_hash": recipe_of(job, start, task, weights, fraction),
         "data_hash": rows.data_hash,
         "split": task.split,
         "device": device,
