@@ -56,7 +56,7 @@ def results(
     has a column film_id and one for each finding; it is judged first, and leaves its page in --out.
 
     With --over-seeds, runs of one recipe (configuration but for the seed, training data, step) are
-    one row, and intervals of differences resample seeds and patients together. Folders may stand in
+    one row, and intervals of differences are over seeds and patients together. Folders may stand in
     any order; the runs of the first one's recipe are the base.
 
     Example: `mmclip results runs/a/test runs/b/test`
@@ -253,7 +253,7 @@ def _markdown(
     ]
     made = first.provenance
     note = (
-        f"In brackets 95 % intervals over resampled {drawn}, the same for both of a pair. Data "
+        f"In brackets 95 % intervals over {drawn}, the same for both of a pair. Data "
         f"{made.data_hash[:16]}, split {made.split}."
     )
     notes = [f"{note}\n", "".join(f"- {sentence}\n" for sentence in said)]
