@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import mmclip as package
+from mmclip import doctor
 from mmclip.cli import app
 from mmclip.cli.shared import check_results
 from mmclip.data.synthetic import FINDINGS, PRESETS
 from mmclip.demo import _make_room
+from mmclip.doctor import OPTIONAL
 from tests.commands import Ended, mmclip
 
 
@@ -455,6 +458,25 @@ def test_doctor_finds_a_damaged_folder_and_names_the_file(
     assert ended.out == "" and "Traceback" not in ended.err and "error: " not in ended.err
     (bad,) = (line for line in ended.err.splitlines() if line.startswith("BAD"))
     assert Path(file).name in bad
+
+
+def test_doctor_names_every_package_of_every_extra():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    extras = project["project"]["optional-dependencies"]
+    of_extras = {
+        re.match(r"[\w.-]+", requirement)[0]: extra  # pyright: ignore[reportOptionalSubscript]
+        for extra, requirements in extras.items()
+        if extra != "dev"  # of those who work on mmclip
+        for requirement in requirements
+    }
+    assert of_extras == OPTIONAL
+
+
+def test_doctor_says_how_a_package_that_is_not_installed_is_had(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package": "dask"})
+    (found,) = (f for f in doctor.examine_machine() if f.what == "no-such-package")
+    assert found.is_sound
+    assert found.detail == "not installed (optional; pip install 'mmclip[dask]')"
 
 
 def test_doctor_says_of_any_other_folder_what_it_is_not(tmp_path: Path):
