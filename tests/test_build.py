@@ -19,9 +19,10 @@ from mmclip.data.cache import FilmCache, verify_cache
 from mmclip.data.folder import ManifestError, read_meta
 from mmclip.data.images import resize_film
 from mmclip.data.manifest import read_manifest
+from mmclip.data.mapping import CsvMapping, load_mapping
 from mmclip.data.parts import Shard
 from mmclip.data.records import Film, Reason
-from mmclip.data.tables import CsvMapping, SourceError, load_mapping, read_csv
+from mmclip.data.tables import SourceError, read_csv
 from tests.made_files import NAME, NUMBER, blank, dicom, encoded, huge_png, ramp
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 from mmclip.config import ConfigError
+from mmclip.data.mapping import CsvMapping, load_mapping
 from mmclip.data.records import Excluded, Film, Reason
 from mmclip.data.sources import open_reader
-from mmclip.data.tables import CsvMapping, SourceError, load_mapping, parse_age, read_csv
+from mmclip.data.tables import SourceError, parse_age, read_csv
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "mixed_films.toml"
 
