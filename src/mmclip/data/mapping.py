@@ -1,14 +1,20 @@
 """The mapping of a CSV table: a TOML file that says what its columns and words mean."""
 
+import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mmclip.config import ConfigError, Frozen, parse
 from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Split, View
 from mmclip.data.rows import SourceError
+
+KEY_LIKENESS = 0.75
+"""A key as much like a known one (`difflib`, 1 is equal) is taken for a misspelling of it.
+[chosen: "imgae" and "reprot" are]"""
 
 
 class Columns(Frozen):
@@ -121,10 +127,22 @@ def load_mapping(path: Path) -> CsvMapping:
 
     Raises:
         SourceError: When the file cannot be read, or is no TOML.
-        ConfigError: When a key is unknown or missing, or a value breaks a rule.
+        ConfigError: When keys are unknown or missing, or values break a rule; all at once.
+    """
+    mapping, _, problems = check_mapping(mapping_values(path))
+    if mapping is None:
+        raise ConfigError(several(f"mapping {path}", problems))
+    return mapping
+
+
+def mapping_values(path: Path) -> dict[str, Any]:
+    """What the TOML file of a mapping holds.
+
+    Raises:
+        SourceError: When the file cannot be read, or is no TOML.
     """
     try:
-        values = tomllib.loads(path.read_text("utf-8-sig"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise SourceError(
             f"the mapping {path} cannot be read: {error.strerror}; give the TOML file that says "
@@ -135,12 +153,69 @@ def load_mapping(path: Path) -> CsvMapping:
             f"the mapping {path} is no valid TOML: {error}; mend that place, or write it anew "
             f"after docs/data.md"
         ) from None
-    columns = values.get("columns", {})
+
+
+def check_mapping(values: dict[str, Any]) -> tuple[CsvMapping | None, dict[str, Any], list[str]]:
+    """Checks the values of a mapping.
+
+    Returns:
+        The mapping, or None where there is a problem; the values as they were most likely meant,
+        which tell the columns of the table; and all problems. What follows from a misspelt key
+        alone is none.
+    """
+    problems: list[str] = []
+    meant = dict(_known(values, CsvMapping, "the mapping", problems))
+    columns = meant["columns"] = _known(meant.get("columns", {}), Columns, "[columns]", problems)
     if isinstance(columns, dict) and "patient_id" not in columns:
-        lacks = "names no column patient_id in" if columns else "has no section"
-        raise ConfigError(
-            f"the mapping {path} {lacks} [columns], which says how the table calls what is read: "
-            f"patient_id, film_id or image, and more; add such lines as "
-            f'patient_id = "the name in the table" (docs/data.md shows them)'
+        problems.append(
+            f"{'[columns] names no column patient_id' if columns else 'there is no [columns]'}, "
+            f"which says how the table calls what is read: patient_id, film_id or image, and more; "
+            f'add such lines as patient_id = "the name in the table" (docs/data.md shows them)'
         )
-    return parse(CsvMapping, values, f"mapping {path}")
+        meant["columns"] = {
+            "patient_id": "",
+            **(columns or {"film_id": ""}),
+        }  # told; `parse` goes on
+    if isinstance(meant.get("labels"), dict):
+        labels = meant["labels"] = dict(_known(meant["labels"], Labels, "[labels]", problems))
+        if isinstance(labels.get("map"), dict):
+            labels["map"] = {
+                word: _known(meaning, Meaning, f"[labels.map] {word}", problems)
+                for word, meaning in labels["map"].items()
+            }
+    try:
+        mapping = parse(CsvMapping, meant, "rules")
+    except ConfigError as error:
+        problems.append(str(error).removeprefix("rules: "))
+        mapping = None
+    return None if problems else mapping, meant, problems
+
+
+def _known(values: Any, model: type[Frozen], section: str, problems: list[str]) -> Any:
+    """A section with its unknown keys left out, or as most likely meant; tells them all."""
+    if not isinstance(values, dict):
+        return values  # `parse` tells what it must be
+    known, unknown, out = list(model.model_fields), [], {}
+    for key, value in values.items():
+        if key in known:
+            out[key] = value
+            continue
+        near = difflib.get_close_matches(key, set(known) - set(values), 1, KEY_LIKENESS)
+        unknown.append(f"{key!r} ({near[0]}?)" if near else repr(key))
+        if near:
+            out.setdefault(near[0], value)
+    if unknown:
+        its = ", ".join(sorted(known))
+        problems.append(f"{section} has no key {', '.join(unknown)}; its keys are {its}")
+    return out
+
+
+def several(where: str, problems: Sequence[str]) -> str:
+    """A message of one problem or more, each then on a line of its own.
+
+    They are numbered, as the command line says an error in one line.
+    """
+    if len(problems) == 1:
+        return f"{where}: {problems[0]}"
+    numbered = (f"({number}) {problem}" for number, problem in enumerate(problems, 1))
+    return "\n".join((f"{where} has {len(problems)} problems:", *numbered))

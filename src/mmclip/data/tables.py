@@ -10,7 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import cast, get_args
 
-from mmclip.data.mapping import Columns, CsvMapping, Labels
+from mmclip.config import ConfigError
+from mmclip.data.mapping import (
+    Columns,
+    CsvMapping,
+    Labels,
+    check_mapping,
+    mapping_values,
+    several,
+)
 from mmclip.data.records import (
     ABSENT,
     PRESENT,
@@ -23,7 +31,7 @@ from mmclip.data.records import (
     Split,
     View,
 )
-from mmclip.data.rows import Row, SourceError, read_rows
+from mmclip.data.rows import Row, SourceError, header_of, read_rows
 from mmclip.data.text import Report, make_report, parse_report
 
 logger = logging.getLogger(__name__)
@@ -32,11 +40,37 @@ LIKENESS = 0.85
 """A finding as much like another one (`difflib`, 1 is equal) is taken for a misspelling of it.
 [chosen: "pleural efusion" and "oedema" are; "rib fracture" is none of "fracture"]"""
 
+REMEDY = "mend the quotes of the table, the names of its columns, or the mapping"
+"""The next step where a user's table cannot be read."""
 
 _VIEWS: dict[str, View] = {"": "unknown", "?": "unknown", "unknown": "unknown", "lateral": "L"}
 _VIEWS |= {view.lower(): view for view in get_args(View)}
 _SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}
 _BLANKS = {"", "nan", "n/a", "na", "none", "null"}
+
+
+def read_mapped(root: Path, mapping: Path, table: Path | None = None) -> Iterator[Record]:
+    """The rows of a CSV table by the TOML file of its mapping; see `read_csv`.
+
+    Raises:
+        SourceError: When either cannot be read, or they do not fit.
+        ConfigError: When the mapping breaks a rule; then columns that are not there are told, too.
+    """
+    found, meant, problems = check_mapping(mapping_values(mapping))
+    if found is not None:
+        return read_csv(root, found, table)
+    try:
+        path = _find_table(root, str(meant.get("table", "studies.csv")), table)
+        delimiter = meant.get("delimiter", ",")
+        if isinstance(delimiter, str) and len(delimiter) == 1:
+            header = header_of(path, delimiter=delimiter, remedy=REMEDY)
+            labels = meant.get("labels")
+            of_findings = labels.get("columns") if isinstance(labels, dict) else None
+            used = _used(meant["columns"], of_findings)
+            problems += [f"{path}: {said}" for said in _column_problems(header, used)]
+    except SourceError as error:
+        problems.append(str(error))
+    raise ConfigError(several(f"mapping {mapping}", problems))
 
 
 def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iterator[Record]:
@@ -49,24 +83,30 @@ def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iter
 
     Args:
         root: Folder that the image paths are relative to.
+        mapping: Of the table.
         table: Read in place of `mapping.table`.
 
     Raises:
-        SourceError: At once, before any record: when the table cannot be read, lacks a column, or
-            holds label, view or split words that the mapping does not explain (all are listed);
-            or when `labels.closed` lists what looks like a misspelt finding.
+        SourceError: At once, before any record, with all problems: when the table cannot be read,
+            lacks columns, or holds label, view or split words that the mapping does
+            not explain; or when `labels.closed` lists what looks like a misspelt finding.
     """
-    path = root / mapping.table if table is None else table
-    if not path.is_file():
-        where = (
-            f"name it in the mapping (table = ..., below --root; now {mapping.table!r}), or give "
-            f"it by --table"
-            if table is None
-            else "give another one by --table (a path from here, not below --root)"
-        )
-        raise SourceError(f"there is no table {path}; {where}")
-    _check_words(path, mapping)
+    path = _find_table(root, mapping.table, table)
+    _check_table(path, mapping)
     return _csv_records(path, mapping)
+
+
+def _find_table(root: Path, name: str, table: Path | None) -> Path:
+    """The table's path: of the mapping's name below the root, or as it is given."""
+    path = root / name if table is None else table
+    if path.is_file():
+        return path
+    where = (
+        f"name it in the mapping (table = ..., below --root; now {name!r}), or give it by --table"
+        if table is None
+        else "give another one by --table (a path from here, not below --root)"
+    )
+    raise SourceError(f"there is no table {path}; {where}")
 
 
 def _csv_records(path: Path, mapping: CsvMapping) -> Iterator[Record]:
@@ -172,7 +212,7 @@ def _said_by_words(words: tuple[str, ...], rules: Labels) -> list[tuple[str, int
         if word in rules.map:
             said += rules.map[word].labels()
         elif word not in rules.unknown:
-            said.append((word.lower(), PRESENT))  # `_check_words` has seen that it is a finding
+            said.append((word.lower(), PRESENT))  # `_check_table` has seen that it is a finding
     return said
 
 
@@ -200,56 +240,45 @@ def _value(text: str, column: str) -> int:
     return int(number)
 
 
-def _check_words(path: Path, mapping: CsvMapping) -> None:
-    """Refuses a table with words that the mapping does not explain, all at once."""
-    said = {finding for meaning in mapping.labels.map.values() for finding, _ in meaning.labels()}
+def _check_table(path: Path, mapping: CsvMapping) -> None:
+    """Refuses a table that the mapping does not fit, with all problems at once."""
     rules, columns = mapping.labels, mapping.columns
+    header = header_of(path, delimiter=mapping.delimiter, remedy=REMEDY)
+    used = _used(dict(columns), rules.columns)
+    problems = _column_problems(header, used) if header else []  # `read_rows` tells of an empty one
+    said = {finding for meaning in rules.map.values() for finding, _ in meaning.labels()}
     known_labels = {*rules.map, *rules.unknown}
     names = {name for listed in rules.closed.values() for name in listed}
     known_views, known_splits = {*_VIEWS, *mapping.views}, {"", *get_args(Split), *mapping.splits}
     unmapped: dict[str, Counter[str]] = {"labels.map": Counter(), "views": Counter()}
     unmapped["splits"] = Counter()
-    for cells, problem in _rows(path, mapping):
-        if problem:
-            continue
-        for word in _words(_cell(cells, columns.labels), rules):
-            if word not in known_labels and word.lower() not in names:
-                unmapped["labels.map"][word] += 1
-            elif word not in known_labels:
-                said.add(word.lower())
-        if (view := _cell(cells, columns.view)).lower() not in known_views:
-            unmapped["views"][view] += 1
-        if (split := _cell(cells, columns.split)).lower() not in known_splits:
-            unmapped["splits"][split] += 1
-    problems = [
-        f"[{section}] does not explain "
-        + ", ".join(f"{word!r} ({n})" for word, n in counts.most_common())
-        for section, counts in unmapped.items()
-        if counts
-    ]
+    try:
+        for cells, problem in read_rows(path, (), delimiter=mapping.delimiter, remedy=REMEDY):
+            if problem:
+                continue
+            for word in _words(_cell(cells, columns.labels), rules):
+                if word not in known_labels and word.lower() not in names:
+                    unmapped["labels.map"][word] += 1
+                elif word not in known_labels:
+                    said.add(word.lower())
+            if (view := _cell(cells, columns.view)).lower() not in known_views:
+                unmapped["views"][view] += 1
+            if (split := _cell(cells, columns.split)).lower() not in known_splits:
+                unmapped["splits"][split] += 1
+    except SourceError as error:
+        if not problems:
+            raise
+        problems.append(str(error))
+    for section, counts in unmapped.items():
+        if counts:
+            words = ", ".join(f"{word!r} ({n})" for word, n in counts.most_common())
+            problems.append(f"[{section}] does not explain {words}; add the words to the mapping")
+    never: set[str] = set()
+    if columns.labels is None or columns.labels in header:
+        misspelt, never = _never_said(rules.closed, said)
+        problems += misspelt
     if problems:
-        raise SourceError(f"{path}: {'; '.join(problems)}; add the words to the mapping")
-    _check_closed(path, rules.closed, said)
-
-
-def _check_closed(path: Path, closed: Mapping[str, Sequence[str]], said: Set[str]) -> None:
-    """Refuses a listed finding that is never said and is spelt nearly as one that is.
-
-    Names of findings are free, so any other listed finding that no film has is only told.
-    """
-    misspelt, never = [], set()
-    for source, listed in closed.items():
-        for finding in sorted(set(listed) - said):
-            if near := difflib.get_close_matches(finding, sorted(said), n=1, cutoff=LIKENESS):
-                where = f"[labels.closed] {source} lists {finding!r}"
-                misspelt.append(f"{where}, which no label says; {near[0]!r} is said")
-            else:
-                never.add(finding)
-    if misspelt:
-        raise SourceError(
-            f"{path}: {'; '.join(misspelt)}; mend the name, or give it a word in [labels.map] if "
-            f"it is another finding"
-        )
+        raise SourceError(several(str(path), problems))
     if never:
         logger.warning(
             "%s: no label says %s; where [labels.closed] lists it, it is absent from every film",
@@ -258,13 +287,55 @@ def _check_closed(path: Path, closed: Mapping[str, Sequence[str]], said: Set[str
         )
 
 
+def _used(columns: object, of_findings: object) -> dict[str, list[str]]:
+    """The table's columns that a mapping names, and under which keys."""
+    used: dict[str, list[str]] = {}
+    for key, name in columns.items() if isinstance(columns, dict) else ():
+        if isinstance(name, str) and name:
+            used.setdefault(name, []).append(key)
+    for name in of_findings if isinstance(of_findings, dict) else ():
+        used.setdefault(name, []).append("labels.columns")
+    return used
+
+
+def _column_problems(header: Sequence[str], used: Mapping[str, Sequence[str]]) -> list[str]:
+    """What keeps a table from being read by the columns that its mapping names."""
+
+    def listed(names: Sequence[str]) -> str:
+        return ", ".join(f"{name!r} ({', '.join(used[name])})" for name in names)
+
+    problems = []
+    if missing := [name for name in used if name not in header]:
+        problems.append(
+            f"no column {listed(missing)}; its columns are {', '.join(header)}; name them in the "
+            f"mapping as the table does"
+        )
+    if doubled := [name for name in used if header.count(name) > 1]:
+        problems.append(f"the column {listed(doubled)} is there twice; rename one in the table")
+    return problems
+
+
+def _never_said(closed: Mapping[str, Sequence[str]], said: Set[str]) -> tuple[list[str], set[str]]:
+    """The listed findings that no label says: problems of those that look misspelt, and the others.
+
+    Names of findings are free, so one that is spelt nearly as a finding that is said is a problem,
+    and any other is only told.
+    """
+    misspelt, never = [], set()
+    for source, listed in closed.items():
+        for finding in sorted(set(listed) - said):
+            if near := difflib.get_close_matches(finding, sorted(said), n=1, cutoff=LIKENESS):
+                misspelt.append(
+                    f"[labels.closed] {source} lists {finding!r}, which no label says; "
+                    f"{near[0]!r} is said; mend the name, or give it a word in [labels.map] if it "
+                    f"is another finding"
+                )
+            else:
+                never.add(finding)
+    return misspelt, never
+
+
 def _rows(path: Path, mapping: CsvMapping) -> Iterator[Row]:
     """The rows of a user's table, with the columns that the mapping names."""
-    named = {column for _, column in mapping.columns if column is not None}
-    named |= set(mapping.labels.columns)
-    return read_rows(
-        path,
-        sorted(named),
-        delimiter=mapping.delimiter,
-        remedy="mend the quotes of the table, the names of its columns, or the mapping",
-    )
+    used = _used(dict(mapping.columns), mapping.labels.columns)
+    return read_rows(path, list(used), delimiter=mapping.delimiter, remedy=REMEDY)
