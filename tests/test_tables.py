@@ -199,6 +199,25 @@ def test_findings_are_not_called_misspelt_where_their_column_is_not_read(tmp_pat
     assert "nodules" not in str(caught.value)
 
 
+@pytest.mark.parametrize("rows", ["", "\n  \n"])
+def test_a_header_without_rows_is_one_error_and_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: str
+):
+    given = {"map": MAPPED, "closed": {"*": ["edema", "nodule"]}}
+    with pytest.raises(SourceError, match=r"studies\.csv: a header and no rows below it; "):
+        read(tmp_path, f"film,patient,labels\n{rows}", columns={"labels": "labels"}, labels=given)
+    assert caplog.messages == []
+
+
+def test_a_table_of_broken_rows_alone_says_nothing_of_findings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    given = {"map": MAPPED, "closed": {"*": ["edema", "nodule"]}}
+    text = "film,patient,labels\na,p,,\n"
+    (out,) = read(tmp_path, text, columns={"labels": "labels"}, labels=given)
+    assert isinstance(out, Excluded) and caplog.messages == []
+
+
 def test_an_unknown_key_lists_the_known_ones(tmp_path: Path):
     (tmp_path / "m.toml").write_text('[columns]\npatient_id = "p"\nimgae = "film"\n')
     with pytest.raises(ConfigError) as caught:

@@ -88,7 +88,7 @@ def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iter
 
     Raises:
         SourceError: At once, before any record, with all problems: when the table cannot be read,
-            lacks columns, or holds label, view or split words that the mapping does
+            has no rows, lacks columns, or holds label, view or split words that the mapping does
             not explain; or when `labels.closed` lists what looks like a misspelt finding.
     """
     path = _find_table(root, mapping.table, table)
@@ -252,10 +252,13 @@ def _check_table(path: Path, mapping: CsvMapping) -> None:
     known_views, known_splits = {*_VIEWS, *mapping.views}, {"", *get_args(Split), *mapping.splits}
     unmapped: dict[str, Counter[str]] = {"labels.map": Counter(), "views": Counter()}
     unmapped["splits"] = Counter()
+    n_rows = n_sound = 0
     try:
         for cells, problem in read_rows(path, (), delimiter=mapping.delimiter, remedy=REMEDY):
+            n_rows += 1
             if problem:
                 continue
+            n_sound += 1
             for word in _words(_cell(cells, columns.labels), rules):
                 if word not in known_labels and word.lower() not in names:
                     unmapped["labels.map"][word] += 1
@@ -269,12 +272,15 @@ def _check_table(path: Path, mapping: CsvMapping) -> None:
         if not problems:
             raise
         problems.append(str(error))
+    else:
+        if not n_rows:
+            problems.append("a header and no rows below it; give a table with rows")
     for section, counts in unmapped.items():
         if counts:
             words = ", ".join(f"{word!r} ({n})" for word, n in counts.most_common())
             problems.append(f"[{section}] does not explain {words}; add the words to the mapping")
     never: set[str] = set()
-    if columns.labels is None or columns.labels in header:
+    if n_sound and (columns.labels is None or columns.labels in header):
         misspelt, never = _never_said(rules.closed, said)
         problems += misspelt
     if problems:
