@@ -1,4 +1,4 @@
-"""`mmclip retrieve`: the nearest studies in one's own data, and how good retrieval is."""
+"""`mmclip retrieve`: the nearest patients in one's own data, and how good retrieval is."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def retrieve(
         Path | None,
         typer.Option(help="Folder for found.png; with --evaluate (needed) for retrieval.json."),
     ] = None,
-    top: Annotated[int, typer.Option(help="Search: how many studies.", min=1)] = 10,
+    top: Annotated[int, typer.Option(help="Search: how many patients.", min=1)] = 10,
     split: Annotated[
         str | None, typer.Option(help="train, val or test. [search: all; --evaluate: test]")
     ] = None,
@@ -58,13 +58,13 @@ def retrieve(
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
-    """Finds the nearest studies for a film or a phrase; `--evaluate` scores retrieval.
+    """Finds the nearest patients for a film or a phrase; `--evaluate` scores retrieval.
 
     Example: `mmclip retrieve --run runs/a --data data/films --film new.dcm --out found`
 
     Example: `mmclip retrieve --run runs/a --data data/films --evaluate --out runs/a/retrieval`
 
-    A search prints a table on stderr, and on stdout a line of JSON for each study.
+    A search prints a table on stderr, and on stdout a line of JSON for each patient.
     """
     from mmclip.data.folder import check_place
     from mmclip.retrieval.ranking import RETRIEVAL_FILE, evaluate_retrieval
@@ -108,7 +108,7 @@ def retrieve(
 
 
 def print_found(search: "Search", top: int) -> None:
-    """The table for people on stderr, a line of JSON a study on stdout."""
+    """The table for people on stderr, a line of JSON a patient on stdout."""
     table = Table(box=None, pad_edge=False, expand=True)
     for name in ("rank", "similarity"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -123,11 +123,11 @@ def print_found(search: "Search", top: int) -> None:
         table.add_row(str(record["rank"]), similarity, film, record["view"], report)
         print(json.dumps(record, ensure_ascii=False))
     kind = "film with film" if search.query.pixels is not None else "phrase with film"
-    said = f"the nearest studies for {search.query.said} (similarity: cosine, {kind})"
+    said = f"the nearest patients for {search.query.said} (similarity: cosine, {kind})"
     console.print(said, markup=False, soft_wrap=True)
     console.print(table)
     if len(search.found) < top:
-        console.print(f"there are no more than {len(search.found)} studies to find", style="dim")
+        console.print(f"there are no more than {len(search.found)} patients to find", style="dim")
 
 
 def print_retrieval(results: "RetrievalResults") -> None:
