@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from mmclip import embedding_store
 from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.cli import retrieve as cli
 from mmclip.data.batches import TrainingBatches, still
 from mmclip.data.build import build_data
 from mmclip.data.check import TRAINED_FILE, patient_key, trained_keys
@@ -346,6 +348,25 @@ def test_films_without_reports_are_found_once_a_patient_and_not_of_the_own_one(
     for one in found.found:
         own = similarity[patients == patients[one.row]]
         assert one.similarity == pytest.approx(own.max(), abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [8, 34, 64])
+def test_an_id_stays_whole_in_a_terminal_of_80_columns(
+    made: Made, monkeypatch: pytest.MonkeyPatch, length: int
+):
+    found = made.search(phrase="No edema.", top=3)
+    long = changed(found.rows, lambda i, film: replace(film, film_id=f"{i:x>{length}}"))
+    long = changed(long, lambda i, film: replace(film, report="Small left pleural effusion. " * 9))
+    shown = io.StringIO()
+    terminal = Console(file=shown, width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(cli, "console", terminal)
+    cli.print_found(replace(found, rows=long), top=3)
+    lines = shown.getvalue().splitlines()
+    for one in found.found:
+        assert sum(f" {one.row:x>{length}} " in line for line in lines) == 1
+    with_report = [line for line in lines if "Small left" in line]
+    assert len(with_report) == (0 if length == 64 else 3)
+    assert all(len(line) <= 80 for line in with_report)
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +28,9 @@ app = typer.Typer()
 
 REPORT_CHARS = 120
 """Of a report in the table. [chosen: two sentences; the lines on stdout hold it whole]"""
+
+REPORT_LEAST = 16
+"""Columns of the terminal under which no report is shown. [chosen: two words]"""
 
 
 @app.command()
@@ -109,23 +113,33 @@ def retrieve(
 
 def print_found(search: "Search", top: int) -> None:
     """The table for people on stderr, a line of JSON a patient on stdout."""
-    table = Table(box=None, pad_edge=False, expand=True)
-    for name in ("rank", "similarity"):
+    records = list(search.records())
+    # Ids stay whole, to be copied: in a narrow terminal reports are cut, or left out.
+    longest = max((cell_len(record["film_id"]) for record in records), default=0)
+    beside = len("rank cosine  unknown films ")
+    room = console.width - longest - beside
+    table = Table(box=None, pad_edge=False)
+    for name in ("rank", "cosine"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("film", overflow="fold", max_width=32)
+    table.add_column("film", no_wrap=True, min_width=longest)
     table.add_column("view", no_wrap=True)
-    table.add_column("report", no_wrap=True, overflow="ellipsis", ratio=1)
-    for record in search.records():
+    table.add_column("films", justify="right", no_wrap=True)
+    if room >= REPORT_LEAST:
+        table.add_column("report", no_wrap=True, overflow="ellipsis", max_width=room)
+    for record in records:
         # As Text: a report may hold what looks like markup.
         report = Text(" ".join((record["report"] or "–").split())[:REPORT_CHARS])
-        similarity = f"{record['similarity']:.3f}"
-        film = Text(record["film_id"])
-        table.add_row(str(record["rank"]), similarity, film, record["view"], report)
+        cells = [Text(record["film_id"]), record["view"], f"{record['n_films']:,}", report]
+        cosine = f"{record['similarity']:.3f}"
+        table.add_row(str(record["rank"]), cosine, *cells[: len(table.columns) - 2])
         print(json.dumps(record, ensure_ascii=False))
     kind = "film with film" if search.query.pixels is not None else "phrase with film"
-    said = f"the nearest patients for {search.query.said} (similarity: cosine, {kind})"
+    said = (
+        f"the nearest patients for {search.query.said}, each by the nearest of their films "
+        f"(similarity: cosine, {kind})"
+    )
     console.print(said, markup=False, soft_wrap=True)
-    console.print(table)
+    console.print(table, width=max(console.width, longest + beside), soft_wrap=True)
     if len(search.found) < top:
         console.print(f"there are no more than {len(search.found)} patients to find", style="dim")
 
