@@ -262,6 +262,43 @@ def test_films_of_another_size_come_with_the_command_that_builds_the_right_ones(
         assert call(built_at_24_px, "--set", *setting).code == 0
 
 
+MISSPELT = (
+    "zeroshot --run nowhere --data DATA --out OUT",
+    "zeroshot --run RUN --data nowhere --out OUT",
+    "zeroshot --run RUN --data DATA --protocol nowhere --out OUT",
+    "zeroshot --run RUN --data DATA --prompts nowhere --out OUT",
+    "zeroshot --run RUN --data DATA --split nowhere --out OUT",
+    "retrieve --run nowhere --data DATA --evaluate --out OUT",
+    "retrieve --run RUN --data nowhere --evaluate --out OUT",
+    "pretrain --data nowhere --out FULL",
+    "pretrain --data DATA --config nowhere --out FULL",
+    "demo --set train.nowhere=1 --out OUT",
+    "explain --run nowhere --film a.png --phrase a --out OUT/a.png",
+    "explain --run RUN --film nowhere --phrase a --out OUT/a.png",
+    "explain --run RUN --data DATA --film-id nowhere --phrase a --out OUT/a.png",
+    "explain --run RUN --data DATA --evaluate --boxes made=nowhere --out OUT/a.json",
+    "finetune --run RUN --data nowhere --finding mass --out OUT",
+    "data build openi --root nowhere --out OUT",
+)
+"""Commands of which one input is misspelt, and whose --out holds results or other things."""
+
+
+@pytest.mark.parametrize("command", MISSPELT)
+def test_what_is_misspelt_is_told_before_what_is_in_out(
+    shared: dict[str, Path], tmp_path: Path, command: str
+):
+    there = {"OUT": ("results.json", "retrieval.json", "a.png", "a.json"), "FULL": ("mine.txt",)}
+    for folder, names in there.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_text("{")
+    places = {"RUN": shared["run"], "DATA": shared["data"]}
+    places |= {folder: tmp_path / folder for folder in there}
+    words = [re.sub("^[A-Z]+", lambda m: str(places[m[0]]), word) for word in command.split()]
+    error = mmclip(tmp_path, *words).error()
+    assert "nowhere" in error and "--overwrite" not in error and "other things" not in error
+
+
 def test_a_checkpoint_as_data_is_one_clear_line(shared: dict[str, Path], tmp_path: Path):
     error = pretrain_on("checkpoint", *AT_32_PX)(shared, tmp_path).error()
     assert "no finished data folder" in error

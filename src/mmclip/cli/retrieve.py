@@ -13,6 +13,7 @@ from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
     OverwriteOption,
+    check_inputs,
     check_results,
     command_line,
     device_of,
@@ -76,6 +77,7 @@ def retrieve(
 
     if (film is not None) + (phrase is not None) + evaluate != 1:
         raise ValueError("give one of --film, --phrase and --evaluate")
+    of_split = None if split is None else split_name(split)
     if not evaluate:
         found = search(
             run,
@@ -83,7 +85,7 @@ def retrieve(
             film=film,
             phrase=phrase,
             top=top,
-            split=None if split is None else split_name(split),
+            split=of_split,
             sources=tuple(source or ()),
             device=device_of(cpu),
         )
@@ -93,6 +95,7 @@ def retrieve(
         return
     if out is None:
         raise ValueError("--evaluate writes results: name their folder by --out")
+    check_inputs(run, data)
     check_place(out, (RETRIEVAL_FILE, SHEET_FILE))
     if not overwrite:
         check_results(out, RETRIEVAL_FILE)
@@ -100,7 +103,7 @@ def retrieve(
         run,
         tuple(data),
         out,
-        split=split_name(split or "test"),
+        split=of_split or "test",
         sources=tuple(source or ()),
         draws=draws,
         seed=seed,
