@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from mmclip.data.cache import FilmCache, verify_cache
 from mmclip.data.folder import ManifestError, read_meta
 from mmclip.data.images import resize_film
 from mmclip.data.manifest import read_manifest
+from mmclip.data.mapping import CsvMapping, load_mapping
 from mmclip.data.parts import Shard
-from mmclip.data.records import Film, Reason
-from mmclip.data.tables import CsvMapping, SourceError, load_mapping, read_csv
+from mmclip.data.records import Film, Reason, Record
+from mmclip.data.tables import SourceError, read_csv
 from tests.made_files import NAME, NUMBER, blank, dicom, encoded, huge_png, ramp
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -377,6 +378,19 @@ def test_a_build_of_nothing_says_what_went_wrong_most_often(tmp_path: Path):
     with pytest.raises(ManifestError, match="the source has no rows"):
         build_data([], tmp_path / "root", tmp_path / "out", film_px=PX)
     assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_a_source_that_fails_leaves_the_finished_build_as_it_is(tmp_path: Path):
+    films = write_root(tmp_path / "root")
+    meta = build_data(films, tmp_path / "root", tmp_path / "out", film_px=PX)
+
+    def failing() -> Iterator[Record]:
+        yield films[0]
+        raise SourceError("a damaged row")
+
+    with pytest.raises(SourceError, match="a damaged row"):
+        build_data(failing(), tmp_path / "root", tmp_path / "out", film_px=PX, overwrite=True)
+    assert read_meta(tmp_path / "out") == meta
 
 
 def test_a_root_behind_a_link_is_the_root(tmp_path: Path):

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import mmclip as package
+from mmclip import doctor
 from mmclip.cli import app
 from mmclip.cli.shared import check_results
 from mmclip.data.synthetic import FINDINGS, PRESETS
 from mmclip.demo import _make_room
+from mmclip.doctor import OPTIONAL
 from tests.commands import Ended, mmclip
 
 
@@ -259,6 +262,43 @@ def test_films_of_another_size_come_with_the_command_that_builds_the_right_ones(
         assert call(built_at_24_px, "--set", *setting).code == 0
 
 
+MISSPELT = (
+    "zeroshot --run nowhere --data DATA --out OUT",
+    "zeroshot --run RUN --data nowhere --out OUT",
+    "zeroshot --run RUN --data DATA --protocol nowhere --out OUT",
+    "zeroshot --run RUN --data DATA --prompts nowhere --out OUT",
+    "zeroshot --run RUN --data DATA --split nowhere --out OUT",
+    "retrieve --run nowhere --data DATA --evaluate --out OUT",
+    "retrieve --run RUN --data nowhere --evaluate --out OUT",
+    "pretrain --data nowhere --out FULL",
+    "pretrain --data DATA --config nowhere --out FULL",
+    "demo --set train.nowhere=1 --out OUT",
+    "explain --run nowhere --film a.png --phrase a --out OUT/a.png",
+    "explain --run RUN --film nowhere --phrase a --out OUT/a.png",
+    "explain --run RUN --data DATA --film-id nowhere --phrase a --out OUT/a.png",
+    "explain --run RUN --data DATA --evaluate --boxes made=nowhere --out OUT/a.json",
+    "finetune --run RUN --data nowhere --finding mass --out OUT",
+    "data build openi --root nowhere --out OUT",
+)
+"""Commands of which one input is misspelt, and whose --out holds results or other things."""
+
+
+@pytest.mark.parametrize("command", MISSPELT)
+def test_what_is_misspelt_is_told_before_what_is_in_out(
+    shared: dict[str, Path], tmp_path: Path, command: str
+):
+    there = {"OUT": ("results.json", "retrieval.json", "a.png", "a.json"), "FULL": ("mine.txt",)}
+    for folder, names in there.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_text("{")
+    places = {"RUN": shared["run"], "DATA": shared["data"]}
+    places |= {folder: tmp_path / folder for folder in there}
+    words = [re.sub("^[A-Z]+", lambda m: str(places[m[0]]), word) for word in command.split()]
+    error = mmclip(tmp_path, *words).error()
+    assert "nowhere" in error and "--overwrite" not in error and "other things" not in error
+
+
 def test_a_checkpoint_as_data_is_one_clear_line(shared: dict[str, Path], tmp_path: Path):
     error = pretrain_on("checkpoint", *AT_32_PX)(shared, tmp_path).error()
     assert "no finished data folder" in error
@@ -455,6 +495,25 @@ def test_doctor_finds_a_damaged_folder_and_names_the_file(
     assert ended.out == "" and "Traceback" not in ended.err and "error: " not in ended.err
     (bad,) = (line for line in ended.err.splitlines() if line.startswith("BAD"))
     assert Path(file).name in bad
+
+
+def test_doctor_names_every_package_of_every_extra():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    extras = project["project"]["optional-dependencies"]
+    of_extras = {
+        re.match(r"[\w.-]+", requirement)[0]: extra  # pyright: ignore[reportOptionalSubscript]
+        for extra, requirements in extras.items()
+        if extra != "dev"  # of those who work on mmclip
+        for requirement in requirements
+    }
+    assert of_extras == OPTIONAL
+
+
+def test_doctor_says_how_a_package_that_is_not_installed_is_had(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package": "dask"})
+    (found,) = (f for f in doctor.examine_machine() if f.what == "no-such-package")
+    assert found.is_sound
+    assert found.detail == "not installed (optional; pip install 'mmclip[dask]')"
 
 
 def test_doctor_says_of_any_other_folder_what_it_is_not(tmp_path: Path):

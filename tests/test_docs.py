@@ -17,9 +17,10 @@ import mmclip
 from mmclip.cli import app
 from mmclip.config import WHOLE_TEXT_SCORES, Config, config_names, load_config, parse
 from mmclip.data.manifest import SCHEMA
+from mmclip.data.mapping import CsvMapping
 from mmclip.data.records import Film, Reason
 from mmclip.data.sources import READERS
-from mmclip.data.tables import CsvMapping, read_csv
+from mmclip.data.tables import read_csv
 from mmclip.evaluation.pages import CARD_FILE
 from tests.test_cli import COMMANDS
 

@@ -26,7 +26,7 @@ from mmclip.data.records import Film
 from mmclip.data.tables import SourceError
 from mmclip.data.text import tokenise, train_tokenizer
 from mmclip.evaluation.pictures import HEAT, UNSEEN, explanation_figure, warmed
-from mmclip.explanation.explain import explain_film, stretched
+from mmclip.explanation.explain import explain_film, film_of_folder, stretched
 from mmclip.explanation.grounding import (
     CANDIDATES,
     best_threshold,
@@ -574,6 +574,24 @@ def test_options_that_do_not_go_together_are_one_line(
         else ["--out", tmp_path / ("a.json" if "--evaluate" in given else "a.png")]
     )
     assert message in mmclip(tmp_path, "explain", "--run", run, *out, *given).error()
+
+
+def test_a_lateral_of_a_folder_is_mapped_with_one_warning_and_a_frontal_without(
+    grey: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    films = [replace(film, image=f"{film.film_id}.png") for film in map(film_of, "abc")]
+    for film in films:
+        Image.fromarray(film_with(1, 2)).save(tmp_path / str(film.image))
+    views = [replace(f, view=v) for f, v in zip(films, ("PA", "L", "unknown"), strict=True)]
+    build_data(views, tmp_path, tmp_path / "data", film_px=made.FILM_PX)
+    for film in views:
+        film_of_folder(grey, tmp_path / "data", film.film_id)
+    (said,) = caplog.messages
+    assert "film b of" in said and "lateral" in said and "PA, AP, unknown" in said
+    caplog.clear()
+    laterals = replace(grey, config=made.small_config('data.views=["PA", "L"]'))
+    film_of_folder(laterals, tmp_path / "data", "b")  # a run that has learnt them
+    assert caplog.messages == []
 
 
 def test_a_film_that_is_not_in_the_folder_is_one_line(run: Path, marked: Path, tmp_path: Path):

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from mmclip import embedding_store
 from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.cli import retrieve as cli
 from mmclip.data.batches import TrainingBatches, still
-from mmclip.data.check import TRAINED_FILE, trained_keys
+from mmclip.data.build import build_data
+from mmclip.data.check import TRAINED_FILE, patient_key, trained_keys
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import ManifestError
 from mmclip.data.records import Film
@@ -36,7 +39,7 @@ from mmclip.retrieval.ranking import (
     rows_to_retrieve,
     score_direction,
 )
-from mmclip.retrieval.retrieve import Search, nearest_studies, search
+from mmclip.retrieval.retrieve import Search, nearest_patients, search
 from tests.commands import mmclip
 from tests.made_files import NAME, NUMBER, dicom
 
@@ -299,14 +302,14 @@ def test_embeddings_that_are_not_finite_are_refused(fresh: Made, monkeypatch: py
 # --- search
 
 
-def test_the_nearest_studies_by_hand():
+def test_the_nearest_patients_by_hand():
     similarity = np.array([0.2, 0.9, 0.5, 0.8, 0.5, 1.0], np.float32)
-    studies = ["a", "b", "c", "b", "d", "e"]
+    patients = ["a", "b", "c", "b", "d", "e"]
     searched = [True, True, True, True, True, False]
-    found = nearest_studies(similarity, studies, searched, top=3)
+    found = nearest_patients(similarity, patients, searched, top=3)
     assert [(f.rank, f.row, f.n_films) for f in found] == [(1, 1, 2), (2, 2, 1), (3, 4, 1)]
     assert found[0].similarity == pytest.approx(0.9)
-    assert len(nearest_studies(similarity, studies, searched, top=9)) == 4
+    assert len(nearest_patients(similarity, patients, searched, top=9)) == 4
 
 
 def test_a_film_of_the_data_finds_the_films_nearest_to_it_and_not_itself(made: Made):
@@ -314,11 +317,56 @@ def test_a_film_of_the_data_finds_the_films_nearest_to_it_and_not_itself(made: M
     found = made.search(film=film.film_id, top=4)
     films = embed_films(made.checkpoint.model, made.rows, show=False)
     similarity = (films @ films[5]).numpy()
-    same_study = np.array([f.study_id == film.study_id for f in made.rows.films])
-    similarity[same_study] = -2
+    similarity[[patient_key(f) == patient_key(film) for f in made.rows.films]] = -2
     assert found.found[0].row == similarity.argmax()
-    assert film.study_id not in {made.rows.films[f.row].study_id for f in found.found}
+    assert film.patient_id not in {made.rows.films[f.row].patient_id for f in found.found}
     np.testing.assert_allclose(found.found[0].similarity, similarity.max(), atol=1e-5)
+
+
+def test_films_without_reports_are_found_once_a_patient_and_not_of_the_own_one(
+    made: Made, tmp_path: Path
+):
+    # Without a report each film is a study of its own; p2 of another collection is another person.
+    images = [str(film.image) for film in made.rows.films if film.image][:9]
+    whose = ["p1", "p1", "p1", "p2", "p2", "p3", "p3", "p3", "p2"]
+    films = [
+        Film(
+            film_id=f"f{i}", study_id=f"f{i}", patient_id=patient, view="PA", image=image,
+            source="other" if i == 8 else "ours", split="test",
+        )
+        for i, (image, patient) in enumerate(zip(images, whose, strict=True))
+    ]  # fmt: skip
+    build_data(films, made.raw, tmp_path / "data", film_px=32)
+    found = search(made.run, [tmp_path / "data"], film="f0", device=CPU)
+    said = [(record["source"], record["n_films"]) for record in found.records()]
+    assert sorted(said) == [("other", 1), ("ours", 2), ("ours", 3)]
+    assert not {record["film_id"] for record in found.records()} & {"f0", "f1", "f2"}
+    # Each is shown by the nearest film.
+    embedded = embed_films(made.checkpoint.model, found.rows, show=False)
+    similarity = (embedded @ embedded[0]).numpy()
+    patients = np.array([patient_key(film) for film in found.rows.films])
+    for one in found.found:
+        own = similarity[patients == patients[one.row]]
+        assert one.similarity == pytest.approx(own.max(), abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [8, 34, 64])
+def test_an_id_stays_whole_in_a_terminal_of_80_columns(
+    made: Made, monkeypatch: pytest.MonkeyPatch, length: int
+):
+    found = made.search(phrase="No edema.", top=3)
+    long = changed(found.rows, lambda i, film: replace(film, film_id=f"{i:x>{length}}"))
+    long = changed(long, lambda i, film: replace(film, report="Small left pleural effusion. " * 9))
+    shown = io.StringIO()
+    terminal = Console(file=shown, width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(cli, "console", terminal)
+    cli.print_found(replace(found, rows=long), top=3)
+    lines = shown.getvalue().splitlines()
+    for one in found.found:
+        assert sum(f" {one.row:x>{length}} " in line for line in lines) == 1
+    with_report = [line for line in lines if "Small left" in line]
+    assert len(with_report) == (0 if length == 64 else 3)
+    assert all(len(line) <= 80 for line in with_report)
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
@@ -350,7 +398,7 @@ def test_a_film_from_a_file_finds_the_same_film_in_the_data(
 def test_the_very_file_of_a_film_is_that_film(made: Made, capsys: pytest.CaptureFixture[str]):
     film = made.rows.films[9]
     found = made.search(film=str(made.raw / str(film.image)), top=3)
-    assert f"is film {film.film_id} of the data: its own study is left out" in " ".join(
+    assert f"is film {film.film_id} of the data: its own patient is left out" in " ".join(
         capsys.readouterr().err.split()
     )
     assert film.film_id not in {record["film_id"] for record in found.records()}

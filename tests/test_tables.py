@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 from mmclip.config import ConfigError
+from mmclip.data.mapping import CsvMapping, load_mapping
 from mmclip.data.records import Excluded, Film, Reason
 from mmclip.data.sources import open_reader
-from mmclip.data.tables import CsvMapping, SourceError, load_mapping, parse_age, read_csv
+from mmclip.data.tables import SourceError, parse_age, read_csv
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "mixed_films.toml"
 
@@ -137,6 +138,86 @@ def test_a_mapping_that_breaks_a_rule_is_refused_by_name(tmp_path: Path, toml: s
         load_mapping(tmp_path / "m.toml")
 
 
+def test_all_that_does_not_fit_of_mapping_and_table_is_told_at_once(tmp_path: Path):
+    (tmp_path / "studies.csv").write_text("file,who,text,mark,pos\na,p,Clear.,Dragon,PA\n")
+    (tmp_path / "m.toml").write_text(
+        'sorce = "x"\n[columns]\nimgae = "file"\npatient_id = "patient"\nreport = "txt"\n'
+        'labels = "mark"\nvieww = "pos"\nwho = "who"\n[labels]\nclosd = {}\n'
+        '[labels.map]\nMass = { present = ["Mass"] }\n'
+    )
+    with pytest.raises(ConfigError) as caught:
+        open_reader("csv", tmp_path, mapping=tmp_path / "m.toml", table=None)
+    first, *problems = str(caught.value).splitlines()
+    assert first == f"mapping {tmp_path / 'm.toml'} has 5 problems:"
+    for number, (problem, parts) in enumerate(zip(
+        problems,
+        [
+            ["the mapping has no key 'sorce' (source?); its keys are columns, delimiter"],
+            ["[columns] has no key 'imgae' (image?), 'vieww' (view?), 'who'; its keys are age"],
+            ["[labels] has no key 'closd' (closed?); its keys are blank, closed"],
+            ["labels: finding names are lower case, single-spaced words; ['Mass'] are not"],
+            [f"{tmp_path / 'studies.csv'}: no column 'patient' (patient_id), 'txt' (report); "
+             "its columns are file, who, text, mark, pos"],
+        ], strict=True,
+    ), 1):  # fmt: skip
+        assert problem.startswith(f"({number}) ") and all(part in problem for part in parts), (
+            problem
+        )
+    assert "no id" not in str(caught.value)  # the misspelt key is the one that was missed
+
+
+def test_missing_columns_and_unexplained_words_are_told_at_once(tmp_path: Path):
+    text = "film,labels,view,split,film\na,Mass|Dragon,sideways,dev,b\n"
+    columns = {"labels": "labels", "view": "view", "split": "split", "report": "text"}
+    closed = {"*": ["edema", "mass", "masss"]}
+    with pytest.raises(SourceError) as caught:
+        read(tmp_path, text, columns=columns, labels={"closed": closed})
+    first, *problems = str(caught.value).splitlines()
+    assert first == f"{tmp_path / 'studies.csv'} has 6 problems:"
+    for part in (
+        "no column 'patient' (patient_id), 'text' (report); its columns are film, labels, view",
+        "the column 'film' (image) is there twice",
+        "[labels.map] does not explain 'Dragon' (1)",
+        "[views] does not explain 'sideways' (1)",
+        "[splits] does not explain 'dev' (1)",
+        "[labels.closed] * lists 'masss', which no label says; 'mass' is said",
+    ):
+        assert sum(part in problem for problem in problems) == 1, part
+
+
+def test_a_damaged_row_hides_no_missing_column(tmp_path: Path):
+    with pytest.raises(SourceError) as caught:
+        read(tmp_path, 'film,who\n"a,p\nb,q\n')
+    assert "no column 'patient'" in str(caught.value) and "line 3: " in str(caught.value)
+
+
+def test_findings_are_not_called_misspelt_where_their_column_is_not_read(tmp_path: Path):
+    given = {"map": MAPPED, "closed": {"*": ["nodule", "nodules"]}}
+    with pytest.raises(SourceError) as caught:
+        read(tmp_path, "film,patient\na,p\n", columns={"labels": "marks"}, labels=given)
+    assert "no column 'marks' (labels)" in str(caught.value)
+    assert "nodules" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", ["", "\n  \n"])
+def test_a_header_without_rows_is_one_error_and_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: str
+):
+    given = {"map": MAPPED, "closed": {"*": ["edema", "nodule"]}}
+    with pytest.raises(SourceError, match=r"studies\.csv: a header and no rows below it; "):
+        read(tmp_path, f"film,patient,labels\n{rows}", columns={"labels": "labels"}, labels=given)
+    assert caplog.messages == []
+
+
+def test_a_table_of_broken_rows_alone_says_nothing_of_findings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    given = {"map": MAPPED, "closed": {"*": ["edema", "nodule"]}}
+    text = "film,patient,labels\na,p,,\n"
+    (out,) = read(tmp_path, text, columns={"labels": "labels"}, labels=given)
+    assert isinstance(out, Excluded) and caplog.messages == []
+
+
 def test_an_unknown_key_lists_the_known_ones(tmp_path: Path):
     (tmp_path / "m.toml").write_text('[columns]\npatient_id = "p"\nimgae = "film"\n')
     with pytest.raises(ConfigError) as caught:
@@ -155,8 +236,8 @@ def test_a_mapping_that_is_no_toml_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('table = "a.csv"\n', r"has no section \[columns\]"),
-        ('[columns]\nimage = "film"\n', r"names no column patient_id in \[columns\]"),
+        ('table = "a.csv"\n', r"there is no \[columns\]"),
+        ('[columns]\nimage = "film"\n', r"\[columns\] names no column patient_id"),
     ],
 )
 def test_a_mapping_that_does_not_say_whose_the_films_are_is_told_how(
@@ -208,8 +289,8 @@ def test_the_error_comes_before_the_first_record(tmp_path: Path):
     ("text", "message"),
     [
         ("", "is empty; name a table with a header and rows"),
-        ("film,who\na,p\n", "no column 'patient'; its columns are film, who"),
-        ("film,patient,film\na,p,b\n", "has film twice"),
+        ("film,who\na,p\n", r"no column 'patient' \(patient_id\); its columns are film, who"),
+        ("film,patient,film\na,p,b\n", r"the column 'film' \(image\) is there twice"),
         ('film,patient\n"a,p\nb,q\n', r"line 3: .*mend the quotes"),
         ('film,patient\n"a"b,q\n', r"line 2: .*mend the quotes"),
     ],

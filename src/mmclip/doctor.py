@@ -35,7 +35,8 @@ from mmclip.retrieval.ranking import RANKS_FILE, RETRIEVAL_FILE, RetrievalResult
 from mmclip.retrieval.retrieve import SHEET_FILE
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow", "spacy")
-OPTIONAL = ("wandb",)
+OPTIONAL = {"wandb": "wandb", "distributed": "dask"}
+"""Each package of the extras in pyproject.toml, and its extra."""
 
 DIGITS = 1e-5
 """An AUROC in results.json may differ by this from the one of its scores: it has six digits."""
@@ -56,11 +57,11 @@ def examine_machine() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()} on {platform.platform(terse=True)}")
     for name in PACKAGES:
         yield Finding(name, importlib.metadata.version(name))
-    for name in OPTIONAL:
+    for name, extra in OPTIONAL.items():
         try:
             yield Finding(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, f"not installed (optional; pip install 'mmclip[{name}]')")
+            yield Finding(name, f"not installed (optional; pip install 'mmclip[{extra}]')")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(i)

@@ -9,6 +9,7 @@ from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
     OverwriteOption,
+    check_inputs,
     check_results,
     command_line,
     device_of,
@@ -59,6 +60,8 @@ def zeroshot(
         raise ValueError(
             "--protocol names sources and findings itself; leave --source and --finding out"
         )
+    of_split = split_name(split)
+    check_inputs(run, data, protocol, prompts or ())
     check_place(out, RESULT_FILES)
     if not overwrite:
         check_results(out)
@@ -67,7 +70,7 @@ def zeroshot(
         tuple(data),
         out,
         protocol=protocol,
-        split=split_name(split),
+        split=of_split,
         sources=tuple(source or ()),
         findings=tuple(finding or ()),
         prompt_sets=tuple(prompts or ()),

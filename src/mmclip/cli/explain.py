@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mmclip.cli.shared import CpuOption, OverwriteOption, command_line, device_of, split_name
+from mmclip.cli.shared import (
+    CpuOption,
+    OverwriteOption,
+    check_inputs,
+    command_line,
+    device_of,
+    split_name,
+)
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -59,11 +66,13 @@ def explain(
     Example: `mmclip explain --run runs/a --data data/b --evaluate --boxes rsna=rsna/ --out a.json`
     """
     kind = _score_name(score)
-    files = _files(out, evaluate, overwrite)
+    files = _files(out, evaluate)
     where = _check_given(
         evaluate, film=film, data=data, film_id=film_id, phrase=phrase, boxes=boxes
     )
+    of_split = split_name(split)
     marked = None if boxes is None else _boxes(boxes)
+    check_inputs(run, data or (), prompts=[prompts])
 
     from mmclip.checkpoint import load_checkpoint
     from mmclip.prompts import load_prompts
@@ -76,13 +85,15 @@ def explain(
         from mmclip.explanation.pointing import evaluate_explanations
 
         assert data and marked
+        rows = open_rows(data, checkpoint.config.data.film_px)
+        _check_free(files, overwrite)
         results = evaluate_explanations(
             checkpoint,
-            open_rows(data, checkpoint.config.data.film_px),
+            rows,
             *marked,
             kind,
             prompt_set,
-            split=split_name(split),
+            split=of_split,
             draws=draws,
             seed=seed,
         )
@@ -107,6 +118,7 @@ def explain(
     else:
         assert data and film_id is not None
         pixels, size_px, places = film_of_folder(checkpoint, data[0], film_id, marked)
+    _check_free(files, overwrite)
     found = explain_film(checkpoint, pixels, phrase, kind, prompt_set, size_px, places)
     facts = found.facts()
     step = checkpoint.meta["step"]
@@ -131,15 +143,18 @@ def _score_name(name: str) -> "ExplainScore":
     return name
 
 
-def _files(out: Path, evaluate: bool, overwrite: bool) -> list[Path]:
-    """The files that will be written; none of them is there, but with --overwrite."""
+def _files(out: Path, evaluate: bool) -> list[Path]:
+    """The files that will be written."""
     suffix = ".json" if evaluate else ".png"
     if out.suffix != suffix:
         raise ValueError(f"--out {out} does not end in {suffix}; name the file to write")
-    files = [out] if evaluate else [out, out.with_suffix(".npz")]
+    return [out] if evaluate else [out, out.with_suffix(".npz")]
+
+
+def _check_free(files: list[Path], overwrite: bool) -> None:
+    """Refuses to replace files, but with --overwrite."""
     if not overwrite and (there := [str(file) for file in files if file.exists()]):
         raise ValueError(f"{there[0]} is there; add --overwrite to replace it, or change --out")
-    return files
 
 
 def _check_given(
@@ -175,6 +190,8 @@ def _boxes(given: str) -> tuple[str, Path]:
     name, is_given, folder = given.partition("=")
     if not is_given or not folder:
         raise ValueError(f"--boxes {given!r} is no NAME=FOLDER, such as rsna=downloads/rsna")
+    if not Path(folder).is_dir():
+        raise ValueError(f"--boxes {given!r}: there is no folder {folder}; give that of the boxes")
     return name, Path(folder)
 
 

@@ -1,10 +1,11 @@
-"""`mmclip retrieve`: the nearest studies in one's own data, and how good retrieval is."""
+"""`mmclip retrieve`: the nearest patients in one's own data, and how good retrieval is."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -12,6 +13,7 @@ from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
     OverwriteOption,
+    check_inputs,
     check_results,
     command_line,
     device_of,
@@ -27,6 +29,9 @@ app = typer.Typer()
 
 REPORT_CHARS = 120
 """Of a report in the table. [chosen: two sentences; the lines on stdout hold it whole]"""
+
+REPORT_LEAST = 16
+"""Columns of the terminal under which no report is shown. [chosen: two words]"""
 
 
 @app.command()
@@ -46,7 +51,7 @@ def retrieve(
         Path | None,
         typer.Option(help="Folder for found.png; with --evaluate (needed) for retrieval.json."),
     ] = None,
-    top: Annotated[int, typer.Option(help="Search: how many studies.", min=1)] = 10,
+    top: Annotated[int, typer.Option(help="Search: how many patients.", min=1)] = 10,
     split: Annotated[
         str | None, typer.Option(help="train, val or test. [search: all; --evaluate: test]")
     ] = None,
@@ -58,13 +63,13 @@ def retrieve(
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
-    """Finds the nearest studies for a film or a phrase; `--evaluate` scores retrieval.
+    """Finds the nearest patients for a film or a phrase; `--evaluate` scores retrieval.
 
     Example: `mmclip retrieve --run runs/a --data data/films --film new.dcm --out found`
 
     Example: `mmclip retrieve --run runs/a --data data/films --evaluate --out runs/a/retrieval`
 
-    A search prints a table on stderr, and on stdout a line of JSON for each study.
+    A search prints a table on stderr, and on stdout a line of JSON for each patient.
     """
     from mmclip.data.folder import check_place
     from mmclip.retrieval.ranking import RETRIEVAL_FILE, evaluate_retrieval
@@ -72,6 +77,7 @@ def retrieve(
 
     if (film is not None) + (phrase is not None) + evaluate != 1:
         raise ValueError("give one of --film, --phrase and --evaluate")
+    of_split = None if split is None else split_name(split)
     if not evaluate:
         found = search(
             run,
@@ -79,7 +85,7 @@ def retrieve(
             film=film,
             phrase=phrase,
             top=top,
-            split=None if split is None else split_name(split),
+            split=of_split,
             sources=tuple(source or ()),
             device=device_of(cpu),
         )
@@ -89,6 +95,7 @@ def retrieve(
         return
     if out is None:
         raise ValueError("--evaluate writes results: name their folder by --out")
+    check_inputs(run, data)
     check_place(out, (RETRIEVAL_FILE, SHEET_FILE))
     if not overwrite:
         check_results(out, RETRIEVAL_FILE)
@@ -96,7 +103,7 @@ def retrieve(
         run,
         tuple(data),
         out,
-        split=split_name(split or "test"),
+        split=of_split or "test",
         sources=tuple(source or ()),
         draws=draws,
         seed=seed,
@@ -108,26 +115,36 @@ def retrieve(
 
 
 def print_found(search: "Search", top: int) -> None:
-    """The table for people on stderr, a line of JSON a study on stdout."""
-    table = Table(box=None, pad_edge=False, expand=True)
-    for name in ("rank", "similarity"):
+    """The table for people on stderr, a line of JSON a patient on stdout."""
+    records = list(search.records())
+    # Ids stay whole, to be copied: in a narrow terminal reports are cut, or left out.
+    longest = max((cell_len(record["film_id"]) for record in records), default=0)
+    beside = len("rank cosine  unknown films ")
+    room = console.width - longest - beside
+    table = Table(box=None, pad_edge=False)
+    for name in ("rank", "cosine"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("film", overflow="fold", max_width=32)
+    table.add_column("film", no_wrap=True, min_width=longest)
     table.add_column("view", no_wrap=True)
-    table.add_column("report", no_wrap=True, overflow="ellipsis", ratio=1)
-    for record in search.records():
+    table.add_column("films", justify="right", no_wrap=True)
+    if room >= REPORT_LEAST:
+        table.add_column("report", no_wrap=True, overflow="ellipsis", max_width=room)
+    for record in records:
         # As Text: a report may hold what looks like markup.
         report = Text(" ".join((record["report"] or "–").split())[:REPORT_CHARS])
-        similarity = f"{record['similarity']:.3f}"
-        film = Text(record["film_id"])
-        table.add_row(str(record["rank"]), similarity, film, record["view"], report)
+        cells = [Text(record["film_id"]), record["view"], f"{record['n_films']:,}", report]
+        cosine = f"{record['similarity']:.3f}"
+        table.add_row(str(record["rank"]), cosine, *cells[: len(table.columns) - 2])
         print(json.dumps(record, ensure_ascii=False))
     kind = "film with film" if search.query.pixels is not None else "phrase with film"
-    said = f"the nearest studies for {search.query.said} (similarity: cosine, {kind})"
+    said = (
+        f"the nearest patients for {search.query.said}, each by the nearest of their films "
+        f"(similarity: cosine, {kind})"
+    )
     console.print(said, markup=False, soft_wrap=True)
-    console.print(table)
+    console.print(table, width=max(console.width, longest + beside), soft_wrap=True)
     if len(search.found) < top:
-        console.print(f"there are no more than {len(search.found)} studies to find", style="dim")
+        console.print(f"there are no more than {len(search.found)} patients to find", style="dim")
 
 
 def print_retrieval(results: "RetrievalResults") -> None:

@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,6 +63,35 @@ def split_name(name: str) -> "Split":
     if name not in ("train", "val", "test"):
         raise ValueError(f"split {name!r} is none of train, val, test")
     return name
+
+
+def check_inputs(
+    run: Path | None = None,
+    data: Sequence[Path] = (),
+    protocol: str | None = None,
+    prompts: Sequence[str] = (),
+) -> None:
+    """Refuses what is not there, at once: each command calls this before it looks at --out.
+
+    Whoever misspells a run must not first be told to replace results. So the order of every command
+    is: options that do not go together, what it reads, where it writes, the work.
+
+    Raises:
+        ValueError: When a run, data folder, protocol or prompt set is not there.
+    """
+    from mmclip.checkpoint import find_checkpoint
+    from mmclip.data.folder import read_meta
+    from mmclip.evaluation.protocols import load_protocol
+    from mmclip.prompts import load_prompts
+
+    if run is not None:
+        find_checkpoint(run)
+    for folder in data:
+        read_meta(folder)
+    if protocol is not None:
+        load_protocol(protocol)
+    for name in prompts:
+        load_prompts(name)
 
 
 def _what_it_makes(command: str) -> list[str]:

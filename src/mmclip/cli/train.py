@@ -11,6 +11,7 @@ from mmclip.cli.shared import (
     FolderOption,
     OverwriteOption,
     SetOption,
+    check_inputs,
     check_results,
     command_line,
     print_results,
@@ -41,8 +42,10 @@ def demo(
 
     Example: `mmclip demo --seed 1 --out runs/demo-seed1`
     """
+    from mmclip.config import load_config
     from mmclip.demo import run_demo
 
+    load_config("demo", set_ or ())  # a mistyped key is told before what is in --out
     if not overwrite:
         check_results(out)
     how = "the same command goes on" if not overwrite else "the same without --overwrite goes on"
@@ -82,11 +85,13 @@ def pretrain(
     from mmclip.training.pretrain import RUN_FILES, Job
     from mmclip.training.pretrain import pretrain as run
 
+    settings = load_config(config, set_ or ())
+    check_inputs(data=data)
     check_place(out, RUN_FILES)
     job = Job(
         folders=tuple(data),
         run=out,
-        config=load_config(config, set_ or ()),
+        config=settings,
         command=command_line(),
         resume=resume,
         shuffle_pairs=shuffle_pairs,

@@ -84,14 +84,13 @@ def build_data(
         WorkersError: When the workers cannot be had, or died.
     """
     _check_is_ours(out)
-    if (out / META_FILE).is_file():
-        if not overwrite:
-            raise ManifestError(
-                f"{_finished(out)}; add --overwrite to build it again, or choose another --out"
-            )
-        (out / META_FILE).unlink()  # from here on the folder is unfinished
+    if (out / META_FILE).is_file() and not overwrite:
+        raise ManifestError(
+            f"{_finished(out)}; add --overwrite to build it again, or choose another --out"
+        )
+    films, excluded = _readable(records, root)  # first: a source that fails replaces no build
+    (out / META_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished
     (out / SPLIT_FILE).unlink(missing_ok=True)  # of the build that is replaced
-    films, excluded = _readable(records, root)
     _do_all([film for _, film in films], root, out, film_px, entities, workers)
     n_images = sum(film.image is not None for _, film in films)
     facts: Sequence[FilmFacts] = ()

@@ -24,14 +24,17 @@ class Row(NamedTuple):
     problem: str
 
 
-def header_of(path: Path) -> list[str]:
+def header_of(path: Path, *, delimiter: str = ",", remedy: str = DOWNLOAD_AGAIN) -> list[str]:
     """The column names of a table, without the white space around them.
+
+    Args:
+        path: As for `read_rows`, and so are the others.
 
     Raises:
         SourceError: When the table cannot be read.
     """
-    with _opened(path, DOWNLOAD_AGAIN) as file:
-        return _names(next(csv.reader(file), []))
+    with _opened(path, remedy) as file:
+        return _names(next(csv.reader(file, delimiter=delimiter), []))
 
 
 def read_rows(

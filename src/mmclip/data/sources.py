@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mmclip.data.mapping import CsvMapping, load_mapping
 from mmclip.data.readers.chestxray14 import read_chestxray14
 from mmclip.data.readers.chexpert import read_chexpert, read_chexpert_plus
 from mmclip.data.readers.covidx import read_covidx
@@ -16,7 +17,7 @@ from mmclip.data.readers.rsna import read_rsna
 from mmclip.data.readers.siim import read_siim
 from mmclip.data.readers.vindr import read_vindr
 from mmclip.data.records import Record
-from mmclip.data.tables import CsvMapping, SourceError, load_mapping, read_csv
+from mmclip.data.tables import SourceError, read_csv, read_mapped
 
 __all__ = [
     "PATIENTS_UNKNOWN",
@@ -90,7 +91,7 @@ def open_reader(
                 "csv needs a file that says what the columns mean; write one after "
                 "examples/mixed_films.toml and give it by --mapping"
             )
-        return read_csv(root, load_mapping(mapping), table)
+        return read_mapped(root, mapping, table)
     if mapping is not None or table is not None:
         raise SourceError(f"{name} has a layout of its own; leave --mapping and --table out")
     if name != "openi" and not root.is_dir():

@@ -1,19 +1,24 @@
-"""CSV tables of films, and the mapping that says what their columns and words mean."""
+"""CSV tables of films, read by a mapping that says what their columns and words mean."""
 
 import difflib
 import hashlib
 import logging
 import math
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
-from pydantic import Field, field_validator, model_validator
-
-from mmclip.config import ConfigError, Frozen, parse
+from mmclip.config import ConfigError
+from mmclip.data.mapping import (
+    Columns,
+    CsvMapping,
+    Labels,
+    check_mapping,
+    mapping_values,
+    several,
+)
 from mmclip.data.records import (
     ABSENT,
     PRESENT,
@@ -26,7 +31,7 @@ from mmclip.data.records import (
     Split,
     View,
 )
-from mmclip.data.rows import Row, SourceError, read_rows
+from mmclip.data.rows import Row, SourceError, header_of, read_rows
 from mmclip.data.text import Report, make_report, parse_report
 
 logger = logging.getLogger(__name__)
@@ -35,146 +40,37 @@ LIKENESS = 0.85
 """A finding as much like another one (`difflib`, 1 is equal) is taken for a misspelling of it.
 [chosen: "pleural efusion" and "oedema" are; "rib fracture" is none of "fracture"]"""
 
-
-class Columns(Frozen):
-    """Names of the table's columns. A column that is not named here is not read."""
-
-    patient_id: str
-    film_id: str | None = None  # default: the image's
-    study_id: str | None = None  # default: see `read_csv`
-    image: str | None = None  # path relative to the root folder
-    report: str | None = None  # free text with or without headers; or the two sections below
-    findings: str | None = None
-    impression: str | None = None
-    split: str | None = None
-    view: str | None = None
-    source: str | None = None
-    age: str | None = None
-    sex: str | None = None
-    labels: str | None = None  # label words in one cell; or [labels.columns]
-
-    @model_validator(mode="after")
-    def _enough(self) -> "Columns":
-        if self.report is not None and (self.findings is not None or self.impression is not None):
-            raise ValueError("name either report, or findings and impression")
-        if self.film_id is None and self.image is None:
-            raise ValueError("name film_id or image: without them a row has no id")
-        return self
-
-
-class Meaning(Frozen):
-    """What one label word of a source says of findings."""
-
-    present: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()
-    uncertain: tuple[str, ...] = ()
-
-    def labels(self) -> list[tuple[str, int]]:
-        """Each finding that it speaks of, and the label."""
-        return [
-            *((finding, PRESENT) for finding in self.present),
-            *((finding, ABSENT) for finding in self.absent),
-            *((finding, UNCERTAIN) for finding in self.uncertain),
-        ]
-
-
-class Labels(Frozen):
-    """How label cells are read. Finding names are lower-case radiology words.
-
-    Attributes:
-        separator: Between the words of a cell.
-        unknown: Words such as "todo": the film is not labelled, or not to the end.
-        blank: What an empty cell says of the source's findings.
-        map: Label word -> what it says. A word that is a finding's name in `closed`, in any case,
-            needs no entry.
-        closed: Source -> all the findings that its readers looked for: one of them that a labelled
-            film does not have is absent; any other finding is unknown. "*" stands for every source
-            that is not named.
-        columns: Table column -> finding, where each finding has its own column with 1 (present),
-            0 (absent) or -1 (uncertain), as in CheXpert.
-    """
-
-    separator: str = Field(default="|", min_length=1)
-    unknown: tuple[str, ...] = ()
-    blank: Literal["unknown", "absent"] = "unknown"
-    map: dict[str, Meaning] = Field(default_factory=dict)
-    closed: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    columns: dict[str, str] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _canonical(self) -> "Labels":
-        names = {name for listed in self.closed.values() for name in listed}
-        names |= set(self.columns.values())
-        for meaning in self.map.values():
-            names |= {*meaning.present, *meaning.absent, *meaning.uncertain}
-        bad = sorted(name for name in names if name != " ".join(name.lower().split()) or not name)
-        if bad:
-            raise ValueError(f"finding names are lower case, single-spaced words; {bad} are not")
-        return self
-
-
-class CsvMapping(Frozen):
-    """What the columns and words of a CSV table mean."""
-
-    table: str = "studies.csv"  # relative to the root folder
-    delimiter: str = Field(default=",", min_length=1, max_length=1)
-    source: str = "csv"  # of every row, where no column names it
-    columns: Columns
-    # The table's word -> ours, in any case. PA, AP, L, lateral, "?" and blank need no entry,
-    # nor do the splits train, val, test and blank.
-    views: dict[str, View] = Field(default_factory=dict)
-    splits: dict[str, Split] = Field(default_factory=dict)
-    labels: Labels = Labels()
-
-    @field_validator("views", "splits")
-    @classmethod
-    def _lower(cls, words: dict[str, str]) -> dict[str, str]:
-        return {word.strip().lower(): value for word, value in words.items()}
-
-    @model_validator(mode="after")
-    def _one_kind_of_labels(self) -> "CsvMapping":
-        if self.columns.labels is not None and self.labels.columns:
-            raise ValueError("name either columns.labels or [labels.columns]")
-        words = self.labels.map or self.labels.closed or self.labels.unknown
-        if words and self.columns.labels is None:
-            raise ValueError("labels.map, closed and unknown need a column: name columns.labels")
-        return self
-
-
-def load_mapping(path: Path) -> CsvMapping:
-    """Reads a mapping from its TOML file.
-
-    Raises:
-        SourceError: When the file cannot be read, or is no TOML.
-        ConfigError: When a key is unknown or missing, or a value breaks a rule.
-    """
-    try:
-        values = tomllib.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise SourceError(
-            f"the mapping {path} cannot be read: {error.strerror}; give the TOML file that says "
-            f"what the columns mean by --mapping (docs/data.md shows one)"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(
-            f"the mapping {path} is no valid TOML: {error}; mend that place, or write it anew "
-            f"after docs/data.md"
-        ) from None
-    columns = values.get("columns", {})
-    if isinstance(columns, dict) and "patient_id" not in columns:
-        lacks = "names no column patient_id in" if columns else "has no section"
-        raise ConfigError(
-            f"the mapping {path} {lacks} [columns], which says how the table calls what is read: "
-            f"patient_id, film_id or image, and more; add such lines as "
-            f'patient_id = "the name in the table" (docs/data.md shows them)'
-        )
-    return parse(CsvMapping, values, f"mapping {path}")
-
+REMEDY = "mend the quotes of the table, the names of its columns, or the mapping"
+"""The next step where a user's table cannot be read."""
 
 _VIEWS: dict[str, View] = {"": "unknown", "?": "unknown", "unknown": "unknown", "lateral": "L"}
 _VIEWS |= {view.lower(): view for view in get_args(View)}
 _SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}
 _BLANKS = {"", "nan", "n/a", "na", "none", "null"}
+
+
+def read_mapped(root: Path, mapping: Path, table: Path | None = None) -> Iterator[Record]:
+    """The rows of a CSV table by the TOML file of its mapping; see `read_csv`.
+
+    Raises:
+        SourceError: When either cannot be read, or they do not fit.
+        ConfigError: When the mapping breaks a rule; then columns that are not there are told, too.
+    """
+    found, meant, problems = check_mapping(mapping_values(mapping))
+    if found is not None:
+        return read_csv(root, found, table)
+    try:
+        path = _find_table(root, str(meant.get("table", "studies.csv")), table)
+        delimiter = meant.get("delimiter", ",")
+        if isinstance(delimiter, str) and len(delimiter) == 1:
+            header = header_of(path, delimiter=delimiter, remedy=REMEDY)
+            labels = meant.get("labels")
+            of_findings = labels.get("columns") if isinstance(labels, dict) else None
+            used = _used(meant["columns"], of_findings)
+            problems += [f"{path}: {said}" for said in _column_problems(header, used)]
+    except SourceError as error:
+        problems.append(str(error))
+    raise ConfigError(several(f"mapping {mapping}", problems))
 
 
 def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iterator[Record]:
@@ -187,24 +83,30 @@ def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iter
 
     Args:
         root: Folder that the image paths are relative to.
+        mapping: Of the table.
         table: Read in place of `mapping.table`.
 
     Raises:
-        SourceError: At once, before any record: when the table cannot be read, lacks a column, or
-            holds label, view or split words that the mapping does not explain (all are listed);
-            or when `labels.closed` lists what looks like a misspelt finding.
+        SourceError: At once, before any record, with all problems: when the table cannot be read,
+            has no rows, lacks columns, or holds label, view or split words that the mapping does
+            not explain; or when `labels.closed` lists what looks like a misspelt finding.
     """
-    path = root / mapping.table if table is None else table
-    if not path.is_file():
-        where = (
-            f"name it in the mapping (table = ..., below --root; now {mapping.table!r}), or give "
-            f"it by --table"
-            if table is None
-            else "give another one by --table (a path from here, not below --root)"
-        )
-        raise SourceError(f"there is no table {path}; {where}")
-    _check_words(path, mapping)
+    path = _find_table(root, mapping.table, table)
+    _check_table(path, mapping)
     return _csv_records(path, mapping)
+
+
+def _find_table(root: Path, name: str, table: Path | None) -> Path:
+    """The table's path: of the mapping's name below the root, or as it is given."""
+    path = root / name if table is None else table
+    if path.is_file():
+        return path
+    where = (
+        f"name it in the mapping (table = ..., below --root; now {name!r}), or give it by --table"
+        if table is None
+        else "give another one by --table (a path from here, not below --root)"
+    )
+    raise SourceError(f"there is no table {path}; {where}")
 
 
 def _csv_records(path: Path, mapping: CsvMapping) -> Iterator[Record]:
@@ -310,7 +212,7 @@ def _said_by_words(words: tuple[str, ...], rules: Labels) -> list[tuple[str, int
         if word in rules.map:
             said += rules.map[word].labels()
         elif word not in rules.unknown:
-            said.append((word.lower(), PRESENT))  # `_check_words` has seen that it is a finding
+            said.append((word.lower(), PRESENT))  # `_check_table` has seen that it is a finding
     return said
 
 
@@ -338,56 +240,51 @@ def _value(text: str, column: str) -> int:
     return int(number)
 
 
-def _check_words(path: Path, mapping: CsvMapping) -> None:
-    """Refuses a table with words that the mapping does not explain, all at once."""
-    said = {finding for meaning in mapping.labels.map.values() for finding, _ in meaning.labels()}
+def _check_table(path: Path, mapping: CsvMapping) -> None:
+    """Refuses a table that the mapping does not fit, with all problems at once."""
     rules, columns = mapping.labels, mapping.columns
+    header = header_of(path, delimiter=mapping.delimiter, remedy=REMEDY)
+    used = _used(dict(columns), rules.columns)
+    problems = _column_problems(header, used) if header else []  # `read_rows` tells of an empty one
+    said = {finding for meaning in rules.map.values() for finding, _ in meaning.labels()}
     known_labels = {*rules.map, *rules.unknown}
     names = {name for listed in rules.closed.values() for name in listed}
     known_views, known_splits = {*_VIEWS, *mapping.views}, {"", *get_args(Split), *mapping.splits}
     unmapped: dict[str, Counter[str]] = {"labels.map": Counter(), "views": Counter()}
     unmapped["splits"] = Counter()
-    for cells, problem in _rows(path, mapping):
-        if problem:
-            continue
-        for word in _words(_cell(cells, columns.labels), rules):
-            if word not in known_labels and word.lower() not in names:
-                unmapped["labels.map"][word] += 1
-            elif word not in known_labels:
-                said.add(word.lower())
-        if (view := _cell(cells, columns.view)).lower() not in known_views:
-            unmapped["views"][view] += 1
-        if (split := _cell(cells, columns.split)).lower() not in known_splits:
-            unmapped["splits"][split] += 1
-    problems = [
-        f"[{section}] does not explain "
-        + ", ".join(f"{word!r} ({n})" for word, n in counts.most_common())
-        for section, counts in unmapped.items()
-        if counts
-    ]
+    n_rows = n_sound = 0
+    try:
+        for cells, problem in read_rows(path, (), delimiter=mapping.delimiter, remedy=REMEDY):
+            n_rows += 1
+            if problem:
+                continue
+            n_sound += 1
+            for word in _words(_cell(cells, columns.labels), rules):
+                if word not in known_labels and word.lower() not in names:
+                    unmapped["labels.map"][word] += 1
+                elif word not in known_labels:
+                    said.add(word.lower())
+            if (view := _cell(cells, columns.view)).lower() not in known_views:
+                unmapped["views"][view] += 1
+            if (split := _cell(cells, columns.split)).lower() not in known_splits:
+                unmapped["splits"][split] += 1
+    except SourceError as error:
+        if not problems:
+            raise
+        problems.append(str(error))
+    else:
+        if not n_rows:
+            problems.append("a header and no rows below it; give a table with rows")
+    for section, counts in unmapped.items():
+        if counts:
+            words = ", ".join(f"{word!r} ({n})" for word, n in counts.most_common())
+            problems.append(f"[{section}] does not explain {words}; add the words to the mapping")
+    never: set[str] = set()
+    if n_sound and (columns.labels is None or columns.labels in header):
+        misspelt, never = _never_said(rules.closed, said)
+        problems += misspelt
     if problems:
-        raise SourceError(f"{path}: {'; '.join(problems)}; add the words to the mapping")
-    _check_closed(path, rules.closed, said)
-
-
-def _check_closed(path: Path, closed: Mapping[str, Sequence[str]], said: Set[str]) -> None:
-    """Refuses a listed finding that is never said and is spelt nearly as one that is.
-
-    Names of findings are free, so any other listed finding that no film has is only told.
-    """
-    misspelt, never = [], set()
-    for source, listed in closed.items():
-        for finding in sorted(set(listed) - said):
-            if near := difflib.get_close_matches(finding, sorted(said), n=1, cutoff=LIKENESS):
-                where = f"[labels.closed] {source} lists {finding!r}"
-                misspelt.append(f"{where}, which no label says; {near[0]!r} is said")
-            else:
-                never.add(finding)
-    if misspelt:
-        raise SourceError(
-            f"{path}: {'; '.join(misspelt)}; mend the name, or give it a word in [labels.map] if "
-            f"it is another finding"
-        )
+        raise SourceError(several(str(path), problems))
     if never:
         logger.warning(
             "%s: no label says %s; where [labels.closed] lists it, it is absent from every film",
@@ -396,13 +293,55 @@ def _check_closed(path: Path, closed: Mapping[str, Sequence[str]], said: Set[str
         )
 
 
+def _used(columns: object, of_findings: object) -> dict[str, list[str]]:
+    """The table's columns that a mapping names, and under which keys."""
+    used: dict[str, list[str]] = {}
+    for key, name in columns.items() if isinstance(columns, dict) else ():
+        if isinstance(name, str) and name:
+            used.setdefault(name, []).append(key)
+    for name in of_findings if isinstance(of_findings, dict) else ():
+        used.setdefault(name, []).append("labels.columns")
+    return used
+
+
+def _column_problems(header: Sequence[str], used: Mapping[str, Sequence[str]]) -> list[str]:
+    """What keeps a table from being read by the columns that its mapping names."""
+
+    def listed(names: Sequence[str]) -> str:
+        return ", ".join(f"{name!r} ({', '.join(used[name])})" for name in names)
+
+    problems = []
+    if missing := [name for name in used if name not in header]:
+        problems.append(
+            f"no column {listed(missing)}; its columns are {', '.join(header)}; name them in the "
+            f"mapping as the table does"
+        )
+    if doubled := [name for name in used if header.count(name) > 1]:
+        problems.append(f"the column {listed(doubled)} is there twice; rename one in the table")
+    return problems
+
+
+def _never_said(closed: Mapping[str, Sequence[str]], said: Set[str]) -> tuple[list[str], set[str]]:
+    """The listed findings that no label says: problems of those that look misspelt, and the others.
+
+    Names of findings are free, so one that is spelt nearly as a finding that is said is a problem,
+    and any other is only told.
+    """
+    misspelt, never = [], set()
+    for source, listed in closed.items():
+        for finding in sorted(set(listed) - said):
+            if near := difflib.get_close_matches(finding, sorted(said), n=1, cutoff=LIKENESS):
+                misspelt.append(
+                    f"[labels.closed] {source} lists {finding!r}, which no label says; "
+                    f"{near[0]!r} is said; mend the name, or give it a word in [labels.map] if it "
+                    f"is another finding"
+                )
+            else:
+                never.add(finding)
+    return misspelt, never
+
+
 def _rows(path: Path, mapping: CsvMapping) -> Iterator[Row]:
     """The rows of a user's table, with the columns that the mapping names."""
-    named = {column for _, column in mapping.columns if column is not None}
-    named |= set(mapping.labels.columns)
-    return read_rows(
-        path,
-        sorted(named),
-        delimiter=mapping.delimiter,
-        remedy="mend the quotes of the table, the names of its columns, or the mapping",
-    )
+    used = _used(dict(mapping.columns), mapping.labels.columns)
+    return read_rows(path, list(used), delimiter=mapping.delimiter, remedy=REMEDY)

@@ -4,6 +4,7 @@ A map shows which patches speak for a phrase in the model's own measure. It is n
 finding is there, and whether it points at all is measured by `mmclip.explanation.pointing`.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from mmclip.explanation.grounding import mass_above_median
 from mmclip.explanation.phrase_maps import ExplainScore, grid_of, map_films
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet, plain_name
+
+logger = logging.getLogger(__name__)
 
 UNITS: dict[ExplainScore, str] = {
     "contribution": "contribution to the phrase",
@@ -226,6 +229,8 @@ def film_of_folder(
 ) -> tuple[UInt8[np.ndarray, "s s"], tuple[int, int], list[Place]]:
     """A film of a data folder as the model sees it, its published height and width, its places.
 
+    A film of a view that the run has not learnt gives a warning.
+
     Args:
         checkpoint: Says the film size.
         folder: As `mmclip data build` leaves it.
@@ -245,6 +250,15 @@ def film_of_folder(
     film = rows.films[row]
     if film.image is None or film.height_px is None or film.width_px is None:
         raise ManifestError(f"{film_id} of {folder} is a report without a film; choose another")
+    if film.view not in (views := checkpoint.config.data.views):
+        logger.warning(
+            "film %s of %s %s, and the run was trained on the views %s alone: do not trust its "
+            "map; choose a film of one of these views",
+            film_id,
+            folder,
+            "is a lateral" if film.view == "L" else f"has the view {film.view}",
+            ", ".join(views),
+        )
     places: list[Place] = []
     if boxes is not None:
         places = list(read_places(*boxes, {film_id: film}, Counter()))

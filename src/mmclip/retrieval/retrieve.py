@@ -1,4 +1,4 @@
-"""Search: the nearest studies for a film or a phrase, in one's own data folders."""
+"""Search: the nearest patients for a film or a phrase, in one's own data folders."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ from jaxtyping import Float32, UInt8
 from matplotlib.figure import Figure
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.data.check import patient_key
 from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.folder import ManifestError
 from mmclip.data.images import FilmError, decode_film, read_bytes, resize_film
@@ -33,35 +34,35 @@ class Query:
         said: A few words for people.
         embedding: Normalised, as those of the films.
         pixels: Of a film, 0..255, air dark; None for a phrase.
-        study_id: The film's own study, which is no answer; None where it is in no study here.
+        patient: The film's own (`check.patient_key`), who is no answer; None where unknown here.
     """
 
     said: str
     embedding: Float32[np.ndarray, " e"]
     pixels: UInt8[np.ndarray, "h w"] | None = None
-    study_id: str | None = None
+    patient: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A study near a query, by the film of it that is nearest."""
+    """A patient near a query, by the film that is nearest."""
 
     rank: int  # from 1
     similarity: float  # cosine, -1..1
     row: int  # of the film
-    n_films: int  # of the study, among those searched
+    n_films: int  # of the patient, among those searched
 
 
 @dataclass(frozen=True)
 class Search:
-    """A query, and the studies nearest to it."""
+    """A query, and the patients nearest to it."""
 
     query: Query
     rows: Rows  # all films with an image
     found: list[Found]
 
     def records(self) -> Iterator[dict]:
-        """What is found, a plain record a study. Ids of patient and study are left out."""
+        """What is found, a plain record a patient. Ids of patient and study are left out."""
         for found in self.found:
             film = self.rows.films[found.row]
             yield {
@@ -81,33 +82,33 @@ class Search:
         return self.rows.pixels(np.array([f.row for f in self.found], np.int64)).numpy()
 
 
-def nearest_studies(
+def nearest_patients(
     similarity: Float32[np.ndarray, " n"],
-    studies: Sequence[str],
+    patients: Sequence[str],
     is_searched: Sequence[bool] | np.ndarray,
     top: int,
 ) -> list[Found]:
-    """The studies with the most similar films, best first; equals in the order of the rows.
+    """The patients with the most similar films, best first; equals in the order of the rows.
 
     Args:
         similarity: Of each film with the query.
-        studies: Of each film.
+        patients: Of each film.
         is_searched: The films that may be found.
-        top: How many studies; fewer where there are no more.
+        top: How many patients; fewer where there are no more.
     """
     among = np.flatnonzero(is_searched)
     best: dict[str, int] = {}
     for row in map(int, among[np.argsort(-similarity[among], kind="stable")]):
-        best.setdefault(studies[row], row)
+        best.setdefault(patients[row], row)
         if len(best) == top:
             break
     n_films = dict.fromkeys(best, 0)
     for row in map(int, among):
-        if studies[row] in n_films:
-            n_films[studies[row]] += 1
+        if patients[row] in n_films:
+            n_films[patients[row]] += 1
     return [
-        Found(rank, float(similarity[row]), row, n_films[study])
-        for rank, (study, row) in enumerate(best.items(), 1)
+        Found(rank, float(similarity[row]), row, n_films[patient])
+        for rank, (patient, row) in enumerate(best.items(), 1)
     ]
 
 
@@ -122,7 +123,7 @@ def search(
     sources: Sequence[str] = (),
     device: torch.device,
 ) -> Search:
-    """What `mmclip retrieve` does without --evaluate: the nearest studies for a film or a phrase.
+    """What `mmclip retrieve` does without --evaluate: the nearest patients for a film or a phrase.
 
     The whole comparison is exact: one product of the stored embeddings with the query.
 
@@ -131,7 +132,7 @@ def search(
         folders: Data folders to search.
         film: A film id of the folders, or the path of an image file.
         phrase: In the place of a film.
-        top: How many studies.
+        top: How many patients.
         split: Only of this split, when named.
         sources: Only of these, when named.
         device: For embedding.
@@ -157,10 +158,10 @@ def search(
         assert row is not None, "a film or a phrase was given"
         pixels = rows.pixels(np.array([row]))[0].numpy()
         own = rows.films[row]
-        query = Query(f"film {own.film_id}", np.array(embeddings[row]), pixels, own.study_id)
-    studies = [f.study_id for f in rows.films]
-    is_searched &= np.array([study != query.study_id for study in studies])
-    found = nearest_studies(embeddings @ query.embedding, studies, is_searched, top)
+        query = Query(f"film {own.film_id}", np.array(embeddings[row]), pixels, patient_key(own))
+    patients = [patient_key(f) for f in rows.films]
+    is_searched &= np.array([patient != query.patient for patient in patients])
+    found = nearest_patients(embeddings @ query.embedding, patients, is_searched, top)
     return Search(query, rows, found)
 
 
@@ -187,7 +188,7 @@ def _searched(rows: Rows, split: Split | None, sources: Sequence[str]) -> np.nda
 def query_of_file(checkpoint: Checkpoint, rows: Rows, path: Path) -> Query:
     """A film that need not be in the data: a PNG, JPEG, other raster or DICOM file.
 
-    Where the data has the very same file, its study is the query's own.
+    Where the data has the very same file, its patient is the query's own.
 
     Raises:
         ValueError: When there is no such file, or it gives no film.
@@ -208,13 +209,13 @@ def query_of_file(checkpoint: Checkpoint, rows: Rows, path: Path) -> Query:
     sha256 = hashlib.sha256(content).hexdigest()
     own = next((f for f in rows.films if f.image_sha256 == sha256), None)
     if own is not None:
-        said = f"{path} is film {own.film_id} of the data: its own study is left out"
+        said = f"{path} is film {own.film_id} of the data: its own patient is left out"
         console.print(said, markup=False, soft_wrap=True)
     return Query(
         f"film {path.name}",
         finite(embedding.embedding[0].cpu()),
         pixels,
-        None if own is None else own.study_id,
+        None if own is None else patient_key(own),
     )
 
 
@@ -253,7 +254,7 @@ def write_sheet(folder: Path, search: Search, columns: int = 5) -> Path:
         for axes, (title, film, colour) in zip(all_axes, panels, strict=False):
             axes.imshow(film, cmap="gray", vmin=0, vmax=255)
             axes.set_title(title, loc="left", fontsize=6, color=colour, parse_math=False)
-        said = f"nearest studies: {search.query.said}"
+        said = f"nearest patients: {search.query.said}"
         figure.suptitle(_shortened(said, 24 * columns), fontsize=9, parse_math=False)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / SHEET_FILE, dpi=160, facecolor="white")

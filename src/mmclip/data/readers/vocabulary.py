@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from mmclip.config import Frozen, parse, read_toml
+from mmclip.data.mapping import Meaning
 from mmclip.data.records import ABSENT
-from mmclip.data.tables import Meaning
 from mmclip.data.versions import WORDS_OF
 
 
