@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mmclip.cli.shared import OverwriteOption, check_results, command_line, split_name
+from mmclip.cli.shared import (
+    OverwriteOption,
+    check_inputs,
+    check_results,
+    command_line,
+    split_name,
+)
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -87,6 +93,9 @@ def results(
             f"{' and '.join(map(str, tables))} would share a folder in --out, which is named after "
             f"the file; rename one"
         )
+    if missing := [path for path in given if not path.exists()]:
+        raise ValueError(f"there is no {missing[0]}; give the --out of `mmclip zeroshot` or a CSV")
+    check_inputs(data=data or (), protocol=protocol)
     if out is not None and not overwrite:
         for path in tables:
             check_results(out / path.stem)
