@@ -427,8 +427,7 @@ def _merge(base: dict, top: dict) -> dict:
 
 def config_hash(config: BaseModel) -> str:
     """SHA-256 of the resolved values: equal settings, equal hash, however they were written."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _sha256_of(config.model_dump(mode="json"))
 
 
 def recipe_hash(config: BaseModel, given: Mapping[str, Any]) -> str:
@@ -440,5 +439,8 @@ def recipe_hash(config: BaseModel, given: Mapping[str, Any]) -> str:
     """
     values = config.model_dump(mode="json")
     del values["train"]["seed"]
-    text = json.dumps({"config": values, "given": dict(given)}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _sha256_of({"config": values, "given": dict(given)})
+
+
+def _sha256_of(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -183,12 +183,9 @@ Part = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def _parts(found: "Sequence[Compared]") -> list[Part]:
-    def aurocs(results: "RunResults") -> dict[str, float]:
-        return {row.finding: row.auroc for row in results.findings}
-
     base, *others = found
-    of_others = [(run.name, aurocs(run.results), run.findings) for run in others]
-    return [(HEAD, _rows(found)), (HEAD_FINDINGS, _by_finding(aurocs(base.results), of_others))]
+    of_others = [(run.name, run.results.aurocs(), run.findings) for run in others]
+    return [(HEAD, _rows(found)), (HEAD_FINDINGS, _by_finding(base.results.aurocs(), of_others))]
 
 
 def _parts_over_seeds(arms: "Sequence[Arm]") -> list[Part]:

@@ -210,7 +210,7 @@ def interval_over_seeds(
     Resampling the seeds themselves is far too sure of few: where seeds alone differ, normally, 74 %
     of such 95 % intervals over 3 seeds hold the truth, 84 % over 5. Of these 94 to 96 % do from 3
     seeds on, 90 to 96 % with 2, however much of the variance is the patients'
-    (tests/test_bootstrap.py).
+    (tests/test_metrics.py).
 
     Args:
         values: Of each seed, on all films; a metric, or a difference paired by seed.

@@ -110,10 +110,6 @@ class Run(NamedTuple):
     results: RunResults
     scores: Scored  # columns in the order of the first run's
 
-    def auroc_of(self) -> dict[str, float]:
-        """The AUROC of each finding that has one."""
-        return {row.finding: row.auroc for row in self.results.findings}
-
 
 def read_alike(folders: Sequence[Path]) -> list[Run]:
     """Reads results that stand in one table.
@@ -165,7 +161,7 @@ def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> lis
             draws=draws,
             seed=seed,
         ).auroc
-        ours, theirs = run.auroc_of(), first.auroc_of()
+        ours, theirs = run.results.aurocs(), base.aurocs()
         by_finding = {
             name: Difference(
                 ours[name] - theirs[name],

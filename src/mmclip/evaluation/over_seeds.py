@@ -53,7 +53,7 @@ class Arm:
 
     def means(self) -> dict[str, float]:
         """The mean AUROC over all seeds of each finding that has one."""
-        by_seed = [run.auroc_of() for run in self.runs.values()]
+        by_seed = [run.results.aurocs() for run in self.runs.values()]
         return {name: float(np.mean([of[name] for of in by_seed])) for name in by_seed[0]}
 
 
@@ -76,6 +76,7 @@ def compare_over_seeds(folders: Sequence[Path], *, draws: int = 1000, seed: int 
     groups = _by_recipe(runs)
     first, base = runs[0], groups[0]
     counted = [first.scores.names().index(name) for name in first.results.macro_findings]
+    scored = first.results.aurocs()
     of_base = cache(lambda train_seed: _aurocs(base[train_seed], counted, draws, seed))
     out = []
     for name, group in zip(_arm_names(groups), groups, strict=True):
@@ -95,7 +96,7 @@ def compare_over_seeds(folders: Sequence[Path], *, draws: int = 1000, seed: int 
             for k, (finding, difference) in enumerate(
                 zip(first.scores.names(), by_finding, strict=True)
             )
-            if finding in first.auroc_of()
+            if finding in scored
         }
         out.append(Arm(name, group, paired, macro if counted else None, findings, distinct))
     return out
@@ -109,7 +110,7 @@ class _Aurocs(NamedTuple):
 
 
 def _aurocs(run: Run, counted: Sequence[int], draws: int, seed: int) -> _Aurocs:
-    names, by_finding, macro = run.scores.names(), run.auroc_of(), run.results.macro_auroc
+    names, by_finding, macro = run.scores.names(), run.results.aurocs(), run.results.macro_auroc
     values = [np.nan if macro is None else macro, *(by_finding.get(n, np.nan) for n in names)]
     drawn = bootstrap_metrics(
         run.scores.labels, run.scores.scores, run.scores.patients(), draws=draws, seed=seed
@@ -218,7 +219,7 @@ def _stem(names: Sequence[str]) -> str:
     """What names begin with, less the seed's word and digits: "a" of a-seed10 and a-seed11."""
     if len(names) == 1:
         return names[0]
-    pairs = zip(min(names), max(names), strict=False)
+    pairs = zip(min(names), max(names), strict=False)  # the prefix ends with the shorter name
     begin = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return re.sub(r"[\W_]*(?:seed)?[\W_]*\d*$", "", begin)
 

@@ -187,6 +187,10 @@ class RunResults(_Part):
     provenance: Provenance
     facts: dict[str, str | int | FiniteFloat] = {}  # of the run: "training pairs", "epochs"
 
+    def aurocs(self) -> dict[str, float]:
+        """The AUROC of each finding that has one."""
+        return {row.finding: row.auroc for row in self.findings}
+
 
 def checked(results: RunResults | Mapping[str, Any]) -> RunResults:
     """The results as `RunResults`.
