@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,7 @@ from mmclip.training.loop import (
     interrupt_between_steps,
     learning_rate,
     make_optimizer,
+    read_ahead,
     train_step,
 )
 from mmclip.training.objective import Objective
@@ -229,6 +231,48 @@ def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path: Path):
     fit_here(tmp_path, MadeBatches(), state, accelerator, [])
     assert math.isfinite(state.log["contrastive"])
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}
+
+
+GPU = torch.device("cuda")  # nothing is put there: what is read ahead goes by the name alone
+
+
+def test_batches_read_ahead_are_those_of_their_steps_and_made_in_a_thread():
+    batches, made = MadeBatches(), []
+
+    def read_batch(step: int, share: Share) -> Batch:
+        is_main = threading.current_thread() is threading.main_thread()
+        made.append((step, share.index, is_main))
+        return batches.batch(step, share)
+
+    asked = [(step, Share(half, 2)) for step in (1, 2, 3) for half in (0, 1)]
+    out_of_order = (0, Share(1, 2))
+    with read_ahead(read_batch, 4, GPU) as read:
+        for step, share in (*asked, out_of_order):
+            expected = batches.batch(step, share).tensors()
+            torch.testing.assert_close(
+                read(step, share).tensors(), expected, rtol=0, atol=0, equal_nan=True
+            )
+    assert [(step, half) for step, half, is_main in made if is_main] == [(1, 0), (1, 1), (0, 1)]
+    assert max(step for step, _, _ in made) == 3
+
+
+def test_a_batch_that_cannot_be_made_ahead_fails_at_its_own_step():
+    def read_batch(step: int, share: Share) -> Batch:
+        if step == 2:
+            raise OSError("no film")
+        return MadeBatches().batch(step, share)
+
+    with read_ahead(read_batch, 9, GPU) as read:
+        assert [read(0, Share()).step, read(1, Share()).step] == [0, 1]
+        with pytest.raises(OSError, match="no film"):
+            read(2, Share())
+    assert not any(t.name.startswith("batches") for t in threading.enumerate())
+
+
+def test_on_a_cpu_nothing_is_read_ahead():
+    batches = MadeBatches()
+    with read_ahead(batches.batch, 9, torch.device("cpu")) as read:
+        assert read == batches.batch
 
 
 def test_the_first_control_c_waits_for_the_step_and_the_second_does_not():

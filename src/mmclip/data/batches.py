@@ -24,7 +24,7 @@ from mmclip.data.corpus import (
     special_ids,
     tokenise_corpus,
 )
-from mmclip.data.dataset import Rows, affine_of, augment, normalise, warp
+from mmclip.data.dataset import Rows, affine_of, warp
 from mmclip.data.disease_prompts import (
     NO_FINDING,
     PROMPT_DRAWS,
@@ -179,6 +179,7 @@ class TrainingBatches:
         patch_px: int,
         shuffle_pairs: bool = False,
         lesions: LesionMasks | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """Tokenises the reports once.
 
@@ -190,7 +191,10 @@ class TrainingBatches:
             shuffle_pairs: Deal each film the report of another, fixed for the run: the control
                 under which nothing can be learnt.
             lesions: For the oracle and for measuring; None where there are none.
+            device: Where films are augmented, and found in a batch; None is the CPU, where the
+                rest of a batch is.
         """
+        self.device = device or torch.device("cpu")
         self.rows, self.tokenizer, self.config, self.patch_px = rows, tokenizer, config, patch_px
         self.lesions, self.seed = lesions, config.train.seed
         self.film_keys = np.array([film_key(f.film_id) for f in rows.films], np.uint64)
@@ -288,15 +292,15 @@ class TrainingBatches:
     def _films(
         self, rows: np.ndarray, epochs: np.ndarray
     ) -> tuple[Float[Tensor, "b 1 h w"], Float[Tensor, "b n"] | None, Float[Tensor, "b n"]]:
-        draws = torch.from_numpy(self._draw(Draw.AUGMENT, rows, epochs, 6)).float()
-        image = augment(normalise(self.rows.pixels(rows)), draws, self.config.augment)
+        draws = self._draw(Draw.AUGMENT, rows, epochs, 6)
+        image = self.rows.augmented(rows, draws, self.config.augment, self.device)
         n_patches = (image.shape[-1] // self.patch_px) ** 2
         noise = torch.from_numpy(self._draw(Draw.PATCHES, rows, epochs, n_patches)).float()
         if self.lesions is None:
             return image, None, noise
         none = np.zeros(image.shape[-2:], bool)
         masks = np.stack([self.lesions.get(self.rows.films[r].film_id, none) for r in rows])
-        theta = affine_of(draws, self.config.augment)
+        theta = affine_of(torch.from_numpy(draws).float(), self.config.augment)
         moved = warp(torch.from_numpy(masks).float().unsqueeze(1), theta)
         return image, lesion_ratio_of_patches(moved, self.patch_px), noise
 

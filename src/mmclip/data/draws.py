@@ -5,8 +5,10 @@ be resumed, or dealt out to more processes, without a change of what it sees.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
@@ -91,6 +93,11 @@ class Schedule:
         if not len(self.film_keys):
             raise ValueError("there are no rows to read from")
 
+    @cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
+        """`order_of_epoch`, kept for the two epochs that a step may read from."""
+        return lru_cache(2)(partial(order_of_epoch, self.seed, film_keys=self.film_keys))
+
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers [batch_size] and the epoch of each [batch_size] for a step from 0 on."""
         n = len(self.film_keys)
@@ -99,5 +106,5 @@ class Schedule:
         rows = np.empty_like(position)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            rows[here] = order_of_epoch(self.seed, int(epoch), self.film_keys)[within[here]]
+            rows[here] = self._order(int(epoch))[within[here]]
         return rows, epochs

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mmclip.checkpoint import (
     write_checkpoint,
 )
 from mmclip.config import AugmentConfig, Frozen, TrainConfig
-from mmclip.data.dataset import Rows, augment, normalise
+from mmclip.data.dataset import Rows, normalise
 from mmclip.data.draws import Draw, Schedule, film_key, keyed_uniform
 from mmclip.data.folder import ManifestError
 from mmclip.evaluation.metrics import auroc
@@ -101,22 +102,24 @@ class LabelledBatches:
     films: Labelled
     config: FineTuneConfig
     seed: int
+    device: torch.device  # where films are augmented
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Which films a step reads."""
+        keys = [film_key(film.film_id) for film in self.films.rows.films]
+        return Schedule(np.array(keys, np.uint64), self.config.train.batch_size, self.seed)
 
     def batch(self, step: int, share: Share) -> LabelledBatch:
         """A share of the batch of a step; the shares of all processes and micro-batches are it."""
-        films = self.films.rows.films
-        keys = np.array([film_key(film.film_id) for film in films], np.uint64)
-        rows, epochs = Schedule(keys, self.config.train.batch_size, self.seed).rows(step)
+        rows, epochs = self.schedule.rows(step)
         cut = share.of_rows(len(rows))
         rows, epochs = rows[cut], epochs[cut]
-        draws = keyed_uniform(self.seed, Draw.AUGMENT, epochs, keys[rows], 6)
-        image = augment(
-            normalise(self.films.rows.pixels(rows)),
-            torch.from_numpy(draws).float(),
-            self.config.augment,
-        )
+        draws = keyed_uniform(self.seed, Draw.AUGMENT, epochs, self.schedule.film_keys[rows], 6)
+        films = self.films.rows
+        image = films.augmented(rows, draws, self.config.augment, self.device)
         labels = torch.from_numpy(self.films.labels[rows]).float()
-        return LabelledBatch(image, labels, tuple(films[row].film_id for row in rows))
+        return LabelledBatch(image, labels, tuple(films.films[row].film_id for row in rows))
 
 
 def positive_weights(labels: Float[np.ndarray, "n k"], most: float) -> Float[np.ndarray, " k"]:
@@ -272,7 +275,7 @@ def train_classifier(
         fit(
             accelerator,
             state,
-            LabelledBatches(train, config, seed).batch,
+            LabelledBatches(train, config, seed, accelerator.device).batch,
             loss_sums,
             loss_counts,
             {"label": 1.0},

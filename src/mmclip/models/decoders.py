@@ -60,7 +60,10 @@ class Attention(nn.Module):
             # Without a valid key the softmax is undefined: such a row attends anywhere, for 0.
             is_alone = ~is_valid.any(1)[:, None, None]
             may_attend = (is_valid[:, None] | is_alone)[:, None]  # b 1 1 c
-        gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=may_attend)
+        if b:
+            gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=may_attend)
+        else:  # no tensor at all from the fused kernels of a GPU; this has the gradients, too
+            gathered = query @ (key.mT @ value)
         out = self.out(gathered.transpose(1, 2).reshape(b, s, width))
         if is_alone is not None:
             out = out.masked_fill(is_alone, 0.0)

@@ -152,6 +152,7 @@ def pretrain(job: Job) -> Path:
         objective.patch_px,
         job.shuffle_pairs,
         None if job.lesions is None else read_lesions(job.lesions),
+        accelerator.device,
     )
     optimizer = make_optimizer(model, model.no_decay_names(), job.config.train)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
