@@ -33,10 +33,12 @@ from sklearn.metrics import (
 from mmclip.evaluation.bootstrap import (
     auprc_bias,
     bootstrap_metrics,
+    macro_draws,
+)
+from mmclip.evaluation.intervals import (
     effective_number,
     films_of_patients,
     finding_interval,
-    macro_draws,
     mean_interval,
     percentile_interval,
     rarer_class,

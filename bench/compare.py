@@ -11,12 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from mmclip.data.synthetic import FINDINGS
-from mmclip.evaluation.bootstrap import (
-    Interval,
-    bootstrap_metrics,
-    interval_over_seeds,
-    macro_draws,
-)
+from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_draws
+from mmclip.evaluation.intervals import Interval, interval_over_seeds
 
 SMALL_FINDINGS = ("nodule", "rib fracture", "atelectasis", "support devices")
 """Where contrastive training alone leaves room; thumbnails show them not at all [docs/log.md]."""

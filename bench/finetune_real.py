@@ -44,9 +44,9 @@ from mmclip.data.folder import META_FILE
 from mmclip.data.sources import open_reader
 from mmclip.data.splits import stratified
 from mmclip.evaluation.baselines import nuisance_facts
-from mmclip.evaluation.bootstrap import (
+from mmclip.evaluation.bootstrap import bootstrap_metrics
+from mmclip.evaluation.intervals import (
     Interval,
-    bootstrap_metrics,
     interval_over_seeds,
     share_over_seeds,
 )

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmclip.data.build import build_data
 from mmclip.data.dataset import open_rows
-from mmclip.evaluation.bootstrap import interval_over_seeds
+from mmclip.evaluation.intervals import interval_over_seeds
 from tests.made import write_films
 
 BENCH = str(Path(__file__).parents[1] / "bench")

@@ -19,11 +19,13 @@ from mmclip.evaluation.bootstrap import (
     auprc_bias,
     bootstrap_difference,
     bootstrap_metrics,
-    interval_over_seeds,
     macro_draws,
+    patient_halves,
+)
+from mmclip.evaluation.intervals import (
+    interval_over_seeds,
     mean_interval,
     newcombe_interval,
-    patient_halves,
     percentile_interval,
     share_interval,
     share_over_seeds,

@@ -25,7 +25,8 @@ from mmclip.data.records import Film
 from mmclip.data.text import train_tokenizer
 from mmclip.embed import embed_films, embed_texts, words_hardly_known
 from mmclip.embedding_store import STORE_FOLDER, film_embeddings, text_embeddings
-from mmclip.evaluation.bootstrap import patient_weights, percentile_interval
+from mmclip.evaluation.bootstrap import patient_weights
+from mmclip.evaluation.intervals import percentile_interval
 from mmclip.evaluation.metrics import Retrieved
 from mmclip.losses import positive_pairs
 from mmclip.retrieval import ranking

@@ -19,12 +19,8 @@ from mmclip.config import Frozen, parse, read_toml
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import ManifestError
 from mmclip.data.records import Split
-from mmclip.evaluation.bootstrap import (
-    Interval,
-    bootstrap_difference,
-    macro_draws,
-    percentile_interval,
-)
+from mmclip.evaluation.bootstrap import bootstrap_difference, macro_draws
+from mmclip.evaluation.intervals import Interval, percentile_interval
 from mmclip.evaluation.judge import judge, nuisance
 from mmclip.evaluation.pages import write_evaluation
 from mmclip.evaluation.protocols import OWN_PROTOCOL, load_protocol

@@ -10,12 +10,14 @@ from mmclip.data.dataset import Rows
 from mmclip.evaluation.baselines import nuisance_scores
 from mmclip.evaluation.bootstrap import (
     Draws,
-    Interval,
     auprc_bias,
     bootstrap_metrics,
+    macro_draws,
+)
+from mmclip.evaluation.intervals import (
+    Interval,
     films_of_patients,
     finding_interval,
-    macro_draws,
     mean_interval,
     percentile_interval,
 )

@@ -14,8 +14,9 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from jaxtyping import Float
 
-from mmclip.evaluation.bootstrap import bootstrap_metrics, interval_over_seeds, macro_draws
+from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_draws
 from mmclip.evaluation.comparison import Difference, Run, differs, read_alike
+from mmclip.evaluation.intervals import interval_over_seeds
 from mmclip.evaluation.results import RESULTS_FILE
 from mmclip.evaluation.scores import ScoresError
 

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
-from mmclip.evaluation.bootstrap import Interval
+from mmclip.evaluation.intervals import Interval
 from mmclip.evaluation.metrics import known
 
 # On the page these become the theme's colours, so that the plots read in dark mode too.

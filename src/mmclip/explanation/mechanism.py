@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmclip.evaluation.bootstrap import Interval, macro_draws, percentile_interval
+from mmclip.evaluation.bootstrap import macro_draws
+from mmclip.evaluation.intervals import Interval, percentile_interval
 from mmclip.masking import masked_patch_count
 
 

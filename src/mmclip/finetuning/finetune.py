@@ -27,11 +27,8 @@ from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.splits import ids_hash
 from mmclip.embedding_store import STORE_FOLDER, store_folder
 from mmclip.evaluation.baselines import logistic_scores, nuisance_facts
-from mmclip.evaluation.bootstrap import (
-    bootstrap_metrics,
-    macro_draws,
-    share_over_seeds,
-)
+from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_draws
+from mmclip.evaluation.intervals import share_over_seeds
 from mmclip.evaluation.judge import control_of, judge
 from mmclip.evaluation.pages import GalleryItem, extreme_cases, write_evaluation
 from mmclip.evaluation.protocols import load_protocol
@@ -375,7 +372,7 @@ def gallery(task: Task, test: Scored) -> list[GalleryItem]:
 def summary_line(method: Method, fraction: float, runs: Mapping[int, Path]) -> dict[str, Any]:
     """What a fraction reached under all seeds: mean, each seed, interval over patients and seeds.
 
-    Every seed is judged on the same draws of patients; see `bootstrap.interval_over_seeds`.
+    Every seed is judged on the same draws of patients; see `intervals.interval_over_seeds`.
 
     Args:
         method: Of the runs.

@@ -21,7 +21,8 @@ from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.records import Film, Split
 from mmclip.data.text import tokenise
 from mmclip.embedding_store import film_embeddings, text_embeddings
-from mmclip.evaluation.bootstrap import patient_codes, patient_weights, percentile_interval
+from mmclip.evaluation.bootstrap import patient_codes, patient_weights
+from mmclip.evaluation.intervals import percentile_interval
 from mmclip.evaluation.metrics import Retrieved, retrieved, retrieved_by_chance
 from mmclip.evaluation.results import Count, Provenance, Share, ShareInterval, provenance
 from mmclip.evaluation.scores import FRONTAL, check_sources, split_of
