@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmclip.batch import Batch, Share
 from mmclip.data.batches import TrainingBatches, label_names, training_rows
@@ -134,10 +135,44 @@ def test_equal_reports_have_equal_text_keys_and_others_not(folder: Path):
         assert (batch.keys[:, 2] == -1).all()  # the labels of pairs stay out of the loss
 
 
-def test_equal_label_sets_are_positives_whatever_the_wording(folder: Path):
-    batches = make_batches(folder, *UNPAIRED)
-    keys = batches.batch(0, Share()).keys
-    assert keys[4, 2] == keys[5, 2] >= 0  # the one unpaired film, twice
+def unpaired_folder(root: Path, *labels: dict[str, int]) -> Path:
+    """Six pairs, and a film for each of the label sets."""
+    pairs, lonely = write_films(root, 6), write_films(root, 6 + len(labels))[6:]
+    lonely = [
+        replace(f, report=None, labels=known) for f, known in zip(lonely, labels, strict=True)
+    ]
+    build_data([*pairs, *lonely], root, root / "data", film_px=32)
+    return root / "data"
+
+
+def test_films_that_are_labelled_alike_are_positives_whatever_the_wording(tmp_path: Path):
+    folder = unpaired_folder(
+        tmp_path, {"cardiomegaly": 1}, {"cardiomegaly": 1, "mass": -1}, {"cardiomegaly": 0},
+        {"cardiomegaly": 1, "mass": 0}, {"mass": 0, "cardiomegaly": 1},
+    )  # fmt: skip
+    batches = make_batches(folder, *UNPAIRED, "unpaired.rows_per_pair=1.25")
+    said = set()
+    for step in range(4):
+        batch = batches.batch(step, Share())
+        number = {film_id: i for i, film_id in enumerate(batch.film_ids)}
+        keys = [int(batch.keys[number[f"f{6 + i}"], 2]) for i in range(5)]
+        assert keys[0] == keys[1] >= 0 and keys[3] == keys[4] >= 0  # "not known" says nothing
+        assert len(set(keys)) == 3
+        said |= {texts_of(batch)[f"f{i}"] for i in (6, 7)}
+    assert len(said) > 1
+
+
+def test_studies_of_two_patients_or_sources_are_two_even_of_one_number(tmp_path: Path):
+    films = write_films(tmp_path, 8)
+    same = [("a", "p1"), ("a", "p1"), ("a", "p2"), ("b", "p1"), ("rsna", "9"), ("chestxray14", "9")]
+    films[:6] = [
+        replace(f, study_id="1", source=source, patient_id=patient, report=f"Nodule {i}.")
+        for i, (f, (source, patient)) in enumerate(zip(films, same, strict=False))
+    ]
+    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    keys = make_batches(tmp_path / "data").study_keys.tolist()
+    assert keys[0] == keys[1] and keys[4] == keys[5]  # rsna's patients are ChestX-ray14's
+    assert len(set(keys)) == 8 - 2
 
 
 def test_reports_read_in_part_are_whole_sentences_of_the_report(folder: Path):
@@ -196,20 +231,23 @@ def test_the_impression_is_read_alone_as_often_as_the_configuration_says(tmp_pat
     assert count["there is cardiomegaly . large nodule ."] == 880 - 80 - count["large nodule ."]
 
 
-def test_shuffled_pairs_give_no_film_its_own_report(folder: Path):
-    straight, shuffled = make_batches(folder), make_batches(folder, shuffle_pairs=True)
-    assert sorted(straight.report_of_row) == sorted(shuffled.report_of_row)
-    assert (straight.report_of_row != shuffled.report_of_row).any()
+def test_shuffled_pairs_give_each_film_the_report_of_another(tmp_path: Path):
+    films = [replace(f, report=f"Nodule {i}.") for i, f in enumerate(write_films(tmp_path, 8))]
+    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    straight = make_batches(tmp_path / "data")
+    shuffled = make_batches(tmp_path / "data", shuffle_pairs=True)
+    assert sorted(straight.report_of_row) == sorted(shuffled.report_of_row) == list(range(8))
+    assert (straight.report_of_row != shuffled.report_of_row).all()
     assert len(set(shuffled.study_keys)) == len(shuffled.rows)
 
 
 def test_shuffled_prompts_are_the_labels_of_another_film(tmp_path: Path):
-    folder = write_folder(tmp_path, n=12)
-    rows = training_rows(open_rows([folder], 32), small_config(*UNPAIRED))
-    lonely = [i for i, film in enumerate(rows.films) if film.report is None]
+    folder = unpaired_folder(tmp_path, *({"mass": i % 2} for i in range(5)))
     batches = make_batches(folder, *UNPAIRED, "unpaired.shuffle=true")
-    assert sorted(batches.labels_of_row[lonely]) == lonely
-    assert (np.delete(batches.labels_of_row, lonely) == np.delete(np.arange(11), lonely)).all()
+    lonely = batches.unpaired
+    assert sorted(batches.labels_of_row[lonely]) == lonely.tolist() == list(range(6, 11))
+    assert (batches.labels_of_row[lonely] != lonely).all()
+    assert (batches.labels_of_row[batches.pairs] == batches.pairs).all()
 
 
 def test_in_the_label_loss_unpaired_films_have_labels_and_no_prompts(folder: Path):
@@ -270,6 +308,58 @@ def test_the_kinds_of_entities_that_are_hidden_are_those_of_the_configuration(fo
     assert "effusion" in hidden and "left" not in hidden
 
 
+def test_special_tokens_and_padding_are_never_hidden_where_any_word_may_be(tmp_path: Path):
+    texts = ["Zzz.", "Large nodule. Clear lungs. Zzz zzz zzz zzz."]  # no entity; many words
+    films = [replace(f, report=texts[i % 2]) for i, f in enumerate(write_films(tmp_path))]
+    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    for policy in ("entities", "random"):
+        batches = make_batches(
+            tmp_path / "data", "loss.text=1", f"text_mask.policy={policy}",
+            "text_mask.mask_ratio=1",
+        )  # fmt: skip
+        counts = set()
+        for step in range(8):
+            reports = batches.batch(step, Share()).reports
+            assert not reports.is_masked[~reports.is_valid].any()
+            hidden = reports.ids[reports.is_masked].tolist()
+            assert not set(hidden) & set(TOKENIZER.all_special_ids) - {TOKENIZER.unk_token_id}
+            counts |= set(reports.is_masked.sum(1).tolist())
+        assert min(counts) > 0
+
+
+def test_random_words_are_as_many_as_the_entities_and_not_they(folder: Path):
+    options = ("loss.text=1", "text_mask.cue_prob=0")
+    entities = make_batches(folder, *options)
+    random = make_batches(folder, *options, "text_mask.policy='random'")
+    of_entities = []
+    for step in range(8):
+        a, b = (batches.batch(step, Share()).reports for batches in (entities, random))
+        assert torch.equal(a.is_masked.sum(1), b.is_masked.sum(1))
+        of_entities += b.is_entity[b.is_masked].tolist()
+    assert 0.2 < np.mean(of_entities) < 0.9  # of the words of these reports, half are entities'
+
+
+def test_a_denial_is_hidden_with_what_it_denies_as_often_as_the_configuration_says(
+    tmp_path: Path,
+):
+    films = [replace(f, report="No effusion.") for f in write_films(tmp_path)]
+    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    for cue_prob, expected in ((0, 0.0), (0.5, 0.5), (1, 1.0)):
+        batches = make_batches(
+            tmp_path / "data", "loss.text=1", "text_mask.mask_ratio=1",
+            f"text_mask.cue_prob={cue_prob}",
+        )  # fmt: skip
+        no = TOKENIZER.convert_tokens_to_ids("no")
+        found = []
+        for step in range(30):
+            reports = batches.batch(step, Share()).reports
+            found += reports.is_masked[reports.ids == no].tolist()
+        assert (
+            len(found) == 120
+            and abs(np.mean(found) - expected) < 4 * 0.5 / np.sqrt(120) * (0 < expected < 1) + 1e-9
+        )
+
+
 def test_a_cue_whose_finding_was_cut_off_goes_with_no_other(tmp_path: Path):
     # Cut after "no", the report denies a concept that it no longer names.
     films = [replace(f, report="Large nodule. No effusion.") for f in write_films(tmp_path)]
@@ -307,9 +397,30 @@ def test_lesions_move_with_their_film(folder: Path):
         folder, "augment.translate_ratio=0.2", "augment.rotation_deg=20", lesions=lesions
     ).batch(0, Share())
     assert moving.lesion_ratio is not None
-    # The film is white noise, so the lesion's pixels can be found again: warp both and compare.
     assert not torch.equal(moving.lesion_ratio, still.lesion_ratio)
     assert abs(float(moving.lesion_ratio.sum(1).mean()) - 1) < 0.5
+
+
+def test_a_lesion_that_is_bright_stays_bright_as_its_film_moves(tmp_path: Path):
+    films = write_films(tmp_path, 8)
+    lesion = np.zeros((32, 32), bool)
+    lesion[2:10, 18:26] = True
+    for film in films:
+        Image.fromarray(255 * lesion.astype(np.uint8)).save(tmp_path / str(film.image))
+    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    lesions = {film.film_id: lesion for film in films}
+    batch = make_batches(
+        tmp_path / "data", "augment.translate_ratio=0.2", "augment.rotation_deg=40",
+        "augment.scale_ratio=0.2", lesions=lesions,
+    ).batch(0, Share())  # fmt: skip
+    assert batch.lesion_ratio is not None
+    dark = normalise(torch.zeros(1, 32, 32, dtype=torch.uint8)).min()
+    bright = batch.image - dark
+    share = bright.unfold(2, 8, 8).unfold(3, 8, 8).sum((1, 4, 5)).flatten(1)
+    share = share / share.sum(1, keepdim=True)
+    ratio = batch.lesion_ratio / batch.lesion_ratio.sum(1, keepdim=True)
+    torch.testing.assert_close(ratio, share, atol=0.02, rtol=0)
+    assert (share.argmax(1) != share[0].argmax()).any()  # they did move
 
 
 def test_a_long_report_is_cut_and_keeps_its_special_tokens():

@@ -21,7 +21,7 @@ from mmclip.data.entities import (
     is_entity_tokens,
 )
 
-LEXICON = Path(mmclip.__file__).parent / "lexicon"
+LEXICON = Path(mmclip.__file__).parent / "resources" / "lexicon"
 
 
 @pytest.fixture(scope="module")

@@ -225,6 +225,26 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path: Path)
     assert (folder / "batch_0.safetensors").is_file()
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(tmp_path: Path):
+    def with_a_root(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        terms = CONTRASTIVE.sums(model, batch)
+        weight = next(model.parameters())
+        # The root of 0 is 0, and its slope is not finite.
+        return {"contrastive": terms["contrastive"] + (0 * weight).abs().sum().sqrt()}
+
+    accelerator = Accelerator(cpu=True)
+    state = new_state(accelerator)
+    with pytest.raises(
+        NonFiniteLoss, match="step 0: the gradient, of a finite loss, is not finite"
+    ):
+        fit(
+            accelerator, state, MadeBatches().batch, with_a_root, CONTRASTIVE.counts,
+            CONTRASTIVE.weights, CONFIG, tmp_path, lambda s: None,
+        )  # fmt: skip
+    assert state.step == 0
+    assert all(p.isfinite().all() for p in state.model.parameters())
+
+
 def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path: Path):
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     state = new_state(accelerator)

@@ -8,6 +8,8 @@ from transformers import (
     AutoModel,
     BertConfig,
     BertModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     VisionTextDualEncoderModel,
     ViTConfig,
     ViTImageProcessor,
@@ -176,6 +178,22 @@ def test_a_pretrained_encoder_takes_other_film_sizes_and_keeps_its_grid_in_betwe
     embeddings = ours.embeddings
     assert isinstance(embeddings, torch.nn.Module)
     torch.testing.assert_close(embeddings.position_embeddings, interpolated)
+
+
+def test_an_encoder_without_a_feature_for_each_patch_is_refused_where_they_are_read(
+    tmp_path: Path,
+):
+    registers = Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
+        num_register_tokens=4,
+    )  # fmt: skip
+    Dinov2WithRegistersModel(registers).save_pretrained(tmp_path)
+    named = f"model.image.pretrained='{tmp_path}'"
+    alone = small_model(small_config(named))
+    assert alone.encode_image(some_films()).features.shape == (4, 1 + 4 + 16, 32)
+    for decoder in ("loss.image=1", "loss.text=1"):
+        with pytest.raises(EncoderError, match=r"gives 21 features .* 4 x 4 patches.* 1 \+ 16"):
+            small_model(small_config(named, decoder))
 
 
 def test_what_a_foreign_file_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):

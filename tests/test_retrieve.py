@@ -102,7 +102,9 @@ def test_right_answers_are_the_positives_of_training(made: Made):
     def alike(i: int, film: Film) -> Film:
         if i == 1:  # the same text after cleaning, of another study
             return replace(film, report=first.report)
-        return replace(film, study_id=first.study_id) if i == 2 else film
+        if i != 2:
+            return film
+        return replace(film, study_id=first.study_id, patient_id=first.patient_id)
 
     kept = changed(kept, alike)
     config = still(made.checkpoint.config)

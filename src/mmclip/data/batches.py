@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmclip.batch import Batch, Share, Texts
 from mmclip.config import AugmentConfig, Config
-from mmclip.data.check import patient_key
+from mmclip.data.check import patient_key, study_key
 from mmclip.data.corpus import (
     MAX_SENTENCES,
     TokenRows,
@@ -214,7 +214,7 @@ class TrainingBatches:
             tokenizer, list(texts), list(texts.values()), list(impressions.values())
         )
         self.labels_of_row = np.arange(len(rows))
-        self.study_keys = np.array([film_key(f.study_id) >> 1 for f in rows.films], np.int64)
+        self.study_keys = np.array([film_key(study_key(f)) >> 1 for f in rows.films], np.int64)
         if shuffle_pairs:
             self._deal_on(self.report_of_row, self.pairs)
             self.study_keys = self.film_keys.astype(np.int64) >> 1
@@ -400,5 +400,6 @@ class TrainingBatches:
                 keys[i, 1] = film_key(ids[is_valid].tobytes().hex()) >> 1
         for i in np.setdiff1d(prompts.rows, reports.rows):
             labels = self.rows.films[self.labels_of_row[rows[i]]].labels
-            keys[i, 2] = film_key(repr(sorted(labels.items()))) >> 1
+            sure = sorted((k, v) for k, v in labels.items() if v in (PRESENT, ABSENT))
+            keys[i, 2] = film_key(repr(sure)) >> 1
         return torch.from_numpy(keys)

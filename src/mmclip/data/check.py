@@ -61,14 +61,19 @@ def patient_key(film: Film) -> str:
     return f"{COLLECTIONS.get(film.source, film.source)}/{film.patient_id}"
 
 
-def film_key(film: Film) -> str:
+def study_key(film: Film) -> str:
+    """The study of a film, among those of all patients: "1" is the first of many."""
+    return f"{patient_key(film)}/{film.study_id}"
+
+
+def content_key(film: Film) -> str:
     """The content of a film: equal for equal files; of a study without a film, its id."""
     return film.image_sha256 or f"{film.source}/{film.film_id}"
 
 
 KeyOf = Callable[[Film], str | None]
 
-CHEAP: Mapping[str, KeyOf] = {"patients": patient_key, "films": film_key}
+CHEAP: Mapping[str, KeyOf] = {"patients": patient_key, "films": content_key}
 """What can be shared and is known without looking at films."""
 
 
@@ -208,7 +213,7 @@ def check_data(folders: Sequence[Path], near_duplicates: bool = True) -> Check:
         n_hashed = sum(film.image is not None for film in films)
     else:
         groups = [None] * len(films)
-    same = [group or film_key(film) for film, group in zip(films, groups, strict=True)]
+    same = [group or content_key(film) for film, group in zip(films, groups, strict=True)]
     return Check(
         leaks=find_overlaps(films, [film.split for film in films], keys),
         shared=find_overlaps(films, places, keys) if len(folders) > 1 else [],
@@ -249,7 +254,7 @@ def near_keys(films: Sequence[Film], folders: Sequence[Path]) -> list[str | None
     group = [next(numbers) if film.image is not None else -1 for film in films]
     contents: dict[int, set[str]] = {}
     for film, number in zip(films, group, strict=True):
-        contents.setdefault(number, set()).add(film_key(film))
+        contents.setdefault(number, set()).add(content_key(film))
     return [f"near {n}" if n >= 0 and len(contents[n]) > 1 else None for n in group]
 
 
@@ -303,7 +308,7 @@ def find_oddities(name: str, films: Sequence[Film], places: Sequence[str]) -> It
     views: dict[str, set[str]] = {}
     for film in mine:
         sexes.setdefault(patient_key(film), set()).add(film.sex or "")
-        views.setdefault(film_key(film), set()).add(film.view)
+        views.setdefault(content_key(film), set()).add(film.view)
 
     def sides(film: Film) -> float:
         w, h = film.width_px or 1, film.height_px or 1
@@ -314,7 +319,9 @@ def find_oddities(name: str, films: Sequence[Film], places: Sequence[str]) -> It
         "are lateral and labelled; they are never scored": lambda f: (
             f.view == "L" and bool(f.labels)
         ),
-        "are equal to another of another view": lambda f: len(views[film_key(f)] - {"unknown"}) > 1,
+        "are equal to another of another view": lambda f: (
+            len(views[content_key(f)] - {"unknown"}) > 1
+        ),
         f"are of people under 0 or over {MAX_AGE_YEARS} years": lambda f: (
             f.age_years is not None and not 0 <= f.age_years <= MAX_AGE_YEARS
         ),
@@ -339,7 +346,8 @@ def _hashed_keys(films: Sequence[Film]) -> UInt64[np.ndarray, "n 2"]:
         return int.from_bytes(hashlib.sha256(f"{what}:{key}".encode()).digest()[:8], "big")
 
     return np.array(
-        [[number("patient", patient_key(f)), number("film", film_key(f))] for f in films], np.uint64
+        [[number("patient", patient_key(f)), number("film", content_key(f))] for f in films],
+        np.uint64,
     ).reshape(-1, 2)
 
 

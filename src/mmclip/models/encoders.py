@@ -216,6 +216,28 @@ def _load_pretrained(name: str) -> PreTrainedModel:
     return encoder
 
 
+def check_patches(encoder: PreTrainedModel) -> None:
+    """What decoders and response scores count on: a class token, then one feature a patch.
+
+    Raises:
+        EncoderError: When an encoder of one-channel films gives others, as one with register or
+            distillation tokens and one that halves its grid on the way do.
+    """
+    side = encoder.config.image_size // encoder.config.patch_size
+    weight = next(encoder.parameters())
+    film = weight.new_zeros(1, 1, encoder.config.image_size, encoder.config.image_size)
+    was_training = encoder.training
+    with torch.no_grad():
+        found = token_features(encoder.eval()(pixel_values=film)).shape[1]
+    encoder.train(was_training)
+    if found != 1 + side**2:
+        raise EncoderError(
+            f"{encoder.config.model_type!r} gives {found} features for a film of {side} x {side} "
+            f"patches, where AttMIM and EntMLM read 1 + {side**2}: a class token, then the "
+            f"patches; take a plain ViT, or train without them by loss.image=0 and loss.text=0"
+        )
+
+
 def patch_projection(encoder: PreTrainedModel) -> nn.Conv2d:
     """The convolution that turns pixels into patch features.
 

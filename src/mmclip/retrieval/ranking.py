@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import Frozen
+from mmclip.data.check import study_key
 from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.draws import film_key
 from mmclip.data.folder import ManifestError, write_text_atomic
@@ -132,7 +133,7 @@ def report_keys(checkpoint: Checkpoint, films: Sequence[Film]) -> Int[Tensor, "n
         tokens = tokenise(checkpoint.tokenizer, part, max_tokens=max_tokens)
         for text, ids, is_valid in zip(part, tokens.ids, tokens.is_valid, strict=True):
             key_of[text] = film_key(ids[is_valid].tobytes().hex()) >> 1
-    keys = [[film_key(film.study_id) >> 1, key_of[str(film.report)]] for film in films]
+    keys = [[film_key(study_key(film)) >> 1, key_of[str(film.report)]] for film in films]
     return torch.tensor(keys, dtype=torch.long)
 
 
@@ -300,7 +301,7 @@ def evaluate_retrieval(
         f"{checkpoint.meta['step']}",
         **directions,
         n_films=len(rows),
-        n_studies=len({film.study_id for film in rows.films}),
+        n_studies=len({study_key(film) for film in rows.films}),
         n_patients=len(set(patients)),
         n_reports=len(keys[:, 1].unique()),
         bootstrap_draws=draws,

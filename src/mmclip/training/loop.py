@@ -26,7 +26,8 @@ from mmclip.progress import console, progress
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss term became infinite or not a number; the message names it and the saved batch."""
+    """A loss term or the gradient became infinite or not a number; the message names it and the
+    saved batch."""
 
 
 @runtime_checkable
@@ -200,17 +201,23 @@ def train_step(
     stacked = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
     assert isinstance(stacked, Tensor)
     means = {k: s / count[k] for k, s in zip(weights, stacked, strict=True)}
-    if not bool(torch.isfinite(stacked).all()):
-        bad = [k for k, v in means.items() if not torch.isfinite(v)]
-        raise NonFiniteLoss(f"step {state.step}: the loss term {', '.join(bad)} is not finite")
     grad_norm = accelerator.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+    grad_norm = torch.as_tensor(grad_norm, device=accelerator.device)
+    # fp16 scales gradients until they fit: the scaler leaves out a step in which they do not.
+    is_finite = torch.isfinite(stacked).all()
+    if accelerator.scaler is None:
+        is_finite &= torch.isfinite(grad_norm)
+    if not bool(is_finite):
+        bad = [k for k, v in means.items() if not torch.isfinite(v)]
+        what = f"the loss term {', '.join(bad)}" if bad else "the gradient, of a finite loss,"
+        raise NonFiniteLoss(f"step {state.step}: {what} is not finite")
     lr = learning_rate(state.step, config)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)  # older checkpoints have no scale
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
-    return {**means, "grad_norm": torch.as_tensor(grad_norm), "lr": torch.tensor(lr)}
+    return {**means, "grad_norm": grad_norm, "lr": torch.tensor(lr)}
 
 
 @contextmanager
