@@ -7,7 +7,8 @@ Draws the preset into OUT/raw and builds OUT/data unless they are there, trains 
 configs/arms/ under each seed, and scores it on the films of --split, as they are and under a domain
 shift. A finished run appends one line to --jsonl and leaves the scores of its films in OUT/scores;
 a run that the file already holds, with equal configuration and data, is skipped, so an interrupted
-call is simply repeated. ARM+shuffled_pairs is an arm with `--shuffle-pairs`; ARM,train.steps=11160
+call is simply repeated. (The project's own lines are in bench/results/ablation.jsonl.)
+ARM+shuffled_pairs is an arm with `--shuffle-pairs`; ARM,train.steps=11160
 is one with a setting of its own, which goes before those of --set. --table prints what has
 finished as Markdown.
 
@@ -235,7 +236,10 @@ def load_scores(path: Path, key: Key) -> Scores:
         ValueError: When the file is not there, or holds the scores of another run.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing; take its line out of the JSONL and run it again")
+        raise ValueError(
+            f"{path} is missing: the JSONL has this run from another OUT; name a file of your own "
+            f"by --jsonl and run it, or give that OUT"
+        )
     with np.load(path, allow_pickle=False) as stored:
         for name in ("config_hash", "data_hash"):
             if str(stored[name]) != getattr(key, name):
@@ -248,7 +252,11 @@ def load_scores(path: Path, key: Key) -> Scores:
 
 
 def run_all(
-    configs: Mapping[Key, Config], out: Path, split: Split, jsonl: Path, facts: Mapping[str, object]
+    configs: Mapping[Key, Config],
+    out: Path,
+    split: Split,
+    jsonl: Path,
+    facts: Mapping[Key, Mapping[str, object]],
 ) -> None:
     """Trains and scores runs, and appends a line for each as it finishes.
 
@@ -257,7 +265,7 @@ def run_all(
         out: Holds data/; gets runs/ and scores/.
         split: The films that are scored.
         jsonl: Gets the lines.
-        facts: Further entries of every line.
+        facts: Further entries of the line of each.
     """
     if not configs:
         return
@@ -285,7 +293,7 @@ def run_all(
         prompt_set = f"{prompts.id} version {prompts.version}"
         line = {
             **key._asdict(), **figures(checkpoint, plain, shifted), "loss_end": losses_at_end(run),
-            **cost, "prompt_set": prompt_set, **facts,
+            **cost, "prompt_set": prompt_set, **facts[key],
         }  # fmt: skip
         with jsonl.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -324,7 +332,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--split", choices=["val", "test"], default="val")
-    parser.add_argument("--jsonl", type=Path, default=Path("bench/results/ablation.jsonl"))
+    parser.add_argument("--jsonl", type=Path, help="of finished runs; OUT/ablation.jsonl")
     parser.add_argument("--table", action="store_true", help="print what has finished, run nothing")
     parser.add_argument("--base", default="contrastive", help="of --table: compare with this arm")
     parser.add_argument("--preset", choices=list(PRESETS), default="hard")
@@ -334,20 +342,29 @@ def main() -> None:
 
     make_data(with_knobs(PRESETS[args.preset], args.knob), args.out)
     data_hash = read_meta(args.out / "data")["data_hash"]
-    done = read_lines(args.jsonl)
+    jsonl = args.jsonl or args.out / "ablation.jsonl"
+    done = read_lines(jsonl)
+
+    facts: dict[Key, dict[str, object]] = {}
 
     def runs_of(arms: Sequence[str]) -> dict[Key, Config]:
         found = {}
         for seed in dict.fromkeys(args.seeds):  # whole seeds first: they compare
             for arm in dict.fromkeys(arms):
                 config = config_of(arm, seed, args.set)
-                name = arm.split(",")[0]
-                found[Key(name, seed, args.split, config_hash(config), data_hash)] = config
+                name, *own = arm.split(",")
+                key = Key(name, seed, args.split, config_hash(config), data_hash)
+                found[key] = config
+                settings = [*args.set, *own]
+                facts[key] = {"preset": args.preset, "knobs": args.knob, "set": settings}
         return found
 
     if args.table:
         keys = {arm: list(runs_of([arm])) for arm in dict.fromkeys([args.base, *args.arms])}
-        print_table(keys, done, args.out, args.base)
+        try:
+            print_table(keys, done, args.out, args.base)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
         return
     runs = runs_of(args.arms)
     if args.split == "test":
@@ -356,9 +373,11 @@ def main() -> None:
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
     missing = unfinished(runs, done)
-    facts = {"preset": args.preset, "knobs": args.knob, "set": args.set}
-    run_all(missing, args.out, args.split, args.jsonl, facts)
-    done = read_lines(args.jsonl)
+    if len(missing) < len(runs):
+        n = len(runs) - len(missing)
+        print(f"{n} of {len(runs)} runs are in {jsonl} and skipped; --jsonl names another file")
+    run_all(missing, args.out, args.split, jsonl, facts)
+    done = read_lines(jsonl)
     found = {f"{key.arm} seed {key.seed}": done[key]["macro_auroc"] for key in runs}
     print(json.dumps({"split": args.split, "ran": len(missing), "macro_auroc": found}))
 

@@ -223,10 +223,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--method", choices=[*SUBSETS, "both"], default="both")
-    parser.add_argument("--jsonl", type=Path, default=Path("bench/results/finetune_real.jsonl"))
+    parser.add_argument("--jsonl", type=Path, help="of finished runs; OUT/finetune_real.jsonl")
     parser.add_argument("--table", action="store_true", help="print what has finished, run nothing")
     parser.add_argument("--set", action="append", default=[], help="train.steps=200")
     args = parser.parse_args()
+    jsonl = args.jsonl or args.out / "finetune_real.jsonl"
 
     config = load_config_as(FineTuneConfig, "configs_finetune", "tiny", args.set)
     starts = {}
@@ -237,7 +238,7 @@ def main() -> None:
     folder = build(args.cxr, args.out, film_px)
     task = open_task(folder, own_protocol(folder, [FINDING], [SOURCE]), film_px)
     facts = nuisance_facts(task.rows)
-    done = read_lines(args.jsonl)
+    done = read_lines(jsonl)
     hashes = {}
     keys: list[Key] = []
     for method, n_subsets in SUBSETS.items():
@@ -278,8 +279,8 @@ def main() -> None:
                         **further,
                         "wall_s": round(time.monotonic() - began, 2),
                     }
-                    args.jsonl.parent.mkdir(parents=True, exist_ok=True)
-                    with args.jsonl.open("a", encoding="utf-8") as file:
+                    jsonl.parent.mkdir(parents=True, exist_ok=True)
+                    with jsonl.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
                     done[key] = line
     if not any(key in done for key in keys):

@@ -220,10 +220,11 @@ def main() -> None:
         help=f"of {', '.join(ARMS)}, with {ONE_LABEL} or {NO_COVID} behind it",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jsonl", type=Path, default=Path("bench/results/real_films.jsonl"))
+    parser.add_argument("--jsonl", type=Path, help="of finished runs; OUT/real_films.jsonl")
     parser.add_argument("--table", action="store_true", help="print what has finished, run nothing")
     parser.add_argument("--set", action="append", default=[], help="train.steps=200, in every arm")
     args = parser.parse_args()
+    jsonl = args.jsonl or args.out / "real_films.jsonl"
 
     wanted: dict[Key, Config] = {}
     folders: dict[Key, Path] = {}
@@ -234,12 +235,12 @@ def main() -> None:
             key = Key(arm, seed, "val", config_hash(config), read_meta(folder)["data_hash"])
             wanted[key], folders[key] = config, folder
     if not args.table:
-        args.jsonl.parent.mkdir(parents=True, exist_ok=True)
-        for key, config in unfinished(wanted, read_lines(args.jsonl)).items():
+        jsonl.parent.mkdir(parents=True, exist_ok=True)
+        for key, config in unfinished(wanted, read_lines(jsonl)).items():
             line = run(key, config, folders[key], args.out)
-            with args.jsonl.open("a", encoding="utf-8") as file:
+            with jsonl.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-    done = read_lines(args.jsonl)
+    done = read_lines(jsonl)
     found = [
         done[key] for key in sorted(wanted, key=lambda k: args.arms.index(k.arm)) if key in done
     ]

@@ -229,5 +229,5 @@ def test_scores_of_another_configuration_are_not_taken_for_these(tmp_path: Path)
     assert all(np.array_equal(a, b) for a, b in zip(loaded, scores, strict=True))
     with pytest.raises(ValueError, match="scores of another config"):
         ablation.load_scores(path, DONE._replace(config_hash="e"))
-    with pytest.raises(ValueError, match="is missing; take its line out of the JSONL"):
+    with pytest.raises(ValueError, match="the JSONL has this run from another OUT; name"):
         ablation.load_scores(path.with_name("none.npz"), DONE)
