@@ -33,7 +33,7 @@ OTHERS_OPTIONS = {
     "--nproc-per-node", "--check", "--films", "--knob", "--preset", "--arms", "--seeds", "--table",
     "--half", "--raw", "--base", "--jsonl", "--cache", "--batch-size", "--steps", "--film-px",
     "--tokens", "--lengths", "--array", "--cpus-per-task", "--wait", "--port", "--nworkers",
-    "--nthreads", "--reports", "--plain-films", "--repeats", "--kill", "--device",
+    "--nthreads", "--reports", "--plain-films", "--repeats", "--kill", "--device", "--misses",
 }  # fmt: skip
 """Of torchrun, ruff, sbatch, dask, and the scripts of bench/."""
 

@@ -25,7 +25,7 @@ LAYERS = (
     {"mmclip.checkpoint", "mmclip.embed", "mmclip.embedding_store"},
     {"mmclip.data", "mmclip.models"},
     {
-        "mmclip", "mmclip.batch", "mmclip.config", "mmclip.losses", "mmclip.masking",
+        "mmclip", "mmclip.batch", "mmclip.config", "mmclip.hub", "mmclip.losses", "mmclip.masking",
         "mmclip.patches", "mmclip.progress", "mmclip.prompts",
     },
 )  # fmt: skip

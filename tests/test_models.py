@@ -16,6 +16,7 @@ from transformers import (
     ViTModel,
 )
 
+from mmclip import hub
 from mmclip.config import (
     GREY_MEAN,
     GREY_STD,
@@ -273,6 +274,19 @@ def test_plain_weights_in_a_bin_file_load_and_hostile_ones_run_nothing(tmp_path:
 def test_a_missing_model_is_one_clear_error(tmp_path: Path):
     with pytest.raises(EncoderError, match=r"give a folder with config\.json"):
         build_image_encoder(ImageEncoderConfig(pretrained=str(tmp_path / "none")), 32)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def offline(url: str, **_: object) -> None:
+        asked.append(url)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", offline)
+    with pytest.raises(EncoderError, match=r"hub did not give it: no route to host\); give a fo"):
+        build_text_encoder(TextEncoderConfig(pretrained="someone/a-model-of-theirs"), 60, 32, 0)
+    assert asked == ["https://huggingface.co/someone/a-model-of-theirs/resolve/main/config.json"]
 
 
 def test_a_film_size_that_patches_do_not_fill_is_refused(tmp_path: Path):

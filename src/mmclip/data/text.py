@@ -12,6 +12,8 @@ from jaxtyping import Bool, Int32
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mmclip.hub import why_unavailable
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """The special tokens of a vocabulary trained here; their ids are 0 to 4."""
 
@@ -369,13 +371,15 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         ValueError: When there is none, it has no character offsets, or it lacks one of the special
             tokens for classification, separation, padding and masking.
     """
+    remedy = "give a folder that holds tokenizer.json, or the id of a model on the hub"
+    if reason := why_unavailable(name_or_folder):
+        raise ValueError(f"no tokenizer can be loaded from {name_or_folder!r} ({reason}); {remedy}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"no tokenizer can be loaded from {name_or_folder!r} ({reason}); give a folder that "
-            f"holds tokenizer.json, or a hub id such as emilyalsentzer/Bio_ClinicalBERT"
+            f"no tokenizer can be loaded from {name_or_folder!r} ({reason}); {remedy}"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mmclip.config import GREY_MEAN, GREY_STD, ImageEncoderConfig, TextEncoderConfig
+from mmclip.hub import why_unavailable
 from mmclip.models.norm import globalise_batch_norm, no_tracking
 from mmclip.patches import keep_visible, patchify, unpatchify
 
@@ -191,6 +192,12 @@ def rebuild_encoder(config: dict[str, Any]) -> PreTrainedModel:
 
 
 def _load_pretrained(name: str) -> PreTrainedModel:
+    remedy = (
+        "give a folder with config.json and model.safetensors (or pytorch_model.bin), or the id of "
+        "a model on the hub"
+    )
+    if reason := why_unavailable(name):
+        raise EncoderError(f"cannot load {name!r} ({reason}); {remedy}")
     # A pytorch_model.bin is read by torch.load(weights_only=True): it cannot run code.
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -202,10 +209,7 @@ def _load_pretrained(name: str) -> PreTrainedModel:
         )
     except (OSError, ValueError, UnpicklingError) as error:
         first = str(error).strip().splitlines()[0]
-        raise EncoderError(
-            f"cannot load {name!r} ({first}); give a folder with config.json and "
-            f"model.safetensors (or pytorch_model.bin), or the id of a model on the hub"
-        ) from error
+        raise EncoderError(f"cannot load {name!r} ({first}); {remedy}") from error
     report = LoadReport(
         name=name,
         missing=tuple(sorted(info["missing_keys"])),

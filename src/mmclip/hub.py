@@ -1,0 +1,31 @@
+"""Whether a pretrained model can be had, asked once, before libraries ask for a minute."""
+
+from pathlib import Path
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+TIMEOUT_S = 10
+"""[chosen: long for an answer, short for a person]"""
+
+
+def why_unavailable(name_or_folder: str) -> str | None:
+    """Why a model is neither in a folder, nor in the hub's cache, nor to be had from the hub.
+
+    Returns:
+        A reason in a few words, or None where it can be had.
+    """
+    if Path(name_or_folder).is_dir():
+        return None
+    try:
+        validate_repo_id(name_or_folder)
+    except HFValidationError:
+        return "there is no such folder, and no model of the Hugging Face hub can have this name"
+    try:
+        if isinstance(try_to_load_from_cache(name_or_folder, "config.json"), str):
+            return None
+        get_hf_file_metadata(hf_hub_url(name_or_folder, "config.json"), timeout=TIMEOUT_S)
+    except Exception as error:  # noqa: BLE001 - of whichever HTTP library the hub's own uses
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return f"it is no folder here, and the Hugging Face hub did not give it: {said[0]}"
+    return None
