@@ -213,6 +213,10 @@ def test_what_repeats_is_told_of_each_stream_and_only_where_it_does():
     assert "there are 8 pairs; set it to at most 8" in told(9, 0) and "unpaired" not in told(9, 0)
     assert "reads 8 unpaired films and there are 4; set it to at most 0.5" in told(8, 1)
     assert "batch_size" not in told(8, 1)
+    # Both hints are followed together: each speaks of the batch that the other leaves.
+    assert told(16, 0.5).endswith("reads 8 unpaired films and there are 4; with "
+                                  "train.batch_size=8 it reads 4")  # fmt: skip
+    assert told(16, 1).endswith("there are 4; set it to at most 0.5")
 
 
 def test_another_configuration_does_not_resume(arguments: list, made_run: Path, tmp_path: Path):

@@ -297,16 +297,20 @@ def repeats(config: Config, n_pairs: int, n_unpaired: int) -> list[str]:
     (Two epochs may meet within a step, so now and then any batch repeats some.)
     """
     size, ratio = config.train.batch_size, config.unpaired.rows_per_pair
-    lines = []
+    fits, lines = min(size, n_pairs), []
     if size > n_pairs:
         lines.append(
             f"films repeat within every step: train.batch_size={size} and there are {n_pairs} "
             f"pairs; set it to at most {n_pairs}"
         )
     if (asked := round(ratio * size)) > n_unpaired:
+        if round(ratio * fits) <= n_unpaired:
+            remedy = f"with train.batch_size={fits} it reads {round(ratio * fits)}"
+        else:
+            remedy = f"set it to at most {n_unpaired / fits:.3g}"
         lines.append(
             f"films repeat within every step: unpaired.rows_per_pair={ratio:g} reads {asked} "
-            f"unpaired films and there are {n_unpaired}; set it to at most {n_unpaired / size:.3g}"
+            f"unpaired films and there are {n_unpaired}; {remedy}"
         )
     return lines
 
