@@ -311,6 +311,8 @@ def test_an_unfinished_data_folder_is_told_from_a_finished_one(
     (tmp_path / "unfinished" / "meta.json").unlink()
     error = pretrain_on("unfinished", *AT_32_PX)(shared, tmp_path).error()
     assert "no finished data folder (meta.json is missing)" in error
+    error = pretrain_on("nowhere", *AT_32_PX)(shared, tmp_path).error()
+    assert "no finished data folder (there is no such folder)" in error
 
 
 def test_a_folder_around_the_right_one_is_answered_with_the_right_one(

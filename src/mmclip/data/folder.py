@@ -52,9 +52,8 @@ def read_built_meta(folder: Path) -> dict:
     """
     path = folder / META_FILE
     if not path.is_file():
-        raise ManifestError(
-            f"{folder} is no finished data folder ({META_FILE} is missing); {_next_step(folder)}"
-        )
+        why = f"{META_FILE} is missing" if folder.is_dir() else "there is no such folder"
+        raise ManifestError(f"{folder} is no finished data folder ({why}); {_next_step(folder)}")
     try:
         meta = json.loads(path.read_text("utf-8"))
     except ValueError as error:
