@@ -345,18 +345,13 @@ def main() -> None:
     jsonl = args.jsonl or args.out / "ablation.jsonl"
     done = read_lines(jsonl)
 
-    facts: dict[Key, dict[str, object]] = {}
-
     def runs_of(arms: Sequence[str]) -> dict[Key, Config]:
         found = {}
         for seed in dict.fromkeys(args.seeds):  # whole seeds first: they compare
             for arm in dict.fromkeys(arms):
                 config = config_of(arm, seed, args.set)
-                name, *own = arm.split(",")
-                key = Key(name, seed, args.split, config_hash(config), data_hash)
-                found[key] = config
-                settings = [*args.set, *own]
-                facts[key] = {"preset": args.preset, "knobs": args.knob, "set": settings}
+                name = arm.split(",")[0]
+                found[Key(name, seed, args.split, config_hash(config), data_hash)] = config
         return found
 
     if args.table:
@@ -376,6 +371,12 @@ def main() -> None:
     if len(missing) < len(runs):
         n = len(runs) - len(missing)
         print(f"{n} of {len(runs)} runs are in {jsonl} and skipped; --jsonl names another file")
+    about = {"preset": args.preset, "knobs": args.knob}
+    facts = {
+        key: {**about, "set": [*args.set, *arm.split(",")[1:]]}
+        for arm in args.arms
+        for key in runs_of([arm])
+    }
     run_all(missing, args.out, args.split, jsonl, facts)
     done = read_lines(jsonl)
     found = {f"{key.arm} seed {key.seed}": done[key]["macro_auroc"] for key in runs}

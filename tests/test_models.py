@@ -25,6 +25,7 @@ from mmclip.config import (
     ImageEncoderConfig,
     TextEncoderConfig,
 )
+from mmclip.data.text import train_tokenizer
 from mmclip.losses import contrastive_sum
 from mmclip.models.encoders import (
     EncoderError,
@@ -35,7 +36,8 @@ from mmclip.models.encoders import (
     token_features,
 )
 from mmclip.models.norm import GlobalBatchNorm2d
-from tests.made import small_config, small_model
+from mmclip.training.pretrain import build_model
+from tests.made import REPORTS, small_config, small_model
 
 IMAGE = ImageEncoderConfig(kind="vit", width=32, depth=2, heads=2, patch_px=8)
 
@@ -194,7 +196,7 @@ def test_an_encoder_without_a_feature_for_each_patch_is_refused_where_they_are_r
     assert alone.encode_image(some_films()).features.shape == (4, 1 + 4 + 16, 32)
     for decoder in ("loss.image=1", "loss.text=1"):
         with pytest.raises(EncoderError, match=r"gives 21 features .* 4 x 4 patches.* 1 \+ 16"):
-            small_model(small_config(named, decoder))
+            build_model(small_config(named, decoder), train_tokenizer(REPORTS))
 
 
 def test_what_a_foreign_file_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -32,7 +32,7 @@ from mmclip.data.disease_prompts import (
     load_disease_prompts,
 )
 from mmclip.data.draws import Draw, Schedule, film_key, keyed_uniform
-from mmclip.data.records import ABSENT, PRESENT, Entity, Film
+from mmclip.data.records import Entity, Film
 from mmclip.data.text import tokenise
 from mmclip.masking import (
     add_cues,
@@ -53,8 +53,7 @@ def is_pair(film: Film) -> bool:
 
 def is_unpaired(film: Film) -> bool:
     """Whether a film has no report, and labels that say something for sure."""
-    is_known = any(value in (PRESENT, ABSENT) for value in film.labels.values())
-    return film.image is not None and film.report is None and is_known
+    return film.image is not None and film.report is None and bool(film.sure_labels())
 
 
 def impression_start(film: Film) -> int | None:
@@ -146,15 +145,7 @@ def label_names(rows: Rows) -> list[str]:
     Args:
         rows: As `training_rows` gives them. Labels of films with a report are not looked at.
     """
-    return sorted(
-        {
-            name
-            for film in rows.films
-            if is_unpaired(film)
-            for name, value in film.labels.items()
-            if value in (PRESENT, ABSENT)
-        }
-    )
+    return sorted({name for f in rows.films if is_unpaired(f) for name in f.sure_labels()})
 
 
 @dataclass(frozen=True)
@@ -399,7 +390,6 @@ class TrainingBatches:
             ):
                 keys[i, 1] = film_key(ids[is_valid].tobytes().hex()) >> 1
         for i in np.setdiff1d(prompts.rows, reports.rows):
-            labels = self.rows.films[self.labels_of_row[rows[i]]].labels
-            sure = sorted((k, v) for k, v in labels.items() if v in (PRESENT, ABSENT))
-            keys[i, 2] = film_key(repr(sure)) >> 1
+            labels = self.rows.films[self.labels_of_row[rows[i]]].sure_labels()
+            keys[i, 2] = film_key(repr(sorted(labels.items()))) >> 1
         return torch.from_numpy(keys)

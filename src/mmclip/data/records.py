@@ -91,6 +91,10 @@ class Film:
     height_px: int | None = None
     image_sha256: str | None = None  # of the file's bytes
 
+    def sure_labels(self) -> dict[str, int]:
+        """The findings that are known to be present or absent."""
+        return {k: v for k, v in self.labels.items() if v in (PRESENT, ABSENT)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Excluded:

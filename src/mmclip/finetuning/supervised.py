@@ -116,10 +116,10 @@ class LabelledBatches:
         cut = share.of_rows(len(rows))
         rows, epochs = rows[cut], epochs[cut]
         draws = keyed_uniform(self.seed, Draw.AUGMENT, epochs, self.schedule.film_keys[rows], 6)
-        films = self.films.rows
-        image = films.augmented(rows, draws, self.config.augment, self.device)
+        whole = self.films.rows
+        image = whole.augmented(rows, draws, self.config.augment, self.device)
         labels = torch.from_numpy(self.films.labels[rows]).float()
-        return LabelledBatch(image, labels, tuple(films.films[row].film_id for row in rows))
+        return LabelledBatch(image, labels, tuple(whole.films[row].film_id for row in rows))
 
 
 def positive_weights(labels: Float[np.ndarray, "n k"], most: float) -> Float[np.ndarray, " k"]:

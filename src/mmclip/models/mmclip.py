@@ -19,13 +19,7 @@ from mmclip.masking import (
     response_score,
 )
 from mmclip.models.decoders import ImageDecoder, TextDecoder
-from mmclip.models.encoders import (
-    check_patches,
-    encode_visible,
-    no_decay_names,
-    pooled,
-    token_features,
-)
+from mmclip.models.encoders import encode_visible, no_decay_names, pooled, token_features
 from mmclip.patches import place_visible
 
 
@@ -288,13 +282,7 @@ def build_mmclip(
         image_encoder: Keeps its weights.
         text_encoder: Keeps its weights.
         n_label_findings: Columns of the label loss; without that loss there is no head.
-
-    Raises:
-        EncoderError: When decoders are needed and a pretrained image encoder gives other features
-            than they read.
     """
-    if config.model.image.pretrained is not None and (config.loss.image or config.loss.text):
-        check_patches(image_encoder)
     vision, text = image_encoder.config, text_encoder.config
     image_decoder = text_decoder = None
     if config.loss.image:

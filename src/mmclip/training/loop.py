@@ -230,7 +230,7 @@ def read_ahead(
     processes are usual, as torch and NumPy leave the interpreter to others while they work on
     films. On a CPU the same cores do both, so there batches are made when they are asked for.
 
-    Source: ours; what it saves is measured in docs/results.md.
+    Source: ours; what it saves is in docs/log.md, "The reference sizes on a GPU".
 
     Args:
         read_batch: What it raises is raised where its batch is asked for.

@@ -39,7 +39,7 @@ from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.synthetic import read_masks
 from mmclip.data.text import load_tokenizer, train_tokenizer
-from mmclip.models.encoders import build_image_encoder, build_text_encoder
+from mmclip.models.encoders import build_image_encoder, build_text_encoder, check_patches
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 from mmclip.progress import console
 from mmclip.training.loop import (
@@ -78,12 +78,20 @@ class Job:
 def build_model(
     config: Config, tokenizer: PreTrainedTokenizerFast, n_label_findings: int = 0
 ) -> MMCLIP:
-    """A model as configured, with pretrained encoders where they are named."""
+    """A model as configured, with pretrained encoders where they are named.
+
+    Raises:
+        EncoderError: When an encoder cannot be had, or a pretrained image encoder gives other
+            features than the decoders read.
+    """
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
+    image = build_image_encoder(config.model.image, config.data.film_px)
+    if config.model.image.pretrained is not None and (config.loss.image or config.loss.text):
+        check_patches(image)
     return build_mmclip(
         config,
-        build_image_encoder(config.model.image, config.data.film_px),
+        image,
         build_text_encoder(config.model.text, len(tokenizer), config.data.max_tokens, pad),
         n_label_findings,
     )
