@@ -1,4 +1,4 @@
-# make demo: the main job on made films. make test: all tests. Both set up .venv first.
+# make demo: the main job on synthetic images. make test: all tests. Both set up .venv first.
 # They need Python 3.11 or newer, git and make.
 
 PYTHON ?= python3

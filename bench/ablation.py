@@ -1,18 +1,18 @@
-"""The arms of the method over seeds, on the made films of a preset, scored zero-shot.
+"""The arms of the method over seeds, on the synthetic images of a preset, scored zero-shot.
 
     python bench/ablation.py OUT --arms contrastive whole --seeds 0 1 2
     python bench/ablation.py OUT --arms contrastive whole --seeds 0 1 2 --table
 
 Draws the preset into OUT/raw and builds OUT/data unless they are there, trains each arm of
-configs/arms/ under each seed, and scores it on the films of --split, as they are and under a domain
-shift. A finished run appends one line to --jsonl and leaves the scores of its films in OUT/scores;
-a run that the file already holds, with equal configuration and data, is skipped, so an interrupted
-call is simply repeated. (The project's own lines are in bench/results/ablation.jsonl.)
+configs/arms/ under each seed, and scores it on the images of --split, as they are and under a
+domain shift. A finished run appends one line to --jsonl and leaves the scores of its images in
+OUT/scores; a run that the file already holds, with equal configuration and data, is skipped, so an
+interrupted call is simply repeated. (The project's own lines are in bench/results/ablation.jsonl.)
 ARM+shuffled_pairs is an arm with `--shuffle-pairs`; ARM,train.steps=11160
 is one with a setting of its own, which goes before those of --set. --table prints what has
 finished as Markdown.
 
-Validation films are for choosing. `--split test` is refused until every run that is named has
+Validation images are for choosing. `--split test` is refused until every run that is named has
 finished on them; it scores the weights that are there and trains nothing twice. Two calls may share
 OUT and --jsonl when their seeds differ and the data is built. The last line is one JSON object.
 """
@@ -35,16 +35,16 @@ from compare import Runs, Scores, table
 from contrastive import make_data
 from mmclip.checkpoint import Checkpoint, code_version, load_checkpoint
 from mmclip.config import Config, config_hash, config_names, load_config
-from mmclip.data.cache import FilmCache
-from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.draws import film_key
+from mmclip.data.cache import ImageCache
 from mmclip.data.folder import read_meta, write_text_atomic
-from mmclip.data.records import Split
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.sample import Split
+from mmclip.data.sampling import image_key
 from mmclip.data.synthetic import FINDINGS, PRESETS
-from mmclip.evaluation.scores import rows_to_score
+from mmclip.evaluation.scores import select_samples
 from mmclip.evaluation.zeroshot import ZeroShot, zeroshot
 from mmclip.prompts import load_prompts
-from mmclip.training.pretrain import Job, pretrain
+from mmclip.training.pretrain import PretrainRequest, pretrain
 
 SHUFFLED = "+shuffled_pairs"
 """Behind the name of an arm: with `--shuffle-pairs`."""
@@ -54,7 +54,7 @@ KNOWN_ARMS = tuple(
 )
 
 SHIFT_SEED = 64
-"""Of the domain shift; part of what the shifted films are."""
+"""Of the domain shift; part of what the shifted images are."""
 
 
 class Key(NamedTuple):
@@ -68,39 +68,41 @@ class Key(NamedTuple):
 
 
 def shift_domain(
-    films: UInt8[np.ndarray, "n h w"], film_ids: Sequence[str]
+    images: UInt8[np.ndarray, "n h w"], image_ids: Sequence[str]
 ) -> UInt8[np.ndarray, "n h w"]:
-    """Films as another device might have taken them: resolution, exposure, noise.
+    """Images as another device might have taken them: resolution, exposure, noise.
 
-    Each film goes down to 0.6 to 0.85 of its side and up again, through a gamma of 1/1.6 to 1.6 and
-    a contrast of 0.7 to 1.3 about mid-grey, and gets noise of 3 % of the grey range. The draws are
-    keyed by film id, so the shifted films are the same for all arms and in any order.
+    Each image goes down to 0.6 to 0.85 of its side and up again, through a gamma of 1/1.6 to 1.6
+    and a contrast of 0.7 to 1.3 about mid-grey, and gets noise of 3 % of the grey range. The draws
+    are keyed by image id, so the shifted images are the same for all arms and in any order.
 
-    Source: [chosen: about twice the spread of exposure of the made films, outside of the
+    Source: [chosen: about twice the spread of exposure of the synthetic images, outside of the
         augmentation's ranges; a nodule of 4 px stays 2.5 px at least].
     """
-    out = np.empty_like(films)
-    for i, (film, film_id) in enumerate(zip(films, film_ids, strict=True)):
-        rng = np.random.default_rng([SHIFT_SEED, film_key(film_id)])
+    out = np.empty_like(images)
+    for i, (pixels, image_id) in enumerate(zip(images, image_ids, strict=True)):
+        rng = np.random.default_rng([SHIFT_SEED, image_key(image_id)])
         u = rng.random(3)
-        height, width = film.shape
+        height, width = pixels.shape
         side_ratio = 0.6 + 0.25 * u[0]
         small = (round(width * side_ratio), round(height * side_ratio))
-        image = Image.fromarray(film).resize(small, Image.Resampling.BILINEAR)
+        image = Image.fromarray(pixels).resize(small, Image.Resampling.BILINEAR)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         x = (np.asarray(image) / 255) ** (1.6 ** (2 * u[1] - 1))
-        x = (x - 0.5) * (0.7 + 0.6 * u[2]) + 0.5 + 0.03 * rng.standard_normal(film.shape)
+        x = (x - 0.5) * (0.7 + 0.6 * u[2]) + 0.5 + 0.03 * rng.standard_normal(pixels.shape)
         out[i] = np.clip(x * 255, 0, 255).round().astype(np.uint8)
     return out
 
 
-def shifted_rows(rows: Rows, split: Split) -> Rows:
-    """The films of a split that are scored, under the domain shift, in memory."""
-    kept = rows_to_score(rows, split)
+def shifted_dataset(dataset: ImageTextDataset, split: Split) -> ImageTextDataset:
+    """The images of a split that are scored, under the domain shift, in memory."""
+    kept = select_samples(dataset, split)
     numbers = np.arange(len(kept))
-    films = shift_domain(kept.pixels(numbers).numpy(), [film.film_id for film in kept.films])
+    images = shift_domain(
+        kept.pixels(numbers).numpy(), [sample.image_id for sample in kept.samples]
+    )
     where = np.stack([np.zeros_like(numbers), numbers], 1)
-    return replace(kept, caches=(FilmCache(films),), where=where)
+    return replace(kept, caches=(ImageCache(images),), where=where)
 
 
 def config_of(arm: str, seed: int, overrides: Sequence[str]) -> Config:
@@ -145,7 +147,7 @@ def unfinished(wanted: Mapping[Key, Config], done: Iterable[Key]) -> dict[Key, C
 
 
 def check_test_may_be_scored(wanted: Iterable[Key], done: Iterable[Key]) -> None:
-    """Test films are scored once all is chosen: every run must have finished on validation films.
+    """Test images are scored once all is chosen: every run must have finished on validation images.
 
     Raises:
         ValueError: When one has not; it names those that are missing.
@@ -166,7 +168,7 @@ def train(arm: str, config: Config, data: Path, run: Path) -> dict[str, float]:
     if not cost.is_file():
         shutil.rmtree(run, ignore_errors=True)  # cut off: its seconds would not be the whole cost
         began, cpu_began = time.monotonic(), time.process_time()
-        job = Job(
+        request = PretrainRequest(
             (data,),
             run,
             config,
@@ -174,7 +176,7 @@ def train(arm: str, config: Config, data: Path, run: Path) -> dict[str, float]:
             shuffle_pairs=arm.endswith(SHUFFLED),
             lesions=data.parent / "raw" if config.image_mask.policy == "oracle" else None,
         )
-        newest = pretrain(job)
+        newest = pretrain(request)
         spent = {
             "wall_s": round(time.monotonic() - began, 1),
             "cpu_s": round(time.process_time() - cpu_began, 1),
@@ -213,9 +215,9 @@ def figures(checkpoint: Checkpoint, plain: ZeroShot, shifted: ZeroShot) -> dict:
         "auroc": per_finding(plain),
         "shift_macro_auroc": shifted.summary["macro_auroc"],
         "shift_auroc": per_finding(shifted),
-        "n_films": len(plain.rows),
+        "n_images": len(plain.dataset),
         "steps": checkpoint.meta["step"],
-        "films_seen": checkpoint.meta["step"] * rows_per_step,
+        "images_seen": checkpoint.meta["step"] * rows_per_step,
     }
 
 
@@ -263,15 +265,15 @@ def run_all(
     Args:
         configs: The runs, all of one data set and split.
         out: Holds data/; gets runs/ and scores/.
-        split: The films that are scored.
+        split: The images that are scored.
         jsonl: Gets the lines.
         facts: Further entries of the line of each.
     """
     if not configs:
         return
     prompts = load_prompts("default")
-    rows = open_rows([out / "data"], next(iter(configs.values())).data.film_px)
-    both = rows, shifted_rows(rows, split)
+    dataset = open_dataset([out / "data"], next(iter(configs.values())).data.image_size)
+    both = dataset, shifted_dataset(dataset, split)
     jsonl.parent.mkdir(parents=True, exist_ok=True)
     for key, config in configs.items():
         run = out / "runs" / run_name(key)
@@ -279,10 +281,10 @@ def run_all(
         checkpoint = load_checkpoint(run)
         plain, shifted = (
             zeroshot(
-                checkpoint, films, prompts, split=split, findings=FINDINGS, draws=1,
+                checkpoint, selected, prompts, split=split, findings=FINDINGS, n_resamples=1,
                 thresholds=False,
             )
-            for films in both
+            for selected in both
         )  # fmt: skip
         plain.test.save(
             scores_path(out, key),
@@ -318,13 +320,13 @@ def print_table(
         if key not in done:
             print(f"not finished: {arm} seed {key.seed}")
     some = every[0][1]
-    about = {"base": base, "split": some.split, "data_hash": some.data_hash}
-    print(json.dumps({**about, "arms": numbers}))
+    metadata = {"base": base, "split": some.split, "data_hash": some.data_hash}
+    print(json.dumps({**metadata, "arms": numbers}))
 
 
 def main() -> None:
     """Draws, builds, trains and scores what is missing; or prints the table."""
-    parser = argparse.ArgumentParser(description="Arms x seeds on made films, zero-shot.")
+    parser = argparse.ArgumentParser(description="Arms x seeds on synthetic images, zero-shot.")
     parser.add_argument("out", type=Path)
     parser.add_argument(
         "--arms", nargs="+", default=list(KNOWN_ARMS), type=arm_argument, metavar="ARM[,KEY=V]",
@@ -371,9 +373,9 @@ def main() -> None:
     if len(missing) < len(runs):
         n = len(runs) - len(missing)
         print(f"{n} of {len(runs)} runs are in {jsonl} and skipped; --jsonl names another file")
-    about = {"preset": args.preset, "knobs": args.knob}
+    metadata = {"preset": args.preset, "knobs": args.knob}
     facts = {
-        key: {**about, "set": [*args.set, *arm.split(",")[1:]]}
+        key: {**metadata, "set": [*args.set, *arm.split(",")[1:]]}
         for arm in args.arms
         for key in runs_of([arm])
     }

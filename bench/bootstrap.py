@@ -5,8 +5,8 @@
 Speed: AUROC, AUPRC, F1 and MCC of made scores in all draws, against the plain loop that resamples
 rows and calls scikit-learn, on fewer draws, its time scaled up to as many.
 
-Coverage: data sets are made again and again, of patients with 1 to 5 films that are alike, with a
-given number of positive films in the mean, which half as many patients have; the share of them
+Coverage: data sets are made again and again, of patients with 1 to 5 images that are alike, with a
+given number of positive images in the mean, which half as many patients have; the share of them
 whose interval holds the true value. That of AUROC follows from the two normal distributions, that
 of AUPRC from the same and the share of positives. Beside the intervals of results stand percentiles
 of the draws; macro is over 20 findings of the same patients. The
@@ -33,12 +33,12 @@ from sklearn.metrics import (
 from mmclip.evaluation.bootstrap import (
     auprc_bias,
     bootstrap_metrics,
-    macro_draws,
+    macro_of_resamples,
 )
 from mmclip.evaluation.intervals import (
     effective_number,
-    films_of_patients,
     finding_interval,
+    images_of_patients,
     mean_interval,
     percentile_interval,
     rarer_class,
@@ -46,22 +46,22 @@ from mmclip.evaluation.intervals import (
 from mmclip.evaluation.metrics import auprc, auroc
 
 POSITIVES = (10, 20, 50, 100, 200)
-RATE = 0.1  # of films with the finding
-GAP = 1.2  # between the means of films with and without it, in deviations: an AUROC of 0.80
+RATE = 0.1  # of images with the finding
+GAP = 1.2  # between the means of images with and without it, in deviations: an AUROC of 0.80
 FINDINGS = 20  # of a data set, for the macro average
-ALIKE = 0.5  # share of a score's variance that films of one patient have in common
+ALIKE = 0.5  # share of a score's variance that images of one patient have in common
 
 
 def made_patients(n: int, rng: np.random.Generator) -> np.ndarray:
-    """The patient of each of about n films; a patient has 1 to 5."""
-    films = rng.integers(1, 6, n // 3 + 1)
-    return np.repeat(np.arange(len(films)), films)
+    """The patient of each of about n images; a patient has 1 to 5."""
+    images = rng.integers(1, 6, n // 3 + 1)
+    return np.repeat(np.arange(len(images)), images)
 
 
 def made(n: int, k: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels [n, k], scores [n, k] and patients [n].
 
-    Films of a patient mostly share a finding, and share a part of their scores. Each film by
+    Images of a patient mostly share a finding, and share a part of their scores. Each image by
     itself has the finding with probability RATE, and then a score of mean GAP and deviation 1.
     """
     patients = made_patients(n, rng)
@@ -76,19 +76,21 @@ def made(n: int, k: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
 
 
 def true_values() -> tuple[float, float]:
-    """AUROC and AUPRC of films of two normal distributions, at the share RATE of positives."""
+    """AUROC and AUPRC of images of two normal distributions, at the share RATE of positives."""
     cut = np.linspace(-9, 9 + GAP, 200_001)
     recall, called = norm.sf(cut - GAP), norm.sf(cut)
     precision = RATE * recall / (RATE * recall + (1 - RATE) * called)
     return float(norm.cdf(GAP / math.sqrt(2))), float(-np.trapezoid(precision, recall))
 
 
-def plain_loop(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, draws: int) -> None:
+def plain_loop(
+    labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, n_resamples: int
+) -> None:
     """What evaluations in this field do: resampled rows, one call of scikit-learn each."""
     rng = np.random.default_rng(0)
     order = np.argsort(patients, kind="stable")
     starts = np.searchsorted(patients[order], np.arange(patients.max() + 2))
-    for _ in range(draws):
+    for _ in range(n_resamples):
         drawn = rng.integers(0, len(starts) - 1, len(starts) - 1)
         rows = np.concatenate([order[starts[i] : starts[i + 1]] for i in drawn])
         for k in range(labels.shape[1]):
@@ -99,24 +101,24 @@ def plain_loop(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, dra
                 metric(y, s >= GAP)
 
 
-def speed(n: int, k: int, draws: int, loop_draws: int) -> dict[str, object]:
+def speed(n: int, k: int, n_resamples: int, loop_resamples: int) -> dict[str, object]:
     """Seconds of both, and their ratio."""
     labels, scores, patients = made(n, k, np.random.default_rng(0))
     began, cpu = time.monotonic(), time.process_time()
-    bootstrap_metrics(labels, scores, patients, draws=draws, thresholds=[GAP] * k)
+    bootstrap_metrics(labels, scores, patients, n_resamples=n_resamples, thresholds=[GAP] * k)
     wall, cpu = time.monotonic() - began, time.process_time() - cpu
     began = time.process_time()
-    plain_loop(labels, scores, patients, loop_draws)
-    loop = (time.process_time() - began) * draws / loop_draws
+    plain_loop(labels, scores, patients, loop_resamples)
+    loop = (time.process_time() - began) * n_resamples / loop_resamples
     return {
-        "films": len(labels), "findings": k, "draws": draws, "seconds": round(wall, 2),
-        "cpu_s": round(cpu, 2), "loop_draws": loop_draws, "loop_cpu_s_scaled": round(loop),
+        "images": len(labels), "findings": k, "n_resamples": n_resamples, "seconds": round(wall, 2),
+        "cpu_s": round(cpu, 2), "loop_resamples": loop_resamples, "loop_cpu_s_scaled": round(loop),
         "times_faster": round(loop / cpu, 1),
     }  # fmt: skip
 
 
-def coverage(n_positive: int, repeats: int, draws: int, seed: int) -> dict[str, object]:
-    """Of many made data sets, the share whose intervals hold the true values, and their width.
+def coverage(n_positive: int, repeats: int, n_resamples: int, seed: int) -> dict[str, object]:
+    """Of many synthetic data sets, the share whose intervals hold the true values, and their width.
 
     A data set has FINDINGS findings of the same patients; each has its own labels and scores.
     """
@@ -132,23 +134,23 @@ def coverage(n_positive: int, repeats: int, draws: int, seed: int) -> dict[str, 
     n_patients, done = 0.0, 0
     while done < repeats:
         labels, scores, patients = made(round(n_positive / RATE), FINDINGS, rng)
-        drawn = bootstrap_metrics(labels, scores, patients, draws=draws, seed=done)
-        films = [films_of_patients(column, patients) for column in labels.T]
-        if min(min(map(np.count_nonzero, each)) for each in films) < 1:
+        drawn = bootstrap_metrics(labels, scores, patients, n_resamples=n_resamples, seed=done)
+        images = [images_of_patients(column, patients) for column in labels.T]
+        if min(min(map(np.count_nonzero, each)) for each in images) < 1:
             continue  # a finding that lacks a class has no value
         done += 1
-        n_patients += float(np.mean([effective_number(rarer_class(each)) for each in films]))
+        n_patients += float(np.mean([effective_number(rarer_class(each)) for each in images]))
         for name, metric, true in truth:
             of = getattr(drawn, name)
             found_all = [metric(labels[:, k], scores[:, k]) for k in range(FINDINGS)]
             values = [v for v in found_all if v is not None]  # all: both classes are there
-            single = [finding_interval(name, v, of[:, k], films[k]) for k, v in enumerate(values)]
+            single = [finding_interval(name, v, of[:, k], images[k]) for k, v in enumerate(values)]
             found = {name: single, f"{name} percentile": [percentile_interval(v) for v in of.T]}
             of_all = np.array(values)
             bias = auprc_bias(labels, scores, patients, of_all) if name == "auprc" else None
             found[f"macro {name}"] = [mean_interval(of_all, single, of, bias)]
             every = list(range(FINDINGS))
-            found[f"macro {name} percentile"] = [percentile_interval(macro_draws(of, every))]
+            found[f"macro {name} percentile"] = [percentile_interval(macro_of_resamples(of, every))]
             for kind, intervals in found.items():
                 for low, high in filter(None, intervals):
                     tried[kind] += 1
@@ -166,24 +168,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--films", type=int, default=25_000)
+    parser.add_argument("--images", type=int, default=25_000)
     parser.add_argument("--findings", type=int, default=14)
-    parser.add_argument("--draws", type=int, default=1000)
-    parser.add_argument("--loop-draws", type=int, default=2, help="of the plain loop")
+    parser.add_argument("--n-resamples", type=int, default=1000)
+    parser.add_argument("--loop-resamples", type=int, default=2, help="of the plain loop")
     parser.add_argument(
-        "--repeats", type=int, default=1000, help="made data sets; 0 for speed alone"
+        "--repeats", type=int, default=1000, help="synthetic data sets; 0 for speed alone"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    fast = speed(args.films, args.findings, args.draws, args.loop_draws)
+    fast = speed(args.images, args.findings, args.n_resamples, args.loop_resamples)
     print(
-        f"{fast['films']:,} films x {args.findings} findings x {args.draws} draws: "
+        f"{fast['images']:,} images x {args.findings} findings x {args.n_resamples} draws: "
         f"{fast['seconds']} s (CPU {fast['cpu_s']} s); plain loop {fast['loop_cpu_s_scaled']} s "
-        f"(scaled from {args.loop_draws} draws): {fast['times_faster']} times faster"
+        f"(scaled from {args.loop_resamples} draws): {fast['times_faster']} times faster"
     )
     covered = []
     for n_positive in POSITIVES if args.repeats else ():
-        covered.append(coverage(n_positive, args.repeats, args.draws, args.seed))
+        covered.append(coverage(n_positive, args.repeats, args.n_resamples, args.seed))
         said = (f"{k} {v}" for k, v in covered[-1].items() if not isinstance(v, dict))
         print("  ".join(said))
         for name, found in covered[-1].items():

@@ -1,15 +1,15 @@
-"""How fast, in how much memory and how evenly a data folder is built of many films.
+"""How fast, in how much memory and how evenly a data folder is built of many images.
 
-    python bench/build_scale.py --films 100000 --film-px 64 --workers 2
+    python bench/build_scale.py --images 100000 --image-size 64 --workers 2
 
-Draws distinct films of 192 x 224 px (nine JPEG to one PNG), builds them with `build_data`, and runs
-beside it the plain loop that most repositories ship: open with Pillow, convert, resize, save as a
-PNG each, in one process, over `--plain-films` of the same films. Prints films a second of both,
-their ratio, and the most memory that this process and a worker held. With `--kill 0.5` a second
-build is killed, with its workers, when half of its chunks are done, and goes on: prints what going
-on took, and fails unless it ends with the bytes of the first. Both find the files in the
-page cache, just drawn. A busy machine makes films a second worth little: those a second of CPU time
-stand beside them. The last line is one JSON object.
+Draws distinct images of 192 x 224 px (nine JPEG to one PNG), builds them with `build_data`, and
+runs beside it the plain loop that most repositories ship: open with Pillow, convert, resize, save
+as a PNG each, in one process, over `--plain-images` of the same images. Prints images a second of
+both, their ratio, and the most memory that this process and a worker held. With `--kill 0.5` a
+second build is killed, with its workers, when half of its chunks are done, and goes on: prints what
+going on took, and fails unless it ends with the bytes of the first. Both find the files in the
+page cache, just drawn. A busy machine makes images a second worth little: those a second of CPU
+time stand beside them. The last line is one JSON object.
 """
 
 import argparse
@@ -33,9 +33,9 @@ import numpy as np
 from PIL import Image
 
 from mmclip.data.build import build_data
-from mmclip.data.cache import CHUNK_FILMS, PARTS_FOLDER
+from mmclip.data.cache import CHUNK_IMAGES, SHARDS_FOLDER
 from mmclip.data.manifest import read_manifest
-from mmclip.data.records import Film, Record
+from mmclip.data.sample import Record, Sample
 from mmclip.progress import progress
 
 HEIGHT_PX, WIDTH_PX, N_BASES = 192, 224, 300
@@ -45,55 +45,56 @@ PER_FOLDER = 1000  # files, so that no folder is slow to list
 def draw_bases(rng: np.random.Generator, n: int = N_BASES) -> np.ndarray:
     """uint8 [n, 192, 224]: two dark lungs of varied place and size under smooth and fine noise."""
     y, x = np.mgrid[-1 : 1 : HEIGHT_PX * 1j, -1 : 1 : WIDTH_PX * 1j]
-    films = np.empty((n, HEIGHT_PX, WIDTH_PX), np.uint8)
-    for film in films:
+    samples = np.empty((n, HEIGHT_PX, WIDTH_PX), np.uint8)
+    for sample in samples:
         coarse = Image.fromarray(rng.normal(0, 12, (12, 14)).astype(np.float32))
         smooth = np.asarray(coarse.resize((WIDTH_PX, HEIGHT_PX), Image.Resampling.BICUBIC))
         pixels = 150 + smooth + rng.normal(0, 3, smooth.shape)
         for side in (-1, 1):
             across = (x - side * rng.normal(0.45, 0.04)) / rng.normal(0.3, 0.03)
             pixels -= 90 * np.exp(-(across**2) - (y / 0.6) ** 2)
-        film[:] = np.clip(pixels, 0, 255)
-    return films
+        sample[:] = np.clip(pixels, 0, 255)
+    return samples
 
 
 def image_of(i: int) -> str:
     return f"{i // PER_FOLDER:04d}/{i:07d}.{'png' if i % 10 == 9 else 'jpg'}"
 
 
-def draw_films(root: Path, n: int, seed: int) -> None:
-    """Writes film i: a base, shifted and inverted in contrast as no other film of that base is."""
+def draw_images(root: Path, n: int, seed: int) -> None:
+    """Writes image i: a base, shifted and inverted in contrast as no other image of that base
+    is."""
     bases = draw_bases(np.random.default_rng(seed))
-    with progress("drawing films", n) as advance:
+    with progress("drawing images", n) as advance:
         for i in range(n):
             base, variant = i % N_BASES, i // N_BASES
             shift = variant % HEIGHT_PX, variant // HEIGHT_PX
             path = root / image_of(i)
             if i % PER_FOLDER == 0:
                 path.parent.mkdir(parents=True)
-            film = Image.fromarray(np.roll(bases[base], shift, (0, 1)))
+            sample = Image.fromarray(np.roll(bases[base], shift, (0, 1)))
             if path.suffix == ".jpg":
-                film.save(path, quality=85)
+                sample.save(path, quality=85)
             else:
-                film.save(path, compress_level=1)
+                sample.save(path, compress_level=1)
             advance(1)
 
 
 def records(n: int) -> Iterator[Record]:
-    """Two films a patient, without reports: those are for text_scale.py."""
+    """Two images a patient, without reports: those are for text_scale.py."""
     for i in range(n):
-        yield Film(
-            film_id=f"f{i}", study_id=f"s{i // 2}", patient_id=f"p{i // 2}", source="made",
+        yield Sample(
+            image_id=f"f{i}", study_id=f"s{i // 2}", patient_id=f"p{i // 2}", source="made",
             image=image_of(i), labels={"nodule": i % 2, "pleural effusion": i % 3 - 1},
         )  # fmt: skip
 
 
-def plain_loop(root: Path, out: Path, n: int, film_px: int) -> None:
+def plain_loop(root: Path, out: Path, n: int, image_size: int) -> None:
     """What a preparation script mostly is."""
     out.mkdir()
     for i in range(n):
         image = Image.open(root / image_of(i)).convert("L")
-        image.resize((film_px, film_px), Image.Resampling.BILINEAR).save(out / f"{i}.png")
+        image.resize((image_size, image_size), Image.Resampling.BILINEAR).save(out / f"{i}.png")
 
 
 class Clock:
@@ -143,7 +144,9 @@ def watch_workers(every_s: float = 0.2) -> Iterator[list[float]]:
 
 
 def build(root: Path, out: Path, args: argparse.Namespace) -> dict:
-    return build_data(records(args.films), root, out, film_px=args.film_px, workers=args.workers)
+    return build_data(
+        records(args.images), root, out, image_size=args.image_size, workers=args.workers
+    )
 
 
 def _build_alone(root: Path, out: Path, args: argparse.Namespace) -> None:
@@ -158,8 +161,8 @@ def killed_and_resumed(root: Path, whole: Path, args: argparse.Namespace) -> dic
         RuntimeError: When its bytes are not those of the whole one, or it was over too soon.
     """
     out = whole.with_name("killed")
-    parts = out / PARTS_FOLDER
-    wanted = args.kill * math.ceil(args.films / CHUNK_FILMS)
+    parts = out / SHARDS_FOLDER
+    wanted = args.kill * math.ceil(args.images / CHUNK_IMAGES)
     first = multiprocessing.get_context("spawn").Process(
         target=_build_alone, args=(root, out, args)
     )
@@ -180,7 +183,7 @@ def killed_and_resumed(root: Path, whole: Path, args: argparse.Namespace) -> dic
     n_before, clock = n_done(), Clock()
     build(root, out, args)
     seconds, cpu_s = clock.read()
-    for name in ("films.npy", "films.parquet"):
+    for name in ("images.npy", "samples.parquet"):
         if not filecmp.cmp(whole / name, out / name, shallow=False):
             raise RuntimeError(
                 f"{name} of the build that went on differs from that of the whole one"
@@ -194,26 +197,26 @@ def killed_and_resumed(root: Path, whole: Path, args: argparse.Namespace) -> dic
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Draws, builds, runs the plain loop and compares."""
     root = folder / "root"
-    draw_films(root, args.films, args.seed)
+    draw_images(root, args.images, args.seed)
     clock = Clock()
     with watch_workers() as peak_of_workers:
         meta = build(root, folder / "data", args)
     build_s, build_cpu_s = clock.read()
     peak = peak_mb("self")
-    n_plain = min(args.films, args.plain_films)
+    n_plain = min(args.images, args.plain_images)
     clock = Clock()
-    plain_loop(root, folder / "plain", n_plain, args.film_px)
+    plain_loop(root, folder / "plain", n_plain, args.image_size)
     plain_s, plain_cpu_s = (seconds / n_plain for seconds in clock.read())
-    n_distinct = len({film.image_sha256 for film in read_manifest(folder / "data")})
-    assert meta["n_films"] == n_distinct == args.films
-    film_s, film_cpu_s = build_s / args.films, build_cpu_s / args.films
+    n_distinct = len({sample.image_sha256 for sample in read_manifest(folder / "data")})
+    assert meta["n_samples"] == n_distinct == args.images
+    image_s, image_cpu_s = build_s / args.images, build_cpu_s / args.images
     return {
-        "films": args.films, "film_px": args.film_px, "workers": args.workers,
+        "images": args.images, "image_size": args.image_size, "workers": args.workers,
         "build_s": round(build_s, 1), "build_cpu_s": round(build_cpu_s, 1),
-        "films_per_s": round(1 / film_s), "plain_films_per_s": round(1 / plain_s),
-        "ratio": round(plain_s / film_s, 2),
-        "films_per_cpu_s": round(1 / film_cpu_s), "plain_films_per_cpu_s": round(1 / plain_cpu_s),
-        "ratio_of_cpu": round(plain_cpu_s / film_cpu_s, 2),
+        "images_per_s": round(1 / image_s), "plain_images_per_s": round(1 / plain_s),
+        "ratio": round(plain_s / image_s, 2),
+        "images_per_cpu_s": round(1 / image_cpu_s), "plain_images_per_cpu_s": round(1 / plain_cpu_s),
+        "ratio_of_cpu": round(plain_cpu_s / image_cpu_s, 2),
         "peak_rss_mb": round(peak), "peak_rss_worker_mb": round(peak_of_workers[0]),
         "data_hash": meta["data_hash"][:16],
         **(killed_and_resumed(root, folder / "data", args) if args.kill else {}),
@@ -225,12 +228,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--films", type=int, default=100_000)
-    parser.add_argument("--film-px", type=int, default=64, help="side of the built films")
+    parser.add_argument("--images", type=int, default=100_000)
+    parser.add_argument("--image-size", type=int, default=64, help="side of the built images")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--plain-films", type=int, default=5000, help="films of the plain loop")
+    parser.add_argument("--plain-images", type=int, default=5000, help="images of the plain loop")
     parser.add_argument("--kill", type=float, help="share of the chunks at which one is killed")
-    parser.add_argument("--folder", type=Path, help="for the films; a temporary one by default")
+    parser.add_argument("--folder", type=Path, help="for the images; a temporary one by default")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="build-scale-", dir=args.folder))

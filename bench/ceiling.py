@@ -1,13 +1,13 @@
-"""What the films of a preset show: the score of a model that is told the labels of many of them.
+"""What the images of a preset show: the score of a model that is told the labels of many of them.
 
-    python bench/ceiling.py --preset hard --films 60000
+    python bench/ceiling.py --preset hard --images 60000
 
 A benchmark of pre-training means little if the lesions cannot be seen at its resolution. So a
-small ConvNet is trained with a binary cross-entropy on the labels of films of the same preset under
-another seed, each drawn as it is needed and seen once, and scored on the preset's own validation
-films. It is a ConvNet because a ViT learns small things slowly; `--model vit` takes the image
-encoder of a configuration instead. All labels of made films are known, so none is left out of the
-loss. `--set` changes a knob of the preset, to try one. The last line is one JSON object.
+small ConvNet is trained with a binary cross-entropy on the labels of images of the same preset
+under another seed, each drawn as it is needed and seen once, and scored on the preset's own
+validation images. It is a ConvNet because a ViT learns small things slowly; `--model vit` takes the
+image encoder of a configuration instead. All labels of synthetic images are known, so none is left
+out of the loss. `--set` changes a knob of the preset, to try one. The last line is one JSON object.
 """
 
 import argparse
@@ -23,25 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmclip.config import load_config
-from mmclip.data.dataset import normalise
-from mmclip.data.records import Split
-from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, SyntheticFilm, make_patient
+from mmclip.data.image_text_dataset import normalise
+from mmclip.data.sample import Split
+from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, SyntheticSample, make_patient
 from mmclip.evaluation.baselines import logistic_scores, shrunk
 from mmclip.evaluation.metrics import auroc
 from mmclip.models.encoders import build_image_encoder, pooled
 
 SEED_OFFSET = 1_000_003
-"""Added to the preset's seed: no film of these is one of the benchmark's."""
+"""Added to the preset's seed: no image of these is one of the benchmark's."""
 
 
 class SmallConvNet(nn.Module):
     """Seven 3 x 3 convolutions, then the mean and the maximum over places.
 
     A finding is anywhere, so places are pooled last; a learned map tells the places apart. The
-    maximum lets a small lesion speak for the film.
+    maximum lets a small lesion speak for the image.
     """
 
-    def __init__(self, film_px: int, n_findings: int) -> None:
+    def __init__(self, image_size: int, n_findings: int) -> None:
         super().__init__()
 
         def conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -56,11 +56,11 @@ class SmallConvNet(nn.Module):
         pairs = list(pairwise(widths))
         self.down = nn.ModuleList(conv(a, b, 2) for a, b in pairs)
         self.more = nn.ModuleList(conv(b, b, 1) for _, b in pairs)
-        self.places = nn.Parameter(torch.zeros(widths[-1], film_px // 8, film_px // 8))
+        self.places = nn.Parameter(torch.zeros(widths[-1], image_size // 8, image_size // 8))
         self.head = nn.Linear(2 * widths[-1], n_findings)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits [b, k] of films [b, 1, h, w] in model space."""
+        """Logits [b, k] of images [b, 1, h, w] in model space."""
         x = self.stem(image)
         for down, more in zip(self.down, self.more, strict=True):
             x = down(x)
@@ -72,14 +72,14 @@ class SmallConvNet(nn.Module):
 class VisionTransformer(nn.Module):
     """The image encoder of a configuration with a linear head."""
 
-    def __init__(self, config_name: str, film_px: int, n_findings: int) -> None:
+    def __init__(self, config_name: str, image_size: int, n_findings: int) -> None:
         super().__init__()
         config = load_config(config_name).model.image
-        self.encoder = build_image_encoder(config, film_px)
+        self.encoder = build_image_encoder(config, image_size)
         self.head = nn.Linear(config.width, n_findings)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits [b, k] of films [b, 1, h, w] in model space."""
+        """Logits [b, k] of images [b, 1, h, w] in model space."""
         return self.head(pooled(self.encoder(pixel_values=image), self.encoder))
 
 
@@ -92,33 +92,33 @@ def with_knobs(preset: Preset, knobs: list[str]) -> Preset:
     return preset
 
 
-def labels_of(films: list[SyntheticFilm]) -> np.ndarray:
-    """1.0 where a film shows a finding, else 0.0: [n, k]."""
-    return np.array([[float(name in film.labels) for name in FINDINGS] for film in films])
+def labels_of(samples: list[SyntheticSample]) -> np.ndarray:
+    """1.0 where an image shows a finding, else 0.0: [n, k]."""
+    return np.array([[float(name in sample.labels) for name in FINDINGS] for sample in samples])
 
 
-def pixels_of(films: list[SyntheticFilm]) -> Tensor:
-    """The films, uint8 [n, h, w]."""
-    return torch.from_numpy(np.stack([film.film for film in films]))
+def pixels_of(samples: list[SyntheticSample]) -> Tensor:
+    """The images, uint8 [n, h, w]."""
+    return torch.from_numpy(np.stack([sample.image for sample in samples]))
 
 
-def batches(preset: Preset, n_films: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Films in model space and labels of ever new training patients, `size` at a time."""
-    endless = replace(preset, seed=preset.seed + SEED_OFFSET, n_train=n_films, n_unpaired=0)
-    for start in range(0, n_films - size + 1, size):
-        films = [make_patient(endless, "train", i) for i in range(start, start + size)]
-        yield normalise(pixels_of(films)), torch.from_numpy(labels_of(films)).float()
+def batches(preset: Preset, n_images: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images in model space and labels of ever new training patients, `size` at a time."""
+    endless = replace(preset, seed=preset.seed + SEED_OFFSET, n_train=n_images, n_unpaired=0)
+    for start in range(0, n_images - size + 1, size):
+        samples = [make_patient(endless, "train", i) for i in range(start, start + size)]
+        yield normalise(pixels_of(samples)), torch.from_numpy(labels_of(samples)).float()
 
 
 def train(
-    model: nn.Module, preset: Preset, n_films: int, batch_size: int, lr: float, bf16: bool
+    model: nn.Module, preset: Preset, n_images: int, batch_size: int, lr: float, bf16: bool
 ) -> None:
-    """One pass over new films with AdamW, the rate rising over a tenth and falling to 0."""
-    steps = n_films // batch_size
+    """One pass over new images with AdamW, the rate rising over a tenth and falling to 0."""
+    steps = n_images // batch_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     model.train()
-    for step, (image, labels) in enumerate(batches(preset, n_films, batch_size), 1):
+    for step, (image, labels) in enumerate(batches(preset, n_images, batch_size), 1):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = model(image.contiguous(memory_format=torch.channels_last))
         loss = F.binary_cross_entropy_with_logits(logits.float(), labels)
@@ -132,10 +132,10 @@ def train(
 
 
 @torch.inference_mode()
-def scores_of(model: nn.Module, films: Tensor) -> np.ndarray:
-    """Logits [n, k] of uint8 films."""
+def scores_of(model: nn.Module, images: Tensor) -> np.ndarray:
+    """Logits [n, k] of uint8 images."""
     model.eval()
-    return torch.cat([model(normalise(part)) for part in films.split(256)]).double().numpy()
+    return torch.cat([model(normalise(part)) for part in images.split(256)]).double().numpy()
 
 
 def per_finding(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
@@ -147,12 +147,16 @@ def per_finding(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 def thumbnail_auroc(preset: Preset, val: Tensor, labels: np.ndarray) -> dict[str, float]:
     """AUROC of a logistic regression on 8 x 8 thumbnails of the preset's own training pairs.
 
-    Half of the validation films choose the regularisation, the other half are scored.
+    Half of the validation images choose the regularisation, the other half are scored.
     """
-    films = [make_patient(preset, "train", i) for i in range(preset.n_train)]
+    samples = [make_patient(preset, "train", i) for i in range(preset.n_train)]
     half = len(val) // 2
     scores = logistic_scores(
-        shrunk(pixels_of(films)), labels_of(films), shrunk(val[:half]), labels[:half], shrunk(val)
+        shrunk(pixels_of(samples)),
+        labels_of(samples),
+        shrunk(val[:half]),
+        labels[:half],
+        shrunk(val),
     )
     return per_finding(labels[half:], scores[half:])
 
@@ -162,7 +166,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The supervised ceiling of a preset.")
     parser.add_argument("--preset", choices=list(PRESETS), default="hard")
     parser.add_argument("--set", action="append", default=[], help="a knob, lesion_scale=1.2")
-    parser.add_argument("--films", type=int, default=60_000, help="training films, each seen once")
+    parser.add_argument(
+        "--images", type=int, default=60_000, help="training images, each seen once"
+    )
     parser.add_argument("--model", choices=["conv", "vit"], default="conv")
     parser.add_argument("--config", default="ablation", help="whose image encoder, for vit")
     parser.add_argument("--split", choices=["val", "test"], default="val")
@@ -175,19 +181,19 @@ def main() -> None:
     preset = with_knobs(PRESETS[args.preset], args.set)
     split: Split = args.split
     n_scored = preset.n_val if split == "val" else preset.n_test
-    films = [make_patient(preset, split, i) for i in range(n_scored)]
-    pixels, labels = pixels_of(films), labels_of(films)
-    areas = {name: [f.masks[name].mean() for f in films if name in f.masks] for name in FINDINGS}
+    samples = [make_patient(preset, split, i) for i in range(n_scored)]
+    pixels, labels = pixels_of(samples), labels_of(samples)
+    areas = {name: [f.masks[name].mean() for f in samples if name in f.masks] for name in FINDINGS}
     thumbs = thumbnail_auroc(preset, pixels, labels)
 
     torch.manual_seed(args.seed)
     if args.model == "conv":
-        model = SmallConvNet(preset.film_px, len(FINDINGS))
+        model = SmallConvNet(preset.image_size, len(FINDINGS))
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     else:
-        model = VisionTransformer(args.config, preset.film_px, len(FINDINGS))
+        model = VisionTransformer(args.config, preset.image_size, len(FINDINGS))
     began, cpu_began = time.monotonic(), time.process_time()
-    train(model, preset, args.films, args.batch_size, args.lr, not args.fp32)
+    train(model, preset, args.images, args.batch_size, args.lr, not args.fp32)
     wall_s, cpu_s = time.monotonic() - began, time.process_time() - cpu_began
     found = per_finding(labels, scores_of(model, pixels))
 
@@ -204,7 +210,7 @@ def main() -> None:
         "split": split,
         "n_scored": n_scored,
         "model": args.model,
-        "films": args.films,
+        "images": args.images,
         "seed": args.seed,
         "macro_auroc": round(float(np.mean(list(found.values()))), 4),
         "worst": min(found.items(), key=lambda item: item[1]),

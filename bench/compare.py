@@ -11,25 +11,25 @@ import numpy as np
 from jaxtyping import Float
 
 from mmclip.data.synthetic import FINDINGS
-from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_draws
+from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_of_resamples
 from mmclip.evaluation.intervals import Interval, interval_over_seeds
 
 SMALL_FINDINGS = ("nodule", "rib fracture", "atelectasis", "support devices")
 """Where contrastive training alone leaves room; thumbnails show them not at all [docs/log.md]."""
 
-DRAWS = 1000
-"""Bootstrap draws of patients. Source: as in `mmclip zeroshot`."""
+N_RESAMPLES = 1000
+"""Bootstrap resamples of patients. Source: as in `mmclip zeroshot`."""
 
 
 class Scores(NamedTuple):
-    """The scores of one run, a row a film and a column a finding."""
+    """The scores of one run, one row per image and a column a finding."""
 
-    film_id: np.ndarray
+    image_id: np.ndarray
     patient_id: np.ndarray
     findings: np.ndarray
     labels: Float[np.ndarray, "n k"]
     scores: Float[np.ndarray, "n k"]
-    shifted: Float[np.ndarray, "n k"]  # of the same films under the domain shift
+    shifted: Float[np.ndarray, "n k"]  # of the same images under the domain shift
 
 
 Runs = dict[str, dict[int, tuple[dict, Scores]]]
@@ -53,32 +53,32 @@ class Compared(NamedTuple):
 class Comparison:
     """Finished runs side by side; the draws of a run are computed once."""
 
-    def __init__(self, runs: Runs, base: str, draws: int = DRAWS) -> None:
-        """Checks that all runs scored the same films.
+    def __init__(self, runs: Runs, base: str, n_resamples: int = N_RESAMPLES) -> None:
+        """Checks that all runs scored the same images.
 
         Args:
             runs: By arm and seed.
             base: The arm that every other one is compared with.
-            draws: Of the bootstrap.
+            n_resamples: Of the bootstrap.
 
         Raises:
-            ValueError: When two runs scored other films.
+            ValueError: When two runs scored other images.
         """
-        self.runs, self.base, self.draws = runs, base, draws
+        self.runs, self.base, self.n_resamples = runs, base, n_resamples
         every = [scores for by_seed in runs.values() for _, scores in by_seed.values()]
         for scores in every[1:]:
-            if not np.array_equal(scores.film_id, every[0].film_id):
-                raise ValueError("these runs scored different films; compare runs of one data set")
-        self._draws_of = cache(self._draw)
+            if not np.array_equal(scores.image_id, every[0].image_id):
+                raise ValueError("these runs scored different images; compare runs of one data set")
+        self._resampled_of = cache(self._resample)
 
-    def _draw(self, arm: str, seed: int, which: str) -> Float[np.ndarray, "draws k"]:
+    def _resample(self, arm: str, seed: int, which: str) -> Float[np.ndarray, "draws k"]:
         _, found = self.runs[arm][seed]
         values = found.shifted if which == "shift_auroc" else found.scores
         patients = found.patient_id.tolist()
-        return bootstrap_metrics(found.labels, values, patients, draws=self.draws).auroc
+        return bootstrap_metrics(found.labels, values, patients, n_resamples=self.n_resamples).auroc
 
     def compare(self, arm: str, findings: Sequence[str], which: str = "auroc") -> Compared:
-        """The mean AUROC over some findings, films as they are or "shift_auroc"."""
+        """The mean AUROC over some findings, images as they are or "shift_auroc"."""
 
         def reached(name: str, seed: int) -> float:
             line, _ = self.runs[name][seed]
@@ -92,11 +92,11 @@ class Comparison:
         columns = [names.index(finding) for finding in findings]
 
         def drawn(name: str, seed: int) -> Float[np.ndarray, " draws"]:
-            return macro_draws(self._draws_of(name, seed, which), columns)
+            return macro_of_resamples(self._resampled_of(name, seed, which), columns)
 
         gains = np.array([reached(arm, seed) - reached(self.base, seed) for seed in shared])
-        draws = np.stack([drawn(arm, seed) - drawn(self.base, seed) for seed in shared])
-        return Compared(auroc, float(gains.mean()), interval_over_seeds(gains, draws))
+        resampled = np.stack([drawn(arm, seed) - drawn(self.base, seed) for seed in shared])
+        return Compared(auroc, float(gains.mean()), interval_over_seeds(gains, resampled))
 
 
 def table(runs: Runs, base: str) -> tuple[str, dict[str, dict]]:

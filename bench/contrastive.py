@@ -1,11 +1,11 @@
-"""What contrastive training alone scores on the validation films of a preset.
+"""What contrastive training alone scores on the validation images of a preset.
 
     python bench/contrastive.py /tmp/hard --preset hard --config ablation --seed 0
 
 Draws the preset into OUT/raw and builds OUT/data unless they are there, pre-trains into a new
-folder OUT/run-..., and scores the run's kept checkpoints zero-shot on the validation films. The
-test films are not looked at: this is what a preset is chosen with. `--knob` changes the preset (use
-another OUT), `--set` the configuration. The last line is one JSON object.
+folder OUT/run-..., and scores the run's kept checkpoints zero-shot on the validation images. The
+test images are not looked at: this is what a preset is chosen with. `--knob` changes the preset
+(use another OUT), `--set` the configuration. The last line is one JSON object.
 """
 
 import argparse
@@ -20,32 +20,32 @@ from ceiling import with_knobs
 from mmclip.checkpoint import load_checkpoint
 from mmclip.config import config_hash, load_config
 from mmclip.data.build import build_data
-from mmclip.data.dataset import open_rows
 from mmclip.data.folder import META_FILE, read_meta
+from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.evaluation.zeroshot import zeroshot
 from mmclip.prompts import load_prompts
-from mmclip.training.pretrain import Job, pretrain
+from mmclip.training.pretrain import PretrainRequest, pretrain
 
 
 def make_data(preset: Preset, out: Path) -> dict[str, float]:
     """Draws and builds unless that is done; returns the seconds that either took.
 
     Raises:
-        SystemExit: When `out` holds other films.
+        SystemExit: When `out` holds other images.
     """
     raw, data = out / "raw", out / "data"
     if (data / META_FILE).is_file():
         if not holds_preset(raw, preset):
-            raise SystemExit(f"{out} holds other films than these knobs give; choose another OUT")
+            raise SystemExit(f"{out} holds other images than these knobs give; choose another OUT")
         return {}
     began = time.monotonic()
     write_dataset(preset, raw)
     drawn = time.monotonic()
     reader = open_reader("csv", raw, mapping=raw / "mapping.toml", table=None)
-    about = {"reader": "csv", "preset": f"{preset.name} version {preset.version}"}
-    build_data(reader, raw, data, film_px=preset.film_px, about=about)
+    metadata = {"reader": "csv", "preset": f"{preset.name} version {preset.version}"}
+    build_data(reader, raw, data, image_size=preset.image_size, metadata=metadata)
     return {"draw_s": drawn - began, "build_s": time.monotonic() - drawn}
 
 
@@ -66,19 +66,27 @@ def main() -> None:
     run = args.out / f"run-{config_hash(config)[:12]}"
     shutil.rmtree(run, ignore_errors=True)
     began, cpu_began = time.monotonic(), time.process_time()
-    newest = pretrain(Job(folders=(args.out / "data",), run=run, config=config, command="bench"))
+    newest = pretrain(
+        PretrainRequest(folders=(args.out / "data",), run=run, config=config, command="bench")
+    )
     times |= {
         "train_s": time.monotonic() - began,
         "train_cpu_s": time.process_time() - cpu_began,
     }
-    rows = open_rows([args.out / "data"], config.data.film_px)
+    dataset = open_dataset([args.out / "data"], config.data.image_size)
     prompts = load_prompts("default")
     by_step: dict[int, float] = {}
     summary: dict = {}
     for folder in sorted(newest.parent.glob("step_*")):
         checkpoint = load_checkpoint(folder)
         summary = zeroshot(
-            checkpoint, rows, prompts, split="val", findings=FINDINGS, draws=200, thresholds=False
+            checkpoint,
+            dataset,
+            prompts,
+            split="val",
+            findings=FINDINGS,
+            n_resamples=200,
+            thresholds=False,
         ).summary
         by_step[checkpoint.meta["step"]] = round(summary["macro_auroc"], 4)
         found = {row["finding"]: round(row["auroc"], 3) for row in summary["findings"]}

@@ -1,20 +1,20 @@
-"""Fine-tuning with 4, 34 and 334 real films, from trained weights and from random ones.
+"""Fine-tuning with 4, 34 and 334 real images, from trained weights and from random ones.
 
     python bench/finetune_real.py CXR OUT out/real/runs/contrastive-0-* out/real/runs/whole-0-*
     python bench/finetune_real.py CXR OUT out/real/runs/contrastive-0-* --table
 
-CXR is a folder with studies.csv and the films that examples/mixed_films.toml describes; of these,
-the Shenzhen films (source tb128) with their own splits, for tuberculosis. Behind OUT stand runs of
-bench/real_films.py, which have not trained on these films; random weights have the architecture of
-the first. Subsets of the training films are drawn with as many films with the finding as without
-it, 20 for the linear probe and 3 for full fine-tuning; random weights are drawn anew for each
-subset of full fine-tuning, and three times over for the probe.
+CXR is a folder with studies.csv and the images that examples/mixed_images.toml describes; of these,
+the Shenzhen images (source tb128) with their own splits, for tuberculosis. Behind OUT stand runs of
+bench/real_images.py, which have not trained on these images; random weights have the architecture
+of the first. Subsets of the training images are drawn with as many images with the finding as
+without it, 20 for the linear probe and 3 for full fine-tuning; random weights are drawn anew for
+each subset of full fine-tuning, and three times over for the probe.
 
-Beside each stands `nuisance`: a logistic regression on the film's size, brightness, gradients,
-border and view, which learns from the very same films, and validates on the same. Validation films
-choose strength and step; test films are scored once a run, and choose nothing.
+Beside each stands `shortcut_baseline`: a logistic regression on the image's size, brightness,
+gradients, border and view, which learns from the very same images, and validates on the same.
+Validation images choose strength and step; test images are scored once a run, and choose nothing.
 
-A finished run appends one line to --jsonl and leaves the scores of its test films in OUT/scores; a
+A finished run appends one line to --jsonl and leaves the scores of its test images in OUT/scores; a
 call skips those that the file holds. The table has the mean over subsets with 95 % intervals over
 test patients and subsets, drawn together, and the difference from random weights on the same
 subsets. The last line is one JSON object.
@@ -43,7 +43,7 @@ from mmclip.data.build import build_data
 from mmclip.data.folder import META_FILE
 from mmclip.data.sources import open_reader
 from mmclip.data.splits import stratified
-from mmclip.evaluation.baselines import nuisance_facts
+from mmclip.evaluation.baselines import shortcut_features
 from mmclip.evaluation.bootstrap import bootstrap_metrics
 from mmclip.evaluation.intervals import (
     Interval,
@@ -56,21 +56,21 @@ from mmclip.finetuning.supervised import FineTuneConfig, macro_auroc, predict, t
 from mmclip.finetuning.task import Task, open_task, own_protocol
 from mmclip.models.classifier import Classifier
 
-MAPPING = Path("examples/mixed_films.toml")
+MAPPING = Path("examples/mixed_images.toml")
 SOURCE, FINDING = "tb128", "tuberculosis"
 SIZES = (4, 34, 334)
-"""Training films: 1, 10 and 100 % of 334, rounded so that both classes are as many."""
+"""Training images: 1, 10 and 100 % of 334, rounded so that both classes are as many."""
 
 SUBSETS = {"probe": 20, "full": 3}
-RANDOM, NUISANCE = "random", "nuisance"
+RANDOM, SHORTCUT = "random", "shortcut_baseline"
 CPU = torch.device("cpu")
-DRAWS = 1000
+N_RESAMPLES = 1000
 
 
 class Key(NamedTuple):
     """What tells one run from another."""
 
-    start: str  # name of a run, random or nuisance
+    start: str  # name of a run, random or shortcut baseline
     method: str
     n_train: int
     subset: int  # seed of the subset
@@ -79,9 +79,9 @@ class Key(NamedTuple):
     data_hash: str
 
 
-def build(root: Path, out: Path, film_px: int) -> Path:
-    """The data folder of the Shenzhen films, built unless it is there."""
-    folder, table = out / f"data-{film_px}", out / "tb128.csv"
+def build(root: Path, out: Path, image_size: int) -> Path:
+    """The data folder of the Shenzhen images, built unless it is there."""
+    folder, table = out / f"data-{image_size}", out / "tb128.csv"
     if not (folder / META_FILE).is_file():
         out.mkdir(parents=True, exist_ok=True)
         with (root / "studies.csv").open(newline="", encoding="utf-8") as file:
@@ -93,19 +93,21 @@ def build(root: Path, out: Path, film_px: int) -> Path:
             writer.writeheader()
             writer.writerows(lines)
         reader = open_reader("csv", root, mapping=MAPPING, table=table)
-        build_data(reader, root, folder, film_px=film_px, workers=1, about={"reader": "csv"})
+        build_data(
+            reader, root, folder, image_size=image_size, workers=1, metadata={"reader": "csv"}
+        )
     return folder
 
 
-def subset_of(task: Task, n_films: int, seed: int) -> Task:
-    """The task with some of its training films, as many with the finding as without."""
-    films = task.train.rows.films
+def subset_of(task: Task, n_images: int, seed: int) -> Task:
+    """The task with some of its training images, as many with the finding as without."""
+    samples = task.train.dataset.samples
     kind = {
-        film.patient_id: ["present" if label == 1 else "absent"]
-        for film, label in zip(films, task.train.labels[:, 0], strict=True)
+        sample.patient_id: ["present" if label == 1 else "absent"]
+        for sample, label in zip(samples, task.train.labels[:, 0], strict=True)
     }
-    kept = stratified(kind, n_films, seed)
-    return task.with_train({film.film_id for film in films if film.patient_id in kept})
+    kept = stratified(kind, n_images, seed)
+    return task.with_train({sample.image_id for sample in samples if sample.patient_id in kept})
 
 
 def read_lines(path: Path) -> dict[Key, dict]:
@@ -126,8 +128,8 @@ def fit_probe(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Validation and test scores of a probe on the features of some weights."""
     encoder = start.encoder(weights_seed)
-    features = stored_features(encoder, whole.rows, data, out / "features", CPU)
-    return probe(task, features, whole.rows)
+    features = stored_features(encoder, whole.dataset, data, out / "features", CPU)
+    return probe(task, features, whole.dataset)
 
 
 def fit_full(
@@ -148,7 +150,7 @@ def fit_full(
         {"run": json.dumps(key)},
         1.0 if start.is_random else config.lr_decay,
     )
-    val, test = (predict(trained.model, part.rows, CPU) for part in (task.val, task.test))
+    val, test = (predict(trained.model, part.dataset, CPU) for part in (task.val, task.test))
     shutil.rmtree(run)
     return val, test, {"step": trained.step, "steps": trained.history[-1][0]}
 
@@ -164,7 +166,9 @@ def mean_and_interval(
 
     def of(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         reached = [macro_auroc(labels, some[:, [s]]) or 0.0 for s in range(some.shape[1])]
-        return np.array(reached), bootstrap_metrics(many, some, patients, draws=DRAWS).auroc
+        return np.array(reached), bootstrap_metrics(
+            many, some, patients, n_resamples=N_RESAMPLES
+        ).auroc
 
     reached, drawn = of(scores)
     if base is None:
@@ -180,7 +184,7 @@ def print_table(task: Task, keys: Sequence[Key], done: Mapping[Key, dict], out: 
     for key in keys:
         if key in done:
             by_cell[key.method, key.n_train, key.start][key.subset] = key
-    patients = [film.patient_id for film in task.test.rows.films]
+    patients = [sample.patient_id for sample in task.test.dataset.samples]
 
     def stacked(cell: Mapping[int, Key], subsets: Sequence[int]) -> np.ndarray:
         return np.concatenate([np.load(scores_path(out, cell[s])) for s in subsets], 1)
@@ -196,7 +200,7 @@ def print_table(task: Task, keys: Sequence[Key], done: Mapping[Key, dict], out: 
         base = by_cell.get((method, n_train, RANDOM), {})
         shared = [s for s in subsets if s in base]
         found: dict[str, object] = {"auroc": mean, "ci": interval, "subsets": len(subsets)}
-        if start not in (RANDOM, NUISANCE) and shared:
+        if start not in (RANDOM, SHORTCUT) and shared:
             difference, spread = mean_and_interval(
                 task.test.labels, stacked(cell, shared), stacked(base, shared), patients
             )
@@ -206,7 +210,7 @@ def print_table(task: Task, keys: Sequence[Key], done: Mapping[Key, dict], out: 
             columns.append("")
         lines.append(columns)
         numbers[f"{start} {method} {n_train}"] = found
-    head = ["weights", "method", "films", "subsets", "AUROC", "lowest to highest", "above random"]
+    head = ["weights", "method", "images", "subsets", "AUROC", "lowest to highest", "above random"]
     print(markdown(head, lines))
     print(json.dumps({"n_test": len(patients), "runs": numbers}))
 
@@ -218,7 +222,9 @@ def with_interval(value: float, interval: Interval | None) -> str:
 
 def main() -> None:
     """Builds, fits and scores what is missing; or prints the table."""
-    parser = argparse.ArgumentParser(description="Few real films, from trained and random weights.")
+    parser = argparse.ArgumentParser(
+        description="Few real images, from trained and random weights."
+    )
     parser.add_argument("cxr", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
@@ -234,10 +240,10 @@ def main() -> None:
     for run in args.runs:  # a model of ours reads no data folder here
         starts[run.name.rsplit("-", 2)[0]] = start_of("run", run, args.out)
     starts[RANDOM] = start_of(RANDOM, args.runs[0], args.out)
-    film_px = starts[RANDOM].film_px
-    folder = build(args.cxr, args.out, film_px)
-    task = open_task(folder, own_protocol(folder, [FINDING], [SOURCE]), film_px)
-    facts = nuisance_facts(task.rows)
+    image_size = starts[RANDOM].image_size
+    folder = build(args.cxr, args.out, image_size)
+    task = open_task(folder, own_protocol(folder, [FINDING], [SOURCE]), image_size)
+    facts = shortcut_features(task.dataset)
     done = read_lines(jsonl)
     hashes = {}
     keys: list[Key] = []
@@ -245,22 +251,22 @@ def main() -> None:
         if args.method not in (method, "both"):
             continue
         for n_train in SIZES:
-            for name in [*starts, *([NUISANCE] if method == "probe" else [])]:
-                # All training films are one subset: only random weights differ then.
+            for name in [*starts, *([SHORTCUT] if method == "probe" else [])]:
+                # All training images are one subset: only random weights differ then.
                 for subset in range(min(n_subsets, 3) if n_train == len(task.train) else n_subsets):
                     seed = subset % 3 if method == "probe" else subset
                     at = name, seed if name == RANDOM else 0
-                    if at not in hashes and name != NUISANCE:
+                    if at not in hashes and name != SHORTCUT:
                         hashes[at] = weights_hash(starts[name].encoder(seed))
                     this = config_hash(config) if method == "full" else ""
-                    data = task.rows.data_hash
+                    data = task.dataset.data_hash
                     key = Key(name, method, n_train, subset, hashes.get(at, ""), this, data)
                     keys.append(key)
                     if args.table or key in done:
                         continue
                     part, further, began = subset_of(task, n_train, subset), {}, time.monotonic()
-                    if name == NUISANCE:
-                        val, test = probe(part, facts, task.rows)
+                    if name == SHORTCUT:
+                        val, test = probe(part, facts, task.dataset)
                     elif method == "probe":
                         val, test = fit_probe(part, task, starts[name], seed, folder, args.out)
                     else:
@@ -272,7 +278,7 @@ def main() -> None:
                     line = {
                         **key._asdict(),
                         "commit": code_version()["commit"],
-                        "n_films": len(part.train),
+                        "n_images": len(part.train),
                         "n_positive": int((part.train.labels == 1).sum()),
                         "val_auroc": macro_auroc(task.val.labels, val),
                         "test_auroc": macro_auroc(task.test.labels, test),

@@ -1,6 +1,6 @@
 """How hard each term of the objective pulls on each encoder, and whether terms pull the same way.
 
-    python bench/gradients.py runs/whole --data made/data [--batches 32] [--hide pixels]
+    python bench/gradients.py runs/whole --data made/data [--batches 32] [--mask-stage pixels]
 
 On batches of the first steps at new weights, and of the last steps at those of the run. A term's
 pull is the gradient of its mean over a batch, before its weight, on the parameters of an encoder:
@@ -26,11 +26,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from compare import markdown
-from mmclip.batch import Share
+from mmclip.batch import BatchSlice
 from mmclip.checkpoint import load_checkpoint
-from mmclip.config import Config, HiddenPlace
-from mmclip.data.batches import TrainingBatches, training_rows
-from mmclip.data.dataset import open_rows
+from mmclip.config import Config, MaskStage
+from mmclip.data.batches import TrainingBatches, training_dataset
+from mmclip.data.image_text_dataset import open_dataset
 from mmclip.models.mmclip import MMCLIP
 from mmclip.training.objective import Objective
 from mmclip.training.pretrain import build_model
@@ -66,7 +66,7 @@ def measure(
     model.train()
     found: dict[str, dict[str, list[Tensor]]] = {name: defaultdict(list) for name in ENCODERS}
     for i in range(n_batches):
-        batch = batches.batch(first_step + i, Share())
+        batch = batches.batch(first_step + i, BatchSlice())
         counts = objective.counts(batch)
         for term, total in objective.sums(model, batch).items():
             for name, part in ENCODERS.items():
@@ -98,18 +98,20 @@ def main() -> None:
     )
     parser.add_argument("--batches", type=int, default=32)
     parser.add_argument(
-        "--hide", choices=get_args(HiddenPlace), help="in place of the run's own image_mask.hide"
+        "--mask-stage",
+        choices=get_args(MaskStage),
+        help="in place of the run's own image_mask.mask_stage",
     )
     args = parser.parse_args()
 
     checkpoint = load_checkpoint(args.checkpoint)
     config, step = checkpoint.config, int(checkpoint.meta["step"])
-    if args.hide is not None:
-        hidden = config.image_mask.model_copy(update={"hide": args.hide})
-        config = config.model_copy(update={"image_mask": hidden})
-    rows = training_rows(open_rows([args.data], config.data.film_px), config)
-    patch_px = checkpoint.model.vision_model.config.patch_size
-    batches = TrainingBatches(rows, checkpoint.tokenizer, config, patch_px)
+    if args.mask_stage is not None:
+        masked = config.image_mask.model_copy(update={"mask": args.mask_stage})
+        config = config.model_copy(update={"image_mask": masked})
+    dataset = training_dataset(open_dataset([args.data], config.data.image_size), config)
+    patch_size = checkpoint.model.vision_model.config.patch_size
+    batches = TrainingBatches(dataset, checkpoint.tokenizer, config, patch_size)
     last = max(config.train.steps - args.batches, 0)
     set_seed(config.train.seed)
     new = build_model(config, checkpoint.tokenizer)
@@ -127,14 +129,14 @@ def main() -> None:
             encoder: {term: pull._asdict() for term, pull in by_term.items()}
             for encoder, by_term in found.items()
         }
-    about = {
+    metadata = {
         "config_hash": checkpoint.meta["config_hash"],
-        "data_hash": rows.data_hash,
+        "data_hash": dataset.data_hash,
         "step": step,
-        "hide": config.image_mask.hide,
+        "mask": config.image_mask.mask_stage,
         "batches": args.batches,
     }
-    print(json.dumps({**about, **numbers}))
+    print(json.dumps({**metadata, **numbers}))
 
 
 if __name__ == "__main__":

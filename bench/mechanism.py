@@ -2,20 +2,20 @@
 
     python bench/mechanism.py runs/whole --raw made/raw --data made/data [--out mechanism.json]
 
-On made films, whose lesions are known; the validation films unless --split says another. Formulas
-are chosen on those only.
+On synthetic images, whose lesions are known; the validation images unless --split says another.
+Formulas are chosen on those only.
 
-EntMLM      Loss and accuracy of the hidden words with the true film, with the film of another
-            patient, with mid-grey and with the mean training film. Words are hidden as in
+EntMLM      Loss and accuracy of the masked words with the true image, with the image of another
+            patient, with mid-grey and with the mean training image. Words are masked as in
             training, and then one kind of entity at a time.
-AttMIM      Loss of the hidden patches with the film's own report, with another patient's and with
-            none, on the same patches: chosen at random, or the lesion's first. `features` hides
-            behind the encoder, whose visible features have seen the hidden pixels; `pixels` before.
-Pointing    Films with two findings or more are asked for one by a phrase ("There is a nodule.").
+AttMIM      Loss of the masked patches with the image's own report, with another patient's and with
+            none, on the same patches: chosen at random, or the lesion's first. `features` masks
+            behind the encoder, whose visible features have seen the masked pixels; `pixels` before.
+Pointing    Images with two findings or more are asked for one by a phrase ("There is a nodule.").
             A hit is a top patch that this finding's mask touches and no other finding's does; ties
-            are broken by their mean. The headline counts lesions under 3 % of the film.
+            are broken by their mean. The headline counts lesions under 3 % of the image.
 
-`decoder_attention/masked` hides the finding's name from the decoder, as in training, so that it can
+`decoder_attention/masked` masks the finding's name from the decoder, as in training, so that it can
 point to any lesion; under `entities` and `all` the decoder reads the name. The other scores read
 the whole phrase, whose only entity is the name: for them `masked` is `entities`. `contribution,
 prompt pair` takes the contribution to a finding's denial away from that to the finding, as the
@@ -35,27 +35,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmclip.batch import Batch, Share, Texts
+from mmclip.batch import Batch, BatchSlice, TextBatch
 from mmclip.checkpoint import Checkpoint, load_checkpoint
-from mmclip.config import WHOLE_TEXT_SCORES, HiddenPlace, MaskPolicy
-from mmclip.data.batches import TrainingBatches, is_pair, still
-from mmclip.data.dataset import Rows, normalise, open_rows
-from mmclip.data.disease_prompts import PROMPT_DRAWS, load_disease_prompts
-from mmclip.data.records import PRESENT
+from mmclip.config import WHOLE_TEXT_SCORES, MaskPolicy, MaskStage
+from mmclip.data.batches import TrainingBatches, deterministic_config, is_pair
+from mmclip.data.disease_prompts import PROMPT_UNIFORMS, load_disease_prompts
+from mmclip.data.image_text_dataset import ImageTextDataset, normalise, open_dataset
+from mmclip.data.sample import PRESENT
 from mmclip.data.synthetic import read_masks
-from mmclip.explanation.grounding import expected_hits, mean_places
+from mmclip.explanation.grounding import expected_hits, mean_annotations
 from mmclip.explanation.mechanism import (
     PatientMean,
     deal_to_other_patients,
-    expected_hidden_share,
+    expected_masked_share,
     own_patches,
     patient_mean,
 )
-from mmclip.explanation.phrase_maps import (
+from mmclip.explanation.saliency import (
     pair_asks,
     phrase_texts,
     random_weights,
-    score_maps,
+    saliency_by_score,
 )
 from mmclip.models.mmclip import MMCLIP, MaskPlan
 from mmclip.patches import lesion_ratio_of_patches, normalise_patches, patchify
@@ -63,11 +63,11 @@ from mmclip.prompts import load_prompts
 from mmclip.training.pretrain import read_lesions
 
 SMALL_RATIO = 0.03
-"""Lesions under this share of the film count in the headline. [chosen: a heart or an edema fills
-so much of the film that pointing at it is no feat]"""
+"""Lesions under this share of the image count in the headline. [chosen: a heart or an edema fills
+so much of the image that pointing at it is no feat]"""
 
-MEAN_FILMS = 2000
-"""Training films in the mean film. [chosen: more change no pixel by a grey level]"""
+MEAN_IMAGES = 2000
+"""Training images in the mean image. [chosen: more change no pixel by a grey level]"""
 
 
 # -- batches without chance --
@@ -75,29 +75,31 @@ MEAN_FILMS = 2000
 
 def whole_batch(
     checkpoint: Checkpoint,
-    rows: Rows,
+    dataset: ImageTextDataset,
     kinds: Sequence[str],
     lesions: dict[str, np.ndarray] | None = None,
 ) -> Batch:
     """All the rows, each a pair, as one batch in the order of the first epoch."""
-    config = still(checkpoint.config)
+    config = deterministic_config(checkpoint.config)
     changes = {
         "text_mask": config.text_mask.model_copy(update={"kinds": tuple(kinds)}),
         "loss": config.loss.model_copy(update={"text": config.loss.text or 1.0}),
-        "train": config.train.model_copy(update={"batch_size": len(rows), "micro_batches": 1}),
+        "train": config.train.model_copy(
+            update={"batch_size": len(dataset), "micro_batch_size": 1}
+        ),
     }
     config = config.model_copy(update=changes)
-    patch_px = checkpoint.model.vision_model.config.patch_size
-    batches = TrainingBatches(rows, checkpoint.tokenizer, config, patch_px, lesions=lesions)
-    return batches.batch(0, Share())
+    patch_size = checkpoint.model.vision_model.config.patch_size
+    batches = TrainingBatches(dataset, checkpoint.tokenizer, config, patch_size, lesions=lesions)
+    return batches.batch(0, BatchSlice())
 
 
-def numbered(texts: Texts, index: Tensor) -> Texts:
+def numbered(texts: TextBatch, index: Tensor) -> TextBatch:
     """The texts of these numbers, in their order."""
-    return Texts(*(tensor[index] for tensor in texts.tensors().values()))
+    return TextBatch(*(tensor[index] for tensor in texts.tensors().values()))
 
 
-def texts_of(texts: Texts, index: Tensor) -> Texts:
+def texts_of(texts: TextBatch, index: Tensor) -> TextBatch:
     """The texts of these numbers, dealt to the rows 0, 1, 2, ..."""
     return replace(numbered(texts, index), rows=torch.arange(len(index)))
 
@@ -111,15 +113,15 @@ def chunks(n: int, size: int) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def hidden_words(
-    model: MMCLIP, films: Tensor, texts: Texts, size: int
+def masked_words(
+    model: MMCLIP, images: Tensor, texts: TextBatch, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Summed loss and number of right words of each text, with one film a text."""
+    """Summed loss and number of right words of each text, with one image a text."""
     device = model.logit_scale.device
     loss, right = np.zeros(len(texts)), np.zeros(len(texts))
     for index in chunks(len(texts), size):
         some = texts_of(texts, index).to(device)
-        read = model.read(some, model.encode_image(films[index].to(device)).features)
+        read = model.forward_text(some, model.encode_image(images[index].to(device)).features)
         assert read.token_logits is not None
         target = some.ids[some.is_masked]
         row = index.numpy()[some.is_masked.nonzero()[:, 0].cpu().numpy()]
@@ -131,40 +133,44 @@ def hidden_words(
 
 
 def measure_text(
-    checkpoint: Checkpoint, rows: Rows, mean_film: Tensor, draws: int, size: int
+    checkpoint: Checkpoint,
+    dataset: ImageTextDataset,
+    mean_image: Tensor,
+    n_resamples: int,
+    size: int,
 ) -> dict[str, Any]:
-    """Part 1: by kind of hidden words and film shown, loss and accuracy; and their differences."""
+    """Part 1: by kind of masked words and image shown, loss and accuracy; and their differences."""
     configured = checkpoint.config.text_mask.kinds
     found: dict[str, Any] = {}
     for name, kinds in {"as trained": configured, **{kind: (kind,) for kind in configured}}.items():
-        batch = whole_batch(checkpoint, rows, kinds)
-        patient_of = {film.film_id: film.patient_id for film in rows.films}
-        patients = [patient_of[film_id] for film_id in batch.film_ids]
+        batch = whole_batch(checkpoint, dataset, kinds)
+        patient_of = {sample.image_id: sample.patient_id for sample in dataset.samples}
+        patients = [patient_of[image_id] for image_id in batch.image_ids]
         has_kind = (batch.reports.is_masked & batch.reports.is_entity).any(1)
-        # A text without such an entity has any words hidden, which are not asked about here.
+        # A text without such an entity has any words masked, which are not asked about here.
         is_masked = batch.reports.is_masked & (has_kind[:, None] | (name == "as trained"))
         texts = replace(batch.reports, is_masked=is_masked)
         other = torch.from_numpy(deal_to_other_patients(patients, seed=0))
         count = is_masked.sum(1).numpy()
         shown = {
-            "true film": batch.image,
+            "true image": batch.image,
             "another patient's": batch.image[other],
             "mid-grey": torch.zeros_like(batch.image),
-            "mean film": mean_film.expand_as(batch.image),
+            "mean image": mean_image.expand_as(batch.image),
         }
         values = {
-            film: hidden_words(checkpoint.model, images, texts, size)
-            for film, images in shown.items()
+            sample: masked_words(checkpoint.model, images, texts, size)
+            for sample, images in shown.items()
         }
-        own_loss, own_right = values["true film"]
+        own_loss, own_right = values["true image"]
         found[name] = {
-            film: {
-                "loss": patient_mean(loss, count, patients, draws),
-                "accuracy": patient_mean(right, count, patients, draws),
-                "loss_less_true": patient_mean(loss - own_loss, count, patients, draws),
-                "accuracy_true_less": patient_mean(own_right - right, count, patients, draws),
+            sample: {
+                "loss": patient_mean(loss, count, patients, n_resamples),
+                "accuracy": patient_mean(right, count, patients, n_resamples),
+                "loss_less_true": patient_mean(loss - own_loss, count, patients, n_resamples),
+                "accuracy_true_less": patient_mean(own_right - right, count, patients, n_resamples),
             }
-            for film, (loss, right) in values.items()
+            for sample, (loss, right) in values.items()
         }
         found[name]["n_words"] = int(count.sum())
     return found
@@ -174,13 +180,13 @@ def measure_text(
 
 
 @torch.inference_mode()
-def hidden_patches(
-    model: MMCLIP, batch: Batch, texts: Texts, plan: MaskPlan, size: int
+def masked_patches(
+    model: MMCLIP, batch: Batch, texts: TextBatch, plan: MaskPlan, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Squared error of each patch, and which are hidden, [b, n] both; `texts` one a row or none."""
+    """Squared error of each patch, and which are masked, [b, n] both; `texts` one a row or none."""
     device = model.logit_scale.device
-    patch_px = model.vision_model.config.patch_size
-    errors, hidden = [], []
+    patch_size = model.vision_model.config.patch_size
+    errors, masked = [], []
     for index in chunks(len(batch), size):
         lesion = batch.lesion_ratio
         part = Batch(
@@ -190,25 +196,29 @@ def hidden_patches(
             keys=batch.keys[index],
             patch_noise=batch.patch_noise[index],
             lesion_ratio=None if lesion is None else lesion[index],
-            film_ids=tuple(batch.film_ids[i] for i in index.tolist()),
+            image_ids=tuple(batch.image_ids[i] for i in index.tolist()),
             step=0,
         ).to(device)
         out = model(part, plan)
-        target = normalise_patches(patchify(part.image, patch_px))
+        target = normalise_patches(patchify(part.image, patch_size))
         errors.append((out.patches.float() - target).square().mean(-1).cpu())
-        hidden.append(out.is_masked.cpu())
-    return torch.cat(errors), torch.cat(hidden)
+        masked.append(out.is_masked.cpu())
+    return torch.cat(errors), torch.cat(masked)
 
 
 def measure_image(
-    checkpoint: Checkpoint, rows: Rows, lesions: dict[str, np.ndarray], draws: int, size: int
+    checkpoint: Checkpoint,
+    dataset: ImageTextDataset,
+    lesions: dict[str, np.ndarray],
+    n_resamples: int,
+    size: int,
 ) -> dict[str, Any]:
-    """Part 2: by place of hiding, choice of patches and text given, the loss of hidden patches."""
+    """Part 2: by place of masking, choice of patches and text given, the loss of masked patches."""
     mask = checkpoint.config.image_mask
-    batch = whole_batch(checkpoint, rows, checkpoint.config.text_mask.kinds, lesions)
+    batch = whole_batch(checkpoint, dataset, checkpoint.config.text_mask.kinds, lesions)
     assert batch.lesion_ratio is not None
-    patient_of = {film.film_id: film.patient_id for film in rows.films}
-    patients = [patient_of[film_id] for film_id in batch.film_ids]
+    patient_of = {sample.image_id: sample.patient_id for sample in dataset.samples}
+    patients = [patient_of[image_id] for image_id in batch.image_ids]
     other = torch.from_numpy(deal_to_other_patients(patients, seed=0))
     given = {
         "own report": batch.reports,
@@ -216,16 +226,16 @@ def measure_image(
         "no text": texts_of(batch.reports, other[:0]),
     }
     found: dict[str, Any] = {}
-    for hide in get_args(HiddenPlace):
+    for mask_stage in get_args(MaskStage):
         policies: tuple[MaskPolicy, ...] = ("random", "oracle")
         for policy in policies:
-            plan = MaskPlan(mask.mask_ratio, policy, mask.score, mask.score_tokens, hide, 0.0)
+            plan = MaskPlan(mask.mask_ratio, policy, mask.score, mask.score_tokens, mask_stage, 0.0)
             errors = {
-                name: hidden_patches(checkpoint.model, batch, texts, plan, size)
+                name: masked_patches(checkpoint.model, batch, texts, plan, size)
                 for name, texts in given.items()
             }
-            own, is_hidden = errors["own report"]
-            places = {"all hidden": is_hidden, "the lesion's": is_hidden & (batch.lesion_ratio > 0)}
+            own, is_masked = errors["own report"]
+            places = {"all masked": is_masked, "the lesion's": is_masked & (batch.lesion_ratio > 0)}
             for place, here in places.items():
                 count = here.sum(1).numpy()
 
@@ -233,9 +243,9 @@ def measure_image(
                     error: Tensor, here: Tensor = here, count: np.ndarray = count
                 ) -> PatientMean:
                     total = torch.where(here, error.double(), 0.0).sum(1).numpy()
-                    return patient_mean(total, count, patients, draws)
+                    return patient_mean(total, count, patients, n_resamples)
 
-                found[f"{hide}, {policy}, {place}"] = {
+                found[f"{mask_stage}, {policy}, {place}"] = {
                     name: {"loss": over(error), "loss_less_own": over(error - own)}
                     for name, (error, _) in errors.items()
                 }
@@ -247,39 +257,43 @@ def measure_image(
 
 @dataclass(frozen=True)
 class Asked:
-    """One finding of a film with several, and what is known of its lesion."""
+    """One finding of an image with several, and what is known of its lesion."""
 
     row: int  # of the rows that are asked
     finding: str
     side: str
     size: str  # as drawn: small, moderate or large
-    area_ratio: float  # of the film
+    area_ratio: float  # of the image
     patient_id: str
 
 
-def asked_of(rows: Rows, masks: dict[tuple[str, str], np.ndarray], raw: Path) -> list[Asked]:
-    """Every finding of every film that shows two or more."""
+def asked_of(
+    dataset: ImageTextDataset, masks: dict[tuple[str, str], np.ndarray], raw: Path
+) -> list[Asked]:
+    """Every finding of every image that shows two or more."""
     with (raw / "lesions.csv").open(encoding="utf-8") as file:
-        drawn = {(line["film_id"], line["finding"]): line for line in csv.DictReader(file)}
-    by_film: dict[str, list[str]] = {}
-    for film_id, finding in sorted(masks):
-        by_film.setdefault(film_id, []).append(finding)
+        drawn = {(line["image_id"], line["finding"]): line for line in csv.DictReader(file)}
+    by_image: dict[str, list[str]] = {}
+    for image_id, finding in sorted(masks):
+        by_image.setdefault(image_id, []).append(finding)
     asked = []
-    for row, film in enumerate(rows.films):
-        findings = by_film.get(film.film_id, [])
+    for row, sample in enumerate(dataset.samples):
+        findings = by_image.get(sample.image_id, [])
         for finding in findings if len(findings) > 1 else []:
-            lesion = drawn[film.film_id, finding]
-            area = float(masks[film.film_id, finding].mean())
-            asked.append(Asked(row, finding, lesion["side"], lesion["size"], area, film.patient_id))
+            lesion = drawn[sample.image_id, finding]
+            area = float(masks[sample.image_id, finding].mean())
+            asked.append(
+                Asked(row, finding, lesion["side"], lesion["size"], area, sample.patient_id)
+            )
     return asked
 
 
-def phrases(checkpoint: Checkpoint, asked: Sequence[Asked], with_side: bool) -> Texts:
-    """What each is asked by, with the name as the only entity, and hidden in `masked_ids`."""
-    wordings = load_disease_prompts(checkpoint.config.unpaired.prompts)
+def phrases(checkpoint: Checkpoint, asked: Sequence[Asked], with_side: bool) -> TextBatch:
+    """What each is asked by, with the name as the only entity, and masked in `masked_ids`."""
+    prompt_templates = load_disease_prompts(checkpoint.config.unpaired.prompts)
     prompts = []
     for item in asked:
-        prompt = wordings.write({item.finding: PRESENT}, np.zeros(PROMPT_DRAWS + 2), 0.0)
+        prompt = prompt_templates.write({item.finding: PRESENT}, np.zeros(PROMPT_UNIFORMS + 2), 0.0)
         assert prompt is not None
         text = prompt.text
         if with_side and item.side in ("left", "right"):
@@ -294,56 +308,56 @@ def phrases(checkpoint: Checkpoint, asked: Sequence[Asked], with_side: bool) -> 
 
 
 def location_prior(
-    rows: Rows, masks: dict[tuple[str, str], np.ndarray], patch_px: int
+    dataset: ImageTextDataset, masks: dict[tuple[str, str], np.ndarray], patch_size: int
 ) -> dict[str, Tensor]:
-    """The mean share of each patch that a finding covers, over the training films that show it."""
-    train = {film.film_id for film in rows.films if film.split == "train"}
+    """The mean share of each patch that a finding covers, over the training images that show it."""
+    train = {sample.image_id for sample in dataset.samples if sample.split == "train"}
     shown = {key: mask for key, mask in masks.items() if key[0] in train}
     lesions = torch.from_numpy(np.stack(list(shown.values()))).float()[:, None]
-    ratio = lesion_ratio_of_patches(lesions, patch_px)
-    return mean_places(ratio, [finding for _, finding in shown])
+    ratio = lesion_ratio_of_patches(lesions, patch_size)
+    return mean_annotations(ratio, [finding for _, finding in shown])
 
 
 def measure_pointing(
     checkpoint: Checkpoint,
-    all_rows: Rows,
-    rows: Rows,
+    all_rows: ImageTextDataset,
+    dataset: ImageTextDataset,
     raw: Path,
-    draws: int,
+    n_resamples: int,
     size: int,
     with_side: bool,
 ) -> dict[str, Any]:
     """Part 3: hits of each score and baseline, all lesions and small ones, by finding and size."""
     masks = read_masks(raw)
-    patch_px = checkpoint.model.vision_model.config.patch_size
-    asked = asked_of(rows, masks, raw)
-    ids = [film.film_id for film in rows.films]
+    patch_size = checkpoint.model.vision_model.config.patch_size
+    asked = asked_of(dataset, masks, raw)
+    ids = [sample.image_id for sample in dataset.samples]
     touched = lesion_ratio_of_patches(
         torch.from_numpy(np.stack([masks[ids[a.row], a.finding] for a in asked])).float()[:, None],
-        patch_px,
+        patch_size,
     ) > 0  # fmt: skip
     row_of = torch.tensor([a.row for a in asked])
     target = torch.zeros_like(touched)
-    next_of = torch.arange(len(asked))  # the next finding of the same film
+    next_of = torch.arange(len(asked))  # the next finding of the same image
     for row in row_of.unique():
         here = (row_of == row).nonzero()[:, 0]
         target[here] = own_patches(touched[here])
         next_of[here] = here.roll(-1)
-    films = normalise(rows.pixels(np.arange(len(rows))))
+    images = normalise(dataset.pixels(np.arange(len(dataset))))
     texts = phrases(checkpoint, asked, with_side)
     device = checkpoint.model.logit_scale.device
     maps, untrained = (
-        score_maps(
+        saliency_by_score(
             model,
-            films,
+            images,
             texts,
             size,
             pair_asks(model, checkpoint, load_prompts("default"), [a.finding for a in asked]),
         )
         for model in (checkpoint.model, random_weights(checkpoint).to(device))
     )
-    patches = patchify(films, patch_px)[row_of]
-    prior = location_prior(all_rows, masks, patch_px)
+    patches = patchify(images, patch_size)[row_of]
+    prior = location_prior(all_rows, masks, patch_size)
     nowhere = torch.zeros(target.shape[1])
     baselines = {
         "brightest patch": patches.mean(-1),
@@ -359,7 +373,7 @@ def measure_pointing(
     def over(values: Tensor, where: Tensor) -> PatientMean:
         patients = [a.patient_id for a, w in zip(asked, where.tolist(), strict=True) if w]
         some = values[where].double().numpy()
-        return patient_mean(some, np.ones(len(some)), patients, draws)
+        return patient_mean(some, np.ones(len(some)), patients, n_resamples)
 
     def grouped(values: Tensor, where: Tensor, key: str) -> dict[str, Any]:
         names = [getattr(a, key) for a in asked]
@@ -374,7 +388,7 @@ def measure_pointing(
         return {
             "hit": over(hits, is_small),
             "hit_all_sizes": over(hits, has_own),
-            "hidden_share": over(expected_hidden_share(score, target, mask_ratio), is_small),
+            "hidden_share": over(expected_masked_share(score, target, mask_ratio), is_small),
             "by_finding": grouped(hits, is_small, "finding"),
             "by_size": grouped(hits, has_own, "size"),
         }
@@ -399,7 +413,7 @@ def measure_pointing(
         "configured": mask.score
         if mask.score in WHOLE_TEXT_SCORES
         else f"{mask.score}/{mask.score_tokens}",
-        "n_films": len(row_of.unique()),
+        "n_images": len(row_of.unique()),
         "n_asked": len(asked),
         "n_without_own_patch": int((~has_own).sum()),
         "n_headline": int(is_small.sum()),
@@ -429,32 +443,32 @@ def said(value: PatientMean | None, percent: bool = False) -> str:
 def print_tables(results: dict[str, Any]) -> None:
     """All that is in the results, for reading."""
     if results["entmlm"]:
-        print("\nEntMLM: hidden words, by the film that is shown; [95 % over patients]")
+        print("\nEntMLM: masked words, by the image that is shown; [95 % over patients]")
         for kind, found in results["entmlm"].items():
             print(f"\n  {kind}, {found['n_words']} words")
-            for film, row in found.items():
-                if film == "n_words":
+            for sample, row in found.items():
+                if sample == "n_words":
                     continue
                 print(
-                    f"  {film:20}accuracy {said(row['accuracy'], True):22}"
+                    f"  {sample:20}accuracy {said(row['accuracy'], True):22}"
                     f"true less {said(row['accuracy_true_less'], True):22}"
                     f"loss {said(row['loss']):24}less true {said(row['loss_less_true'])}"
                 )
     if results["attmim"]:
-        print("\nAttMIM: loss of hidden patches (1 is what predicting nothing costs), by text")
+        print("\nAttMIM: loss of masked patches (1 is what predicting nothing costs), by text")
         for place, found in results["attmim"].items():
             print(f"\n  {place}")
             for text, row in found.items():
                 print(f"  {text:20}{said(row['loss']):26}less own {said(row['loss_less_own'])}")
     pointing = results["pointing"]
     print(
-        f"\nPointing, {pointing['n_headline']} lesions < {SMALL_RATIO:.0%} of the film, asked as "
-        f'"{pointing["example"]}"; hits in %, and share of the lesion that is hidden at '
+        f"\nPointing, {pointing['n_headline']} lesions < {SMALL_RATIO:.0%} of the image, asked as "
+        f'"{pointing["example"]}"; hits in %, and share of the lesion that is masked at '
         f"{pointing['mask_ratio']:.0%}\n"
     )
     columns = ("other_phrase", "random_weights", "less_other_phrase", "less_location_prior")
     print(
-        f"  {'':30}{'hit':22}{'hidden':22}" + "".join(f"{c.replace('_', ' '):22}" for c in columns)
+        f"  {'':30}{'hit':22}{'masked':22}" + "".join(f"{c.replace('_', ' '):22}" for c in columns)
     )
     for name, row in {**pointing["scores"], **pointing["baselines"]}.items():
         mark = "*" if name == pointing["configured"] else " "
@@ -490,12 +504,12 @@ def main() -> None:
     """Loads, measures, prints."""
     parser = argparse.ArgumentParser(description="Does a model use the other modality?")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder")
-    parser.add_argument("--raw", type=Path, required=True, help="made films with masks.npz")
+    parser.add_argument("--raw", type=Path, required=True, help="synthetic images with masks.npz")
     parser.add_argument("--data", type=Path, required=True, help="the data folder built of them")
     parser.add_argument("--split", choices=["val", "test"], default="val")
-    parser.add_argument("--films", type=int, help="at most so many of the split")
+    parser.add_argument("--images", type=int, help="at most so many of the split")
     parser.add_argument("--with-side", action="store_true", help="phrases name the side, too")
-    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--n-resamples", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
@@ -503,22 +517,24 @@ def main() -> None:
 
     checkpoint = load_checkpoint(args.checkpoint)
     model = checkpoint.model.to(args.device)
-    every = open_rows([args.data], checkpoint.config.data.film_px)
+    every = open_dataset([args.data], checkpoint.config.data.image_size)
     views = checkpoint.config.data.views
-    chosen = [is_pair(f) and f.split == args.split and f.view in views for f in every.films]
-    if args.films is not None:
-        chosen = np.array(chosen) & (np.cumsum(chosen) <= args.films)
+    chosen = [is_pair(f) and f.split == args.split and f.view in views for f in every.samples]
+    if args.images is not None:
+        chosen = np.array(chosen) & (np.cumsum(chosen) <= args.images)
     rows = every.select(chosen)
     if len(rows) < 2:
-        raise SystemExit(f"{args.data} holds {len(rows)} films with a report in split {args.split}")
-    train = every.select([f.split == "train" and f.image is not None for f in every.films])
-    some = np.linspace(0, len(train) - 1, min(MEAN_FILMS, len(train))).astype(int)
-    mean_film = normalise(train.pixels(some)).mean(0, keepdim=True)
+        raise SystemExit(
+            f"{args.data} holds {len(rows)} images with a report in split {args.split}"
+        )
+    train = every.select([f.split == "train" and f.image is not None for f in every.samples])
+    some = np.linspace(0, len(train) - 1, min(MEAN_IMAGES, len(train))).astype(int)
+    mean_image = normalise(train.pixels(some)).mean(0, keepdim=True)
     lesions = read_lesions(args.raw)
-    common: dict[str, Any] = {"draws": args.draws, "size": args.batch_size}
+    common: dict[str, Any] = {"n_resamples": args.n_resamples, "size": args.batch_size}
     entmlm = attmim = None
     if model.text_decoder is not None:
-        entmlm = measure_text(checkpoint, rows, mean_film, **common)
+        entmlm = measure_text(checkpoint, rows, mean_image, **common)
     if model.image_decoder is not None:
         attmim = measure_image(checkpoint, rows, lesions, **common)
     results = {
@@ -528,7 +544,7 @@ def main() -> None:
         "data_hash": every.data_hash,
         "split": args.split,
         "with_side": args.with_side,
-        "n_films": len(rows),
+        "n_images": len(rows),
         "entmlm": entmlm,
         "attmim": attmim,
         "pointing": measure_pointing(

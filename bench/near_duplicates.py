@@ -1,12 +1,12 @@
-"""How many planted near-duplicates the check finds among many films, how fast, and what else.
+"""How many planted near-duplicates the check finds among many images, how fast, and what else.
 
-    python bench/near_duplicates.py --films 100000
-    python bench/near_duplicates.py --cache data/films/films.npy
+    python bench/near_duplicates.py --images 100000
+    python bench/near_duplicates.py --cache data/images/images.npy
 
-Made films of 32 px: two dark lungs under smooth noise of their own, of which 1 % come again as
-another file would show them: smaller and back, paler or darker, and with noise of compression.
+Synthetic images of 32 px: two dark lungs under smooth noise of their own, of which 1 % come again
+as another file would show them: smaller and back, paler or darker, and with noise of compression.
 Prints minutes, recall, pairs whose hashes are close, and pairs found that are no planted ones.
-`--cache` takes the films of a data folder instead, plants copies of 1 % of them, and counts all
+`--cache` takes the images of a data folder instead, plants copies of 1 % of them, and counts all
 other near pairs as false (some may be true). The last line is one JSON object.
 """
 
@@ -18,70 +18,70 @@ from pathlib import Path
 
 import numpy as np
 
-from mmclip.data.duplicates import BLOCK_PIXELS, are_alike, film_hashes, near_pairs
+from mmclip.data.duplicates import BLOCK_PIXELS, are_alike, image_hashes, near_pairs
 
 PX = 32
 PLANTED_RATIO = 0.01
 
 
-def made_films(n: int, rng: np.random.Generator) -> np.ndarray:
+def synthetic_images(n: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [n, 32, 32]: lungs of varied place and size, and noise of 12 x 12 values, blurred."""
     y, x = np.mgrid[-1 : 1 : PX * 1j, -1 : 1 : PX * 1j].astype(np.float32)
     place = rng.normal(0.45, 0.04, (n, 2, 1, 1)).astype(np.float32)
     width = rng.normal(0.3, 0.03, (n, 2, 1, 1)).astype(np.float32)
-    film = np.full((n, PX, PX), 140, np.float32)
+    image = np.full((n, PX, PX), 140, np.float32)
     for side, sign in enumerate((-1, 1)):
         across = ((x - sign * place[:, side]) / width[:, side]) ** 2
-        film -= 80 * np.exp(-across - (y / 0.6) ** 2)
+        image -= 80 * np.exp(-across - (y / 0.6) ** 2)
     at = np.linspace(0, 11, PX)
     weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(12)[None])).astype(np.float32)
     noise = rng.normal(0, 22, (n, 12, 12)).astype(np.float32)
-    return np.clip(film + weight @ noise @ weight.T, 0, 255).astype(np.uint8)
+    return np.clip(image + weight @ noise @ weight.T, 0, 255).astype(np.uint8)
 
 
-def passed_on(films: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The films as another file would show them: halved and back, another contrast, noise."""
-    n, px, _ = films.shape
-    small = films.reshape(n, px // 2, 2, px // 2, 2).mean((2, 4))
-    back = 0.5 * films + 0.5 * small.repeat(2, 1).repeat(2, 2)
+def passed_on(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The images as another file would show them: halved and back, another contrast, noise."""
+    n, px, _ = images.shape
+    small = images.reshape(n, px // 2, 2, px // 2, 2).mean((2, 4))
+    back = 0.5 * images + 0.5 * small.repeat(2, 1).repeat(2, 2)
     contrast = rng.uniform(0.7, 1.2, (n, 1, 1))
-    noise = rng.normal(0, 2, films.shape)
+    noise = rng.normal(0, 2, images.shape)
     return np.clip(
         contrast * (back - 128) + 128 + rng.uniform(-10, 10, (n, 1, 1)) + noise, 0, 255
     ).astype(np.uint8)
 
 
-def hashes_of(films: np.ndarray) -> np.ndarray:
+def hashes_of(images: np.ndarray) -> np.ndarray:
     """In blocks, as `read_hashes` does."""
-    step = max(1, BLOCK_PIXELS // films.shape[1] ** 2)
-    parts = [film_hashes(films[at : at + step]) for at in range(0, len(films), step)]
+    step = max(1, BLOCK_PIXELS // images.shape[1] ** 2)
+    parts = [image_hashes(images[at : at + step]) for at in range(0, len(images), step)]
     return np.concatenate(parts)
 
 
-def measure(films: np.ndarray, rng: np.random.Generator) -> dict[str, object]:
+def measure(images: np.ndarray, rng: np.random.Generator) -> dict[str, object]:
     """Plants copies, hashes all, and compares what is found with what was planted."""
-    n = len(films)
+    n = len(images)
     chosen = rng.choice(n, max(1, round(PLANTED_RATIO * n)), replace=False)
     began, cpu = time.monotonic(), time.process_time()
-    copies = passed_on(films[chosen], rng)
-    hashes = np.concatenate([hashes_of(films), hashes_of(copies)])
+    copies = passed_on(images[chosen], rng)
+    hashes = np.concatenate([hashes_of(images), hashes_of(copies)])
     hashed = time.process_time()
     # Equal hashes count as pairs of the first of them, as in `near_groups`.
     different, at, which = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     close = near_pairs(different)
 
-    def film_of(number: int) -> np.ndarray:
+    def image_of(number: int) -> np.ndarray:
         k = int(at[number])
-        return np.asarray(films[k]) if k < n else copies[k - n]
+        return np.asarray(images[k]) if k < n else copies[k - n]
 
-    pairs = close[are_alike(different, close, film_of)]
+    pairs = close[are_alike(different, close, image_of)]
     near = {tuple(pair) for pair in pairs.tolist()}
     which = which.ravel()
-    planted = {tuple(sorted((which[film], which[n + i]))) for i, film in enumerate(chosen)}
+    planted = {tuple(sorted((which[image], which[n + i]))) for i, image in enumerate(chosen)}
     found = {pair for pair in planted if pair[0] == pair[1] or pair in near}
     n_equal = len(hashes) - len(different) - sum(a == b for a, b in planted)
     return {
-        "films": n, "px": films.shape[1], "planted": len(chosen),
+        "images": n, "px": images.shape[1], "planted": len(chosen),
         "minutes": round((time.monotonic() - began) / 60, 3),
         "hash_cpu_s": round(hashed - cpu, 2),
         "search_cpu_s": round(time.process_time() - hashed, 2),
@@ -97,17 +97,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--films", type=int, default=100_000, help="made films")
-    parser.add_argument("--cache", type=Path, help="films.npy of a data folder, in their place")
+    parser.add_argument("--images", type=int, default=100_000, help="synthetic images")
+    parser.add_argument("--cache", type=Path, help="images.npy of a data folder, in their place")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     if args.cache is not None:
-        films = np.load(args.cache, mmap_mode="r")
+        images = np.load(args.cache, mmap_mode="r")
     else:
-        blocks = range(0, args.films, 5000)
-        films = np.concatenate([made_films(min(5000, args.films - at), rng) for at in blocks])
-    found = measure(films, rng)
+        blocks = range(0, args.images, 5000)
+        images = np.concatenate(
+            [synthetic_images(min(5000, args.images - at), rng) for at in blocks]
+        )
+    found = measure(images, rng)
     for what, value in found.items():
         print(f"{what:14} {value}")
     print(json.dumps(found))

@@ -1,7 +1,7 @@
 """How fast the nearest of many embeddings are found: exactly, as `mmclip retrieve` does, or not.
 
-    python bench/search.py --films 100000
-    python bench/search.py --films 1000000
+    python bench/search.py --images 100000
+    python bench/search.py --images 1000000
 
 Made embeddings, 512 wide, in 1,000 clusters. Exact search is one product with the mapped file and
 a sort; faiss (`pip install faiss-cpu`, nothing else here needs it) is tried as an exact and as an
@@ -57,11 +57,11 @@ def measured(
 def main() -> None:
     """Runs the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--films", type=int, default=100_000)
-    n = parser.parse_args().films
+    parser.add_argument("--images", type=int, default=100_000)
+    n = parser.parse_args().samples
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "films.npy"
+        path = Path(folder) / "images.npy"
         queries = made_embeddings(n, path, np.random.default_rng(0))
         stored = np.load(path, mmap_mode="r")
 
@@ -100,7 +100,7 @@ def main() -> None:
     print(f"{n} embeddings of {WIDTH}; checksum of the file {check_s:.2f} s")
     for name, r in results.items():
         print(f"{name:24}{r['build_s']:9.1f} s {r['query_ms']:9.2f} ms  recall {r['recall']:.3f}")
-    print(json.dumps({"films": n, "check_s": check_s, **results}))
+    print(json.dumps({"images": n, "check_s": check_s, **results}))
 
 
 if __name__ == "__main__":

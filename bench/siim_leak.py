@@ -1,11 +1,11 @@
-"""How many films of SIIM-ACR a split of rows puts into train and into test.
+"""How many images of SIIM-ACR a split of rows puts into train and into test.
 
     python bench/siim_leak.py stage_2_train.csv
 
-A film with several masks has several rows. Splits of rows (60, 20 and 20 %, as the lists of MedKLIP
-and MAVL were made) are drawn with 100 seeds and held against splits of films with the same ratios,
-as `mmclip data split --name clean` draws them. The table may be packed (.csv.gz). The last line is
-one JSON object.
+An image with several masks has several rows. Splits of rows (60, 20 and 20 %, as the lists of
+MedKLIP and MAVL were made) are drawn with 100 seeds and held against splits of images with the same
+ratios, as `mmclip data split --name clean` draws them. The table may be packed (.csv.gz). The last
+line is one JSON object.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmclip.data.records import Film
+from mmclip.data.sample import Sample
 from mmclip.data.splits import clean_split
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
@@ -26,43 +26,43 @@ SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 
 
 def read_rows(table: Path) -> list[tuple[str, bool]]:
-    """The film of each row, and whether the row holds a mask."""
+    """The image of each row, and whether the row holds a mask."""
     content = table.read_bytes()
     text = (gzip.decompress(content) if table.suffix == ".gz" else content).decode("utf-8")
     lines = csv.reader(text.splitlines()[1:])
     return [(line[0], line[1].strip() not in ("-1", "")) for line in lines]
 
 
-def row_split(films: Sequence[str], seed: int) -> tuple[set[str], set[str]]:
-    """The films of train and of test, where rows are dealt."""
-    order: list[int] = np.random.default_rng(seed).permutation(len(films)).tolist()
-    n_train = round(SHARES["train"] * len(films))
-    n_test = round(SHARES["test"] * len(films))
-    return {films[i] for i in order[:n_train]}, {films[i] for i in order[len(films) - n_test :]}
+def row_split(images: Sequence[str], seed: int) -> tuple[set[str], set[str]]:
+    """The images of train and of test, where rows are dealt."""
+    order: list[int] = np.random.default_rng(seed).permutation(len(images)).tolist()
+    n_train = round(SHARES["train"] * len(images))
+    n_test = round(SHARES["test"] * len(images))
+    return {images[i] for i in order[:n_train]}, {images[i] for i in order[len(images) - n_test :]}
 
 
-def film_split(records: Sequence[Film], seed: int) -> tuple[set[str], set[str]]:
-    """The films of train and of test, as `mmclip data split --name clean` deals them."""
+def image_split(records: Sequence[Sample], seed: int) -> tuple[set[str], set[str]]:
+    """The images of train and of test, as `mmclip data split --name clean` deals them."""
     chosen = clean_split(records, seed, SHARES["val"], SHARES["test"])
     return set(chosen["train"]), set(chosen["test"])
 
 
 def measure(rows: Sequence[tuple[str, bool]], seeds: Sequence[int]) -> dict[str, object]:
-    """Films in train and test over seeds, and their share among the films of test."""
-    films = [film for film, _ in rows]
-    positive = {film for film, has_mask in rows if has_mask}
+    """Images in train and test over seeds, and their share among the images of test."""
+    images = [image for image, _ in rows]
+    positive = {image for image, has_mask in rows if has_mask}
     out: dict[str, object] = {
-        "rows": len(rows), "films": len(set(films)), "positive_films": len(positive),
+        "rows": len(rows), "images": len(set(images)), "positive_images": len(positive),
         "seeds": len(seeds),
     }  # fmt: skip
     records = [
-        Film(film_id=name, study_id=name, patient_id=name, source="siim")
-        for name in dict.fromkeys(films)
+        Sample(image_id=name, study_id=name, patient_id=name, source="siim")
+        for name in dict.fromkeys(images)
     ]
-    for name in ("rows", "films"):
+    for name in ("rows", "images"):
         shared, of_test, of_positive = [], [], []
         for seed in seeds:
-            train, test = row_split(films, seed) if name == "rows" else film_split(records, seed)
+            train, test = row_split(images, seed) if name == "rows" else image_split(records, seed)
             both = train & test
             shared.append(len(both))
             of_test.append(len(both) / len(test))
@@ -85,9 +85,10 @@ def main() -> None:
     args = parser.parse_args()
     found = measure(read_rows(args.table), range(args.seeds))
     print(
-        f"{found['rows']:,} rows of {found['films']:,} films, {found['positive_films']:,} positive"
+        f"{found['rows']:,} rows of {found['images']:,} images, {found['positive_images']:,} "
+        f"positive"
     )
-    for name in ("rows", "films"):
+    for name in ("rows", "images"):
         print(f"split of {name}: {found[f'split_of_{name}']}")
     print(json.dumps(found))
 

@@ -4,17 +4,17 @@
     python bench/step_cost.py --config paper --device cuda --tokens 256 --lengths full
 
 The arms take turns in one process, so that a drift of the machine cancels in the ratios. Each arm
-runs the training loop's own `train_step` on the batches of `TrainingBatches`: films of noise,
+runs the training loop's own `train_step` on the batches of `TrainingBatches`: images of noise,
 reports of common sentences cut to the wanted number of tokens. The arms are
 
     contrastive              the pairs of a step, and that term alone
-    contrastive, all films   the same with as many pairs as the whole method reads films
+    contrastive, all images   the same with as many pairs as the whole method reads images
     + EntMLM, + AttMIM       the masked terms, one after the other
-    whole                    + unpaired films with prompts, which come on top of the pairs
+    whole                    + unpaired images with prompts, which come on top of the pairs
 
-`time_ratio` and `memory_ratio` are whole : contrastive with all films, that is for one film;
+`time_ratio` and `memory_ratio` are whole : contrastive with all images, that is for one image;
 `read_ahead_ratio`, on a GPU, is whole : whole with each batch made while the device waits;
-`*_same_pairs` are whole : contrastive, where the whole method also reads more films; and
+`*_same_pairs` are whole : contrastive, where the whole method also reads more images; and
 `*_masked_terms` are + AttMIM : contrastive, the same pairs and nothing else. Of a pretrained text
 encoder only the size matters; it starts from random weights, so that nothing is downloaded.
 
@@ -45,12 +45,12 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
-from mmclip.batch import Batch, Share, Texts
+from mmclip.batch import Batch, BatchSlice, TextBatch
 from mmclip.config import Config, TextEncoderConfig, load_config
-from mmclip.data.batches import TrainingBatches, training_rows
+from mmclip.data.batches import TrainingBatches, training_dataset
 from mmclip.data.build import build_data
-from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.records import Film
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.sample import Sample
 from mmclip.data.text import train_tokenizer
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
@@ -81,7 +81,7 @@ SENTENCES = (
 NOT_AHEAD = "whole, not read ahead"
 """The arm `whole` with each batch made while the device waits."""
 
-ARMS = ("contrastive", "contrastive, all films", "+ EntMLM", "+ AttMIM", "whole")
+ARMS = ("contrastive", "contrastive, all images", "+ EntMLM", "+ AttMIM", "whole")
 
 
 class Arm(NamedTuple):
@@ -152,29 +152,29 @@ def write_report(n_tokens: int, rng: np.random.Generator) -> str:
     return " ".join(words[: n_tokens - 2]).replace(" .", ".")
 
 
-def made_rows(folder: Path, config: Config, n: int, lengths: str) -> Rows:
-    """n pairs and n unpaired films of noise, built as any data set is."""
+def made_rows(folder: Path, config: Config, n: int, lengths: str) -> ImageTextDataset:
+    """n pairs and n unpaired images of noise, built as any data set is."""
     rng = np.random.default_rng(0)
-    px = config.data.film_px
+    px = config.data.image_size
     tokens = report_lengths(lengths, n, config.data.max_tokens, rng)
     findings = ("cardiomegaly", "edema", "nodule", "pleural effusion", "pneumothorax")
-    films = []
+    samples = []
     for i in range(2 * n):
         Image.fromarray(rng.integers(0, 256, (px, px), dtype=np.uint8)).save(folder / f"{i}.png")
         report = write_report(int(tokens[i]), rng) if i < n else None
-        film = Film(
-            film_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i}", source="made", split="train",
+        sample = Sample(
+            image_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i}", source="made", split="train",
             image=f"{i}.png", view="PA", report=report,
             labels={name: int(rng.random() < 0.3) for name in findings},
         )  # fmt: skip
-        films.append(film)
-    build_data(films, folder, folder / "data", film_px=px)
-    return open_rows([folder / "data"], px)
+        samples.append(sample)
+    build_data(samples, folder, folder / "data", image_size=px)
+    return open_dataset([folder / "data"], px)
 
 
 def build_arm(
     config: Config,
-    rows: Rows,
+    dataset: ImageTextDataset,
     tokenizer: PreTrainedTokenizerFast,
     vocab_size: int,
     accelerator: Accelerator,
@@ -183,14 +183,14 @@ def build_arm(
     torch.manual_seed(0)
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
-    image = build_image_encoder(config.model.image, config.data.film_px)
+    image = build_image_encoder(config.model.image, config.data.image_size)
     text = build_text_encoder(config.model.text, vocab_size, config.data.max_tokens, pad)
     model = build_mmclip(config, image, text).train()
     optimizer = make_optimizer(model, model.no_decay_names(), config.train)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     objective = Objective(config, model.vision_model.config.patch_size)
     batches = TrainingBatches(
-        training_rows(rows, config), tokenizer, config, objective.patch_px,
+        training_dataset(dataset, config), tokenizer, config, objective.patch_size,
         device=accelerator.device,
     )  # fmt: skip
     return Arm(config, model, TrainState(wrapped, optimizer), batches, objective)
@@ -339,7 +339,7 @@ def parts_of(accelerator: Accelerator, arm: Arm, steps: int) -> dict[str, float]
     clock.watch(model, "encode_text", "text")
     if model.image_decoder is not None:
         clock.watch(model.image_decoder, "forward", "image decoder")
-        clock.watch(model, "_response", "score")
+        clock.watch(model, "_relevance", "score")
     if model.text_decoder is not None:
         clock.watch(model.text_decoder, "read", "text decoder")
         clock.watch(model.text_decoder, "predict", "text decoder")
@@ -369,7 +369,7 @@ def _alone(accelerator: Accelerator, arm: Arm, steps: int) -> dict[str, float]:
     has_decoder = arm.model.text_decoder is not None
     reports, prompts = batch.reports, batch.prompts
 
-    def both(texts: Texts) -> torch.Tensor:
+    def both(texts: TextBatch) -> torch.Tensor:
         return torch.cat([texts.ids, texts.masked_ids]) if has_decoder else texts.ids
 
     ids = {"text encoder, reports": (reports.ids, reports.is_valid)}
@@ -395,8 +395,8 @@ def _alone(accelerator: Accelerator, arm: Arm, steps: int) -> dict[str, float]:
     return found
 
 
-def _whole_step(arm: Arm) -> Share:
-    return Share(0, arm.config.train.micro_batches)
+def _whole_step(arm: Arm) -> BatchSlice:
+    return BatchSlice(0, arm.config.train.micro_batch_size)
 
 
 def ratio_of(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
@@ -411,7 +411,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The cost of a step, arm by arm.")
     parser.add_argument("--config", default="ablation")
     parser.add_argument("--set", action="append", default=[], help="model.image.width=64")
-    parser.add_argument("--film-px", type=int, help="side of the films; the configuration's")
+    parser.add_argument("--image-size", type=int, help="side of the images; the configuration's")
     parser.add_argument("--tokens", type=int, help="longer reports are cut; the configuration's")
     parser.add_argument("--lengths", default="openi", help="openi, full, or a number of tokens")
     parser.add_argument("--batch-size", type=int, help="pairs a step; the configuration's")
@@ -422,7 +422,7 @@ def main() -> None:
     args = parser.parse_args()
 
     short = {
-        "data.film_px": args.film_px,
+        "data.image_size": args.image_size,
         "data.max_tokens": args.tokens,
         "train.batch_size": args.batch_size,
         "train.precision": args.precision,
@@ -437,13 +437,13 @@ def main() -> None:
     mixed = {"fp32": "no", "bf16": "bf16"}[train.precision]
     accelerator = Accelerator(mixed_precision=mixed, cpu=args.device == "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        n = 2 * configs["contrastive, all films"].train.batch_size
-        rows = made_rows(Path(folder), whole, n, args.lengths)
-        reports = [film.report for film in rows.films if film.report]
+        n = 2 * configs["contrastive, all images"].train.batch_size
+        dataset = made_rows(Path(folder), whole, n, args.lengths)
+        reports = [sample.report for sample in dataset.samples if sample.report]
         tokenizer = train_tokenizer([*2 * SENTENCES, *reports], vocab_size=vocab_size)
 
         def build(name: str) -> Arm:
-            return build_arm(configs[name], rows, tokenizer, vocab_size, accelerator)
+            return build_arm(configs[name], dataset, tokenizer, vocab_size, accelerator)
 
         memory = {}
         for name in ARMS:
@@ -469,12 +469,12 @@ def main() -> None:
         print(f"{name:30}{statistics.median(seconds[name]):10.4f}{memory[name]:10.1f}")
     if NOT_AHEAD in seconds:
         print(f"{NOT_AHEAD:30}{statistics.median(seconds[NOT_AHEAD]):10.4f}")
-    print(f"\n{'ms of a step':30}{'contrastive, all films':>24}{'whole':>10}")
+    print(f"\n{'ms of a step':30}{'contrastive, all images':>24}{'whole':>10}")
     for part in dict.fromkeys([*parts["contrastive"], *parts["whole"]]):
         a, b = (1000 * parts[key].get(part, 0.0) for key in named)
         print(f"{part:30}{a:24.1f}{b:10.1f}")
     compared = {
-        "": ("whole", "contrastive, all films"),
+        "": ("whole", "contrastive, all images"),
         "_same_pairs": ("whole", "contrastive"),
         "_masked_terms": ("+ AttMIM", "contrastive"),
     }
@@ -498,7 +498,7 @@ def main() -> None:
         "padding_ratio": round(padding, 3),
         "pairs": train.batch_size,
         "unpaired": round(whole.unpaired.rows_per_pair * train.batch_size),
-        "film_px": whole.data.film_px,
+        "image_size": whole.data.image_size,
         "max_tokens": whole.data.max_tokens,
         "vocab_size": vocab_size,
         "precision": train.precision,

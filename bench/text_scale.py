@@ -23,7 +23,7 @@ from build_scale import Clock, peak_mb, watch_workers
 from mmclip.data.build import build_data, search_reports
 from mmclip.data.folder import MANIFEST_FILE
 from mmclip.data.readers.openi import read_openi
-from mmclip.data.records import Film, Record
+from mmclip.data.sample import Record, Sample
 from mmclip.data.text import parse_report, split_sentences, tokenise, train_tokenizer
 from mmclip.progress import progress
 
@@ -40,11 +40,11 @@ def read_sections(root: Path) -> list[Sections]:
     def sentences(text: str) -> list[str]:
         return [text[a:b] for a, b in split_sentences(text)]
 
-    studies = {r.study_id: r for r in read_openi(root) if isinstance(r, Film)}
+    studies = {r.study_id: r for r in read_openi(root) if isinstance(r, Sample)}
     return [
-        (sentences(film.findings), sentences(film.impression))
-        for film in studies.values()
-        if film.findings and film.impression
+        (sentences(sample.findings), sentences(sample.impression))
+        for sample in studies.values()
+        if sample.findings and sample.impression
     ]
 
 
@@ -69,7 +69,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Times each stage."""
     n = args.reports
     taken: dict[str, tuple[float, float]] = {}  # wall and CPU seconds
-    films: list[Film] = []
+    samples: list[Sample] = []
     parsing = np.zeros(2)
     with progress("parsing reports", n) as advance:
         texts = varied(read_sections(args.root), n, np.random.default_rng(args.seed))
@@ -77,25 +77,25 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
             clock = Clock()
             report = parse_report(text)
             parsing += clock.read()
-            films.append(
-                Film(
-                    film_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i}", source="openi",
+            samples.append(
+                Sample(
+                    image_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i}", source="openi",
                     findings=report.findings, impression=report.impression, report=report.text,
                 )
             )  # fmt: skip
             advance(1)
     taken["parse"] = (parsing[0], parsing[1])
-    n_distinct = len({film.report for film in films})
+    n_distinct = len({sample.report for sample in samples})
     out = folder / "data"
     clock = Clock()
     with watch_workers() as peak_of_workers:
-        search_reports([film.report for film in films], out, workers=args.workers)
+        search_reports([sample.report for sample in samples], out, workers=args.workers)
     taken["entities"] = clock.read()
     clock = Clock()
-    records: list[Record] = [*films]
-    meta = build_data(records, args.root, out, film_px=64)  # takes up what was found
+    records: list[Record] = [*samples]
+    meta = build_data(records, args.root, out, image_size=64)  # takes up what was found
     taken["write"] = clock.read()
-    tokenizer = train_tokenizer(str(film.report) for film in films[:N_TO_TRAIN])
+    tokenizer = train_tokenizer(str(sample.report) for sample in samples[:N_TO_TRAIN])
     n_tokens = n_truncated = 0
     clock = Clock()
     with progress("tokenising", n) as advance:

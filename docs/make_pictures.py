@@ -1,9 +1,10 @@
-"""Draws docs/pictures/films.png: eight made films, each with its finding outlined and reported.
+"""Draws docs/pictures/images.png: eight synthetic images, each with its finding outlined and
+reported.
 
     python docs/make_pictures.py
 
-The films are patients of the preset that `mmclip demo` trains on, drawn larger. Equal code gives an
-equal picture.
+The images are patients of the preset that `mmclip demo` trains on, drawn larger. Equal code gives
+an equal picture.
 """
 
 import io
@@ -19,7 +20,7 @@ from PIL import Image, ImageColor
 from scipy.ndimage import gaussian_filter
 
 from mmclip.data.entities import find_entities
-from mmclip.data.synthetic import PRESETS, SyntheticFilm, make_patient
+from mmclip.data.synthetic import PRESETS, SyntheticSample, make_patient
 from mmclip.data.text import split_sentences
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -42,14 +43,14 @@ GREYS, TINTS = 52, 12
 it stays under 400 kB]"""
 
 CARD, NAME, SAID, OUTLINE = "#14191f", "#f3f5f7", "#aab4bf", "#ffb454"
-"""A dark card of its own: films are dark, and the page behind it may be light or dark."""
+"""A dark card of its own: images are dark, and the page behind it may be light or dark."""
 
 
 def main() -> None:
     """Writes the picture."""
-    preset = replace(PRESETS["demo"], film_px=2 * SHOWN_PX)  # shrunk to half, the grain is finer
-    films = [make_patient(preset, "val", index) for index in PATIENTS.values()]
-    lines = -(-len(films) // COLUMNS)
+    preset = replace(PRESETS["demo"], image_size=2 * SHOWN_PX)  # shrunk to half, the grain is finer
+    images = [make_patient(preset, "val", index) for index in PATIENTS.values()]
+    lines = -(-len(images) // COLUMNS)
     width = COLUMNS * SHOWN_PX + (COLUMNS + 1) * GAP_PX
     height = lines * (SHOWN_PX + TEXT_PX) + (lines + 1) * GAP_PX
     with mpl.rc_context({"font.family": "DejaVu Sans"}):
@@ -57,19 +58,19 @@ def main() -> None:
         whole = figure.add_axes((0, 0, 1, 1))
         whole.set(xlim=(0, width), ylim=(height, 0))
         whole.set_axis_off()
-        for i, (finding, film) in enumerate(zip(PATIENTS, films, strict=True)):
+        for i, (finding, sample) in enumerate(zip(PATIENTS, images, strict=True)):
             left = GAP_PX + i % COLUMNS * (SHOWN_PX + GAP_PX)
             top = GAP_PX + i // COLUMNS * (SHOWN_PX + TEXT_PX + GAP_PX)
             box = (left / width, 1 - (top + SHOWN_PX) / height, SHOWN_PX / width, SHOWN_PX / height)
-            draw_film(figure.add_axes(box), film, finding)
+            draw_image(figure.add_axes(box), sample, finding)
             y = top + SHOWN_PX
             whole.text(left, y + 23, finding, color=NAME, size=10.5, weight="bold")
-            for n, line in enumerate(wrapped(sentence_of(film, finding))):
+            for n, line in enumerate(wrapped(sentence_of(sample, finding))):
                 whole.text(left, y + 44 + 16 * n, line, color=SAID, size=8.6)
         buffer = io.BytesIO()
         figure.savefig(buffer, facecolor=CARD)
     PICTURES.mkdir(exist_ok=True)
-    path = PICTURES / "films.png"
+    path = PICTURES / "images.png"
     shades = Image.new("P", (1, 1))
     shades.putpalette(palette())
     picture = Image.open(buffer).convert("RGB").quantize(palette=shades, dither=Image.Dither.NONE)
@@ -90,11 +91,11 @@ def palette() -> list[int]:
     return colours.round().astype(int).ravel().tolist()
 
 
-def draw_film(axes: Axes, film: SyntheticFilm, finding: str) -> None:
-    """The film, with a line around the finding."""
+def draw_image(axes: Axes, sample: SyntheticSample, finding: str) -> None:
+    """The image, with a line around the finding."""
     axes.set_axis_off()
-    axes.imshow(film.film, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
-    axes.contour(smooth(film.masks[finding]), [0.5], colors=OUTLINE, linewidths=1.1)
+    axes.imshow(sample.image, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
+    axes.contour(smooth(sample.masks[finding]), [0.5], colors=OUTLINE, linewidths=1.1)
 
 
 def smooth(is_lesion: Bool[np.ndarray, "h w"]) -> np.ndarray:
@@ -102,15 +103,15 @@ def smooth(is_lesion: Bool[np.ndarray, "h w"]) -> np.ndarray:
     return 2 * gaussian_filter(is_lesion.astype(float), 2.5)
 
 
-def sentence_of(film: SyntheticFilm, finding: str) -> str:
+def sentence_of(sample: SyntheticSample, finding: str) -> str:
     """The sentence of the report that says that the finding is there."""
-    (entities,) = find_entities([film.findings])
+    (entities,) = find_entities([sample.findings])
     # The lexicon says "support device" where the preset says "support devices".
     is_it = (finding.startswith(e.concept) and e.status == "present" for e in entities)
     at = next(e.start for e, it_is in zip(entities, is_it, strict=True) if it_is)
-    for start, end in split_sentences(film.findings):
+    for start, end in split_sentences(sample.findings):
         if start <= at < end:
-            return film.findings[start:end]
+            return sample.findings[start:end]
     raise AssertionError("sentences cover all words")
 
 

@@ -24,7 +24,7 @@ _forks.set_forkserver_preload(
         "mmclip.training.pretrain",
         "mmclip.evaluation.zeroshot",
         "mmclip.retrieval.ranking",
-        "mmclip.explanation.pointing",
+        "mmclip.explanation.pointing_game",
     ]
 )
 

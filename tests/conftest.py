@@ -1,4 +1,4 @@
-"""A made data set and a short run on it, shared by the tests of commands and stages."""
+"""A synthetic data set and a short run on it, shared by the tests of commands and stages."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import Preset, write_dataset
 from tests.commands import mmclip
 
-PRESET = Preset(name="test", version=1, seed=3, film_px=32, n_train=60, n_val=20, n_test=40)
+PRESET = Preset(name="test", version=1, seed=3, image_size=32, n_train=60, n_val=20, n_test=40)
 
 SMALL = """\
 extends = "tiny"
@@ -20,7 +20,7 @@ image = { width = 32, depth = 1, heads = 2 }
 text = { width = 32, depth = 1, heads = 2, vocab_size = 400 }
 
 [data]
-film_px = 32
+image_size = 32
 
 [train]
 steps = 6
@@ -35,13 +35,13 @@ save_every_steps = 2
 def build_made(root: Path, out: Path) -> Path:
     """Builds a data folder of a written preset, by the reader that `mmclip data build csv` uses."""
     reader = open_reader("csv", root, mapping=root / "mapping.toml", table=None)
-    build_data(reader, root, out, film_px=PRESET.film_px)
+    build_data(reader, root, out, image_size=PRESET.image_size)
     return out
 
 
 @pytest.fixture(scope="session")
 def made_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made films and reports of 120 patients, as a data set comes."""
+    """Synthetic images and reports of 120 patients, as a data set comes."""
     return write_dataset(PRESET, tmp_path_factory.mktemp("made") / "raw")
 
 

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmclip.batch import Batch, Share, Texts
+from mmclip.batch import Batch, BatchSlice, TextBatch
 from mmclip.config import Config, load_config
 from mmclip.data.build import build_data
-from mmclip.data.records import Film
+from mmclip.data.sample import Sample
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 
-VOCAB, MASK_ID, FILM_PX, PATCH_PX, N_PATCHES = 50, 4, 32, 8, 16
+VOCAB, MASK_ID, IMAGE_SIZE, PATCH_SIZE, N_PATCHES = 50, 4, 32, 8, 16
 N_LABELS = 3
 SMALL = (
-    "model.embed_dim=16", "data.film_px=32", "model.image.kind=vit", "model.image.width=32",
+    "model.embed_dim=16", "data.image_size=32", "model.image.kind=vit", "model.image.width=32",
     "model.image.depth=2", "model.image.heads=2",
     "model.text.width=24", "model.text.depth=2", "model.text.heads=2",
     "model.image_decoder.width=16", "model.image_decoder.heads=2",
@@ -37,20 +37,20 @@ def small_model(config: Config | None = None, seed: int = 0) -> MMCLIP:
     torch.manual_seed(seed)
     return build_mmclip(
         config,
-        build_image_encoder(config.model.image, FILM_PX),
+        build_image_encoder(config.model.image, IMAGE_SIZE),
         build_text_encoder(config.model.text, VOCAB, max_tokens=16, pad_token_id=0),
         n_label_findings=N_LABELS,
     )
 
 
-def no_texts(width: int = 2) -> Texts:
+def no_texts(width: int = 2) -> TextBatch:
     ids = torch.zeros(0, width, dtype=torch.long)
     is_valid = ids.bool()
-    return Texts(torch.zeros(0, dtype=torch.long), ids, is_valid, is_valid, is_valid, ids)
+    return TextBatch(torch.zeros(0, dtype=torch.long), ids, is_valid, is_valid, is_valid, ids)
 
 
-def made_texts(rows: Sequence[int], n_tokens: int, generator: torch.Generator) -> Texts:
-    """Texts of 3 to `n_tokens` tokens, [CLS] and [SEP] included, with hidden words."""
+def made_texts(rows: Sequence[int], n_tokens: int, generator: torch.Generator) -> TextBatch:
+    """Texts of 3 to `n_tokens` tokens, [CLS] and [SEP] included, with masked words."""
     m = len(rows)
     ids = torch.randint(5, VOCAB, (m, n_tokens), generator=generator)
     length = torch.randint(3, n_tokens + 1, (m, 1), generator=generator)
@@ -63,16 +63,16 @@ def made_texts(rows: Sequence[int], n_tokens: int, generator: torch.Generator) -
     is_masked = is_word & (torch.rand(ids.shape, generator=generator) < 0.4)
     is_masked[:, 1] = True  # at least one of each text
     masked_ids = ids.masked_fill(is_masked, MASK_ID)
-    return Texts(
+    return TextBatch(
         torch.tensor(list(rows), dtype=torch.long), ids, is_valid, is_word, is_masked, masked_ids
     )
 
 
-def cut(texts: Texts, rows: slice) -> Texts:
+def cut(texts: TextBatch, rows: slice) -> TextBatch:
     """The texts of some rows, numbered from the first of them."""
     keep = (texts.rows >= rows.start) & (texts.rows < rows.stop)
     taken = texts.take(keep)
-    return Texts(**{**taken.tensors(), "rows": taken.rows - rows.start})
+    return TextBatch(**{**taken.tensors(), "rows": taken.rows - rows.start})
 
 
 def cut_batch(batch: Batch, rows: slice) -> Batch:
@@ -84,7 +84,7 @@ def cut_batch(batch: Batch, rows: slice) -> Batch:
         keys=batch.keys[rows],
         patch_noise=batch.patch_noise[rows],
         lesion_ratio=None if batch.lesion_ratio is None else batch.lesion_ratio[rows],
-        film_ids=batch.film_ids[rows],
+        image_ids=batch.image_ids[rows],
         step=batch.step,
         labels=None if batch.labels is None else batch.labels[rows],
     )
@@ -99,7 +99,7 @@ def made_labels(n: int, without_report: Sequence[int], generator: torch.Generato
 
 
 class MadeBatches:
-    """Random films and texts, the same for a step whoever asks for which share."""
+    """Random images and texts, the same for a step whoever asks for which share."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class MadeBatches:
         self.batch_size, self.without_report = batch_size, without_report
         self.with_prompt = with_prompt
 
-    def batch(self, step: int = 0, share: Share | None = None) -> Batch:
+    def batch(self, step: int = 0, share: BatchSlice | None = None) -> Batch:
         n = self.batch_size
         generator = torch.Generator().manual_seed(step)
         reports = made_texts([i for i in range(n) if i not in self.without_report], 9, generator)
@@ -119,13 +119,13 @@ class MadeBatches:
             [torch.arange(n), torch.arange(n) // 2, torch.full((n,), -1)], 1
         )
         whole = Batch(
-            image=torch.randn(n, 1, FILM_PX, FILM_PX, generator=generator),
+            image=torch.randn(n, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
             reports=reports,
             prompts=prompts,
             keys=keys,
             patch_noise=torch.rand(n, N_PATCHES, generator=generator),
             lesion_ratio=torch.rand(n, N_PATCHES, generator=generator),
-            film_ids=tuple(f"film-{i}" for i in range(n)),
+            image_ids=tuple(f"image-{i}" for i in range(n)),
             step=step,
             labels=made_labels(n, self.without_report, generator),
         )
@@ -140,24 +140,24 @@ REPORTS = [
 ]
 
 
-def write_films(root: Path, n: int = 8) -> list[Film]:
+def write_images(root: Path, n: int = 8) -> list[Sample]:
     rng = np.random.default_rng(0)
-    films = []
+    samples = []
     for i in range(n):
         Image.fromarray(rng.integers(0, 256, (40, 48), dtype=np.uint8)).save(root / f"{i}.png")
-        film = Film(
-            film_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i}", source="made",
+        sample = Sample(
+            image_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i}", source="made",
             split="train", image=f"{i}.png", report=REPORTS[i % len(REPORTS)],
             labels={"cardiomegaly": i % 2, "mass": -1}, view="PA",
         )  # fmt: skip
-        films.append(film)
-    return films
+        samples.append(sample)
+    return samples
 
 
 def write_folder(root: Path, n: int = 8) -> Path:
-    """A data folder of 32 px: the last film is a lateral, the last but one has no report."""
-    films = write_films(root, n)
-    films[-2] = replace(films[-2], report=None)
-    films[-1] = replace(films[-1], view="L")
-    build_data(films, root, root / "data", film_px=32)
+    """A data folder of 32 px: the last image is a lateral, the last but one has no report."""
+    samples = write_images(root, n)
+    samples[-2] = replace(samples[-2], report=None)
+    samples[-1] = replace(samples[-1], view="L")
+    build_data(samples, root, root / "data", image_size=32)
     return root / "data"

@@ -21,9 +21,9 @@ def ramp(height: int = 24, width: int = 32) -> np.ndarray:
 
 def blank(value: int, bright: int, n_bright: int) -> np.ndarray:
     """uint8 [100, 100] of one value, with some other pixels at its start."""
-    film = np.full((100, 100), value, np.uint8)
-    film.flat[:n_bright] = bright
-    return film
+    image = np.full((100, 100), value, np.uint8)
+    image.flat[:n_bright] = bright
+    return image
 
 
 def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -36,19 +36,19 @@ def positive_pairs_loop(keys: Tensor, others: Tensor) -> Tensor:
     return out
 
 
-def patchify_loop(film: Tensor, patch_px: int) -> Tensor:
+def patchify_loop(image: Tensor, patch_size: int) -> Tensor:
     """One patch after another in reading order, each patch's pixels in reading order."""
-    b, _, h, w = film.shape
+    b, _, h, w = image.shape
     rows = []
     for i in range(b):
         patches = []
-        for top in range(0, h, patch_px):
-            for left in range(0, w, patch_px):
+        for top in range(0, h, patch_size):
+            for left in range(0, w, patch_size):
                 patches.append(
                     [
-                        float(film[i, 0, top + y, left + x])
-                        for y in range(patch_px)
-                        for x in range(patch_px)
+                        float(image[i, 0, top + y, left + x])
+                        for y in range(patch_size)
+                        for x in range(patch_size)
                     ]
                 )
         rows.append(patches)
@@ -61,7 +61,7 @@ def cosine_of(a: list[float], b: list[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0
 
 
-def response_score_loop(
+def relevance_score_loop(
     kind: str,
     patches: Tensor,
     embedding: Tensor,
@@ -114,15 +114,15 @@ def response_score_loop(
 
 
 def masked_patches_loop(
-    score: Tensor, noise: Tensor, mask_ratio: float, randomness: float
+    score: Tensor, noise: Tensor, mask_ratio: float, mask_noise: float
 ) -> Tensor:
-    """Ranks the patches of each film, mixes with the noise, hides the highest."""
+    """Ranks the patches of each image, mixes with the noise, masks the highest."""
     b, n = score.shape
     out = torch.zeros(b, n, dtype=torch.bool)
     for i in range(b):
         order = sorted(range(n), key=lambda p: (float(score[i, p]), float(noise[i, p])))
         priority = {
-            p: (1 - randomness) * place / max(n - 1, 1) + randomness * float(noise[i, p])
+            p: (1 - mask_noise) * place / max(n - 1, 1) + mask_noise * float(noise[i, p])
             for place, p in enumerate(order)
         }
         for p in sorted(priority, key=lambda p: priority[p])[n - round(mask_ratio * n) :]:
@@ -133,21 +133,21 @@ def masked_patches_loop(
 def masked_entities_loop(
     groups: Tensor,
     is_maskable: Tensor,
-    group_draws: Tensor,
-    token_draws: Tensor,
+    group_noise: Tensor,
+    token_noise: Tensor,
     mask_ratio: float,
 ) -> Tensor:
-    """Hides whole concepts of one text at a time, or 15 % of the tokens where there is none."""
+    """Masks whole concepts of one text at a time, or 15 % of the tokens where there is none."""
     out = torch.zeros_like(is_maskable)
     for i in range(len(groups)):
         words = [t for t in range(groups.shape[1]) if is_maskable[i, t]]
         concepts = sorted({int(groups[i, t]) for t in words} - {0})
         if concepts:
-            concepts.sort(key=lambda g: float(group_draws[i, g]))
-            hidden = concepts[: max(1, round(mask_ratio * len(concepts)))]
-            chosen = [t for t in words if int(groups[i, t]) in hidden]
+            concepts.sort(key=lambda g: float(group_noise[i, g]))
+            masked = concepts[: max(1, round(mask_ratio * len(concepts)))]
+            chosen = [t for t in words if int(groups[i, t]) in masked]
         else:
-            words.sort(key=lambda t: float(token_draws[i, t]))
+            words.sort(key=lambda t: float(token_noise[i, t]))
             chosen = words[: max(1, round(0.15 * len(words)))]
         for t in chosen:
             out[i, t] = True
@@ -159,22 +159,22 @@ def add_cues_loop(
     groups: Tensor,
     cue_groups: Tensor,
     is_maskable: Tensor,
-    cue_draws: Tensor,
-    hide_prob: float,
+    cue_noise: Tensor,
+    mask_prob: float,
 ) -> Tensor:
-    """Hides the cue of each hidden concept whose draw says so, token by token."""
+    """Masks the cue of each masked concept whose draw says so, token by token."""
     out = is_masked.clone()
     for i in range(len(groups)):
-        hidden = {int(g) for g, m in zip(groups[i], is_masked[i], strict=True) if m and g > 0}
+        masked = {int(g) for g, m in zip(groups[i], is_masked[i], strict=True) if m and g > 0}
         for t in range(groups.shape[1]):
             g = int(cue_groups[i, t])
-            if g in hidden and groups[i, t] == 0 and is_maskable[i, t]:
-                out[i, t] |= bool(cue_draws[i, g] < hide_prob)
+            if g in masked and groups[i, t] == 0 and is_maskable[i, t]:
+                out[i, t] |= bool(cue_noise[i, g] < mask_prob)
     return out
 
 
 def masked_patch_sum_loop(pred: Tensor, target: Tensor, is_masked: Tensor) -> float:
-    """Mean squared error of each hidden patch, value by value, added up."""
+    """Mean squared error of each masked patch, value by value, added up."""
     total = 0.0
     for i in range(len(pred)):
         for p in range(pred.shape[1]):
@@ -188,7 +188,7 @@ def masked_patch_sum_loop(pred: Tensor, target: Tensor, is_masked: Tensor) -> fl
 
 
 def masked_token_sum_loop(logits: Tensor, targets: Tensor) -> float:
-    """-log softmax of each hidden token, added up."""
+    """-log softmax of each masked token, added up."""
     total = 0.0
     for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
         total += math.log(sum(math.exp(v) for v in row)) - row[target]

@@ -1,4 +1,5 @@
-"""Data sets as they are published: their real label tables where they are at hand, and made films.
+"""Data sets as they are published: their real label tables where they are at hand, and synthetic
+images.
 
 The tables are those that the package torchxrayvision carries, in torchxrayvision/data/ of its
 wheel. MMCLIP_TABLES names that folder; without it the tests of whole tables are skipped.
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.data.records import Excluded, Film, Record
+from mmclip.data.sample import Excluded, Record, Sample
 
 FOLDER = os.environ.get("MMCLIP_TABLES", "")
 
@@ -38,18 +39,18 @@ def lay_out(root: Path, files: Mapping[str, bytes | str | Path]) -> Path:
     return root
 
 
-def parted(records: Iterable[Record]) -> tuple[list[Film], list[Excluded]]:
-    """The films and the excluded rows of a reader."""
-    films: list[Film] = []
+def parted(records: Iterable[Record]) -> tuple[list[Sample], list[Excluded]]:
+    """The images and the excluded rows of a reader."""
+    samples: list[Sample] = []
     excluded: list[Excluded] = []
     for record in records:
-        if isinstance(record, Film):
-            films.append(record)
+        if isinstance(record, Sample):
+            samples.append(record)
         else:
             excluded.append(record)
-    return films, excluded
+    return samples, excluded
 
 
-def tally(films: Iterable[Film]) -> Counter[tuple[str, int]]:
-    """Films by finding and label."""
-    return Counter(item for film in films for item in film.labels.items())
+def tally(samples: Iterable[Sample]) -> Counter[tuple[str, int]]:
+    """Images by finding and label."""
+    return Counter(item for sample in samples for item in sample.labels.items())

@@ -11,9 +11,9 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from mmclip.data.build import build_data
-from mmclip.data.dataset import open_rows
+from mmclip.data.image_text_dataset import open_dataset
 from mmclip.evaluation.intervals import interval_over_seeds
-from tests.made import write_films
+from tests.made import write_images
 
 BENCH = str(Path(__file__).parents[1] / "bench")
 sys.path.insert(0, BENCH)  # as `python bench/ablation.py` has it
@@ -23,12 +23,12 @@ sys.path.remove(BENCH)
 NAMES = ["edema", "mass"]
 DONE = ablation.Key("contrastive", 0, "val", "c", "d")
 MADE = np.random.default_rng(0)
-PATIENTS = np.repeat([f"p{i:02}" for i in range(30)], 2)  # two films each
+PATIENTS = np.repeat([f"p{i:02}" for i in range(30)], 2)  # two images each
 TRUTH = MADE.integers(0, 2, (60, 2)).astype(float)
 
 
 def made_run(strength: float, seed: int) -> tuple[dict, tuple]:
-    """The line and the scores of a run that tells films apart with some strength."""
+    """The line and the scores of a run that tells images apart with some strength."""
     noise = np.random.default_rng(seed).standard_normal((2, 60, 2))
     plain, shifted = strength * TRUTH + noise[0], noise[1]
 
@@ -40,8 +40,8 @@ def made_run(strength: float, seed: int) -> tuple[dict, tuple]:
         "auroc": each(plain), "shift_auroc": each(shifted), "macro_findings": NAMES,
         "cpu_s": 100.0 + seed, "commit": "c" * 40,
     }  # fmt: skip
-    films = np.array([f"f{i}" for i in range(60)])
-    return line, compare.Scores(films, PATIENTS, np.array(NAMES), TRUTH, plain, shifted)
+    images = np.array([f"f{i}" for i in range(60)])
+    return line, compare.Scores(images, PATIENTS, np.array(NAMES), TRUTH, plain, shifted)
 
 
 RUNS = {
@@ -50,8 +50,8 @@ RUNS = {
 }
 
 
-def test_the_paired_interval_equals_the_slow_loop_over_resampled_films():
-    n_draws, shared = 200, (1, 2)
+def test_the_paired_interval_equals_the_slow_loop_over_resampled_images():
+    n_resamples, shared = 200, (1, 2)
     rng = np.random.default_rng(0)
     patients = list(dict.fromkeys(PATIENTS))
     rows_of = {patient: np.flatnonzero(patient == PATIENTS) for patient in patients}
@@ -61,19 +61,19 @@ def test_the_paired_interval_equals_the_slow_loop_over_resampled_films():
         return roc_auc_score(TRUTH[rows], ours) - roc_auc_score(TRUTH[rows], theirs)
 
     slow = []
-    for _ in range(n_draws):
+    for _ in range(n_resamples):
         drawn = rng.integers(0, len(patients), len(patients))
         rows = np.concatenate([rows_of[patients[i]] for i in drawn])
         slow.append([gain(seed, rows) for seed in shared])
     gains = np.array([gain(seed, np.arange(len(TRUTH))) for seed in shared])
     expected = interval_over_seeds(gains, np.array(slow).T)
-    found = compare.Comparison(RUNS, "contrastive", draws=n_draws).compare("whole", NAMES)
+    found = compare.Comparison(RUNS, "contrastive", n_resamples=n_resamples).compare("whole", NAMES)
     assert found.difference == pytest.approx(gains.mean())
     assert found.interval == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_difference_is_that_of_the_seeds_of_both_and_the_mean_that_of_all():
-    comparison = compare.Comparison(RUNS, "contrastive", draws=50)
+    comparison = compare.Comparison(RUNS, "contrastive", n_resamples=50)
     found = comparison.compare("whole", ["mass"])
 
     def of(arm: str, seeds: tuple[int, ...]) -> float:
@@ -89,10 +89,10 @@ def test_the_difference_is_that_of_the_seeds_of_both_and_the_mean_that_of_all():
     assert shifted.auroc < found.auroc  # noise alone, here
 
 
-def test_runs_on_other_films_are_not_compared():
+def test_runs_on_other_images_are_not_compared():
     line, scores = made_run(1.0, 5)
-    other = scores._replace(film_id=scores.film_id[::-1])
-    with pytest.raises(ValueError, match="scored different films"):
+    other = scores._replace(image_id=scores.image_id[::-1])
+    with pytest.raises(ValueError, match="scored different images"):
         compare.Comparison({**RUNS, "pixels": {0: (line, other)}}, "contrastive")
 
 
@@ -124,8 +124,8 @@ def test_the_table_has_a_row_an_arm_and_the_small_findings_apart():
 
 
 def test_against_another_base_the_difference_turns_around():
-    forth = compare.Comparison(RUNS, "contrastive", draws=50).compare("whole", NAMES)
-    back = compare.Comparison(RUNS, "whole", draws=50).compare("contrastive", NAMES)
+    forth = compare.Comparison(RUNS, "contrastive", n_resamples=50).compare("whole", NAMES)
+    back = compare.Comparison(RUNS, "whole", n_resamples=50).compare("contrastive", NAMES)
     assert back.difference == pytest.approx(-forth.difference)
     assert back.interval == pytest.approx((-forth.interval[1], -forth.interval[0]))
 
@@ -159,7 +159,7 @@ def test_half_a_line_is_an_error_that_names_it(tmp_path: Path):
         ablation.read_lines(path)
 
 
-def test_test_films_are_refused_until_every_run_has_finished_on_val():
+def test_test_images_are_refused_until_every_run_has_finished_on_val():
     wanted = [DONE._replace(split="test"), DONE._replace(split="test", arm="whole", seed=3)]
     with pytest.raises(ValueError, match="these have not: whole seed 3; run them with --split val"):
         ablation.check_test_may_be_scored(wanted, [DONE])
@@ -181,26 +181,26 @@ def test_arms_are_read_with_their_seed_and_the_overrides():
         ablation.arm_argument("half,train.steps=9")
 
 
-def test_the_domain_shift_follows_the_film_and_its_name_alone():
-    films = np.random.default_rng(0).integers(0, 256, (6, 32, 32), dtype=np.uint8)
+def test_the_domain_shift_follows_the_image_and_its_name_alone():
+    images = np.random.default_rng(0).integers(0, 256, (6, 32, 32), dtype=np.uint8)
     names = [f"f{i}" for i in range(6)]
-    shifted = ablation.shift_domain(films, names)
-    assert shifted.dtype == np.uint8 and shifted.shape == films.shape
-    turned = ablation.shift_domain(films[::-1], names[::-1])
+    shifted = ablation.shift_domain(images, names)
+    assert shifted.dtype == np.uint8 and shifted.shape == images.shape
+    turned = ablation.shift_domain(images[::-1], names[::-1])
     assert np.array_equal(shifted[::-1], turned)
-    for film, moved in zip(films, shifted, strict=True):
-        assert np.mean(film != moved) > 0.9
-    same = ablation.shift_domain(np.stack([films[0]] * 2), ["a", "b"])
+    for image, moved in zip(images, shifted, strict=True):
+        assert np.mean(image != moved) > 0.9
+    same = ablation.shift_domain(np.stack([images[0]] * 2), ["a", "b"])
     assert not np.array_equal(same[0], same[1])
 
 
 def test_the_domain_shift_keeps_what_is_bright_bright_and_loses_detail():
-    film = np.full((64, 64), 60, np.uint8)
-    film[16:48, 16:48] = 180
+    image = np.full((64, 64), 60, np.uint8)
+    image[16:48, 16:48] = 180
     flat = np.full((64, 64), 120, np.uint8)
     detailed = np.indices((64, 64)).sum(0) % 2 * np.uint8(200)
     names = [str(i) for i in range(20)]
-    shifted = ablation.shift_domain(np.stack([film] * 20), names).astype(float)
+    shifted = ablation.shift_domain(np.stack([image] * 20), names).astype(float)
     assert (shifted[:, 24:40, 24:40].mean((1, 2)) > shifted[:, :8].mean((1, 2)) + 20).all()
     assert len(set(shifted[:, 24:40, 24:40].mean((1, 2)).round())) > 5  # exposures differ
     noise = ablation.shift_domain(np.stack([flat] * 20), names).std((1, 2))
@@ -209,14 +209,14 @@ def test_the_domain_shift_keeps_what_is_bright_bright_and_loses_detail():
     assert (lost < 70).all()  # 100 before
 
 
-def test_shifted_rows_are_the_scored_films_with_other_pixels(tmp_path: Path):
-    build_data(write_films(tmp_path, n=8), tmp_path, tmp_path / "data", film_px=32)
-    rows = open_rows([tmp_path / "data"], 32)
-    moved = ablation.shifted_rows(rows, "train")
-    assert moved.films == rows.films
+def test_shifted_rows_are_the_scored_images_with_other_pixels(tmp_path: Path):
+    build_data(write_images(tmp_path, n=8), tmp_path, tmp_path / "data", image_size=32)
+    dataset = open_dataset([tmp_path / "data"], 32)
+    moved = ablation.shifted_dataset(dataset, "train")
+    assert moved.samples == dataset.samples
     numbers = np.array([3, 1])
-    names = [rows.films[i].film_id for i in numbers]
-    expected = ablation.shift_domain(rows.pixels(numbers).numpy(), names)
+    names = [dataset.samples[i].image_id for i in numbers]
+    expected = ablation.shift_domain(dataset.pixels(numbers).numpy(), names)
     assert np.array_equal(moved.pixels(numbers).numpy(), expected)
 
 

@@ -1,4 +1,4 @@
-"""What a film tells without being read: thumbnails by hand, scores blind to test labels."""
+"""What an image tells without being read: thumbnails by hand, scores blind to test labels."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +8,15 @@ import pytest
 from PIL import Image
 
 from mmclip.data.build import build_data
-from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.records import Film
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.sample import Sample
 from mmclip.data.synthetic import FINDINGS
 from mmclip.evaluation import baselines
 from mmclip.evaluation.baselines import (
     STRENGTHS,
     logistic_scores,
-    nuisance_facts,
-    nuisance_scores,
+    shortcut_features,
+    shortcut_scores,
     thumbnail_scores,
     thumbnails,
 )
@@ -24,34 +24,35 @@ from mmclip.evaluation.metrics import auroc
 
 
 def test_thumbnails_are_block_means_laid_flat(tmp_path: Path):
-    film = np.arange(16 * 16, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(film).save(tmp_path / "a.png")
-    facts = {"film_id": "a", "study_id": "a", "patient_id": "a", "source": "made"}
-    made = Film(**facts, image="a.png", report="Clear lungs.", split="train")
-    build_data([made], tmp_path, tmp_path / "data", film_px=16)
-    rows = open_rows([tmp_path / "data"])
-    small = thumbnails(rows, side=2)
+    image = np.arange(16 * 16, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    facts = {"image_id": "a", "study_id": "a", "patient_id": "a", "source": "made"}
+    made = Sample(**facts, image="a.png", report="Clear lungs.", split="train")
+    build_data([made], tmp_path, tmp_path / "data", image_size=16)
+    dataset = open_dataset([tmp_path / "data"])
+    small = thumbnails(dataset, side=2)
     # Rows of 16 pixels: the block mean of 8 x 8 is that of its corners.
     assert small.tolist() == [[59.5, 67.5, 187.5, 195.5]]
-    blocks = rows.pixels(np.array([0])).numpy().reshape(8, 2, 8, 2).mean((1, 3))
-    assert np.array_equal(thumbnails(rows), blocks.reshape(1, 64))
+    blocks = dataset.pixels(np.array([0])).numpy().reshape(8, 2, 8, 2).mean((1, 3))
+    assert np.array_equal(thumbnails(dataset), blocks.reshape(1, 64))
 
 
 @pytest.fixture(scope="module")
-def splits(made_data: Path) -> dict[str, Rows]:
-    rows = open_rows([made_data])
+def splits(made_data: Path) -> dict[str, ImageTextDataset]:
+    dataset = open_dataset([made_data])
     return {
-        split: rows.select([film.split == split for film in rows.films])
+        split: dataset.select([sample.split == split for sample in dataset.samples])
         for split in ("train", "val", "test")
     }
 
 
-def test_thumbnail_scores_never_look_at_test_labels(splits: dict[str, Rows]):
+def test_thumbnail_scores_never_look_at_test_labels(splits: dict[str, ImageTextDataset]):
     test = splits["test"]
     opposite = replace(
         test,
-        films=tuple(
-            replace(film, labels={k: 1 - v for k, v in film.labels.items()}) for film in test.films
+        samples=tuple(
+            replace(sample, labels={k: 1 - v for k, v in sample.labels.items()})
+            for sample in test.samples
         ),
     )
     findings = FINDINGS[:3]
@@ -104,56 +105,56 @@ def test_without_both_classes_to_validate_on_the_strongest_regularisation_is_tak
     assert STRENGTHS[0] == min(STRENGTHS)
 
 
-def labelled(rows: Rows, values: np.ndarray) -> Rows:
+def labelled(dataset: ImageTextDataset, values: np.ndarray) -> ImageTextDataset:
     """The rows with one label, "x"; NaN is unknown."""
-    films = tuple(
-        replace(film, labels={} if np.isnan(v) else {"x": int(v)})
-        for film, v in zip(rows.films, values, strict=True)
+    samples = tuple(
+        replace(sample, labels={} if np.isnan(v) else {"x": int(v)})
+        for sample, v in zip(dataset.samples, values, strict=True)
     )
-    return replace(rows, films=films)
+    return replace(dataset, samples=samples)
 
 
-def test_nuisance_facts_by_hand(tmp_path: Path):
-    film = np.zeros((16, 16), np.uint8)
-    film[8:] = 255  # lower half white
-    Image.fromarray(film).save(tmp_path / "a.png")
-    facts = {"film_id": "a", "study_id": "a", "patient_id": "a", "source": "made", "view": "AP"}
-    made = Film(**facts, image="a.png", report="Clear lungs.", split="train")
-    build_data([made], tmp_path, tmp_path / "data", film_px=16)
-    found = nuisance_facts(open_rows([tmp_path / "data"]))[0]
+def test_shortcut_features_by_hand(tmp_path: Path):
+    image = np.zeros((16, 16), np.uint8)
+    image[8:] = 255  # lower half white
+    Image.fromarray(image).save(tmp_path / "a.png")
+    facts = {"image_id": "a", "study_id": "a", "patient_id": "a", "source": "made", "view": "AP"}
+    made = Sample(**facts, image="a.png", report="Clear lungs.", split="train")
+    build_data([made], tmp_path, tmp_path / "data", image_size=16)
+    found = shortcut_features(open_dataset([tmp_path / "data"]))[0]
     sizes = [np.log(17), np.log(17), 1.0]
     assert found == pytest.approx([*sizes, 0.5, 0.5, 1 / 15, 0.0, 0.5, 1.0, 0.0])
 
 
 def test_a_label_that_brightness_gives_away_is_found_and_a_random_one_is_not(
-    splits: dict[str, Rows],
+    splits: dict[str, ImageTextDataset],
 ):
-    rows = splits["train"]
-    brightness = nuisance_facts(rows)[:, 3]
+    dataset = splits["train"]
+    brightness = shortcut_features(dataset)[:, 3]
     shown = (brightness > np.median(brightness)).astype(float)
     shown[::7] = np.nan
-    scores = nuisance_scores(rows, shown[:, None])[:, 0]
+    scores = shortcut_scores(dataset, shown[:, None])[:, 0]
     is_known = ~np.isnan(shown)
     assert (auroc(shown[is_known], scores[is_known]) or 0) > 0.9
     rng = np.random.default_rng(0)
     found = []
-    for _ in range(20):  # by patient: a learner that saw a patient's other film would know
-        of_patient = {film.patient_id: float(rng.integers(2)) for film in rows.films}
-        values = np.array([of_patient[film.patient_id] for film in rows.films])
-        found.append(auroc(values, nuisance_scores(rows, values[:, None])[:, 0]))
+    for _ in range(20):  # by patient: a learner that saw a patient's other image would know
+        of_patient = {sample.patient_id: float(rng.integers(2)) for sample in dataset.samples}
+        values = np.array([of_patient[sample.patient_id] for sample in dataset.samples])
+        found.append(auroc(values, shortcut_scores(dataset, values[:, None])[:, 0]))
     assert abs(np.mean(found) - 0.5) < 0.06, found
 
 
-def test_one_patient_or_one_class_teaches_nothing(splits: dict[str, Rows]):
-    rows = splits["val"]
-    assert (nuisance_scores(rows, np.ones((len(rows), 1))) == 0.5).all()
-    alone = rows.select(np.arange(len(rows)) == 0)
-    assert (nuisance_scores(alone, alone.labels(FINDINGS)) == 0.5).all()
+def test_one_patient_or_one_class_teaches_nothing(splits: dict[str, ImageTextDataset]):
+    dataset = splits["val"]
+    assert (shortcut_scores(dataset, np.ones((len(dataset), 1))) == 0.5).all()
+    alone = dataset.select(np.arange(len(dataset)) == 0)
+    assert (shortcut_scores(alone, alone.labels(FINDINGS)) == 0.5).all()
 
 
-def test_nuisance_facts_of_many_films_are_those_of_parts(
-    splits: dict[str, Rows], monkeypatch: pytest.MonkeyPatch
+def test_shortcut_features_of_many_images_are_those_of_parts(
+    splits: dict[str, ImageTextDataset], monkeypatch: pytest.MonkeyPatch
 ):
-    whole = nuisance_facts(splits["test"])
-    monkeypatch.setattr(baselines, "_FILMS_AT_ONCE", 7)
-    assert np.array_equal(nuisance_facts(splits["test"]), whole)
+    whole = shortcut_features(splits["test"])
+    monkeypatch.setattr(baselines, "_IMAGES_AT_ONCE", 7)
+    assert np.array_equal(shortcut_features(splits["test"]), whole)

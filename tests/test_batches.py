@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mmclip.batch import Batch, Share
-from mmclip.data.batches import TrainingBatches, label_names, training_rows
+from mmclip.batch import Batch, BatchSlice
+from mmclip.data.batches import TrainingBatches, label_names, training_dataset
 from mmclip.data.build import build_data
 from mmclip.data.corpus import MAX_SENTENCES, mark_concepts, sentences_read, tokenise_corpus
-from mmclip.data.dataset import normalise, open_rows
-from mmclip.data.records import Entity
+from mmclip.data.image_text_dataset import normalise, open_dataset
+from mmclip.data.sample import Entity
 from mmclip.data.text import train_tokenizer
-from tests.made import REPORTS, small_config, write_films, write_folder
+from tests.made import REPORTS, small_config, write_folder, write_images
 
 STILL = tuple(
     f"augment.{name}=0"
@@ -37,65 +37,67 @@ def make_batches(folder: Path, *overrides: str, **options) -> TrainingBatches:
     config = small_config(
         *STILL, "data.max_tokens=32", "train.batch_size=4", "train.seed=5", *overrides
     )
-    rows = training_rows(open_rows([folder], 32), config)
-    return TrainingBatches(rows, TOKENIZER, config, patch_px=8, **options)
+    dataset = training_dataset(open_dataset([folder], 32), config)
+    return TrainingBatches(dataset, TOKENIZER, config, patch_size=8, **options)
 
 
 def texts_of(batch: Batch) -> dict[str, str]:
-    """What each film of a batch comes with, as the tokenizer spells it."""
+    """What each image of a batch comes with, as the tokenizer spells it."""
     out = {}
     for texts in batch.texts():
         for row, ids in zip(texts.rows.tolist(), texts.ids, strict=True):
-            out[batch.film_ids[row]] = TOKENIZER.decode(ids, skip_special_tokens=True)
+            out[batch.image_ids[row]] = TOKENIZER.decode(ids, skip_special_tokens=True)
     return out
 
 
-def test_pairs_have_film_report_split_and_view_and_unpaired_films_come_where_asked(folder: Path):
-    rows = open_rows([folder], 32)
-    paired = training_rows(rows, small_config())
-    assert [film.film_id for film in paired.films] == [f"f{i}" for i in range(6)]
-    both = training_rows(rows, small_config(*UNPAIRED))
-    assert [film.film_id for film in both.films] == [f"f{i}" for i in range(7)]
+def test_pairs_have_image_report_split_and_view_and_unpaired_images_come_where_asked(folder: Path):
+    dataset = open_dataset([folder], 32)
+    paired = training_dataset(dataset, small_config())
+    assert [sample.image_id for sample in paired.samples] == [f"f{i}" for i in range(6)]
+    both = training_dataset(dataset, small_config(*UNPAIRED))
+    assert [sample.image_id for sample in both.samples] == [f"f{i}" for i in range(7)]
 
 
-def test_films_that_others_test_on_never_train_nor_do_others_of_their_patients(folder: Path):
-    rows = open_rows([folder], 32)
-    chosen = training_rows(rows, small_config(*UNPAIRED))
-    read, *others = chosen.films
+def test_images_that_others_test_on_never_train_nor_do_others_of_their_patients(folder: Path):
+    dataset = open_dataset([folder], 32)
+    chosen = training_dataset(dataset, small_config(*UNPAIRED))
+    read, *others = chosen.samples
     changed = {
-        read.film_id: replace(read, source="padchest-physician", patient_id="x"),
-        others[0].film_id: replace(others[0], source="padchest", patient_id="x"),
-        others[1].film_id: replace(others[1], source="made", patient_id="x"),  # of other data
+        read.image_id: replace(read, source="padchest-physician", patient_id="x"),
+        others[0].image_id: replace(others[0], source="padchest", patient_id="x"),
+        others[1].image_id: replace(others[1], source="made", patient_id="x"),  # of other data
     }
-    films = tuple(changed.get(film.film_id, film) for film in rows.films)
-    left = training_rows(replace(rows, films=films), small_config(*UNPAIRED))
-    gone = {film.film_id for film in chosen.films} - {film.film_id for film in left.films}
-    assert gone == {read.film_id, others[0].film_id}
+    samples = tuple(changed.get(sample.image_id, sample) for sample in dataset.samples)
+    left = training_dataset(replace(dataset, samples=samples), small_config(*UNPAIRED))
+    gone = {sample.image_id for sample in chosen.samples} - {
+        sample.image_id for sample in left.samples
+    }
+    assert gone == {read.image_id, others[0].image_id}
 
 
-def test_a_batch_holds_the_films_and_reports_of_its_rows(folder: Path):
+def test_a_batch_holds_the_images_and_reports_of_its_rows(folder: Path):
     batches = make_batches(folder)
-    films = {film.film_id: (i, film) for i, film in enumerate(batches.rows.films)}
-    batch = batches.batch(3, Share())
+    samples = {sample.image_id: (i, sample) for i, sample in enumerate(batches.dataset.samples)}
+    batch = batches.batch(3, BatchSlice())
     assert len(batch) == len(batch.reports) == 4 and not len(batch.prompts)
-    for row, film_id in enumerate(batch.film_ids):
-        i, film = films[film_id]
-        pixels = batches.rows.pixels(np.array([i]))
+    for row, image_id in enumerate(batch.image_ids):
+        i, sample = samples[image_id]
+        pixels = batches.dataset.pixels(np.array([i]))
         torch.testing.assert_close(batch.image[row], normalise(pixels)[0], atol=1e-4, rtol=0)
         ids = batch.reports.ids[row][batch.reports.is_valid[row]].tolist()
-        assert ids == TOKENIZER(film.report)["input_ids"]
+        assert ids == TOKENIZER(sample.report)["input_ids"]
 
 
 def test_a_share_of_a_batch_is_that_share_of_each_stream(folder: Path):
     batches = make_batches(folder, *UNPAIRED, "loss.text=1", "augment.rotation_deg=9")
-    whole = batches.batch(2, Share())
-    parts = [batches.batch(2, Share(i, 2)) for i in range(2)]
-    pairs = [film for part in parts for film in part.film_ids[:2]]
-    unpaired = [film for part in parts for film in part.film_ids[2:]]
-    assert (*pairs, *unpaired) == whole.film_ids
+    whole = batches.batch(2, BatchSlice())
+    parts = [batches.batch(2, BatchSlice(i, 2)) for i in range(2)]
+    pairs = [sample for part in parts for sample in part.image_ids[:2]]
+    unpaired = [sample for part in parts for sample in part.image_ids[2:]]
+    assert (*pairs, *unpaired) == whole.image_ids
     for part in parts:
-        for row, film_id in enumerate(part.film_ids[:2]):
-            there = whole.film_ids.index(film_id)
+        for row, image_id in enumerate(part.image_ids[:2]):
+            there = whole.image_ids.index(image_id)
             assert torch.equal(part.image[row], whole.image[there])
             assert torch.equal(part.keys[row], whole.keys[there])
             assert torch.equal(part.patch_noise[row], whole.patch_noise[there])
@@ -105,17 +107,17 @@ def test_a_share_of_a_batch_is_that_share_of_each_stream(folder: Path):
             )
 
 
-def test_a_step_reads_the_same_pairs_with_and_without_unpaired_films(folder: Path):
+def test_a_step_reads_the_same_pairs_with_and_without_unpaired_images(folder: Path):
     alone, mixed = make_batches(folder), make_batches(folder, *UNPAIRED)
     for step in range(5):
-        a, b = alone.batch(step, Share()), mixed.batch(step, Share())
-        assert a.film_ids == b.film_ids[:4] and len(b) == 6
+        a, b = alone.batch(step, BatchSlice()), mixed.batch(step, BatchSlice())
+        assert a.image_ids == b.image_ids[:4] and len(b) == 6
         assert torch.equal(a.image, b.image[:4])
 
 
-def test_an_unpaired_film_has_a_prompt_of_its_certain_labels_in_the_reports_place(folder: Path):
+def test_an_unpaired_image_has_a_prompt_of_its_certain_labels_in_the_reports_place(folder: Path):
     batches = make_batches(folder, *UNPAIRED, "unpaired.absent_prob=1")
-    batch = batches.batch(0, Share())
+    batch = batches.batch(0, BatchSlice())
     said = texts_of(batch)["f6"]  # cardiomegaly is absent, and whether there is a mass is uncertain
     assert "cardiomegaly" in said or "enlarged heart" in said
     assert said.split()[0] in ("no", "there") and " no " in f" {said} " and "mass" not in said
@@ -124,11 +126,11 @@ def test_an_unpaired_film_has_a_prompt_of_its_certain_labels_in_the_reports_plac
 
 def test_equal_reports_have_equal_text_keys_and_others_not(folder: Path):
     batches = make_batches(folder)
-    report_of = {film.film_id: film.report for film in batches.rows.films}
+    report_of = {sample.image_id: sample.report for sample in batches.dataset.samples}
     for step in range(6):
-        batch = batches.batch(step, Share())
-        for i, a in enumerate(batch.film_ids):
-            for j, b in enumerate(batch.film_ids):
+        batch = batches.batch(step, BatchSlice())
+        for i, a in enumerate(batch.image_ids):
+            for j, b in enumerate(batch.image_ids):
                 same = bool(batch.keys[i, 1] == batch.keys[j, 1])
                 assert same == (report_of[a] == report_of[b])
         assert (batch.keys[:, :2] >= 0).all()
@@ -136,16 +138,16 @@ def test_equal_reports_have_equal_text_keys_and_others_not(folder: Path):
 
 
 def unpaired_folder(root: Path, *labels: dict[str, int]) -> Path:
-    """Six pairs, and a film for each of the label sets."""
-    films = write_films(root, 6 + len(labels))
-    films[6:] = [
-        replace(f, report=None, labels=known) for f, known in zip(films[6:], labels, strict=True)
+    """Six pairs, and an image for each of the label sets."""
+    samples = write_images(root, 6 + len(labels))
+    samples[6:] = [
+        replace(f, report=None, labels=known) for f, known in zip(samples[6:], labels, strict=True)
     ]
-    build_data(films, root, root / "data", film_px=32)
+    build_data(samples, root, root / "data", image_size=32)
     return root / "data"
 
 
-def test_films_that_are_labelled_alike_are_positives_whatever_the_wording(tmp_path: Path):
+def test_images_that_are_labelled_alike_are_positives_whatever_the_wording(tmp_path: Path):
     folder = unpaired_folder(
         tmp_path, {"cardiomegaly": 1}, {"cardiomegaly": 1, "mass": -1}, {"cardiomegaly": 0},
         {"cardiomegaly": 1, "mass": 0}, {"mass": 0, "cardiomegaly": 1},
@@ -153,8 +155,8 @@ def test_films_that_are_labelled_alike_are_positives_whatever_the_wording(tmp_pa
     batches = make_batches(folder, *UNPAIRED, "unpaired.rows_per_pair=1.25")
     said = set()
     for step in range(4):
-        batch = batches.batch(step, Share())
-        number = {film_id: i for i, film_id in enumerate(batch.film_ids)}
+        batch = batches.batch(step, BatchSlice())
+        number = {image_id: i for i, image_id in enumerate(batch.image_ids)}
         keys = [int(batch.keys[number[f"f{6 + i}"], 2]) for i in range(5)]
         assert keys[0] == keys[1] >= 0 and keys[3] == keys[4] >= 0  # "not known" says nothing
         assert len(set(keys)) == 3
@@ -163,13 +165,13 @@ def test_films_that_are_labelled_alike_are_positives_whatever_the_wording(tmp_pa
 
 
 def test_studies_of_two_patients_or_sources_are_two_even_of_one_number(tmp_path: Path):
-    films = write_films(tmp_path, 8)
+    samples = write_images(tmp_path, 8)
     same = [("a", "p1"), ("a", "p1"), ("a", "p2"), ("b", "p1"), ("rsna", "9"), ("chestxray14", "9")]
-    films[:6] = [
+    samples[:6] = [
         replace(f, study_id="1", source=source, patient_id=patient, report=f"Nodule {i}.")
-        for i, (f, (source, patient)) in enumerate(zip(films[:6], same, strict=True))
+        for i, (f, (source, patient)) in enumerate(zip(samples[:6], same, strict=True))
     ]
-    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    build_data(samples, tmp_path, tmp_path / "data", image_size=32)
     keys = make_batches(tmp_path / "data").study_keys.tolist()
     assert keys[0] == keys[1] and keys[4] == keys[5]  # rsna's patients are ChestX-ray14's
     assert len(set(keys)) == 8 - 2
@@ -177,11 +179,11 @@ def test_studies_of_two_patients_or_sources_are_two_even_of_one_number(tmp_path:
 
 def test_reports_read_in_part_are_whole_sentences_of_the_report(folder: Path):
     batches = make_batches(folder, "data.sentence_drop_prob=1")
-    report_of = {film.film_id: film.report for film in batches.rows.films}
+    report_of = {sample.image_id: sample.report for sample in batches.dataset.samples}
     lengths = set()
     for step in range(12):
-        for film_id, said in texts_of(batches.batch(step, Share())).items():
-            report = report_of[film_id]
+        for image_id, said in texts_of(batches.batch(step, BatchSlice())).items():
+            report = report_of[image_id]
             assert report is not None
             sentences = [s.strip() for s in report.lower().split(".") if s.strip()]
             kept = [s.strip() for s in said.split(".") if s.strip()]
@@ -203,8 +205,8 @@ def test_the_number_of_kept_sentences_is_uniform():
 
 def test_what_is_read_of_a_report_by_hand():
     def read(impression: int, choice: float, dropped: float, number: float = 0.5) -> list[int]:
-        draws = np.array([choice, dropped, number, 0.3, 0.1, 0.2, 0.4, *[0.9] * MAX_SENTENCES])
-        keep = sentences_read(4, impression, draws, impression_prob=0.5, drop_prob=0.5)
+        uniforms = np.array([choice, dropped, number, 0.3, 0.1, 0.2, 0.4, *[0.9] * MAX_SENTENCES])
+        keep = sentences_read(4, impression, uniforms, impression_prob=0.5, drop_prob=0.5)
         return np.flatnonzero(keep).tolist()
 
     assert read(impression=3, choice=0.4, dropped=0.0) == [3]
@@ -215,33 +217,35 @@ def test_what_is_read_of_a_report_by_hand():
 
 
 def test_the_impression_is_read_alone_as_often_as_the_configuration_says(tmp_path: Path):
-    films = [
-        replace(film, findings="There is cardiomegaly.", impression=impression, report=report)
-        for i, film in enumerate(write_films(tmp_path, 44))
+    samples = [
+        replace(sample, findings="There is cardiomegaly.", impression=impression, report=report)
+        for i, sample in enumerate(write_images(tmp_path, 44))
         for impression in [None if i < 4 else "Large nodule."]
         for report in [f"There is cardiomegaly. {impression or ''}".strip()]
     ]
-    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    build_data(samples, tmp_path, tmp_path / "data", image_size=32)
     options = ("data.impression_prob=0.5", "train.batch_size=44")
     batches = make_batches(tmp_path / "data", *options)
-    said = [text for step in range(20) for text in texts_of(batches.batch(step, Share())).values()]
+    said = [
+        text for step in range(20) for text in texts_of(batches.batch(step, BatchSlice())).values()
+    ]
     count = {text: said.count(text) for text in set(said)}
     assert count["there is cardiomegaly ."] == 4 * 20
     assert abs(count["large nodule ."] - 400) < 4 * np.sqrt(200)
     assert count["there is cardiomegaly . large nodule ."] == 880 - 80 - count["large nodule ."]
 
 
-def test_shuffled_pairs_give_each_film_the_report_of_another(tmp_path: Path):
-    films = [replace(f, report=f"Nodule {i}.") for i, f in enumerate(write_films(tmp_path, 8))]
-    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+def test_shuffled_pairs_give_each_image_the_report_of_another(tmp_path: Path):
+    samples = [replace(f, report=f"Nodule {i}.") for i, f in enumerate(write_images(tmp_path, 8))]
+    build_data(samples, tmp_path, tmp_path / "data", image_size=32)
     straight = make_batches(tmp_path / "data")
     shuffled = make_batches(tmp_path / "data", shuffle_pairs=True)
     assert sorted(straight.report_of_row) == sorted(shuffled.report_of_row) == list(range(8))
     assert (straight.report_of_row != shuffled.report_of_row).all()
-    assert len(set(shuffled.study_keys)) == len(shuffled.rows)
+    assert len(set(shuffled.study_keys)) == len(shuffled.dataset)
 
 
-def test_shuffled_prompts_are_the_labels_of_another_film(tmp_path: Path):
+def test_shuffled_prompts_are_the_labels_of_another_image(tmp_path: Path):
     folder = unpaired_folder(tmp_path, *({"mass": i % 2} for i in range(5)))
     batches = make_batches(folder, *UNPAIRED, "unpaired.shuffle=true")
     lonely = batches.unpaired
@@ -250,22 +254,24 @@ def test_shuffled_prompts_are_the_labels_of_another_film(tmp_path: Path):
     assert (batches.labels_of_row[batches.pairs] == batches.pairs).all()
 
 
-def test_in_the_label_loss_unpaired_films_have_labels_and_no_prompts(folder: Path):
+def test_in_the_label_loss_unpaired_images_have_labels_and_no_prompts(folder: Path):
     batches = make_batches(folder, *UNPAIRED, "loss.label=1")
-    assert label_names(batches.rows) == ["cardiomegaly"]  # whether there is a mass is uncertain
-    batch = batches.batch(0, Share())
-    assert batch.film_ids == (*batch.film_ids[:4], "f6", "f6")
+    assert label_names(batches.dataset) == ["cardiomegaly"]  # whether there is a mass is uncertain
+    batch = batches.batch(0, BatchSlice())
+    assert batch.image_ids == (*batch.image_ids[:4], "f6", "f6")
     assert len(batch.prompts) == 0 and batch.has_text.tolist() == [True] * 4 + [False] * 2
     assert batch.labels is not None
     assert batch.labels[:4].isnan().all()  # the labels of pairs stay out of the loss
     assert batch.labels[4:].tolist() == [[0.0], [0.0]]
-    assert make_batches(folder, *UNPAIRED).batch(0, Share()).labels is None
+    assert make_batches(folder, *UNPAIRED).batch(0, BatchSlice()).labels is None
 
 
-def test_shuffled_labels_are_those_of_another_film(tmp_path: Path):
-    films = write_films(tmp_path, n=8)
-    films[5:] = [replace(f, report=None, labels={"mass": i % 2}) for i, f in enumerate(films[5:])]
-    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+def test_shuffled_labels_are_those_of_another_image(tmp_path: Path):
+    samples = write_images(tmp_path, n=8)
+    samples[5:] = [
+        replace(f, report=None, labels={"mass": i % 2}) for i, f in enumerate(samples[5:])
+    ]
+    build_data(samples, tmp_path, tmp_path / "data", image_size=32)
     options = (*UNPAIRED, "loss.label=1")
     straight = make_batches(tmp_path / "data", *options)
     shuffled = make_batches(tmp_path / "data", *options, "unpaired.shuffle=true")
@@ -276,7 +282,7 @@ def test_shuffled_labels_are_those_of_another_film(tmp_path: Path):
 
 
 def test_without_a_text_loss_nothing_is_hidden(folder: Path):
-    batch = make_batches(folder, *UNPAIRED).batch(0, Share())
+    batch = make_batches(folder, *UNPAIRED).batch(0, BatchSlice())
     assert not batch.reports.is_masked.any() and not batch.prompts.is_masked.any()
     assert torch.equal(batch.reports.ids, batch.reports.masked_ids)
 
@@ -284,7 +290,7 @@ def test_without_a_text_loss_nothing_is_hidden(folder: Path):
 def test_hidden_words_are_words_of_entities_and_show_the_mask_token(folder: Path):
     batches = make_batches(folder, *UNPAIRED, "loss.text=1", "text_mask.cue_prob=0")
     for step in range(6):
-        batch = batches.batch(step, Share())
+        batch = batches.batch(step, BatchSlice())
         for texts in (batch.reports, batch.prompts):
             has_entity = texts.is_entity.any(1)
             assert (texts.is_masked & ~texts.is_entity)[has_entity].sum() == 0
@@ -300,18 +306,18 @@ def test_the_kinds_of_entities_that_are_hidden_are_those_of_the_configuration(fo
         folder, "loss.text=1", "text_mask.kinds=['finding']", "text_mask.mask_ratio=1",
         "text_mask.cue_prob=0",
     )  # fmt: skip
-    hidden = set()
+    masked = set()
     for step in range(6):
-        texts = batches.batch(step, Share()).reports
+        texts = batches.batch(step, BatchSlice()).reports
         for ids, is_masked in zip(texts.ids, texts.is_masked, strict=True):
-            hidden |= set(TOKENIZER.convert_ids_to_tokens(ids[is_masked].tolist()))
-    assert "effusion" in hidden and "left" not in hidden
+            masked |= set(TOKENIZER.convert_ids_to_tokens(ids[is_masked].tolist()))
+    assert "effusion" in masked and "left" not in masked
 
 
 def test_special_tokens_and_padding_are_never_hidden_where_any_word_may_be(tmp_path: Path):
     texts = ["Zzz.", "Large nodule. Clear lungs. Zzz zzz zzz zzz."]  # no entity; many words
-    films = [replace(f, report=texts[i % 2]) for i, f in enumerate(write_films(tmp_path))]
-    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    samples = [replace(f, report=texts[i % 2]) for i, f in enumerate(write_images(tmp_path))]
+    build_data(samples, tmp_path, tmp_path / "data", image_size=32)
     for policy in ("entities", "random"):
         batches = make_batches(
             tmp_path / "data", "loss.text=1", f"text_mask.policy={policy}",
@@ -319,10 +325,10 @@ def test_special_tokens_and_padding_are_never_hidden_where_any_word_may_be(tmp_p
         )  # fmt: skip
         counts = set()
         for step in range(8):
-            reports = batches.batch(step, Share()).reports
+            reports = batches.batch(step, BatchSlice()).reports
             assert not reports.is_masked[~reports.is_valid].any()
-            hidden = reports.ids[reports.is_masked].tolist()
-            assert not set(hidden) & set(TOKENIZER.all_special_ids) - {TOKENIZER.unk_token_id}
+            masked = reports.ids[reports.is_masked].tolist()
+            assert not set(masked) & set(TOKENIZER.all_special_ids) - {TOKENIZER.unk_token_id}
             counts |= set(reports.is_masked.sum(1).tolist())
         assert min(counts) > 0
 
@@ -333,7 +339,7 @@ def test_random_words_are_as_many_as_the_entities_and_not_they(folder: Path):
     random = make_batches(folder, *options, "text_mask.policy='random'")
     of_entities = []
     for step in range(8):
-        a, b = (batches.batch(step, Share()).reports for batches in (entities, random))
+        a, b = (batches.batch(step, BatchSlice()).reports for batches in (entities, random))
         assert torch.equal(a.is_masked.sum(1), b.is_masked.sum(1))
         of_entities += b.is_entity[b.is_masked].tolist()
     assert 0.2 < np.mean(of_entities) < 0.9  # of the words of these reports, half are entities'
@@ -342,8 +348,8 @@ def test_random_words_are_as_many_as_the_entities_and_not_they(folder: Path):
 def test_a_denial_is_hidden_with_what_it_denies_as_often_as_the_configuration_says(
     tmp_path: Path,
 ):
-    films = [replace(f, report="No effusion.") for f in write_films(tmp_path)]
-    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    samples = [replace(f, report="No effusion.") for f in write_images(tmp_path)]
+    build_data(samples, tmp_path, tmp_path / "data", image_size=32)
     for cue_prob, expected in ((0, 0.0), (0.5, 0.5), (1, 1.0)):
         batches = make_batches(
             tmp_path / "data", "loss.text=1", "text_mask.mask_ratio=1",
@@ -352,7 +358,7 @@ def test_a_denial_is_hidden_with_what_it_denies_as_often_as_the_configuration_sa
         no = TOKENIZER.convert_tokens_to_ids("no")
         found = []
         for step in range(30):
-            reports = batches.batch(step, Share()).reports
+            reports = batches.batch(step, BatchSlice()).reports
             found += reports.is_masked[reports.ids == no].tolist()
         assert len(found) == 120
         assert abs(np.mean(found) - expected) <= 4 * np.sqrt(expected * (1 - expected) / 120)
@@ -360,13 +366,13 @@ def test_a_denial_is_hidden_with_what_it_denies_as_often_as_the_configuration_sa
 
 def test_a_cue_whose_finding_was_cut_off_goes_with_no_other(tmp_path: Path):
     # Cut after "no", the report denies a concept that it no longer names.
-    films = [replace(f, report="Large nodule. No effusion.") for f in write_films(tmp_path)]
-    build_data(films, tmp_path, tmp_path / "data", film_px=32)
+    samples = [replace(f, report="Large nodule. No effusion.") for f in write_images(tmp_path)]
+    build_data(samples, tmp_path, tmp_path / "data", image_size=32)
     batches = make_batches(
         tmp_path / "data", "loss.text=1", "data.max_tokens=6", "text_mask.mask_ratio=1",
         "text_mask.cue_prob=1",
     )  # fmt: skip
-    texts = batches.batch(0, Share()).reports
+    texts = batches.batch(0, BatchSlice()).reports
     shown = [TOKENIZER.convert_ids_to_tokens(ids.tolist()) for ids in texts.masked_ids]
     assert "no" in TOKENIZER.convert_ids_to_tokens(texts.ids[0].tolist())
     assert all("no" in tokens for tokens in shown)
@@ -375,7 +381,7 @@ def test_a_cue_whose_finding_was_cut_off_goes_with_no_other(tmp_path: Path):
 
 def test_a_pair_with_labels_gets_a_prompt_that_guides_and_is_not_learnt_from(folder: Path):
     batches = make_batches(folder, "unpaired.prompt_pairs=true", "loss.text=1")
-    batch = batches.batch(0, Share())
+    batch = batches.batch(0, BatchSlice())
     assert len(batch.prompts) == len(batch.reports) == 4
     assert not batch.prompts.is_masked.any() and batch.reports.is_masked.any()
     reports, alone = batch.texts()
@@ -383,34 +389,34 @@ def test_a_pair_with_labels_gets_a_prompt_that_guides_and_is_not_learnt_from(fol
     assert (batch.keys[:, 2] == -1).all()
 
 
-def test_lesions_move_with_their_film(folder: Path):
+def test_lesions_move_with_their_image(folder: Path):
     lesion = np.zeros((32, 32), bool)
     lesion[8:16, 16:24] = True  # the patch in row 1, column 2
     lesions = {f"f{i}": lesion for i in range(6)}
-    still = make_batches(folder, lesions=lesions).batch(0, Share())
+    still = make_batches(folder, lesions=lesions).batch(0, BatchSlice())
     assert still.lesion_ratio is not None
     assert still.lesion_ratio.argmax(1).tolist() == [6] * 4
     torch.testing.assert_close(still.lesion_ratio.sum(1), torch.ones(4), atol=1e-4, rtol=0)
     moving = make_batches(
         folder, "augment.translate_ratio=0.2", "augment.rotation_deg=20", lesions=lesions
-    ).batch(0, Share())
+    ).batch(0, BatchSlice())
     assert moving.lesion_ratio is not None
     assert not torch.equal(moving.lesion_ratio, still.lesion_ratio)
     assert abs(float(moving.lesion_ratio.sum(1).mean()) - 1) < 0.5
 
 
-def test_a_lesion_that_is_bright_stays_bright_as_its_film_moves(tmp_path: Path):
-    films = write_films(tmp_path, 8)
+def test_a_lesion_that_is_bright_stays_bright_as_its_image_moves(tmp_path: Path):
+    samples = write_images(tmp_path, 8)
     lesion = np.zeros((32, 32), bool)
     lesion[2:10, 18:26] = True
-    for film in films:
-        Image.fromarray(255 * lesion.astype(np.uint8)).save(tmp_path / str(film.image))
-    build_data(films, tmp_path, tmp_path / "data", film_px=32)
-    lesions = {film.film_id: lesion for film in films}
+    for sample in samples:
+        Image.fromarray(255 * lesion.astype(np.uint8)).save(tmp_path / str(sample.image))
+    build_data(samples, tmp_path, tmp_path / "data", image_size=32)
+    lesions = {sample.image_id: lesion for sample in samples}
     batch = make_batches(
         tmp_path / "data", "augment.translate_ratio=0.2", "augment.rotation_deg=40",
         "augment.scale_ratio=0.2", lesions=lesions,
-    ).batch(0, Share())  # fmt: skip
+    ).batch(0, BatchSlice())  # fmt: skip
     assert batch.lesion_ratio is not None
     dark = normalise(torch.zeros(1, 32, 32, dtype=torch.uint8)).min()
     bright = batch.image - dark
@@ -456,26 +462,26 @@ def test_rows_that_are_asked_for_come_in_that_order_with_the_draws_of_the_first_
     unpaired = int(batches.unpaired[0])
     rows = np.array([3, unpaired, 0])
     batch = batches.of_rows(rows)
-    assert batch.film_ids == tuple(batches.rows.films[row].film_id for row in rows)
+    assert batch.image_ids == tuple(batches.dataset.samples[row].image_id for row in rows)
     said = texts_of(batch)
     prompt = batches.prompts(rows, np.zeros_like(rows))[1]
     assert prompt is not None
-    assert said[batch.film_ids[1]] == TOKENIZER.decode(
+    assert said[batch.image_ids[1]] == TOKENIZER.decode(
         TOKENIZER(prompt.text).input_ids, skip_special_tokens=True
     )
-    first, hidden = batches.batch(0, Share()), {}
+    first, masked = batches.batch(0, BatchSlice()), {}
     for texts, of in ((first.reports, first), (batch.reports, batch)):
         for row, ids in zip(texts.rows.tolist(), texts.masked_ids, strict=True):
-            hidden.setdefault(of.film_ids[row], []).append([i for i in ids.tolist() if i])
-    both = [found for found in hidden.values() if len(found) == 2]
+            masked.setdefault(of.image_ids[row], []).append([i for i in ids.tolist() if i])
+    both = [found for found in masked.values() if len(found) == 2]
     assert both and all(one == other for one, other in both)
 
 
 def test_without_pairs_rows_can_be_looked_at_and_not_trained_on(folder: Path):
     config = small_config(*STILL)
-    rows = open_rows([folder], 32)
-    rows = rows.select([film.report is None for film in rows.films])
-    batches = TrainingBatches(rows, TOKENIZER, config, patch_px=8)
+    dataset = open_dataset([folder], 32)
+    dataset = dataset.select([sample.report is None for sample in dataset.samples])
+    batches = TrainingBatches(dataset, TOKENIZER, config, patch_size=8)
     assert len(batches.of_rows(np.array([0])).prompts) == 1
     with pytest.raises(ValueError, match="there are no rows to read from"):
-        batches.batch(0, Share())
+        batches.batch(0, BatchSlice())

@@ -1,4 +1,4 @@
-"""Whole builds: damaged inputs as a user meets them, and the real films where they are at hand."""
+"""Whole builds: damaged inputs as a user meets them, and the real images where they are at hand."""
 
 import csv
 import json
@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 
 from mmclip.data.build import build_data, build_shard
-from mmclip.data.cache import FilmCache, verify_cache
+from mmclip.data.cache import ImageCache, verify_cache
+from mmclip.data.csv_mapping import CsvMapping, load_mapping
+from mmclip.data.csv_table import SourceError, read_csv
 from mmclip.data.folder import ManifestError, read_meta
-from mmclip.data.images import resize_film
+from mmclip.data.images import resize_image
 from mmclip.data.manifest import read_manifest
-from mmclip.data.mapping import CsvMapping, load_mapping
-from mmclip.data.parts import Shard
-from mmclip.data.records import Film, Reason, Record
-from mmclip.data.tables import SourceError, read_csv
+from mmclip.data.sample import Reason, Record, Sample
+from mmclip.data.shards import Shard
 from tests.made_files import NAME, NUMBER, blank, dicom, encoded, huge_png, ramp
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -60,7 +60,7 @@ class Case:
     Attributes:
         content: Of case.png, or what makes it in the root folder; None leaves it out.
         rows: The lines of the table that stand for the case.
-        kept: Checks on the kept films of the case, one for each; none means none is kept.
+        kept: Checks on the kept images of the case, one for each; none means none is kept.
         excluded: The reasons of the excluded rows of the case, in order.
         detail: Words of the first excluded row's detail.
         error: The build stops at once with this message instead.
@@ -68,27 +68,27 @@ class Case:
 
     content: bytes | Callable[[Path], object] | None = SOUND
     rows: bytes = row()
-    kept: tuple[Callable[[Film, np.ndarray], bool], ...] = ()
+    kept: tuple[Callable[[Sample, np.ndarray], bool], ...] = ()
     excluded: tuple[Reason, ...] = ()
     detail: str = ""
     error: str | None = None
 
 
-def is_ramp(film: Film, pixels: np.ndarray) -> bool:
-    return bool((pixels == resize_film(ramp(), PX)).all())
+def is_ramp(sample: Sample, pixels: np.ndarray) -> bool:
+    return bool((pixels == resize_image(ramp(), PX)).all())
 
 
-def is_stretched(film: Film, pixels: np.ndarray) -> bool:
+def is_stretched(sample: Sample, pixels: np.ndarray) -> bool:
     return pixels[0, 0] <= 8 and pixels[-1, -1] >= 247 and pixels[0, 0] < pixels[15, 15]
 
 
-def is_inverted(film: Film, pixels: np.ndarray) -> bool:
+def is_inverted(sample: Sample, pixels: np.ndarray) -> bool:
     return pixels[0, 0] >= 247 and pixels[-1, -1] <= 8
 
 
-def has(**values) -> Callable[[Film, np.ndarray], bool]:
-    def check(film: Film, pixels: np.ndarray) -> bool:
-        return {name: getattr(film, name) for name in values} == values
+def has(**values) -> Callable[[Sample, np.ndarray], bool]:
+    def check(sample: Sample, pixels: np.ndarray) -> bool:
+        return {name: getattr(sample, name) for name in values} == values
 
     return check
 
@@ -114,10 +114,10 @@ CASES = {
         excluded=(Reason.IMAGE_TOO_LARGE,),
         detail="100,000,000",
     ),
-    "blank film": Case(
+    "blank image": Case(
         encoded(blank(9, 9, 0)), excluded=(Reason.IMAGE_BLANK,), detail="grey levels 9 to 9"
     ),
-    "nearly blank film": Case(encoded(blank(0, 255, 50)), excluded=(Reason.IMAGE_BLANK,)),
+    "nearly blank image": Case(encoded(blank(0, 255, 50)), excluded=(Reason.IMAGE_BLANK,)),
     "animated gif": Case(
         encoded(ramp(), "GIF", save_all=True, append_images=[Image.fromarray(255 - ramp())]),
         excluded=(Reason.IMAGE_UNREADABLE,),
@@ -162,7 +162,7 @@ CASES = {
     # Reports.
     "a report of nan": Case(rows=row(report="NaN"), kept=(has(report=None, study_id="case.png"),)),
     "a report of white space": Case(rows=row(report=" \t "), kept=(has(report=None),)),
-    "neither film nor report": Case(
+    "neither image nor report": Case(
         rows=row(film="", report=""), excluded=(Reason.NO_ID,)
     ),
     # Rows.
@@ -175,7 +175,7 @@ CASES = {
     "a patient in two splits": Case(
         lambda root: [(root / name).write_bytes(SOUND) for name in ("case.png", "case2.png")],
         rows=row(split="train") + row(film="case2.png", split="test"),
-        kept=(has(film_id="case2.png", split="test"),),
+        kept=(has(image_id="case2.png", split="test"),),
         excluded=(Reason.PATIENT_IN_TWO_SPLITS,),
         detail="split train, but the patient is also in test",
     ),
@@ -229,7 +229,7 @@ def test_what_becomes_of_a_damaged_input(tmp_path: Path, name: str, mark: bytes)
     (root / "studies.csv").write_bytes(mark + b"".join(table))
 
     def build() -> dict:
-        return build_data(read_csv(root, MAPPING), root, out, film_px=PX)
+        return build_data(read_csv(root, MAPPING), root, out, image_size=PX)
 
     if case.error is not None:
         with pytest.raises(SourceError, match=case.error):
@@ -238,7 +238,7 @@ def test_what_becomes_of_a_damaged_input(tmp_path: Path, name: str, mark: bytes)
         return
     meta = build()
     n_rows = 2 + len(case.kept) + len(case.excluded)
-    assert (meta["n_rows"], meta["n_films"], meta["n_excluded"]) == (
+    assert (meta["n_rows"], meta["n_samples"], meta["n_excluded"]) == (
         n_rows, n_rows - len(case.excluded), len(case.excluded),
     )  # fmt: skip
     assert meta["excluded"] == {str(reason): n for reason, n in Counter(case.excluded).items()}
@@ -248,33 +248,33 @@ def test_what_becomes_of_a_damaged_input(tmp_path: Path, name: str, mark: bytes)
     assert not any(word in str(lines) for word in (*NAME.split("^"), NUMBER))
     assert not lines or case.detail in lines[0]["detail"]
     first, *kept, last = read_manifest(out)
-    pixels = FilmCache.open(out).films
-    assert (first.film_id, last.film_id) == ("first.png", "last.png")
+    pixels = ImageCache.open(out).images
+    assert (first.image_id, last.image_id) == ("first.png", "last.png")
     assert is_ramp(first, pixels[0]) and is_ramp(last, pixels[-1])
     assert len(kept) == len(case.kept) == len(pixels) - 2
-    for film, check, image in zip(kept, case.kept, pixels[1:-1], strict=True):
-        assert check(film, image), film
+    for sample, check, image in zip(kept, case.kept, pixels[1:-1], strict=True):
+        assert check(sample, image), sample
 
 
 # The folder as a whole.
 
 
-def write_root(root: Path, n: int = 12) -> list[Film]:
-    """Films 0, 1, ...; every third has no image, and file 4 is damaged."""
+def write_root(root: Path, n: int = 12) -> list[Sample]:
+    """Images 0, 1, ...; every third has no image, and file 4 is damaged."""
     root.mkdir()
-    films = []
+    samples = []
     for i in range(n):
         image = None if i % 3 == 2 else f"{i}.png"
         if image:
             content = encoded(np.roll(ramp(), i, axis=1))
             (root / image).write_bytes(content[:50] if i == 4 else content)
-        films.append(
-            Film(
-                film_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i // 2}", source="made",
+        samples.append(
+            Sample(
+                image_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i // 2}", source="made",
                 image=image, report="Clear.",
             )
         )  # fmt: skip
-    return films
+    return samples
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -282,47 +282,49 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_same_folder_gives_the_same_bytes_and_hash(tmp_path: Path):
-    films = write_root(tmp_path / "root")
+    samples = write_root(tmp_path / "root")
     metas = [
-        build_data(films, tmp_path / "root", tmp_path / f"out{n}", film_px=PX, workers=n)
+        build_data(samples, tmp_path / "root", tmp_path / f"out{n}", image_size=PX, workers=n)
         for n in (1, 2)
     ]
     assert metas[0] == metas[1]
     assert files(tmp_path / "out1") == files(tmp_path / "out2")
 
 
-def test_one_changed_pixel_changes_the_hash_and_the_films(tmp_path: Path):
-    films = write_root(tmp_path / "root")
-    one = build_data(films, tmp_path / "root", tmp_path / "one", film_px=PX)
+def test_one_changed_pixel_changes_the_hash_and_the_images(tmp_path: Path):
+    samples = write_root(tmp_path / "root")
+    one = build_data(samples, tmp_path / "root", tmp_path / "one", image_size=PX)
     pixels = ramp()
     pixels[3, 3] ^= 64
     (tmp_path / "root" / "0.png").write_bytes(encoded(pixels))
-    two = build_data(films, tmp_path / "root", tmp_path / "two", film_px=PX)
+    two = build_data(samples, tmp_path / "root", tmp_path / "two", image_size=PX)
     assert one["data_hash"] != two["data_hash"]
-    assert one["films_sha256"] != two["films_sha256"]
+    assert one["images_sha256"] != two["images_sha256"]
 
 
-def test_row_i_of_the_films_is_the_ith_record_with_an_image(tmp_path: Path):
-    films = write_root(tmp_path / "root")
-    meta = build_data(films, tmp_path / "root", tmp_path / "out", film_px=PX)
+def test_row_i_of_the_images_is_the_ith_record_with_an_image(tmp_path: Path):
+    samples = write_root(tmp_path / "root")
+    meta = build_data(samples, tmp_path / "root", tmp_path / "out", image_size=PX)
     kept = read_manifest(tmp_path / "out")
-    assert [film.film_id for film in kept] == [f"f{i}" for i in range(12) if i != 4]
-    pixels = FilmCache.open(tmp_path / "out").films
-    with_image = [film for film in kept if film.image]
-    for image, film in zip(pixels, with_image, strict=True):
-        rolled = np.roll(ramp(), int(film.film_id[1:]), axis=1)
-        np.testing.assert_array_equal(image, resize_film(rolled, PX))
-        assert (film.width_px, film.height_px) == (32, 24)
-    verify_cache(tmp_path / "out", meta["films_sha256"])
+    assert [sample.image_id for sample in kept] == [f"f{i}" for i in range(12) if i != 4]
+    pixels = ImageCache.open(tmp_path / "out").images
+    with_image = [sample for sample in kept if sample.image]
+    for image, sample in zip(pixels, with_image, strict=True):
+        rolled = np.roll(ramp(), int(sample.image_id[1:]), axis=1)
+        np.testing.assert_array_equal(image, resize_image(rolled, PX))
+        assert (sample.width_px, sample.height_px) == (32, 24)
+    verify_cache(tmp_path / "out", meta["images_sha256"])
 
 
 def test_excluded_rows_are_listed_in_their_order_whichever_step_left_them_out(tmp_path: Path):
-    films = write_root(tmp_path / "root")
+    samples = write_root(tmp_path / "root")
     images = {0: "no.png", 1: "../1.png", 3: "empty.png", 6: "../6.png", 7: "no.png"}
     (tmp_path / "root" / "empty.png").touch()
-    films = [replace(film, image=images.get(i, film.image)) for i, film in enumerate(films)]
-    films[5] = replace(films[5], film_id="")
-    build_data(films, tmp_path / "root", tmp_path / "out", film_px=PX)
+    samples = [
+        replace(sample, image=images.get(i, sample.image)) for i, sample in enumerate(samples)
+    ]
+    samples[5] = replace(samples[5], image_id="")
+    build_data(samples, tmp_path / "root", tmp_path / "out", image_size=PX)
     lines = (tmp_path / "out" / "excluded.jsonl").read_text().splitlines()
     assert [(line["row"], line["reason"]) for line in map(json.loads, lines)] == [
         (0, Reason.IMAGE_MISSING),
@@ -336,84 +338,84 @@ def test_excluded_rows_are_listed_in_their_order_whichever_step_left_them_out(tm
 
 
 def test_a_finished_build_is_replaced_only_when_asked_to(tmp_path: Path):
-    films = write_root(tmp_path / "root")
+    samples = write_root(tmp_path / "root")
     out = tmp_path / "out"
-    first = build_data(films, tmp_path / "root", out, film_px=PX)
+    first = build_data(samples, tmp_path / "root", out, image_size=PX)
     with pytest.raises(ManifestError, match="finished build of 11 rows; add --overwrite"):
-        build_data(films, tmp_path / "root", out, film_px=16)
+        build_data(samples, tmp_path / "root", out, image_size=16)
     assert read_meta(out) == first
-    again = build_data(films, tmp_path / "root", out, film_px=16, overwrite=True)
-    assert again["film_px"] == FilmCache.open(out).films.shape[1] == 16
+    again = build_data(samples, tmp_path / "root", out, image_size=16, overwrite=True)
+    assert again["image_size"] == ImageCache.open(out).images.shape[1] == 16
 
 
-@pytest.mark.parametrize("name", ["film.png", "meta.json"])
+@pytest.mark.parametrize("name", ["image.png", "meta.json"])
 def test_a_build_writes_nothing_into_a_folder_of_other_things(tmp_path: Path, name: str):
-    films = write_root(tmp_path / "root")
+    samples = write_root(tmp_path / "root")
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("mine")
     with pytest.raises(ManifestError, match=f"holds other things .*such as {name}; name a new"):
-        build_data(films, tmp_path / "root", out, film_px=PX, overwrite=True)
+        build_data(samples, tmp_path / "root", out, image_size=PX, overwrite=True)
     with pytest.raises(ManifestError, match="holds other things"):
-        build_shard(films, tmp_path / "root", out, Shard(1, 2), film_px=PX)
+        build_shard(samples, tmp_path / "root", out, Shard(1, 2), image_size=PX)
     with pytest.raises(ManifestError, match="is a file; name the folder"):
-        build_data(films, tmp_path / "root", out / name, film_px=PX)
+        build_data(samples, tmp_path / "root", out / name, image_size=PX)
     assert {path.name: path.read_text() for path in out.iterdir()} == {name: "mine"}
 
 
-def test_a_text_only_build_has_no_films_and_leaves_none_behind(tmp_path: Path):
-    films = write_root(tmp_path / "root")
+def test_a_text_only_build_has_no_images_and_leaves_none_behind(tmp_path: Path):
+    samples = write_root(tmp_path / "root")
     out = tmp_path / "out"
-    build_data(films, tmp_path / "root", out, film_px=PX)
-    texts = [replace(film, image=None) for film in films]
-    meta = build_data(texts, tmp_path / "root", out, film_px=PX, overwrite=True)
-    assert (meta["film_px"], meta["films_sha256"], meta["n_with_image"]) == (None, None, 0)
-    assert sorted(files(out)) == ["excluded.jsonl", "films.parquet", "meta.json"]
+    build_data(samples, tmp_path / "root", out, image_size=PX)
+    texts = [replace(sample, image=None) for sample in samples]
+    meta = build_data(texts, tmp_path / "root", out, image_size=PX, overwrite=True)
+    assert (meta["image_size"], meta["images_sha256"], meta["n_with_image"]) == (None, None, 0)
+    assert sorted(files(out)) == ["excluded.jsonl", "meta.json", "samples.parquet"]
 
 
 def test_a_build_of_nothing_says_what_went_wrong_most_often(tmp_path: Path):
-    films = [replace(film, image="no.png") for film in write_root(tmp_path / "root")]
+    samples = [replace(sample, image="no.png") for sample in write_root(tmp_path / "root")]
     with pytest.raises(ManifestError, match="12 of 12 rows: the image file does not exist"):
-        build_data(films, tmp_path / "root", tmp_path / "out", film_px=PX)
+        build_data(samples, tmp_path / "root", tmp_path / "out", image_size=PX)
     with pytest.raises(ManifestError, match="the source has no rows"):
-        build_data([], tmp_path / "root", tmp_path / "out", film_px=PX)
+        build_data([], tmp_path / "root", tmp_path / "out", image_size=PX)
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
 def test_a_source_that_fails_leaves_the_finished_build_as_it_is(tmp_path: Path):
-    films = write_root(tmp_path / "root")
-    meta = build_data(films, tmp_path / "root", tmp_path / "out", film_px=PX)
+    samples = write_root(tmp_path / "root")
+    meta = build_data(samples, tmp_path / "root", tmp_path / "out", image_size=PX)
 
     def failing() -> Iterator[Record]:
-        yield films[0]
+        yield samples[0]
         raise SourceError("a damaged row")
 
     with pytest.raises(SourceError, match="a damaged row"):
-        build_data(failing(), tmp_path / "root", tmp_path / "out", film_px=PX, overwrite=True)
+        build_data(failing(), tmp_path / "root", tmp_path / "out", image_size=PX, overwrite=True)
     assert read_meta(tmp_path / "out") == meta
 
 
 def test_a_root_behind_a_link_is_the_root(tmp_path: Path):
-    films = write_root(tmp_path / "root")
+    samples = write_root(tmp_path / "root")
     (tmp_path / "link").symlink_to("root")
-    plain = build_data(films, tmp_path / "root", tmp_path / "one", film_px=PX)
-    linked = build_data(films, tmp_path / "link", tmp_path / "two", film_px=PX)
+    plain = build_data(samples, tmp_path / "root", tmp_path / "one", image_size=PX)
+    linked = build_data(samples, tmp_path / "link", tmp_path / "two", image_size=PX)
     assert plain == linked
 
 
 def test_the_command_builds_and_says_what_it_left_out(tmp_path: Path):
-    films = write_root(tmp_path / "root")
-    table = "film,patient\n" + "".join(f"{f.image},{f.patient_id}\n" for f in films if f.image)
+    samples = write_root(tmp_path / "root")
+    table = "film,patient\n" + "".join(f"{f.image},{f.patient_id}\n" for f in samples if f.image)
     (tmp_path / "root" / "studies.csv").write_text(table)
     (tmp_path / "m.toml").write_text('[columns]\nimage = "film"\npatient_id = "patient"\n')
-    command = [sys.executable, "-m", "mmclip", "data", "build", "csv", "--film-px", str(PX)]
+    command = [sys.executable, "-m", "mmclip", "data", "build", "csv", "--image-size", str(PX)]
     places = {"--root": "root", "--mapping": "m.toml", "--out": "out"}
     for option, name in places.items():
         command += [option, str(tmp_path / name)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "the image ends before its last row" in result.stderr
     assert result.stdout.strip() == str(tmp_path / "out")
-    assert read_meta(tmp_path / "out")["n_films"] == 7
+    assert read_meta(tmp_path / "out")["n_samples"] == 7
 
 
 def test_an_error_of_the_command_is_one_line(tmp_path: Path):
@@ -424,32 +426,37 @@ def test_an_error_of_the_command_is_one_line(tmp_path: Path):
     assert result.stderr.startswith("error: csv needs a file") and result.stderr.count("\n") == 1
 
 
-# The real films.
+# The real images.
 
 
-@pytest.mark.skipif(not (REAL / "studies.csv").is_file(), reason="needs the real chest films")
-def test_every_real_film_is_accounted_for(tmp_path: Path):
-    mapping = load_mapping(REPOSITORY / "examples" / "mixed_films.toml")
-    meta = build_data(read_csv(REAL, mapping), REAL, tmp_path, film_px=PX)
+@pytest.mark.skipif(not (REAL / "studies.csv").is_file(), reason="needs the real chest X-rays")
+def test_every_real_image_is_accounted_for(tmp_path: Path):
+    mapping = load_mapping(REPOSITORY / "examples" / "mixed_images.toml")
+    meta = build_data(read_csv(REAL, mapping), REAL, tmp_path, image_size=PX)
     with (REAL / "studies.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert (len(rows), meta["n_rows"], meta["n_films"], meta["n_excluded"]) == (3620, 3620, 3620, 0)
-    films = read_manifest(tmp_path)
-    assert [film.image for film in films] == [row["film"] for row in rows]
-    assert [film.split for film in films] == [row["split"] for row in rows]
-    assert sum(film.report is not None for film in films) == 447
-    assert Counter(film.view for film in films)["L"] == 53
-    assert Counter(film.source for film in films)["kermany"] == 483
-    pixels = FilmCache.open(tmp_path).films
+    assert (len(rows), meta["n_rows"], meta["n_samples"], meta["n_excluded"]) == (
+        3620,
+        3620,
+        3620,
+        0,
+    )
+    samples = read_manifest(tmp_path)
+    assert [sample.image for sample in samples] == [row["film"] for row in rows]
+    assert [sample.split for sample in samples] == [row["split"] for row in rows]
+    assert sum(sample.report is not None for sample in samples) == 447
+    assert Counter(sample.view for sample in samples)["L"] == 53
+    assert Counter(sample.source for sample in samples)["kermany"] == 483
+    pixels = ImageCache.open(tmp_path).images
     assert pixels.shape == (3620, PX, PX)
     assert (pixels.max(axis=(1, 2)) > pixels.min(axis=(1, 2)) + 10).all()
-    for film, row in zip(films, rows, strict=True):
-        known = set(film.labels.values())
+    for sample, row in zip(samples, rows, strict=True):
+        known = set(sample.labels.values())
         assert known <= {0, 1}
-        assert bool(film.labels) == (row["labels"] not in ("", "todo")), row
-        if film.source == "tb128":
-            assert film.labels["tuberculosis"] == (row["labels"] == "TB")
-        if film.source == "kermany":
-            assert film.labels["pneumonia"] == (row["labels"] != "Normal")
-            assert film.split == "test"
-    verify_cache(tmp_path, meta["films_sha256"])
+        assert bool(sample.labels) == (row["labels"] not in ("", "todo")), row
+        if sample.source == "tb128":
+            assert sample.labels["tuberculosis"] == (row["labels"] == "TB")
+        if sample.source == "kermany":
+            assert sample.labels["pneumonia"] == (row["labels"] != "Normal")
+            assert sample.split == "test"
+    verify_cache(tmp_path, meta["images_sha256"])

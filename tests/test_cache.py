@@ -13,20 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmclip.data import cache, parts
+from mmclip.data import cache, shards
 from mmclip.data.cache import (
     CacheError,
-    FilmCache,
-    FilmFacts,
-    decode_films,
-    join_films,
+    ImageCache,
+    ImageFacts,
+    decode_images,
+    join_images,
     verify_cache,
 )
 from mmclip.data.folder import read_meta
-from mmclip.data.images import decode_film, read_film, resize_film
+from mmclip.data.images import decode_image, read_image, resize_image
 from mmclip.data.manifest import read_manifest
-from mmclip.data.parts import WorkersError
-from mmclip.data.records import Reason
+from mmclip.data.sample import Reason
+from mmclip.data.shards import WorkersError
 from tests.made_files import encoded, ramp
 
 N = 40
@@ -35,7 +35,7 @@ PATIENCE_S = 300
 
 
 def write_images(root: Path, n: int = N, size_px: int = 24) -> list[Path]:
-    """Different films of noise; every tenth file is damaged."""
+    """Different images of noise; every tenth file is damaged."""
     rng = np.random.default_rng(0)
     root.mkdir(exist_ok=True)
     paths = [root / f"{i:04d}.png" for i in range(n)]
@@ -52,7 +52,7 @@ def images(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def _small_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(cache, "CHUNK_FILMS", 8)
+    monkeypatch.setattr(cache, "CHUNK_IMAGES", 8)
 
 
 def count_decoded(monkeypatch) -> list[int]:
@@ -61,18 +61,18 @@ def count_decoded(monkeypatch) -> list[int]:
 
     def counting(content: bytes) -> np.ndarray:
         decoded.append(len(content))
-        return decode_film(content)
+        return decode_image(content)
 
-    monkeypatch.setattr(cache, "decode_film", counting)
+    monkeypatch.setattr(cache, "decode_image", counting)
     return decoded
 
 
 def build_cache(
-    images: list[Path], out: Path, film_px: int, workers: int = 1
-) -> tuple[list[FilmFacts], str]:
+    images: list[Path], out: Path, image_size: int, workers: int = 1
+) -> tuple[list[ImageFacts], str]:
     """What `build_data` does of it: the chunks, then all of them as one."""
-    decode_films(Path("/"), [str(path) for path in images], out, film_px, workers)
-    return join_films(len(images), out, film_px)
+    decode_images(Path("/"), [str(path) for path in images], out, image_size, workers)
+    return join_images(len(images), out, image_size)
 
 
 class Stop(Exception):
@@ -81,7 +81,7 @@ class Stop(Exception):
 
 @contextmanager
 def watch_progress(
-    on_advance: Callable[[int], object], task: str = "reading films"
+    on_advance: Callable[[int], object], task: str = "reading images"
 ) -> Iterator[list[int]]:
     """Calls a function at every step of a task; the list gets what was done of each task before."""
     done_before: list[int] = []
@@ -93,11 +93,11 @@ def watch_progress(
         yield on_advance if what == task else lambda n: None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "progress", shown)
+        patch.setattr(shards, "progress", shown)
         yield done_before
 
 
-def stop_build(images: list[Path], out: Path, film_px: int = 16, n_chunks: int = 3) -> None:
+def stop_build(images: list[Path], out: Path, image_size: int = 16, n_chunks: int = 3) -> None:
     """Builds until some chunks are done."""
     calls = []
 
@@ -107,16 +107,16 @@ def stop_build(images: list[Path], out: Path, film_px: int = 16, n_chunks: int =
             raise Stop
 
     with watch_progress(stop), pytest.raises(Stop):
-        build_cache(images, out, film_px)
+        build_cache(images, out, image_size)
 
 
-def test_row_i_is_the_ith_film_that_can_be_read(images: list[Path], tmp_path: Path):
+def test_row_i_is_the_ith_image_that_can_be_read(images: list[Path], tmp_path: Path):
     facts, checksum = build_cache(images, tmp_path / "out", 16)
-    films = FilmCache.open(tmp_path / "out").films
-    assert films.shape == (36, 16, 16) and films.dtype == np.uint8
+    arrays = ImageCache.open(tmp_path / "out").images
+    assert arrays.shape == (36, 16, 16) and arrays.dtype == np.uint8
     sound = [path for path, fact in zip(images, facts, strict=True) if fact.reason is None]
-    for film, path in zip(films, sound, strict=True):
-        np.testing.assert_array_equal(film, resize_film(read_film(path), 16))
+    for image, path in zip(arrays, sound, strict=True):
+        np.testing.assert_array_equal(image, resize_image(read_image(path), 16))
     assert [i for i, fact in enumerate(facts) if fact.reason] == [3, 13, 23, 33]
     assert {fact.reason for fact in facts} == {None, Reason.IMAGE_TRUNCATED}
     assert {(fact.width_px, fact.height_px) for fact in facts} == {(32, 24), (0, 0)}
@@ -127,13 +127,13 @@ def test_row_i_is_the_ith_film_that_can_be_read(images: list[Path], tmp_path: Pa
 def test_the_bytes_do_not_depend_on_the_number_of_workers(images, tmp_path: Path):
     made = [build_cache(images, tmp_path / f"out{n}", 16, workers=n) for n in (1, 2, 3)]
     assert made[0] == made[1] == made[2]
-    files = [(tmp_path / f"out{n}" / "films.npy").read_bytes() for n in (1, 2, 3)]
+    files = [(tmp_path / f"out{n}" / "images.npy").read_bytes() for n in (1, 2, 3)]
     assert files[0] == files[1] == files[2]
 
 
 def test_the_bytes_do_not_depend_on_the_size_of_the_chunks(images, tmp_path: Path, monkeypatch):
     whole = build_cache(images, tmp_path / "whole", 16)
-    monkeypatch.setattr(cache, "CHUNK_FILMS", 7)
+    monkeypatch.setattr(cache, "CHUNK_IMAGES", 7)
     assert build_cache(images, tmp_path / "parts", 16) == whole
 
 
@@ -158,16 +158,16 @@ def test_a_changed_file_is_decoded_anew(images, tmp_path: Path, monkeypatch):
     facts, _ = build_cache(images, tmp_path / "out", 16)
     assert len(decoded) == N - 8 - 1
     row = 9 - 1  # the file 3 is damaged
-    film = FilmCache.open(tmp_path / "out").films[row]
-    np.testing.assert_array_equal(film, resize_film(ramp(), 16))
+    image = ImageCache.open(tmp_path / "out").images[row]
+    np.testing.assert_array_equal(image, resize_image(ramp(), 16))
     assert facts[16].reason == Reason.IMAGE_MISSING
 
 
 @pytest.mark.usefixtures("_small_chunks")
-def test_another_film_size_takes_up_no_old_chunk(images, tmp_path: Path):
+def test_another_image_size_takes_up_no_old_chunk(images, tmp_path: Path):
     stop_build(images, tmp_path / "out")
     build_cache(images, tmp_path / "out", 20)
-    assert FilmCache.open(tmp_path / "out").films.shape == (36, 20, 20)
+    assert ImageCache.open(tmp_path / "out").images.shape == (36, 20, 20)
 
 
 def flip(path: Path, at: int) -> None:
@@ -177,13 +177,15 @@ def flip(path: Path, at: int) -> None:
 
 
 @pytest.mark.usefixtures("_small_chunks")
-@pytest.mark.parametrize("damage", ["films", "facts", "cut facts", "empty facts", "no films"])
+@pytest.mark.parametrize("damage", ["images", "facts", "cut facts", "empty facts", "no images"])
 def test_a_tampered_chunk_is_noticed_and_made_anew(images, tmp_path: Path, damage: str):
     whole = build_cache(images, tmp_path / "whole", 16)
     stop_build(images, tmp_path / "out")
-    films, facts = (tmp_path / "out" / "films.parts" / f"000001.{end}" for end in ("npy", "json"))
-    if damage == "films":
-        flip(films, -1)
+    arrays, facts = (
+        tmp_path / "out" / "images.shards" / f"000001.{end}" for end in ("npy", "json")
+    )
+    if damage == "images":
+        flip(arrays, -1)
     elif damage == "facts":
         known = json.loads(facts.read_text())
         known["facts"][0]["width_px"] = 99
@@ -193,36 +195,36 @@ def test_a_tampered_chunk_is_noticed_and_made_anew(images, tmp_path: Path, damag
     elif damage == "empty facts":
         facts.write_text("")
     else:
-        films.unlink()
+        arrays.unlink()
     assert build_cache(images, tmp_path / "out", 16) == whole
     verify_cache(tmp_path / "out", whole[1])
 
 
-def test_a_flipped_bit_of_the_films_is_noticed(images, tmp_path: Path):
+def test_a_flipped_bit_of_the_images_is_noticed(images, tmp_path: Path):
     _, checksum = build_cache(images, tmp_path, 16)
-    flip(tmp_path / "films.npy", 2000)
+    flip(tmp_path / "images.npy", 2000)
     with pytest.raises(CacheError, match="was changed since it was built"):
         verify_cache(tmp_path, checksum)
-    (tmp_path / "films.npy").unlink()
+    (tmp_path / "images.npy").unlink()
     with pytest.raises(CacheError, match="is missing"):
         verify_cache(tmp_path, checksum)
 
 
-def test_a_file_that_holds_no_films_is_refused(tmp_path: Path):
+def test_a_file_that_holds_no_images_is_refused(tmp_path: Path):
     with pytest.raises(CacheError, match="cannot be opened"):
-        FilmCache.open(tmp_path)
-    (tmp_path / "films.npy").write_bytes(b"no array")
+        ImageCache.open(tmp_path)
+    (tmp_path / "images.npy").write_bytes(b"no array")
     with pytest.raises(CacheError, match="cannot be opened"):
-        FilmCache.open(tmp_path)
-    np.save(tmp_path / "films.npy", np.zeros((2, 4, 4), np.float32))
+        ImageCache.open(tmp_path)
+    np.save(tmp_path / "images.npy", np.zeros((2, 4, 4), np.float32))
     with pytest.raises(CacheError, match="float32"):
-        FilmCache.open(tmp_path)
+        ImageCache.open(tmp_path)
 
 
-def test_no_film_at_all_gives_an_empty_cache(tmp_path: Path):
+def test_no_image_at_all_gives_an_empty_cache(tmp_path: Path):
     facts, checksum = build_cache([tmp_path / "no.png"], tmp_path / "out", 16)
     assert [fact.reason for fact in facts] == [Reason.IMAGE_MISSING]
-    assert FilmCache.open(tmp_path / "out").films.shape == (0, 16, 16)
+    assert ImageCache.open(tmp_path / "out").images.shape == (0, 16, 16)
     verify_cache(tmp_path / "out", checksum)
 
 
@@ -247,17 +249,17 @@ from pathlib import Path
 
 from mmclip.data import cache
 from mmclip.data.build import build_data
-from mmclip.data.records import Film
+from mmclip.data.sample import Image
 
 if __name__ == "__main__":
-    cache.CHUNK_FILMS = 16
+    cache.CHUNK_IMAGES = 16
     root, out, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    films = [
-        Film(film_id=p.name, study_id=p.name, patient_id=p.name[:3], source="made", image=p.name)
+    images = [
+        Image(image_id=p.name, study_id=p.name, patient_id=p.name[:3], source="made", image=p.name)
         for p in sorted(root.glob("*.png"))
     ]
     print("begins", flush=True)
-    build_data(films, root, out, film_px=32, workers=workers, overwrite=True)
+    build_data(images, root, out, image_size=32, workers=workers, overwrite=True)
 """
 
 
@@ -274,7 +276,7 @@ def start(driver: Path, root: Path, out: Path, workers: int) -> subprocess.Popen
 
 
 def n_chunks(out: Path) -> int:
-    return len(list((out / "films.parts").glob("*.json")))
+    return len(list((out / "images.shards").glob("*.json")))
 
 
 def wait_for_chunk(out: Path, process: subprocess.Popen) -> None:
@@ -287,7 +289,7 @@ def wait_for_chunk(out: Path, process: subprocess.Popen) -> None:
 
 @pytest.fixture
 def many(tmp_path: Path) -> tuple[Path, Path]:
-    """1,000 films under other names in a folder, and the script that builds them."""
+    """1,000 images under other names in a folder, and the script that builds them."""
     paths = write_images(tmp_path / "few", 50, size_px=160)
     root = tmp_path / "root"
     root.mkdir()
@@ -306,7 +308,7 @@ def test_a_build_killed_ten_times_ends_with_the_bytes_of_one_never_killed(many, 
     began = time.monotonic()
     assert process.wait(PATIENCE_S) == 0
     work_s = time.monotonic() - began
-    expected = (tmp_path / "whole" / "films.npy").read_bytes()
+    expected = (tmp_path / "whole" / "images.npy").read_bytes()
     meta = read_meta(tmp_path / "whole")
     rng, at_kill, finished = random.Random(0), [], []
     out = tmp_path / "out0"
@@ -328,9 +330,9 @@ def test_a_build_killed_ten_times_ends_with_the_bytes_of_one_never_killed(many, 
     finished.append(out)
     assert len(set(at_kill)) > 2, at_kill  # else nothing was resumed
     for folder in finished:
-        assert (folder / "films.npy").read_bytes() == expected
+        assert (folder / "images.npy").read_bytes() == expected
         assert read_meta(folder) == meta
-        assert len(read_manifest(folder)) == meta["n_films"] > 800
+        assert len(read_manifest(folder)) == meta["n_samples"] > 800
         assert not list(folder.glob("*.tmp"))
 
 

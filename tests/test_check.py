@@ -18,7 +18,7 @@ from mmclip.data.check import (
 )
 from mmclip.data.folder import ManifestError
 from mmclip.data.manifest import read_manifest
-from mmclip.data.records import Film, Split
+from mmclip.data.sample import Sample, Split
 from mmclip.data.splits import set_split
 from tests.commands import mmclip
 from tests.made_files import encoded
@@ -27,25 +27,25 @@ from tests.test_duplicates import blurred
 LOOKS = blurred(12)
 
 
-def film(number: int, split: Split, **values) -> Film:
+def sample(number: int, split: Split, **values) -> Sample:
     known = {
-        "film_id": f"f{number}", "study_id": f"s{number}", "patient_id": f"p{number}",
+        "image_id": f"f{number}", "study_id": f"s{number}", "patient_id": f"p{number}",
         "source": "made", "image": f"{number}.png", "view": "PA",
     }  # fmt: skip
-    return Film(**{**known, "split": split, **values})
+    return Sample(**{**known, "split": split, **values})
 
 
-def build(root: Path, films: list[tuple[Film, bytes]]) -> Path:
-    """A data folder of films with the bytes of their files."""
+def build(root: Path, samples: list[tuple[Sample, bytes]]) -> Path:
+    """A data folder of images with the bytes of their files."""
     root.mkdir(parents=True)
-    for record, content in films:
+    for record, content in samples:
         (root / str(record.image)).write_bytes(content)
-    build_data([record for record, _ in films], root, root / "data", film_px=32)
+    build_data([record for record, _ in samples], root, root / "data", image_size=32)
     return root / "data"
 
 
 def softer(look: np.ndarray) -> bytes:
-    """The same film as another hospital would pass it on: smaller, paler, compressed."""
+    """The same image as another hospital would pass it on: smaller, paler, compressed."""
     return encoded((look[::1, ::1] * 0.7 + 40).astype(np.uint8), "JPEG", quality=70)
 
 
@@ -53,32 +53,33 @@ def softer(look: np.ndarray) -> bytes:
 
 
 def test_overlaps_name_what_is_shared_where_and_how_often():
-    films = [
-        film(0, "train", patient_id="a"), film(1, "test", patient_id="a"),
-        film(2, "test", patient_id="a"), film(3, "val", image_sha256="x"),
-        film(4, "test", image_sha256="x"), film(5, "train", patient_id="b"),
+    samples = [
+        sample(0, "train", patient_id="a"), sample(1, "test", patient_id="a"),
+        sample(2, "test", patient_id="a"), sample(3, "val", image_sha256="x"),
+        sample(4, "test", image_sha256="x"), sample(5, "train", patient_id="b"),
     ]  # fmt: skip
-    patients, equal = find_overlaps(films, [f.split for f in films])
+    patients, equal = find_overlaps(samples, [f.split for f in samples])
     assert (patients.what, patients.places) == ("patients", ("train", "test"))
-    assert (patients.n_shared, patients.n_films, patients.examples) == (1, 2, (("f0", "f1"),))
-    assert (equal.what, equal.places, equal.n_shared) == ("films", ("val", "test"), 1)
-    assert "1 patients are in train and in test (2 films of test), such as films f0 and f1" in str(
-        patients
+    assert (patients.n_shared, patients.n_images, patients.examples) == (1, 2, (("f0", "f1"),))
+    assert (equal.what, equal.places, equal.n_shared) == ("images", ("val", "test"), 1)
+    assert (
+        "1 patients are in train and in test (2 images of test), such as images f0 and f1"
+        in str(patients)
     )
-    assert find_overlaps(films, [None] * 6) == []
+    assert find_overlaps(samples, [None] * 6) == []
 
 
 def test_patients_are_compared_within_a_collection_alone():
-    one, other = film(0, "train", patient_id="7"), film(1, "test", patient_id="7")
+    one, other = sample(0, "train", patient_id="7"), sample(1, "test", patient_id="7")
     assert not find_overlaps([one, replace(other, source="elsewhere")], ["train", "test"])
     nih = replace(one, source="chestxray14")
     assert find_overlaps([nih, replace(other, source="rsna")], ["train", "test"])
 
 
 def test_what_val_and_test_share_stops_no_training_and_what_train_and_test_share_does():
-    refuse_leaks([film(0, "val", patient_id="a"), film(1, "test", patient_id="a")])
-    with pytest.raises(ManifestError, match=r"1 patients .* such as films f0 and f1.*data split"):
-        refuse_leaks([film(0, "train", patient_id="a"), film(1, "test", patient_id="a")])
+    refuse_leaks([sample(0, "val", patient_id="a"), sample(1, "test", patient_id="a")])
+    with pytest.raises(ManifestError, match=r"1 patients .* such as images f0 and f1.*data split"):
+        refuse_leaks([sample(0, "train", patient_id="a"), sample(1, "test", patient_id="a")])
 
 
 # On data folders.
@@ -86,32 +87,32 @@ def test_what_val_and_test_share_stops_no_training_and_what_train_and_test_share
 
 @pytest.fixture
 def leaky(tmp_path: Path) -> Path:
-    """A film that test has again as other bytes, one that it has as equal ones, and four odd."""
+    """An image that test has again as other bytes, one that it has as equal ones, and four odd."""
     return build(
         tmp_path / "leaky",
         [
-            (film(0, "train"), encoded(LOOKS[0])),
-            (film(1, "test"), softer(LOOKS[0])),
-            (film(2, "train"), encoded(LOOKS[1])),
-            (film(3, "test", view="AP"), encoded(LOOKS[1])),
-            (film(4, "train", view="unknown", age_years=414.0), encoded(LOOKS[2])),
-            (film(5, "train", patient_id="q", sex="F"), encoded(LOOKS[3])),
-            (film(6, "train", patient_id="q", sex="M"), encoded(LOOKS[4])),
-            (film(7, "train", view="L", labels={"mass": 1}), encoded(LOOKS[5][:, :20])),
+            (sample(0, "train"), encoded(LOOKS[0])),
+            (sample(1, "test"), softer(LOOKS[0])),
+            (sample(2, "train"), encoded(LOOKS[1])),
+            (sample(3, "test", view="AP"), encoded(LOOKS[1])),
+            (sample(4, "train", view="unknown", age_years=414.0), encoded(LOOKS[2])),
+            (sample(5, "train", patient_id="q", sex="F"), encoded(LOOKS[3])),
+            (sample(6, "train", patient_id="q", sex="M"), encoded(LOOKS[4])),
+            (sample(7, "train", view="L", labels={"mass": 1}), encoded(LOOKS[5][:, :20])),
         ],
     )
 
 
-def test_equal_and_near_films_of_two_splits_are_leaks(leaky: Path):
+def test_equal_and_near_images_of_two_splits_are_leaks(leaky: Path):
     found = check_data([leaky])
     assert [(leak.what, leak.places, leak.examples) for leak in found.leaks] == [
-        ("films", ("train", "test"), (("f2", "f3"),)),
+        ("images", ("train", "test"), (("f2", "f3"),)),
         ("near-duplicates", ("train", "test"), (("f0", "f1"),)),
     ]
     assert found.n_hashed == 8 and found.shared == []
-    assert found.counts == {str(leaky): {"films": 8, "patients": 7, "train": 6, "test": 2}}
+    assert found.counts == {str(leaky): {"images": 8, "patients": 7, "train": 6, "test": 2}}
     cheap = check_data([leaky], near_duplicates=False)
-    assert [leak.what for leak in cheap.leaks] == ["films"] and cheap.n_hashed == 0
+    assert [leak.what for leak in cheap.leaks] == ["images"] and cheap.n_hashed == 0
 
 
 def test_odd_views_ages_sexes_and_sides_are_named(leaky: Path):
@@ -130,25 +131,25 @@ def test_two_folders_are_held_against_each_other(tmp_path: Path):
     one = build(
         tmp_path / "one",
         [
-            (film(0, "train", labels={"mass": 1, "edema": 0, "nodule": -1}), encoded(LOOKS[0])),
-            (film(1, "train", labels={"mass": 0}), encoded(LOOKS[1])),
-            (film(2, "val"), encoded(LOOKS[2])),
+            (sample(0, "train", labels={"mass": 1, "edema": 0, "nodule": -1}), encoded(LOOKS[0])),
+            (sample(1, "train", labels={"mass": 0}), encoded(LOOKS[1])),
+            (sample(2, "val"), encoded(LOOKS[2])),
         ],
     )
     other = build(
         tmp_path / "other",
         [
             (
-                film(8, "train", source="b", labels={"mass": 0, "edema": 0, "nodule": 1}),
+                sample(8, "train", source="b", labels={"mass": 0, "edema": 0, "nodule": 1}),
                 softer(LOOKS[0]),
             ),
-            (film(9, "test", source="b", labels={"mass": 0}), encoded(LOOKS[1])),
+            (sample(9, "test", source="b", labels={"mass": 0}), encoded(LOOKS[1])),
         ],
     )
     found = check_data([one, other])
-    assert [(leak.what, leak.examples) for leak in found.leaks] == [("films", (("f1", "f9"),))]
+    assert [(leak.what, leak.examples) for leak in found.leaks] == [("images", (("f1", "f9"),))]
     assert {(s.what, s.places, s.examples) for s in found.shared} == {
-        ("films", (str(one), str(other)), (("f1", "f9"),)),
+        ("images", (str(one), str(other)), (("f1", "f9"),)),
         ("near-duplicates", (str(one), str(other)), (("f0", "f8"),)),
     }
     assert [(d.finding, d.n_both, d.n_differ, d.examples) for d in found.disagreements] == [
@@ -166,7 +167,7 @@ def test_the_command_reports_in_json_and_ends_with_1_on_a_leak_alone(leaky: Path
     ended = mmclip(tmp_path, "data", "check", leaky)
     assert ended.code == 1
     report = json.loads(ended.out)
-    assert [leak["what"] for leak in report["leaks"]] == ["films", "near-duplicates"]
+    assert [leak["what"] for leak in report["leaks"]] == ["images", "near-duplicates"]
     assert "1 near-duplicates are in train and in test" in ended.err
     assert mmclip(tmp_path, "data", "split", leaky, "--near-duplicates").code == 0
     ended = mmclip(tmp_path, "data", "check", leaky)
@@ -174,10 +175,10 @@ def test_the_command_reports_in_json_and_ends_with_1_on_a_leak_alone(leaky: Path
     assert "shared between splits: none" in ended.err
 
 
-def test_pretrain_does_not_start_on_films_that_would_be_scored(leaky: Path, tmp_path: Path):
-    given = ("--data", leaky, "--out", tmp_path / "run", "--set", "data.film_px=32")
+def test_pretrain_does_not_start_on_images_that_would_be_scored(leaky: Path, tmp_path: Path):
+    given = ("--data", leaky, "--out", tmp_path / "run", "--set", "data.image_size=32")
     error = mmclip(tmp_path, "pretrain", *given).error()
-    assert "what trains would be scored: 1 films are in train and in test" in error
+    assert "what trains would be scored: 1 images are in train and in test" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -190,7 +191,7 @@ def test_zeroshot_does_not_score_what_has_trained_from_whichever_folder(
     scored = [f for f in read_manifest(other) if f.split == "test"]
     n_seen = sum(f.patient_id in trained for f in scored if f.view != "L" and f.labels)
     assert 0 < n_seen < len(scored)
-    given = ("--run", made_run, "--out", tmp_path / "out", "--draws", "5")
+    given = ("--run", made_run, "--out", tmp_path / "out", "--n-resamples", "5")
     error = mmclip(tmp_path, "zeroshot", *given, "--data", other).error()
     assert f"on patients of {n_seen}, such as" in error
     assert not (tmp_path / "out").exists()
@@ -198,15 +199,15 @@ def test_zeroshot_does_not_score_what_has_trained_from_whichever_folder(
     assert ended.code == 0 and "split train: the run was trained on" in ended.err
 
 
-def test_keys_of_what_trained_hold_each_patient_and_film_once():
-    films = [
-        film(0, "train", image_sha256="x"),
-        film(1, "train", patient_id="p0", image_sha256="x"),
+def test_keys_of_what_trained_hold_each_patient_and_image_once():
+    samples = [
+        sample(0, "train", image_sha256="x"),
+        sample(1, "train", patient_id="p0", image_sha256="x"),
     ]
-    keys = trained_keys(films)
+    keys = trained_keys(samples)
     assert keys.dtype == np.uint64 and len(keys) == 2
-    refuse_trained([film(2, "test", image_sha256="y")], keys)
+    refuse_trained([sample(2, "test", image_sha256="y")], keys)
     for seen in ({"patient_id": "p0"}, {"image_sha256": "x"}):
         with pytest.raises(ManifestError, match="such as f2"):
-            refuse_trained([film(2, "test", **seen), film(3, "test")], keys)
-    refuse_trained([film(0, "test")], trained_keys([]))
+            refuse_trained([sample(2, "test", **seen), sample(3, "test")], keys)
+    refuse_trained([sample(0, "test")], trained_keys([]))

@@ -75,7 +75,7 @@ def test_the_trainer_state_comes_back_as_it_was(trained: Checkpoint, tmp_path: P
 def test_meta_says_what_the_weights_come_from(made_run: Path, made_data: Path, small_config: Path):
     meta = load_checkpoint(made_run).meta
     assert meta["step"] == 6
-    assert meta["config"]["data"]["film_px"] == 32
+    assert meta["config"]["data"]["image_size"] == 32
     assert meta["config_hash"] == config_hash(load_checkpoint(made_run).config)
     assert meta["data_hash"] == read_meta(made_data)["data_hash"]
     assert meta["command"].startswith("mmclip pretrain") and str(small_config) in meta["command"]

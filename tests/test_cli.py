@@ -87,7 +87,7 @@ def shared(
 
 
 def zeroshot_of(shared: dict[str, Path], tmp_path: Path, *more: str | Path) -> Ended:
-    given = ("--run", shared["run"], "--data", shared["data"], "--draws", "5")
+    given = ("--run", shared["run"], "--data", shared["data"], "--n-resamples", "5")
     return mmclip(tmp_path, "zeroshot", "--out", tmp_path / "out", *given, *more)
 
 
@@ -127,21 +127,21 @@ def test_zeroshot_does_not_write_over_results_that_it_cannot_read(
 @pytest.mark.parametrize("stage", ["zeroshot", "pretrain"])
 def test_nothing_is_written_among_other_things(shared: dict[str, Path], tmp_path: Path, stage: str):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/film.png").write_bytes(b"mine")
+    (tmp_path / "out/image.png").write_bytes(b"mine")
     if stage == "zeroshot":
         error = zeroshot_of(shared, tmp_path, "--overwrite").error()
     else:
         (tmp_path / "out").rename(tmp_path / "new")
         error = pretrain_on("data")(shared, tmp_path).error()
         (tmp_path / "new").rename(tmp_path / "out")
-    assert "holds other things, such as film.png; name a new or empty folder by" in error
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["film.png"]
+    assert "holds other things, such as image.png; name a new or empty folder by" in error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["image.png"]
 
 
 def test_data_build_prints_the_folder_on_stdout_and_the_counts_on_stderr(
     made_raw: Path, made_data: Path, tmp_path: Path
 ):
-    given = ("--root", made_raw, "--mapping", made_raw / "mapping.toml", "--film-px", "32")
+    given = ("--root", made_raw, "--mapping", made_raw / "mapping.toml", "--image-size", "32")
     out = tmp_path / "data"
     ended = mmclip(tmp_path, "data", "build", "csv", *given, "--out", out, "--workers", "1")
     assert (ended.code, ended.out) == (0, f"{out}\n")
@@ -185,14 +185,14 @@ def build(name: str, *more: str) -> Callable:
     return call
 
 
-AT_32_PX = ("--set", "data.film_px=32")
+AT_32_PX = ("--set", "data.image_size=32")
 
 ERRORS = {
     "no such data folder": (pretrain_on("nowhere"), ["nowhere is no finished data folder"]),
     "a run as data": (pretrain_on("run", *AT_32_PX), ["no finished data folder", "mmclip data"]),
-    "films of another size": (
+    "images of another size": (
         pretrain_on("data"),
-        ["32 px, 64 px are needed", "--set data.film_px=32", "--film-px 64"],
+        ["32 px, 64 px are needed", "--set data.image_size=32", "--image-size 64"],
     ),
     "unknown configuration": (
         pretrain_on("data", "--config", "huge"),
@@ -232,20 +232,20 @@ def test_an_error_is_one_line_that_names_the_value_and_the_rule(
 def built_at_24_px(made_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder as the command line builds it, in a folder whose name has a blank."""
     folder = tmp_path_factory.mktemp("other size")
-    given = ("--root", made_raw, "--mapping", made_raw / "mapping.toml", "--film-px", "24")
-    out = folder / "my films"
+    given = ("--root", made_raw, "--mapping", made_raw / "mapping.toml", "--image-size", "24")
+    out = folder / "my images"
     assert mmclip(folder, "data", "build", "csv", *given, "--out", out, "--overwrite").code == 0
     return out
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "zeroshot"])
-def test_films_of_another_size_come_with_the_command_that_builds_the_right_ones(
+def test_images_of_another_size_come_with_the_command_that_builds_the_right_ones(
     shared: dict[str, Path], built_at_24_px: Path, tmp_path: Path, stage: str
 ):
     def call(folder: str | Path, *more: str) -> Ended:
         if stage == "zeroshot":
             return zeroshot_of({"run": shared["run"], "data": Path(folder)}, tmp_path, *more)
-        return pretrain_on(str(folder), "--set", "data.film_px=32", *more)(shared, tmp_path)
+        return pretrain_on(str(folder), "--set", "data.image_size=32", *more)(shared, tmp_path)
 
     error = call(built_at_24_px).error()
     assert "have 24 px, 32 px are needed" in error
@@ -254,9 +254,9 @@ def test_films_of_another_size_come_with_the_command_that_builds_the_right_ones(
     assert option == "--out" and out == f"{built_at_24_px}-32px"
     assert mmclip(tmp_path, *words, option, str(tmp_path / "again")).code == 0
     assert call(tmp_path / "again").code == 0
-    # Only who trains can take the films as they are; a run has its size.
+    # Only who trains can take the images as they are; a run has its size.
     setting = re.findall(r"--set (\S+)", error)
-    assert setting == (["data.film_px=24"] if stage == "pretrain" else [])
+    assert setting == (["data.image_size=24"] if stage == "pretrain" else [])
     shutil.rmtree(tmp_path / "new", ignore_errors=True)
     if setting:
         assert call(built_at_24_px, "--set", *setting).code == 0
@@ -273,9 +273,9 @@ MISSPELT = (
     "pretrain --data nowhere --out FULL",
     "pretrain --data DATA --config nowhere --out FULL",
     "demo --set train.nowhere=1 --out OUT",
-    "explain --run nowhere --film a.png --phrase a --out OUT/a.png",
-    "explain --run RUN --film nowhere --phrase a --out OUT/a.png",
-    "explain --run RUN --data DATA --film-id nowhere --phrase a --out OUT/a.png",
+    "explain --run nowhere --image a.png --phrase a --out OUT/a.png",
+    "explain --run RUN --image nowhere --phrase a --out OUT/a.png",
+    "explain --run RUN --data DATA --image-id nowhere --phrase a --out OUT/a.png",
     "explain --run RUN --data DATA --evaluate --boxes made=nowhere --out OUT/a.json",
     "finetune --run RUN --data nowhere --finding mass --out OUT",
     "data build openi --root nowhere --out OUT",
@@ -362,7 +362,7 @@ def test_an_option_that_is_missing_or_unknown_is_one_line_that_names_the_help(tm
     for arguments, said in (
         (["pretrain", "--data", "a"], "error: missing option '--out'; see mmclip pretrain --help"),
         (["zeroshot", "--ru", "a"], "error: no such option: --ru"),
-        (["data", "build", "csv", "--film-px", "x"], "see mmclip data build --help"),
+        (["data", "build", "csv", "--image-size", "x"], "see mmclip data build --help"),
         (["train"], "error: no such command 'train'"),
     ):
         ended = mmclip(tmp_path, *arguments)
@@ -402,12 +402,12 @@ def test_doctor_knows_what_fine_tuning_retrieval_and_explanations_leave(
 ):
     run, out = shutil.copytree(shared["run"], tmp_path / "run"), tmp_path / "out"
     given = ("--run", run, "--data", shared["data"])
-    learn = ("--finding", "nodule", "--fraction", "1", "--seed", "0", "--draws", "5")
+    learn = ("--finding", "nodule", "--fraction", "1", "--seed", "0", "--n-resamples", "5")
     few = ("--method", "full", "--set", "train.steps=2", "--set", "train.batch_size=8")
     for arguments in (
         ("finetune", *given, *learn, "--out", out / "probe"),
         ("finetune", *given, *learn, *few, "--out", out / "full"),
-        ("retrieve", *given, "--evaluate", "--draws", "5", "--out", out / "retrieval"),
+        ("retrieve", *given, "--evaluate", "--n-resamples", "5", "--out", out / "retrieval"),
         ("retrieve", *given, "--phrase", "nodule", "--out", out / "search"),
     ):
         ended = mmclip(tmp_path, *arguments)
@@ -435,13 +435,13 @@ def test_doctor_knows_what_fine_tuning_retrieval_and_explanations_leave(
 
 
 def test_doctor_knows_results_and_maps_of_explanations(tmp_path: Path):
-    results = {"command": "mmclip explain", "maps": {}, "sanity": {}, "n_films": 1092}
+    results = {"command": "mmclip explain", "maps": {}, "sanity": {}, "n_images": 1092}
     (tmp_path / "a.json").write_text(json.dumps(results))
     (tmp_path / "b.png").touch()
     np.savez(tmp_path / "b.npz", map=np.zeros((4, 5)))
     ended = mmclip(tmp_path / "log", "doctor", tmp_path)
     assert ended.code == 0, ended.err
-    assert "a.json of 1,092 films" in ended.err and "b.npz: map (4, 5)" in ended.err
+    assert "a.json of 1,092 images" in ended.err and "b.npz: map (4, 5)" in ended.err
 
 
 def flip_last_bit(path: Path) -> None:
@@ -455,7 +455,7 @@ def cut(path: Path) -> None:
 
 
 def swap_scores(path: Path) -> None:
-    """Gives the films of scores.npz the scores of other films."""
+    """Gives the images of scores.npz the scores of other images."""
     with np.load(path) as stored:
         arrays = dict(stored)
     np.savez(path, **arrays | {"scores": arrays["scores"][::-1]})
@@ -467,10 +467,10 @@ STEP = "checkpoints/step_000006"
 @pytest.mark.parametrize(
     ("kind", "file", "damage"),
     [
-        ("data", "films.npy", flip_last_bit),
-        ("data", "films.npy", Path.unlink),
-        ("data", "films.parquet", cut),
-        ("data", "films.parquet", Path.unlink),
+        ("data", "images.npy", flip_last_bit),
+        ("data", "images.npy", Path.unlink),
+        ("data", "samples.parquet", cut),
+        ("data", "samples.parquet", Path.unlink),
         ("data", "meta.json", cut),
         ("data", "meta.json", Path.unlink),
         ("run", f"{STEP}/model.safetensors", flip_last_bit),
@@ -557,13 +557,13 @@ def test_a_demo_of_other_settings_is_refused_and_replaces_nothing(tmp_path: Path
         assert "--overwrite" in error
     begun = made_demo(tmp_path / "begun", finished=False)
     error = mmclip(tmp_path, "demo", "--out", begun, "--seed", "1").error()
-    assert "holds a demo of other made films" in error and "--overwrite" in error
+    assert "holds a demo of other synthetic images" in error and "--overwrite" in error
     for out in (finished, begun):
         assert all((out / name / "kept.txt").is_file() for name in ("raw", "data", "run"))
     assert (finished / "results.json").is_file()
 
 
-def test_the_same_demo_again_keeps_its_films_and_another_one_replaces_them(
+def test_the_same_demo_again_keeps_its_images_and_another_one_replaces_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     out, preset = made_demo(tmp_path / "demo", finished=True), PRESETS["demo"]

@@ -31,8 +31,8 @@ def test_overrides_are_read_as_toml_and_else_as_strings():
         ("train.steps", "is no override"),
         ("train.steps=0", r"train\.steps: Input should be greater than 0"),
         ("train.steps.x=1", "is a value, not a section|Input should be"),
-        ("train.micro_batches=7", "batch_size=64 is not a multiple of micro_batches=7"),
-        ("data.film_px=63", r"is not a multiple of model\.image\.patch_px=8; 56 is"),
+        ("train.micro_batch_size=7", "batch_size=64 is not a multiple of micro_batch_size=7"),
+        ("data.image_size=63", r"is not a multiple of model\.image\.patch_size=8; 56 is"),
     ],
 )
 def test_a_bad_override_says_what_is_wrong(override: str, words: str):

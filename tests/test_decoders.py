@@ -20,7 +20,7 @@ def made(seed: int, *shape: int) -> torch.Tensor:
 def image_decoder(depth: int = 2) -> ImageDecoder:
     torch.manual_seed(0)
     return ImageDecoder(
-        feature_width=10, text_width=6, width=16, depth=depth, heads=2, grid=GRID, patch_px=2
+        feature_width=10, text_width=6, width=16, depth=depth, heads=2, grid=GRID, patch_size=2
     )
 
 
@@ -135,7 +135,7 @@ def test_no_prediction_of_pixels_depends_on_a_hidden_feature():
     assert torch.equal(decoder(other, is_masked, *some_text()), pred)
 
 
-def test_hidden_patches_of_one_film_differ_by_their_place():
+def test_hidden_patches_of_one_image_differ_by_their_place():
     everything = torch.ones(1, 12, dtype=torch.bool)
     pred = image_decoder()(made(0, 1, 12, 10), everything, *some_text(1))
     assert torch.pdist(pred[0]).min() > 1e-3
@@ -155,7 +155,7 @@ def test_the_text_reaches_every_predicted_patch_and_its_padding_none():
     assert ((other - pred).abs().amax(-1)[is_masked] > 1e-5).all()
 
 
-def test_a_film_without_a_text_is_decoded_from_its_patches_alone():
+def test_an_image_without_a_text_is_decoded_from_its_patches_alone():
     decoder = image_decoder()
     features, is_masked = some_image()
     text, is_valid = some_text()
@@ -231,7 +231,7 @@ def test_logits_are_those_of_the_hidden_positions_in_reading_order():
 
 
 def test_no_prediction_of_a_word_depends_on_what_was_hidden():
-    # Through the text encoder as in training: the hidden words are replaced before it reads.
+    # Through the text encoder as in training: the masked words are replaced before it reads.
     torch.manual_seed(0)
     encoder = BertModel(
         BertConfig(
@@ -266,7 +266,7 @@ def test_padding_of_the_report_changes_no_logit():
     torch.testing.assert_close(short, logits[:1])
 
 
-def test_the_film_reaches_every_predicted_word():
+def test_the_image_reaches_every_predicted_word():
     decoder = text_decoder()
     text, is_valid = some_text()
     is_masked = is_valid.clone()
@@ -282,8 +282,8 @@ def test_attention_of_the_text_decoder_is_that_of_its_blocks_and_changes_no_resu
     text, is_valid = some_text()
     image = made(1, 2, 13, 10)
     everywhere = torch.ones_like(is_valid)
-    plain, none = decoder.read(text, is_valid, image, everywhere)
-    x, attention = decoder.read(text, is_valid, image, everywhere, want_attention=True)
+    plain, none = decoder.decode(text, is_valid, image, everywhere)
+    x, attention = decoder.decode(text, is_valid, image, everywhere, want_attention=True)
     assert none is None and torch.equal(x, plain)
     assert attention is not None and attention.shape == (2, 2 * depth, 5, 13)
     assert not attention.requires_grad
@@ -297,8 +297,8 @@ def test_the_tokens_asked_for_get_what_they_get_when_all_are_asked(depth: int):
     image = made(1, 3, 13, 10)
     is_asked = torch.zeros_like(is_valid)
     is_asked[0, [1, 2]] = is_asked[2, 3] = True  # two, none, one
-    x, attention = decoder.read(text, is_valid, image, torch.ones_like(is_valid), True)
-    part, of_part = decoder.read(text, is_valid, image, is_asked, True)
+    x, attention = decoder.decode(text, is_valid, image, torch.ones_like(is_valid), True)
+    part, of_part = decoder.decode(text, is_valid, image, is_asked, True)
     assert attention is not None and of_part is not None
     torch.testing.assert_close(part[is_asked], x[is_asked])
     assert not part[~is_asked].any()
@@ -366,7 +366,7 @@ def test_both_decoders_run_in_bf16_autocast_with_float32_attention():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pred = image_decoder()(features, is_masked, text, is_valid)
         everywhere = torch.ones_like(is_valid)
-        x, attention = text_decoder().read(
+        x, attention = text_decoder().decode(
             text, is_valid, features, everywhere, want_attention=True
         )
     assert pred.isfinite().all() and x.isfinite().all()

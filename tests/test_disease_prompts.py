@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mmclip.config import ConfigError
 from mmclip.data.disease_prompts import (
     NO_FINDING,
-    PROMPT_DRAWS,
+    PROMPT_UNIFORMS,
     DiseasePromptSet,
     load_disease_prompts,
 )
@@ -17,7 +17,7 @@ PLAIN = DiseasePromptSet(
     description="One wording a side.",
     present=("There is {findings}.",),
     absent=("There is no {findings}.",),
-    normal=("Normal film.",),
+    normal=("Normal image.",),
     most_absent=2,
     normal_from=3,
     names={"edema": ("an edema",)},
@@ -25,9 +25,9 @@ PLAIN = DiseasePromptSet(
 DEFAULT = load_disease_prompts()
 
 
-def write(labels: dict[str, int], absent_prob: float = 0.0, wordings=PLAIN, seed: int = 0):
-    draws = np.random.default_rng(seed).random(PROMPT_DRAWS + 2 * len(labels))
-    return wordings.write(labels, draws, absent_prob)
+def write(labels: dict[str, int], absent_prob: float = 0.0, prompt_templates=PLAIN, seed: int = 0):
+    uniforms = np.random.default_rng(seed).random(PROMPT_UNIFORMS + 2 * len(labels))
+    return prompt_templates.write(labels, uniforms, absent_prob)
 
 
 def text(labels: dict[str, int], absent_prob: float = 0.0, seed: int = 0) -> str | None:
@@ -44,12 +44,12 @@ def test_prompts_by_hand():
     assert "There is a, b and c." in three and len(three) == 6
 
 
-def test_a_film_is_called_normal_by_its_label_or_where_enough_was_looked_for():
-    assert text({NO_FINDING: 1, "mass": 0}) == "Normal film."
-    assert text({"a": 0, "b": 0, "c": 0}) == "Normal film."
-    assert text({"a": 0, "b": 0}) != "Normal film."  # two findings are not the whole film
-    assert text({"a": 0, "b": 0, "c": 0, NO_FINDING: 0}) != "Normal film."
-    assert text({"a": 0, "b": 0, "c": 0, "d": -1}) != "Normal film."  # perhaps there is d
+def test_an_image_is_called_normal_by_its_label_or_where_enough_was_looked_for():
+    assert text({NO_FINDING: 1, "mass": 0}) == "Normal image."
+    assert text({"a": 0, "b": 0, "c": 0}) == "Normal image."
+    assert text({"a": 0, "b": 0}) != "Normal image."  # two findings are not the whole image
+    assert text({"a": 0, "b": 0, "c": 0, NO_FINDING: 0}) != "Normal image."
+    assert text({"a": 0, "b": 0, "c": 0, "d": -1}) != "Normal image."  # perhaps there is d
 
 
 def test_what_is_not_known_for_sure_is_not_said():

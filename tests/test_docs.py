@@ -16,11 +16,11 @@ from typer.main import get_command
 import mmclip
 from mmclip.cli import app
 from mmclip.config import WHOLE_TEXT_SCORES, Config, config_names, load_config, parse
+from mmclip.data.csv_mapping import CsvMapping
+from mmclip.data.csv_table import read_csv
 from mmclip.data.manifest import SCHEMA
-from mmclip.data.mapping import CsvMapping
-from mmclip.data.records import Film, Reason
+from mmclip.data.sample import Reason, Sample
 from mmclip.data.sources import READERS
-from mmclip.data.tables import read_csv
 from mmclip.evaluation.pages import CARD_FILE
 from tests.test_cli import COMMANDS
 
@@ -30,10 +30,10 @@ README, METHOD, DATA, TRAINING = (
 )
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS_OPTIONS = {
-    "--nproc-per-node", "--check", "--films", "--knob", "--preset", "--arms", "--seeds", "--table",
-    "--half", "--raw", "--base", "--jsonl", "--cache", "--batch-size", "--steps", "--film-px",
+    "--nproc-per-node", "--check", "--images", "--knob", "--preset", "--arms", "--seeds", "--table",
+    "--half", "--raw", "--base", "--jsonl", "--cache", "--batch-size", "--steps", "--image-size",
     "--tokens", "--lengths", "--array", "--cpus-per-task", "--wait", "--port", "--nworkers",
-    "--nthreads", "--reports", "--plain-films", "--repeats", "--kill", "--device", "--misses",
+    "--nthreads", "--reports", "--plain-images", "--repeats", "--kill", "--device", "--misses",
 }  # fmt: skip
 """Of torchrun, ruff, sbatch, dask, and the scripts of bench/."""
 
@@ -186,7 +186,7 @@ def test_every_arm_is_its_file_and_differs_as_its_row_says(arm: list[str]):
     config = load_config(spans_of(file)[0])
     assert config == load_config("ablation", overrides)
     if config.loss.image and config.image_mask.policy == "attention":
-        # Without EntMLM no word is hidden, and a score that reads hidden words guides nothing.
+        # Without EntMLM no word is masked, and a score that reads masked words guides nothing.
         mask = config.image_mask
         assert config.loss.text or mask.score in WHOLE_TEXT_SCORES or mask.score_tokens != "masked"
 
@@ -207,13 +207,18 @@ def test_the_example_table_is_read_as_the_document_says(tmp_path: Path):
     (table,) = (b.text for b in blocks(DATA) if b.language == "csv")
     mapping = next(tomllib.loads(b.text) for b in blocks(DATA) if b.language == "toml")
     (tmp_path / "studies.csv").write_text(table, "utf-8")
-    films = list(read_csv(tmp_path, parse(CsvMapping, mapping, "the example")))
-    assert all(isinstance(film, Film) for film in films)
-    one, two, three, four = (film for film in films if isinstance(film, Film))
+    samples = list(read_csv(tmp_path, parse(CsvMapping, mapping, "the example")))
+    assert all(isinstance(sample, Sample) for sample in samples)
+    one, two, three, four = (sample for sample in samples if isinstance(sample, Sample))
     assert one.report == "Small left effusion. Effusion." and not one.labels
     assert two.report is None
     assert two.labels == {"infiltration": 1, "no finding": 0, "pleural effusion": 1}
-    assert [film.view for film in films if isinstance(film, Film)] == ["PA", "AP", "L", "unknown"]
+    assert [sample.view for sample in samples if isinstance(sample, Sample)] == [
+        "PA",
+        "AP",
+        "L",
+        "unknown",
+    ]
     assert three.labels == {"infiltration": 0, "no finding": 1, "pleural effusion": 0}
     assert four.report is None and not four.labels
 
@@ -278,7 +283,7 @@ def test_every_configuration_of_the_package_is_in_a_table():
 
 
 def test_the_picture_is_small_enough_for_a_page():
-    assert (ROOT / "docs/pictures/films.png").stat().st_size < 400_000
+    assert (ROOT / "docs/pictures/images.png").stat().st_size < 400_000
 
 
 def test_the_citation_names_this_version():

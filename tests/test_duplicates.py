@@ -16,7 +16,7 @@ from mmclip.data.duplicates import (
     MAX_DISTANCE,
     MIN_LIKENESS,
     SURE_DISTANCE,
-    film_hashes,
+    image_hashes,
     likeness,
     look,
     near_groups,
@@ -24,7 +24,7 @@ from mmclip.data.duplicates import (
     read_hashes,
 )
 from mmclip.data.folder import ManifestError
-from mmclip.data.records import Film
+from mmclip.data.sample import Sample
 from mmclip.data.synthetic import PRESETS, make_patient
 from tests.made_files import encoded
 
@@ -60,9 +60,9 @@ def test_the_bits_are_the_signs_of_frequencies_and_their_order_is_this_one():
     i = np.arange(px)
     one, other = (np.cos(np.pi * k * (i + 0.5) / px) for k in (1, 2))
     # Across 1 and down 2 frequencies: above 128 where both cosines agree, so its sign is positive.
-    film = (128 + 100 * np.outer(other, one)).round().astype(np.uint8)
+    image = (128 + 100 * np.outer(other, one)).round().astype(np.uint8)
     bits = np.unpackbits(
-        film_hashes(np.stack([film, 255 - film])).astype(">u2").view(np.uint8)
+        image_hashes(np.stack([image, 255 - image])).astype(">u2").view(np.uint8)
     ).reshape(2, 16, 16)
     # By rising sum of frequencies, pairs (across, down) as they come: (0,0) (0,1) (1,0) (0,2) (1,1)
     # (2,0) (0,3) (1,2): number 7, so bit 0 of part 7.
@@ -70,26 +70,26 @@ def test_the_bits_are_the_signs_of_frequencies_and_their_order_is_this_one():
 
 
 def test_brightness_and_contrast_change_no_bit_and_size_and_compression_few():
-    films = blurred(20)
-    hashes = film_hashes(films)
-    darker = films // 3
-    assert distance(film_hashes(darker), film_hashes(2 * darker + 40)).max() <= 1  # of float32
+    samples = blurred(20)
+    hashes = image_hashes(samples)
+    darker = samples // 3
+    assert distance(image_hashes(darker), image_hashes(2 * darker + 40)).max() <= 1  # of float32
 
-    def as_jpeg(film: np.ndarray) -> np.ndarray:
-        small = Image.fromarray(film).resize((48, 48))
+    def as_jpeg(image: np.ndarray) -> np.ndarray:
+        small = Image.fromarray(image).resize((48, 48))
         again = Image.open(io.BytesIO(encoded(np.asarray(small), "JPEG", quality=60)))
         return np.asarray(again.resize((64, 64)))
 
-    changed = film_hashes(np.stack([as_jpeg(film) for film in films]))
+    changed = image_hashes(np.stack([as_jpeg(image) for image in samples]))
     assert distance(hashes, changed).max() <= MAX_DISTANCE
     different = distance(hashes[:, None], hashes[None])[np.triu_indices(20, 1)]
     assert different.min() > MAX_DISTANCE + 15
 
 
-def test_films_of_other_sides_have_nearly_equal_hashes():
+def test_images_of_other_sides_have_nearly_equal_hashes():
     large = blurred(10, px=128)
     small = large.reshape(10, 64, 2, 64, 2).mean((2, 4)).astype(np.uint8)
-    assert distance(film_hashes(large), film_hashes(small)).max() <= 8
+    assert distance(image_hashes(large), image_hashes(small)).max() <= 8
 
 
 def flipped(hashes: np.ndarray, n_bits: int, rng: np.random.Generator) -> np.ndarray:
@@ -131,30 +131,30 @@ def test_a_pair_that_differs_in_one_bit_of_every_part_is_found_whichever_bit_it_
         assert len(near_pairs(np.concatenate([first, first ^ np.uint16(1 << bit)]))) == 1, bit
 
 
-def test_films_joined_one_by_one_and_equal_ones_are_one_group():
+def test_images_joined_one_by_one_and_equal_ones_are_one_group():
     rng = np.random.default_rng(0)
     first = rng.integers(0, 1 << 16, (1, 16), dtype=np.uint16)
     second = flipped(first, 25, rng)
     third = flipped(second, 25, rng)
     alone = rng.integers(0, 1 << 16, (1, 16), dtype=np.uint16)
-    films = blurred(2)
+    images = blurred(2)
     hashes = np.concatenate([third, alone, first, second, alone])
-    groups = near_groups(hashes, lambda i: films[0])
+    groups = near_groups(hashes, lambda i: images[0])
     assert groups[0] == groups[2] == groups[3] != groups[1] == groups[4]
-    apart = near_groups(hashes, lambda i: films[int(i == 3)])  # the one in the middle looks other
+    apart = near_groups(hashes, lambda i: images[int(i == 3)])  # the one in the middle looks other
     assert len(set(apart[[0, 2, 3]].tolist())) == 3
-    assert len(near_groups(np.zeros((0, 16), np.uint16), lambda i: films[0])) == 0
-    assert set(near_groups(np.zeros((3000, 16), np.uint16), lambda i: films[0]).tolist()) == {0}
+    assert len(near_groups(np.zeros((0, 16), np.uint16), lambda i: images[0])) == 0
+    assert set(near_groups(np.zeros((3000, 16), np.uint16), lambda i: images[0]).tolist()) == {0}
 
 
-def test_a_film_that_was_changed_looks_like_itself_and_like_no_other():
-    films = blurred(12, px=128)
-    looks = [look(film) for film in films]
+def test_an_image_that_was_changed_looks_like_itself_and_like_no_other():
+    images = blurred(12, px=128)
+    looks = [look(image) for image in images]
     changed = {
-        "pixel over": np.roll(films, 2, axis=2),
-        "paler": (films * 0.6 + 50).astype(np.uint8),
-        "gamma": (255 * (films / 255) ** 0.6).astype(np.uint8),
-        "smaller": films.reshape(12, 64, 2, 64, 2).mean((2, 4)).astype(np.uint8),
+        "pixel over": np.roll(images, 2, axis=2),
+        "paler": (images * 0.6 + 50).astype(np.uint8),
+        "gamma": (255 * (images / 255) ** 0.6).astype(np.uint8),
+        "smaller": images.reshape(12, 64, 2, 64, 2).mean((2, 4)).astype(np.uint8),
     }
     for what, others in changed.items():
         least = min(likeness(look(b), a) for a, b in zip(looks, others, strict=True))
@@ -163,32 +163,32 @@ def test_a_film_that_was_changed_looks_like_itself_and_like_no_other():
 
 
 def test_patients_whose_hashes_are_close_by_chance_are_told_apart():
-    """Two of the demo's made patients, whose hashes differ in 28 bits."""
-    one = make_patient(PRESETS["demo"], "val", 245).film
-    other = make_patient(PRESETS["demo"], "test", 635).film
-    hashes = film_hashes(np.stack([one, other]))
+    """Two of the demo's synthetic patients, whose hashes differ in 28 bits."""
+    one = make_patient(PRESETS["demo"], "val", 245).image
+    other = make_patient(PRESETS["demo"], "test", 635).image
+    hashes = image_hashes(np.stack([one, other]))
     assert SURE_DISTANCE < distance(*hashes) <= MAX_DISTANCE
     groups = near_groups(hashes, lambda i: (one, other)[i])
     assert groups[0] != groups[1]
-    again = film_hashes(np.stack([one, (one * 0.8 + 20).astype(np.uint8)]))
+    again = image_hashes(np.stack([one, (one * 0.8 + 20).astype(np.uint8)]))
     assert len(set(near_groups(again, lambda i: one).tolist())) == 1
 
 
-def build(root: Path, films: np.ndarray, px: int = 32) -> Path:
+def build(root: Path, samples: np.ndarray, px: int = 32) -> Path:
     records = []
     root.mkdir(parents=True, exist_ok=True)
-    for i, film in enumerate(films):
-        (root / f"{i}.png").write_bytes(encoded(film))
+    for i, image in enumerate(samples):
+        (root / f"{i}.png").write_bytes(encoded(image))
         records.append(
-            Film(
-                film_id=f"f{i}", study_id=f"f{i}", patient_id=f"p{i}", source="a", image=f"{i}.png"
+            Sample(
+                image_id=f"f{i}", study_id=f"f{i}", patient_id=f"p{i}", source="a", image=f"{i}.png"
             )
         )
-    build_data(records, root, root / "data", film_px=px, overwrite=True)
+    build_data(records, root, root / "data", image_size=px, overwrite=True)
     return root / "data"
 
 
-def test_hashes_are_stored_once_and_made_anew_for_other_films(tmp_path: Path):
+def test_hashes_are_stored_once_and_made_anew_for_other_images(tmp_path: Path):
     data = build(tmp_path, blurred(5))
     seen: list[int] = []
     first = read_hashes(data, seen.append)
@@ -201,6 +201,6 @@ def test_hashes_are_stored_once_and_made_anew_for_other_films(tmp_path: Path):
     assert len(read_hashes(data)) == 6
 
 
-def test_films_too_small_for_a_hash_are_an_error_that_says_how_to_go_on(tmp_path: Path):
+def test_images_too_small_for_a_hash_are_an_error_that_says_how_to_go_on(tmp_path: Path):
     with pytest.raises(ManifestError, match="8 px, near-duplicates need 16"):
         read_hashes(build(tmp_path, blurred(2), px=8))

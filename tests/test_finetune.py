@@ -22,16 +22,23 @@ from mmclip.checkpoint import checkpoint_meta, find_checkpoint, load_checkpoint,
 from mmclip.config import load_config_as
 from mmclip.data.batches import SEEN_FILE
 from mmclip.data.check import TRAINED_FILE, trained_keys
-from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.folder import ManifestError
-from mmclip.data.records import Film
+from mmclip.data.image_text_dataset import ImageTextDataset, normalise, open_dataset
+from mmclip.data.sample import Sample
 from mmclip.data.splits import set_split, subsets_of
 from mmclip.data.synthetic import FINDINGS
 from mmclip.evaluation.protocols import FineTuning, Protocol
 from mmclip.evaluation.results import read_results
 from mmclip.evaluation.scores import load_scores
 from mmclip.finetuning.features import start_of, stored_features
-from mmclip.finetuning.finetune import SUMMARY_FILE, Job, finetune, probe, recipe_of, run_one
+from mmclip.finetuning.finetune import (
+    SUMMARY_FILE,
+    FinetuneRequest,
+    finetune,
+    probe,
+    recipe_of,
+    run_one,
+)
 from mmclip.finetuning.supervised import (
     FineTuneConfig,
     best_of,
@@ -52,7 +59,7 @@ from mmclip.finetuning.task import (
 from mmclip.losses import label_sum
 from mmclip.models.classifier import (
     Classifier,
-    FilmEncoder,
+    ImageEncoder,
     freeze_unused,
     image_of,
     layer_numbers,
@@ -60,7 +67,7 @@ from mmclip.models.classifier import (
 )
 from mmclip.models.encoders import build_image_encoder
 from tests.commands import Ended, mmclip
-from tests.made import FILM_PX, small_config
+from tests.made import IMAGE_SIZE, small_config
 
 ASKED = ("pleural effusion", "pneumothorax")
 SHORT = (
@@ -83,39 +90,39 @@ def _fresh_accelerator() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def task(made_data: Path) -> Task:
-    return open_task(made_data, own_protocol(made_data, ASKED, ()), FILM_PX)
+    return open_task(made_data, own_protocol(made_data, ASKED, ()), IMAGE_SIZE)
 
 
 @pytest.fixture
-def job(made_data: Path, made_run: Path, tmp_path: Path) -> Job:
+def finetune_request(made_data: Path, made_run: Path, tmp_path: Path) -> FinetuneRequest:
     run = shutil.copytree(made_run, tmp_path / "run")
-    return Job(
+    return FinetuneRequest(
         made_data, tmp_path / "out", short(), "mmclip finetune", findings=ASKED, run=run,
-        fractions=(1.0,), seeds=(0,), draws=20, cpu=True,
+        fractions=(1.0,), seeds=(0,), n_resamples=20, cpu=True,
     )  # fmt: skip
 
 
-def test_asked_findings_are_those_of_the_made_films():
+def test_asked_findings_are_those_of_the_synthetic_images():
     assert set(ASKED) <= set(FINDINGS)
 
 
-def small_encoder(kind: str) -> FilmEncoder:
+def small_encoder(kind: str) -> ImageEncoder:
     torch.manual_seed(0)
     config = small_config(f"model.image.kind={kind}")
-    return FilmEncoder(build_image_encoder(config.model.image, FILM_PX), "pooled")
+    return ImageEncoder(build_image_encoder(config.model.image, IMAGE_SIZE), "pooled")
 
 
 def test_layers_of_a_vit_and_a_resnet_by_hand():
     vit = {
-        "films.encoder.embeddings.cls_token": 0, "films.encoder.layers.0.mlp.fc1.weight": 1,
-        "films.encoder.layers.11.norm.bias": 12, "films.encoder.layernorm.weight": 13,
-        "films.encoder.pooler.dense.weight": 13, "head.weight": 13,
+        "images.encoder.embeddings.cls_token": 0, "images.encoder.layers.0.mlp.fc1.weight": 1,
+        "images.encoder.layers.11.norm.bias": 12, "images.encoder.layernorm.weight": 13,
+        "images.encoder.pooler.dense.weight": 13, "head.weight": 13,
     }  # fmt: skip
     assert layer_numbers(list(vit)) == vit
     resnet = {
-        "films.encoder.embedder.embedder.convolution.weight": 0,
-        "films.encoder.encoder.stages.0.layers.1.layer.0.convolution.weight": 1,
-        "films.encoder.encoder.stages.3.layers.0.shortcut.convolution.weight": 4, "head.bias": 5,
+        "images.encoder.embedder.embedder.convolution.weight": 0,
+        "images.encoder.encoder.stages.0.layers.1.layer.0.convolution.weight": 1,
+        "images.encoder.encoder.stages.3.layers.0.shortcut.convolution.weight": 4, "head.bias": 5,
     }  # fmt: skip
     assert layer_numbers(list(resnet)) == resnet
     assert list(lr_scales(list(resnet), 0.5).values()) == [1 / 32, 1 / 16, 1 / 2, 1]
@@ -175,27 +182,29 @@ def test_macro_auroc_leaves_out_findings_of_one_class():
 
 def test_uncertain_labels_train_as_the_protocol_says():
     facts = {"study_id": "s", "patient_id": "p", "source": "made", "split": "train"}
-    film = Film(film_id="f", image="f.png", labels={"mass": -1, "edema": -1, "hernia": -1}, **facts)
+    sample = Sample(
+        image_id="f", image="f.png", labels={"mass": -1, "edema": -1, "hernia": -1}, **facts
+    )
     protocol = Protocol(
-        id="p", version=1, title="t", about="a", readers=("made",), splits=("built",),
+        id="p", version=1, title="t", description="a", readers=("made",), splits=("built",),
         findings=("mass", "edema", "hernia", "nodule"),
         finetune=FineTuning(uncertain="positive", uncertain_of={"edema": "negative"}),
     )  # fmt: skip
-    assert training_labels(protocol, [film])[0, :3].tolist() == [1, 0, 1]
-    assert np.isnan(training_labels(protocol, [film])[0, 3])
+    assert training_labels(protocol, [sample])[0, :3].tolist() == [1, 0, 1]
+    assert np.isnan(training_labels(protocol, [sample])[0, 3])
     ignore = protocol.model_copy(update={"finetune": FineTuning()})
-    assert np.isnan(training_labels(ignore, [film])).all()
+    assert np.isnan(training_labels(ignore, [sample])).all()
 
 
 def test_subsets_are_the_saved_ones_and_an_error_names_the_command(made_data: Path, tmp_path: Path):
     folder = shutil.copytree(made_data, tmp_path / "data")
-    films = open_rows([folder]).films
-    built = [film for film in films if film.split == "train"]
-    drawn = subsets_of(built, 5)["10"]["film_ids"]
+    samples = open_dataset([folder]).samples
+    built = [sample for sample in samples if sample.split == "train"]
+    drawn = subsets_of(built, 5)["10"]["image_ids"]
     assert training_ids(folder, 0.1, 5) == set(drawn)
-    assert training_ids(folder, 1.0, 5) == {film.film_id for film in built}
+    assert training_ids(folder, 1.0, 5) == {sample.image_id for sample in built}
     split = set_split(folder, "clean", subset_seeds=(0, 1))
-    assert training_ids(folder, 0.1, 1) == set(split["subsets"]["1"]["10"]["film_ids"])
+    assert training_ids(folder, 0.1, 1) == set(split["subsets"]["1"]["10"]["image_ids"])
     with pytest.raises(
         ManifestError, match="--name clean --subset-seed 0 --subset-seed 1 --subset-seed 5"
     ):
@@ -204,26 +213,26 @@ def test_subsets_are_the_saved_ones_and_an_error_names_the_command(made_data: Pa
         training_ids(folder, 0.05, 0)
 
 
-def test_films_are_encoded_once_for_each_set_of_weights(
+def test_images_are_encoded_once_for_each_set_of_weights(
     task: Task, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    encoder, rows = small_encoder("vit"), task.val.rows
+    encoder, dataset = small_encoder("vit"), task.val.dataset
 
     def vectors() -> np.ndarray:
-        return np.array(stored_features(encoder, rows, made_data, tmp_path, CPU))
+        return np.array(stored_features(encoder, dataset, made_data, tmp_path, CPU))
 
     first = vectors()
     with torch.no_grad():
-        films = normalise(rows.pixels(np.arange(len(rows))))
-        np.testing.assert_allclose(first, encoder(films).numpy(), atol=1e-5)
-    forward = FilmEncoder.forward
+        images = normalise(dataset.pixels(np.arange(len(dataset))))
+        np.testing.assert_allclose(first, encoder(images).numpy(), atol=1e-5)
+    forward = ImageEncoder.forward
 
     def refuse(self, image):
-        raise AssertionError("a film was encoded again")
+        raise AssertionError("an image was encoded again")
 
-    monkeypatch.setattr(FilmEncoder, "forward", refuse)
+    monkeypatch.setattr(ImageEncoder, "forward", refuse)
     assert np.array_equal(vectors(), first)
-    monkeypatch.setattr(FilmEncoder, "forward", forward)
+    monkeypatch.setattr(ImageEncoder, "forward", forward)
     with torch.no_grad():
         next(encoder.parameters()).add_(1)
     assert not np.array_equal(vectors(), first)
@@ -232,20 +241,20 @@ def test_films_are_encoded_once_for_each_set_of_weights(
 
 def test_what_the_output_does_not_need_is_frozen_and_all_else_learns():
     encoder = small_encoder("vit")
-    by_class = Classifier(FilmEncoder(encoder.encoder, "class"), 2)
-    frozen = freeze_unused(by_class, image_of(FILM_PX))
-    assert sorted(frozen) == [f"films.encoder.pooler.dense.{end}" for end in ("bias", "weight")]
-    assert freeze_unused(Classifier(small_encoder("resnet"), 2), image_of(FILM_PX)) == []
+    by_class = Classifier(ImageEncoder(encoder.encoder, "class"), 2)
+    frozen = freeze_unused(by_class, image_of(IMAGE_SIZE))
+    assert sorted(frozen) == [f"images.encoder.pooler.dense.{end}" for end in ("bias", "weight")]
+    assert freeze_unused(Classifier(small_encoder("resnet"), 2), image_of(IMAGE_SIZE)) == []
 
 
 def opposite(task: Task) -> Task:
     """The task with every test label turned round."""
-    return replace(task, test=Labelled(task.test.rows, 1 - task.test.labels))
+    return replace(task, test=Labelled(task.test.dataset, 1 - task.test.labels))
 
 
 @pytest.mark.parametrize("method", ["probe", "full"])
 def test_test_labels_choose_neither_scores_nor_cut_step_or_weights(
-    method: str, job: Job, task: Task, monkeypatch: pytest.MonkeyPatch
+    method: str, finetune_request: FinetuneRequest, task: Task, monkeypatch: pytest.MonkeyPatch
 ):
     left: list[dict] = []
 
@@ -254,16 +263,16 @@ def test_test_labels_choose_neither_scores_nor_cut_step_or_weights(
         left.append({"cuts": cuts, "facts": found["facts"], "test": test.scores, "val": val.scores})
 
     monkeypatch.setattr("mmclip.finetuning.finetune.write_evaluation", keep)
-    job = replace(job, method=method)
+    finetune_request = replace(finetune_request, method=method)
     for name, given in (("a", task), ("b", opposite(task))):
         run_one(
-            job,
-            start_of("run", job.run, job.folder),
+            finetune_request,
+            start_of("run", finetune_request.run, finetune_request.folder),
             given,
             1.0,
             0,
-            job.out / name,
-            given.rows,
+            finetune_request.out / name,
+            given.dataset,
             "none",
             {},
         )
@@ -273,7 +282,7 @@ def test_test_labels_choose_neither_scores_nor_cut_step_or_weights(
     assert np.array_equal(straight["test"], turned["test"])
     assert np.array_equal(straight["val"], turned["val"])
     if method == "full":
-        a, b = (find_checkpoint(job.out / name) for name in "ab")
+        a, b = (find_checkpoint(finetune_request.out / name) for name in "ab")
         ours, theirs = (read_weights(f, checkpoint_meta(f)) for f in (a, b))
         assert a.name == b.name and all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
@@ -281,11 +290,11 @@ def test_test_labels_choose_neither_scores_nor_cut_step_or_weights(
 def test_a_probe_learns_what_one_feature_says_and_leaves_unknown_labels_out(task: Task):
     labels = np.where(np.isnan(task.train.labels), 0.0, task.train.labels)
     labels[::3] = np.nan
-    known = replace(task, train=Labelled(task.train.rows, labels))
+    known = replace(task, train=Labelled(task.train.dataset, labels))
     told = np.concatenate(
         [np.where(np.isnan(labels), 1e3, labels), task.val.labels, task.test.labels]
     )
-    val, test = probe(known, np.nan_to_num(told), known.rows)
+    val, test = probe(known, np.nan_to_num(told), known.dataset)
     assert macro_auroc(task.val.labels, val) == macro_auroc(task.test.labels, test) == 1.0
 
 
@@ -293,12 +302,12 @@ class Killed(BaseException):
     pass
 
 
-def full(task: Task, run: Path, *overrides: str, about: str = "a"):
+def full(task: Task, run: Path, *overrides: str, metadata: str = "a"):
     model = Classifier(small_encoder("resnet"), len(ASKED))
     AcceleratorState._reset_state(reset_partial_state=True)
     return train_classifier(
         Accelerator(cpu=True), model, task.train, task.val, short(*overrides), 0, run,
-        {"run": about}, 0.5,
+        {"run": metadata}, 0.5,
     )  # fmt: skip
 
 
@@ -319,7 +328,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_validations(
         full(task, tmp_path / "cut")
     monkeypatch.undo()
     with pytest.raises(ValueError, match="unfinished run of other weights"):
-        full(task, tmp_path / "cut", about="b")
+        full(task, tmp_path / "cut", metadata="b")
     resumed = full(task, tmp_path / "cut")
     assert resumed.history == whole.history and [s for s, _ in whole.history] == [2, 4, 6]
     assert resumed.step == whole.step
@@ -335,11 +344,11 @@ def test_patience_ends_training_and_the_best_step_is_what_scores(task: Task, tmp
     trained = full(task, tmp_path, "train.base_lr=1e-30", "patience=1", "train.steps=100")
     assert [step for step, _ in trained.history] == [2, 4]
     assert trained.step == 2
-    reached = macro_auroc(task.val.labels, predict(trained.model, task.val.rows, CPU))
+    reached = macro_auroc(task.val.labels, predict(trained.model, task.val.dataset, CPU))
     assert reached == trained.val_auroc
 
 
-def test_few_films_are_learnt_by_heart(task: Task, tmp_path: Path):
+def test_few_images_are_learnt_by_heart(task: Task, tmp_path: Path):
     few = replace(task, train=task.train.select(np.arange(len(task.train)) < 8))
     few = replace(few, val=few.train)
     options = ("train.steps=60", "train.save_every_steps=60", "augment.rotation_deg=0")
@@ -347,19 +356,21 @@ def test_few_films_are_learnt_by_heart(task: Task, tmp_path: Path):
     assert trained.val_auroc > 0.95
 
 
-def test_finished_runs_are_skipped_and_others_are_not_written_over(job: Job, task: Task):
-    assert job.run is not None
-    summary = json.loads(finetune(job).read_text())
-    folder = job.out / "probe-100-0"
+def test_finished_runs_are_skipped_and_others_are_not_written_over(
+    finetune_request: FinetuneRequest, task: Task
+):
+    assert finetune_request.run is not None
+    summary = json.loads(finetune(finetune_request).read_text())
+    folder = finetune_request.out / "probe-100-0"
     written = (folder / "results.json").stat().st_mtime_ns
     scores = load_scores(folder / "scores.npz")
-    assert scores.film_id.tolist() == [f.film_id for f in task.test.rows.films]
+    assert scores.image_id.tolist() == [f.image_id for f in task.test.dataset.samples]
     assert scores.names() == list(ASKED)
     with np.load(folder / "scores.npz") as stored:
         assert len(stored["val_scores"]) == len(task.val)
     found = read_results(folder)
-    assert found.kind == "finetune" and found.controls["nuisance"].macro_auroc is not None
-    said = json.loads((job.run / SEEN_FILE).read_text())
+    assert found.kind == "finetune" and found.controls["shortcut baseline"].macro_auroc is not None
+    said = json.loads((finetune_request.run / SEEN_FILE).read_text())
     for row in found.findings:  # as the run of pre-training says, and not this one
         assert row.seen != "none" and row.finding in said[row.seen]
     card = (folder / "MODEL_CARD.md").read_text("utf-8")
@@ -367,17 +378,17 @@ def test_finished_runs_are_skipped_and_others_are_not_written_over(job: Job, tas
     (line,) = summary["lines"]
     assert line["mean"] == line["macro_auroc"]["0"] == found.macro_auroc
     assert line["interval"][0] <= line["mean"] <= line["interval"][1]
-    finetune(job)
+    finetune(finetune_request)
     assert (folder / "results.json").stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match="other weights, films or settings"):
-        finetune(replace(job, config=short("features=embedding")))
-    assert (job.out / SUMMARY_FILE).is_file()
+    with pytest.raises(ValueError, match="other weights, images or settings"):
+        finetune(replace(finetune_request, config=short("features=embedding")))
+    assert (finetune_request.out / SUMMARY_FILE).is_file()
 
 
 PROTOCOL = """\
 id = "few"
 version = 1
-title = "Few films"
+title = "Few images"
 about = "For a test."
 readers = ["unknown"]
 splits = ["built"]
@@ -391,20 +402,22 @@ uncertain = "positive"
 
 
 def test_a_protocol_gives_findings_fractions_and_seeds_and_seeds_are_averaged(
-    job: Job, made_data: Path, tmp_path: Path
+    finetune_request: FinetuneRequest, made_data: Path, tmp_path: Path
 ):
     path = tmp_path / "few.toml"
     path.write_text(PROTOCOL, "utf-8")
-    job = replace(job, findings=(), protocol=str(path), fractions=(), seeds=(), init="random")
-    (line,) = json.loads(finetune(job).read_text())["lines"]
-    found = {seed: read_results(job.out / f"probe-10-{seed}") for seed in (0, 1)}
+    finetune_request = replace(
+        finetune_request, findings=(), protocol=str(path), fractions=(), seeds=(), init="random"
+    )
+    (line,) = json.loads(finetune(finetune_request).read_text())["lines"]
+    found = {seed: read_results(finetune_request.out / f"probe-10-{seed}") for seed in (0, 1)}
     assert line["mean"] == pytest.approx(
         np.mean([line["macro_auroc"][str(seed)] for seed in found])
     )
     assert [one.protocol.id for one in found.values() if one.protocol] == ["few", "few"]
-    built = [film for film in open_rows([made_data]).films if film.split == "train"]
+    built = [sample for sample in open_dataset([made_data]).samples if sample.split == "train"]
     for seed, one in found.items():
-        assert one.facts["training films"] == subsets_of(built, seed)["10"]["n_films"]
+        assert one.facts["training images"] == subsets_of(built, seed)["10"]["n_images"]
         assert {row.seen for row in one.findings} == {"none"}  # random weights
         assert one.provenance.seed == one.provenance.train_seed == seed
         assert line["macro_auroc"][str(seed)] == one.macro_auroc
@@ -415,57 +428,64 @@ def test_a_protocol_gives_findings_fractions_and_seeds_and_seeds_are_averaged(
     assert low <= line["mean"] <= high
 
 
-def test_the_recipe_of_fine_tuning_holds_the_weights_that_it_starts_from(job: Job, task: Task):
-    run, random = (start_of(init, job.run, job.folder) for init in ("run", "random"))
+def test_the_recipe_of_fine_tuning_holds_the_weights_that_it_starts_from(
+    finetune_request: FinetuneRequest, task: Task
+):
+    run, random = (
+        start_of(init, finetune_request.run, finetune_request.folder) for init in ("run", "random")
+    )
     recipes = [
-        recipe_of(job, run, task, "weights", 0.1),
-        recipe_of(job, run, task, "of another seed of pre-training", 0.1),
-        recipe_of(job, run, task, "weights", 1.0),
-        recipe_of(replace(job, method="full"), run, task, "weights", 0.1),
-        recipe_of(replace(job, config=short("patience=3")), run, task, "weights", 0.1),
-        recipe_of(job, random, task, "weights", 0.1),
+        recipe_of(finetune_request, run, task, "weights", 0.1),
+        recipe_of(finetune_request, run, task, "of another seed of pre-training", 0.1),
+        recipe_of(finetune_request, run, task, "weights", 1.0),
+        recipe_of(replace(finetune_request, method="full"), run, task, "weights", 0.1),
+        recipe_of(replace(finetune_request, config=short("patience=3")), run, task, "weights", 0.1),
+        recipe_of(finetune_request, random, task, "weights", 0.1),
     ]
     assert len(set(recipes)) == len(recipes)
-    assert recipe_of(job, random, task, "of another seed", 0.1) == recipes[-1]
+    assert recipe_of(finetune_request, random, task, "of another seed", 0.1) == recipes[-1]
 
 
-def test_films_that_trained_the_run_are_not_scored(job: Job, task: Task):
-    assert job.run is not None
-    np.save(job.run / TRAINED_FILE, trained_keys(task.val.rows.films[:1]))
+def test_images_that_trained_the_run_are_not_scored(finetune_request: FinetuneRequest, task: Task):
+    assert finetune_request.run is not None
+    np.save(finetune_request.run / TRAINED_FILE, trained_keys(task.val.dataset.samples[:1]))
     with pytest.raises(ManifestError, match="trained on 1 of these"):
-        finetune(job)
+        finetune(finetune_request)
 
 
 def test_a_patient_in_train_and_test_is_refused(
     made_data: Path, task: Task, monkeypatch: pytest.MonkeyPatch
 ):
-    def leaking(folders: list[Path], film_px: int | None) -> Rows:
-        rows = open_rows(folders, film_px)
-        test = next(f for f in rows.films if f.split == "test")
+    def leaking(folders: list[Path], image_size: int | None) -> ImageTextDataset:
+        dataset = open_dataset(folders, image_size)
+        test = next(f for f in dataset.samples if f.split == "test")
         shared = (
-            replace(f, patient_id=test.patient_id) if f.split == "train" else f for f in rows.films
+            replace(f, patient_id=test.patient_id) if f.split == "train" else f
+            for f in dataset.samples
         )
-        return replace(rows, films=tuple(shared))
+        return replace(dataset, samples=tuple(shared))
 
-    monkeypatch.setattr(tasks, "open_rows", leaking)
+    monkeypatch.setattr(tasks, "open_dataset", leaking)
     with pytest.raises(ManifestError, match="what trains would be scored"):
-        open_task(made_data, task.protocol, FILM_PX)
+        open_task(made_data, task.protocol, IMAGE_SIZE)
 
 
-def test_a_split_without_validation_films_is_refused_with_the_command_that_draws_some(
+def test_a_split_without_validation_images_is_refused_with_the_command_that_draws_some(
     made_data: Path, task: Task, monkeypatch: pytest.MonkeyPatch
 ):
-    def without(folders: list[Path], film_px: int | None) -> Rows:
-        rows = open_rows(folders, film_px)
-        return rows.select([film.split != "val" for film in rows.films])
+    def without(folders: list[Path], image_size: int | None) -> ImageTextDataset:
+        dataset = open_dataset(folders, image_size)
+        return dataset.select([sample.split != "val" for sample in dataset.samples])
 
-    monkeypatch.setattr(tasks, "open_rows", without)
-    with pytest.raises(ManifestError, match=r"no validation films.*--name official"):
-        open_task(made_data, task.protocol, FILM_PX)
+    monkeypatch.setattr(tasks, "open_dataset", without)
+    with pytest.raises(ManifestError, match=r"no validation images.*--name official"):
+        open_task(made_data, task.protocol, IMAGE_SIZE)
 
 
-def test_random_weights_have_the_architecture_of_the_run_and_follow_the_seed(job: Job):
-    start = start_of("random", job.run, job.folder)
+def test_random_weights_have_the_architecture_of_the_run_and_follow_the_seed(
+    finetune_request: FinetuneRequest,
+):
+    start = start_of("random", finetune_request.run, finetune_request.folder)
     run = load_checkpoint(find_checkpoint(start.checkpoint.folder)).model  # pyright: ignore
     one, same, other = (start.encoder(seed).encoder.state_dict() for seed in (1, 1, 2))
     trained = run.vision_model.state_dict()
@@ -475,7 +495,9 @@ def test_random_weights_have_the_architecture_of_the_run_and_follow_the_seed(job
     assert not torch.equal(one[name], other[name]) and not torch.equal(one[name], trained[name])
 
 
-def test_a_vit_of_the_hub_is_fine_tuned_as_ours_is(job: Job, task: Task, tmp_path: Path):
+def test_a_vit_of_the_hub_is_fine_tuned_as_ours_is(
+    finetune_request: FinetuneRequest, task: Task, tmp_path: Path
+):
     sizes = {
         "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 32, "image_size": 32, "patch_size": 8,
@@ -484,10 +506,10 @@ def test_a_vit_of_the_hub_is_fine_tuned_as_ours_is(job: Job, task: Task, tmp_pat
     config = ViTMAEConfig(**sizes, decoder_hidden_size=16, decoder_num_hidden_layers=1)
     ViTMAEModel(config).save_pretrained(tmp_path / "mae")
     for name in ("vit", "mae"):
-        start = start_of(f"hf:{tmp_path / name}", None, job.folder)
-        assert start.features == "class" and start.film_px == FILM_PX
+        start = start_of(f"hf:{tmp_path / name}", None, finetune_request.folder)
+        assert start.features == "class" and start.image_size == IMAGE_SIZE
         encoder = start.encoder(0)
-        image = torch.randn(2, 1, FILM_PX, FILM_PX)
+        image = torch.randn(2, 1, IMAGE_SIZE, IMAGE_SIZE)
         # MAE deals its patches anew at each reading: equal but for the order of sums.
         assert torch.allclose(encoder(image), encoder(image), atol=1e-5)
         model = Classifier(encoder, len(ASKED))
@@ -512,16 +534,18 @@ def test_a_vit_of_the_hub_is_fine_tuned_as_ours_is(job: Job, task: Task, tmp_pat
         ),
     ],
 )
-def test_what_does_not_fit_together_is_one_line(job: Job, changes: dict, said: str):
+def test_what_does_not_fit_together_is_one_line(
+    finetune_request: FinetuneRequest, changes: dict, said: str
+):
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
-        finetune(replace(job, **changes))
+        finetune(replace(finetune_request, **changes))
 
 
 @pytest.fixture(scope="module")
 def words(made_data: Path, made_run: Path) -> list[str]:
     """A command of full fine-tuning, without --out."""
     given = ["finetune", "--run", made_run, "--data", made_data, "--finding", "pneumothorax"]
-    given += ["--method", "full", "--fraction", "1", "--seed", "3", "--draws", "20", "--cpu"]
+    given += ["--method", "full", "--fraction", "1", "--seed", "3", "--n-resamples", "20", "--cpu"]
     return [str(word) for word in given] + [w for key in SHORT for w in ("--set", key)]
 
 

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from mmclip.data.csv_table import SourceError
 from mmclip.data.readers.files import Box
 from mmclip.data.readers.grounding import read_chestxdet10_boxes, read_mscxr_boxes
-from mmclip.data.tables import SourceError
 from tests.published import lay_out
 
-FILM = "0a0a0a0a-1111-2222-3333-444444444444"
-PATH = f"files/p10/p10000032/s50414267/{FILM}.jpg"
+IMAGE = "0a0a0a0a-1111-2222-3333-444444444444"
+PATH = f"files/p10/p10000032/s50414267/{IMAGE}.jpg"
 COCO = {
     "info": {},
     "images": [
-        {"id": 1, "file_name": f"{FILM}.jpg", "width": 2544, "height": 3056, "path": PATH},
+        {"id": 1, "file_name": f"{IMAGE}.jpg", "width": 2544, "height": 3056, "path": PATH},
         {"id": 2, "file_name": "no-box.jpg", "width": 2544, "height": 3056, "path": PATH},
     ],
     "categories": [{"id": 5, "name": "Pleural Effusion"}, {"id": 8, "name": "Lung Opacity"}],
@@ -39,12 +39,12 @@ COCO = {
 }
 CSV = (
     "dicom_id,category_name,label_text,path,x,y,w,h,image_width,image_height,split\n"
-    f"{FILM},Pleural Effusion,small left pleural effusion,{PATH},10,20,300,40,2544,3056,test\n"
-    f'{FILM},Lung Opacity,"patchy opacities, bilateral",{PATH},1,2,3,4,2544,3056,train\n'
+    f"{IMAGE},Pleural Effusion,small left pleural effusion,{PATH},10,20,300,40,2544,3056,test\n"
+    f'{IMAGE},Lung Opacity,"patchy opacities, bilateral",{PATH},1,2,3,4,2544,3056,train\n'
 )
 BOXES = [
-    Box(FILM, "pleural effusion", 10.0, 20.0, 300.0, 40.0, "small left pleural effusion"),
-    Box(FILM, "lung opacity", 1.0, 2.0, 3.0, 4.0, "patchy opacities, bilateral"),
+    Box(IMAGE, "pleural effusion", 10.0, 20.0, 300.0, 40.0, "small left pleural effusion"),
+    Box(IMAGE, "lung opacity", 1.0, 2.0, 3.0, 4.0, "patchy opacities, bilateral"),
 ]
 
 
@@ -63,8 +63,8 @@ def test_both_forms_of_mscxr_give_the_same_boxes(
         ({}, "holds no MS_CXR_Local_Alignment_v1.1.0.json or"),
         ({"json": "{}"}, "is no COCO file of MS-CXR .*'images'.*; download it again"),
         ({"json": json.dumps({**COCO, "categories": []})}, "is no COCO file .*5"),
-        ({"csv": CSV.replace("300", "wide")}, f"{FILM}: could not convert .* 'wide'"),
-        ({"csv": CSV.replace("Pleural Effusion", "Gout")}, f"{FILM}: the label 'Gout'"),
+        ({"csv": CSV.replace("300", "wide")}, f"{IMAGE}: could not convert .* 'wide'"),
+        ({"csv": CSV.replace("Pleural Effusion", "Gout")}, f"{IMAGE}: the label 'Gout'"),
     ],
 )
 def test_a_damaged_file_of_mscxr_is_one_line(tmp_path: Path, files: dict, message: str):
@@ -83,7 +83,7 @@ DET10 = [
 ]
 
 
-def test_corners_become_sides_and_a_film_without_a_finding_has_no_box(tmp_path: Path):
+def test_corners_become_sides_and_an_image_without_a_finding_has_no_box(tmp_path: Path):
     lay_out(tmp_path, {"train.json": json.dumps(DET10), "test.json": "[]"})
     assert list(read_chestxdet10_boxes(tmp_path, "train")) == [
         Box("36204.png", "nodule", 233.0, 666.0, 25.0, 27.0),
@@ -114,4 +114,4 @@ def test_every_box_of_the_real_files_is_read():
     assert (len(train), len(test)) == (6_863, 1_476)
     assert Counter(box.finding for box in test)["pneumothorax"] == 42
     assert all(0 < box.width_px < 1024 and 0 < box.height_px < 1024 for box in train + test)
-    assert not {box.film_id for box in train} & {box.film_id for box in test}
+    assert not {box.image_id for box in train} & {box.image_id for box in test}

@@ -18,23 +18,23 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.multival import MultiValue
 from pydicom.uid import JPEGLSLossless
 
-from mmclip.data.images import FilmError, decode_film, read_film, resize_film, stretch
-from mmclip.data.records import Reason
+from mmclip.data.images import ImageError, decode_image, read_image, resize_image, stretch
+from mmclip.data.sample import Reason
 from tests.made_files import NAME, NUMBER, blank, dicom, encoded, huge_png, ramp
 
 DICOM_FILES = Path(DATA_ROOT) / "test_files"
 
 
-def refusal(content: bytes, max_px: int = 1_000_000) -> FilmError:
-    with pytest.raises(FilmError) as caught:
-        decode_film(content, max_px)
+def refusal(content: bytes, max_px: int = 1_000_000) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        decode_image(content, max_px)
     return caught.value
 
 
-def film_or_error(content: bytes) -> np.ndarray | FilmError:
+def image_or_error(content: bytes) -> np.ndarray | ImageError:
     try:
-        return decode_film(content, 1_000_000)
-    except FilmError as error:
+        return decode_image(content, 1_000_000)
+    except ImageError as error:
         return error
 
 
@@ -42,32 +42,32 @@ def film_or_error(content: bytes) -> np.ndarray | FilmError:
 
 
 def test_grey_of_8_bits_stays_as_it_is():
-    np.testing.assert_array_equal(decode_film(encoded(ramp())), ramp())
+    np.testing.assert_array_equal(decode_image(encoded(ramp())), ramp())
 
 
 def test_grey_of_16_bits_spans_its_own_range():
     deep = ramp().astype(np.uint16) * 10 + 3000  # 3000..5320
-    film = decode_film(encoded(deep))
-    assert film.dtype == np.uint8
-    np.testing.assert_array_equal(film, np.rint((deep - 3000.0) * 255 / 2320))
+    image = decode_image(encoded(deep))
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, np.rint((deep - 3000.0) * 255 / 2320))
 
 
 def test_grey_stored_as_colour_is_the_grey():
     colour = np.repeat(ramp()[..., None], 3, axis=2)
-    np.testing.assert_array_equal(decode_film(encoded(colour)), ramp())
+    np.testing.assert_array_equal(decode_image(encoded(colour)), ramp())
 
 
 def test_colour_becomes_its_luminance():
     colour = np.zeros((10, 10, 3), np.uint8)
     colour[:, :5, 0], colour[:, 5:, 1] = 200, 200
-    film = decode_film(encoded(colour))
-    assert (film[0, 0], film[0, 9]) == (60, 117)  # 200 x 0.299, 200 x 0.587
+    image = decode_image(encoded(colour))
+    assert (image[0, 0], image[0, 9]) == (60, 117)  # 200 x 0.299, 200 x 0.587
 
 
 def test_a_palette_is_looked_up():
     image = Image.fromarray((np.arange(64, dtype=np.uint8) % 4).reshape(8, 8)).convert("P")
     image.putpalette([v for grey in (0, 200, 50, 100) for v in (grey, grey, grey)])
-    np.testing.assert_array_equal(decode_film(encoded(image))[0, :4], [0, 200, 50, 100])
+    np.testing.assert_array_equal(decode_image(encoded(image))[0, :4], [0, 200, 50, 100])
 
 
 def test_what_is_transparent_is_black():
@@ -75,15 +75,15 @@ def test_what_is_transparent_is_black():
     both[:, :2, 1], both[:, 2:4, 1] = 0, 51  # invisible; one fifth
     image = Image.fromarray(both)
     assert image.mode == "LA"
-    assert decode_film(encoded(image))[0].tolist() == [0, 0, 40, 40, 200, 200, 200, 200]
+    assert decode_image(encoded(image))[0].tolist() == [0, 0, 40, 40, 200, 200, 200, 200]
     np.testing.assert_array_equal(
-        decode_film(encoded(image.convert("RGBA")))[0, ::2], [0, 40, 200, 200]
+        decode_image(encoded(image.convert("RGBA")))[0, ::2], [0, 40, 200, 200]
     )
 
 
-def test_a_film_of_one_bit_is_black_and_white():
-    film = decode_film(encoded(Image.fromarray(ramp() > 100)))
-    assert set(np.unique(film)) == {0, 255}
+def test_an_image_of_one_bit_is_black_and_white():
+    image = decode_image(encoded(Image.fromarray(ramp() > 100)))
+    assert set(np.unique(image)) == {0, 255}
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_a_film_of_one_bit_is_black_and_white():
 def test_an_exif_orientation_is_applied(orientation, turned, kind):
     exif = Image.Exif()
     exif[274] = orientation
-    np.testing.assert_array_equal(decode_film(encoded(ramp(), kind, exif=exif)), turned)
+    np.testing.assert_array_equal(decode_image(encoded(ramp(), kind, exif=exif)), turned)
 
 
 def test_jpeg_is_read_and_told_by_content():
-    film = decode_film(encoded(ramp(), "JPEG", quality=95))
-    assert abs(film.astype(int) - ramp()).max() <= 4
+    image = decode_image(encoded(ramp(), "JPEG", quality=95))
+    assert abs(image.astype(int) - ramp()).max() <= 4
 
 
 def test_tiff_whose_zero_is_white_is_inverted():
@@ -113,13 +113,13 @@ def test_tiff_whose_zero_is_white_is_inverted():
         content = bytearray(encoded(pixels, "TIFF"))
         at = content.index(struct.pack("<HHIH", 262, 3, 1, 1))  # black is zero
         content[at + 8] = 0
-        film, inverted = decode_film(encoded(pixels, "TIFF")), decode_film(bytes(content))
-        np.testing.assert_array_equal(inverted, 255 - film)
+        image, inverted = decode_image(encoded(pixels, "TIFF")), decode_image(bytes(content))
+        np.testing.assert_array_equal(inverted, 255 - image)
 
 
 def test_float_pixels_span_their_range_and_must_be_finite():
     values = ramp().astype(np.float32) / 1000
-    assert decode_film(encoded(values, "TIFF"))[-1, -1] == 255
+    assert decode_image(encoded(values, "TIFF"))[-1, -1] == 255
     for bad in (np.nan, np.inf):
         values[3, 3] = bad
         assert "not finite" in refusal(encoded(values, "TIFF")).detail
@@ -127,7 +127,7 @@ def test_float_pixels_span_their_range_and_must_be_finite():
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "WEBP"])
 @pytest.mark.parametrize("kept_ratio", [0.2, 0.5, 0.9, 0.99])
-def test_a_cut_file_is_no_film(kind, kept_ratio):
+def test_a_cut_file_is_no_image(kind, kept_ratio):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     content = encoded(noise, kind)
     reason = refusal(content[: int(len(content) * kept_ratio)]).reason
@@ -138,12 +138,12 @@ def test_a_cut_file_is_no_film(kind, kept_ratio):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP", "JPEG2000"])
-def test_a_file_cut_at_any_byte_gives_the_whole_film_or_none(kind):
+def test_a_file_cut_at_any_byte_gives_the_whole_image_or_none(kind):
     content = encoded(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8), kind)
-    whole = decode_film(content)
+    whole = decode_image(content)
     for length in range(8, len(content)):
-        film = film_or_error(content[:length])
-        assert isinstance(film, FilmError) or np.array_equal(film, whole), length
+        image = image_or_error(content[:length])
+        assert isinstance(image, ImageError) or np.array_equal(image, whole), length
 
 
 def test_a_changed_byte_inside_a_png_is_not_called_a_cut():
@@ -153,17 +153,17 @@ def test_a_changed_byte_inside_a_png_is_not_called_a_cut():
 
 
 def test_a_jpeg_damaged_in_its_middle_is_read_as_the_documents_say():
-    # Once this fails, Pillow can tell: leave such films out, and docs/data.md says so no more.
+    # Once this fails, Pillow can tell: leave such images out, and docs/data.md says so no more.
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     content = bytearray(encoded(noise, "JPEG", quality=90))
-    whole = decode_film(bytes(content))
+    whole = decode_image(bytes(content))
     half = len(content) // 2
     content[half : half + 512] = bytes(512)
-    assert not np.array_equal(decode_film(bytes(content)), whole)
+    assert not np.array_equal(decode_image(bytes(content)), whole)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
-def test_several_frames_are_no_film(kind):
+def test_several_frames_are_no_image(kind):
     more = [Image.fromarray(255 - ramp())]
     error = refusal(encoded(ramp(), kind, save_all=True, append_images=more))
     assert (error.reason, error.detail.split(":")[0]) == (Reason.IMAGE_UNREADABLE, "several frames")
@@ -177,26 +177,26 @@ def test_formats_that_would_start_another_program_are_not_opened():
     )
 
 
-def test_a_film_is_blank_by_its_1_and_99_percent_quantiles():
+def test_an_image_is_blank_by_its_1_and_99_percent_quantiles():
     assert refusal(encoded(blank(7, 7, 0))).detail == "grey levels 7 to 7 of 255"
     assert refusal(encoded(blank(7, 255, 99))).reason == Reason.IMAGE_BLANK  # a burnt-in letter
     assert refusal(encoded(blank(7, 9, 5000))).reason == Reason.IMAGE_BLANK
-    assert decode_film(encoded(blank(7, 10, 5000))).max() == 10
-    assert decode_film(encoded(blank(7, 255, 101))).max() == 255
+    assert decode_image(encoded(blank(7, 10, 5000))).max() == 10
+    assert decode_image(encoded(blank(7, 255, 101))).max() == 255
 
 
-def test_a_film_too_large_is_refused_from_its_header():
+def test_an_image_too_large_is_refused_from_its_header():
     content = huge_png(40_000)
     before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(FilmError) as caught:
-        decode_film(content)
+    with pytest.raises(ImageError) as caught:
+        decode_image(content)
     assert caught.value.reason == Reason.IMAGE_TOO_LARGE
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 50_000
 
 
 def test_the_size_limit_is_in_pixels_and_holds_for_dicom_too():
     for content in (encoded(ramp(20, 30)), dicom(ramp(20, 30))):
-        assert decode_film(content, max_px=600).shape == (20, 30)
+        assert decode_image(content, max_px=600).shape == (20, 30)
         error = refusal(content, max_px=599)
         assert (error.reason, error.detail) == (
             Reason.IMAGE_TOO_LARGE,
@@ -212,17 +212,17 @@ def levels(*values: int, dtype=np.uint16) -> np.ndarray:
 
 
 def test_dicom_without_a_window_spans_its_own_range():
-    assert decode_film(dicom(levels(1000, 1255, 1510, 2020)))[0].tolist() == [0, 64, 128, 255]
+    assert decode_image(dicom(levels(1000, 1255, 1510, 2020)))[0].tolist() == [0, 64, 128, 255]
 
 
 def test_monochrome1_is_inverted():
     content = dicom(levels(0, 51, 204, 255), PhotometricInterpretation="MONOCHROME1")
-    assert decode_film(content)[0].tolist() == [255, 204, 51, 0]
+    assert decode_image(content)[0].tolist() == [255, 204, 51, 0]
 
 
 def test_signed_pixels_keep_their_order():
-    film = decode_film(dicom(levels(-1000, -490, -235, 20, dtype=np.int16)))
-    assert film[0].tolist() == [0, 128, 191, 255]
+    image = decode_image(dicom(levels(-1000, -490, -235, 20, dtype=np.int16)))
+    assert image[0].tolist() == [0, 128, 191, 255]
 
 
 def linear(x: float, c: float, w: float) -> float:
@@ -241,38 +241,38 @@ def test_a_window_is_applied_as_the_standard_says(center, width, is_inverted):
     kind = "MONOCHROME1" if is_inverted else "MONOCHROME2"
     window = {"WindowCenter": center, "WindowWidth": width, "PhotometricInterpretation": kind}
     expected = np.array([[linear(x, center, width) for x in row] for row in values.astype(float)])
-    film = film_or_error(dicom(values, **window))
-    if isinstance(film, FilmError):
-        assert film.reason == Reason.IMAGE_BLANK
+    image = image_or_error(dicom(values, **window))
+    if isinstance(image, ImageError):
+        assert image.reason == Reason.IMAGE_BLANK
         assert np.ptp(np.quantile(expected, [0.01, 0.99], method="inverted_cdf")) < 4
     else:
-        film = film.astype(float)
-        assert abs((255 - film if is_inverted else film) - expected).max() <= 0.501
+        image = image.astype(float)
+        assert abs((255 - image if is_inverted else image) - expected).max() <= 0.501
 
 
 def test_the_first_of_several_windows_is_used():
     window = {"WindowCenter": [150.5, 9999], "WindowWidth": [101, 1]}
-    assert decode_film(dicom(levels(0, 100, 150, 200), **window))[0].tolist() == [0, 0, 128, 255]
+    assert decode_image(dicom(levels(0, 100, 150, 200), **window))[0].tolist() == [0, 0, 128, 255]
 
 
 def test_the_other_window_functions():
     values = levels(0, 100, 150, 200)
     window = {"WindowCenter": 150, "WindowWidth": 100, "VOILUTFunction": "LINEAR_EXACT"}
-    assert decode_film(dicom(values, **window))[0].tolist() == [0, 0, 128, 255]
+    assert decode_image(dicom(values, **window))[0].tolist() == [0, 0, 128, 255]
     window["VOILUTFunction"] = "SIGMOID"
     by_hand = [255 / (1 + np.exp(-4 * (x - 150) / 100)) for x in (0, 100, 150, 200)]
-    assert decode_film(dicom(values, **window))[0].tolist() == np.rint(by_hand).tolist()
+    assert decode_image(dicom(values, **window))[0].tolist() == np.rint(by_hand).tolist()
 
 
 def test_rescaling_comes_before_the_window():
     window = {"WindowCenter": -799.5, "WindowWidth": 401}  # -1000..-600 after rescaling
     content = dicom(levels(0, 100, 200, 300), RescaleSlope=2, RescaleIntercept=-1000, **window)
-    assert decode_film(content)[0].tolist() == [0, 128, 255, 255]
+    assert decode_image(content)[0].tolist() == [0, 128, 255, 255]
 
 
 def test_a_falling_rescale_inverts():
     content = dicom(levels(0, 51, 204, 255), RescaleSlope=-1, RescaleIntercept=255)
-    assert decode_film(content)[0].tolist() == [255, 204, 51, 0]
+    assert decode_image(content)[0].tolist() == [255, 204, 51, 0]
 
 
 def test_a_voi_lut_comes_before_a_window_and_spans_its_bits():
@@ -281,15 +281,15 @@ def test_a_voi_lut_comes_before_a_window_and_spans_its_bits():
     table.LUTData = np.array([0, 1023, 512, 256], np.uint16).tobytes()
     pixels = levels(10, 11, 12, 13)
     content = dicom(pixels, VOILUTSequence=[table], WindowCenter=1, WindowWidth=1)
-    assert decode_film(content)[0].tolist() == [0, 255, 128, 64]
+    assert decode_image(content)[0].tolist() == [0, 255, 128, 64]
     content = dicom(pixels, VOILUTSequence=[table], PhotometricInterpretation="MONOCHROME1")
-    assert decode_film(content)[0].tolist() == [255, 0, 127, 191]
+    assert decode_image(content)[0].tolist() == [255, 0, 127, 191]
 
 
 def test_colour_in_dicom_becomes_its_luminance():
     colour = np.zeros((4, 4, 3), np.uint8)
     colour[:, :2, 0], colour[:, 2:, 1] = 200, 200
-    assert decode_film(dicom(colour))[0].tolist() == [60, 60, 117, 117]
+    assert decode_image(dicom(colour))[0].tolist() == [60, 60, 117, 117]
 
 
 def test_a_palette_in_dicom_is_looked_up():
@@ -301,26 +301,26 @@ def test_a_palette_in_dicom_is_looked_up():
     }
     pixels = levels(0, 1, 2, 3, dtype=np.uint8)
     content = dicom(pixels, PhotometricInterpretation="PALETTE COLOR", **tables)
-    assert decode_film(content)[0].tolist() == [0, 156, 78, 255]
+    assert decode_image(content)[0].tolist() == [0, 156, 78, 255]
 
 
-def test_several_dicom_frames_are_no_film():
+def test_several_dicom_frames_are_no_image():
     pixels = np.vstack([ramp(), ramp()])
     error = refusal(dicom(pixels, Rows=len(ramp()), NumberOfFrames=2))
     assert (error.reason, error.detail) == (
         Reason.IMAGE_UNREADABLE,
-        "2 frames: a loop, not a film",
+        "2 frames: a loop, not an image",
     )
 
 
-def test_dicom_pixels_that_end_early_are_no_film():
+def test_dicom_pixels_that_end_early_are_no_image():
     error = refusal(dicom(ramp(), PixelData=ramp().tobytes()[:-32]))
     assert (error.reason, error.detail) == (Reason.IMAGE_TRUNCATED, "736 of 768 pixel bytes")
     content = dicom(ramp())
     assert refusal(content[:-100]).reason == Reason.IMAGE_TRUNCATED
 
 
-def test_a_dicom_file_without_pixels_is_no_film():
+def test_a_dicom_file_without_pixels_is_no_image():
     assert "without pixels" in refusal(dicom(ramp(), PixelData=None)).detail
 
 
@@ -335,14 +335,14 @@ def test_a_dicom_file_without_pixels_is_no_film():
         ("SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_rle.dcm", 3),
     ],
 )
-def test_a_compressed_transfer_syntax_gives_the_film_of_a_plain_one(compressed, plain, tolerance):
-    a, b = (read_film(DICOM_FILES / name).astype(int) for name in (compressed, plain))
+def test_a_compressed_transfer_syntax_gives_the_image_of_a_plain_one(compressed, plain, tolerance):
+    a, b = (read_image(DICOM_FILES / name).astype(int) for name in (compressed, plain))
     assert abs(a - b).max() <= tolerance
 
 
 def test_grey_in_baseline_jpeg_inside_dicom_is_read():
-    film = decode_film(in_dicom(encoded(ramp(), "JPEG", quality=95)))
-    assert abs(film.astype(int) - stretch(ramp())).max() <= 5
+    image = decode_image(in_dicom(encoded(ramp(), "JPEG", quality=95)))
+    assert abs(image.astype(int) - stretch(ramp())).max() <= 5
 
 
 def in_dicom(frame: bytes, syntax: str = pydicom.uid.JPEGBaseline8Bit) -> bytes:
@@ -357,7 +357,7 @@ def in_dicom(frame: bytes, syntax: str = pydicom.uid.JPEGBaseline8Bit) -> bytes:
 
 @pytest.mark.parametrize("name", ["693_J2KI.dcm", "MR_small_RLE.dcm", "SC_rgb_jpeg_dcmtk.dcm"])
 @pytest.mark.parametrize("kept_ratio", [0.3, 0.9, 0.99])
-def test_a_compressed_frame_that_is_cut_is_no_film(name, kept_ratio):
+def test_a_compressed_frame_that_is_cut_is_no_image(name, kept_ratio):
     data = pydicom.dcmread(DICOM_FILES / name)
     frame = next(generate_frames(data.PixelData, number_of_frames=1))
     data.PixelData = encapsulate([frame[: int(len(frame) * kept_ratio)]])
@@ -378,7 +378,7 @@ def test_a_huge_jpeg_behind_a_small_dicom_header_is_refused():
     assert refusal(in_dicom(bytes(content))).reason == Reason.IMAGE_UNREADABLE
 
 
-# Any file at all: a film or a reason, and never a patient.
+# Any file at all: an image or a reason, and never a patient.
 
 
 def said_of_patients(path: Path) -> set[str]:
@@ -399,24 +399,26 @@ def said_of_patients(path: Path) -> set[str]:
     return {text for text in found if len(text) > 3}
 
 
-def test_every_test_file_of_pydicom_gives_a_film_or_a_reason_and_no_patient():
+def test_every_test_file_of_pydicom_gives_an_image_or_a_reason_and_no_patient():
     folders = (DICOM_FILES, Path(DATA_ROOT) / "charset_files")
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     assert len(files) > 150
-    films, n_patients = 0, 0
+    images, n_patients = 0, 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none may reach a user, who could not act on it
         for path in files:
-            film = film_or_error(path.read_bytes())
-            if isinstance(film, FilmError):
-                assert film.reason in Reason and "\n" not in str(film), path
+            image = image_or_error(path.read_bytes())
+            if isinstance(image, ImageError):
+                assert image.reason in Reason and "\n" not in str(image), path
                 patients = said_of_patients(path)
                 n_patients += bool(patients)
-                assert not [text for text in patients if text in str(film)], path
+                assert not [text for text in patients if text in str(image)], path
             else:
-                films += 1
-                assert film.dtype == np.uint8 and film.ndim == 2 and film.max() > film.min(), path
-    assert films > 50 and n_patients > 20
+                images += 1
+                assert image.dtype == np.uint8 and image.ndim == 2 and image.max() > image.min(), (
+                    path
+                )
+    assert images > 50 and n_patients > 20
 
 
 SEEDS = {
@@ -436,7 +438,7 @@ SEEDS = {
 
 
 @pytest.mark.parametrize("kind", SEEDS)
-def test_a_damaged_file_gives_a_film_or_a_reason_and_no_patient(kind):
+def test_a_damaged_file_gives_an_image_or_a_reason_and_no_patient(kind):
     rng = random.Random(kind)
     for _ in range(150):
         content = bytearray(SEEDS[kind])
@@ -447,11 +449,11 @@ def test_a_damaged_file_gives_a_film_or_a_reason_and_no_patient(kind):
         else:
             for _ in range(rng.choice([1, 2, 8])):
                 content[rng.randrange(start, end)] = rng.choice([0, 0x7F, 0xFF, rng.randrange(256)])
-        film = film_or_error(bytes(content))
-        if isinstance(film, FilmError):
-            assert not any(word in str(film) for word in (NAME, *NAME.split("^"), NUMBER))
+        image = image_or_error(bytes(content))
+        if isinstance(image, ImageError):
+            assert not any(word in str(image) for word in (NAME, *NAME.split("^"), NUMBER))
         else:
-            assert film.dtype == np.uint8 and film.ndim == 2
+            assert image.dtype == np.uint8 and image.ndim == 2
 
 
 def test_nothing_of_a_dicom_header_is_quoted_warned_of_or_logged(caplog, recwarn):
@@ -460,7 +462,7 @@ def test_nothing_of_a_dicom_header_is_quoted_warned_of_or_logged(caplog, recwarn
     error = refusal(content)
     assert error.detail == "header: ValueError"
     assert refusal(in_dicom(b"\xff\xd8 no more", JPEGLSLossless)).detail.endswith("RuntimeError")
-    decode_film(dicom(ramp(), StudyInstanceUID="1.2.123456").replace(b"1.2.123456", b"Doe^Jane.."))
+    decode_image(dicom(ramp(), StudyInstanceUID="1.2.123456").replace(b"1.2.123456", b"Doe^Jane.."))
     assert not caplog.records and not recwarn.list
 
 
@@ -474,8 +476,8 @@ def test_what_is_no_file_has_a_reason(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.png")  # to read it would wait for ever
     reasons = {}
     for name in ("folder.png", "empty.png", "loop.png", "pipe.png", "no.png", "empty.png/a.png"):
-        with pytest.raises(FilmError) as caught:
-            read_film(tmp_path / name)
+        with pytest.raises(ImageError) as caught:
+            read_image(tmp_path / name)
         reasons[name] = caught.value.reason
     assert reasons == {
         "folder.png": Reason.IMAGE_UNREADABLE,
@@ -491,15 +493,15 @@ def test_what_is_no_file_has_a_reason(tmp_path: Path):
 
 
 def test_resizing_averages_what_it_shrinks_and_scales_each_side_on_its_own():
-    film = np.zeros((8, 16), np.uint8)
-    film[:, 8:] = 200
-    small = resize_film(film, 4)
+    image = np.zeros((8, 16), np.uint8)
+    image[:, 8:] = 200
+    small = resize_image(image, 4)
     assert small.shape == (4, 4) and small.dtype == np.uint8
     assert small[:, 0].tolist() == [0] * 4 and small[:, 3].tolist() == [200] * 4
     checks = (np.indices((32, 32)).sum(0) % 2 * 200).astype(np.uint8)
-    assert abs(resize_film(checks, 8).astype(int) - 100).max() <= 10  # no alias
+    assert abs(resize_image(checks, 8).astype(int) - 100).max() <= 10  # no alias
 
 
 def test_resizing_to_the_same_size_changes_nothing():
-    film = ramp(32, 32)
-    np.testing.assert_array_equal(resize_film(film, 32), film)
+    image = ramp(32, 32)
+    np.testing.assert_array_equal(resize_image(image, 32), image)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from mmclip.batch import Batch, Share
+from mmclip.batch import Batch, BatchSlice
 from mmclip.config import TrainConfig
 from mmclip.training.loop import (
     NonFiniteLoss,
@@ -29,9 +29,9 @@ from mmclip.training.loop import (
     train_step,
 )
 from mmclip.training.objective import Objective
-from tests.made import LABELS, PATCH_PX, WHOLE, MadeBatches, small_config, small_model
+from tests.made import LABELS, PATCH_SIZE, WHOLE, MadeBatches, small_config, small_model
 
-CONTRASTIVE = Objective(small_config(), PATCH_PX)
+CONTRASTIVE = Objective(small_config(), PATCH_SIZE)
 CONFIG = TrainConfig(steps=10, batch_size=8, base_lr=0.03, save_every_steps=5, log_every_steps=2)
 
 
@@ -80,7 +80,7 @@ CASES = {  # rows, those without a report, those with a prompt
     "a process without pairs": (8, (4, 5, 6, 7), ()),
     "prompts beside and in place of reports": (8, (1, 5, 6, 7), (0, 1, 5, 6)),
 }
-PIXELS = (*WHOLE, "image_mask.hide='pixels'")
+PIXELS = (*WHOLE, "image_mask.mask_stage='pixels'")
 RESNET = ("model.image.kind='resnet'", "model.image.depth=1")
 ARMS = {
     "contrastive": (), "whole": WHOLE, "pixels": PIXELS,
@@ -92,7 +92,7 @@ ARMS = {
 def in_one_process(case: str, arm: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     n, without, prompted = CASES[case]
     config = TrainConfig(batch_size=n, clip_norm=1e9)
-    objective = Objective(small_config(*ARMS[arm]), PATCH_PX)
+    objective = Objective(small_config(*ARMS[arm]), PATCH_SIZE)
     return gradients(config, MadeBatches(n, without, prompted), objective)
 
 
@@ -135,7 +135,7 @@ def test_two_processes_give_loss_and_gradients_of_one_on_the_joined_batch(tmp_pa
 
 def test_shares_of_a_batch_partition_it():
     for n, of in [(24, 1), (24, 5), (7, 2), (3, 4)]:
-        rows = [row for index in range(of) for row in range(n)[Share(index, of).of_rows(n)]]
+        rows = [row for index in range(of) for row in range(n)[BatchSlice(index, of).of_rows(n)]]
         assert rows == list(range(n))
 
 
@@ -155,10 +155,12 @@ def test_accumulation_divides_by_the_count_of_the_whole_batch():
     batches = MadeBatches(8, without_report=(4, 5, 6))
     accelerator = Accelerator(cpu=True)
     state = new_state(accelerator)
-    config = CONFIG.model_copy(update={"micro_batches": 2})
+    config = CONFIG.model_copy(update={"micro_batch_size": 2})
     with torch.no_grad():
         sums = [
-            float(CONTRASTIVE.sums(state.model, batches.batch(0, Share(half, 2)))["contrastive"])
+            float(
+                CONTRASTIVE.sums(state.model, batches.batch(0, BatchSlice(half, 2)))["contrastive"]
+            )
             for half in (0, 1)
         ]
     terms = train_step(
@@ -179,8 +181,8 @@ def fit_here(
 
 def test_one_batch_can_be_learnt_by_heart(tmp_path: Path):
     class OneBatch(MadeBatches):
-        def batch(self, step: int = 0, share: Share | None = None) -> Batch:
-            return super().batch(0, share)
+        def batch(self, step: int = 0, batch_slice: BatchSlice | None = None) -> Batch:
+            return super().batch(0, batch_slice)
 
     accelerator = Accelerator(cpu=True)
     config = TrainConfig(steps=120, batch_size=8, base_lr=0.1, log_every_steps=120)
@@ -202,14 +204,14 @@ def test_the_log_has_a_line_every_so_many_steps_and_none_twice_after_a_crash(tmp
     fit_here(tmp_path, MadeBatches(), state, accelerator, saved)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
-    assert lines[-1].keys() >= {"loss", "contrastive", "lr", "grad_norm", "films_per_s"}
+    assert lines[-1].keys() >= {"loss", "contrastive", "lr", "grad_norm", "images_per_s"}
     assert saved == [5, 10]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path: Path):
     class Poisoned(MadeBatches):
-        def batch(self, step: int = 0, share: Share | None = None) -> Batch:
-            batch = super().batch(step, share)
+        def batch(self, step: int = 0, batch_slice: BatchSlice | None = None) -> Batch:
+            batch = super().batch(step, batch_slice)
             if step == 3:
                 batch.image[2] = torch.nan
             return batch
@@ -221,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path: Path)
     assert state.step == 3
     assert all(p.isfinite().all() for p in state.model.parameters())
     folder = tmp_path / "nonfinite_step_000003_process_0"
-    assert "film-2" in (folder / "batch_0_films.txt").read_text().split()
+    assert "image-2" in (folder / "batch_0_images.txt").read_text().split()
     assert (folder / "batch_0.safetensors").is_file()
 
 
@@ -259,33 +261,33 @@ GPU = torch.device("cuda")  # nothing is put there: what is read ahead goes by t
 def test_batches_read_ahead_are_those_of_their_steps_and_made_in_a_thread():
     batches, made = MadeBatches(), []
 
-    def read_batch(step: int, share: Share) -> Batch:
+    def read_batch(step: int, batch_slice: BatchSlice) -> Batch:
         is_main = threading.current_thread() is threading.main_thread()
-        made.append((step, share.index, is_main))
-        return batches.batch(step, share)
+        made.append((step, batch_slice.index, is_main))
+        return batches.batch(step, batch_slice)
 
-    asked = [(step, Share(half, 2)) for step in (1, 2, 3) for half in (0, 1)]
-    out_of_order = (0, Share(1, 2))
+    asked = [(step, BatchSlice(half, 2)) for step in (1, 2, 3) for half in (0, 1)]
+    out_of_order = (0, BatchSlice(1, 2))
     with read_ahead(read_batch, 4, GPU) as read:
-        for step, share in (*asked, out_of_order):
-            expected = batches.batch(step, share).tensors()
+        for step, batch_slice in (*asked, out_of_order):
+            expected = batches.batch(step, batch_slice).tensors()
             torch.testing.assert_close(
-                read(step, share).tensors(), expected, rtol=0, atol=0, equal_nan=True
+                read(step, batch_slice).tensors(), expected, rtol=0, atol=0, equal_nan=True
             )
     assert [(step, half) for step, half, is_main in made if is_main] == [(1, 0), (1, 1), (0, 1)]
     assert max(step for step, _, _ in made) == 3
 
 
 def test_a_batch_that_cannot_be_made_ahead_fails_at_its_own_step():
-    def read_batch(step: int, share: Share) -> Batch:
+    def read_batch(step: int, batch_slice: BatchSlice) -> Batch:
         if step == 2:
-            raise OSError("no film")
-        return MadeBatches().batch(step, share)
+            raise OSError("no image")
+        return MadeBatches().batch(step, batch_slice)
 
     with read_ahead(read_batch, 9, GPU) as read:
-        assert [read(0, Share()).step, read(1, Share()).step] == [0, 1]
-        with pytest.raises(OSError, match="no film"):
-            read(2, Share())
+        assert [read(0, BatchSlice()).step, read(1, BatchSlice()).step] == [0, 1]
+        with pytest.raises(OSError, match="no image"):
+            read(2, BatchSlice())
     assert not any(t.name.startswith("batches") for t in threading.enumerate())
 
 

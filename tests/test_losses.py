@@ -63,7 +63,7 @@ def test_loss_equals_the_slow_loop(n_query: int, n_candidates: int, seed: int):
 
 
 def test_equal_texts_are_never_negatives():
-    # Films 0 and 1 have the same report. The best embedding puts both on it: nothing is lost
+    # Images 0 and 1 have the same report. The best embedding puts both on it: nothing is lost
     # against each other, which single-positive targets would punish without end.
     image = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     keys = torch.tensor([[0, 5], [1, 5], [2, 6]])
@@ -114,7 +114,7 @@ def test_a_negative_key_is_no_key():
     assert positive_pairs(keys, keys).tolist() == [[True, False], [False, True]]
 
 
-def test_label_loss_of_two_films_by_hand():
+def test_label_loss_of_two_images_by_hand():
     logits = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
     labels = torch.tensor([[1.0, torch.nan], [0.0, 1.0]])
     by_hand = math.log(2) + math.log(1 + math.e) + math.log(2)

@@ -17,10 +17,10 @@ from mmclip.data.manifest import (
     to_table,
     write_manifest,
 )
-from mmclip.data.records import Entity, Excluded, Film, Reason, assign_splits, validate
+from mmclip.data.sample import Entity, Excluded, Reason, Sample, assign_splits, validate
 
-FULL = Film(
-    film_id="a.png",
+FULL = Sample(
+    image_id="a.png",
     study_id="s",
     patient_id="p",
     source="made",
@@ -38,15 +38,17 @@ FULL = Film(
     height_px=1500,
     image_sha256="0" * 64,
 )
-BARE = Film(film_id="b", study_id="b", patient_id="q", source="made", split="val", report="Clear.")
+BARE = Sample(
+    image_id="b", study_id="b", patient_id="q", source="made", split="val", report="Clear."
+)
 
 
-def film(number: int, patient: str = "p", **values) -> Film:
-    known = {"film_id": f"f{number}", "study_id": f"s{number}", "patient_id": patient}
-    return Film(**{**known, "source": "made", "report": "Clear.", **values})
+def sample(number: int, patient: str = "p", **values) -> Sample:
+    known = {"image_id": f"f{number}", "study_id": f"s{number}", "patient_id": patient}
+    return Sample(**{**known, "source": "made", "report": "Clear.", **values})
 
 
-def unchecked(record: Film, **values) -> Film:
+def unchecked(record: Sample, **values) -> Sample:
     """A record with values of other types, as a caller can make one where nothing checks."""
     record = replace(record)
     for name, value in values.items():
@@ -54,8 +56,8 @@ def unchecked(record: Film, **values) -> Film:
     return record
 
 
-def write(folder: Path, films: list[Film], excluded: list[Excluded] | None = None) -> dict:
-    return write_manifest(folder, films, excluded or [], 64, {"reader": "made"})
+def write(folder: Path, samples: list[Sample], excluded: list[Excluded] | None = None) -> dict:
+    return write_manifest(folder, samples, excluded or [], 64, {"reader": "made"})
 
 
 # On disk.
@@ -67,10 +69,10 @@ def test_records_come_back_from_disk_as_they_were(tmp_path: Path):
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
-# Values, not films: beartype checks a film by random draws, which no strategy may make.
-films = st.fixed_dictionaries(
+# Values, not images: beartype checks an image by random draws, which no strategy may make.
+samples = st.fixed_dictionaries(
     {
-        "film_id": texts,
+        "image_id": texts,
         "study_id": texts,
         "patient_id": texts,
         "source": texts,
@@ -82,7 +84,7 @@ films = st.fixed_dictionaries(
         "report": st.none() | texts,
         "labels": st.dictionaries(texts, st.sampled_from([1, 0, -1]), max_size=4),
         "source_labels": st.lists(texts, max_size=3).map(tuple),
-        "label_origin": st.sampled_from([None, "film-reader", "report-program"]),
+        "label_origin": st.sampled_from([None, "image-reader", "report-program"]),
         "age_years": st.none() | st.floats(0, 120),
         "sex": st.sampled_from([None, "F", "M"]),
         "width_px": st.none() | st.integers(1, 100_000),
@@ -92,9 +94,9 @@ films = st.fixed_dictionaries(
 )
 
 
-@given(st.lists(films, max_size=4))
+@given(st.lists(samples, max_size=4))
 def test_any_record_survives_the_table_and_keeps_its_hash(drawn):
-    records = [Film(**values) for values in drawn]
+    records = [Sample(**values) for values in drawn]
     table = to_table(records)
     assert table.schema == SCHEMA
     again = list(from_table(table))
@@ -109,14 +111,14 @@ def test_a_whole_number_of_years_does_not_break_the_hash(tmp_path: Path):
 
 def test_equal_records_give_equal_bytes(tmp_path: Path):
     for name in ("one", "two"):
-        write(tmp_path / name, [FULL, BARE], [Excluded(row=1, film_id="c", reason=Reason.NO_ID)])
+        write(tmp_path / name, [FULL, BARE], [Excluded(row=1, image_id="c", reason=Reason.NO_ID)])
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["excluded.jsonl", "films.parquet", "meta.json"]
+    assert names == ["excluded.jsonl", "samples.parquet", "meta.json"]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_every_field_the_order_and_the_film_size_are_in_the_hash():
+def test_every_field_the_order_and_the_image_size_are_in_the_hash():
     known = {data_hash([FULL, BARE], 64), data_hash([BARE, FULL], 64), data_hash([FULL, BARE], 32)}
     changes = {
         "view": "AP", "labels": {"mass": 1}, "source_labels": ("Mass",), "age_years": 54.0,
@@ -133,10 +135,10 @@ def test_the_order_of_labels_is_not_in_the_hash():
     assert data_hash([turned], 64) == data_hash([FULL], 64)
 
 
-def test_a_film_of_unknown_label_origin_hashes_as_in_format_1():
+def test_an_image_of_unknown_label_origin_hashes_as_in_format_1():
     known = asdict(BARE)
     assert known.pop("label_origin") is None
-    text = "mmclip-manifest-1 film_px=64\n" + json.dumps(known, sort_keys=True) + "\n"
+    text = "mmclip-manifest-1 image_size=64\n" + json.dumps(known, sort_keys=True) + "\n"
     assert data_hash([BARE], 64) == hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -153,16 +155,16 @@ def test_a_folder_of_another_format_is_refused_with_the_next_step(tmp_path: Path
 
 def test_a_changed_manifest_is_noticed(tmp_path: Path):
     write(tmp_path, [FULL, BARE])
-    path = tmp_path / "films.parquet"
-    films = [replace(film, split="test") for film in from_table(pq.read_table(path))]
-    pq.write_table(to_table(films), path)
+    path = tmp_path / "samples.parquet"
+    samples = [replace(sample, split="test") for sample in from_table(pq.read_table(path))]
+    pq.write_table(to_table(samples), path)
     with pytest.raises(ManifestError, match="the data hash differs"):
         read_manifest(tmp_path)
 
 
 def test_other_columns_are_named(tmp_path: Path):
     write(tmp_path, [FULL])
-    path = tmp_path / "films.parquet"
+    path = tmp_path / "samples.parquet"
     table = pq.read_table(path)
     pq.write_table(table.drop_columns("sex").append_column("gender", table["sex"]), path)
     with pytest.raises(ManifestError, match=r"missing \['sex'\], unknown \['gender'\]"):
@@ -176,15 +178,15 @@ def test_a_folder_without_meta_is_unfinished(tmp_path: Path):
 
 def test_meta_counts_add_up(tmp_path: Path):
     left_out = [
-        Excluded(row=1, film_id="c", reason=Reason.IMAGE_BLANK),
-        Excluded(row=2, film_id="é", reason=Reason.IMAGE_BLANK, detail="grey levels 0 to 0"),
-        Excluded(row=4, film_id="", reason=Reason.NO_ID),
+        Excluded(row=1, image_id="c", reason=Reason.IMAGE_BLANK),
+        Excluded(row=2, image_id="é", reason=Reason.IMAGE_BLANK, detail="grey levels 0 to 0"),
+        Excluded(row=4, image_id="", reason=Reason.NO_ID),
     ]
-    meta = write(tmp_path, [FULL, BARE, replace(FULL, film_id="d", report=None)], left_out)
+    meta = write(tmp_path, [FULL, BARE, replace(FULL, image_id="d", report=None)], left_out)
     assert meta == read_meta(tmp_path)
     counts = {key: value for key, value in meta.items() if key.startswith("n_")}
     assert counts == {
-        "n_rows": 6, "n_films": 3, "n_excluded": 3, "n_with_image": 2, "n_with_report": 2,
+        "n_rows": 6, "n_samples": 3, "n_excluded": 3, "n_with_image": 2, "n_with_report": 2,
         "n_paired": 1, "n_studies": 2, "n_patients": 2, "n_split_by_source": 0,
     }  # fmt: skip
     assert meta["excluded"] == {str(Reason.IMAGE_BLANK): 2, str(Reason.NO_ID): 1}
@@ -195,9 +197,9 @@ def test_meta_counts_add_up(tmp_path: Path):
 
 def test_no_manifest_is_written_without_splits_or_with_a_patient_in_two(tmp_path: Path):
     with pytest.raises(ManifestError, match="f1 has no split"):
-        write(tmp_path, [film(1)])
+        write(tmp_path, [sample(1)])
     with pytest.raises(ManifestError, match="patient p is in the splits train and val"):
-        write(tmp_path, [film(1, split="train"), film(2, split="val")])
+        write(tmp_path, [sample(1, split="train"), sample(2, split="val")])
     assert not list(tmp_path.iterdir())
 
 
@@ -207,37 +209,37 @@ def test_no_manifest_is_written_without_splits_or_with_a_patient_in_two(tmp_path
 @pytest.mark.parametrize(
     ("broken", "reason", "detail"),
     [
-        ({"film_id": " "}, Reason.NO_ID, ""),
+        ({"image_id": " "}, Reason.NO_ID, ""),
         ({"patient_id": ""}, Reason.NO_PATIENT, ""),
         ({"report": None}, Reason.NOTHING_TO_LEARN, ""),
         ({"report": " "}, Reason.BAD_VALUE, "report=None"),
         ({"image": "a\0.png"}, Reason.BAD_VALUE, "NUL"),
         ({"split": "dev"}, Reason.BAD_VALUE, "'dev' is none of train, val, test"),
         ({"view": "lateral"}, Reason.BAD_VALUE, "'lateral' is none of PA"),
-        ({"label_origin": "guess"}, Reason.BAD_VALUE, "'guess' is none of film-reader"),
+        ({"label_origin": "guess"}, Reason.BAD_VALUE, "'guess' is none of image-reader"),
         ({"labels": {"mass": 2}}, Reason.BAD_VALUE, "{'mass': 2}"),
     ],
 )
 def test_a_record_that_breaks_a_rule_is_excluded_and_says_which(broken, reason, detail):
-    kept, (out,) = validate([film(0), unchecked(film(1), **broken), film(2)])
+    kept, (out,) = validate([sample(0), unchecked(sample(1), **broken), sample(2)])
     assert [row for row, _ in kept] == [0, 2]
     assert (out.row, out.reason) == (1, reason)
     assert detail in out.detail
 
 
-def test_of_two_films_with_one_id_the_first_stays():
-    kept, (out,) = validate([film(1, report="A."), film(1, report="B.")])
+def test_of_two_images_with_one_id_the_first_stays():
+    kept, (out,) = validate([sample(1, report="A."), sample(1, report="B.")])
     assert [record.report for _, record in kept] == ["A."]
     assert (out.row, out.reason) == (1, Reason.DUPLICATE_ID)
 
 
 def test_a_patient_in_two_splits_stays_in_the_one_used_last():
     records = [
-        film(0, "p", split="train"),
-        film(1, "p", split="test"),
-        film(2, "p", split="val"),
-        film(3, "p"),  # no split of its own: it follows
-        film(4, "q", split="train"),
+        sample(0, "p", split="train"),
+        sample(1, "p", split="test"),
+        sample(2, "p", split="val"),
+        sample(3, "p"),  # no split of its own: it follows
+        sample(4, "q", split="train"),
     ]
     kept, excluded = validate(records)
     assert [row for row, _ in kept] == [1, 3, 4]
@@ -256,14 +258,14 @@ given_splits = st.sampled_from([None, None, "train", "val", "test"])
 @given(st.lists(st.tuples(patients, given_splits, st.booleans()), max_size=30), st.integers(0, 9))
 def test_no_patient_is_ever_in_two_splits_and_no_row_is_lost(rows, seed):
     records = [
-        Excluded(row=i, film_id=f"f{i}", reason=Reason.BAD_VALUE)
+        Excluded(row=i, image_id=f"f{i}", reason=Reason.BAD_VALUE)
         if is_bad
-        else film(i, patient, split=split)
+        else sample(i, patient, split=split)
         for i, (patient, split, is_bad) in enumerate(rows)
     ]
     kept, excluded = validate(records)
     assert sorted([row for row, _ in kept] + [out.row for out in excluded]) == [*range(len(rows))]
-    assert all(kept_film is records[row] for row, kept_film in kept)
+    assert all(kept_image is records[row] for row, kept_image in kept)
     split_of: dict[str, set] = {}
     for record in assign_splits([record for _, record in kept], seed):
         split_of.setdefault(record.patient_id, set()).add(record.split)
@@ -278,7 +280,7 @@ def test_no_patient_is_ever_in_two_splits_and_no_row_is_lost(rows, seed):
 
 
 def drawn(patients: list[str], **options) -> dict[str, str | None]:
-    records = assign_splits([film(i, p) for i, p in enumerate(patients)], **options)
+    records = assign_splits([sample(i, p) for i, p in enumerate(patients)], **options)
     return {record.patient_id: record.split for record in records}
 
 
@@ -293,11 +295,11 @@ def test_the_draw_depends_on_the_patient_and_the_seed_alone():
 
 # python -c "from hashlib import sha256; print([int.from_bytes(sha256(f'0/p{i}'.encode())
 #   .digest()[:8], 'big') / 2**64 for i in range(8)])": below 0.1 is test, below 0.2 val.
-GOLDEN_DRAWS = [0.0243, 0.5779, 0.1737, 0.1075, 0.8121, 0.3719, 0.0030, 0.7500]
+GOLDEN_UNIFORMS = [0.0243, 0.5779, 0.1737, 0.1075, 0.8121, 0.3719, 0.0030, 0.7500]
 
 
 def test_the_draw_is_this_one_for_ever():
-    expected = ["test" if u < 0.1 else "val" if u < 0.2 else "train" for u in GOLDEN_DRAWS]
+    expected = ["test" if u < 0.1 else "val" if u < 0.2 else "train" for u in GOLDEN_UNIFORMS]
     assert list(drawn([f"p{i}" for i in range(8)]).values()) == expected
 
 
@@ -312,4 +314,4 @@ def test_the_ratios_are_those_asked_for():
 @pytest.mark.parametrize("ratios", [(-0.1, 0.1), (0.1, -0.1), (0.5, 0.5)])
 def test_ratios_that_leave_nothing_to_train_on_are_refused(ratios):
     with pytest.raises(ValueError, match="less than 1"):
-        assign_splits([film(0)], 0, *ratios)
+        assign_splits([sample(0)], 0, *ratios)

@@ -8,12 +8,12 @@ from transformers import BertConfig, BertForMaskedLM, ViTMAEConfig, ViTMAEForPre
 
 from mmclip.losses import masked_patch_sum, masked_token_sum
 from mmclip.patches import (
-    keep_visible,
+    gather_visible,
     lesion_ratio_of_patches,
     normalise_patches,
     patchify,
-    place_visible,
     rescale_patches,
+    scatter_visible,
     unpatchify,
 )
 from tests.oracles import masked_patch_sum_loop, masked_token_sum_loop, patchify_loop
@@ -30,23 +30,23 @@ def made(seed: int, *shape: int) -> torch.Tensor:
 
 
 def test_patchify_by_hand():
-    film = torch.arange(8.0).view(1, 1, 2, 4)
-    assert patchify(film, 2).tolist() == [[[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]]
+    image = torch.arange(8.0).view(1, 1, 2, 4)
+    assert patchify(image, 2).tolist() == [[[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]]
 
 
 @quick
 @given(st.integers(0, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), seeds)
 def test_patchify_equals_the_slow_loop_and_comes_back(
-    b: int, rows: int, columns: int, patch_px: int, seed: int
+    b: int, rows: int, columns: int, patch_size: int, seed: int
 ):
-    film = made(seed, b, 1, rows * patch_px, columns * patch_px)
-    patches = patchify(film, patch_px)
+    image = made(seed, b, 1, rows * patch_size, columns * patch_size)
+    patches = patchify(image, patch_size)
     if b:
-        torch.testing.assert_close(patches, patchify_loop(film, patch_px))
-    assert torch.equal(unpatchify(patches, columns * patch_px), film)
+        torch.testing.assert_close(patches, patchify_loop(image, patch_size))
+    assert torch.equal(unpatchify(patches, columns * patch_size), image)
 
 
-def test_a_film_that_patches_do_not_fill_is_refused():
+def test_an_image_that_patches_do_not_fill_is_refused():
     with pytest.raises(ValueError, match="10x8 px cannot be cut into patches of 4 px"):
         patchify(torch.zeros(1, 1, 10, 8), 4)
 
@@ -81,17 +81,17 @@ def test_visible_features_keep_their_order_and_go_back_to_their_places(
     features = made(seed, b, n, 3)
     order = torch.rand(b, n, generator=torch.Generator().manual_seed(seed)).argsort(1)
     is_masked = order < n_masked
-    visible = keep_visible(features, is_masked, n_masked)
+    visible = gather_visible(features, is_masked, n_masked)
     if b:
         assert torch.equal(visible, features[~is_masked].view(b, n - n_masked, 3))
-    placed = place_visible(visible, is_masked)
+    placed = scatter_visible(visible, is_masked)
     assert torch.equal(placed, features.masked_fill(is_masked[..., None], 0.0))
 
 
 def test_placing_passes_each_gradient_to_its_own_patch():
     visible = made(0, 1, 2, 3).requires_grad_()
     is_masked = torch.tensor([[True, False, True, False]])
-    placed = place_visible(visible, is_masked)
+    placed = scatter_visible(visible, is_masked)
     (placed * torch.tensor([1.0, 2.0, 3.0, 4.0])[None, :, None]).sum().backward()
     assert visible.grad is not None and visible.grad[0, :, 0].tolist() == [2.0, 4.0]
 
@@ -126,13 +126,13 @@ def test_image_target_and_loss_equal_those_of_transformers_mae():
     )  # fmt: skip
     torch.manual_seed(0)
     model = ViTMAEForPreTraining(config).eval()
-    film, noise = made(1, 3, 1, 32, 32), torch.rand(3, 16)
+    image, noise = made(1, 3, 1, 32, 32), torch.rand(3, 16)
     with torch.no_grad():
-        theirs = model(film, noise=noise)
+        theirs = model(image, noise=noise)
     is_masked = theirs.mask.bool()
-    ours = masked_patch_sum(theirs.logits, normalise_patches(patchify(film, 8)), is_masked)
+    ours = masked_patch_sum(theirs.logits, normalise_patches(patchify(image, 8)), is_masked)
     assert (ours / is_masked.sum()).item() == pytest.approx(theirs.loss.item(), rel=1e-5)
-    torch.testing.assert_close(patchify(film, 8), model.patchify(film))
+    torch.testing.assert_close(patchify(image, 8), model.patchify(image))
     torch.testing.assert_close(unpatchify(theirs.logits, 32), model.unpatchify(theirs.logits))
 
 

@@ -18,19 +18,19 @@ from mmclip.masking import (
     contribution_score,
     embedding_score,
     logsumexp_score,
+    mask_noise_at,
     maskable_tokens,
     masked_patch_count,
     policy_score,
     random_tokens_instead,
-    randomness_at,
-    response_score,
+    relevance_score,
     token_attention,
 )
 from tests.oracles import (
     add_cues_loop,
     masked_entities_loop,
     masked_patches_loop,
-    response_score_loop,
+    relevance_score_loop,
 )
 
 KINDS: tuple[ScoreKind, ...] = get_args(ScoreKind)
@@ -47,7 +47,7 @@ def uniform(seed: int, *shape: int) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# -- response scores --
+# -- relevance scores --
 
 
 def test_contribution_score_by_hand():
@@ -85,8 +85,8 @@ def test_every_score_equals_the_slow_loop(kind: ScoreKind, b: int, n: int, t: in
     patches, embedding, tokens = made(seed, b, n, 4), made(seed + 1, b, 4), made(seed + 2, b, t, 4)
     is_chosen = uniform(seed + 3, b, t) < 0.6
     attention = made(seed + 4, b, 2, t, n).softmax(-1)
-    fast = response_score(kind, patches, embedding, tokens, is_chosen, attention)
-    slow = response_score_loop(kind, patches, embedding, tokens, is_chosen, attention)
+    fast = relevance_score(kind, patches, embedding, tokens, is_chosen, attention)
+    slow = relevance_score_loop(kind, patches, embedding, tokens, is_chosen, attention)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
 
@@ -97,11 +97,11 @@ def test_scores_stop_the_gradient_and_stay_in_float32_under_autocast(kind: Score
     is_chosen = torch.ones(2, 3, dtype=torch.bool)
     attention = made(3, 2, 1, 3, 5).softmax(-1).requires_grad_()
     inputs = (patches, embedding, tokens, is_chosen, attention)
-    plain = response_score(kind, *inputs)
+    plain = relevance_score(kind, *inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = response_score(kind, *inputs)
+        mixed = relevance_score(kind, *inputs)
     assert not plain.requires_grad and torch.equal(plain, mixed)
-    halves = response_score(
+    halves = relevance_score(
         kind, patches.bfloat16(), embedding.bfloat16(), tokens.bfloat16(), is_chosen, attention
     )
     assert halves.dtype == torch.float32
@@ -112,9 +112,9 @@ def test_tokens_that_are_not_chosen_change_nothing_and_none_gives_no_order(kind:
     patches, tokens = made(0, 2, 5, 8), made(1, 2, 4, 8)
     attention = made(2, 2, 3, 4, 5).softmax(-1)
     is_chosen = torch.tensor([[True, True, False, False], [False] * 4])
-    score = response_score(kind, patches, made(3, 2, 8), tokens, is_chosen, attention)
+    score = relevance_score(kind, patches, made(3, 2, 8), tokens, is_chosen, attention)
     tokens[:, 2:], attention[:, :, 2:] = 99.0, 0.3
-    again = response_score(kind, patches, made(4, 2, 8), tokens, is_chosen, attention)
+    again = relevance_score(kind, patches, made(4, 2, 8), tokens, is_chosen, attention)
     assert torch.equal(score, again)
     assert score[1].unique().tolist() == [0.0]
 
@@ -126,7 +126,7 @@ def test_token_attention_shares_out_each_token_over_the_patches():
 
 def test_the_decoder_score_without_a_decoder_is_one_clear_error():
     with pytest.raises(ValueError, match="needs the attention of a text decoder"):
-        response_score(
+        relevance_score(
             "decoder_attention",
             made(0, 1, 2, 3),
             made(1, 1, 3),
@@ -181,24 +181,24 @@ def test_masked_patches_by_hand():
     st.integers(1, 3), st.integers(1, 12), st.floats(0, 1), st.floats(0, 1), st.booleans(), seeds
 )
 def test_masked_patches_equal_the_slow_loop_and_are_exactly_the_share(
-    b: int, n: int, ratio: float, randomness: float, with_ties: bool, seed: int
+    b: int, n: int, ratio: float, mask_noise: float, with_ties: bool, seed: int
 ):
     score, noise = made(seed, b, n), uniform(seed + 1, b, n)
     score = score.round() if with_ties else score
-    fast = choose_masked_patches(score, noise, ratio, randomness)
-    assert torch.equal(fast, masked_patches_loop(score, noise, ratio, randomness))
+    fast = choose_masked_patches(score, noise, ratio, mask_noise)
+    assert torch.equal(fast, masked_patches_loop(score, noise, ratio, mask_noise))
     assert fast.sum(1).tolist() == [round(ratio * n)] * b == [masked_patch_count(n, ratio)] * b
 
 
 @quick
 @given(st.integers(1, 10), st.floats(0, 1), seeds)
-def test_masked_patches_follow_a_permutation_and_no_rescaling(n: int, randomness: float, seed: int):
+def test_masked_patches_follow_a_permutation_and_no_rescaling(n: int, mask_noise: float, seed: int):
     score, noise = made(seed, 2, n).round(decimals=1), uniform(seed + 1, 2, n)
-    hidden = choose_masked_patches(score, noise, 0.5, randomness)
+    masked = choose_masked_patches(score, noise, 0.5, mask_noise)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    moved = choose_masked_patches(score[:, order], noise[:, order], 0.5, randomness)
-    assert torch.equal(hidden[:, order], moved)
-    assert torch.equal(hidden, choose_masked_patches(3 * score.exp(), noise, 0.5, randomness))
+    moved = choose_masked_patches(score[:, order], noise[:, order], 0.5, mask_noise)
+    assert torch.equal(masked[:, order], moved)
+    assert torch.equal(masked, choose_masked_patches(3 * score.exp(), noise, 0.5, mask_noise))
 
 
 def test_a_row_masks_the_same_patches_in_every_batch():
@@ -209,36 +209,36 @@ def test_a_row_masks_the_same_patches_in_every_batch():
 
 
 def test_each_policy_hides_what_it_names():
-    response = torch.tensor([[0.1, 0.9, 0.5, 0.3]])
+    relevance = torch.tensor([[0.1, 0.9, 0.5, 0.3]])
     lesion = torch.tensor([[0.0, 0.0, 0.2, 0.9]])
     noise = torch.tensor([[0.9, 0.1, 0.8, 0.2]])
-    hidden = {
-        policy: choose_masked_patches(policy_score(policy, response, lesion), noise, 0.5, 0.0)
+    masked = {
+        policy: choose_masked_patches(policy_score(policy, relevance, lesion), noise, 0.5, 0.0)
         .nonzero()[:, 1]
         .tolist()
         for policy in POLICIES
     }
-    assert hidden == {
+    assert masked == {
         "attention": [1, 2],
         "random": [0, 2],
-        "least_responsive": [0, 3],
+        "least_relevant": [0, 3],
         "oracle": [2, 3],
     }
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("randomness", [0.0, 0.4, 1.0])
-def test_a_film_that_no_text_guides_is_masked_by_noise_under_every_policy(
-    policy: MaskPolicy, randomness: float
+@pytest.mark.parametrize("mask_noise", [0.0, 0.4, 1.0])
+def test_an_image_that_no_text_guides_is_masked_by_noise_under_every_policy(
+    policy: MaskPolicy, mask_noise: float
 ):
     noise, nothing = uniform(0, 2, 10), torch.zeros(2, 10)
     score = policy_score(policy, nothing, nothing)
-    hidden = choose_masked_patches(score, noise, 0.3, randomness)
-    assert torch.equal(hidden, choose_masked_patches(made(1, 2, 10), noise, 0.3, 1.0))
+    masked = choose_masked_patches(score, noise, 0.3, mask_noise)
+    assert torch.equal(masked, choose_masked_patches(made(1, 2, 10), noise, 0.3, 1.0))
 
 
 def test_the_oracle_without_lesion_masks_is_one_clear_error():
-    with pytest.raises(ValueError, match="only made films have"):
+    with pytest.raises(ValueError, match="only synthetic images have"):
         policy_score("oracle", torch.zeros(1, 2))
 
 
@@ -249,9 +249,9 @@ def test_a_ratio_that_is_none_is_refused(ratio: float):
 
 
 def test_chance_gives_way_to_guidance_linearly():
-    at = [randomness_at(p, 0.1, 0.5, 0.2) for p in (0.0, 0.1, 0.3, 0.5, 1.0)]
+    at = [mask_noise_at(p, 0.1, 0.5, 0.2) for p in (0.0, 0.1, 0.3, 0.5, 1.0)]
     assert at == pytest.approx([1.0, 1.0, 0.6, 0.2, 0.2])
-    assert [randomness_at(p, 0.0, 0.0, 0.2) for p in (0.0, 0.5)] == [0.2, 0.2]
+    assert [mask_noise_at(p, 0.0, 0.0, 0.2) for p in (0.0, 0.5)] == [0.2, 0.2]
 
 
 # -- tokens --
@@ -270,10 +270,10 @@ def test_masked_entities_by_hand():
     # "[CLS] right effusion with nodule , effusion [SEP] [PAD]"
     groups = torch.tensor([[0, 1, 2, 0, 3, 0, 2, 0, 0]])
     is_maskable = torch.tensor([[False] + [True] * 6 + [False] * 2])
-    group_draws = torch.tensor([[0.0, 0.8, 0.1, 0.5]])
+    group_noise = torch.tensor([[0.0, 0.8, 0.1, 0.5]])
 
     def hidden(ratio: float) -> list[int]:
-        masked = choose_masked_entities(groups, is_maskable, group_draws, uniform(0, 1, 9), ratio)
+        masked = choose_masked_entities(groups, is_maskable, group_noise, uniform(0, 1, 9), ratio)
         return masked.nonzero()[:, 1].tolist()
 
     assert hidden(0.01) == hidden(0.34) == [2, 6]
@@ -325,31 +325,31 @@ def test_concepts_are_hidden_whole_and_nothing_else_with_them(
 def test_random_tokens_hide_as_many_and_never_special_ones(
     made_texts: tuple[torch.Tensor, ...], ratio: float
 ):
-    _, is_maskable, _, token_draws = made_texts
+    _, is_maskable, _, token_noise = made_texts
     masked = choose_masked_entities(*made_texts, mask_ratio=ratio)
-    random = random_tokens_instead(masked, is_maskable, token_draws)
+    random = random_tokens_instead(masked, is_maskable, token_noise)
     assert torch.equal(random.sum(1), masked.sum(1))
     assert not (random & ~is_maskable).any()
-    chosen = token_draws.masked_fill(~random, -1).amax(1)
-    left = token_draws.masked_fill(random | ~is_maskable, 2).amin(1)
+    chosen = token_noise.masked_fill(~random, -1).amax(1)
+    left = token_noise.masked_fill(random | ~is_maskable, 2).amin(1)
     assert (chosen < left).all()
 
 
 @settings(deadline=None, max_examples=60)
 @given(texts(), seeds, st.sampled_from([0.0, 0.5, 1.0]))
 def test_cues_equal_the_slow_loop(
-    made_texts: tuple[torch.Tensor, ...], seed: int, hide_prob: float
+    made_texts: tuple[torch.Tensor, ...], seed: int, mask_prob: float
 ):
-    groups, is_maskable, group_draws, _ = made_texts
+    groups, is_maskable, group_noise, _ = made_texts
     masked = choose_masked_entities(*made_texts, mask_ratio=0.5)
     random = torch.Generator().manual_seed(seed)
-    cues = torch.randint(0, group_draws.shape[1], groups.shape, generator=random)
-    draws = uniform(seed, *group_draws.shape)
-    fast = add_cues(masked, groups, cues, is_maskable, draws, hide_prob)
-    slow = add_cues_loop(masked, groups, cues, is_maskable, draws, hide_prob)
+    cues = torch.randint(0, group_noise.shape[1], groups.shape, generator=random)
+    noise = uniform(seed, *group_noise.shape)
+    fast = add_cues(masked, groups, cues, is_maskable, noise, mask_prob)
+    slow = add_cues_loop(masked, groups, cues, is_maskable, noise, mask_prob)
     assert torch.equal(fast, slow)
     assert not (masked & ~fast).any() and not (fast & ~is_maskable).any()
-    assert hide_prob > 0 or torch.equal(fast, masked)
+    assert mask_prob > 0 or torch.equal(fast, masked)
 
 
 def test_cues_by_hand():
@@ -357,10 +357,10 @@ def test_cues_by_hand():
     groups = torch.tensor([[0, 0, 1, 0, 2, 2, 2, 2, 0, 0, 3, 0]])
     cues = torch.tensor([[0, 1, 0, 0, 0, 0, 2, 0, 0, 3, 0, 0]])
     is_maskable = torch.tensor([[False] + [True] * 10 + [False]])
-    draws = torch.tensor([[0.0, 0.1, 0.1, 0.1]])
+    noise = torch.tensor([[0.0, 0.1, 0.1, 0.1]])
 
     def hidden(concept: int, prob: float) -> list[int]:
-        masked = add_cues(groups == concept, groups, cues, is_maskable, draws, prob)
+        masked = add_cues(groups == concept, groups, cues, is_maskable, noise, prob)
         return masked.nonzero()[:, 1].tolist()
 
     assert hidden(1, 0.5) == [1, 2]
@@ -378,17 +378,17 @@ def test_a_fallback_text_has_no_cue_to_hide():
 @settings(deadline=None, max_examples=30)
 @given(texts())
 def test_token_masks_follow_a_permutation_and_stand_alone(made_texts: tuple[torch.Tensor, ...]):
-    groups, is_maskable, group_draws, token_draws = made_texts
-    masked = choose_masked_entities(groups, is_maskable, group_draws, token_draws, 0.5)
+    groups, is_maskable, group_noise, token_noise = made_texts
+    masked = choose_masked_entities(groups, is_maskable, group_noise, token_noise, 0.5)
     order = torch.arange(groups.shape[1]).flip(0)
     moved = choose_masked_entities(
-        groups[:, order], is_maskable[:, order], group_draws, token_draws[:, order], 0.5
+        groups[:, order], is_maskable[:, order], group_noise, token_noise[:, order], 0.5
     )
     assert torch.equal(moved, masked[:, order])
     alone = choose_masked_entities(*(x[-1:] for x in made_texts), mask_ratio=0.5)
     assert torch.equal(alone, masked[-1:])
-    wider = torch.cat([group_draws, group_draws], 1)  # more draws than concepts
-    again = choose_masked_entities(groups, is_maskable, wider, token_draws, 0.5)
+    wider = torch.cat([group_noise, group_noise], 1)  # more draws than concepts
+    again = choose_masked_entities(groups, is_maskable, wider, token_noise, 0.5)
     assert torch.equal(again, masked)
 
 

@@ -17,14 +17,14 @@ from mmclip.data.synthetic import PRESETS, read_masks, write_dataset
 from mmclip.explanation.grounding import expected_hits
 from mmclip.explanation.mechanism import (
     deal_to_other_patients,
-    expected_hidden_share,
+    expected_masked_share,
     own_patches,
     patient_mean,
 )
-from mmclip.explanation.phrase_maps import score_maps, score_names
+from mmclip.explanation.saliency import saliency_by_score, score_names
 from mmclip.masking import blend_scores
-from mmclip.models.mmclip import Encoded, MaskPlan, Read
-from mmclip.training.pretrain import Job, pretrain
+from mmclip.models.mmclip import EncoderOutput, MaskPlan, TextOutput
+from mmclip.training.pretrain import PretrainRequest, pretrain
 
 from . import made
 
@@ -61,17 +61,17 @@ def test_the_hidden_share_by_hand_with_a_tie_for_the_last_places():
     score = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0, 0.0]])
     is_target = torch.tensor([[True, True, False, False, True, False]])
     # Three places: patch 0 for sure, and two of the three patches at 2.
-    found = expected_hidden_share(score, is_target, 0.5)
+    found = expected_masked_share(score, is_target, 0.5)
     torch.testing.assert_close(found, torch.tensor([(1 + 2 / 3) / 3]))
 
 
 def test_the_hidden_share_of_an_oracle_is_one_and_of_a_constant_the_ratio():
     is_target = torch.arange(16).expand(2, 16) < 5
     torch.testing.assert_close(
-        expected_hidden_share(is_target.float(), is_target, 0.5), torch.ones(2)
+        expected_masked_share(is_target.float(), is_target, 0.5), torch.ones(2)
     )
     torch.testing.assert_close(
-        expected_hidden_share(torch.zeros(2, 16), is_target, 0.25), torch.full((2,), 0.25)
+        expected_masked_share(torch.zeros(2, 16), is_target, 0.25), torch.full((2,), 0.25)
     )
 
 
@@ -97,14 +97,14 @@ def test_a_patient_with_most_of_the_rows_is_refused():
 
 def test_a_mean_over_elements_weighs_rows_by_their_count_and_pairs_by_seed():
     total, count = np.array([6.0, 1.0, 0.0]), np.array([3, 1, 0])
-    found = patient_mean(total, count, ["a", "b", "c"], draws=200)
+    found = patient_mean(total, count, ["a", "b", "c"], n_resamples=200)
     assert found.mean == 7 / 4 and found.n == 2
     assert found.interval == (1.0, 2.0)
-    assert patient_mean(total, count, ["a", "b", "c"], draws=200) == found
+    assert patient_mean(total, count, ["a", "b", "c"], n_resamples=200) == found
     assert patient_mean(total, 0 * count, ["a", "b", "c"]).mean is None
 
 
-def test_films_of_one_patient_do_not_narrow_the_interval():
+def test_images_of_one_patient_do_not_narrow_the_interval():
     rng = np.random.default_rng(0)
     values = rng.normal(size=40).repeat(5)
     ones = np.ones(200)
@@ -121,57 +121,57 @@ def test_maps_of_a_phrase_are_what_training_would_go_by():
     texts = replace(texts, is_masked=texts.is_entity, masked_ids=texts.ids.masked_fill(
         texts.is_entity, made.MASK_ID))  # fmt: skip
     seen = replace(texts, masked_ids=texts.ids)
-    maps = score_maps(model, batch.image, texts, size=3)
+    maps = saliency_by_score(model, batch.image, texts, size=3)
     assert {name.partition("/")[0] for name in maps} == set(get_args(ScoreKind))
     everyone, no_one = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
     for kind, tokens in score_names(True):
         asked = replace(batch, prompts=texts if tokens == "masked" else seen)
         plan = MaskPlan(0.5, "attention", kind, tokens, "features", 0.0)
         with torch.no_grad():
-            response = model(asked, plan).response
+            relevance = model(asked, plan).relevance
         name = kind if kind in WHOLE_TEXT_SCORES else f"{kind}/{tokens}"
         ours = blend_scores(torch.zeros(4, 16), maps[name], no_one, everyone)
-        torch.testing.assert_close(ours, response, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(ours, relevance, atol=1e-3, rtol=1e-3)
 
 
-def test_two_phrases_of_one_film_are_asked_of_that_film(mechanism):
+def test_two_phrases_of_one_image_are_asked_of_that_image(mechanism):
     model = made.small_model(made.small_config(*made.WHOLE)).eval()
     batch = made.MadeBatches(3, without_report=range(3), with_prompt=range(3)).batch()
     texts = replace(batch.prompts, rows=torch.tensor([2, 0, 2]))
-    maps = score_maps(model, batch.image, texts, size=8)
+    maps = saliency_by_score(model, batch.image, texts, size=8)
     of_last = replace(
         mechanism.numbered(texts, torch.tensor([0, 2])), rows=torch.zeros(2, dtype=torch.long)
     )
-    alone = score_maps(model, batch.image[2:], of_last, size=8)
+    alone = saliency_by_score(model, batch.image[2:], of_last, size=8)
     for name, score in alone.items():
         torch.testing.assert_close(maps[name][[0, 2]], score, atol=1e-5, rtol=1e-4)
 
 
-class ReadsTheFilm:
-    """Says of every hidden word that it is the number that the film is full of."""
+class ReadsTheImage:
+    """Says of every masked word that it is the number that the image is full of."""
 
     logit_scale = torch.zeros(())
 
     def encode_image(self, image):
-        return Encoded(image.mean((2, 3))[:, None], torch.zeros(len(image), 1))
+        return EncoderOutput(image.mean((2, 3))[:, None], torch.zeros(len(image), 1))
 
-    def read(self, texts, features):
+    def forward_text(self, texts, features):
         shown = features[texts.rows, 0, 0].round().long()
         word = shown[:, None].expand_as(texts.ids)[texts.is_masked]
-        return Read(features, features[:, 0], 10 * F.one_hot(word, made.VOCAB).float(), None)
+        return TextOutput(features, features[:, 0], 10 * F.one_hot(word, made.VOCAB).float(), None)
 
 
-def test_a_model_that_reads_the_film_is_right_with_its_own_film_only(mechanism):
+def test_a_model_that_reads_the_image_is_right_with_its_own_image_only(mechanism):
     texts = made.made_texts(range(6), 9, torch.Generator().manual_seed(0))
     words = torch.arange(10, 16)
     ids = torch.where(texts.is_masked, words[:, None], texts.ids)
-    films = words.float().view(6, 1, 1, 1).expand(6, 1, 4, 4)
+    images = words.float().view(6, 1, 1, 1).expand(6, 1, 4, 4)
     texts, patients = replace(texts, ids=ids), ["a", "a", "b", "b", "c", "c"]
     count = texts.is_masked.sum(1).numpy()
-    _, right = mechanism.hidden_words(ReadsTheFilm(), films, texts, size=4)
+    _, right = mechanism.masked_words(ReadsTheImage(), images, texts, size=4)
     assert right.tolist() == count.tolist()
-    other = films[torch.from_numpy(deal_to_other_patients(patients, 0))]
-    loss, right = mechanism.hidden_words(ReadsTheFilm(), other, texts, size=4)
+    other = images[torch.from_numpy(deal_to_other_patients(patients, 0))]
+    loss, right = mechanism.masked_words(ReadsTheImage(), other, texts, size=4)
     assert right.sum() == 0
     wrong = 10 + np.log(1 + (made.VOCAB - 1) * np.exp(-10))
     np.testing.assert_allclose(loss, count * wrong, rtol=1e-5)
@@ -181,28 +181,28 @@ def test_a_model_that_reads_the_film_is_right_with_its_own_film_only(mechanism):
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("mechanism")
     preset = replace(
-        PRESETS["hard"], film_px=32, n_train=8, n_unpaired=0, n_val=10, n_test=2,
-        n_findings_probs=(0.0, 0.0, 0.5, 0.5), second_film_prob=0.3,
+        PRESETS["hard"], image_size=32, n_train=8, n_unpaired=0, n_val=10, n_test=2,
+        n_findings_probs=(0.0, 0.0, 0.5, 0.5), second_image_prob=0.3,
     )  # fmt: skip
     write_dataset(preset, root / "raw")
     reader = open_reader("csv", root / "raw", mapping=root / "raw" / "mapping.toml", table=None)
-    build_data(reader, root / "raw", root / "data", film_px=32)
+    build_data(reader, root / "raw", root / "data", image_size=32)
     config = load_config("tiny", [*made.SMALL, *made.WHOLE, "train.steps=2", "train.batch_size=4"])
-    pretrain(Job((root / "data",), root / "run", config, "test", cpu=True))
+    pretrain(PretrainRequest((root / "data",), root / "run", config, "test", cpu=True))
     return root
 
 
 def test_the_script_measures_all_three_parts(mechanism, trained, monkeypatch, capsys):
     argv = ["mechanism.py", trained / "run", "--raw", trained / "raw", "--data", trained / "data",
-            "--draws", "20", "--batch-size", "4", "--out", trained / "out.json"]  # fmt: skip
+            "--n-resamples", "20", "--batch-size", "4", "--out", trained / "out.json"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
     mechanism.main()
     last = capsys.readouterr().out.splitlines()[-1]
     found = json.loads(last)
     assert (trained / "out.json").read_text("utf-8") == last + "\n"
     words = found["entmlm"]["as trained"]
-    assert words["true film"]["loss_less_true"]["mean"] == 0
-    assert words["mid-grey"]["loss"] != words["true film"]["loss"]
+    assert words["true image"]["loss_less_true"]["mean"] == 0
+    assert words["mid-grey"]["loss"] != words["true image"]["loss"]
     assert words["n_words"] > found["entmlm"]["modifier"]["n_words"] > 0
     places = found["attmim"]["pixels, oracle, the lesion's"]
     assert set(places) == {"own report", "another patient's", "no text"}
@@ -213,16 +213,16 @@ def test_the_script_measures_all_three_parts(mechanism, trained, monkeypatch, ca
     assert pointing["baselines"]["chance"]["hidden_share"]["mean"] == pytest.approx(0.5)
 
 
-def test_every_finding_of_a_film_with_several_is_asked_in_the_split_alone(mechanism, trained):
+def test_every_finding_of_an_image_with_several_is_asked_in_the_split_alone(mechanism, trained):
     masks = read_masks(trained / "raw")
-    rows = mechanism.open_rows([trained / "data"])
-    val = rows.select([film.split == "val" for film in rows.films])
+    dataset = mechanism.open_dataset([trained / "data"])
+    val = dataset.select([sample.split == "val" for sample in dataset.samples])
     asked = mechanism.asked_of(val, masks, trained / "raw")
-    ids = [val.films[item.row].film_id for item in asked]
-    assert len(asked) == sum(film_id in set(ids) for film_id, _ in masks) > 20
-    for item, film_id in zip(asked, ids, strict=True):
-        assert val.films[item.row].labels[item.finding] == 1
-        assert item.area_ratio == masks[film_id, item.finding].mean()
+    ids = [val.samples[item.row].image_id for item in asked]
+    assert len(asked) == sum(image_id in set(ids) for image_id, _ in masks) > 20
+    for item, image_id in zip(asked, ids, strict=True):
+        assert val.samples[item.row].labels[item.finding] == 1
+        assert item.area_ratio == masks[image_id, item.finding].mean()
 
 
 def test_a_phrase_names_one_finding_and_its_name_is_what_is_hidden(mechanism, trained):
@@ -242,11 +242,11 @@ def test_a_phrase_names_one_finding_and_its_name_is_what_is_hidden(mechanism, tr
     assert texts.is_masked.any(1).all() and texts.is_masked.equal(texts.is_entity)
 
 
-def test_the_location_prior_knows_training_films_only(mechanism, trained):
+def test_the_location_prior_knows_training_images_only(mechanism, trained):
     masks = read_masks(trained / "raw")
-    rows = mechanism.open_rows([trained / "data"])
-    prior = mechanism.location_prior(rows, masks, 8)
-    train = {film.film_id for film in rows.films if film.split == "train"}
+    dataset = mechanism.open_dataset([trained / "data"])
+    prior = mechanism.location_prior(dataset, masks, 8)
+    train = {sample.image_id for sample in dataset.samples if sample.split == "train"}
     shown = [(i, f) for i, f in masks if i in train]
     assert set(prior) == {finding for _, finding in shown}
     finding = shown[0][1]

@@ -19,9 +19,10 @@ from mmclip.evaluation.bootstrap import (
     auprc_bias,
     bootstrap_difference,
     bootstrap_metrics,
-    macro_draws,
+    macro_of_resamples,
     patient_halves,
 )
+from mmclip.evaluation.compute_metrics import metrics_by_finding
 from mmclip.evaluation.intervals import (
     interval_over_seeds,
     mean_interval,
@@ -31,7 +32,6 @@ from mmclip.evaluation.intervals import (
     share_over_seeds,
     wilson_interval,
 )
-from mmclip.evaluation.judge import score_findings
 from mmclip.evaluation.metrics import (
     Counts,
     Threshold,
@@ -51,7 +51,7 @@ NAN = float("nan")
 
 
 def made(n=300, k=4, n_patients=90, levels=0, seed=0):
-    """Labels with unknowns, scores (tied when `levels`), patients with several films each."""
+    """Labels with unknowns, scores (tied when `levels`), patients with several images each."""
     rng = np.random.default_rng(seed)
     patients = rng.integers(0, n_patients, n)
     labels = (rng.random((n, k)) < np.linspace(0.08, 0.6, k)).astype(float)
@@ -99,15 +99,15 @@ def test_the_chosen_threshold_is_the_best_of_all_scores(rule, levels):
     labels, scores, _ = made(n=25, k=1, levels=levels, seed=3)
     labels, scores = np.nan_to_num(labels[:, 0]), scores[:, 0]
 
-    def value(cut):
-        at = at_threshold(labels, scores, cut)
+    def value(threshold):
+        at = at_threshold(labels, scores, threshold)
         by_rule = {"f1": at.f1, "mcc": at.mcc, "youden": at.sensitivity + at.specificity - 1}
         return by_rule[rule]
 
-    best = max(value(cut) for cut in scores)
+    best = max(value(threshold) for threshold in scores)
     chosen = choose_threshold(labels, scores, rule)
     assert value(chosen) == pytest.approx(best, abs=1e-12)
-    assert chosen == max(cut for cut in scores if value(cut) > best - 1e-12)
+    assert chosen == max(threshold for threshold in scores if value(threshold) > best - 1e-12)
 
 
 def test_at_threshold_by_hand():
@@ -119,8 +119,10 @@ def test_at_threshold_by_hand():
 def test_point_metrics_equal_scikit_learns_and_the_slow_loop(levels):
     labels, scores, patients = made(levels=levels, seed=5)
     assert levels == 0 or len(np.unique(scores)) < 20  # nearly all tied
-    cuts = {name: Threshold(0.5, "f1", "val") for name in "abcd"}
-    rows = score_findings(labels, scores, patients, list("abcd"), thresholds=cuts, draws=2)
+    thresholds = {name: Threshold(0.5, "f1", "val") for name in "abcd"}
+    rows = metrics_by_finding(
+        labels, scores, patients, list("abcd"), thresholds=thresholds, n_resamples=2
+    )
     for k, row in enumerate(rows["findings"]):
         is_known = ~np.isnan(labels[:, k])
         y, s = labels[is_known, k] == 1, scores[is_known, k]
@@ -135,7 +137,7 @@ def test_point_metrics_equal_scikit_learns_and_the_slow_loop(levels):
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-12)
         wins = [(p > q) + 0.5 * (p == q) for p in s[y] for q in s[~y]]
         assert row["auroc"] == pytest.approx(np.mean(wins), abs=1e-12)
-        precision = [y[s >= cut].mean() for cut in s[y]]
+        precision = [y[s >= threshold].mean() for threshold in s[y]]
         assert row["auprc"] == pytest.approx(np.mean(precision), abs=1e-12)
         tp, fp = (y & called).sum(), (~y & called).sum()
         fn, tn = (y & ~called).sum(), (~y & ~called).sum()
@@ -153,8 +155,10 @@ def test_a_cut_that_calls_nothing_has_f1_and_mcc_zero():
 @pytest.mark.parametrize("levels", [0, 2])
 def test_bootstrap_equals_sklearn_on_resampled_rows_in_each_draw(levels):
     labels, scores, patients = made(levels=levels)
-    cuts = [0.5, None, 0.3, 9.0]
-    fast = bootstrap_metrics(labels, scores, patients, draws=15, seed=7, thresholds=cuts)
+    thresholds = [0.5, None, 0.3, 9.0]
+    fast = bootstrap_metrics(
+        labels, scores, patients, n_resamples=15, seed=7, thresholds=thresholds
+    )
     codes = {p: i for i, p in enumerate(dict.fromkeys(patients.tolist()))}
     rows_of = [np.flatnonzero(patients == p) for p in codes]
     rng = np.random.default_rng(7)
@@ -166,10 +170,10 @@ def test_bootstrap_equals_sklearn_on_resampled_rows_in_each_draw(levels):
             y, s = labels[rows, j][is_known], scores[rows, j][is_known]
             assert fast.auroc[b, j] == pytest.approx(roc_auc_score(y, s), abs=1e-12)
             assert fast.auprc[b, j] == pytest.approx(average_precision_score(y, s), abs=1e-12)
-            if cuts[j] is None:
+            if thresholds[j] is None:
                 assert np.isnan(fast.f1[b, j]) and np.isnan(fast.mcc[b, j])
             else:
-                called = s >= cuts[j]
+                called = s >= thresholds[j]
                 assert fast.f1[b, j] == pytest.approx(f1_score(y, called), abs=1e-12)
                 assert fast.mcc[b, j] == pytest.approx(matthews_corrcoef(y, called), abs=1e-12)
 
@@ -187,7 +191,7 @@ def test_bootstrap_equals_weighted_sklearn_on_any_small_tied_input(rows, seed):
     labels = np.array([[r[0]] for r in rows])
     scores = np.array([[float(r[1])] for r in rows])
     patients = [f"p{r[2]}" for r in rows]
-    fast = bootstrap_metrics(labels, scores, patients, draws=5, seed=seed)
+    fast = bootstrap_metrics(labels, scores, patients, n_resamples=5, seed=seed)
     order = list(dict.fromkeys(patients))
     rng = np.random.default_rng(seed)
     has_both = set(labels[~np.isnan(labels)]) == {0.0, 1.0}
@@ -207,21 +211,21 @@ def test_bootstrap_equals_weighted_sklearn_on_any_small_tied_input(rows, seed):
 
 def test_bootstrap_does_not_depend_on_the_chunk_size(monkeypatch):
     labels, scores, patients = made()
-    whole = bootstrap_metrics(labels, scores, patients, draws=30, seed=1)
+    whole = bootstrap_metrics(labels, scores, patients, n_resamples=30, seed=1)
     monkeypatch.setattr("mmclip.evaluation.bootstrap._CHUNK_ELEMENTS", 7 * len(labels))
-    again = bootstrap_metrics(labels, scores, patients, draws=30, seed=1)
+    again = bootstrap_metrics(labels, scores, patients, n_resamples=30, seed=1)
     for a, b in zip(whole, again, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_resampling_patients_widens_the_interval_of_repeated_films():
+def test_resampling_patients_widens_the_interval_of_repeated_images():
     labels, scores, _ = made(n=80, k=1, seed=2)
     labels = np.nan_to_num(labels)
     tripled = np.repeat(labels, 3, axis=0), np.repeat(scores, 3, axis=0)
 
     def width(patients):
         low, high = percentile_interval(
-            bootstrap_metrics(*tripled, patients, draws=400).auroc[:, 0]
+            bootstrap_metrics(*tripled, patients, n_resamples=400).auroc[:, 0]
         )
         return high - low
 
@@ -235,7 +239,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     for trial in range(trials):
         labels = (np.arange(n) % 3 == 0).astype(float)[:, None]
         scores = labels + rng.normal(size=(n, 1))
-        drawn = bootstrap_metrics(labels, scores, np.arange(n), draws=200, seed=trial)
+        drawn = bootstrap_metrics(labels, scores, np.arange(n), n_resamples=200, seed=trial)
         low, high = percentile_interval(drawn.auroc[:, 0])
         hits += low <= truth <= high
     assert 0.88 <= hits / trials <= 0.99
@@ -243,18 +247,18 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 def test_the_interval_of_a_share_by_hand():
     # Draws whose logits are 1 +- 0.4 times the quantiles of a normal distribution; 11 patients.
-    draws = 1 / (1 + np.exp(-(1 + 0.4 * norm.ppf(np.linspace(0.001, 0.999, 999)))))
+    resampled = 1 / (1 + np.exp(-(1 + 0.4 * norm.ppf(np.linspace(0.001, 0.999, 999)))))
     reach = 2.228139 * 0.4 * math.sqrt(11 / 10)  # Student's t with 10 degrees
     expected = [1 / (1 + math.exp(-(0.8 + sign * reach))) for sign in (-1, 1)]
     value = 1 / (1 + math.exp(-0.8))
-    assert share_interval(value, draws, 11) == pytest.approx(expected, abs=1e-3)
-    assert share_interval(value, np.append(draws, [NAN] * 999), 11) == pytest.approx(
+    assert share_interval(value, resampled, 11) == pytest.approx(expected, abs=1e-3)
+    assert share_interval(value, np.append(resampled, [NAN] * 999), 11) == pytest.approx(
         expected, abs=1e-3
     )
-    assert share_interval(value, np.append(draws, [NAN] * 1000), 11) is None
-    assert share_interval(value, draws, 1) is None
+    assert share_interval(value, np.append(resampled, [NAN] * 1000), 11) is None
+    assert share_interval(value, resampled, 1) is None
     assert share_interval(0.7, np.full(10, 0.7), 5) is None
-    low, high = share_interval(0.98, np.append(draws, np.ones(300)), 3)
+    low, high = share_interval(0.98, np.append(resampled, np.ones(300)), 3)
     assert 0 < low < 0.98 < high <= 1
 
 
@@ -262,29 +266,31 @@ def test_intervals_of_results_know_how_few_patients_have_the_finding():
     labels, scores, patients = made()
     labels[:, 0] = 0.0
     labels[np.isin(patients, range(3, 11)), 0] = 1.0
-    results = score_findings(labels, scores, patients, list("abcd"), draws=50)
-    drawn = bootstrap_metrics(labels, scores, patients, draws=50)
+    results = metrics_by_finding(labels, scores, patients, list("abcd"), n_resamples=50)
+    drawn = bootstrap_metrics(labels, scores, patients, n_resamples=50)
     row = results["findings"][0]
-    films = np.bincount(patients, weights=labels[:, 0])
-    effective = films.sum() ** 2 / (films**2).sum()  # of films that patients share unequally
+    images = np.bincount(patients, weights=labels[:, 0])
+    effective = images.sum() ** 2 / (images**2).sum()  # of images that patients share unequally
     assert 5 <= effective <= 8
     for metric in ("auroc", "auprc"):
         values = getattr(drawn, metric)[:, 0]
         assert row[f"{metric}_ci"] == share_interval(row[metric], values, effective)
-    alone = score_findings(labels[:, :1], scores[:, :1], patients, ["a"], draws=50, min_count=3)
+    alone = metrics_by_finding(
+        labels[:, :1], scores[:, :1], patients, ["a"], n_resamples=50, min_count=3
+    )
     assert alone["macro_auroc_ci"] == pytest.approx(alone["findings"][0]["auroc_ci"])
 
 
-def test_intervals_hold_the_truth_where_few_patients_have_several_films_each():
+def test_intervals_hold_the_truth_where_few_patients_have_several_images_each():
     truth = 0.5 * (1 + math.erf(1.0 / 2))
     trials, hits, by_percentile = 400, 0, 0
     rng = np.random.default_rng(1)
     patients = np.repeat(np.arange(30), 4)
-    labels = (patients % 3 == 0).astype(float)[:, None]  # ten patients, forty films
+    labels = (patients % 3 == 0).astype(float)[:, None]  # ten patients, forty images
     for trial in range(trials):
         shared = rng.normal(size=30)[patients, None]
         scores = labels + math.sqrt(0.5) * (shared + rng.normal(size=(120, 1)))
-        drawn = bootstrap_metrics(labels, scores, patients, draws=200, seed=trial).auroc[:, 0]
+        drawn = bootstrap_metrics(labels, scores, patients, n_resamples=200, seed=trial).auroc[:, 0]
         low, high = share_interval(auroc(labels[:, 0], scores[:, 0]), drawn, 10)
         hits += low <= truth <= high
         low, high = percentile_interval(drawn)
@@ -293,7 +299,7 @@ def test_intervals_hold_the_truth_where_few_patients_have_several_films_each():
     assert by_percentile < hits
 
 
-def test_the_interval_of_separated_films_says_what_few_patients_can():
+def test_the_interval_of_separated_images_says_what_few_patients_can():
     # Hanley-McNeil's variance at t, 1.96 deviations from 1, solved by hand for 2 and 2 patients.
     low, high = newcombe_interval(1.0, 2, 2)
     variance = low * (1 - low) * (1 + (1 - low) / (2 - low) + low / (1 + low)) / 4
@@ -304,7 +310,7 @@ def test_the_interval_of_separated_films_says_what_few_patients_can():
     assert newcombe_interval(1.0, 50, 500)[0] > 0.9 > newcombe_interval(1.0, 2, 20)[0]
     assert wilson_interval(1.0, 4) == pytest.approx((4 / (4 + norm.ppf(0.975) ** 2), 1.0))
     labels = np.array([1.0, 1, 0, 0])[:, None]
-    row = score_findings(labels, labels, list("pqrs"), ["a"], draws=50)["findings"][0]
+    row = metrics_by_finding(labels, labels, list("pqrs"), ["a"], n_resamples=50)["findings"][0]
     assert row["auroc_ci"] == pytest.approx((low, 1.0)) and row["auprc_ci"][0] < 0.5
 
 
@@ -333,7 +339,7 @@ def test_the_macro_interval_adds_reaches_as_their_draws_correlate():
     assert fixed == pytest.approx((0.75 - reach[0], 0.75 + reach[1]))
 
 
-def test_halves_of_the_patients_tell_how_far_few_films_raise_average_precision():
+def test_halves_of_the_patients_tell_how_far_few_images_raise_average_precision():
     rng = np.random.default_rng(3)
     n, k, trials = 150, 10, 60
     many = rng.random(200_000) < 0.1
@@ -343,7 +349,7 @@ def test_halves_of_the_patients_tell_how_far_few_films_raise_average_precision()
         labels = (rng.random((n, k)) < 0.1).astype(float)
         scores = rng.standard_normal((n, k)) + 1.2 * labels
         values = np.array([auprc(labels[:, i], scores[:, i]) for i in range(k)], float)
-        bias = auprc_bias(labels, scores, np.arange(n), values, draws=50, seed=trial)
+        bias = auprc_bias(labels, scores, np.arange(n), values, n_resamples=50, seed=trial)
         plain.append(values.mean())
         corrected.append((values - bias).mean())
     excess = np.mean(plain) - truth
@@ -363,17 +369,21 @@ def test_halves_take_each_patient_once_and_the_mean_over_them_is_scikit_learns()
         rows = weight[patients] > 0
         if labels[rows].any():
             halves.append(average_precision_score(labels[rows, 0], scores[rows, 0]))
-    bias = auprc_bias(labels, scores, patients, np.array([value]), draws=40, seed=5)
+    bias = auprc_bias(labels, scores, patients, np.array([value]), n_resamples=40, seed=5)
     assert len(halves) < 40 and bias == pytest.approx(np.mean(halves) - value, abs=1e-12)
 
 
 def test_bootstrap_difference_uses_the_same_draws_for_both_models():
     labels, scores, patients = made()
-    assert not bootstrap_difference(labels, scores, scores * 2, patients, draws=20).auroc.any()
+    assert not bootstrap_difference(
+        labels, scores, scores * 2, patients, n_resamples=20
+    ).auroc.any()
     worse = scores + np.random.default_rng(5).normal(size=scores.shape)
-    paired = bootstrap_difference(labels, scores, worse, patients, draws=300, seed=0).auroc[:, 3]
-    a = bootstrap_metrics(labels, scores, patients, draws=300, seed=0).auroc[:, 3]
-    b = bootstrap_metrics(labels, worse, patients, draws=300, seed=1).auroc[:, 3]
+    paired = bootstrap_difference(labels, scores, worse, patients, n_resamples=300, seed=0).auroc[
+        :, 3
+    ]
+    a = bootstrap_metrics(labels, scores, patients, n_resamples=300, seed=0).auroc[:, 3]
+    b = bootstrap_metrics(labels, worse, patients, n_resamples=300, seed=1).auroc[:, 3]
     assert paired.std() < 0.9 * (a - b).std()
 
 
@@ -445,7 +455,7 @@ def test_the_interval_of_a_share_over_seeds_stays_within_0_and_1():
 
 def test_macro_draws_leave_out_findings_that_a_draw_does_not_define():
     values = np.array([[0.6, 0.8, 0.1], [0.6, NAN, 0.1], [NAN, NAN, 0.1]])
-    np.testing.assert_allclose(macro_draws(values, [0, 1]), [0.7, 0.6, NAN])
+    np.testing.assert_allclose(macro_of_resamples(values, [0, 1]), [0.7, 0.6, NAN])
 
 
 def test_percentile_interval_needs_half_of_the_draws():
@@ -457,7 +467,9 @@ def test_percentile_interval_needs_half_of_the_draws():
 
 def test_collapsed_scores_are_at_chance_with_no_width():
     labels, scores, patients = made()
-    results = score_findings(labels, np.zeros_like(scores), patients, list("abcd"), draws=20)
+    results = metrics_by_finding(
+        labels, np.zeros_like(scores), patients, list("abcd"), n_resamples=20
+    )
     for row in results["findings"]:
         assert row["auroc"] == 0.5 and row["auroc_ci"] == (0.5, 0.5)
         share = row["n_positive"] / (row["n_positive"] + row["n_negative"])
@@ -469,11 +481,11 @@ def test_one_class_findings_are_listed_with_reason_and_counts():
     labels, scores, patients = made()
     labels[:, 1] = np.where(np.isnan(labels[:, 1]), np.nan, 0.0)
     labels[:, 2] = np.nan
-    results = score_findings(labels, scores, patients, list("abcd"), draws=20)
+    results = metrics_by_finding(labels, scores, patients, list("abcd"), n_resamples=20)
     assert [row["finding"] for row in results["findings"]] == ["a", "d"]
     assert [(u["finding"], u["reason"]) for u in results["undefined"]] == [
-        ("b", "no positive film"),
-        ("c", "no positive and no negative film"),
+        ("b", "no positive image"),
+        ("c", "no positive and no negative image"),
     ]
     assert results["undefined"][1]["n_unknown"] == len(labels)
     assert results["macro_findings"] == ["a", "d"]
@@ -483,9 +495,9 @@ def test_permuted_findings_permute_the_results():
     labels, scores, patients = made()
     names, order = list("abcd"), [2, 0, 3, 1]
     thresholds = choose_thresholds(labels, scores, names)
-    arguments = {"thresholds": thresholds, "draws": 30}
-    plain = score_findings(labels, scores, patients, names, **arguments)
-    moved = score_findings(
+    arguments = {"thresholds": thresholds, "n_resamples": 30}
+    plain = metrics_by_finding(labels, scores, patients, names, **arguments)
+    moved = metrics_by_finding(
         labels[:, order], scores[:, order], patients, [names[i] for i in order], **arguments
     )
     assert moved["findings"] == [plain["findings"][i] for i in order]
@@ -497,20 +509,22 @@ def test_a_rare_finding_is_scored_but_left_out_of_the_macro():
     labels, scores, patients = made()
     labels[:, 0] = 0.0
     labels[:3, 0] = 1.0
-    results = score_findings(labels, scores, patients, list("abcd"), draws=20)
+    results = metrics_by_finding(labels, scores, patients, list("abcd"), n_resamples=20)
     rare = results["findings"][0]
     assert rare["auroc"] is not None and not rare["in_macro"]
     assert results["macro_findings"] == ["b", "c", "d"]
     mean = np.mean([row["auroc"] for row in results["findings"][1:]])
     assert results["macro_auroc"] == pytest.approx(mean)
-    every = score_findings(labels, scores, patients, list("abcd"), draws=20, min_count=3)
+    every = metrics_by_finding(labels, scores, patients, list("abcd"), n_resamples=20, min_count=3)
     assert every["macro_findings"] == ["a", "b", "c", "d"]
 
 
 def test_threshold_metrics_say_where_the_cut_was_chosen_and_are_none_without_one():
     labels, scores, patients = made()
-    cut = {"a": Threshold(0.4, "youden", "val")}
-    results = score_findings(labels, scores, patients, list("abcd"), thresholds=cut, draws=20)
+    threshold = {"a": Threshold(0.4, "youden", "val")}
+    results = metrics_by_finding(
+        labels, scores, patients, list("abcd"), thresholds=threshold, n_resamples=20
+    )
     first, second = results["findings"][:2]
     assert first["threshold"] == {"value": 0.4, "rule": "youden", "chosen_on": "val"}
     assert first["f1_ci"][0] <= first["f1"] <= first["f1_ci"][1]
@@ -521,16 +535,16 @@ def test_threshold_metrics_say_where_the_cut_was_chosen_and_are_none_without_one
 
 def test_no_finding_counts_makes_the_macro_none():
     labels, scores = np.full((4, 1), np.nan), np.zeros((4, 1))
-    results = score_findings(labels, scores, list("pqrs"), ["a"], draws=5)
+    results = metrics_by_finding(labels, scores, list("pqrs"), ["a"], n_resamples=5)
     assert results["macro_auroc"] is None and results["macro_auroc_ci"] is None
 
 
 def test_repeated_names_and_missing_patients_are_refused():
     labels, scores, patients = made()
     with pytest.raises(ValueError, match="name each column once"):
-        score_findings(labels, scores, patients, ["a", "a", "b", "c"], draws=5)
+        metrics_by_finding(labels, scores, patients, ["a", "a", "b", "c"], n_resamples=5)
     with pytest.raises(ValueError, match="299 patients for 300 rows"):
-        bootstrap_metrics(labels, scores, list(patients[:-1]), draws=5)
+        bootstrap_metrics(labels, scores, list(patients[:-1]), n_resamples=5)
 
 
 def test_recall_by_hand():

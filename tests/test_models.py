@@ -39,7 +39,7 @@ from mmclip.models.norm import GlobalBatchNorm2d
 from mmclip.training.pretrain import build_model
 from tests.made import REPORTS, small_config, small_model
 
-IMAGE = ImageEncoderConfig(kind="vit", width=32, depth=2, heads=2, patch_px=8)
+IMAGE = ImageEncoderConfig(kind="vit", width=32, depth=2, heads=2, patch_size=8)
 
 
 def some_text(rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def some_text(rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, is_valid
 
 
-def some_films(rows: int = 4, px: int = 32) -> torch.Tensor:
+def some_images(rows: int = 4, px: int = 32) -> torch.Tensor:
     return torch.randn(rows, 1, px, px, generator=torch.Generator().manual_seed(2))
 
 
@@ -76,7 +76,7 @@ def resnet_config(*overrides: str) -> Config:
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_embeddings_and_loss_equal_transformers_dual_encoder(kind: str):
     model = small_model(small_config(f"model.image.kind={kind}"))
-    model.encode_image(10 * some_films() + 3)  # moves the running statistics of a ResNet
+    model.encode_image(10 * some_images() + 3)  # moves the running statistics of a ResNet
     model.eval()
     vision = AutoModel.from_config(model.vision_model.config)
     theirs = VisionTextDualEncoderModel(
@@ -93,15 +93,15 @@ def test_embeddings_and_loss_equal_transformers_dual_encoder(kind: str):
     loaded = theirs.load_state_dict(model.state_dict(), strict=True)
     assert not loaded.missing_keys and not loaded.unexpected_keys
     ids, is_valid = some_text()
-    films = some_films()
+    images = some_images()
     with torch.no_grad():
         image, text, scale = (
-            model.encode_image(films),
+            model.encode_image(images),
             model.encode_text(ids, is_valid),
             model.scale(),
         )
         out = theirs(
-            input_ids=ids, pixel_values=films, attention_mask=is_valid.long(), return_loss=True
+            input_ids=ids, pixel_values=images, attention_mask=is_valid.long(), return_loss=True
         )
     torch.testing.assert_close(image.embedding, out.image_embeds)
     torch.testing.assert_close(text.embedding, out.text_embeds)
@@ -134,7 +134,7 @@ def test_untrained_encoders_of_any_width_tell_inputs_apart(width: int):
     with torch.inference_mode():
         outputs = (
             text(input_ids=ids, attention_mask=is_valid.long()).pooler_output,
-            image(pixel_values=some_films()).pooler_output,
+            image(pixel_values=some_images()).pooler_output,
         )
     for output in outputs:
         unit = torch.nn.functional.normalize(output, dim=1)
@@ -159,7 +159,7 @@ def test_weight_decay_spares_biases_norms_positions_and_the_temperature():
     assert all(not n.endswith("bias") or n in names for n, _ in small_model().named_parameters())
 
 
-def test_a_folded_rgb_encoder_gives_what_it_gave_for_the_film_three_times(tmp_path: Path):
+def test_a_folded_rgb_encoder_gives_what_it_gave_for_the_image_three_times(tmp_path: Path):
     rgb = saved_rgb_vit(tmp_path)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     ViTImageProcessor(image_mean=mean, image_std=std).save_pretrained(tmp_path)
@@ -173,10 +173,10 @@ def test_a_folded_rgb_encoder_gives_what_it_gave_for_the_film_three_times(tmp_pa
     torch.testing.assert_close(got.pooler_output, want.pooler_output, rtol=1e-4, atol=1e-4)
 
 
-def test_a_pretrained_encoder_takes_other_film_sizes_and_keeps_its_grid_in_between(tmp_path: Path):
+def test_a_pretrained_encoder_takes_other_image_sizes_and_keeps_its_grid_in_between(tmp_path: Path):
     rgb = saved_rgb_vit(tmp_path)
     ours = build_image_encoder(ImageEncoderConfig(pretrained=str(tmp_path)), 64).eval()
-    assert ours(some_films(2, 64)).last_hidden_state.shape == (2, 1 + 64, 32)
+    assert ours(some_images(2, 64)).last_hidden_state.shape == (2, 1 + 64, 32)
     interpolated = rgb.embeddings.interpolate_pos_encoding(torch.zeros(1, 65, 32), 64, 64)
     embeddings = ours.embeddings
     assert isinstance(embeddings, torch.nn.Module)
@@ -193,7 +193,7 @@ def test_an_encoder_without_a_feature_for_each_patch_is_refused_where_they_are_r
     Dinov2WithRegistersModel(registers).save_pretrained(tmp_path)
     named = f"model.image.pretrained='{tmp_path}'"
     alone = small_model(small_config(named))
-    assert alone.encode_image(some_films()).features.shape == (4, 1 + 4 + 16, 32)
+    assert alone.encode_image(some_images()).features.shape == (4, 1 + 4 + 16, 32)
     for decoder in ("loss.image=1", "loss.text=1"):
         with pytest.raises(EncoderError, match=r"gives 21 features .* 4 x 4 patches.* 1 \+ 16"):
             build_model(small_config(named, decoder), train_tokenizer(REPORTS))
@@ -291,25 +291,25 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     assert asked == ["https://huggingface.co/someone/a-model-of-theirs/resolve/main/config.json"]
 
 
-def test_a_film_size_that_patches_do_not_fill_is_refused(tmp_path: Path):
+def test_an_image_size_that_patches_do_not_fill_is_refused(tmp_path: Path):
     saved_rgb_vit(tmp_path)
     with pytest.raises(EncoderError, match="is not a multiple of the encoder's patch size 8; 32"):
         build_image_encoder(ImageEncoderConfig(pretrained=str(tmp_path)), 36)
 
 
-def test_a_resnet_has_a_feature_for_each_patch_and_halves_its_width_towards_the_film():
-    for patch_px, widths in [(4, [32]), (8, [16, 32]), (16, [8, 16, 32]), (32, [4, 8, 16, 32])]:
-        config = ImageEncoderConfig(width=32, depth=1, patch_px=patch_px)
+def test_a_resnet_has_a_feature_for_each_patch_and_halves_its_width_towards_the_image():
+    for patch_size, widths in [(4, [32]), (8, [16, 32]), (16, [8, 16, 32]), (32, [4, 8, 16, 32])]:
+        config = ImageEncoderConfig(width=32, depth=1, patch_size=patch_size)
         encoder = build_image_encoder(config, 64)
         assert encoder.config.hidden_sizes == widths
-        features = token_features(encoder(pixel_values=some_films(2, 64)))
-        assert features.shape == (2, 1 + (64 // patch_px) ** 2, 32)
+        features = token_features(encoder(pixel_values=some_images(2, 64)))
+        assert features.shape == (2, 1 + (64 // patch_size) ** 2, 32)
 
 
 @pytest.mark.parametrize(
     ("override", "rule"),
     [
-        ("model.image.patch_px=12", "4, 8, 16 or 32"),
+        ("model.image.patch_size=12", "4, 8, 16 or 32"),
         ("model.image.width=31", "a multiple of 2"),
     ],
 )
@@ -320,55 +320,55 @@ def test_sizes_that_no_resnet_has_are_refused(override: str, rule: str):
 
 def test_features_of_a_resnet_are_in_reading_order():
     encoder = small_model(resnet_config()).vision_model.eval()
-    film = torch.zeros(1, 1, 32, 32)
-    quiet = token_features(encoder(pixel_values=film))
-    film[:, :, :8, 24:] = 3.0  # the upper right patch of 4 x 4
-    change = (token_features(encoder(pixel_values=film)) - quiet)[0, 1:].norm(dim=-1)
+    image = torch.zeros(1, 1, 32, 32)
+    quiet = token_features(encoder(pixel_values=image))
+    image[:, :, :8, 24:] = 3.0  # the upper right patch of 4 x 4
+    change = (token_features(encoder(pixel_values=image)) - quiet)[0, 1:].norm(dim=-1)
     assert change.argmax() == 3
 
 
-@pytest.mark.parametrize("patch_px", [4, 8, 16])
-def test_a_feature_of_a_resnet_looks_at_the_middle_of_its_patch(patch_px: int):
+@pytest.mark.parametrize("patch_size", [4, 8, 16])
+def test_a_feature_of_a_resnet_looks_at_the_middle_of_its_patch(patch_size: int):
     torch.manual_seed(0)
-    config = ImageEncoderConfig(width=32, depth=1, patch_px=patch_px)
-    side_px, n = 16 * patch_px, 16
+    config = ImageEncoderConfig(width=32, depth=1, patch_size=patch_size)
+    side_px, n = 16 * patch_size, 16
     encoder = build_image_encoder(config, side_px).eval()
-    film = torch.randn(4, 1, side_px, side_px, requires_grad=True)
+    image = torch.randn(4, 1, side_px, side_px, requires_grad=True)
     row, column = 7, 8
-    feature = token_features(encoder(pixel_values=film))[:, 1 + row * n + column]
+    feature = token_features(encoder(pixel_values=image))[:, 1 + row * n + column]
     seen = torch.zeros(side_px, side_px)
-    for channel in range(feature.shape[1]):  # where a change of the film changes the feature
-        (grad,) = torch.autograd.grad(feature[:, channel].sum(), film, retain_graph=True)
+    for channel in range(feature.shape[1]):  # where a change of the image changes the feature
+        (grad,) = torch.autograd.grad(feature[:, channel].sum(), image, retain_graph=True)
         seen += grad.square().sum((0, 1))
     place = torch.arange(side_px) + 0.5
     centre = (place @ seen.sum(1) / seen.sum(), place @ seen.sum(0) / seen.sum())
-    wanted = torch.tensor([(row + 0.5) * patch_px, (column + 0.5) * patch_px])
-    assert torch.stack(centre).sub(wanted).abs().max() < patch_px / 8
+    wanted = torch.tensor([(row + 0.5) * patch_size, (column + 0.5) * patch_size])
+    assert torch.stack(centre).sub(wanted).abs().max() < patch_size / 8
 
 
 def test_a_rebuilt_resnet_has_the_same_names_and_gives_the_same():
     encoder = small_model(resnet_config()).vision_model
-    encoder(pixel_values=some_films())
+    encoder(pixel_values=some_images())
     again = rebuild_encoder(encoder.config.to_dict())
     again.load_state_dict(encoder.state_dict(), strict=True)
     with torch.no_grad():
-        want = encoder.eval()(pixel_values=some_films()).pooler_output
-        got = again.eval()(pixel_values=some_films()).pooler_output
+        want = encoder.eval()(pixel_values=some_images()).pooler_output
+        got = again.eval()(pixel_values=some_images()).pooler_output
     assert torch.equal(got, want)
 
 
 def test_visible_features_of_a_resnet_know_nothing_of_hidden_pixels():
     encoder = small_model(resnet_config()).vision_model.train()
-    encoder(pixel_values=some_films())
+    encoder(pixel_values=some_images())
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     is_masked = torch.zeros(4, 16, dtype=torch.bool)
     is_masked[:, [0, 5, 6, 15]] = True
-    film = some_films().requires_grad_()
-    visible = encode_visible(encoder, film, is_masked, 4)
+    image = some_images().requires_grad_()
+    visible = encode_visible(encoder, image, is_masked, 4)
     assert visible.shape == (4, 12, 32)
     # One row and feature at a time would do; batch statistics sum to 0, so weigh them at random.
     (visible * torch.randn(visible.shape)).sum().backward()
-    moved = film.grad.reshape(4, 4, 8, 4, 8).abs().sum((2, 4)).reshape(4, 16)
+    moved = image.grad.reshape(4, 4, 8, 4, 8).abs().sum((2, 4)).reshape(4, 16)
     assert (moved[is_masked] == 0).all() and (moved[~is_masked] > 0).all()
     after = encoder.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mmclip.batch import Batch, Texts
+from mmclip.batch import Batch, TextBatch
 from mmclip.config import ConfigError, ScoreKind, TrainConfig
 from mmclip.models.mmclip import MMCLIP, MaskPlan, Outputs
 from mmclip.training.loop import TrainState, fit, make_optimizer
@@ -15,7 +15,7 @@ from mmclip.training.objective import Objective
 from tests.made import (
     LABELS,
     N_PATCHES,
-    PATCH_PX,
+    PATCH_SIZE,
     WHOLE,
     MadeBatches,
     cut_batch,
@@ -24,7 +24,7 @@ from tests.made import (
     small_model,
 )
 
-PIXELS = (*WHOLE, "image_mask.hide='pixels'")
+PIXELS = (*WHOLE, "image_mask.mask_stage='pixels'")
 RANDOM = (*WHOLE, "image_mask.policy='random'")
 MIXED = MadeBatches(8, without_report=(1, 5, 6, 7), with_prompt=(0, 1, 5, 6))
 """Row 0 has report and prompt, 2 to 4 a report, 1, 5 and 6 a prompt, 7 neither."""
@@ -32,7 +32,7 @@ MIXED = MadeBatches(8, without_report=(1, 5, 6, 7), with_prompt=(0, 1, 5, 6))
 
 def made(*overrides: str) -> tuple[MMCLIP, Objective]:
     config = small_config(*overrides)
-    return small_model(config), Objective(config, PATCH_PX)
+    return small_model(config), Objective(config, PATCH_SIZE)
 
 
 def run(model: MMCLIP, objective: Objective, batch: Batch) -> Outputs:
@@ -120,7 +120,7 @@ def test_embeddings_do_not_depend_on_the_label_head():
     assert torch.equal(a.embedding, b.embedding)
 
 
-def test_labels_without_unpaired_films_or_beside_prompts_are_refused():
+def test_labels_without_unpaired_images_or_beside_prompts_are_refused():
     with pytest.raises(ConfigError, match=r"unpaired\.rows_per_pair=0 reads none; give"):
         small_config("loss.label=1")
     with pytest.raises(ConfigError, match=r"control in which no label becomes a prompt"):
@@ -145,9 +145,9 @@ def test_a_prompt_beside_a_report_is_no_text_of_its_row():
     alone = Batch(**{**batch.__dict__, "prompts": batch.texts()[1]})
     a, b = run(model, objective, batch), run(model, objective, alone)
     torch.testing.assert_close(a.text_embedding, b.text_embedding)
-    # It guides what is hidden of its film, and of no other.
-    assert a.response is not None and b.response is not None
-    differs = ~torch.isclose(a.response, b.response, atol=1e-4).all(1)
+    # It guides what is masked of its image, and of no other.
+    assert a.relevance is not None and b.relevance is not None
+    differs = ~torch.isclose(a.relevance, b.relevance, atol=1e-4).all(1)
     assert differs.tolist() == [True, *[False] * 7]
 
 
@@ -167,13 +167,13 @@ def test_equal_texts_are_encoded_once():
     model, objective = made(*WHOLE)
     batch = MIXED.batch()
     first = {name: x[:1].repeat_interleave(4, 0) for name, x in batch.reports.tensors().items()}
-    same = Texts(**{**first, "rows": batch.reports.rows})
+    same = TextBatch(**{**first, "rows": batch.reports.rows})
     rows = []
     model.text_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     run(model, objective, Batch(**{**batch.__dict__, "reports": same, "prompts": no_texts()}))
-    assert rows == [2, 1]  # as it is and with hidden words; and the stand-in for no prompts
+    assert rows == [2, 1]  # as it is and with masked words; and the stand-in for no prompts
 
 
 def test_gradients_of_equal_texts_do_not_change_with_the_order_of_threads():
@@ -187,8 +187,8 @@ def test_gradients_of_equal_texts_do_not_change_with_the_order_of_threads():
     is_valid = torch.ones_like(ids, dtype=torch.bool)
     is_masked = torch.zeros_like(is_valid)
     is_masked[:, 3] = True
-    texts = Texts(torch.arange(n), ids, is_valid, is_valid, is_masked, ids)
-    films = torch.randn(n, 1 + N_PATCHES, 32, generator=generator)
+    texts = TextBatch(torch.arange(n), ids, is_valid, is_valid, is_masked, ids)
+    images = torch.randn(n, 1 + N_PATCHES, 32, generator=generator)
     weights = torch.randn(n, width, 24, generator=generator)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -196,7 +196,7 @@ def test_gradients_of_equal_texts_do_not_change_with_the_order_of_threads():
         found = []
         for _ in range(30):
             model.zero_grad()
-            (model.read(texts, films).features * weights).sum().backward()
+            (model.forward_text(texts, images).features * weights).sum().backward()
             grad = model.text_model.get_input_embeddings().weight.grad
             assert grad is not None
             found.append(grad.clone())
@@ -205,7 +205,7 @@ def test_gradients_of_equal_texts_do_not_change_with_the_order_of_threads():
     assert all(torch.equal(grad, found[0]) for grad in found)
 
 
-def test_the_film_passes_its_encoder_once_or_twice():
+def test_the_image_passes_its_encoder_once_or_twice():
     for overrides, passes in ((WHOLE, 1), (PIXELS, 2)):
         model, objective = made(*overrides)
         calls = []
@@ -214,7 +214,7 @@ def test_the_film_passes_its_encoder_once_or_twice():
         assert len(calls) == passes
 
 
-def test_exactly_the_share_is_hidden_in_every_film():
+def test_exactly_the_share_is_hidden_in_every_image():
     for ratio, n in ((0.5, 8), (0.25, 4), (0.8, 13)):
         model, objective = made(*WHOLE, f"image_mask.mask_ratio={ratio}")
         out = run(model, objective, MIXED.batch())
@@ -223,27 +223,27 @@ def test_exactly_the_share_is_hidden_in_every_film():
 
 
 def test_hidden_pixels_have_no_path_to_their_prediction_when_pixels_are_hidden():
-    model, objective = made(*RANDOM, "image_mask.hide='pixels'")
+    model, objective = made(*RANDOM, "image_mask.mask_stage='pixels'")
     batch = MIXED.batch()
     out = run(model, objective, batch)
     assert out.is_masked is not None and out.patches is not None
-    hidden = out.is_masked.view(8, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    masked = out.is_masked.view(8, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     noise = torch.randn(batch.image.shape, generator=torch.Generator().manual_seed(9))
-    other = Batch(**{**batch.__dict__, "image": torch.where(hidden, noise, batch.image)})
+    other = Batch(**{**batch.__dict__, "image": torch.where(masked, noise, batch.image)})
     again = run(model, objective, other)
     torch.testing.assert_close(out.patches, again.patches)
 
 
 def test_hidden_features_have_seen_the_hidden_pixels_and_so_leak():
-    # The paper's reading: the encoder has mixed hidden pixels into the visible features.
+    # The paper's reading: the encoder has mixed masked pixels into the visible features.
     model, objective = made(*RANDOM)
     batch = MIXED.batch()
     batch.image.requires_grad_(True)
     out = model(batch, objective.plan(0))
     out.patches[0][out.is_masked[0]].sum().backward()
     assert batch.image.grad is not None
-    hidden = out.is_masked[0].view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1)
-    assert batch.image.grad[0, 0][hidden].abs().max() > 0
+    masked = out.is_masked[0].view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    assert batch.image.grad[0, 0][masked].abs().max() > 0
 
 
 def test_hidden_words_have_no_path_to_their_prediction():
@@ -252,14 +252,14 @@ def test_hidden_words_have_no_path_to_their_prediction():
     ids = torch.where(
         batch.reports.is_masked, (batch.reports.ids - 5 + 7) % 45 + 5, batch.reports.ids
     )
-    reports = Texts(**{**batch.reports.tensors(), "ids": ids})
+    reports = TextBatch(**{**batch.reports.tensors(), "ids": ids})
     other = Batch(**{**batch.__dict__, "reports": reports})
     a, b = run(model, objective, batch), run(model, objective, other)
     torch.testing.assert_close(a.token_logits, b.token_logits)
     assert not torch.allclose(a.text_embedding[2:5], b.text_embedding[2:5])  # unmasked there
 
 
-def test_words_are_recovered_with_the_own_film():
+def test_words_are_recovered_with_the_own_image():
     model, objective = made("loss.text=1")
     batch = MIXED.batch()
     turned = Batch(**{**batch.__dict__, "image": batch.image.roll(1, 0)})
@@ -269,38 +269,38 @@ def test_words_are_recovered_with_the_own_film():
 
 
 def test_the_choice_is_random_before_the_annealing_and_guided_after_it():
-    model, objective = made(*WHOLE, "image_mask.final_randomness=0")
+    model, objective = made(*WHOLE, "image_mask.final_mask_noise=0")
     batch = MIXED.batch()
     plan = objective.plan(0)
     assert plan is not None
     by_noise = batch.patch_noise.topk(8, 1).indices.sort(1).values
     with torch.no_grad():
-        early = model(batch, plan._replace(randomness=1.0))
-        late = model(batch, plan._replace(randomness=0.0))
+        early = model(batch, plan._replace(mask_noise=1.0))
+        late = model(batch, plan._replace(mask_noise=0.0))
     assert torch.equal(early.is_masked.nonzero()[:, 1].view(8, 8), by_noise)
-    assert not early.response.any()  # it is not even computed
-    by_response = late.response[:7].topk(8, 1).indices.sort(1).values
-    assert torch.equal(late.is_masked[:7].nonzero()[:, 1].view(7, 8), by_response)
+    assert not early.relevance.any()  # it is not even computed
+    by_relevance = late.relevance[:7].topk(8, 1).indices.sort(1).values
+    assert torch.equal(late.is_masked[:7].nonzero()[:, 1].view(7, 8), by_relevance)
     assert torch.equal(late.is_masked[7].nonzero()[:, 0], by_noise[7])  # no text, no guide
 
 
 def test_annealing_follows_the_step():
     _, objective = made(
         *WHOLE, "train.steps=100", "image_mask.anneal_from=0.2", "image_mask.anneal_to=0.6",
-        "image_mask.final_randomness=0.1",
+        "image_mask.final_mask_noise=0.1",
     )  # fmt: skip
     plans = [objective.plan(step) for step in (0, 20, 40, 60, 99)]
-    randomness = [plan.randomness for plan in plans if plan is not None]
-    assert randomness == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
+    mask_noise = [plan.mask_noise for plan in plans if plan is not None]
+    assert mask_noise == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
 
 
 def test_the_oracle_hides_the_lesion_first():
-    model, objective = made(*WHOLE, "image_mask.policy='oracle'", "image_mask.final_randomness=0")
+    model, objective = made(*WHOLE, "image_mask.policy='oracle'", "image_mask.final_mask_noise=0")
     batch = MIXED.batch()
     assert batch.lesion_ratio is not None
     out = run(model, objective, batch)
-    hidden = out.is_masked.nonzero()[:, 1].view(8, 8)
-    assert torch.equal(hidden, batch.lesion_ratio.topk(8, 1).indices.sort(1).values)
+    masked = out.is_masked.nonzero()[:, 1].view(8, 8)
+    assert torch.equal(masked, batch.lesion_ratio.topk(8, 1).indices.sort(1).values)
 
 
 @pytest.mark.parametrize("score", get_args(ScoreKind))
@@ -310,8 +310,8 @@ def test_every_score_guides_the_rows_that_have_a_text(score: str, tokens: str):
         *WHOLE, f"image_mask.score='{score}'", f"image_mask.score_tokens='{tokens}'"
     )
     out = run(model, objective, MIXED.batch())
-    assert out.response is not None and out.response.isfinite().all()
-    assert out.response[:7].std(1).min() > 0 and not out.response[7].any()
+    assert out.relevance is not None and out.relevance.isfinite().all()
+    assert out.relevance[:7].std(1).min() > 0 and not out.relevance[7].any()
 
 
 def test_an_untrained_score_without_its_decoder_is_refused():
@@ -321,7 +321,7 @@ def test_an_untrained_score_without_its_decoder_is_refused():
             "image_mask.score='decoder_attention'",
             "image_mask.score_tokens='all'",
         )
-    with pytest.raises(ConfigError, match=r"asks the hidden words, and loss\.text=0 hides none"):
+    with pytest.raises(ConfigError, match=r"asks the masked words, and loss\.text=0 masks none"):
         small_config("loss.image=1", "image_mask.score='token_attention'")
     assert small_config("loss.image=1", "image_mask.policy='random'").loss.image == 1
 

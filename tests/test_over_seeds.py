@@ -12,10 +12,10 @@ import pytest
 
 from mmclip.config import config_hash, load_config, recipe_hash
 from mmclip.evaluation.comparison import compare
-from mmclip.evaluation.judge import score_findings
+from mmclip.evaluation.compute_metrics import metrics_by_finding
 from mmclip.evaluation.over_seeds import compare_over_seeds, remarks
 from mmclip.evaluation.results import Provenance, read_results, write_results
-from mmclip.evaluation.scores import Scored, ScoresError, load_scores
+from mmclip.evaluation.scores import Predictions, ScoresError, load_scores
 from tests.commands import Ended, mmclip
 
 BENCH = str(Path(__file__).parents[1] / "bench")
@@ -28,26 +28,26 @@ MADE = Provenance(
     command="mmclip zeroshot", seed=0, data_hash="d" * 64, commit=None, versions={}, device="cpu",
     wall_s=1.0, finished_at="2026-01-02T03:04:05+00:00",
 )  # fmt: skip
-N_FILMS = 80
-TRUTH = np.random.default_rng(0).integers(0, 2, (N_FILMS, 3)).astype(float)
-TRUTH[:, 2] = np.arange(N_FILMS) < 3  # too few to count in the macro average
+N_IMAGES = 80
+TRUTH = np.random.default_rng(0).integers(0, 2, (N_IMAGES, 3)).astype(float)
+TRUTH[:, 2] = np.arange(N_IMAGES) < 3  # too few to count in the macro average
 
 
 @cache
-def scored(arm: str, seed: int, strength: float) -> tuple[Scored, dict]:
+def scored(arm: str, seed: int, strength: float) -> tuple[Predictions, dict]:
     """The scores of a run, and what is found of them."""
     rng = np.random.default_rng([ord(letter) for letter in arm] + [seed])
-    test = Scored(
-        film_id=np.array([f"f{i}" for i in range(N_FILMS)]),
-        patient_id=np.array([f"p{i // 2}" for i in range(N_FILMS)]),
-        sex=np.full(N_FILMS, ""),
-        age_years=np.full(N_FILMS, np.nan),
-        view=np.full(N_FILMS, "PA"),
+    test = Predictions(
+        image_id=np.array([f"f{i}" for i in range(N_IMAGES)]),
+        patient_id=np.array([f"p{i // 2}" for i in range(N_IMAGES)]),
+        sex=np.full(N_IMAGES, ""),
+        age_years=np.full(N_IMAGES, np.nan),
+        view=np.full(N_IMAGES, "PA"),
         findings=np.array(NAMES),
         labels=TRUTH,
         scores=strength * TRUTH + rng.standard_normal(TRUTH.shape),
     )
-    return test, score_findings(TRUTH, test.scores, test.patients(), NAMES, draws=1)
+    return test, metrics_by_finding(TRUTH, test.scores, test.patients(), NAMES, n_resamples=1)
 
 
 def leave(folder: Path, arm: str, seed: int | None, strength: float = 1.0, **made: object) -> Path:
@@ -56,8 +56,8 @@ def leave(folder: Path, arm: str, seed: int | None, strength: float = 1.0, **mad
     test.save(folder / "scores.npz")
     kind = made.pop("kind", "zeroshot")
     trained = {"train_seed": seed, "recipe_hash": arm * 4, "prompt_hash": "p", **made}
-    about = {"title": "t", "kind": kind, "summary": "s"}
-    write_results(folder, found | about | {"provenance": MADE.model_copy(update=trained)})
+    metadata = {"title": "t", "kind": kind, "summary": "s"}
+    write_results(folder, found | metadata | {"provenance": MADE.model_copy(update=trained)})
     return folder
 
 
@@ -71,7 +71,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_two_arms_of_two_seeds_by_hand(tmp_path: Path):
     runs = {(arm, s): leave(tmp_path / f"{arm}{s}", arm, s) for arm in "ab" for s in (0, 1)}
-    base, other = compare_over_seeds(list(runs.values()), draws=20)
+    base, other = compare_over_seeds(list(runs.values()), n_resamples=20)
     reached = {key: read_results(folder).macro_auroc or 0.0 for key, folder in runs.items()}
     assert base.macro_aurocs() == {0: reached["a", 0], 1: reached["a", 1]}
     assert other.mean() == pytest.approx((reached["b", 0] + reached["b", 1]) / 2)
@@ -89,13 +89,13 @@ def test_the_statistics_are_those_of_the_bench(folders: list[Path], findings: li
     for folder in folders:
         found, scores = read_results(folder), load_scores(folder / "scores.npz")
         line = {"auroc": {row.finding: row.auroc for row in found.findings}}
-        columns = (scores.film_id, scores.patient_id, scores.findings, scores.labels)
+        columns = (scores.image_id, scores.patient_id, scores.findings, scores.labels)
         runs[folder.name[:-2]][found.provenance.train_seed] = (
             line,
             bench.Scores(*columns, scores.scores, scores.scores),
         )
-    expected = bench.Comparison(runs, "plain", draws=100).compare("whole", findings)
-    arms = compare_over_seeds(folders, draws=100)
+    expected = bench.Comparison(runs, "plain", n_resamples=100).compare("whole", findings)
+    arms = compare_over_seeds(folders, n_resamples=100)
     found = arms[1].macro if len(findings) > 1 else arms[1].findings["mass"]
     mean = arms[1].mean() if len(findings) > 1 else arms[1].means()["mass"]
     assert found is not None
@@ -105,18 +105,18 @@ def test_the_statistics_are_those_of_the_bench(folders: list[Path], findings: li
 
 
 def test_the_order_of_folders_names_the_base_and_changes_nothing_else(folders: list[Path]):
-    base, other = compare_over_seeds(folders, draws=50)
+    base, other = compare_over_seeds(folders, n_resamples=50)
     mixed = [folders[i] for i in (2, 5, 0, 3, 4, 1)]
-    assert compare_over_seeds(mixed, draws=50)[1].macro == other.macro
-    turned = compare_over_seeds(folders[::-1], draws=50)
+    assert compare_over_seeds(mixed, n_resamples=50)[1].macro == other.macro
+    turned = compare_over_seeds(folders[::-1], n_resamples=50)
     assert [arm.name for arm in turned] == [other.name, base.name] == ["whole", "plain"]
     assert turned[1].macro is not None and other.macro is not None
     assert turned[1].macro.value == pytest.approx(-other.macro.value)
 
 
 def test_seeds_of_one_arm_alone_are_left_out_and_named(folders: list[Path]):
-    arms = compare_over_seeds(folders, draws=20)
-    shared = compare_over_seeds(folders[1:5], draws=20)
+    arms = compare_over_seeds(folders, n_resamples=20)
+    shared = compare_over_seeds(folders[1:5], n_resamples=20)
     assert arms[1].paired == (1, 2) and list(arms[1].runs) == [1, 2, 3]
     assert arms[1].macro == shared[1].macro and arms[1].findings == shared[1].findings
     assert remarks(arms)[0] == (
@@ -128,8 +128,8 @@ def test_seeds_of_one_arm_alone_are_left_out_and_named(folders: list[Path]):
 
 def test_one_seed_gives_what_a_pair_gives_and_says_that_it_is_over_patients(folders: list[Path]):
     pair = [folders[1], folders[3]]
-    arms = compare_over_seeds(pair, draws=50)
-    plain = compare(pair, draws=50)[1]
+    arms = compare_over_seeds(pair, n_resamples=50)
+    plain = compare(pair, n_resamples=50)[1]
     for found, expected in (
         (arms[1].macro, plain.macro),
         *zip(arms[1].findings.values(), plain.findings.values(), strict=True),
@@ -141,16 +141,16 @@ def test_one_seed_gives_what_a_pair_gives_and_says_that_it_is_over_patients(fold
     assert said.startswith("whole-1: of one seed, so the interval is over patients alone")
 
 
-def test_a_finding_of_few_films_has_a_difference_and_no_interval(folders: list[Path]):
-    found = compare_over_seeds(folders, draws=20)[1].findings
+def test_a_finding_of_few_images_has_a_difference_and_no_interval(folders: list[Path]):
+    found = compare_over_seeds(folders, n_resamples=20)[1].findings
     assert found["rare"].value and found["rare"].interval is None
     assert found["mass"].interval is not None
 
 
 def test_nothing_is_remarked_of_arms_of_the_same_seeds(tmp_path: Path):
     runs = [leave(tmp_path / f"{arm}-{s}", arm, s) for arm in "ab" for s in range(3)]
-    assert remarks(compare_over_seeds(runs, draws=5)) == []
-    assert remarks(compare_over_seeds(runs[:3], draws=5)) == []  # one arm, and no difference
+    assert remarks(compare_over_seeds(runs, n_resamples=5)) == []
+    assert remarks(compare_over_seeds(runs[:3], n_resamples=5)) == []  # one arm, and no difference
 
 
 def test_prompts_make_arms_of_one_recipe_and_are_named(tmp_path: Path):
@@ -159,11 +159,11 @@ def test_prompts_make_arms_of_one_recipe_and_are_named(tmp_path: Path):
         for prompts in ("pair", "sentence")
         for s in (0, 1)
     ]
-    base, other = compare_over_seeds(runs, draws=5)
+    base, other = compare_over_seeds(runs, n_resamples=5)
     assert [arm.name for arm in (base, other)] == ["0-pair", "0-sentence"]
     assert other.differs == ("prompts sentence, the first: prompts pair",)
     with pytest.raises(ScoresError, match=r"are of different prompts, so of two .* no seed"):
-        compare_over_seeds([runs[0], runs[3]], draws=5)
+        compare_over_seeds([runs[0], runs[3]], n_resamples=5)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_arms_are_named_by_what_their_folders_begin_with(
     tmp_path: Path, names: tuple[str, ...], expected: list[str]
 ):
     folders = [leave(tmp_path / n, "aabb"[i], i % 2) for i, n in enumerate(names)]
-    assert [arm.name for arm in compare_over_seeds(folders, draws=2)] == expected
+    assert [arm.name for arm in compare_over_seeds(folders, n_resamples=2)] == expected
 
 
 def test_folders_of_one_name_are_told_apart_by_their_path(
@@ -187,7 +187,7 @@ def test_folders_of_one_name_are_told_apart_by_their_path(
 ):
     monkeypatch.chdir(tmp_path)
     folders = [leave(Path(f"runs/{arm}-{s}/test"), arm, s) for arm in "ab" for s in (0, 1)]
-    arms = compare_over_seeds(folders, draws=2)
+    arms = compare_over_seeds(folders, n_resamples=2)
     assert [arm.name for arm in arms] == ["runs/a", "runs/b"]
 
 
@@ -208,12 +208,12 @@ def test_what_does_not_fit_is_refused(
 ):
     more = leave(tmp_path / "more", arm, seed, **made)
     with pytest.raises(ScoresError, match=message):
-        compare_over_seeds([*folders[:3], more], draws=2)
+        compare_over_seeds([*folders[:3], more], n_resamples=2)
 
 
 def test_seeds_of_fine_tuning_are_named_as_such(tmp_path: Path):
     runs = [leave(tmp_path / f"a-{s}", "a", s, kind="finetune") for s in (0, 1)]
-    assert remarks(compare_over_seeds(runs, draws=2)) == [
+    assert remarks(compare_over_seeds(runs, n_resamples=2)) == [
         "seeds are those of fine-tuning; a pre-training that it starts from is the same under all "
         "of them"
     ]
@@ -228,7 +228,7 @@ def test_results_of_older_versions_are_read_and_compare_pair_by_pair(tmp_path: P
             del old["provenance"][key]
         path.write_text(json.dumps(old))
     assert read_results(folders[0]).provenance.train_seed is None
-    assert compare(folders, draws=2)[1].macro is not None
+    assert compare(folders, n_resamples=2)[1].macro is not None
 
 
 def test_the_recipe_is_all_but_the_seed():
@@ -243,7 +243,7 @@ def test_the_recipe_is_all_but_the_seed():
 
 
 def over_seeds(out: Path, *given: str | Path) -> Ended:
-    return mmclip(out, "results", *given, "--over-seeds", "--draws", "20")
+    return mmclip(out, "results", *given, "--over-seeds", "--n-resamples", "20")
 
 
 def test_the_command_prints_arms_and_saves_them_with_what_must_be_known(
@@ -252,7 +252,7 @@ def test_the_command_prints_arms_and_saves_them_with_what_must_be_known(
     ended = over_seeds(tmp_path, *folders, "--save", tmp_path / "table.md")
     assert ended.code == 0, ended.err
     base, other = json.loads(ended.out)["arms"]
-    expected = compare_over_seeds(folders, draws=20)[1]
+    expected = compare_over_seeds(folders, n_resamples=20)[1]
     assert expected.macro is not None
     assert tuple(other["difference"]["interval"]) == expected.macro.interval
     assert other["paired_seeds"] == [1, 2] and base["difference"] is None

@@ -134,7 +134,7 @@ def test_ten_kills_change_neither_weights_nor_log(arguments: list, tmp_path: Pat
         assert all(torch.equal(ours[parameter][name], moments[name]) for name in moments)
     assert steps_of(run) == list(range(1, 161))
     for line, whole in zip(log_of(run), log_of(tmp_path / "whole"), strict=True):
-        assert {**line, "films_per_s": 0} == {**whole, "films_per_s": 0}
+        assert {**line, "images_per_s": 0} == {**whole, "images_per_s": 0}
     assert not list((run / CHECKPOINTS).glob("*.tmp"))
 
 
@@ -193,7 +193,7 @@ def test_a_run_is_not_trained_over(arguments: list, made_run: Path, tmp_path: Pa
     assert f"{made_run} already holds a run (step_000006); add --resume" in error
 
 
-def test_a_batch_that_repeats_films_is_told_and_trains(small_config: Path, tmp_path: Path):
+def test_a_batch_that_repeats_images_is_told_and_trains(small_config: Path, tmp_path: Path):
     data = write_folder(tmp_path)
     command = ["pretrain", "--data", data, "--config", small_config, "--set", "train.steps=1"]
     ended = mmclip(tmp_path, *command, "--out", tmp_path / "run", "--set", "train.batch_size=64")
@@ -201,7 +201,7 @@ def test_a_batch_that_repeats_films_is_told_and_trains(small_config: Path, tmp_p
     said = (
         "repeat within every step: train.batch_size=64 and there are 6 pairs; set it to at most 6"
     )
-    assert ended.err.count(said) == 1  # of 8 films one is a lateral, and one has no report
+    assert ended.err.count(said) == 1  # of 8 images one is a lateral, and one has no report
 
 
 def test_what_repeats_is_told_of_each_stream_and_only_where_it_does():
@@ -211,10 +211,10 @@ def test_what_repeats_is_told_of_each_stream_and_only_where_it_does():
 
     assert told(8, 0.5) == "" and told(8, 0) == ""
     assert "there are 8 pairs; set it to at most 8" in told(9, 0) and "unpaired" not in told(9, 0)
-    assert "reads 8 unpaired films and there are 4; set it to at most 0.5" in told(8, 1)
+    assert "reads 8 unpaired images and there are 4; set it to at most 0.5" in told(8, 1)
     assert "batch_size" not in told(8, 1)
     # Both hints are followed together: each speaks of the batch that the other leaves.
-    assert told(16, 0.5).endswith("reads 8 unpaired films and there are 4; with "
+    assert told(16, 0.5).endswith("reads 8 unpaired images and there are 4; with "
                                   "train.batch_size=8 it reads 4")  # fmt: skip
     assert told(16, 1).endswith("there are 4; set it to at most 0.5")
 
@@ -227,7 +227,7 @@ def test_another_configuration_does_not_resume(arguments: list, made_run: Path, 
 
 @pytest.fixture
 def other_data(made_raw: Path, tmp_path: Path) -> Path:
-    """The made data without its last film."""
+    """The synthetic data without its last image."""
     raw = shutil.copytree(made_raw, tmp_path / "raw")
     table = (raw / "studies.csv").read_text("utf-8").splitlines(keepends=True)
     (raw / "studies.csv").write_text("".join(table[:-1]), "utf-8")
@@ -257,7 +257,7 @@ def test_shuffled_pairs_are_said_recorded_and_trained_on(
 ):
     ended = mmclip(tmp_path, *arguments, "--out", tmp_path / "run", "--shuffle-pairs")
     assert ended.code == 0
-    assert "control: every film has the report of another film" in ended.err
+    assert "control: every image has the report of another image" in ended.err
     assert load_checkpoint(tmp_path / "run").meta["shuffle_pairs"] is True
     assert weights_of(tmp_path / "run") != weights_of(made_run)
 
@@ -319,7 +319,7 @@ def test_a_run_from_a_pretrained_text_encoder_needs_its_folder_only_once(
     assert weights_of(resumed) == weights_of(run)
     scored = mmclip(
         tmp_path, "zeroshot", "--run", run, "--data", made_data, "--out", tmp_path / "scores",
-        "--draws", "10",
+        "--n-resamples", "10",
     )  # fmt: skip
     assert scored.code == 0, scored.err
 

@@ -26,7 +26,7 @@ HIDDEN = {
 }
 
 
-def films() -> dict[str, bytes]:
+def images() -> dict[str, bytes]:
     """Six files: one sound, and others that a build may complain of in different places."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's, of values that break the standard
@@ -43,31 +43,31 @@ def films() -> dict[str, bytes]:
         }
 
 
-def layouts(films: dict[str, bytes]) -> dict[str, dict[str, bytes | str]]:
-    """A data set a reader, whose films are these."""
-    ids = sorted(films)
+def layouts(samples: dict[str, bytes]) -> dict[str, dict[str, bytes | str]]:
+    """A data set a reader, whose images are these."""
+    ids = sorted(samples)
     study = {i: f"p10/p1000003{i}/s5041426{i}" for i in ids}
     return {
         "siim": {
             "train-rle.csv": "ImageId,EncodedPixels\n" + "".join(f"{i},-1\n" for i in ids),
-            **{f"{i}.dcm": film for i, film in films.items()},
+            **{f"{i}.dcm": sample for i, sample in samples.items()},
         },
         "rsna": {
             "stage_2_train_labels.csv": "patientId,x,y,width,height,Target\n"
             + "".join(f"{i},,,,,0\n" for i in ids),
-            **{f"{i}.dcm": film for i, film in films.items()},
+            **{f"{i}.dcm": sample for i, sample in samples.items()},
         },
         "vindr": {
             "train.csv": "image_id,class_name,rad_id\n"
             + "".join(f"{i},No finding,R{r}\n" for i in ids for r in (1, 2, 3)),
-            **{f"train/{i}.dicom": film for i, film in films.items()},
+            **{f"train/{i}.dicom": sample for i, sample in samples.items()},
         },
         "mimic-cxr": {
             "cxr-record-list.csv.gz": gzip.compress(
                 b"subject_id,study_id,dicom_id,path\n"
                 + b"".join(f"1000003{i},5041426{i},{i},x\n".encode() for i in ids)
             ),
-            **{f"files/{study[i]}/{i}.dcm": film for i, film in films.items()},
+            **{f"files/{study[i]}/{i}.dcm": sample for i, sample in samples.items()},
             **{f"files/{study[i]}.txt": "FINDINGS: Lungs are clear." for i in ids},
         },
         "chexpert-plus": {
@@ -77,13 +77,13 @@ def layouts(films: dict[str, bytes]) -> dict[str, dict[str, bytes | str]]:
                 f"train/patient0000{i}/study1/view1.jpg,Frontal,PA,,Clear lungs.,,train\n"
                 for i in ids
             ),
-            **{f"train/patient0000{i}/study1/view1.dcm": film for i, film in films.items()},
+            **{f"train/patient0000{i}/study1/view1.dcm": sample for i, sample in samples.items()},
         },
         "csv": {
             "t.csv": "file,patient\n" + "".join(f"{i}.dcm,p{i}\n" for i in ids),
             "m.toml": 'table = "t.csv"\nsource = "s"\n[columns]\nimage = "file"\n'
             'patient_id = "patient"\n',
-            **{f"{i}.dcm": film for i, film in films.items()},
+            **{f"{i}.dcm": sample for i, sample in samples.items()},
         },
     }
 
@@ -92,15 +92,15 @@ def layouts(films: dict[str, bytes]) -> dict[str, dict[str, bytes | str]]:
 def test_nothing_that_a_build_leaves_or_says_holds_a_word_of_the_patient(
     tmp_path: Path, reader: str
 ):
-    root = lay_out(tmp_path / "raw", layouts(films())[reader])
+    root = lay_out(tmp_path / "raw", layouts(images())[reader])
     assert any(NUMBER.encode() in path.read_bytes() for path in root.rglob("*.d*m"))
     out = tmp_path / "out"
     mapping = ("--mapping", root / "m.toml") if reader == "csv" else ()
-    build = ("data", "build", reader, "--root", root, "--out", out, "--film-px", 16, *mapping)
+    build = ("data", "build", reader, "--root", root, "--out", out, "--image-size", 16, *mapping)
     ended = mmclip(tmp_path / "said", "--debug", *map(str, build), "--workers", "1")
     assert ended.code == 0, ended
-    # Sound, and complained of: both kinds of film are among what is searched.
-    assert {film.film_id for film in read_manifest(out)}
+    # Sound, and complained of: both kinds of image are among what is searched.
+    assert {sample.image_id for sample in read_manifest(out)}
     assert (out / "excluded.jsonl").read_text("utf-8").count("\n") >= 2
     assert f"of the rows are excluded; which and why: {out / 'excluded.jsonl'}" in ended.err
     texts = {"stdout": ended.out, "stderr": ended.err, "the records": repr(read_manifest(out))}

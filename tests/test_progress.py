@@ -18,26 +18,28 @@ def clock(monkeypatch) -> list[float]:
 
 
 def test_a_line_comes_now_and_then_and_at_the_end(clock, capsys):
-    with progress("reading films", 4000) as advance:
+    with progress("reading images", 4000) as advance:
         for moved_s in (5, 5, 20, 5):
             clock[0] += moved_s
             advance(1000)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "reading films: 3,000/4,000  30 s, 10 s left",
-        "reading films: 4,000/4,000  35 s, 0 s left",
+        "reading images: 3,000/4,000  30 s, 10 s left",
+        "reading images: 4,000/4,000  35 s, 0 s left",
     ]
 
 
 def test_what_was_done_before_counts_as_done_but_not_as_speed(clock, capsys):
-    with progress("reading films", 100_000, done=90_000) as advance:
+    with progress("reading images", 100_000, done=90_000) as advance:
         clock[0] += 60
         advance(100, note="slow")
-    assert capsys.readouterr().err == "reading films: 90,100/100,000  slow  60 s, 1 h 39 min left\n"
+    assert (
+        capsys.readouterr().err == "reading images: 90,100/100,000  slow  60 s, 1 h 39 min left\n"
+    )
 
 
 def test_nothing_is_shown_where_another_process_shows_it(clock, capsys):
-    with progress("reading films", 2, show=False) as advance:
+    with progress("reading images", 2, show=False) as advance:
         clock[0] += 60
         advance(2)
     assert capsys.readouterr().err == ""
@@ -47,7 +49,7 @@ def test_a_message_into_a_pipe_stands_in_one_line_and_a_table_fits_its_width():
     code = """
 from rich.table import Table
 from mmclip.progress import console
-console.print("folder/" * 30 + " holds no films")
+console.print("folder/" * 30 + " holds no images")
 table = Table(box=None)
 table.add_column("report")
 table.add_row("effusion " * 20)
@@ -56,5 +58,5 @@ console.print(table)
     run = [sys.executable, "-c", code]
     ended = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True)
     message, *rest = ended.stderr.splitlines()
-    assert message == "folder/" * 30 + " holds no films" and ended.stdout == ""
+    assert message == "folder/" * 30 + " holds no images" and ended.stdout == ""
     assert len(rest) > 2 and max(map(len, rest)) <= 80

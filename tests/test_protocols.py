@@ -13,17 +13,17 @@ from typer.testing import CliRunner
 
 from mmclip.cli.data import app as data_commands
 from mmclip.cli.evaluate import app as zeroshot_command
-from mmclip.data.dataset import open_rows
 from mmclip.data.folder import ManifestError
+from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.splits import LISTED, NAMES
-from mmclip.evaluation.comparison import judge_csv
+from mmclip.evaluation.comparison import compute_metrics_of_csv
 from mmclip.evaluation.metrics import auroc
 from mmclip.evaluation.plots import curves_figure
 from mmclip.evaluation.protocols import BUILT, Protocol, load_protocol, protocol_names
 from mmclip.evaluation.results import Undefined, read_results
-from mmclip.evaluation.scores import ScoresError, load_scores, rows_to_score
+from mmclip.evaluation.scores import ScoresError, load_scores, select_samples
 from mmclip.finetuning.task import open_task
 from tests import made_layouts as made
 from tests.commands import Ended, mmclip
@@ -40,7 +40,7 @@ class Case:
 
     reader: str
     layout: Callable[[Sequence[Planned]], Files]
-    film_id: str  # a pattern that takes the number of a film, and 1 or 0 for a finding
+    image_id: str  # a pattern that takes the number of an image, and 1 or 0 for a finding
     has_open: bool = False  # whether the source can leave labels unknown
     has_laterals: bool = False
 
@@ -68,14 +68,14 @@ CASES = {
 
 
 def plan(rules: Protocol, case: Case) -> list[Planned]:
-    """72 films, two fifths of them with each finding, but for the last two of several findings.
+    """72 images, two fifths of them with each finding, but for the last two of several findings.
 
-    One of those three films have, the other none. A lateral and a film of which nothing is known
+    One of those three images have, the other none. A lateral and an image of which nothing is known
     are in test, where the source knows such; some of which little is known are in val.
     """
     names = [name for name in rules.findings if name != "no finding"]
     common, rare = (names[:-2], names[-2]) if len(names) > 2 else (names, None)
-    films = []
+    samples = []
     for number in range(72):
         split = "test" if number < 48 else "val" if number < 60 else "train"
         present = [name for k, name in enumerate(common) if (number + k) % 5 < 2]
@@ -84,9 +84,9 @@ def plan(rules: Protocol, case: Case) -> list[Planned]:
         if "no finding" in rules.findings and number % 6 == 5:
             present = ["no finding"]
         is_open = case.has_open and number % 24 == 7 and case.reader not in ("chexpert", "vindr")
-        if case.reader in ("chexpert", "vindr"):  # test films are read for all findings
+        if case.reader in ("chexpert", "vindr"):  # test images are read for all findings
             is_open = split != "test" and number % 6 == 0
-        films.append(
+        samples.append(
             Planned(
                 number,
                 split,
@@ -95,13 +95,13 @@ def plan(rules: Protocol, case: Case) -> list[Planned]:
                 is_lateral=case.has_laterals and number == 13,
             )
         )
-    return films
+    return samples
 
 
-def known_of(film: Planned, rules: Protocol) -> list[float]:
+def known_of(sample: Planned, rules: Protocol) -> list[float]:
     """The labels that a plan says, as a protocol must read them."""
-    absent = NAN if film.is_open else 0.0
-    return [1.0 if name in film.present else absent for name in rules.findings]
+    absent = NAN if sample.is_open else 0.0
+    return [1.0 if name in sample.present else absent for name in rules.findings]
 
 
 def run(app: typer.Typer, *arguments: str | Path) -> None:
@@ -111,17 +111,27 @@ def run(app: typer.Typer, *arguments: str | Path) -> None:
         raise ended.exception
 
 
-def build(case: Case, films: Sequence[Planned], folder: Path) -> Path:
-    """Lays the films out under a folder, and builds its data folder."""
-    raw = lay_out(folder / "raw", case.layout(films))
-    given = ["--root", raw, "--out", folder / "data", "--film-px", "32", "--workers", "1", *RATIOS]
+def build(case: Case, samples: Sequence[Planned], folder: Path) -> Path:
+    """Lays the images out under a folder, and builds its data folder."""
+    raw = lay_out(folder / "raw", case.layout(samples))
+    given = [
+        "--root",
+        raw,
+        "--out",
+        folder / "data",
+        "--image-size",
+        "32",
+        "--workers",
+        "1",
+        *RATIOS,
+    ]
     if case.reader == "csv":
         given += ["--mapping", raw / "mapping.toml"]
     run(data_commands, "build", case.reader, *given)
     return folder / "data"
 
 
-def set_its_split(folder: Path, rules: Protocol, films: dict[str, Planned]) -> str:
+def set_its_split(folder: Path, rules: Protocol, samples: dict[str, Planned]) -> str:
     """Sets the first split that a protocol names, if one must be set; returns its name."""
     if BUILT in rules.splits:
         return BUILT
@@ -130,8 +140,8 @@ def set_its_split(folder: Path, rules: Protocol, films: dict[str, Planned]) -> s
     if name in LISTED:
         for part in ("train", "val", "test"):
             path = folder.parent / f"{part}.txt"
-            ids = [film_id for film_id, film in films.items() if film.split == part]
-            path.write_text("".join(f"images/{film_id} 0 1\n" for film_id in ids))
+            ids = [image_id for image_id, sample in samples.items() if sample.split == part]
+            path.write_text("".join(f"images/{image_id} 0 1\n" for image_id in ids))
             given += ["--list", f"{part}={path}"]
     run(data_commands, "split", folder, "--name", name, *given)
     return name
@@ -143,7 +153,7 @@ def test_a_protocol_runs_from_the_data_set_as_published_to_results(
 ):
     rules, case = load_protocol(name), CASES[name]
     planned = plan(rules, case)
-    films = {case.film_id.format(f.number, int(bool(f.present))): f for f in planned}
+    samples = {case.image_id.format(f.number, int(bool(f.present))): f for f in planned}
     # These lists are none of the published ones, and two panels a finding take long to draw.
     monkeypatch.setattr("mmclip.data.split_lists.KNOWN_LISTS", {})
     monkeypatch.setattr(
@@ -153,40 +163,40 @@ def test_a_protocol_runs_from_the_data_set_as_published_to_results(
         "mmclip.evaluation.pages.curve_svg", lambda panel: f"<svg><!--{panel.title}--></svg>"
     )
     data, out = build(case, planned, tmp_path), tmp_path / "out"
-    split = set_its_split(data, rules, films)
+    split = set_its_split(data, rules, samples)
     given = ("--run", made_run, "--data", data, "--protocol", name, "--out", out)
-    run(zeroshot_command, *given, "--draws", "10", "--cpu")
+    run(zeroshot_command, *given, "--n-resamples", "10", "--cpu")
 
-    built = {film.film_id: film for film in read_manifest(data)}
-    assert len(built) == len(films)
+    built = {sample.image_id: sample for sample in read_manifest(data)}
+    assert len(built) == len(samples)
 
     def expected(part: str) -> dict[str, list[float]]:
         sources = rules.sources_of(part)
         found = {
-            film_id: known_of(film, rules)
-            for film_id, film in films.items()
-            if film_id in built
-            and not film.is_lateral
-            and built[film_id].split == part
-            and (not sources or built[film_id].source in sources)
+            image_id: known_of(sample, rules)
+            for image_id, sample in samples.items()
+            if image_id in built
+            and not sample.is_lateral
+            and built[image_id].split == part
+            and (not sources or built[image_id].source in sources)
         }
-        return {film_id: row for film_id, row in found.items() if not np.isnan(row).all()}
+        return {image_id: row for image_id, row in found.items() if not np.isnan(row).all()}
 
     test, val = expected("test"), expected("val")
     if split in ("official", "physician", *LISTED):
-        frontal = [i for i, f in films.items() if f.split == "test" and not f.is_lateral]
-        assert set(test) == {i for i in frontal if not np.isnan(known_of(films[i], rules)).all()}
+        frontal = [i for i, f in samples.items() if f.split == "test" and not f.is_lateral]
+        assert set(test) == {i for i in frontal if not np.isnan(known_of(samples[i], rules)).all()}
     results, scores = read_results(out), load_scores(out / "scores.npz")
     assert scores.names() == list(rules.findings)
-    assert sorted(scores.film_id.tolist()) == sorted(test)
-    truth = np.array([test[film_id] for film_id in scores.film_id])
+    assert sorted(scores.image_id.tolist()) == sorted(test)
+    truth = np.array([test[image_id] for image_id in scores.image_id])
     np.testing.assert_array_equal(scores.labels, truth)
     assert results.protocol is not None
     assert (results.protocol.id, results.protocol.hash) == (name, rules.hash)
     assert results.provenance.split.split(" ")[0] == split
-    assert results.n_films == len(test)
+    assert results.n_images == len(test)
 
-    assert bool(val) == any(film.split == "val" for film in built.values())
+    assert bool(val) == any(sample.split == "val" for sample in built.values())
     val_truth = np.array(list(val.values())).reshape(len(val), len(rules.findings))
     scored, undefined = iter(results.findings), iter(results.undefined)
     counted = []
@@ -197,7 +207,7 @@ def test_a_protocol_runs_from_the_data_set_as_published_to_results(
             lacking = next(undefined)
             assert lacking == Undefined(
                 finding=finding, n_positive=n_positive, n_negative=n_negative,
-                n_unknown=counts[3], reason="no positive film",
+                n_unknown=counts[3], reason="no positive image",
             )  # fmt: skip
             continue
         row = next(scored)
@@ -205,7 +215,7 @@ def test_a_protocol_runs_from_the_data_set_as_published_to_results(
         assert row.threshold is not None
         assert row.auroc == pytest.approx(auroc(truth[:, k], scores.scores[:, k]), rel=1e-5)
         chosen = {0.0, 1.0} <= set(val_truth[:, k].tolist())
-        assert row.threshold.rule == ("f1" if chosen else "even")
+        assert row.threshold.rule == ("f1" if chosen else "equal_prompts")
         assert (row.threshold.chosen_on == "val") == chosen
         assert row.seen is not None
         counted += [finding] if min(n_positive, n_negative) >= rules.min_count else []
@@ -214,9 +224,9 @@ def test_a_protocol_runs_from_the_data_set_as_published_to_results(
     assert bool(results.undefined) == (len(rules.findings) > 2)
     if rules.finetune is not None:
         task = open_task(data, rules, 32)
-        assert [f.film_id for f in task.test.rows.films] == scores.film_id.tolist()
-        train = [i for i, film in built.items() if film.split == "train" and i in films]
-        assert [f.film_id for f in task.train.rows.films] == train and train
+        assert [f.image_id for f in task.test.dataset.samples] == scores.image_id.tolist()
+        train = [i for i, sample in built.items() if sample.split == "train" and i in samples]
+        assert [f.image_id for f in task.train.dataset.samples] == train and train
 
 
 @pytest.mark.parametrize("name", [name for name in protocol_names() if "padchest" in name])
@@ -228,20 +238,22 @@ def test_padchests_findings_are_words_or_findings_that_its_reader_knows(name: st
         assert {word.lower() for word in asked} <= known
         assert set(rules.unfinished) <= set(source.unfinished)
     else:
-        # A finding that is not closed is absent in no film, and could not be scored.
+        # A finding that is not closed is absent in no image, and could not be scored.
         assert set(rules.findings) <= set(source.closed)
 
 
 def test_where_laterals_must_be_told_a_folder_without_any_is_refused(made_data: Path):
-    rows = open_rows([made_data])
+    dataset = open_dataset([made_data])
     rules = load_protocol("openi").model_copy(
         update={"own_words": False, "findings": ("nodule",), "unfinished": ()}
     )
-    with pytest.raises(ManifestError, match="no film of this data is known as a lateral"):
-        rows_to_score(rows, "test", protocol=rules)
-    test = [i for i, film in enumerate(rows.films) if film.split == "test"]
-    films = tuple(replace(f, view="L") if i == test[0] else f for i, f in enumerate(rows.films))
-    kept = rows_to_score(replace(rows, films=films), "test", protocol=rules)
+    with pytest.raises(ManifestError, match="no image of this data is known as a lateral"):
+        select_samples(dataset, "test", protocol=rules)
+    test = [i for i, sample in enumerate(dataset.samples) if sample.split == "test"]
+    samples = tuple(
+        replace(f, view="L") if i == test[0] else f for i, f in enumerate(dataset.samples)
+    )
+    kept = select_samples(replace(dataset, samples=samples), "test", protocol=rules)
     assert len(kept) == len(test) - 1
 
 
@@ -259,21 +271,23 @@ def rsna(made_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         out = found[f"step {step}"] = folder / f"step-{step}"
         checkpoint = made_run / f"checkpoints/step_{step:06}"
         given = ("--run", checkpoint, "--data", found["data"], "--protocol", "rsna", "--out", out)
-        run(zeroshot_command, *given, "--draws", "5", "--cpu")
+        run(zeroshot_command, *given, "--n-resamples", "5", "--cpu")
     return found
 
 
 @pytest.fixture(scope="module")
 def peer(rsna: dict[str, Path]) -> list[tuple[str, object]]:
-    """The rows of a table of scores for every film of RSNA's: another model's."""
-    films = read_manifest(rsna["data"])
-    scores = np.random.default_rng(0).normal(size=len(films)).round(3)
-    rows = [(film.film_id, score) for film, score in zip(films, scores.tolist(), strict=True)]
-    return [("film_id", "pneumonia"), *rows]
+    """The rows of a table of scores for every image of RSNA's: another model's."""
+    samples = read_manifest(rsna["data"])
+    scores = np.random.default_rng(0).normal(size=len(samples)).round(3)
+    rows = [
+        (sample.image_id, score) for sample, score in zip(samples, scores.tolist(), strict=True)
+    ]
+    return [("image_id", "pneumonia"), *rows]
 
 
 def judged(rsna: dict[str, Path], out: Path, *given: str | Path) -> Ended:
-    more = ("--data", rsna["data"], "--protocol", "rsna", "--out", out, "--draws", "5")
+    more = ("--data", rsna["data"], "--protocol", "rsna", "--out", out, "--n-resamples", "5")
     return mmclip(out, "results", *given, *more)
 
 
@@ -281,7 +295,9 @@ def test_two_runs_stand_side_by_side_with_what_others_published(
     rsna: dict[str, Path], tmp_path: Path
 ):
     runs = (rsna["step 4"], rsna["step 6"])
-    ended = mmclip(tmp_path, "results", *runs, "--draws", "20", "--save", tmp_path / "table.md")
+    ended = mmclip(
+        tmp_path, "results", *runs, "--n-resamples", "20", "--save", tmp_path / "table.md"
+    )
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)
     first, second = found["runs"]
@@ -311,7 +327,7 @@ def test_scores_of_another_model_are_judged_and_stand_beside_ours(
     assert row.threshold is not None and row.threshold.chosen_on == "val"
     score_of = dict(peer[1:])
     stored = load_scores(tmp_path / "out/peer/scores.npz")
-    assert [score_of[i] for i in stored.film_id] == stored.scores[:, 0].tolist()
+    assert [score_of[i] for i in stored.image_id] == stored.scores[:, 0].tolist()
     ours = load_scores(rsna["step 6"] / "scores.npz")
     np.testing.assert_array_equal(stored.labels, ours.labels)
     # Again is another command: it does not take the place of what is there.
@@ -323,15 +339,15 @@ def test_scores_of_another_model_are_judged_and_stand_beside_ours(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("film_id;pneumonia\nf0;0,5\n", "has ';' between its columns; write it with commas"),
-        ("film_id,Pneumonia\nf0,1\n", "lacks the columns 'pneumonia'; it has 'film_id', 'Pneumo"),
-        ("film_id,pneumonia,pneumonia\nf0,1,2\n", "names column 'pneumonia' twice"),
-        ("film_id,pneumonia\nf0,1\n", r"no score of \d+ of the \d+ films, such as f\d+"),
-        ("", "lacks the columns 'film_id', 'pneumonia'; it has none"),
-        ("film_id,pneumonia\nf0,ü\n".encode("utf-16"), "is no CSV in UTF-8"),
-        ("film_id,pneumonia\nf\0,1\n", "is no CSV in UTF-8|no score of"),
+        ("image_id;pneumonia\nf0;0,5\n", "has ';' between its columns; write it with commas"),
+        ("image_id,Pneumonia\nf0,1\n", "lacks the columns 'pneumonia'; it has 'image_id', 'Pneumo"),
+        ("image_id,pneumonia,pneumonia\nf0,1,2\n", "names column 'pneumonia' twice"),
+        ("image_id,pneumonia\nf0,1\n", r"no score of \d+ of the \d+ images, such as f\d+"),
+        ("", "lacks the columns 'image_id', 'pneumonia'; it has none"),
+        ("image_id,pneumonia\nf0,ü\n".encode("utf-16"), "is no CSV in UTF-8"),
+        ("image_id,pneumonia\nf\0,1\n", "is no CSV in UTF-8|no score of"),
     ],
-    ids=["semicolons", "other name", "twice", "films missing", "empty", "utf-16", "null"],
+    ids=["semicolons", "other name", "twice", "images missing", "empty", "utf-16", "null"],
 )
 def test_a_table_that_cannot_be_judged_is_one_clear_line(
     rsna: dict[str, Path], tmp_path: Path, content: str | bytes, message: str
@@ -339,14 +355,16 @@ def test_a_table_that_cannot_be_judged_is_one_clear_line(
     path = tmp_path / "peer.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ScoresError, match=message):
-        judge_csv(path, [rsna["data"]], tmp_path / "out", protocol="rsna", draws=2)
+        compute_metrics_of_csv(
+            path, [rsna["data"]], tmp_path / "out", protocol="rsna", n_resamples=2
+        )
 
 
 def test_results_that_do_not_compare_and_careless_calls_are_one_clear_line(
     rsna: dict[str, Path], made_run: Path, made_data: Path, tmp_path: Path
 ):
     folder, table = rsna["step 6"], tmp_path / "peer.csv"
-    table.write_text("film_id,pneumonia\n")
+    table.write_text("image_id,pneumonia\n")
 
     def error(*given: str | Path) -> str:
         return mmclip(tmp_path, *given).error()
@@ -359,11 +377,11 @@ def test_results_that_do_not_compare_and_careless_calls_are_one_clear_line(
     assert (
         "would share a folder in --out" in judged(rsna, tmp_path, table, tmp_path / table).error()
     )
-    other = ("zeroshot", "--run", made_run, "--data", made_data, "--draws", "2", "--cpu")
+    other = ("zeroshot", "--run", made_run, "--data", made_data, "--n-resamples", "2", "--cpu")
     ended = mmclip(tmp_path, *other, "--finding", "nodule", "--out", tmp_path / "other")
     assert ended.code == 0, ended.err
     assert "are not of the same data hash" in error("results", folder, tmp_path / "other")
-    alone = mmclip(tmp_path, "results", folder, "--draws", "2")
+    alone = mmclip(tmp_path, "results", folder, "--n-resamples", "2")
     assert alone.code == 0 and len(json.loads(alone.out)["runs"]) == 1
 
 
@@ -373,7 +391,7 @@ def test_results_of_an_older_version_say_how_to_get_them_again(
     copy = tmp_path / "copy"
     shutil.copytree(rsna["step 6"], copy)
     left = json.loads((copy / "results.json").read_text("utf-8"))
-    for key in ("macro_auprc", "macro_auprc_ci", "subgroups", "wordings"):  # came later
+    for key in ("macro_auprc", "macro_auprc_ci", "subgroups", "other_prompt_sets"):  # came later
         del left[key]
     (copy / "results.json").write_text(json.dumps(left), "utf-8")
     error = mmclip(tmp_path, "results", rsna["step 6"], copy).error()

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from mmclip.data.csv_rows import SourceError, header_of, read_rows
 from mmclip.data.readers.files import (
     DicomFacts,
     dicom_facts,
     find_table,
-    index_films,
+    index_images,
 )
-from mmclip.data.rows import SourceError, header_of, read_rows
 from tests.made_files import NAME, NUMBER, dicom, encoded, ramp
 from tests.published import lay_out
 
@@ -93,14 +93,14 @@ def test_a_damaged_table_is_one_line(tmp_path: Path, name: str, content: bytes, 
         list(read_rows(tmp_path / name, ("word",)))
 
 
-def test_films_are_found_by_name_in_any_folder_the_first_path_first(tmp_path: Path):
+def test_images_are_found_by_name_in_any_folder_the_first_path_first(tmp_path: Path):
     names = ("b/x.PNG", "a/c/x.png", "a/1.2.3.840.png", "y.dcm", "a/notes.txt", "z.png")
     lay_out(tmp_path, dict.fromkeys(names, b"."))
-    assert index_films(tmp_path, {".png"}, "the shop") == {
+    assert index_images(tmp_path, {".png"}, "the shop") == {
         "x": "a/c/x.png", "1.2.3.840": "a/1.2.3.840.png", "z": "z.png",
     }  # fmt: skip
-    with pytest.raises(SourceError, match=r"no film \(\*\.jpg\); films come from the shop"):
-        index_films(tmp_path, {".jpg"}, "the shop")
+    with pytest.raises(SourceError, match=r"no image \(\*\.jpg\); images come from the shop"):
+        index_images(tmp_path, {".jpg"}, "the shop")
 
 
 def test_view_age_and_sex_are_read_from_a_header_and_nothing_is_said_of_the_rest(

@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
+from mmclip.data.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.chestxray14 import read_chestxray14, read_chestxray14_boxes
 from mmclip.data.readers.files import Box
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.records import ABSENT, PRESENT, Reason
-from mmclip.data.tables import SourceError
+from mmclip.data.sample import ABSENT, PRESENT, Reason
 from tests.made_files import encoded, ramp
 from tests.published import lay_out, parted, real_table, tally
 
@@ -25,19 +25,19 @@ NEW = f"""{HEADER}
 00000004_000.png,Mass,0,4,30,F,PA,2500,2048,0.168
 """
 OLD = f"{HEADER},\n00000009_000.png,Hernia,0,9,013M,F,PA,2500,2048,0.168,0.168,\n"
-FILM = encoded(ramp())
-FILMS = {
-    "images_001/images/00000001_000.png": FILM,
-    "images_001/images/00000001_001.png": FILM,
-    "images_002/images/00000002_000.png": FILM,
+IMAGE = encoded(ramp())
+IMAGES = {
+    "images_001/images/00000001_000.png": IMAGE,
+    "images_001/images/00000001_001.png": IMAGE,
+    "images_002/images/00000002_000.png": IMAGE,
 }
 TABLE = "Data_Entry_2017_v2020.csv"
 
 
-def test_the_table_the_films_and_the_labels_come_together(tmp_path: Path):
-    root = lay_out(tmp_path / "raw", {TABLE: NEW, **FILMS})
-    meta = build_data(read_chestxray14(root), root, tmp_path / "out", film_px=16)
-    assert (meta["n_rows"], meta["n_films"]) == (5, 3)
+def test_the_table_the_images_and_the_labels_come_together(tmp_path: Path):
+    root = lay_out(tmp_path / "raw", {TABLE: NEW, **IMAGES})
+    meta = build_data(read_chestxray14(root), root, tmp_path / "out", image_size=16)
+    assert (meta["n_rows"], meta["n_samples"]) == (5, 3)
     assert meta["excluded"] == {str(Reason.BAD_VALUE): 2}
     one, two, three = read_manifest(tmp_path / "out")
     assert one.source_labels == ("Cardiomegaly", "Effusion")
@@ -53,8 +53,8 @@ def test_the_table_the_films_and_the_labels_come_together(tmp_path: Path):
 
 
 def test_a_row_with_an_unknown_word_or_a_missing_field_says_so(tmp_path: Path):
-    _, excluded = parted(read_chestxray14(lay_out(tmp_path, {TABLE: NEW, **FILMS})))
-    assert [(e.row, e.film_id) for e in excluded] == [
+    _, excluded = parted(read_chestxray14(lay_out(tmp_path, {TABLE: NEW, **IMAGES})))
+    assert [(e.row, e.image_id) for e in excluded] == [
         (3, "00000003_000.png"), (4, "00000004_000.png"),
     ]  # fmt: skip
     assert "'Gout' is not among the words of chestxray14" in excluded[0].detail
@@ -62,36 +62,36 @@ def test_a_row_with_an_unknown_word_or_a_missing_field_says_so(tmp_path: Path):
 
 
 def test_the_older_table_serves_where_the_newer_is_not_there(tmp_path: Path):
-    lay_out(tmp_path, {"Data_Entry_2017.csv": OLD, **FILMS})
-    (film,), _ = parted(read_chestxray14(tmp_path))
-    assert film.age_years == pytest.approx(13 / 12)
-    assert film.labels["hernia"] == PRESENT and film.split is None
+    lay_out(tmp_path, {"Data_Entry_2017.csv": OLD, **IMAGES})
+    (sample,), _ = parted(read_chestxray14(tmp_path))
+    assert sample.age_years == pytest.approx(13 / 12)
+    assert sample.labels["hernia"] == PRESENT and sample.split is None
     lay_out(tmp_path, {TABLE: NEW})
     assert len(list(read_chestxray14(tmp_path))) == 5
 
 
-def test_the_official_lists_give_the_splits_and_a_film_in_none_is_left_out(tmp_path: Path):
+def test_the_official_lists_give_the_splits_and_an_image_in_none_is_left_out(tmp_path: Path):
     lists = {
         "train_val_list.txt": "00000001_000.png\n00000001_001.png\n",
         "test_list.txt": "00000003_000.png",
     }
-    films, excluded = parted(read_chestxray14(lay_out(tmp_path, {TABLE: NEW, **FILMS, **lists})))
-    assert [film.split for film in films] == ["train", "train"]
-    assert excluded[0].film_id == "00000002_000.png"
-    assert excluded[0].detail == "the film is neither in train_val_list.txt nor in test_list.txt"
+    samples, excluded = parted(read_chestxray14(lay_out(tmp_path, {TABLE: NEW, **IMAGES, **lists})))
+    assert [sample.split for sample in samples] == ["train", "train"]
+    assert excluded[0].image_id == "00000002_000.png"
+    assert excluded[0].detail == "the image is neither in train_val_list.txt nor in test_list.txt"
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (FILMS, r"no Data_Entry_2017_v2020\.csv or Data_Entry_2017\.csv; it comes from https"),
-        ({TABLE: NEW}, r"no film \(\*\.jpg, \*\.png\); films come from https.*images_001"),
-        ({TABLE: NEW, **FILMS, "test_list.txt": ""}, r"test_list\.txt but no train_val_list\.txt"),
+        (IMAGES, r"no Data_Entry_2017_v2020\.csv or Data_Entry_2017\.csv; it comes from https"),
+        ({TABLE: NEW}, r"no image \(\*\.jpg, \*\.png\); images come from https.*images_001"),
+        ({TABLE: NEW, **IMAGES, "test_list.txt": ""}, r"test_list\.txt but no train_val_list\.txt"),
         (
-            {TABLE: NEW, **FILMS, "test_list.txt": "a", "train_val_list.txt": "a"},
+            {TABLE: NEW, **IMAGES, "test_list.txt": "a", "train_val_list.txt": "a"},
             "a is in both lists",
         ),
-        ({TABLE: "Image Index\n", **FILMS}, "has no column 'Finding Labels'"),
+        ({TABLE: "Image Index\n", **IMAGES}, "has no column 'Finding Labels'"),
     ],
 )
 def test_a_missing_piece_is_one_line(tmp_path: Path, files: dict[str, str], message: str):
@@ -121,30 +121,32 @@ COUNTED = {
     "no finding": 60361, "nodule": 6331, "pleural effusion": 13317, "pleural thickening": 3385,
     "pneumonia": 1431, "pneumothorax": 5302,
 }  # fmt: skip
-"""Films a finding, counted by another program (csv and Counter alone)."""
+"""Images a finding, counted by another program (csv and Counter alone)."""
 
 
 def test_every_row_of_the_real_table_is_kept_with_the_published_counts(tmp_path: Path):
     table = real_table(f"{TABLE}.gz")
-    films, excluded = parted(read_chestxray14(lay_out(tmp_path, {f"{TABLE}.gz": table, **FILMS})))
-    assert (len(films), len(excluded)) == (112_120, 0)
-    assert len({film.patient_id for film in films}) == 30_805
-    found = tally(films)
+    samples, excluded = parted(
+        read_chestxray14(lay_out(tmp_path, {f"{TABLE}.gz": table, **IMAGES}))
+    )
+    assert (len(samples), len(excluded)) == (112_120, 0)
+    assert len({sample.patient_id for sample in samples}) == 30_805
+    found = tally(samples)
     assert {f: found[f, PRESENT] for f in COUNTED} == COUNTED
     assert {f: found[f, ABSENT] for f in COUNTED} == {f: 112_120 - n for f, n in COUNTED.items()}
     assert found.total() == 112_120 * 15
-    assert Counter(film.view for film in films) == {"PA": 67_310, "AP": 44_810}
-    assert Counter(film.sex for film in films) == {"M": 63_340, "F": 48_780}
-    ages = [film.age_years for film in films]
+    assert Counter(sample.view for sample in samples) == {"PA": 67_310, "AP": 44_810}
+    assert Counter(sample.sex for sample in samples) == {"M": 63_340, "F": 48_780}
+    ages = [sample.age_years for sample in samples]
     assert all(age is not None and 0 <= age <= 95 for age in ages)
-    assert {film.image for film in films} >= set(FILMS)
-    assert sum(len(film.source_labels) for film in films) == sum(COUNTED.values())
+    assert {sample.image for sample in samples} >= set(IMAGES)
+    assert sum(len(sample.source_labels) for sample in samples) == sum(COUNTED.values())
 
 
 def test_every_real_box_is_read(tmp_path: Path):
     name = "BBox_List_2017.csv.gz"
     boxes = list(read_chestxray14_boxes(lay_out(tmp_path, {name: real_table(name)})))
-    assert (len(boxes), len({box.film_id for box in boxes})) == (984, 880)
+    assert (len(boxes), len({box.image_id for box in boxes})) == (984, 880)
     assert Counter(box.finding for box in boxes) == {
         "atelectasis": 180, "pleural effusion": 153, "cardiomegaly": 146, "infiltration": 123,
         "pneumonia": 120, "pneumothorax": 98, "mass": 85, "nodule": 79,

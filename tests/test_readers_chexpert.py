@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
+from mmclip.data.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.chexpert import read_chexpert, read_chexpert_plus
-from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Film, Reason
-from mmclip.data.tables import SourceError
+from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Reason, Sample
 from tests.made_files import dicom, encoded, ramp
 from tests.published import lay_out, parted, real_table, tally
 
@@ -18,7 +18,7 @@ FINDINGS = (
     "Support Devices"
 )
 HEADER = f"Path,Sex,Age,Frontal/Lateral,AP/PA,{FINDINGS}\n"
-FILM = encoded(ramp(), "JPEG")
+IMAGE = encoded(ramp(), "JPEG")
 
 
 def train(prefix: str) -> str:
@@ -49,40 +49,40 @@ LAYOUTS = {
     "small, in its folder": {
         "train.csv": train("CheXpert-v1.0-small/train/"),
         "valid.csv": valid("CheXpert-v1.0-small/valid/"),
-        **dict.fromkeys([f"train/{view}" for view in VIEWS], FILM),
-        f"valid/{LAST}": FILM,
+        **dict.fromkeys([f"train/{view}" for view in VIEWS], IMAGE),
+        f"valid/{LAST}": IMAGE,
     },
     "small, above its folder": {
         "CheXpert-v1.0-small/train.csv": train("CheXpert-v1.0-small/train/"),
         "CheXpert-v1.0-small/valid.csv": valid("CheXpert-v1.0-small/valid/"),
-        **dict.fromkeys([f"CheXpert-v1.0-small/train/{view}" for view in VIEWS], FILM),
-        f"CheXpert-v1.0-small/valid/{LAST}": FILM,
+        **dict.fromkeys([f"CheXpert-v1.0-small/train/{view}" for view in VIEWS], IMAGE),
+        f"CheXpert-v1.0-small/valid/{LAST}": IMAGE,
     },
     "the four archives": {
         "CheXpert-v1.0 batch 1 (validate & csv)/train.csv": train("CheXpert-v1.0/train/"),
         "CheXpert-v1.0 batch 1 (validate & csv)/valid.csv": valid("CheXpert-v1.0/valid/"),
-        f"CheXpert-v1.0 batch 1 (validate & csv)/valid/{LAST}": FILM,
-        f"CheXpert-v1.0 batch 2 (train 1)/{VIEWS[0]}": FILM,
-        f"CheXpert-v1.0 batch 3 (train 2)/{VIEWS[1]}": FILM,
-        f"CheXpert-v1.0 batch 3 (train 2)/{VIEWS[2]}": FILM,
+        f"CheXpert-v1.0 batch 1 (validate & csv)/valid/{LAST}": IMAGE,
+        f"CheXpert-v1.0 batch 2 (train 1)/{VIEWS[0]}": IMAGE,
+        f"CheXpert-v1.0 batch 3 (train 2)/{VIEWS[1]}": IMAGE,
+        f"CheXpert-v1.0 batch 3 (train 2)/{VIEWS[2]}": IMAGE,
     },
 }
 
 
-def known(film: Film) -> tuple:
-    """All of a film but where it lies."""
+def known(sample: Sample) -> tuple:
+    """All of an image but where it lies."""
     return (
-        film.film_id, film.study_id, film.patient_id, film.split, film.view, film.age_years,
-        film.sex, film.labels, film.source_labels,
+        sample.image_id, sample.study_id, sample.patient_id, sample.split, sample.view, sample.age_years,
+        sample.sex, sample.labels, sample.source_labels,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_films(tmp_path: Path, layout: str):
+def test_every_layout_gives_the_same_images(tmp_path: Path, layout: str):
     root = lay_out(tmp_path / "raw", LAYOUTS[layout])
-    meta = build_data(read_chexpert(root), root, tmp_path / "out", film_px=16)
+    meta = build_data(read_chexpert(root), root, tmp_path / "out", image_size=16)
     assert meta["excluded"] == {str(Reason.BAD_VALUE): 1}
-    assert [known(film) for film in read_manifest(tmp_path / "out")] == [
+    assert [known(sample) for sample in read_manifest(tmp_path / "out")] == [
         (
             "patient00001/study1/view1_frontal", "patient00001/study1", "patient00001", "train",
             "AP", 68.0, "F", {"no finding": 1, "pneumothorax": 0, "support devices": 1},
@@ -105,62 +105,62 @@ def test_every_layout_gives_the_same_films(tmp_path: Path, layout: str):
     ]  # fmt: skip
 
 
-def test_train_labels_are_a_programs_and_the_others_those_of_people_who_read_the_film(
+def test_train_labels_are_a_programs_and_the_others_those_of_people_who_read_the_image(
     tmp_path: Path,
 ):
-    films, _ = parted(read_chexpert(lay_out(tmp_path, LAYOUTS["small, in its folder"])))
-    known = [(film.split, film.label_origin) for film in films]
-    assert set(known) == {("train", "report-program"), ("val", "film-reader")}
+    samples, _ = parted(read_chexpert(lay_out(tmp_path, LAYOUTS["small, in its folder"])))
+    known = [(sample.split, sample.label_origin) for sample in samples]
+    assert set(known) == {("train", "report-program"), ("val", "image-reader")}
 
 
 def test_a_value_that_is_none_of_the_four_is_left_out_with_its_column(tmp_path: Path):
     _, (out,) = parted(read_chexpert(lay_out(tmp_path, LAYOUTS["small, in its folder"])))
-    assert (out.row, out.film_id) == (3, "patient00003/study1/view1_frontal")
+    assert (out.row, out.image_id) == (3, "patient00003/study1/view1_frontal")
     assert out.detail == "Cardiomegaly is '2', not 1, 0, -1 or blank"
 
 
-# The labels of the test films, as they are published.
+# The labels of the test images, as they are published.
 
-TEST_FILMS = {
-    "test/patient64741/study1/view1_frontal.jpg": FILM,
-    "test/patient64741/study1/view2_lateral.jpg": FILM,
-    "test/patient64742/study1/view1_frontal.jpg": FILM,
+TEST_IMAGES = {
+    "test/patient64741/study1/view1_frontal.jpg": IMAGE,
+    "test/patient64741/study1/view2_lateral.jpg": IMAGE,
+    "test/patient64742/study1/view1_frontal.jpg": IMAGE,
 }
 ZEROS = ",".join(["0"] * 13)
 
 
 @pytest.mark.parametrize("name", ["test_labels.csv", "CheXpert/test_labels.csv", "test.csv"])
-def test_test_films_come_with_labels_alone(tmp_path: Path, name: str):
-    rows = "".join(f"{path},{ZEROS},1.0\n" for path in TEST_FILMS)
-    lay_out(tmp_path, {name: f"Path,{FINDINGS}\n{rows}", **TEST_FILMS})
-    films, excluded = parted(read_chexpert(tmp_path))
-    assert [film.image for film in films] == list(TEST_FILMS) and not excluded
-    assert [film.view for film in films] == ["unknown", "L", "unknown"]
-    assert {(film.split, film.label_origin) for film in films} == {("test", "film-reader")}
-    assert all(len(film.labels) == 14 and film.age_years is None for film in films)
+def test_test_images_come_with_labels_alone(tmp_path: Path, name: str):
+    rows = "".join(f"{path},{ZEROS},1.0\n" for path in TEST_IMAGES)
+    lay_out(tmp_path, {name: f"Path,{FINDINGS}\n{rows}", **TEST_IMAGES})
+    samples, excluded = parted(read_chexpert(tmp_path))
+    assert [sample.image for sample in samples] == list(TEST_IMAGES) and not excluded
+    assert [sample.view for sample in samples] == ["unknown", "L", "unknown"]
+    assert {(sample.split, sample.label_origin) for sample in samples} == {("test", "image-reader")}
+    assert all(len(sample.labels) == 14 and sample.age_years is None for sample in samples)
 
 
-def test_labels_of_a_study_go_to_each_of_its_films(tmp_path: Path):
+def test_labels_of_a_study_go_to_each_of_its_images(tmp_path: Path):
     lines = [f"CheXpert-v1.0/test/patient6474{n}/study1,{ZEROS},1" for n in (1, 2, 3)]
     table = f"Study,{FINDINGS}\n" + "\n".join(lines)
-    root = lay_out(tmp_path / "raw", {"groundtruth.csv": table, **TEST_FILMS})
-    meta = build_data(read_chexpert(root), root, tmp_path / "out", film_px=16)
-    assert (meta["n_films"], meta["n_studies"]) == (3, 2)
+    root = lay_out(tmp_path / "raw", {"groundtruth.csv": table, **TEST_IMAGES})
+    meta = build_data(read_chexpert(root), root, tmp_path / "out", image_size=16)
+    assert (meta["n_samples"], meta["n_studies"]) == (3, 2)
     assert meta["excluded"] == {str(Reason.IMAGE_MISSING): 1}  # patient64743
-    assert all(film.labels["support devices"] == 1 for film in read_manifest(tmp_path / "out"))
+    assert all(sample.labels["support devices"] == 1 for sample in read_manifest(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (TEST_FILMS, r"none of train\.csv, valid\.csv and test_labels\.csv; .*https.*https"),
+        (TEST_IMAGES, r"none of train\.csv, valid\.csv and test_labels\.csv; .*https.*https"),
         (
             {"train.csv": train("")},
-            r"no film \(patient00001/study1/\.\.\.\); films come from https",
+            r"no image \(patient00001/study1/\.\.\.\); images come from https",
         ),
-        ({"train.csv": "Path,Gout\n", **TEST_FILMS}, "the columns 'Gout', which CheXpert has not"),
-        ({"train.csv": "Path,Sex\n", **TEST_FILMS}, "no label column"),
-        ({"train.csv": "Sex,Edema\n", **TEST_FILMS}, "no column 'Path'"),
+        ({"train.csv": "Path,Gout\n", **TEST_IMAGES}, "the columns 'Gout', which CheXpert has not"),
+        ({"train.csv": "Path,Sex\n", **TEST_IMAGES}, "no label column"),
+        ({"train.csv": "Sex,Edema\n", **TEST_IMAGES}, "no column 'Path'"),
     ],
 )
 def test_a_missing_piece_is_one_line(tmp_path: Path, files: dict, message: str):
@@ -183,19 +183,19 @@ PLUS = {
     ),
     "PNG/PNG/train/patient00001/study1/view1_frontal.png": encoded(ramp()),
     "DICOM/train/patient00002/study2/view2_lateral.dcm": dicom(ramp()),
-    f"CheXpert-v1.0/valid/{LAST}": FILM,
+    f"CheXpert-v1.0/valid/{LAST}": IMAGE,
 }
 
 
-def test_plus_films_have_their_reports_whatever_kind_of_file_they_are(tmp_path: Path):
+def test_plus_images_have_their_reports_whatever_kind_of_file_they_are(tmp_path: Path):
     root = lay_out(tmp_path / "raw", PLUS)
-    meta = build_data(read_chexpert_plus(root), root, tmp_path / "out", film_px=16)
+    meta = build_data(read_chexpert_plus(root), root, tmp_path / "out", image_size=16)
     assert meta["excluded"] == {str(Reason.BAD_VALUE): 1}
     one, two, three = read_manifest(tmp_path / "out")
     assert (one.findings, one.impression) == ("Lungs are clear.", "No acute disease.")
     assert (two.report, two.view, two.split) == ("Mass.", "L", "train")
     assert (three.report, three.split, three.age_years) == (None, "val", 73.0)
-    assert [film.labels for film in (one, two, three)] == [{}, {}, {}]
+    assert [sample.labels for sample in (one, two, three)] == [{}, {}, {}]
 
 
 def test_plus_labels_come_from_the_impressions_where_they_are_there(tmp_path: Path):
@@ -203,9 +203,9 @@ def test_plus_labels_come_from_the_impressions_where_they_are_there(tmp_path: Pa
     line = {"path_to_image": path, "Edema": -1.0, "Fracture": None, "No Finding": 1.0}
     name = "chexbert_labels/impression_fixed.json"
     lay_out(tmp_path, {**PLUS, name: json.dumps(line) + "\n"})
-    film = next(read_chexpert_plus(tmp_path))
-    assert isinstance(film, Film)
-    assert film.labels == {"edema": UNCERTAIN, "no finding": PRESENT}
+    sample = next(read_chexpert_plus(tmp_path))
+    assert isinstance(sample, Sample)
+    assert sample.labels == {"edema": UNCERTAIN, "no finding": PRESENT}
     for wrong in ({**line, "Edema": 3}, {**line, "Gout": 1}, {"Edema": 1}, []):
         (tmp_path / name).write_text(json.dumps(wrong))
         with pytest.raises(SourceError, match=r"impression_fixed\.json, line 1: .*download"):
@@ -214,7 +214,7 @@ def test_plus_labels_come_from_the_impressions_where_they_are_there(tmp_path: Pa
 
 def test_plus_without_its_table_is_one_line(tmp_path: Path):
     with pytest.raises(SourceError, match=r"no df_chexpert_plus_240401\.csv; it comes from https"):
-        read_chexpert_plus(lay_out(tmp_path, {f"train/{LAST}": FILM}))
+        read_chexpert_plus(lay_out(tmp_path, {f"train/{LAST}": IMAGE}))
 
 
 # The real table.
@@ -240,19 +240,19 @@ PUBLISHED = {  # present, uncertain, absent
 
 def test_every_row_of_the_real_table_is_kept_and_the_four_values_stay_apart(tmp_path: Path):
     table = real_table("chexpert_train.csv.gz")
-    lay_out(tmp_path, {"train.csv.gz": table, f"train/{VIEWS[0]}": FILM})
-    films, excluded = parted(read_chexpert(tmp_path))
-    assert (len(films), len(excluded)) == (223_414, 0)
-    assert len({film.patient_id for film in films}) == 64_540
-    assert len({film.study_id for film in films}) == 187_641
-    found = tally(films)
+    lay_out(tmp_path, {"train.csv.gz": table, f"train/{VIEWS[0]}": IMAGE})
+    samples, excluded = parted(read_chexpert(tmp_path))
+    assert (len(samples), len(excluded)) == (223_414, 0)
+    assert len({sample.patient_id for sample in samples}) == 64_540
+    assert len({sample.study_id for sample in samples}) == 187_641
+    found = tally(samples)
     assert {
         f: (found[f, PRESENT], found[f, UNCERTAIN], found[f, ABSENT]) for f in PUBLISHED
     } == PUBLISHED
     assert found.total() == sum(map(sum, PUBLISHED.values()))
-    views = Counter(film.view for film in films)
+    views = Counter(sample.view for sample in samples)
     assert views == {"AP": 161_590, "PA": 29_420, "L": 32_387, "unknown": 17}
-    assert Counter(film.sex for film in films) == {"M": 132_636, "F": 90_777, None: 1}
-    assert sum(film.age_years is None for film in films) == 3
-    assert films[0].image == f"train/{VIEWS[0]}"
-    assert len({film.film_id for film in films}) == len(films)
+    assert Counter(sample.sex for sample in samples) == {"M": 132_636, "F": 90_777, None: 1}
+    assert sum(sample.age_years is None for sample in samples) == 3
+    assert samples[0].image == f"train/{VIEWS[0]}"
+    assert len({sample.image_id for sample in samples}) == len(samples)

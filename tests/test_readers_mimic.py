@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
+from mmclip.data.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.mimic import read_mimic_cxr, read_mimic_cxr_jpg, without_addenda
-from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Film, Reason
-from mmclip.data.tables import SourceError
+from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Reason, Sample
 from tests.made_files import dicom, encoded, ramp
 from tests.published import lay_out, parted
 
@@ -30,13 +30,15 @@ METADATA = (
     "StudyDate,StudyTime,ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,"
     "PatientOrientationCodeSequence_CodeMeaning\n"
     + "".join(
-        f"{film},{folder[5:13]},{folder[15:]},CHEST (PA AND LAT),{VIEWS[film]},3056,2544,21800506,"
-        f"213014.531,CHEST (PA AND LAT),postero-anterior,Erect\n"
-        for film, folder in FOLDERS.items()
+        f"{sample},{folder[5:13]},{folder[15:]},CHEST (PA AND "
+        f"LAT),{VIEWS[sample]},3056,2544,21800506,213014.531,CHEST (PA AND "
+        f"LAT),postero-anterior,Erect\n"
+        for sample, folder in FOLDERS.items()
     )
 )
 SPLIT = "dicom_id,study_id,subject_id,split\n" + "".join(
-    f"{film},{folder[15:]},{folder[5:13]},{SPLITS[film]}\n" for film, folder in FOLDERS.items()
+    f"{sample},{folder[15:]},{folder[5:13]},{SPLITS[sample]}\n"
+    for sample, folder in FOLDERS.items()
 )
 LABELS = (
     "subject_id,study_id,Atelectasis,Cardiomegaly,Consolidation,Edema,Enlarged Cardiomediastinum,"
@@ -54,8 +56,8 @@ BY_RADIOLOGIST = (
     "55999999,1.0,,,,,,,,,,,,,\n"
 )
 RECORDS = "subject_id,study_id,dicom_id,path\n" + "".join(
-    f"{folder[5:13]},{folder[15:]},{film},files/{folder}/{film}.dcm\n"
-    for film, folder in FOLDERS.items()
+    f"{folder[5:13]},{folder[15:]},{sample},files/{folder}/{sample}.dcm\n"
+    for sample, folder in FOLDERS.items()
 )
 
 # The forms that reports have, after MIMIC-CXR's own description of them.
@@ -126,28 +128,35 @@ TABLES = {
     # NegBio differs; CheXpert's labels are read where both are there.
     "mimic-cxr-2.0.0-negbio.csv.gz": gzip.compress(LABELS.replace("1.0", "0.0").encode()),
 }
-FILMS = {f"files/{folder}/{film}.jpg": JPG for film, folder in FOLDERS.items()}
+IMAGES = {f"files/{folder}/{sample}.jpg": JPG for sample, folder in FOLDERS.items()}
 BESIDE = {f"files/{folder}.txt": text for folder, text in REPORTS.items()}
 ZIP = {"mimic-cxr-reports.zip": zipped(BESIDE)}
 LAYOUTS = {
-    "reports as a zip": {**TABLES, **FILMS, **ZIP},
-    "reports beside the films": {**TABLES, **FILMS, **BESIDE},
+    "reports as a zip": {**TABLES, **IMAGES, **ZIP},
+    "reports beside the images": {**TABLES, **IMAGES, **BESIDE},
     "reports unpacked": {
         **TABLES,
-        **FILMS,
+        **IMAGES,
         **{f"mimic-cxr-reports/{name}": text for name, text in BESIDE.items()},
     },
-    "reports in sections": {**TABLES, **FILMS, "mimic_cxr_sectioned.csv": SECTIONS},
+    "reports in sections": {**TABLES, **IMAGES, "mimic_cxr_sectioned.csv": SECTIONS},
     "two downloads": {
-        **{f"mimic-cxr-jpg/2.0.0/{name}": data for name, data in {**TABLES, **FILMS}.items()},
+        **{f"mimic-cxr-jpg/2.0.0/{name}": data for name, data in {**TABLES, **IMAGES}.items()},
         **{f"mimic-cxr/2.0.0/{name}": data for name, data in BESIDE.items()},
     },
 }
 
 
-def known(film: Film) -> tuple:
-    """All of a film but where it lies."""
-    return film.film_id, film.study_id, film.patient_id, film.split, film.view, film.report
+def known(sample: Sample) -> tuple:
+    """All of an image but where it lies."""
+    return (
+        sample.image_id,
+        sample.study_id,
+        sample.patient_id,
+        sample.split,
+        sample.view,
+        sample.report,
+    )
 
 
 CLEAR = "The lungs are clear. No pneumothorax."
@@ -164,24 +173,26 @@ EXPECTED = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_of_the_jpg_release_gives_the_same_films(tmp_path: Path, layout: str):
+def test_every_layout_of_the_jpg_release_gives_the_same_images(tmp_path: Path, layout: str):
     root = lay_out(tmp_path / "raw", LAYOUTS[layout])
-    meta = build_data(read_mimic_cxr_jpg(root), root, tmp_path / "out", film_px=16)
-    assert (meta["n_rows"], meta["n_films"]) == (5, 5)
-    films = read_manifest(tmp_path / "out")
-    assert [known(film) for film in films] == EXPECTED
-    assert {film.source for film in films} == {"mimic-cxr"}
+    meta = build_data(read_mimic_cxr_jpg(root), root, tmp_path / "out", image_size=16)
+    assert (meta["n_rows"], meta["n_samples"]) == (5, 5)
+    samples = read_manifest(tmp_path / "out")
+    assert [known(sample) for sample in samples] == EXPECTED
+    assert {sample.source for sample in samples} == {"mimic-cxr"}
 
 
-def test_labels_are_those_of_chexpert_with_its_four_values_for_each_film_of_a_study(tmp_path: Path):
-    films, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path, LAYOUTS["reports as a zip"])))
-    assert films[0].labels == films[1].labels == {"no finding": PRESENT}
-    assert films[3].labels == {
+def test_labels_are_those_of_chexpert_with_its_four_values_for_each_image_of_a_study(
+    tmp_path: Path,
+):
+    samples, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path, LAYOUTS["reports as a zip"])))
+    assert samples[0].labels == samples[1].labels == {"no finding": PRESENT}
+    assert samples[3].labels == {
         "atelectasis": UNCERTAIN, "consolidation": ABSENT, "pleural effusion": PRESENT,
     }  # fmt: skip
-    assert films[3].source_labels == ("Atelectasis=-1", "Consolidation=0", "Pleural Effusion=1")
-    assert films[2].labels == films[4].labels == {}  # not in the table
-    assert (films[0].findings, films[0].impression) == (
+    assert samples[3].source_labels == ("Atelectasis=-1", "Consolidation=0", "Pleural Effusion=1")
+    assert samples[2].labels == samples[4].labels == {}  # not in the table
+    assert (samples[0].findings, samples[0].impression) == (
         "Large left pleural effusion is new. There is no pneumothorax.",
         "Large left pleural effusion",
     )
@@ -197,9 +208,9 @@ def test_what_a_radiologist_read_comes_before_what_a_program_read(tmp_path: Path
     }
     if not chexpert:
         del files["mimic-cxr-2.0.0-chexpert.csv.gz"], files["mimic-cxr-2.0.0-negbio.csv.gz"]
-    films, excluded = parted(read_mimic_cxr_jpg(lay_out(tmp_path, files)))
+    samples, excluded = parted(read_mimic_cxr_jpg(lay_out(tmp_path, files)))
     assert not excluded
-    five = films[4]
+    five = samples[4]
     assert five.labels == {
         "cardiomegaly": UNCERTAIN, "lung opacity": PRESENT, "pneumothorax": ABSENT,
         "support devices": PRESENT,
@@ -207,7 +218,7 @@ def test_what_a_radiologist_read_comes_before_what_a_program_read(tmp_path: Path
     assert set(five.source_labels) == {
         "Cardiomegaly=-1", "Airspace Opacity=1", "Pneumothorax=0", "Support Devices=1",
     }  # fmt: skip
-    origins = [film.label_origin for film in films]
+    origins = [sample.label_origin for sample in samples]
     program = "report-program" if chexpert else None
     assert origins == [program, program, None, program, "report-reader"]
 
@@ -215,14 +226,14 @@ def test_what_a_radiologist_read_comes_before_what_a_program_read(tmp_path: Path
 def test_negbio_is_read_where_chexpert_is_not(tmp_path: Path):
     files = dict(LAYOUTS["reports as a zip"])
     del files["mimic-cxr-2.0.0-chexpert.csv.gz"]
-    films, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path, files)))
-    assert films[0].labels == {"no finding": ABSENT}
+    samples, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path, files)))
+    assert samples[0].labels == {"no finding": ABSENT}
 
 
-def test_films_with_labels_alone_are_read_too(tmp_path: Path):
-    films, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path, {**TABLES, **FILMS})))
-    assert [film.report for film in films] == [None] * 5
-    assert films[0].labels
+def test_images_with_labels_alone_are_read_too(tmp_path: Path):
+    samples, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path, {**TABLES, **IMAGES})))
+    assert [sample.report for sample in samples] == [None] * 5
+    assert samples[0].labels
 
 
 @pytest.mark.parametrize(
@@ -231,32 +242,32 @@ def test_films_with_labels_alone_are_read_too(tmp_path: Path):
 )
 def test_other_views_of_the_table(tmp_path: Path, view: str, expected: str):
     table = METADATA.replace(",PA,", f",{view},")
-    files = {**TABLES, **FILMS, "mimic-cxr-2.0.0-metadata.csv.gz": gzip.compress(table.encode())}
+    files = {**TABLES, **IMAGES, "mimic-cxr-2.0.0-metadata.csv.gz": gzip.compress(table.encode())}
     assert parted(read_mimic_cxr_jpg(lay_out(tmp_path, files)))[0][0].view == expected
 
 
-def test_a_film_without_a_split_or_with_a_broken_number_or_label_is_left_out(tmp_path: Path):
+def test_an_image_without_a_split_or_with_a_broken_number_or_label_is_left_out(tmp_path: Path):
     files = {
-        **FILMS,
+        **IMAGES,
         "mimic-cxr-2.0.0-metadata.csv": METADATA.replace("10000032,53189527", "10000032,s1"),
         "mimic-cxr-2.0.0-split.csv": SPLIT.replace(FIVE, "another"),
         "mimic-cxr-2.0.0-chexpert.csv": LABELS.replace("-1.0", "2.0"),
     }
-    films, excluded = parted(read_mimic_cxr_jpg(lay_out(tmp_path, files)))
-    assert [film.film_id for film in films] == [ONE, TWO]
-    assert [(out.row, out.film_id, out.detail) for out in excluded] == [
+    samples, excluded = parted(read_mimic_cxr_jpg(lay_out(tmp_path, files)))
+    assert [sample.image_id for sample in samples] == [ONE, TWO]
+    assert [(out.row, out.image_id, out.detail) for out in excluded] == [
         (2, THREE, "subject_id is '10000032' and study_id 's1'; both must be numbers"),
         (3, FOUR, "Atelectasis is '2.0', not 1, 0, -1 or blank"),
-        (4, FIVE, "the film is not in mimic-cxr-2.0.0-split.csv"),
+        (4, FIVE, "the image is not in mimic-cxr-2.0.0-split.csv"),
     ]
     assert {out.reason for out in excluded} == {Reason.BAD_VALUE}
 
 
-def test_a_film_that_the_disk_has_not_is_listed(tmp_path: Path):
+def test_an_image_that_the_disk_has_not_is_listed(tmp_path: Path):
     files = {name: data for name, data in LAYOUTS["reports as a zip"].items() if THREE not in name}
     root = lay_out(tmp_path / "raw", files)
-    meta = build_data(read_mimic_cxr_jpg(root), root, tmp_path / "out", film_px=16)
-    assert meta["excluded"] == {str(Reason.IMAGE_MISSING): 1} and meta["n_films"] == 4
+    meta = build_data(read_mimic_cxr_jpg(root), root, tmp_path / "out", image_size=16)
+    assert meta["excluded"] == {str(Reason.IMAGE_MISSING): 1} and meta["n_samples"] == 4
 
 
 # Addenda.
@@ -274,8 +285,8 @@ def test_what_stands_above_the_last_line_of_underscores_is_left_out():
 
 HEADERS = {ONE: "PA", TWO: "LL", THREE: "AP", FOUR: "", FIVE: "LL"}
 DICOMS = {
-    f"files/{folder}/{film}.dcm": dicom(ramp(), ViewPosition=HEADERS[film], PatientSex="F")
-    for film, folder in FOLDERS.items()
+    f"files/{folder}/{sample}.dcm": dicom(ramp(), ViewPosition=HEADERS[sample], PatientSex="F")
+    for sample, folder in FOLDERS.items()
 }
 STUDIES = "subject_id,study_id,path\n" + "".join(
     f"{folder[5:13]},{folder[15:]},files/{folder}.txt\n" for folder in REPORTS
@@ -286,20 +297,20 @@ LISTS = {
 }
 
 
-def test_dicom_films_get_their_view_from_the_header_and_no_split_without_the_table(
+def test_dicom_images_get_their_view_from_the_header_and_no_split_without_the_table(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.WARNING, "mmclip")
     root = lay_out(tmp_path / "raw", {**LISTS, **DICOMS, **ZIP})
-    films, excluded = parted(read_mimic_cxr(root))
+    samples, excluded = parted(read_mimic_cxr(root))
     assert not excluded
-    assert [known(film) for film in films] == [(*e[:3], None, *e[4:]) for e in EXPECTED]
-    assert {film.sex for film in films} == {"F"}
+    assert [known(sample) for sample in samples] == [(*e[:3], None, *e[4:]) for e in EXPECTED]
+    assert {sample.sex for sample in samples} == {"F"}
     assert "no mimic-cxr-2.0.0-split.csv: patients are dealt anew" in caplog.text
-    assert build_data(films, root, tmp_path / "out", film_px=16)["n_films"] == 5
+    assert build_data(samples, root, tmp_path / "out", image_size=16)["n_samples"] == 5
 
 
-def test_dicom_films_take_splits_views_and_labels_of_the_jpg_release_where_they_are(
+def test_dicom_images_take_splits_views_and_labels_of_the_jpg_release_where_they_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.WARNING, "mmclip")
@@ -307,10 +318,10 @@ def test_dicom_films_take_splits_views_and_labels_of_the_jpg_release_where_they_
         **TABLES,
         "mimic-cxr-2.0.0-metadata.csv.gz": gzip.compress(METADATA.replace(",PA,", ",,").encode()),
     }
-    films, _ = parted(read_mimic_cxr(lay_out(tmp_path, {**LISTS, **DICOMS, **BESIDE, **tables})))
-    assert [film.split for film in films] == ["train", "train", "train", "val", "test"]
-    assert [film.view for film in films] == ["unknown", "L", "AP", "unknown", "L"]
-    assert films[0].labels == {"no finding": PRESENT}
+    samples, _ = parted(read_mimic_cxr(lay_out(tmp_path, {**LISTS, **DICOMS, **BESIDE, **tables})))
+    assert [sample.split for sample in samples] == ["train", "train", "train", "val", "test"]
+    assert [sample.view for sample in samples] == ["unknown", "L", "AP", "unknown", "L"]
+    assert samples[0].labels == {"no finding": PRESENT}
     assert not caplog.records
 
 
@@ -322,24 +333,24 @@ META, SPLIT_NAME = "mimic-cxr-2.0.0-metadata.csv", "mimic-cxr-2.0.0-split.csv"
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({**FILMS}, r"hold no mimic-cxr-2\.0\.0-metadata\.csv\(\.gz\); from https"),
-        ({META: METADATA, **FILMS}, r"hold no mimic-cxr-2\.0\.0-split\.csv"),
-        ({META: METADATA, SPLIT_NAME: SPLIT}, r"hold no film .*\.jpg\); films come from https"),
-        ({META: METADATA, SPLIT_NAME: SPLIT, **FILMS}, "hold neither reports .* nor labels"),
+        ({**IMAGES}, r"hold no mimic-cxr-2\.0\.0-metadata\.csv\(\.gz\); from https"),
+        ({META: METADATA, **IMAGES}, r"hold no mimic-cxr-2\.0\.0-split\.csv"),
+        ({META: METADATA, SPLIT_NAME: SPLIT}, r"hold no image .*\.jpg\); images come from https"),
+        ({META: METADATA, SPLIT_NAME: SPLIT, **IMAGES}, "hold neither reports .* nor labels"),
         (
-            {META: METADATA, SPLIT_NAME: SPLIT.replace("validate", "val"), **FILMS, **ZIP},
+            {META: METADATA, SPLIT_NAME: SPLIT.replace("validate", "val"), **IMAGES, **ZIP},
             f"{FOUR}: the split 'val' is none of train, validate, test",
         ),
         (
-            {META: METADATA, SPLIT_NAME: SPLIT, **FILMS, "mimic-cxr-reports.zip": b"<html>"},
+            {META: METADATA, SPLIT_NAME: SPLIT, **IMAGES, "mimic-cxr-reports.zip": b"<html>"},
             "no whole archive .*; download it again",
         ),
         (
-            {**TABLES, **FILMS, "mimic-cxr-2.0.0-chexpert.csv": "study_id,Gout\n"},
+            {**TABLES, **IMAGES, "mimic-cxr-2.0.0-chexpert.csv": "study_id,Gout\n"},
             "has the columns Gout; download it again",
         ),
         (
-            {**TABLES, **FILMS, "mimic-cxr-2.1.0-test-set-labeled.csv": LABELS},
+            {**TABLES, **IMAGES, "mimic-cxr-2.1.0-test-set-labeled.csv": LABELS},
             "test-set-labeled.csv has the columns Lung Opacity; download it again",
         ),
     ],

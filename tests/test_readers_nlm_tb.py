@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
+from mmclip.data.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.nlm_tb import read_montgomery, read_shenzhen
-from mmclip.data.records import ABSENT, PRESENT, Reason
-from mmclip.data.tables import SourceError
+from mmclip.data.sample import ABSENT, PRESENT, Reason
 from tests.made_files import encoded, ramp
 from tests.published import lay_out, parted
 
-FILM = encoded(ramp())
+IMAGE = encoded(ramp())
 MASK = encoded(ramp()[::-1].copy())
 SHENZHEN_READINGS = {
     "CHNCXR_0001_0": "male 45yrs\nnormal\n",
@@ -23,9 +23,9 @@ NORMAL = {"no finding": PRESENT, "tuberculosis": ABSENT}
 SICK = {"no finding": ABSENT, "tuberculosis": PRESENT}
 
 
-def shenzhen(films: str, readings: str) -> dict[str, bytes | str]:
+def shenzhen(samples: str, readings: str) -> dict[str, bytes | str]:
     return {
-        **{f"{films}/{name}.png": FILM for name in SHENZHEN_READINGS},
+        **{f"{samples}/{name}.png": IMAGE for name in SHENZHEN_READINGS},
         **{f"{readings}/{name}.txt": text for name, text in SHENZHEN_READINGS.items()},
     }
 
@@ -37,35 +37,35 @@ def shenzhen(films: str, readings: str) -> dict[str, bytes | str]:
         shenzhen("ChinaSet_AllFiles/CXR_png", "ChinaSet_AllFiles/ClinicalReadings"),
         {
             **shenzhen("b/images", "b/readings"),
-            "a/masks/CHNCXR_0001_0.png": MASK,  # as re-uploads lay lung masks beside the films
+            "a/masks/CHNCXR_0001_0.png": MASK,  # as re-uploads lay lung masks beside the images
             "a/CHNCXR_0001_0_mask.png": MASK,
         },
     ],
     ids=["in the root", "in its folder", "beside masks"],
 )
-def test_shenzhen_films_have_the_label_of_their_name_and_the_facts_of_their_reading(
+def test_shenzhen_images_have_the_label_of_their_name_and_the_facts_of_their_reading(
     tmp_path: Path, files: dict
 ):
     root = lay_out(tmp_path / "raw", files)
-    meta = build_data(read_shenzhen(root), root, tmp_path / "out", film_px=16)
-    assert (meta["n_rows"], meta["n_films"]) == (5, 5)
-    films = read_manifest(tmp_path / "out")
-    assert [(f.film_id, f.labels, f.sex, f.source_labels) for f in films] == [
+    meta = build_data(read_shenzhen(root), root, tmp_path / "out", image_size=16)
+    assert (meta["n_rows"], meta["n_samples"]) == (5, 5)
+    samples = read_manifest(tmp_path / "out")
+    assert [(f.image_id, f.labels, f.sex, f.source_labels) for f in samples] == [
         ("CHNCXR_0001_0", NORMAL, "M", ("normal",)),
         ("CHNCXR_0340_1", SICK, "F", ("secondary PTB in the right upper field",)),
         ("CHNCXR_0400_1", SICK, "F", ("bilateral PTB",)),
         ("CHNCXR_0401_1", SICK, "M", ("TB of the right lung",)),
         ("CHNCXR_0402_1", SICK, "F", ("miliary TB",)),
     ]
-    ages = [film.age_years for film in films]
+    ages = [sample.age_years for sample in samples]
     assert ages == pytest.approx([45, 28, 32, 1.5, 64 / 365.25])
-    assert {film.view for film in films} == {"PA"}
-    assert {film.report for film in films} == {None}  # a reading is the label in words
+    assert {sample.view for sample in samples} == {"PA"}
+    assert {sample.report for sample in samples} == {None}  # a reading is the label in words
 
 
 MONTGOMERY = {
-    "MontgomerySet/CXR_png/MCUCXR_0001_0.png": FILM,
-    "MontgomerySet/CXR_png/MCUCXR_0104_1.png": FILM,
+    "MontgomerySet/CXR_png/MCUCXR_0001_0.png": IMAGE,
+    "MontgomerySet/CXR_png/MCUCXR_0104_1.png": IMAGE,
     "MontgomerySet/ManualMask/leftMask/MCUCXR_0001_0.png": MASK,
     "MontgomerySet/ManualMask/rightMask/MCUCXR_0001_0.png": MASK,
     "MontgomerySet/ClinicalReadings/MCUCXR_0001_0.txt": (
@@ -77,39 +77,41 @@ MONTGOMERY = {
 }
 
 
-def test_montgomery_films_are_told_from_their_masks(tmp_path: Path):
-    films, excluded = parted(read_montgomery(lay_out(tmp_path, MONTGOMERY)))
+def test_montgomery_images_are_told_from_their_masks(tmp_path: Path):
+    samples, excluded = parted(read_montgomery(lay_out(tmp_path, MONTGOMERY)))
     assert not excluded
-    assert [(f.film_id, f.labels, f.age_years, f.sex, f.source_labels) for f in films] == [
+    assert [(f.image_id, f.labels, f.age_years, f.sex, f.source_labels) for f in samples] == [
         ("MCUCXR_0001_0", NORMAL, 27.0, "F", ("normal",)),
         ("MCUCXR_0104_1", SICK, 40.0, "M", ("cavitary infiltrate LUL; small effusion",)),
     ]
-    assert [film.image for film in films] == [
+    assert [sample.image for sample in samples] == [
         "MontgomerySet/CXR_png/MCUCXR_0001_0.png", "MontgomerySet/CXR_png/MCUCXR_0104_1.png",
     ]  # fmt: skip
-    assert {film.source for film in films} == {"montgomery"}
+    assert {sample.source for sample in samples} == {"montgomery"}
 
 
-def test_a_film_without_a_reading_and_a_reading_without_a_film_are_both_there(tmp_path: Path):
+def test_an_image_without_a_reading_and_a_reading_without_an_image_are_both_there(tmp_path: Path):
     files = shenzhen("CXR_png", "ClinicalReadings")
     del files["ClinicalReadings/CHNCXR_0001_0.txt"], files["CXR_png/CHNCXR_0340_1.png"]
-    files["CXR_png/CHNCXR_0500_2.png"] = FILM
+    files["CXR_png/CHNCXR_0500_2.png"] = IMAGE
     root = lay_out(tmp_path / "raw", files)
-    meta = build_data(read_shenzhen(root), root, tmp_path / "out", film_px=16)
+    meta = build_data(read_shenzhen(root), root, tmp_path / "out", image_size=16)
     assert meta["excluded"] == {str(Reason.IMAGE_MISSING): 1, str(Reason.BAD_VALUE): 1}
     first = read_manifest(tmp_path / "out")[0]
-    assert (first.film_id, first.labels, first.source_labels) == ("CHNCXR_0001_0", NORMAL, ())
+    assert (first.image_id, first.labels, first.source_labels) == ("CHNCXR_0001_0", NORMAL, ())
     assert (first.age_years, first.sex) == (None, None)
     _, (out,) = parted(read_shenzhen(root))
-    assert out.film_id == "CHNCXR_0500_2" and "the label '2' is not among" in out.detail
+    assert out.image_id == "CHNCXR_0500_2" and "the label '2' is not among" in out.detail
 
 
 def test_a_reading_without_facts_is_kept_whole(tmp_path: Path):
-    files = {"CHNCXR_0001_0.png": FILM, "CHNCXR_0001_0.txt": "normal lungs\n"}
-    (film,), _ = parted(read_shenzhen(lay_out(tmp_path, files)))
-    assert (film.source_labels, film.age_years, film.sex) == (("normal lungs",), None, None)
+    files = {"CHNCXR_0001_0.png": IMAGE, "CHNCXR_0001_0.txt": "normal lungs\n"}
+    (sample,), _ = parted(read_shenzhen(lay_out(tmp_path, files)))
+    assert (sample.source_labels, sample.age_years, sample.sex) == (("normal lungs",), None, None)
 
 
-def test_no_film_is_one_line(tmp_path: Path):
-    with pytest.raises(SourceError, match=r"hold no film \(MCUCXR_0001_0\.png\); films come from"):
+def test_no_image_is_one_line(tmp_path: Path):
+    with pytest.raises(
+        SourceError, match=r"hold no image \(MCUCXR_0001_0\.png\); images come from"
+    ):
         read_montgomery(lay_out(tmp_path, shenzhen("CXR_png", "ClinicalReadings")))

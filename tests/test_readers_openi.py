@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
+from mmclip.data.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.openi import read_openi
-from mmclip.data.records import Excluded, Film, Reason
-from mmclip.data.tables import SourceError
+from mmclip.data.sample import Excluded, Reason, Sample
 from tests.made_files import encoded, ramp
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "openi"
@@ -24,12 +24,12 @@ def report_xml(
     """A report as Open-I writes it, with what the reader looks at."""
     texts = "".join(f'<AbstractText Label="{k}">{v}</AbstractText>' for k, v in sections.items())
     mesh = "".join(f"<major>{tag}</major>" for tag in tags)
-    films = "".join(
+    samples = "".join(
         f'<parentImage id="{name}"><caption>x</caption></parentImage>' for name in images
     )
     return (
         '<?xml version="1.0" encoding="utf-8"?><eCitation><MedlineCitation><Article><Abstract>'
-        f"{texts}</Abstract></Article></MedlineCitation><MeSH>{mesh}</MeSH>{films}</eCitation>"
+        f"{texts}</Abstract></Article></MedlineCitation><MeSH>{mesh}</MeSH>{samples}</eCitation>"
     )
 
 
@@ -53,11 +53,11 @@ def read(folder: Path, documents: dict[str, str | bytes]) -> list:
 # Text only.
 
 
-def test_a_report_without_films_is_one_text_only_record(tmp_path: Path):
+def test_a_report_without_images_is_one_text_only_record(tmp_path: Path):
     tags = ("Cardiomegaly/mild", " Opacity/lung/base ")
-    (film,) = read(tmp_path, {"7.xml": report_xml(CLEAR, ("CXR7_IM-1-1001",), tags)})
-    assert film == Film(
-        film_id="CXR7",
+    (sample,) = read(tmp_path, {"7.xml": report_xml(CLEAR, ("CXR7_IM-1-1001",), tags)})
+    assert sample == Sample(
+        image_id="CXR7",
         study_id="CXR7",
         patient_id="CXR7",
         source="openi",
@@ -72,8 +72,8 @@ def test_reports_come_by_number_from_archive_folder_or_its_parent(tmp_path: Path
     documents = {f"{n}.xml": report_xml(CLEAR) for n in (10, 9, 100, 1)}
     archive = write_archive(tmp_path / "NLMCXR_reports.tgz", documents)
     expected = ["CXR1", "CXR9", "CXR10", "CXR100"]
-    assert [film.film_id for film in read_openi(archive)] == expected
-    assert [film.film_id for film in read_openi(tmp_path)] == expected
+    assert [sample.image_id for sample in read_openi(archive)] == expected
+    assert [sample.image_id for sample in read_openi(tmp_path)] == expected
     unpacked = tmp_path / "unpacked" / "ecgen-radiology"
     unpacked.mkdir(parents=True)
     for name, text in documents.items():
@@ -84,8 +84,8 @@ def test_reports_come_by_number_from_archive_folder_or_its_parent(tmp_path: Path
 def test_a_report_without_words_is_excluded_and_says_what_it_has(tmp_path: Path):
     only_other = report_xml({"COMPARISON": "None.", "INDICATION": "Cough.", "FINDINGS": " XXXX. "})
     first, out = read(tmp_path, {"1.xml": report_xml(CLEAR), "2.xml": only_other})
-    assert isinstance(first, Film)
-    assert (out.row, out.film_id, out.reason) == (1, "CXR2", Reason.NOTHING_TO_LEARN)
+    assert isinstance(first, Sample)
+    assert (out.row, out.image_id, out.reason) == (1, "CXR2", Reason.NOTHING_TO_LEARN)
     assert out.detail == (
         "2.xml has neither findings nor an impression, but COMPARISON, INDICATION, FINDINGS"
     )
@@ -93,52 +93,54 @@ def test_a_report_without_words_is_excluded_and_says_what_it_has(tmp_path: Path)
 
 def test_entities_of_xml_itself_are_read(tmp_path: Path):
     sections = {"FINDINGS": "Nodule &lt;5 mm &amp; &#8220;stable&#8221;.", "IMPRESSION": ""}
-    (film,) = read(tmp_path, {"1.xml": report_xml(sections)})
-    assert film.report == 'Nodule <5 mm & "stable".'
+    (sample,) = read(tmp_path, {"1.xml": report_xml(sections)})
+    assert sample.report == 'Nodule <5 mm & "stable".'
 
 
-# With films.
+# With images.
 
 
-def write_films(folder: Path, names: list[str]) -> None:
+def write_images(folder: Path, names: list[str]) -> None:
     (folder / "NLMCXR_png").mkdir()
     for name in names:
         (folder / "NLMCXR_png" / f"{name}.png").write_bytes(encoded(ramp()))
 
 
-def test_with_the_films_there_is_one_record_a_film(tmp_path: Path):
+def test_with_the_images_there_is_one_record_an_image(tmp_path: Path):
     names = ("CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001")
     documents = {
         "1.xml": report_xml(CLEAR, names),
-        "2.xml": report_xml({}, ("CXR2_IM-0652-1001",)),  # a film without a report
-        "3.xml": report_xml(CLEAR),  # a report without a film
+        "2.xml": report_xml({}, ("CXR2_IM-0652-1001",)),  # an image without a report
+        "3.xml": report_xml(CLEAR),  # a report without an image
         "4.xml": report_xml({}),
     }
     write_archive(tmp_path / "NLMCXR_reports.tgz", documents)
-    write_films(tmp_path, [*names, "CXR2_IM-0652-1001"])
+    write_images(tmp_path, [*names, "CXR2_IM-0652-1001"])
     (tmp_path / "indiana_projections.csv").write_text(
         "uid,filename,projection\n1,1_IM-0001-3001.dcm.png,Frontal\n"
         "1,1_IM-0001-4001.dcm.png,Lateral\n2,2_IM-0652-1001.dcm.png,Lateral\n"
     )
-    *films, out = read_openi(tmp_path)
-    assert [(film.film_id, film.study_id, film.image, film.view) for film in films] == [
+    *samples, out = read_openi(tmp_path)
+    assert [
+        (sample.image_id, sample.study_id, sample.image, sample.view) for sample in samples
+    ] == [
         (names[0], "CXR1", f"NLMCXR_png/{names[0]}.png", "unknown"),
         (names[1], "CXR1", f"NLMCXR_png/{names[1]}.png", "L"),
         ("CXR2_IM-0652-1001", "CXR2", "NLMCXR_png/CXR2_IM-0652-1001.png", "L"),
         ("CXR3", "CXR3", None, "unknown"),
     ]
-    assert [film.report is not None for film in films] == [True, True, False, True]
+    assert [sample.report is not None for sample in samples] == [True, True, False, True]
     assert (out.row, out.reason) == (4, Reason.NOTHING_TO_LEARN)
-    meta = build_data(read_openi(tmp_path), tmp_path, tmp_path / "out", film_px=16)
+    meta = build_data(read_openi(tmp_path), tmp_path, tmp_path / "out", image_size=16)
     assert (meta["n_rows"], meta["n_with_image"], meta["n_paired"]) == (5, 3, 2)
 
 
-def test_films_that_are_not_there_are_listed(tmp_path: Path):
+def test_images_that_are_not_there_are_listed(tmp_path: Path):
     names = ("CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001", "../../secret")
     write_archive(tmp_path / "NLMCXR_reports.tgz", {"1.xml": report_xml(CLEAR, names)})
-    write_films(tmp_path, [names[0]])
-    meta = build_data(read_openi(tmp_path), tmp_path, tmp_path / "out", film_px=16)
-    assert meta["n_films"] == 1
+    write_images(tmp_path, [names[0]])
+    meta = build_data(read_openi(tmp_path), tmp_path, tmp_path / "out", image_size=16)
+    assert meta["n_samples"] == 1
     assert meta["excluded"] == {
         str(Reason.IMAGE_OUTSIDE_ROOT): 1,
         str(Reason.IMAGE_MISSING): 1,
@@ -172,7 +174,7 @@ BOMB = "<!DOCTYPE x [<!ENTITY a 'ha'>" + "".join(
 def test_a_hostile_or_broken_document_is_excluded_and_costs_no_other(tmp_path, document, detail):
     out, sound = read(tmp_path, {"1.xml": document, "2.xml": report_xml(CLEAR)})
     assert isinstance(out, Excluded)
-    assert (out.row, out.film_id, out.reason) == (0, "CXR1", Reason.BAD_VALUE)
+    assert (out.row, out.image_id, out.reason) == (0, "CXR1", Reason.BAD_VALUE)
     assert out.detail.startswith("1.xml: ") and detail in out.detail
     assert "passwd" not in out.detail
     assert sound.report == "Lungs are clear. Normal chest."
@@ -181,7 +183,7 @@ def test_a_hostile_or_broken_document_is_excluded_and_costs_no_other(tmp_path, d
 def test_a_deeply_nested_document_harms_nothing(tmp_path: Path):
     deep = "<x>" * 100_000 + "</x>" * 100_000
     out, sound = read(tmp_path, {"1.xml": deep, "2.xml": report_xml(CLEAR)})
-    assert isinstance(out, Excluded) and isinstance(sound, Film)
+    assert isinstance(out, Excluded) and isinstance(sound, Sample)
 
 
 def test_members_that_are_no_files_and_other_files_are_passed_over(tmp_path: Path):
@@ -197,7 +199,7 @@ def test_members_that_are_no_files_and_other_files_are_passed_over(tmp_path: Pat
             member = tarfile.TarInfo(name)
             member.size = len(report_xml(CLEAR))
             tar.addfile(member, io.BytesIO(report_xml(CLEAR).encode()))
-    assert [film.film_id for film in read_openi(path)] == ["CXR5"]
+    assert [sample.image_id for sample in read_openi(path)] == ["CXR5"]
     assert sorted(item.name for item in tmp_path.iterdir()) == [path.name]
 
 
@@ -267,10 +269,10 @@ def test_what_is_no_archive_is_refused(tmp_path: Path):
     not (REAL / "NLMCXR_reports.tgz").is_file(), reason="needs the Open-I report archive"
 )
 def test_every_real_report_is_kept_or_has_no_words(tmp_path: Path):
-    meta = build_data(read_openi(REAL), REAL, tmp_path, film_px=16)
-    assert (meta["n_rows"], meta["n_films"], meta["n_excluded"]) == (3955, 3927, 28)
+    meta = build_data(read_openi(REAL), REAL, tmp_path, image_size=16)
+    assert (meta["n_rows"], meta["n_samples"], meta["n_excluded"]) == (3955, 3927, 28)
     assert meta["excluded"] == {str(Reason.NOTHING_TO_LEARN): 28}
-    kept = {film.film_id: film for film in read_manifest(tmp_path)}
+    kept = {sample.image_id: sample for sample in read_manifest(tmp_path)}
     n_without, numbers = 0, []
     with tarfile.open(REAL / "NLMCXR_reports.tgz") as tar:
         for member in tar:
@@ -287,15 +289,19 @@ def test_every_real_report_is_kept_or_has_no_words(tmp_path: Path):
                 if part.get("Label") in ("FINDINGS", "IMPRESSION")
             )
             words = re.findall(r"[A-Za-z]+", said)
-            film = kept.get(f"CXR{number}")
-            if film is None:
+            sample = kept.get(f"CXR{number}")
+            if sample is None:
                 n_without += 1
                 assert not words, number  # the only reason for which a report is left out
             else:
-                assert film.report is not None and len(film.report) > 2
-                assert film.source_labels == tuple(
+                assert sample.report is not None and len(sample.report) > 2
+                assert sample.source_labels == tuple(
                     (tag.text or "").strip() for tag in tree.iter("major")
                 )
     assert n_without == 28
     assert [int(name[3:]) for name in kept] == sorted(int(name[3:]) for name in kept)
-    assert Counter(film.split for film in kept.values()) == {"train": 3144, "val": 406, "test": 377}
+    assert Counter(sample.split for sample in kept.values()) == {
+        "train": 3144,
+        "val": 406,
+        "test": 377,
+    }

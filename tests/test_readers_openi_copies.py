@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
+from mmclip.data.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.openi_copies import read_openi_kaggle, read_openi_r2gen
-from mmclip.data.records import Reason
-from mmclip.data.tables import SourceError
+from mmclip.data.sample import Reason
 from tests.made_files import encoded, ramp
 from tests.published import lay_out, parted
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "openi"
-FILM = encoded(ramp())
+IMAGE = encoded(ramp())
 
 # Kaggle's form.
 
@@ -36,40 +36,45 @@ KAGGLE = {"indiana_reports.csv": REPORTS, "indiana_projections.csv": PROJECTIONS
 
 
 def kaggle(folder: str) -> dict[str, bytes | str]:
-    return {**KAGGLE, **{f"{folder}/{name}": FILM for name in NAMES}}
+    return {**KAGGLE, **{f"{folder}/{name}": IMAGE for name in NAMES}}
 
 
 @pytest.mark.parametrize("folder", ["images/images_normalized", "images_normalized", "x"])
-def test_kaggle_films_share_the_report_of_their_study(tmp_path: Path, folder: str):
+def test_kaggle_images_share_the_report_of_their_study(tmp_path: Path, folder: str):
     root = lay_out(tmp_path / "raw", kaggle(folder))
-    meta = build_data(read_openi_kaggle(root), root, tmp_path / "out", film_px=16)
-    assert (meta["n_rows"], meta["n_films"]) == (4, 4)
+    meta = build_data(read_openi_kaggle(root), root, tmp_path / "out", image_size=16)
+    assert (meta["n_rows"], meta["n_samples"]) == (4, 4)
     normal, tags = (
         "Lungs, heart: normal. Normal chest x-ray.",
         ("Cardiomegaly/mild", "Opacity/lung"),
     )
-    films = read_manifest(tmp_path / "out")
-    assert [(f.film_id, f.study_id, f.view, f.report, f.source_labels) for f in films] == [
+    samples = read_manifest(tmp_path / "out")
+    assert [(f.image_id, f.study_id, f.view, f.report, f.source_labels) for f in samples] == [
         ("CXR1_IM-0001-4001", "CXR1", "unknown", normal, ("normal",)),
         ("CXR1_IM-0001-3001", "CXR1", "L", normal, ("normal",)),
         ("CXR2_IM-0652-1001-0001", "CXR2", "unknown", "Mild cardiomegaly.", tags),
         ("CXR3_IM-1384-1001", "CXR3", "unknown", None, ("No Indexing",)),
     ]
-    assert {(film.source, film.patient_id == film.study_id) for film in films} == {("openi", True)}
+    assert {(sample.source, sample.patient_id == sample.study_id) for sample in samples} == {
+        ("openi", True)
+    }
 
 
-def test_kaggle_without_films_is_one_text_only_record_a_report(tmp_path: Path):
-    films, (out,) = parted(read_openi_kaggle(lay_out(tmp_path, KAGGLE)))
-    assert [(film.film_id, film.image) for film in films] == [("CXR1", None), ("CXR2", None)]
-    assert (out.row, out.film_id, out.reason) == (2, "CXR3", Reason.NOTHING_TO_LEARN)
+def test_kaggle_without_images_is_one_text_only_record_a_report(tmp_path: Path):
+    samples, (out,) = parted(read_openi_kaggle(lay_out(tmp_path, KAGGLE)))
+    assert [(sample.image_id, sample.image) for sample in samples] == [
+        ("CXR1", None),
+        ("CXR2", None),
+    ]
+    assert (out.row, out.image_id, out.reason) == (2, "CXR3", Reason.NOTHING_TO_LEARN)
 
 
 def test_a_projection_that_is_unknown_or_of_no_report_is_left_out(tmp_path: Path):
     rows = PROJECTIONS.replace("4001.dcm.png,Frontal", "4001.dcm.png,Oblique").replace("3,3", "9,3")
     files = {**kaggle("images"), "indiana_projections.csv": rows}
-    films, excluded = parted(read_openi_kaggle(lay_out(tmp_path, files)))
-    assert len(films) == 2
-    assert [(out.row, out.film_id, out.detail) for out in excluded] == [
+    samples, excluded = parted(read_openi_kaggle(lay_out(tmp_path, files)))
+    assert len(samples) == 2
+    assert [(out.row, out.image_id, out.detail) for out in excluded] == [
         (0, "CXR1_IM-0001-4001", "projection is 'Oblique', not Lateral or Frontal"),
         (3, "CXR3_IM-1384-1001", "uid '9' is not in indiana_reports.csv"),
     ]
@@ -106,13 +111,13 @@ def names() -> list[str]:
 
 
 @pytest.mark.parametrize("file", ["annotation.json", "iu_xray_annotation.json"])
-def test_r2gen_studies_have_two_films_and_the_split_of_their_own_field(tmp_path: Path, file: str):
-    films = {f"images/{name}/{i}.png": FILM for name in names() for i in (0, 1)}
-    root = lay_out(tmp_path / "raw", {file: annotations(STUDIES), **films})
-    meta = build_data(read_openi_r2gen(root), root, tmp_path / "out", film_px=16)
-    assert (meta["n_rows"], meta["n_films"]) == (6, 6)
+def test_r2gen_studies_have_two_images_and_the_split_of_their_own_field(tmp_path: Path, file: str):
+    samples = {f"images/{name}/{i}.png": IMAGE for name in names() for i in (0, 1)}
+    root = lay_out(tmp_path / "raw", {file: annotations(STUDIES), **samples})
+    meta = build_data(read_openi_r2gen(root), root, tmp_path / "out", image_size=16)
+    assert (meta["n_rows"], meta["n_samples"]) == (6, 6)
     assert [
-        (f.film_id, f.study_id, f.patient_id, f.split, f.report)
+        (f.image_id, f.study_id, f.patient_id, f.split, f.report)
         for f in read_manifest(tmp_path / "out")
     ] == [
         (f"{name}/{i}", study, study, split, report)
@@ -131,9 +136,9 @@ def test_a_study_with_another_split_or_without_a_report_is_left_out(tmp_path: Pa
     del listed["val"][0]["report"]
     listed["val"].append("nothing")
     root = lay_out(tmp_path, {"annotation.json": json.dumps(listed)})
-    films, excluded = parted(read_openi_r2gen(root))
-    assert [film.film_id for film in films] == ["CXR7"]
-    assert [(out.row, out.film_id) for out in excluded] == [
+    samples, excluded = parted(read_openi_r2gen(root))
+    assert [sample.image_id for sample in samples] == ["CXR7"]
+    assert [(out.row, out.image_id) for out in excluded] == [
         (0, "CXR2384_IM-0942"), (1, "CXR1_1_IM-0001"), (2, ""),
     ]  # fmt: skip
     assert "'dev'" in excluded[0].detail and "'report'" in excluded[1].detail
@@ -148,7 +153,7 @@ def test_a_damaged_annotation_file_is_one_line(tmp_path: Path, text: str):
 def test_a_missing_table_is_one_line(tmp_path: Path):
     with pytest.raises(SourceError, match=r"holds no annotation\.json or iu_xray_annotation\.json"):
         read_openi_r2gen(tmp_path)
-    lay_out(tmp_path, {"indiana_reports.csv": REPORTS, "a.png": FILM})
+    lay_out(tmp_path, {"indiana_reports.csv": REPORTS, "a.png": IMAGE})
     with pytest.raises(SourceError, match=r"holds no indiana_projections\.csv; it comes from"):
         read_openi_kaggle(tmp_path)
 
@@ -164,28 +169,28 @@ def test_every_row_of_the_real_tables_of_kaggle_is_in_a_record(tmp_path: Path):
     assert (len(texts), len(without)) == (3_826, 25)
     names = ("indiana_reports.csv", "indiana_projections.csv")
     tables: dict[str, bytes | str | Path] = {name: REAL / name for name in names}
-    made = {"images/images_normalized/1_IM-0001-4001.dcm.png": FILM}
-    films, excluded = parted(read_openi_kaggle(lay_out(tmp_path, {**tables, **made})))
-    assert (len(films), len(excluded)) == (7_466, 0)
-    assert Counter(film.view for film in films) == {"unknown": 3_818, "L": 3_648}
-    assert len({film.study_id for film in films}) == 3_851
-    assert len({film.film_id for film in films}) == 7_466
-    with_report = {film.study_id: film.report for film in films if film.report}
-    assert with_report == {film.study_id: film.report for film in texts}
+    made = {"images/images_normalized/1_IM-0001-4001.dcm.png": IMAGE}
+    samples, excluded = parted(read_openi_kaggle(lay_out(tmp_path, {**tables, **made})))
+    assert (len(samples), len(excluded)) == (7_466, 0)
+    assert Counter(sample.view for sample in samples) == {"unknown": 3_818, "L": 3_648}
+    assert len({sample.study_id for sample in samples}) == 3_851
+    assert len({sample.image_id for sample in samples}) == 7_466
+    with_report = {sample.study_id: sample.report for sample in samples if sample.report}
+    assert with_report == {sample.study_id: sample.report for sample in texts}
 
 
 @needs_real
 def test_every_study_of_the_real_annotation_file_is_in_a_record(tmp_path: Path):
     texts, excluded = parted(read_openi_r2gen(REAL))
     splits = {"train": 2_069, "val": 296, "test": 590}
-    assert not excluded and Counter(film.split for film in texts) == splits
-    assert all(film.report for film in texts)
-    files = {"annotation.json": REAL / "iu_xray_annotation.json", "images/a/0.png": FILM}
-    films, _ = parted(read_openi_r2gen(lay_out(tmp_path, files)))
-    assert len({film.film_id for film in films}) == len(films) == 2 * 2_955
+    assert not excluded and Counter(sample.split for sample in texts) == splits
+    assert all(sample.report for sample in texts)
+    files = {"annotation.json": REAL / "iu_xray_annotation.json", "images/a/0.png": IMAGE}
+    samples, _ = parted(read_openi_r2gen(lay_out(tmp_path, files)))
+    assert len({sample.image_id for sample in samples}) == len(samples) == 2 * 2_955
     in_splits: dict[str | None, set[str | None]] = {}
-    for film in texts:
-        in_splits.setdefault(film.report, set()).add(film.split)
+    for sample in texts:
+        in_splits.setdefault(sample.report, set()).add(sample.split)
     assert sum(len(splits) > 1 for splits in in_splits.values()) == 99
-    findings = {film.study_id: film.findings for film in parted(read_openi_kaggle(REAL))[0]}
-    assert all(film.report == findings[film.study_id] for film in texts)
+    findings = {sample.study_id: sample.findings for sample in parted(read_openi_kaggle(REAL))[0]}
+    assert all(sample.report == findings[sample.study_id] for sample in texts)

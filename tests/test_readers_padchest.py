@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from mmclip.data.build import build_data
+from mmclip.data.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.padchest import read_padchest
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Film, Reason
+from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Reason, Sample
 from mmclip.data.splits import physician_split
-from mmclip.data.tables import SourceError
 from tests.made_files import encoded, ramp
 from tests.published import lay_out, parted, real_table, tally
 
@@ -20,7 +20,7 @@ COLUMNS = (
     "PatientSex_DICOM", "Projection", "Pediatric", "MethodLabel", "Labels", "Localizations",
     "Report",
 )  # fmt: skip
-FILM = encoded(ramp().astype(np.uint16) * 100)  # 16 bits
+IMAGE = encoded(ramp().astype(np.uint16) * 100)  # 16 bits
 CLOSED = set(load_words("padchest").closed)
 
 
@@ -40,21 +40,21 @@ def table(*rows: dict[str, str]) -> str:
 
 
 def read_one(root: Path, **row: str):
-    (record,) = read_padchest(lay_out(root, {TABLE: table(row), "0/0.png": FILM}))
+    (record,) = read_padchest(lay_out(root, {TABLE: table(row), "0/0.png": IMAGE}))
     return record
 
 
-def test_films_of_16_bits_labels_and_facts_come_together(tmp_path: Path):
+def test_images_of_16_bits_labels_and_facts_come_together(tmp_path: Path):
     text = table(
         {"Labels": "[' pneumonia', 'loculated pleural effusion', '', ' pneumonia']"},
         {"ImageDir": "54", "MethodLabel": "RNN_model", "Projection": "AP_horizontal"},
         {"Projection": "L", "PatientBirth": "", "PatientSex_DICOM": "O", "Report": "nan"},
         {"Projection": "COSTAL", "Labels": "nan", "Report": " . . ."},
     )
-    films = {f"{folder}/{i}.png": FILM for i, folder in enumerate((0, 54, 0, 0))}
-    root = lay_out(tmp_path / "raw", {TABLE: text, **films})
-    meta = build_data(read_padchest(root), root, tmp_path / "out", film_px=16)
-    assert (meta["n_films"], meta["n_with_report"], meta["n_patients"]) == (4, 0, 1)
+    samples = {f"{folder}/{i}.png": IMAGE for i, folder in enumerate((0, 54, 0, 0))}
+    root = lay_out(tmp_path / "raw", {TABLE: text, **samples})
+    meta = build_data(read_padchest(root), root, tmp_path / "out", image_size=16)
+    assert (meta["n_samples"], meta["n_with_report"], meta["n_patients"]) == (4, 0, 1)
     one, two, three, four = read_manifest(tmp_path / "out")
     assert one.source_labels == ("pneumonia", "loculated pleural effusion")
     present = {"pneumonia", "pleural effusion"}
@@ -70,21 +70,25 @@ def test_films_of_16_bits_labels_and_facts_come_together(tmp_path: Path):
     assert (three.view, three.age_years, three.sex) == ("L", None, None)
     assert (four.view, four.labels, four.source_labels) == ("unknown", {}, ())
     # Spanish, as it was published, and not what a text encoder reads.
-    assert [film.findings for film in (one, three, four)] == ["sin hallazg patolog .", None, None]
+    assert [sample.findings for sample in (one, three, four)] == [
+        "sin hallazg patolog .",
+        None,
+        None,
+    ]
     assert one.report is None
 
 
 @pytest.mark.parametrize("word", ["unchanged", "suboptimal study"])
 def test_a_word_that_leaves_the_rest_open_makes_nothing_absent(tmp_path: Path, word: str):
-    film = read_one(tmp_path, Labels=f"['{word}', ' kyphosis']")
-    assert isinstance(film, Film) and film.labels == {"kyphosis": PRESENT}
-    assert film.source_labels == (word, "kyphosis")
+    sample = read_one(tmp_path, Labels=f"['{word}', ' kyphosis']")
+    assert isinstance(sample, Sample) and sample.labels == {"kyphosis": PRESENT}
+    assert sample.source_labels == (word, "kyphosis")
 
 
 def test_normal_beside_a_finding_is_uncertain(tmp_path: Path):
-    film = read_one(tmp_path, Labels="['normal', 'nodule']")
-    assert isinstance(film, Film)
-    assert (film.labels["no finding"], film.labels["nodule"]) == (UNCERTAIN, PRESENT)
+    sample = read_one(tmp_path, Labels="['normal', 'nodule']")
+    assert isinstance(sample, Sample)
+    assert (sample.labels["no finding"], sample.labels["nodule"]) == (UNCERTAIN, PRESENT)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,10 @@ def test_an_age_before_birth_or_beyond_all_measure_is_unknown(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("files", "message"),
-    [({"0/0.png": FILM}, rf"no {TABLE}; it comes from https"), ({TABLE: table({})}, "0.zip to 54")],
+    [
+        ({"0/0.png": IMAGE}, rf"no {TABLE}; it comes from https"),
+        ({TABLE: table({})}, "0.zip to 54"),
+    ],
 )
 def test_a_missing_piece_is_one_line(tmp_path: Path, files: dict, message: str):
     with pytest.raises(SourceError, match=message):
@@ -130,28 +137,28 @@ def test_a_missing_piece_is_one_line(tmp_path: Path, files: dict, message: str):
 def test_every_row_of_the_real_table_is_accounted_for(tmp_path: Path):
     path = real_table(f"{TABLE}.gz")
     name = "20536686640136348236148679891455886468_k6ga29.png"
-    films, excluded = parted(
-        read_padchest(lay_out(tmp_path, {f"{TABLE}.gz": path, f"0/{name}": FILM}))
+    samples, excluded = parted(
+        read_padchest(lay_out(tmp_path, {f"{TABLE}.gz": path, f"0/{name}": IMAGE}))
     )
-    assert len(films) + len(excluded) == 160_861
+    assert len(samples) + len(excluded) == 160_861
     assert Counter(e.reason for e in excluded) == {Reason.NOT_FOR_USE: 1_323}
-    origins = Counter((film.source, film.label_origin) for film in films)
+    origins = Counter((sample.source, sample.label_origin) for sample in samples)
     assert origins == {
         ("padchest", "report-program"): 120_567, ("padchest-physician", "report-reader"): 38_971,
     }  # fmt: skip
-    chosen = physician_split(films, 0, 0.1)
-    patients = {film.film_id: film.patient_id for film in films}
+    chosen = physician_split(samples, 0, 0.1)
+    patients = {sample.image_id: sample.patient_id for sample in samples}
     tested = {patients[i] for i in chosen["test"]}
     assert (len(chosen["test"]), len(tested)) == (38_971, 24_437)
     others = [patients[i] for part in ("train", "val") for i in chosen[part]]
     assert not tested & set(others) and len(tested | set(others)) == 67_235
-    assert len(films) - 38_971 - len(others) == 24_411
-    views = Counter(film.view for film in films)
+    assert len(samples) - 38_971 - len(others) == 24_411
+    views = Counter(sample.view for sample in samples)
     assert views == {"PA": 90_915, "L": 49_251, "AP": 18_745, "unknown": 627}
-    assert len({film.patient_id for film in films}) == 67_235
-    assert len({film.film_id for film in films}) == len(films)
+    assert len({sample.patient_id for sample in samples}) == 67_235
+    assert len({sample.image_id for sample in samples}) == len(samples)
     # Counted by another program, from the table's words.
-    found = tally(films)
+    found = tally(samples)
     assert found["cardiomegaly", PRESENT] == 15_005
     assert found["pneumonia", PRESENT] == 8_174  # with "atypical pneumonia"
     assert found["pneumothorax", PRESENT] == 573  # with "hydropneumothorax"
@@ -159,12 +166,14 @@ def test_every_row_of_the_real_table_is_accounted_for(tmp_path: Path):
     assert found["no finding", PRESENT] == 50_616 - 221
     assert found["no finding", UNCERTAIN] == 221
     n_open = 0
-    for film in films:
-        if not film.source_labels or {"unchanged", "suboptimal study"} & set(film.source_labels):
+    for sample in samples:
+        if not sample.source_labels or {"unchanged", "suboptimal study"} & set(
+            sample.source_labels
+        ):
             n_open += 1
-            assert ABSENT not in film.labels.values()
+            assert ABSENT not in sample.labels.values()
         else:
-            assert film.labels.keys() >= CLOSED
+            assert sample.labels.keys() >= CLOSED
     assert n_open == 16_001 + 880
-    assert sum(film.findings is None for film in films) == 133
-    assert films[0].image == f"0/{name}"
+    assert sum(sample.findings is None for sample in samples) == 133
+    assert samples[0].image == f"0/{name}"

@@ -4,16 +4,16 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
+from mmclip.data.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.files import Box
 from mmclip.data.readers.rsna import read_rsna, read_rsna_boxes
-from mmclip.data.records import ABSENT, PRESENT, Film, Reason
-from mmclip.data.tables import SourceError
+from mmclip.data.sample import ABSENT, PRESENT, Reason, Sample
 from tests.made_files import NAME, NUMBER, dicom, encoded, ramp
 from tests.published import lay_out, parted, real_table, tally
 
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
-FILM = dicom(ramp(), ViewPosition="AP", PatientAge="063Y", PatientSex="F")
+IMAGE = dicom(ramp(), ViewPosition="AP", PatientAge="063Y", PatientSex="F")
 FILES = {
     LABELS: (
         "patientId,x,y,width,height,Target\na,,,,,0\nb,264.0,152.0,213.0,379.0,1\n"
@@ -23,18 +23,19 @@ FILES = {
         "patientId,class\na,No Lung Opacity / Not Normal\nb,Lung Opacity\nb,Lung Opacity\n"
         "c,Normal\n"
     ),
-    "stage_2_train_images/a.dcm": FILM,
-    "stage_2_train_images/b.dcm": FILM,
-    "stage_2_train_images/c.dcm": FILM,
+    "stage_2_train_images/a.dcm": IMAGE,
+    "stage_2_train_images/b.dcm": IMAGE,
+    "stage_2_train_images/c.dcm": IMAGE,
 }
 
 
-def test_rows_of_one_film_are_one_film_with_all_its_boxes(tmp_path: Path):
+def test_rows_of_one_image_are_one_image_with_all_its_boxes(tmp_path: Path):
     root = lay_out(tmp_path / "raw", FILES)
-    meta = build_data(read_rsna(root), root, tmp_path / "out", film_px=16)
-    assert (meta["n_rows"], meta["n_films"], meta["n_patients"]) == (3, 3, 3)
+    meta = build_data(read_rsna(root), root, tmp_path / "out", image_size=16)
+    assert (meta["n_rows"], meta["n_samples"], meta["n_patients"]) == (3, 3, 3)
     assert [
-        (film.film_id, film.labels, film.source_labels) for film in read_manifest(tmp_path / "out")
+        (sample.image_id, sample.labels, sample.source_labels)
+        for sample in read_manifest(tmp_path / "out")
     ] == [
         ("a", {"no finding": 0, "pneumonia": 0}, ("No Lung Opacity / Not Normal",)),
         ("b", {"lung opacity": 1, "no finding": 0, "pneumonia": 1}, ("Lung Opacity",)),
@@ -47,23 +48,25 @@ def test_rows_of_one_film_are_one_film_with_all_its_boxes(tmp_path: Path):
 
 
 def test_view_age_and_sex_come_from_the_header_and_nothing_else_does(tmp_path: Path):
-    films, _ = parted(read_rsna(lay_out(tmp_path, FILES)))
-    assert {(film.view, film.age_years, film.sex) for film in films} == {("AP", 63.0, "F")}
-    assert NAME not in repr(films) and NUMBER not in repr(films)
+    samples, _ = parted(read_rsna(lay_out(tmp_path, FILES)))
+    assert {(sample.view, sample.age_years, sample.sex) for sample in samples} == {
+        ("AP", 63.0, "F")
+    }
+    assert NAME not in repr(samples) and NUMBER not in repr(samples)
 
 
-def test_without_classes_a_film_without_a_box_is_only_known_to_have_no_pneumonia(tmp_path: Path):
+def test_without_classes_an_image_without_a_box_is_only_known_to_have_no_pneumonia(tmp_path: Path):
     files = {name: content for name, content in FILES.items() if name != CLASSES}
-    films, _ = parted(read_rsna(lay_out(tmp_path, files)))
-    assert [film.labels for film in films] == [
+    samples, _ = parted(read_rsna(lay_out(tmp_path, files)))
+    assert [sample.labels for sample in samples] == [
         {"pneumonia": 0}, {"lung opacity": 1, "no finding": 0, "pneumonia": 1}, {"pneumonia": 0},
     ]  # fmt: skip
 
 
-def test_films_that_were_converted_are_found_by_name(tmp_path: Path):
+def test_images_that_were_converted_are_found_by_name(tmp_path: Path):
     files = {LABELS: FILES[LABELS], "png/a.png": encoded(ramp())}
     first = next(read_rsna(lay_out(tmp_path, files)))
-    assert isinstance(first, Film)
+    assert isinstance(first, Sample)
     assert (first.image, first.view) == ("png/a.png", "unknown")
 
 
@@ -78,7 +81,7 @@ def test_films_that_were_converted_are_found_by_name(tmp_path: Path):
         (LABELS, "a,,,,,0", "a,,,,,maybe", "Target is 'maybe', not 0 or 1"),
     ],
 )
-def test_a_film_whose_rows_do_not_agree_is_left_out(
+def test_an_image_whose_rows_do_not_agree_is_left_out(
     tmp_path: Path, name: str, old: str, new: str, detail: str
 ):
     assert old in FILES[name]
@@ -91,8 +94,8 @@ def test_a_film_whose_rows_do_not_agree_is_left_out(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.dcm": FILM}, r"no stage_2_train_labels\.csv; it comes from https"),
-        ({LABELS: FILES[LABELS]}, r"no film .*; films come from https"),
+        ({"a.dcm": IMAGE}, r"no stage_2_train_labels\.csv; it comes from https"),
+        ({LABELS: FILES[LABELS]}, r"no image .*; images come from https"),
     ],
 )
 def test_a_missing_piece_is_one_line(tmp_path: Path, files: dict, message: str):
@@ -103,20 +106,20 @@ def test_a_missing_piece_is_one_line(tmp_path: Path, files: dict, message: str):
 # The real table.
 
 
-def test_every_row_of_the_real_table_is_in_a_film(tmp_path: Path):
+def test_every_row_of_the_real_table_is_in_an_image(tmp_path: Path):
     table = real_table("kaggle_stage_2_train_labels.csv.zip")
     name = "0004cfab-14fd-4e49-80ba-63a80b6bddd6.dcm"
-    lay_out(tmp_path, {f"{LABELS}.zip": table, f"stage_2_train_images/{name}": FILM})
-    films, excluded = parted(read_rsna(tmp_path))
-    assert (len(films), len(excluded)) == (26_684, 0)
-    found = tally(films)
+    lay_out(tmp_path, {f"{LABELS}.zip": table, f"stage_2_train_images/{name}": IMAGE})
+    samples, excluded = parted(read_rsna(tmp_path))
+    assert (len(samples), len(excluded)) == (26_684, 0)
+    found = tally(samples)
     assert (found["pneumonia", PRESENT], found["pneumonia", ABSENT]) == (6_012, 20_672)
     boxes = list(read_rsna_boxes(tmp_path))
     assert len(boxes) + found["pneumonia", ABSENT] == 30_227  # the rows
-    assert Counter(Counter(box.film_id for box in boxes).values()) == {
+    assert Counter(Counter(box.image_id for box in boxes).values()) == {
         1: 2614, 2: 3266, 3: 119, 4: 13,
     }  # fmt: skip
     assert all(
         box.left_px + box.width_px <= 1024 and box.top_px + box.height_px <= 1024 for box in boxes
     )
-    assert films[0].view == "AP" and films[1].view == "unknown"
+    assert samples[0].view == "AP" and samples[1].view == "unknown"

@@ -4,16 +4,16 @@ from pathlib import Path
 import pytest
 
 from mmclip.data.build import build_data
+from mmclip.data.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.files import Box
 from mmclip.data.readers.vindr import read_vindr, read_vindr_boxes
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Film, Reason
-from mmclip.data.tables import SourceError
+from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Reason, Sample
 from tests.made_files import dicom, ramp
 from tests.published import lay_out, parted, real_table, tally
 
-FILM = dicom(ramp(), PatientAge="051Y", PatientSex="F")
+IMAGE = dicom(ramp(), PatientAge="051Y", PatientSex="F")
 KAGGLE = """image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max
 a,No finding,14,R1,,,,
 b,Cardiomegaly,3,R9,691.0,1375.0,1653.0,1831.0
@@ -24,7 +24,7 @@ b,Nodule/Mass,8,R10,1,2,4,8
 b,Nodule/Mass,8,R10,10,20,40,80
 b,Aortic enlargement,0,R8,1,2,4,8
 """
-FILMS = {"train/a.dicom": FILM, "train/b.dicom": FILM}
+IMAGES = {"train/a.dicom": IMAGE, "train/b.dicom": IMAGE}
 WIDE = "Cardiomegaly,Lung cavity,Pneumonia,Other diseases,No finding"
 PHYSIONET = {
     "annotations/image_labels_train.csv": (
@@ -39,15 +39,15 @@ PHYSIONET = {
     "annotations/annotations_test.csv": (
         "image_id,class_name,x_min,y_min,x_max,y_max\nc,Lung cavity,10,20,30,50\n"
     ),
-    **FILMS,
-    "test/c.dicom": FILM,
+    **IMAGES,
+    "test/c.dicom": IMAGE,
 }
 
 
 def test_kaggles_votes_become_labels_and_their_authors_are_kept(tmp_path: Path):
-    root = lay_out(tmp_path / "raw", {"train.csv": KAGGLE, **FILMS})
-    meta = build_data(read_vindr(root), root, tmp_path / "out", film_px=16)
-    assert (meta["n_rows"], meta["n_films"]) == (2, 2)
+    root = lay_out(tmp_path / "raw", {"train.csv": KAGGLE, **IMAGES})
+    meta = build_data(read_vindr(root), root, tmp_path / "out", image_size=16)
+    assert (meta["n_rows"], meta["n_samples"]) == (2, 2)
     one, two = read_manifest(tmp_path / "out")
     closed = sorted(load_words("vindr").closed)
     assert one.labels == {f: int(f == "no finding") for f in closed}
@@ -57,22 +57,22 @@ def test_kaggles_votes_become_labels_and_their_authors_are_kept(tmp_path: Path):
         "R10: Cardiomegaly", "R10: Nodule/Mass", "R8: Aortic enlargement", "R9: Cardiomegaly",
     )  # fmt: skip
     assert (two.view, two.age_years, two.sex) == ("PA", 51.0, "F")
-    assert two.label_origin == "film-reader"
+    assert two.label_origin == "image-reader"
 
 
 def test_physionets_tables_have_more_labels_and_the_official_splits(tmp_path: Path):
     root = lay_out(tmp_path, {**PHYSIONET, "train.csv": KAGGLE})
-    films, excluded = parted(read_vindr(root))
+    samples, excluded = parted(read_vindr(root))
     assert not excluded
     none = dict.fromkeys(
         ["cardiomegaly", "cavity", "no finding", "other disease", "pneumonia"], ABSENT
     )
-    assert [(film.film_id, film.split, film.labels) for film in films] == [
+    assert [(sample.image_id, sample.split, sample.labels) for sample in samples] == [
         ("a", "train", {**none, "cardiomegaly": PRESENT, "pneumonia": UNCERTAIN}),
         ("b", "train", {**none, "no finding": PRESENT}),
         ("c", "test", {**none, "cavity": PRESENT}),
     ]
-    assert films[2].source_labels == ("consensus: Lung cavity",)
+    assert samples[2].source_labels == ("consensus: Lung cavity",)
 
 
 def test_boxes_are_those_of_every_radiologist(tmp_path: Path):
@@ -90,12 +90,12 @@ def test_boxes_are_those_of_every_radiologist(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("files", "film_id", "detail"),
+    ("files", "image_id", "detail"),
     [
-        ({"train.csv": KAGGLE + "c,Gout,1,R1,,,,\n", **FILMS}, "c", "'Gout' is not among"),
-        ({"train.csv": KAGGLE + "a,Mass\n", **FILMS}, "a", "the row has 2 fields"),
+        ({"train.csv": KAGGLE + "c,Gout,1,R1,,,,\n", **IMAGES}, "c", "'Gout' is not among"),
+        ({"train.csv": KAGGLE + "a,Mass\n", **IMAGES}, "a", "the row has 2 fields"),
         (
-            {**FILMS, "image_labels_train.csv": "image_id,rad_id,Edema\na,R1,2\n"},
+            {**IMAGES, "image_labels_train.csv": "image_id,rad_id,Edema\na,R1,2\n"},
             "a",
             "Edema is '2', not 0 or 1",
         ),
@@ -106,19 +106,19 @@ def test_boxes_are_those_of_every_radiologist(tmp_path: Path):
         ),
     ],
 )
-def test_a_film_that_cannot_be_read_is_left_out(
-    tmp_path: Path, files: dict, film_id: str, detail: str
+def test_an_image_that_cannot_be_read_is_left_out(
+    tmp_path: Path, files: dict, image_id: str, detail: str
 ):
     (out,) = parted(read_vindr(lay_out(tmp_path, files)))[1]
-    assert (out.film_id, out.reason) == (film_id, Reason.BAD_VALUE) and detail in out.detail
+    assert (out.image_id, out.reason) == (image_id, Reason.BAD_VALUE) and detail in out.detail
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (FILMS, r"no train\.csv or annotations/image_labels_train\.csv .*; it comes from https"),
-        ({"train.csv": KAGGLE}, r"no film .*; films come from https"),
-        ({"image_labels_train.csv": "image_id,Gout\na,1\n", **FILMS}, "the columns 'Gout'"),
+        (IMAGES, r"no train\.csv or annotations/image_labels_train\.csv .*; it comes from https"),
+        ({"train.csv": KAGGLE}, r"no image .*; images come from https"),
+        ({"image_labels_train.csv": "image_id,Gout\na,1\n", **IMAGES}, "the columns 'Gout'"),
     ],
 )
 def test_a_missing_piece_is_one_line(tmp_path: Path, files: dict, message: str):
@@ -129,26 +129,28 @@ def test_a_missing_piece_is_one_line(tmp_path: Path, files: dict, message: str):
 # The real table.
 
 
-def test_every_row_of_the_real_table_is_in_a_film(tmp_path: Path):
+def test_every_row_of_the_real_table_is_in_an_image(tmp_path: Path):
     table = real_table("vinbigdata-train.csv.gz")
     name = "50a418190bc3fb1ef1633bf9678929b3"
-    lay_out(tmp_path, {"train.csv.gz": table, f"train/{name}.dicom": FILM})
-    films, excluded = parted(read_vindr(tmp_path))
-    assert (len(films), len(excluded)) == (15_000, 0)
-    found = tally(films)
+    lay_out(tmp_path, {"train.csv.gz": table, f"train/{name}.dicom": IMAGE})
+    samples, excluded = parted(read_vindr(tmp_path))
+    assert (len(samples), len(excluded)) == (15_000, 0)
+    found = tally(samples)
     assert found["no finding", PRESENT] * 3 == 31_818  # rows: three radiologists each
     assert found["no finding", UNCERTAIN] == 0
     assert found.total() == 15_000 * 15
-    for film in films:
-        assert isinstance(film, Film)
-        assert len({said.partition(":")[0] for said in film.source_labels}) <= 3
+    for sample in samples:
+        assert isinstance(sample, Sample)
+        assert len({said.partition(":")[0] for said in sample.source_labels}) <= 3
     boxes = list(read_vindr_boxes(tmp_path))
     assert len(boxes) + 31_818 == 67_914  # the rows
     assert Counter(box.finding for box in boxes)["cardiomegaly"] == 5_427
     assert all(box.width_px > 0 and box.height_px > 0 for box in boxes)
-    marked = {(box.film_id, box.finding) for box in boxes}
-    given = {(film.film_id, f) for film in films for f, label in film.labels.items() if label}
+    marked = {(box.image_id, box.finding) for box in boxes}
+    given = {
+        (sample.image_id, f) for sample in samples for f, label in sample.labels.items() if label
+    }
     assert given - marked == {
-        (film.film_id, "no finding") for film in films if film.labels["no finding"]
+        (sample.image_id, "no finding") for sample in samples if sample.labels["no finding"]
     }
     assert marked <= given

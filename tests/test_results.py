@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmclip.data.records import Entity
-from mmclip.evaluation.judge import score_findings
+from mmclip.data.sample import Entity
+from mmclip.evaluation.compute_metrics import metrics_by_finding
 from mmclip.evaluation.metrics import auroc, choose_thresholds
 from mmclip.evaluation.pages import (
     GalleryItem,
@@ -41,22 +41,22 @@ def table():
 
 @pytest.fixture
 def results(table):
-    scored = score_findings(
+    scored = metrics_by_finding(
         table["labels"],
         table["scores"],
         list(range(80)),
         FINDINGS,
         thresholds=choose_thresholds(table["labels"], table["scores"], FINDINGS),
-        draws=50,
+        n_resamples=50,
     )
     return {
         **scored,
-        "title": "Made <films>",
+        "title": "Made <images>",
         "kind": "demo",
         "summary": "A model that was made up.",
         "controls": {
             "untrained": {"macro_auroc": 0.31, "macro_auroc_ci": (0.25, 0.4), "note": "random"},
-            "too small": {"macro_auroc": None, "note": "not enough films"},
+            "too small": {"macro_auroc": None, "note": "not enough images"},
         },
         "combinations": [
             {
@@ -88,9 +88,9 @@ def results(table):
 
 @pytest.fixture
 def page(tmp_path, results, table):
-    film = np.tile(np.arange(64, dtype=np.uint8), (48, 1))
+    image = np.tile(np.arange(64, dtype=np.uint8), (48, 1))
     prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
-    gallery = [GalleryItem(0, "film-a", film, REPORT), GalleryItem(5, "film-b", film)]
+    gallery = [GalleryItem(0, "image-a", image, REPORT), GalleryItem(5, "image-b", image)]
     return write_page(tmp_path, results, gallery, prompts=prompts, **table).read_text("utf-8")
 
 
@@ -100,12 +100,12 @@ def test_results_json_is_sorted_complete_and_rounded_to_six_digits(tmp_path, res
     assert list(read) == sorted(read)
     assert read["macro_auroc"] == float(f"{results['macro_auroc']:.6g}")
     assert [row["finding"] for row in read["findings"]] == ["edema", "mass"]
-    assert read["undefined"][0]["reason"] == "no positive film"
+    assert read["undefined"][0]["reason"] == "no positive image"
     assert not list(tmp_path.rglob("*.tmp"))
     assert write_results(tmp_path / "again", results).read_text("utf-8") == text
 
 
-def test_a_cut_is_not_rounded_as_it_would_call_other_films(tmp_path, results):
+def test_a_cut_is_not_rounded_as_it_would_call_other_images(tmp_path, results):
     results["findings"][0]["threshold"]["value"] = 0.123456789012
     read = json.loads(write_results(tmp_path, results).read_text("utf-8"))
     assert read["findings"][0]["threshold"]["value"] == 0.123456789012
@@ -150,16 +150,16 @@ def test_the_ids_of_the_page_are_unique_and_all_references_resolve(page):
 
 
 def test_the_page_shows_text_as_text(page):
-    assert "<script>" not in page and "Made <films>" not in page
+    assert "<script>" not in page and "Made <images>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; no effusion." in page
-    assert "Made &lt;films&gt;" in page
+    assert "Made &lt;images&gt;" in page
 
 
 def picture(with_patches: bool = True, is_prompt: bool = False) -> Picture:
-    """A film of 16 x 16 px in four patches, one of them hidden, and a text with marks in it."""
-    film = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    is_hidden = np.array([[True, False], [False, False]])
-    rebuilt = film.copy()
+    """An image of 16 x 16 px in four patches, one of them masked, and a text with marks in it."""
+    image = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    is_masked = np.array([[True, False], [False, False]])
+    rebuilt = image.copy()
     rebuilt[:8, :8] = 77
     denied = Entity(3, 11, "finding", "<effusion>", "negated")
     spans = (
@@ -171,14 +171,14 @@ def picture(with_patches: bool = True, is_prompt: bool = False) -> Picture:
         Span(" <u>unread", None, None, False, False),
     )
     if not with_patches:
-        return Picture(film, None, None, None, spans, is_prompt)
-    return Picture(film, np.eye(2), is_hidden, rebuilt, spans, is_prompt)
+        return Picture(image, None, None, None, spans, is_prompt)
+    return Picture(image, np.eye(2), is_masked, rebuilt, spans, is_prompt)
 
 
 def page_with(tmp_path, results, table, *pictures) -> str:
-    film = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = np.arange(256, dtype=np.uint8).reshape(16, 16)
     prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
-    gallery = [GalleryItem(i, f"film-{i}", film, REPORT, p) for i, p in enumerate(pictures)]
+    gallery = [GalleryItem(i, f"image-{i}", image, REPORT, p) for i, p in enumerate(pictures)]
     return write_page(tmp_path, results, gallery, prompts=prompts, **table).read_text("utf-8")
 
 
@@ -186,26 +186,26 @@ def body_of(page: str) -> str:
     return page[page.index("<body>") :]
 
 
-def test_panels_stand_beside_the_film_and_are_the_images_given(tmp_path, results, table):
+def test_panels_stand_beside_the_image_and_are_the_images_given(tmp_path, results, table):
     page = body_of(page_with(tmp_path, results, table, picture()))
     found = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)"', page)
     assert [alt for _, alt in found] == [
-        "Film film-0", "Film film-0, response", "Film film-0, hidden", "Film film-0, rebuilt"
+        "Image image-0", "Image image-0, relevance", "Image image-0, masked", "Image image-0, rebuilt"
     ]  # fmt: skip
-    film, response, hidden, rebuilt = (
+    image, relevance, masked, rebuilt = (
         np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, _ in found
     )
-    np.testing.assert_array_equal(rebuilt[8:], film[8:])
+    np.testing.assert_array_equal(rebuilt[8:], image[8:])
     assert (rebuilt[:8, :8] == 77).all()
-    assert response.shape == (16, 16, 3) and hidden.shape[0] == hidden.shape[1] >= 256
+    assert relevance.shape == (16, 16, 3) and masked.shape[0] == masked.shape[1] >= 256
 
 
 def test_the_text_of_a_picture_is_shown_as_text_with_its_hidden_words(tmp_path, results, table):
     page = body_of(page_with(tmp_path, results, table, picture()))
     quote = re.search(r"<blockquote>(.*?)</blockquote>", page, flags=re.DOTALL)[1]
-    assert "1 of 2 hidden words recovered" in page
+    assert "1 of 2 masked words recovered" in page
     assert not re.search(r"<(?!/?(span|s)\b)", quote)  # no element but the page's own
-    wrong = 'title="hidden: “&lt;b&gt;effusion”; recovered: “edema &amp; &lt;i&gt;”; '
+    wrong = 'title="masked: “&lt;b&gt;effusion”; recovered: “edema &amp; &lt;i&gt;”; '
     assert wrong + 'finding: &lt;effusion&gt;, negated"' in quote
     assert "edema &amp; &lt;i&gt; <s>&lt;b&gt;effusion</s>" in quote
     assert 'class="e denied word wrong"' in quote
@@ -228,13 +228,13 @@ def test_legend_and_notes_come_once_and_only_with_pictures(tmp_path, results, ta
 
 
 def test_pictures_are_drawn_as_a_plot_where_there_are_patches(tmp_path, results, table):
-    film = np.zeros((16, 16), np.uint8)
-    items = [GalleryItem(i, str(i), film, None, p) for i, p in enumerate([None, picture()])]
+    image = np.zeros((16, 16), np.uint8)
+    items = [GalleryItem(i, str(i), image, None, p) for i, p in enumerate([None, picture()])]
     paths = write_plots(tmp_path, results, items, **table)
     assert [p.name for p in paths] == ["auroc.png", "curves.png", "pictures.png"]
     drawn = Image.open(paths[-1])
     assert drawn.width > 3 * drawn.height  # one line of four
-    items = [GalleryItem(0, "0", film, None, picture(with_patches=False))]
+    items = [GalleryItem(0, "0", image, None, picture(with_patches=False))]
     assert len(write_plots(tmp_path, results, items, **table)) == 2
 
 
@@ -242,7 +242,7 @@ def test_axes_and_titles_of_the_curves_say_what_they_show(table):
     figure = curves_figure(
         [Panel("edema, AUROC 0.9", table["labels"][:, 0], table["scores"][:, 0])]
     )
-    assert [axes.get_ylabel() for axes in figure.axes] == ["true positive rate", "share of films"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["true positive rate", "share of images"]
 
 
 def test_the_page_says_how_the_numbers_came_about_and_what_they_are_not(page, results):
@@ -257,23 +257,27 @@ def test_the_page_says_how_the_numbers_came_about_and_what_they_are_not(page, re
         "Training pairs",
         "not for clinical use",
         "drawn by a program",
-        "no positive film",
+        "no positive image",
         "Untrained",
-        "film-b",
+        "image-b",
         "There is pulmonary edema.",
     ):
         assert text in page, text
 
 
 def test_the_page_says_how_each_cut_came_about(tmp_path, results, table):
-    results["findings"][1]["threshold"] = {"value": 0.5, "rule": "even", "chosen_on": "no film"}
+    results["findings"][1]["threshold"] = {
+        "value": 0.5,
+        "rule": "equal_prompts",
+        "chosen_on": "no image",
+    }
     prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
     page = write_page(tmp_path, results, [], prompts=prompts, **table).read_text("utf-8")
     assert "best by F1 on val (edema)" in page
-    assert "no film (mass)." in page
+    assert "no image (mass)." in page
 
 
-def test_the_page_of_real_films_warns_of_shortcuts_instead(tmp_path, results, table):
+def test_the_page_of_real_images_warns_of_shortcuts_instead(tmp_path, results, table):
     prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
     path = write_page(tmp_path, results | {"kind": "zeroshot"}, [], prompts=prompts, **table)
     page = path.read_text("utf-8")
@@ -307,12 +311,12 @@ def test_the_page_names_the_data_of_training_where_they_are_not_those_scored(
 @pytest.mark.parametrize("summary", ["One sentence", "One sentence."])
 def test_the_summary_ends_with_one_full_stop(tmp_path, results, table, summary: str):
     found = RunResults.model_validate(
-        results | {"summary": summary, "facts": {"training films": 1092}}
+        results | {"summary": summary, "facts": {"training images": 1092}}
     )
     page = write_page(tmp_path, found, [], prompts={}, **table).read_text("utf-8")
     card = write_card(tmp_path, found).read_text("utf-8")
     assert '<p class="lead">One sentence.</p>' in page
-    assert "\nOne sentence.\n" in card and "| training films | 1,092 |" in card
+    assert "\nOne sentence.\n" in card and "| training images | 1,092 |" in card
 
 
 def test_plots_follow_the_theme_of_the_page(page):
@@ -325,11 +329,11 @@ def test_plots_follow_the_theme_of_the_page(page):
 
 def test_a_page_without_any_defined_finding_is_still_a_page(tmp_path, results, table):
     labels = np.full_like(table["labels"], np.nan)
-    nothing = score_findings(labels, table["scores"], list(range(80)), FINDINGS, draws=5)
+    nothing = metrics_by_finding(labels, table["scores"], list(range(80)), FINDINGS, n_resamples=5)
     table = table | {"labels": labels}
     page = write_page(tmp_path, results | nothing, [], prompts={}, **table).read_text("utf-8")
-    assert "Undefined: no finding has 10 films with it" in page
-    assert "no positive and no negative film" in page
+    assert "Undefined: no finding has 10 images with it" in page
+    assert "no positive and no negative image" in page
     assert [p.name for p in write_plots(tmp_path, results | nothing, [], **table)] == ["auroc.png"]
 
 
@@ -357,7 +361,7 @@ def test_roc_points_run_from_corner_to_corner_and_are_thinned():
     assert roc_points(np.ones(3), np.arange(3.0)) is None
 
 
-def test_the_mean_place_of_positive_films_is_the_auroc(table):
+def test_the_mean_place_of_positive_images_is_the_auroc(table):
     labels, scores = table["labels"][:, 1], np.round(table["scores"][:, 1])
     places = [share_below(s, scores[labels == 0]) for s in scores[labels == 1]]
     assert np.mean(places) == pytest.approx(auroc(labels, scores), abs=1e-12)

@@ -16,15 +16,15 @@ from rich.console import Console
 from mmclip import embedding_store
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.cli import retrieve as cli
-from mmclip.data.batches import TrainingBatches, still
+from mmclip.data.batches import TrainingBatches, deterministic_config
 from mmclip.data.build import build_data
 from mmclip.data.check import TRAINED_FILE, patient_key, trained_keys
-from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import ManifestError
-from mmclip.data.records import Film
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.sample import Sample
 from mmclip.data.text import train_tokenizer
-from mmclip.embed import embed_films, embed_texts, words_hardly_known
-from mmclip.embedding_store import STORE_FOLDER, film_embeddings, text_embeddings
+from mmclip.embed import embed_images, embed_texts, words_hardly_known
+from mmclip.embedding_store import STORE_FOLDER, image_embeddings, text_embeddings
 from mmclip.evaluation.bootstrap import patient_weights
 from mmclip.evaluation.intervals import percentile_interval
 from mmclip.evaluation.metrics import Retrieved
@@ -37,8 +37,8 @@ from mmclip.retrieval.ranking import (
     rank_candidates,
     report_keys,
     resampled,
-    rows_to_retrieve,
     score_direction,
+    select_pairs,
 )
 from mmclip.retrieval.retrieve import Search, nearest_patients, search
 from tests.commands import mmclip
@@ -53,13 +53,14 @@ class Made:
     data: Path
     raw: Path
     checkpoint: Checkpoint
-    rows: Rows
+    dataset: ImageTextDataset
 
     def search(self, **asked: object) -> Search:
-        return search(self.run, [self.data], device=CPU, **asked)  # pyright: ignore[reportArgumentType]
+        # pyright: ignore[reportArgumentType]
+        return search(self.run, [self.data], device=CPU, **asked)
 
     def embed(self) -> np.ndarray:
-        return film_embeddings(self.checkpoint, self.rows, [self.data])
+        return image_embeddings(self.checkpoint, self.dataset, [self.data])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def made(
 ) -> Made:
     """A copy of the run, as embeddings are stored in it."""
     run = shutil.copytree(made_run, tmp_path_factory.mktemp("retrieve") / "run")
-    return Made(run, made_data, made_raw, load_checkpoint(run), open_rows([made_data]))
+    return Made(run, made_data, made_raw, load_checkpoint(run), open_dataset([made_data]))
 
 
 @pytest.fixture
@@ -88,30 +89,32 @@ def own_keys(n: int) -> torch.Tensor:
     return torch.arange(n)[:, None].expand(n, 2)
 
 
-def changed(rows: Rows, change: Callable[[int, Film], Film]) -> Rows:
-    return replace(rows, films=tuple(change(i, film) for i, film in enumerate(rows.films)))
+def changed(dataset: ImageTextDataset, change: Callable[[int, Sample], Sample]) -> ImageTextDataset:
+    return replace(
+        dataset, samples=tuple(change(i, sample) for i, sample in enumerate(dataset.samples))
+    )
 
 
 # --- what counts as found
 
 
 def test_right_answers_are_the_positives_of_training(made: Made):
-    kept = rows_to_retrieve(made.rows, "test")
-    first = kept.films[0]
+    kept = select_pairs(made.dataset, "test")
+    first = kept.samples[0]
 
-    def alike(i: int, film: Film) -> Film:
+    def alike(i: int, sample: Sample) -> Sample:
         if i == 1:  # the same text after cleaning, of another study
-            return replace(film, report=first.report)
+            return replace(sample, report=first.report)
         if i != 2:
-            return film
-        return replace(film, study_id=first.study_id, patient_id=first.patient_id)
+            return sample
+        return replace(sample, study_id=first.study_id, patient_id=first.patient_id)
 
     kept = changed(kept, alike)
-    config = still(made.checkpoint.config)
-    patch_px = made.checkpoint.model.vision_model.config.patch_size
-    batches = TrainingBatches(kept, made.checkpoint.tokenizer, config, patch_px)
+    config = deterministic_config(made.checkpoint.config)
+    patch_size = made.checkpoint.model.vision_model.config.patch_size
+    batches = TrainingBatches(kept, made.checkpoint.tokenizer, config, patch_size)
     trained = batches.of_rows(np.arange(len(kept))).keys
-    keys = report_keys(made.checkpoint, kept.films)
+    keys = report_keys(made.checkpoint, kept.samples)
     is_positive = positive_pairs(keys, keys)
     assert torch.equal(is_positive, positive_pairs(trained, trained))
     assert is_positive[0, :3].all() and not is_positive[1, 2]
@@ -119,13 +122,13 @@ def test_right_answers_are_the_positives_of_training(made: Made):
 
 
 def test_an_equal_report_of_another_patient_counts_as_a_hit():
-    films = np.eye(3, dtype=np.float32)
-    reports = films[[1, 0, 2]]  # each of the first two films is nearest to the other's report
+    images = np.eye(3, dtype=np.float32)
+    reports = images[[1, 0, 2]]  # each of the first two images is nearest to the other's report
     study, text = torch.arange(3), torch.tensor([7, 7, 8])
-    wrong, _ = rank_candidates(films, reports, own_keys(3), own_keys(3), (1,))
+    wrong, _ = rank_candidates(images, reports, own_keys(3), own_keys(3), (1,))
     assert wrong.hit[:, 0].tolist() == [0, 0, 1]
     keys = torch.stack([study, text], 1)
-    found, n_positive = rank_candidates(films, reports, keys, keys, (1,))
+    found, n_positive = rank_candidates(images, reports, keys, keys, (1,))
     assert found.hit[:, 0].tolist() == [1, 1, 1] and found.rank.tolist() == [1, 1, 1]
     assert n_positive.tolist() == [2, 2, 1]
 
@@ -134,29 +137,29 @@ def test_collapsed_embeddings_score_chance_exactly():
     # Wide, of many digits, and of a number that fits no block of a matrix product.
     n, alike = 203, np.repeat(unit(1, width=512), 203, axis=0)
     found, n_positive = rank_candidates(alike, alike, own_keys(n), own_keys(n))
-    result = score_direction(found, n_positive, n, [str(i) for i in range(n)], draws=5)
+    result = score_direction(found, n_positive, n, [str(i) for i in range(n)], n_resamples=5)
     assert result.median_rank == result.median_rank_chance == (n + 1) / 2
     for at in result.at:
         assert at.hit == at.recall == at.hit_chance == pytest.approx(at.k / n, rel=1e-5)
     texts = torch.arange(n)[:, None] // 50  # equal reports: what is found by chance is more
     found, n_positive = rank_candidates(alike, alike, texts, texts)
-    result = score_direction(found, n_positive, n, [str(i) for i in range(n)], draws=5)
+    result = score_direction(found, n_positive, n, [str(i) for i in range(n)], n_resamples=5)
     assert result.at[0].hit == result.at[0].hit_chance > 0.2
     assert result.at[0].recall == pytest.approx(1 / n, rel=1e-5)
     assert result.median_rank == result.median_rank_chance == pytest.approx((n + 1) / 51, rel=1e-5)
 
 
 def test_embeddings_that_agree_find_everything_at_once():
-    films = unit(40)
-    found, _ = rank_candidates(films, films, own_keys(40), own_keys(40))
+    samples = unit(40)
+    found, _ = rank_candidates(samples, samples, own_keys(40), own_keys(40))
     assert found.hit.min() == found.recall.min() == 1 and found.rank.max() == 1
 
 
 def test_some_queries_at_a_time_find_what_all_find_together(monkeypatch: pytest.MonkeyPatch):
-    films, reports, keys = unit(30), unit(30, seed=1), torch.arange(30)[:, None] // 2
-    whole = rank_candidates(films, reports, keys, keys)
+    samples, reports, keys = unit(30), unit(30, seed=1), torch.arange(30)[:, None] // 2
+    whole = rank_candidates(samples, reports, keys, keys)
     monkeypatch.setattr(ranking, "_CHUNK_PAIRS", 100)
-    parts = _flat(rank_candidates(films, reports, keys, keys))
+    parts = _flat(rank_candidates(samples, reports, keys, keys))
     for a, b in zip(_flat(whole), parts, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -171,7 +174,7 @@ def test_intervals_are_those_of_repeated_queries_of_whole_patients(
     rng = np.random.default_rng(0)
     patients = [f"p{i}" for i in rng.integers(0, 6, 21)]
     found = Retrieved(rng.random((21, 2)), rng.random((21, 2)), 1 + rng.integers(0, 40, 21) / 2)
-    means, medians = resampled(found, patients, draws=9, seed=4)
+    means, medians = resampled(found, patients, n_resamples=9, seed=4)
     names = list(dict.fromkeys(patients))
     (weights,) = patient_weights(len(names), 9, seed=4, step=9)
     for draw in range(9):
@@ -179,11 +182,15 @@ def test_intervals_are_those_of_repeated_queries_of_whole_patients(
         assert medians[draw] == np.median(found.rank.repeat(times))
         np.testing.assert_allclose(means[draw, :2], found.hit.repeat(times, axis=0).mean(axis=0))
         np.testing.assert_allclose(means[draw, 2:], found.recall.repeat(times, axis=0).mean(axis=0))
-    scored = score_direction(found, np.ones(21, np.int64), 50, patients, (1, 5), draws=9, seed=4)
+    scored = score_direction(
+        found, np.ones(21, np.int64), 50, patients, (1, 5), n_resamples=9, seed=4
+    )
     assert scored.median_rank_ci == pytest.approx(percentile_interval(medians), rel=1e-5)
     assert scored.at[1].hit_ci == pytest.approx(percentile_interval(means[:, 1]), rel=1e-5)
     monkeypatch.setattr(ranking, "_CHUNK_PAIRS", 50)
-    for a, b in zip(resampled(found, patients, draws=9, seed=4), (means, medians), strict=True):
+    for a, b in zip(
+        resampled(found, patients, n_resamples=9, seed=4), (means, medians), strict=True
+    ):
         np.testing.assert_allclose(a, b)
 
 
@@ -194,7 +201,7 @@ def test_embeddings_are_made_once_and_then_read(fresh: Made, monkeypatch: pytest
     monkeypatch.setattr(embedding_store, "_CHUNK", 50)
     made = fresh.embed()
     np.testing.assert_allclose(
-        made, embed_films(fresh.checkpoint.model, fresh.rows, show=False).numpy(), atol=1e-5
+        made, embed_images(fresh.checkpoint.model, fresh.dataset, show=False).numpy(), atol=1e-5
     )
     texts = ["No edema.", "Edema.", "No edema."]
     of_texts = text_embeddings(fresh.checkpoint, texts)
@@ -205,7 +212,7 @@ def test_embeddings_are_made_once_and_then_read(fresh: Made, monkeypatch: pytest
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("embedded again")
 
-    monkeypatch.setattr(embedding_store, "embed_films", refuse)
+    monkeypatch.setattr(embedding_store, "embed_images", refuse)
     monkeypatch.setattr(embedding_store, "embed_texts", refuse)
     again = fresh.embed()
     np.testing.assert_array_equal(again, made)
@@ -213,15 +220,15 @@ def test_embeddings_are_made_once_and_then_read(fresh: Made, monkeypatch: pytest
     np.testing.assert_array_equal(text_embeddings(fresh.checkpoint, texts), of_texts)
 
 
-def test_other_films_have_embeddings_of_their_own(fresh: Made, monkeypatch: pytest.MonkeyPatch):
+def test_other_images_have_embeddings_of_their_own(fresh: Made, monkeypatch: pytest.MonkeyPatch):
     fresh.embed()
-    some = fresh.rows.select([film.split == "val" for film in fresh.rows.films])
-    assert len(film_embeddings(fresh.checkpoint, some, [fresh.data])) == len(some)
-    other = replace(fresh.rows, data_hash="other")
-    film_embeddings(fresh.checkpoint, other, [fresh.data])
-    monkeypatch.setattr(embedding_store, "read_meta", lambda folder: {"films_sha256": "other"})
-    fresh.embed()  # the same records, of which another version made other films
-    assert len(list((fresh.run / STORE_FOLDER).glob("films-*.npy"))) == 4
+    some = fresh.dataset.select([sample.split == "val" for sample in fresh.dataset.samples])
+    assert len(image_embeddings(fresh.checkpoint, some, [fresh.data])) == len(some)
+    other = replace(fresh.dataset, data_hash="other")
+    image_embeddings(fresh.checkpoint, other, [fresh.data])
+    monkeypatch.setattr(embedding_store, "read_meta", lambda folder: {"images_sha256": "other"})
+    fresh.embed()  # the same records, of which another version made other images
+    assert len(list((fresh.run / STORE_FOLDER).glob("images-*.npy"))) == 4
 
 
 def damage_byte(path: Path) -> None:
@@ -253,7 +260,7 @@ def test_embeddings_that_do_not_fit_are_made_anew_and_it_is_said(
     capsys: pytest.CaptureFixture[str],
 ):
     made = np.array(fresh.embed())
-    (npy,) = (fresh.run / STORE_FOLDER).glob("films-*.npy")
+    (npy,) = (fresh.run / STORE_FOLDER).glob("images-*.npy")
     damage(npy, npy.with_suffix(".json"))
     capsys.readouterr()
     np.testing.assert_array_equal(fresh.embed(), made)
@@ -269,7 +276,7 @@ def test_a_run_that_cannot_be_written_is_searched_all_the_same(
 ):
     (fresh.run / STORE_FOLDER).write_text("no folder")
     try:
-        assert fresh.embed().shape == (len(fresh.rows), 16)
+        assert fresh.embed().shape == (len(fresh.dataset), 16)
         assert "embeddings are not stored" in caplog.text
     finally:
         (fresh.run / STORE_FOLDER).unlink()
@@ -279,7 +286,7 @@ def test_an_interrupted_embedding_leaves_nothing_that_is_taken_up(
     fresh: Made, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(embedding_store, "_CHUNK", 50)
-    embed, done = embed_films, []
+    embed, done = embed_images, []
 
     def interrupted(*args, **kwargs):
         if done:
@@ -287,7 +294,7 @@ def test_an_interrupted_embedding_leaves_nothing_that_is_taken_up(
         done.append(1)
         return embed(*args, **kwargs)
 
-    monkeypatch.setattr(embedding_store, "embed_films", interrupted)
+    monkeypatch.setattr(embedding_store, "embed_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fresh.embed()
     assert list((fresh.run / STORE_FOLDER).iterdir()) == []
@@ -297,7 +304,7 @@ def test_embeddings_that_are_not_finite_are_refused(fresh: Made, monkeypatch: py
     def broken(model, rows, show):
         return torch.full((len(rows), 16), torch.nan)
 
-    monkeypatch.setattr(embedding_store, "embed_films", broken)
+    monkeypatch.setattr(embedding_store, "embed_images", broken)
     with pytest.raises(ValueError, match="not finite; its training has diverged"):
         fresh.embed()
 
@@ -310,44 +317,44 @@ def test_the_nearest_patients_by_hand():
     patients = ["a", "b", "c", "b", "d", "e"]
     searched = [True, True, True, True, True, False]
     found = nearest_patients(similarity, patients, searched, top=3)
-    assert [(f.rank, f.row, f.n_films) for f in found] == [(1, 1, 2), (2, 2, 1), (3, 4, 1)]
+    assert [(f.rank, f.row, f.n_images) for f in found] == [(1, 1, 2), (2, 2, 1), (3, 4, 1)]
     assert found[0].similarity == pytest.approx(0.9)
     assert len(nearest_patients(similarity, patients, searched, top=9)) == 4
 
 
-def test_a_film_of_the_data_finds_the_films_nearest_to_it_and_not_itself(made: Made):
-    film = made.rows.films[5]
-    found = made.search(film=film.film_id, top=4)
-    films = embed_films(made.checkpoint.model, made.rows, show=False)
-    similarity = (films @ films[5]).numpy()
-    similarity[[patient_key(f) == patient_key(film) for f in made.rows.films]] = -2
+def test_an_image_of_the_data_finds_the_images_nearest_to_it_and_not_itself(made: Made):
+    sample = made.dataset.samples[5]
+    found = made.search(image=sample.image_id, top=4)
+    images = embed_images(made.checkpoint.model, made.dataset, show=False)
+    similarity = (images @ images[5]).numpy()
+    similarity[[patient_key(f) == patient_key(sample) for f in made.dataset.samples]] = -2
     assert found.found[0].row == similarity.argmax()
-    assert film.patient_id not in {made.rows.films[f.row].patient_id for f in found.found}
+    assert sample.patient_id not in {made.dataset.samples[f.row].patient_id for f in found.found}
     np.testing.assert_allclose(found.found[0].similarity, similarity.max(), atol=1e-5)
 
 
-def test_films_without_reports_are_found_once_a_patient_and_not_of_the_own_one(
+def test_images_without_reports_are_found_once_a_patient_and_not_of_the_own_one(
     made: Made, tmp_path: Path
 ):
-    # Without a report each film is a study of its own; p2 of another collection is another person.
-    images = [str(film.image) for film in made.rows.films if film.image][:9]
+    # Without a report each image is a study of its own; p2 of another collection is another person.
+    images = [str(sample.image) for sample in made.dataset.samples if sample.image][:9]
     whose = ["p1", "p1", "p1", "p2", "p2", "p3", "p3", "p3", "p2"]
-    films = [
-        Film(
-            film_id=f"f{i}", study_id=f"f{i}", patient_id=patient, view="PA", image=image,
+    samples = [
+        Sample(
+            image_id=f"f{i}", study_id=f"f{i}", patient_id=patient, view="PA", image=image,
             source="other" if i == 8 else "ours", split="test",
         )
         for i, (image, patient) in enumerate(zip(images, whose, strict=True))
     ]  # fmt: skip
-    build_data(films, made.raw, tmp_path / "data", film_px=32)
-    found = search(made.run, [tmp_path / "data"], film="f0", device=CPU)
-    said = [(record["source"], record["n_films"]) for record in found.records()]
+    build_data(samples, made.raw, tmp_path / "data", image_size=32)
+    found = search(made.run, [tmp_path / "data"], image="f0", device=CPU)
+    said = [(record["source"], record["n_images"]) for record in found.records()]
     assert sorted(said) == [("other", 1), ("ours", 2), ("ours", 3)]
-    assert not {record["film_id"] for record in found.records()} & {"f0", "f1", "f2"}
-    # Each is shown by the nearest film.
-    embedded = embed_films(made.checkpoint.model, found.rows, show=False)
+    assert not {record["image_id"] for record in found.records()} & {"f0", "f1", "f2"}
+    # Each is shown by the nearest image.
+    embedded = embed_images(made.checkpoint.model, found.dataset, show=False)
     similarity = (embedded @ embedded[0]).numpy()
-    patients = np.array([patient_key(film) for film in found.rows.films])
+    patients = np.array([patient_key(sample) for sample in found.dataset.samples])
     for one in found.found:
         own = similarity[patients == patients[one.row]]
         assert one.similarity == pytest.approx(own.max(), abs=1e-5)
@@ -358,12 +365,14 @@ def test_an_id_stays_whole_in_a_terminal_of_80_columns(
     made: Made, monkeypatch: pytest.MonkeyPatch, length: int
 ):
     found = made.search(phrase="No edema.", top=3)
-    long = changed(found.rows, lambda i, film: replace(film, film_id=f"{i:x>{length}}"))
-    long = changed(long, lambda i, film: replace(film, report="Small left pleural effusion. " * 9))
+    long = changed(found.dataset, lambda i, sample: replace(sample, image_id=f"{i:x>{length}}"))
+    long = changed(
+        long, lambda i, sample: replace(sample, report="Small left pleural effusion. " * 9)
+    )
     shown = io.StringIO()
     terminal = Console(file=shown, width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr(cli, "console", terminal)
-    cli.print_found(replace(found, rows=long), top=3)
+    cli.print_found(replace(found, dataset=long), top=3)
     lines = shown.getvalue().splitlines()
     for one in found.found:
         assert sum(f" {one.row:x>{length}} " in line for line in lines) == 1
@@ -387,46 +396,46 @@ def encoded(image: Image.Image, kind: str) -> bytes:
     ],
     ids=["png", "tiff", "dicom"],
 )
-def test_a_film_from_a_file_finds_the_same_film_in_the_data(
+def test_an_image_from_a_file_finds_the_same_image_in_the_data(
     made: Made, tmp_path: Path, write: Callable[[Image.Image], bytes]
 ):
-    film = made.rows.films[9]
-    path = tmp_path / "film"
-    path.write_bytes(write(Image.open(made.raw / str(film.image)).convert("L")))
-    (first, *_) = made.search(film=str(path), top=2).records()
-    assert first["film_id"] == film.film_id
+    sample = made.dataset.samples[9]
+    path = tmp_path / "image"
+    path.write_bytes(write(Image.open(made.raw / str(sample.image)).convert("L")))
+    (first, *_) = made.search(image=str(path), top=2).records()
+    assert first["image_id"] == sample.image_id
     assert first["similarity"] == pytest.approx(1, abs=1e-5)
 
 
-def test_the_very_file_of_a_film_is_that_film(made: Made, capsys: pytest.CaptureFixture[str]):
-    film = made.rows.films[9]
-    found = made.search(film=str(made.raw / str(film.image)), top=3)
-    assert f"is film {film.film_id} of the data: its own patient is left out" in " ".join(
+def test_the_very_file_of_an_image_is_that_image(made: Made, capsys: pytest.CaptureFixture[str]):
+    sample = made.dataset.samples[9]
+    found = made.search(image=str(made.raw / str(sample.image)), top=3)
+    assert f"is image {sample.image_id} of the data: its own patient is left out" in " ".join(
         capsys.readouterr().err.split()
     )
-    assert film.film_id not in {record["film_id"] for record in found.records()}
-    by_id = made.search(film=film.film_id, top=3)
+    assert sample.image_id not in {record["image_id"] for record in found.records()}
+    by_id = made.search(image=sample.image_id, top=3)
     assert [f.row for f in found.found] == [f.row for f in by_id.found]
 
 
-def test_a_phrase_finds_films_of_the_split_that_is_asked_for(made: Made):
+def test_a_phrase_finds_images_of_the_split_that_is_asked_for(made: Made):
     found = made.search(phrase="Large left pleural effusion.", top=5, split="val")
     assert [record["split"] for record in found.records()] == ["val"] * 5
     model, tokenizer = made.checkpoint.model, made.checkpoint.tokenizer
     text = embed_texts(model, tokenizer, ["Large left pleural effusion."], 64)[0]
-    similarity = (embed_films(model, made.rows, show=False) @ text).numpy()
-    val = [i for i, film in enumerate(made.rows.films) if film.split == "val"]
+    similarity = (embed_images(model, made.dataset, show=False) @ text).numpy()
+    val = [i for i, sample in enumerate(made.dataset.samples) if sample.split == "val"]
     best = [f.similarity for f in found.found]
     assert best[0] == pytest.approx(similarity[val].max(), abs=1e-5)
     assert best == sorted(best, reverse=True)
 
 
 def test_what_cannot_be_searched_is_refused_with_the_next_step(made: Made, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"'nowhere.png' is neither a film id of the data nor a"):
-        made.search(film="nowhere.png")
+    with pytest.raises(ValueError, match=r"'nowhere.png' is neither an image id of the data nor a"):
+        made.search(image="nowhere.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no more")
-    with pytest.raises(ValueError, match=r"broken.png gives no film: the file is no image"):
-        made.search(film=str(tmp_path / "broken.png"))
+    with pytest.raises(ValueError, match=r"broken.png gives no image: the file is no image"):
+        made.search(image=str(tmp_path / "broken.png"))
     for phrase in ("", "胸水"):
         with pytest.raises(ValueError, match="no word that the model knows"):
             made.search(phrase=phrase)
@@ -465,12 +474,12 @@ def test_a_search_prints_json_on_stdout_and_a_table_on_stderr(made: Made, tmp_pa
     assert ended.code == 0, ended.err
     records = [json.loads(line) for line in ended.out.splitlines()]
     assert [record["rank"] for record in records] == [1, 2, 3]
-    films = {film.film_id: film for film in made.rows.films}
+    samples = {sample.image_id: sample for sample in made.dataset.samples}
     for record in records:
-        assert record["report"] == films[record["film_id"]].report
+        assert record["report"] == samples[record["image_id"]].report
         # Ids of studies can hold those of patients.
         assert not {"patient_id", "study_id"} & record.keys()
-        assert str(record["film_id"]) in ended.err
+        assert str(record["image_id"]) in ended.err
     with Image.open(tmp_path / "o/found.png") as sheet:
         assert sheet.width > 300
 
@@ -479,12 +488,12 @@ def test_nothing_that_a_search_says_holds_a_word_of_a_dicom_header(made: Made, t
     sound = dicom(np.random.default_rng(0).integers(0, 255, (40, 40), dtype=np.uint8))
     for name, content in (("sound", sound), ("cut", sound[:-300])):
         (tmp_path / name).write_bytes(content)
-        ended = command(made, tmp_path, "--film", tmp_path / name)
+        ended = command(made, tmp_path, "--image", tmp_path / name)
         assert ended.code == (name == "cut")
         assert not [w for w in (*NAME.split("^"), NUMBER) if w in ended.out + ended.err]
 
 
-@pytest.mark.parametrize("given", [(), ("--film", "a", "--phrase", "b"), ("--evaluate",)])
+@pytest.mark.parametrize("given", [(), ("--image", "a", "--phrase", "b"), ("--evaluate",)])
 def test_one_thing_is_asked_at_a_time(made: Made, tmp_path: Path, given: tuple[str, ...]):
     error = command(made, tmp_path, *given).error()
     assert ("name their folder by --out" if given == ("--evaluate",) else "give one of") in error
@@ -492,20 +501,20 @@ def test_one_thing_is_asked_at_a_time(made: Made, tmp_path: Path, given: tuple[s
 
 def test_evaluation_writes_what_it_prints_and_writes_over_nothing_else(made: Made, tmp_path: Path):
     out = tmp_path / "out"
-    asked = ("--evaluate", "--out", out, "--draws", "20")
+    asked = ("--evaluate", "--out", out, "--n-resamples", "20")
     ended = command(made, tmp_path, *asked)
     assert (ended.code, ended.out) == (0, f"{out / RETRIEVAL_FILE}\n"), ended.err
     text = (out / RETRIEVAL_FILE).read_text("utf-8")
     results = RetrievalResults.model_validate_json(text)
-    kept = rows_to_retrieve(made.rows, "test")
-    assert results.n_films == len(kept) == results.film_to_report.n_candidates
-    assert results.provenance.data_hash == made.rows.data_hash
-    assert results.leak_check.startswith("no film and no patient of these was trained on")
-    for direction in ("film_to_report", "report_to_film"):
+    kept = select_pairs(made.dataset, "test")
+    assert results.n_images == len(kept) == results.image_to_report.n_candidates
+    assert results.provenance.data_hash == made.dataset.data_hash
+    assert results.leak_check.startswith("no image and no patient of these was trained on")
+    for direction in ("image_to_report", "report_to_image"):
         part = getattr(results, direction)
         with np.load(out / RANKS_FILE) as stored:
             rank = stored[f"{direction}_rank"]
-            assert stored["film_id"].tolist() == [film.film_id for film in kept.films]
+            assert stored["image_id"].tolist() == [sample.image_id for sample in kept.samples]
         assert part.median_rank == pytest.approx(np.median(rank), rel=1e-5)
         # Without ties a rank is whole, and its share up to k is R@k.
         shares = [(rank <= at.k).mean() for at in part.at]
@@ -517,19 +526,19 @@ def test_evaluation_writes_what_it_prints_and_writes_over_nothing_else(made: Mad
     assert "already holds results of" in other and "--overwrite" in other
 
 
-def test_films_that_the_run_was_trained_on_are_not_scored(made: Made, tmp_path: Path):
+def test_images_that_the_run_was_trained_on_are_not_scored(made: Made, tmp_path: Path):
     run = shutil.copytree(made.run, tmp_path / "run")
-    tested = [film for film in made.rows.films if film.split == "test"]
+    tested = [sample for sample in made.dataset.samples if sample.split == "test"]
     np.save(run / TRAINED_FILE, trained_keys(tested[:1]))
     given = ("--run", run, "--data", made.data, "--out", tmp_path / "out", "--evaluate")
     error = mmclip(tmp_path, "retrieve", *given).error()
     assert "the run was trained on 1 of these" in error and not (tmp_path / "out").exists()
 
 
-def test_evaluation_needs_films_with_reports(made: Made):
-    silent = changed(made.rows, lambda i, film: replace(film, report=None))
-    with pytest.raises(ManifestError, match="0 frontal films with a report in split 'test'"):
-        rows_to_retrieve(silent, "test")
-    lateral = changed(made.rows, lambda i, film: replace(film, view="L"))
-    with pytest.raises(ManifestError, match="0 frontal films"):
-        rows_to_retrieve(lateral, "test")
+def test_evaluation_needs_images_with_reports(made: Made):
+    silent = changed(made.dataset, lambda i, sample: replace(sample, report=None))
+    with pytest.raises(ManifestError, match="0 frontal images with a report in split 'test'"):
+        select_pairs(silent, "test")
+    lateral = changed(made.dataset, lambda i, sample: replace(sample, view="L"))
+    with pytest.raises(ManifestError, match="0 frontal images"):
+        select_pairs(lateral, "test")

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from mmclip.data.csv_table import SourceError
 from mmclip.data.sources import READERS, open_reader
-from mmclip.data.tables import SourceError
 from tests.published import lay_out
-from tests.test_readers_chestxray14 import FILMS, NEW, TABLE
+from tests.test_readers_chestxray14 import IMAGES, NEW, TABLE
 from tests.test_readers_siim import LAYOUTS
 
 
@@ -29,11 +29,11 @@ def test_a_reader_says_that_patients_are_unknown_and_others_do_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.WARNING, "mmclip")
-    siim, nih = lay_out(tmp_path / "a", LAYOUTS["stage 1"]), {TABLE: NEW, **FILMS}
+    siim, nih = lay_out(tmp_path / "a", LAYOUTS["stage 1"]), {TABLE: NEW, **IMAGES}
     assert len(list(open_reader("chestxray14", lay_out(tmp_path / "b", nih), **NO_TABLE))) == 5
     assert not caplog.records
     assert len(list(open_reader("siim", siim, **NO_TABLE))) == 3
-    assert "siim: patients unknown, a film counts as one" in caplog.text
+    assert "siim: patients unknown, an image counts as one" in caplog.text
 
 
 NO_TABLE = {"mapping": None, "table": None}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mmclip.data.check import find_overlaps
 from mmclip.data.folder import SPLIT_FILE, ManifestError, read_meta
 from mmclip.data.manifest import read_manifest, write_manifest
-from mmclip.data.records import Film, assign_splits
+from mmclip.data.sample import Sample, assign_splits
 from mmclip.data.split_lists import list_sha256, match_list
 from mmclip.data.splits import (
     clean_split,
@@ -27,52 +27,58 @@ from mmclip.data.splits import (
 from tests.commands import mmclip
 
 
-def film(number: int, patient: str | None = None, content: int | None = None, **values) -> Film:
+def sample(number: int, patient: str | None = None, content: int | None = None, **values) -> Sample:
     sha = hashlib.sha256(str(number if content is None else content).encode()).hexdigest()
     known = {
-        "film_id": f"f{number}", "study_id": f"s{number}", "patient_id": patient or f"p{number}",
+        "image_id": f"f{number}", "study_id": f"s{number}", "patient_id": patient or f"p{number}",
         "source": "made", "image": f"{number}.png", "image_sha256": sha,
     }  # fmt: skip
-    return Film(**{**known, **values})
+    return Sample(**{**known, **values})
 
 
-def folder_of(path: Path, films: list[Film], by_source: int = 0) -> Path:
-    write_manifest(path, assign_splits(films), [], None, {}, by_source)
+def folder_of(path: Path, samples: list[Sample], by_source: int = 0) -> Path:
+    write_manifest(path, assign_splits(samples), [], None, {}, by_source)
     return path
 
 
 def splits_of(folder: Path) -> dict[str, str | None]:
-    return {film.film_id: film.split for film in read_manifest(folder)}
+    return {sample.image_id: sample.split for sample in read_manifest(folder)}
 
 
 # Clean.
 
 
-def test_patients_who_share_a_film_by_themselves_or_through_others_are_one_group():
-    films = [film(0, "b", 7), film(1, "a", 7), film(2, "a", 8), film(3, "c", 8), film(4, "d")]
-    assert group_of(films) == {"a": "a", "b": "a", "c": "a", "d": "d"}
-    assert group_of(films, ["near 1", None, None, None, "near 1"])["d"] == "a"
+def test_patients_who_share_an_image_by_themselves_or_through_others_are_one_group():
+    samples = [
+        sample(0, "b", 7),
+        sample(1, "a", 7),
+        sample(2, "a", 8),
+        sample(3, "c", 8),
+        sample(4, "d"),
+    ]
+    assert group_of(samples) == {"a": "a", "b": "a", "c": "a", "d": "d"}
+    assert group_of(samples, ["near 1", None, None, None, "near 1"])["d"] == "a"
 
 
 @given(
     st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 9)), min_size=1, max_size=30),
     st.integers(0, 5),
 )
-def test_a_clean_split_keeps_every_film_once_and_puts_no_patient_or_content_into_two(rows, seed):
-    films = [film(i, patient, content) for i, (patient, content) in enumerate(rows)]
-    chosen = clean_split(films, seed, 0.3, 0.3)
-    ids = [film_id for part in chosen.values() for film_id in part]
-    assert sorted(ids) == sorted(f.film_id for f in films)
-    part_of = {film_id: part for part, members in chosen.items() for film_id in members}
+def test_a_clean_split_keeps_every_image_once_and_puts_no_patient_or_content_into_two(rows, seed):
+    samples = [sample(i, patient, content) for i, (patient, content) in enumerate(rows)]
+    chosen = clean_split(samples, seed, 0.3, 0.3)
+    ids = [image_id for part in chosen.values() for image_id in part]
+    assert sorted(ids) == sorted(f.image_id for f in samples)
+    part_of = {image_id: part for part, members in chosen.items() for image_id in members}
     for key in ("patient_id", "image_sha256"):
         held = defaultdict(set)
-        for f in films:
-            held[getattr(f, key)].add(part_of[f.film_id])
+        for f in samples:
+            held[getattr(f, key)].add(part_of[f.image_id])
         assert all(len(parts) == 1 for parts in held.values())
 
 
 def test_a_clean_split_of_plain_patients_is_the_draw_of_the_build(tmp_path: Path):
-    built = folder_of(tmp_path, [film(i) for i in range(60)])
+    built = folder_of(tmp_path, [sample(i) for i in range(60)])
     before, as_built = splits_of(built), read_meta(built)["data_hash"]
     split = set_split(built, "clean", seed=0)
     assert splits_of(built) == before and len(set(before.values())) == 3
@@ -85,9 +91,9 @@ def test_a_clean_split_of_plain_patients_is_the_draw_of_the_build(tmp_path: Path
     assert set_split(built, "clean", seed=0) == split
 
 
-def test_equal_films_of_two_patients_are_in_one_split(tmp_path: Path):
-    films = [film(i, content=i % 50) for i in range(100)]
-    parts = splits_of(folder_of(tmp_path, films))
+def test_equal_images_of_two_patients_are_in_one_split(tmp_path: Path):
+    samples = [sample(i, content=i % 50) for i in range(100)]
+    parts = splits_of(folder_of(tmp_path, samples))
     assert any(parts[f"f{i}"] != parts[f"f{i + 50}"] for i in range(50))
     set_split(tmp_path, "clean")
     parts = splits_of(tmp_path)
@@ -95,44 +101,45 @@ def test_equal_films_of_two_patients_are_in_one_split(tmp_path: Path):
 
 
 def test_a_mapping_gives_patients_and_two_data_sets_of_them_agree(tmp_path: Path):
-    one = folder_of(tmp_path / "one", [film(i, f"n{i // 3}") for i in range(90)])
+    one = folder_of(tmp_path / "one", [sample(i, f"n{i // 3}") for i in range(90)])
     other = folder_of(
-        tmp_path / "other", [film(i, f"x{i}", 1000 + i, source="rsna") for i in range(60)]
+        tmp_path / "other", [sample(i, f"x{i}", 1000 + i, source="rsna") for i in range(60)]
     )
     table = tmp_path / "patients.csv"
-    table.write_text("film_id,patient_id\n" + "".join(f"f{i},n{i // 2}\n" for i in range(60)))
+    table.write_text("image_id,patient_id\n" + "".join(f"f{i},n{i // 2}\n" for i in range(60)))
     assert any("patients unknown" in w for w in set_split(other, "clean")["warnings"])
     mapped = set_split(other, "clean", patients=table)
     assert not mapped["warnings"] and mapped["n_patients"] == read_meta(other)["n_patients"] == 30
     set_split(one, "clean")
     known = {f.patient_id: f.split for f in read_manifest(one)}
     assert all(known[f.patient_id] == f.split for f in read_manifest(other))
-    table.write_text("film_id,patient_id\nf0,n0\n")
-    with pytest.raises(ManifestError, match="no patient for 59 of 60 films"):
+    table.write_text("image_id,patient_id\nf0,n0\n")
+    with pytest.raises(ManifestError, match="no patient for 59 of 60 images"):
         set_split(other, "clean", patients=table)
 
 
 # Official, and lists.
 
 
-def test_official_is_what_the_source_gave_to_every_film_or_an_error(tmp_path: Path):
-    films = [film(i, split=part) for i, part in enumerate(("test", "train", "val"))]
-    folder_of(tmp_path, films, by_source=3)
+def test_official_is_what_the_source_gave_to_every_image_or_an_error(tmp_path: Path):
+    samples = [sample(i, split=part) for i, part in enumerate(("test", "train", "val"))]
+    folder_of(tmp_path, samples, by_source=3)
     before = splits_of(tmp_path)
     set_split(tmp_path, "clean", seed=5)
     set_split(tmp_path, "official")
     assert splits_of(tmp_path) == before
-    folder_of(tmp_path / "drawn", films, by_source=2)
-    with pytest.raises(ManifestError, match="the source gives 2 of 3 films"):
+    folder_of(tmp_path / "drawn", samples, by_source=2)
+    with pytest.raises(ManifestError, match="the source gives 2 of 3 images"):
         set_split(tmp_path / "drawn", "official")
 
 
 def test_official_without_val_draws_it_from_train_by_patient_and_content_and_says_so(
     tmp_path: Path,
 ):
-    # Patients of three films; the last film of each of the first 60 is that of the patient before.
-    films = [
-        film(
+    # Patients of three images; the last image of each of the first 60 is that of the patient
+    # before.
+    samples = [
+        sample(
             i,
             f"p{i // 3}",
             content=i - 3 if i % 3 == 2 and i < 180 else i,
@@ -140,18 +147,18 @@ def test_official_without_val_draws_it_from_train_by_patient_and_content_and_say
         )
         for i in range(300)
     ]
-    folder_of(tmp_path, films, by_source=300)
+    folder_of(tmp_path, samples, by_source=300)
     split = set_split(tmp_path, "official", seed=1, val_ratio=0.3)
     assert (split["seed"], split["val_ratio"], "test_ratio" in split) == (1, 0.3, False)
     parts = splits_of(tmp_path)
     n_val = sum(part == "val" for part in parts.values())
-    assert 0 < n_val < 240 and f"{n_val} of its 240 train films are val" in split["warnings"][0]
-    assert [parts[f.film_id] for f in films if f.split == "test"] == ["test"] * 60
-    assert not list(find_overlaps(films, [parts[f.film_id] for f in films]))
-    assert set_split(tmp_path, "official", seed=2, val_ratio=0.3)["films"] != split["films"]
-    assert not set_split(tmp_path, "official", val_ratio=0.0)["films"]["val"]
+    assert 0 < n_val < 240 and f"{n_val} of its 240 train images are val" in split["warnings"][0]
+    assert [parts[f.image_id] for f in samples if f.split == "test"] == ["test"] * 60
+    assert not list(find_overlaps(samples, [parts[f.image_id] for f in samples]))
+    assert set_split(tmp_path, "official", seed=2, val_ratio=0.3)["images"] != split["images"]
+    assert not set_split(tmp_path, "official", val_ratio=0.0)["images"]["val"]
     # The draw is that of clean: a patient whose number is below the ratio.
-    alone = [film(i, f"q{i}", split="train") for i in range(50)]
+    alone = [sample(i, f"q{i}", split="train") for i in range(50)]
     chosen = official_with_val(alone, 1, 0.3)
     assert chosen["val"] == clean_split(alone, 1, 0.3, 0.0)["val"]
 
@@ -159,30 +166,31 @@ def test_official_without_val_draws_it_from_train_by_patient_and_content_and_say
 # What people labelled.
 
 
-def test_what_people_labelled_is_test_and_no_film_of_its_patients_trains(tmp_path: Path):
-    read = {0: "report-reader", 5: "film-reader"}
+def test_what_people_labelled_is_test_and_no_image_of_its_patients_trains(tmp_path: Path):
+    read = {0: "report-reader", 5: "image-reader"}
     origins = {i: read.get(i, "report-program") for i in range(100)}
-    # Patients of two films; film 40 of another patient is film 0, and so is no film to train on.
-    films = [
-        film(i, f"p{i // 2}", content=0 if i == 40 else i, label_origin=origins[i])
+    # Patients of two images; image 40 of another patient is image 0, and so is no image to train
+    # on.
+    samples = [
+        sample(i, f"p{i // 2}", content=0 if i == 40 else i, label_origin=origins[i])
         for i in range(100)
     ]
-    folder_of(tmp_path, films)
+    folder_of(tmp_path, samples)
     split = set_split(tmp_path, "physician", seed=3, val_ratio=0.2)
     parts = splits_of(tmp_path)
     assert [i for i in range(100) if parts[f"f{i}"] == "test"] == [0, 5]
     assert [i for i in range(100) if parts[f"f{i}"] is None] == [1, 4, 40, 41]
     assert (split["seed"], split["n_in_no_split"]) == (3, 4)
     assert split["warnings"] == [
-        "4 films that no person labelled are of patients in test, so they are in no split"
+        "4 images that no person labelled are of patients in test, so they are in no split"
     ]
     assert {"train", "val"} <= set(parts.values())
-    assert not list(find_overlaps(films, [parts[f.film_id] for f in films]))
-    folder_of(tmp_path / "none", [film(0), film(1, label_origin="report-program")])
-    with pytest.raises(ManifestError, match="people labelled no film of this folder"):
+    assert not list(find_overlaps(samples, [parts[f.image_id] for f in samples]))
+    folder_of(tmp_path / "none", [sample(0), sample(1, label_origin="report-program")])
+    with pytest.raises(ManifestError, match="people labelled no image of this folder"):
         set_split(tmp_path / "none", "physician")
-    folder_of(tmp_path / "all", [film(i, label_origin="film-reader") for i in range(2)])
-    with pytest.raises(ManifestError, match="a film of every patient"):
+    folder_of(tmp_path / "all", [sample(i, label_origin="image-reader") for i in range(2)])
+    with pytest.raises(ManifestError, match="an image of every patient"):
         set_split(tmp_path / "all", "physician")
 
 
@@ -193,21 +201,28 @@ def write_lists(folder: Path, **lists: str) -> dict:
 
 
 def test_a_legacy_split_says_what_it_leaks_and_nothing_of_test_trains(tmp_path: Path):
-    films = [film(0, "a"), film(1, "a"), film(2, "b"), film(3, "c"), film(4, "d", 3), film(5)]
-    folder_of(tmp_path, films)
+    samples = [
+        sample(0, "a"),
+        sample(1, "a"),
+        sample(2, "b"),
+        sample(3, "c"),
+        sample(4, "d", 3),
+        sample(5),
+    ]
+    folder_of(tmp_path, samples)
     lists = write_lists(tmp_path, train="f0\nf2\nf2\nf3", test="f1\nf2\nf4")
     split = set_split(tmp_path, "legacy-mavl", lists=lists)
-    assert split["films"] == {"train": ["f0", "f2", "f3"], "test": ["f1", "f2", "f4"]}
+    assert split["images"] == {"train": ["f0", "f2", "f3"], "test": ["f1", "f2", "f4"]}
     assert splits_of(tmp_path) == {
         "f0": "train", "f1": "test", "f2": "test", "f3": "train", "f4": "test", "f5": None,
     }  # fmt: skip
     assert split["n_in_no_split"] == 1 and split["splits"] == {"test": 3, "train": 2}
     first, *leaks = split["warnings"]
     assert "published numbers alone; it leaks" in first
-    # Patients a and b; the film f2 itself, and f4, which is f3 under another name and patient.
+    # Patients a and b; the image f2 itself, and f4, which is f3 under another name and patient.
     assert [leak.partition(", such")[0] for leak in leaks] == [
-        "2 patients are in train and in test (2 films of test)",
-        "2 films are in train and in test (2 films of test)",
+        "2 patients are in train and in test (2 images of test)",
+        "2 images are in train and in test (2 images of test)",
     ]
     assert split["lists"]["train"]["n_rows"] == split["lists"]["train"]["n_rows_found"] == 4
     assert not split["lists"]["train"]["is_known"]
@@ -222,19 +237,19 @@ def test_a_legacy_split_says_what_it_leaks_and_nothing_of_test_trains(tmp_path: 
         "1 f1.dcm positive\r\n0 f0.dcm negative\r\n",
     ],
 )
-def test_lists_in_every_published_form_name_films(text: str):
-    films = [film(0), film(1), film(2, film_id="0"), film(3, film_id="f0/deep")]
-    assert match_list(text, films)[0] == ["f1", "f0"]
+def test_lists_in_every_published_form_name_images(text: str):
+    samples = [sample(0), sample(1), sample(2, image_id="0"), sample(3, image_id="f0/deep")]
+    assert match_list(text, samples)[0] == ["f1", "f0"]
 
 
-def test_a_path_names_the_film_whose_id_is_its_end():
-    films = [film(0, film_id="patient1/study1/view1"), film(1, film_id="1.2.840.3")]
+def test_a_path_names_the_image_whose_id_is_its_end():
+    samples = [sample(0, image_id="patient1/study1/view1"), sample(1, image_id="1.2.840.3")]
     text = "v1.0-small/train/patient1/study1/view1.jpg 0\n1.2.840.3 1\n1.2.840 1\n"
-    assert match_list(text, films) == (["patient1/study1/view1", "1.2.840.3"], 3)
+    assert match_list(text, samples) == (["patient1/study1/view1", "1.2.840.3"], 3)
 
 
 def test_a_list_is_held_against_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder_of(tmp_path, [film(i) for i in range(4)])
+    folder_of(tmp_path, [sample(i) for i in range(4)])
     lists = write_lists(tmp_path, test="f1\nf2\n")
     sha256 = list_sha256(b"f1\r\nf2\r\n")  # line ends do not matter
     known = {sha256[:32]: "benchx made test"}
@@ -249,9 +264,9 @@ def test_a_list_is_held_against_the_published_one(tmp_path: Path, monkeypatch: p
 
 
 def test_a_list_of_another_data_set_is_refused(tmp_path: Path):
-    folder_of(tmp_path, [film(0)])
+    folder_of(tmp_path, [sample(0)])
     lists = write_lists(tmp_path, test="x1\nx2\n")
-    with pytest.raises(ManifestError, match="none of its 2 rows names a film"):
+    with pytest.raises(ManifestError, match="none of its 2 rows names an image"):
         set_split(tmp_path, "benchx", lists=lists)
     with pytest.raises(ManifestError, match="needs no list"):
         set_split(tmp_path, "clean", lists=lists)
@@ -266,18 +281,18 @@ def test_a_list_of_another_data_set_is_refused(tmp_path: Path):
 
 
 def test_a_split_that_was_changed_or_is_of_another_build_is_refused(tmp_path: Path):
-    films = [film(i) for i in range(9)]
-    folder_of(tmp_path, films)
+    samples = [sample(i) for i in range(9)]
+    folder_of(tmp_path, samples)
     split = set_split(tmp_path, "clean", seed=3)
     path = tmp_path / SPLIT_FILE
     whole = path.read_text()
-    moved = split | {"films": {**split["films"], "train": [], "test": split["films"]["train"]}}
+    moved = split | {"images": {**split["images"], "train": [], "test": split["images"]["train"]}}
     for text in (json.dumps(moved), whole[:-20], "[]"):
         path.write_text(text)
         with pytest.raises(ManifestError, match=r"split\.json"):
             read_manifest(tmp_path)
     path.write_text(whole)
-    folder_of(tmp_path, films[:-1])
+    folder_of(tmp_path, samples[:-1])
     with pytest.raises(ManifestError, match="of another build"):
         read_meta(tmp_path)
     set_split(tmp_path, "clean")  # sets it anew, whatever lay there
@@ -287,29 +302,29 @@ def test_a_split_that_was_changed_or_is_of_another_build_is_refused(tmp_path: Pa
 # Subsets.
 
 
-def labelled(number: int, **values) -> Film:
-    """Two films a patient; a rare finding, two common ones that go together, and none."""
+def labelled(number: int, **values) -> Sample:
+    """Two images a patient; a rare finding, two common ones that go together, and none."""
     patient = number // 2
     labels = {
         "rare": int(patient % 50 == 0), "common": int(patient % 3 == 0),
         "both": int(patient % 6 == 0), "uncertain": -1,
     }  # fmt: skip
-    return film(number, f"p{patient}", labels=labels, **values)
+    return sample(number, f"p{patient}", labels=labels, **values)
 
 
 def test_subsets_are_nested_whole_patients_and_hold_each_finding_at_its_share():
     train = [labelled(i) for i in range(4000)]
-    patients = {f.film_id: f.patient_id for f in train}
+    patients = {f.image_id: f.patient_id for f in train}
     saved = subsets_of(train, 0)
     assert {p: s["n_patients"] for p, s in saved.items()} == {"100": 2000, "10": 200, "1": 20}
-    one, ten = set(saved["1"]["film_ids"]), set(saved["10"]["film_ids"])
+    one, ten = set(saved["1"]["image_ids"]), set(saved["10"]["image_ids"])
     assert one < ten and (len(one), len(ten)) == (40, 400)
     for ids in (one, ten):
         assert set(Counter(patients[i] for i in ids).values()) == {2}
     has = Counter(
-        finding for f in train if f.film_id in ten for finding, v in f.labels.items() if v
+        finding for f in train if f.image_id in ten for finding, v in f.labels.items() if v
     )
-    # A tenth of the 40, 667 and 334 patients, times two films; random draws stray by 12 and more.
+    # A tenth of the 40, 667 and 334 patients, times two images; random draws stray by 12 and more.
     assert has["rare"] == 8 and abs(has["common"] - 133) <= 4 and abs(has["both"] - 67) <= 4
     assert subsets_of(train[::-1], 0) == saved
     other = subsets_of(train, 1)
@@ -332,7 +347,7 @@ def test_a_saved_subset_is_read_back_and_a_missing_one_names_those_there_are(tmp
     folder_of(tmp_path, [labelled(i) for i in range(600)])
     set_split(tmp_path, "clean", subset_seeds=(4,))
     parts = splits_of(tmp_path)
-    train = {film_id for film_id, part in parts.items() if part == "train"}
+    train = {image_id for image_id, part in parts.items() if part == "train"}
     assert read_subset(tmp_path, 1, 4) < read_subset(tmp_path, 10, 4) < train
     assert read_subset(tmp_path, 100, 4) == train
     with pytest.raises(ManifestError, match="with seeds 4;"):
@@ -343,7 +358,7 @@ def test_a_saved_subset_is_read_back_and_a_missing_one_names_those_there_are(tmp
 
 
 def test_the_command_sets_a_split_and_says_its_hashes(tmp_path: Path):
-    data = folder_of(tmp_path / "data", [film(i, content=i % 30) for i in range(60)])
+    data = folder_of(tmp_path / "data", [sample(i, content=i % 30) for i in range(60)])
     ended = mmclip(tmp_path, "data", "split", data, "--name", "clean", "--seed", "2")
     assert (ended.code, ended.out) == (0, f"{data}\n")
     meta = read_meta(data)
@@ -358,8 +373,8 @@ def test_the_command_sets_a_split_and_says_its_hashes(tmp_path: Path):
     assert "no SPLIT=FILE" in mmclip(tmp_path, "data", "split", data, "--list", "l.txt").error()
 
 
-def test_films_may_have_no_split_in_a_named_split_and_are_read_in_place(tmp_path: Path):
-    films = [replace(film(i), report="Clear.") for i in range(3)]
-    folder_of(tmp_path, films)
+def test_images_may_have_no_split_in_a_named_split_and_are_read_in_place(tmp_path: Path):
+    samples = [replace(sample(i), report="Clear.") for i in range(3)]
+    folder_of(tmp_path, samples)
     set_split(tmp_path, "benchx", lists=write_lists(tmp_path, train="f1\n"))
     assert [f.split for f in read_manifest(tmp_path)] == [None, "train", None]

@@ -51,7 +51,7 @@ def test_reports_have_as_many_tokens_as_asked_for(step_cost):
     assert found.tolist() == [8, 42, 96]
 
 
-def test_arms_differ_in_nothing_but_terms_and_films(step_cost):
+def test_arms_differ_in_nothing_but_terms_and_images(step_cost):
     configs = step_cost.configs_of("ablation", ["loss.text=0.5", "train.batch_size=8"])
     assert [c.loss.text for c in configs.values()] == [0, 0, 0.5, 0.5, 0.5]
     assert [c.loss.image for c in configs.values()] == [0, 0, 0, 1, 1]
@@ -75,7 +75,7 @@ def test_a_clock_counts_and_leaves_no_trace(step_cost):
 def test_the_script_measures_every_arm(step_cost, monkeypatch, capsys):
     sizes = ["model.image.width=16", "model.text.width=24", "model.image_decoder.width=24",
              "model.text_decoder.width=24", "model.image.depth=1"]  # fmt: skip
-    argv = ["step_cost.py", "--film-px", "32", "--batch-size", "4", "--steps", "2", "--lengths",
+    argv = ["step_cost.py", "--image-size", "32", "--batch-size", "4", "--steps", "2", "--lengths",
             "20", "--precision", "fp32", *(f"--set={size}" for size in sizes)]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
     step_cost.main()

@@ -1,4 +1,4 @@
-"""The synthetic films: what they show, what their reports say, and what must not leak."""
+"""The synthetic images: what they show, what their reports say, and what must not leak."""
 
 import csv
 import hashlib
@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmclip.data.build import build_data
 from mmclip.data.manifest import read_manifest
-from mmclip.data.records import Split
+from mmclip.data.sample import Split
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import (
     FINDINGS,
@@ -28,14 +28,14 @@ from mmclip.data.synthetic import (
     Combination,
     Lesion,
     Preset,
-    SyntheticFilm,
+    SyntheticSample,
     make_patient,
     make_study,
-    n_films,
+    n_images,
     read_masks,
     write_dataset,
 )
-from mmclip.data.synthetic.film import develop, draw_exposure
+from mmclip.data.synthetic.image import develop, draw_exposure
 from mmclip.data.synthetic.language import write_report
 from mmclip.data.synthetic.lesions import DEVICES, HEART_RATIO, draw_lesion
 from mmclip.data.synthetic.phantom import Canvas, draw_anatomy
@@ -66,7 +66,7 @@ DENIED = re.compile(r"^(No|There is no|There are no)\b")
 
 
 @cache
-def films(n: int = 420, split: str = "train") -> tuple[SyntheticFilm, ...]:
+def samples(n: int = 420, split: str = "train") -> tuple[SyntheticSample, ...]:
     return tuple(make_patient(DEMO, split, i) for i in range(n))  # pyright: ignore
 
 
@@ -81,28 +81,28 @@ def statements(text: str, finding: str) -> tuple[int, int]:
     return len(about) - denied, denied
 
 
-def drawn(finding: str, size: str, side: str, seed: int, film_px: int = 64):
-    """One finding alone, with all else decided by the seed: film, mask and canvas."""
-    preset = replace(DEMO, film_px=film_px)
+def drawn(finding: str, size: str, side: str, seed: int, image_size: int = 64):
+    """One finding alone, with all else decided by the seed: image, mask and canvas."""
+    preset = replace(DEMO, image_size=image_size)
     rng = np.random.default_rng(seed)
     anatomy, exposure = draw_anatomy(rng, "M"), draw_exposure(rng, preset)
     if finding == "cardiomegaly":
         anatomy = replace(anatomy, heart_ratio=HEART_RATIO[size])
     kinds = DEVICES[: 1 + SIZES.index(size)] if finding == "support devices" else ()
-    canvas = Canvas(anatomy, film_px, exposure.pose)
+    canvas = Canvas(anatomy, image_size, exposure.pose)
     lesion, mask = draw_lesion(canvas, rng, Lesion(finding, side, size, kinds=kinds), preset)
-    film = develop(canvas, exposure, np.random.default_rng(seed), preset)
-    return film, mask, canvas, lesion
+    image = develop(canvas, exposure, np.random.default_rng(seed), preset)
+    return image, mask, canvas, lesion
 
 
 # --- determinism -------------------------------------------------------------------------------
 
 
-def same(a: SyntheticFilm, b: SyntheticFilm) -> bool:
+def same(a: SyntheticSample, b: SyntheticSample) -> bool:
     masks = all(np.array_equal(a.masks[k], b.masks[k]) for k in FINDINGS if k in a.masks)
-    plain = (a.film_id, a.lesions, a.findings, a.impression, a.age_years, a.sex, a.view)
-    other = (b.film_id, b.lesions, b.findings, b.impression, b.age_years, b.sex, b.view)
-    return np.array_equal(a.film, b.film) and masks and plain == other
+    plain = (a.image_id, a.lesions, a.findings, a.impression, a.age_years, a.sex, a.view)
+    other = (b.image_id, b.lesions, b.findings, b.impression, b.age_years, b.sex, b.view)
+    return np.array_equal(a.image, b.image) and masks and plain == other
 
 
 def test_patient_does_not_depend_on_those_made_before():
@@ -122,11 +122,11 @@ def test_seed_version_split_and_index_each_change_the_patient():
         make_patient(DEMO, "train", 4),
     ]
     for other in others:
-        assert not np.array_equal(base.film, other.film)
+        assert not np.array_equal(base.image, other.image)
 
 
 def test_other_counts_leave_a_patient_alone():
-    assert same(make_patient(replace(DEMO, n_train=5000), "train", 3), films()[3])
+    assert same(make_patient(replace(DEMO, n_train=5000), "train", 3), samples()[3])
 
 
 def test_unknown_patient_is_an_error_that_names_the_split():
@@ -137,10 +137,10 @@ def test_unknown_patient_is_an_error_that_names_the_split():
 # --- anatomy and lesions -----------------------------------------------------------------------
 
 
-def test_film_is_a_film():
-    for made in films(40):
-        assert made.film.shape == (64, 64) and made.film.dtype == np.uint8
-        assert made.film.std() > 25, made.film_id
+def test_image_is_an_image():
+    for made in samples(40):
+        assert made.image.shape == (64, 64) and made.image.dtype == np.uint8
+        assert made.image.std() > 25, made.image_id
 
 
 def test_right_lung_is_on_the_left_of_the_image_and_heart_on_the_right():
@@ -160,8 +160,8 @@ def test_lungs_are_darker_than_heart_and_diaphragm():
         rng = np.random.default_rng(seed)
         exposure = draw_exposure(rng, DEMO)
         canvas = Canvas(draw_anatomy(rng, "M"), 64, exposure.pose)
-        film = develop(canvas, exposure, rng, DEMO)
-        assert film[canvas.air > 0.9].mean() < film[canvas.heart > 0.9].mean() - 25
+        image = develop(canvas, exposure, rng, DEMO)
+        assert image[canvas.air > 0.9].mean() < image[canvas.heart > 0.9].mean() - 25
 
 
 def test_a_healthy_heart_is_at_most_half_the_chest_and_an_enlarged_one_more():
@@ -182,7 +182,7 @@ def test_a_healthy_heart_is_at_most_half_the_chest_and_an_enlarged_one_more():
 
 
 @pytest.mark.parametrize("finding", FINDINGS)
-def test_mask_lies_in_the_film_on_its_side_and_grows_with_size(finding: str):
+def test_mask_lies_in_the_image_on_its_side_and_grows_with_size(finding: str):
     area: dict[str, list[float]] = {size: [] for size in SIZES}
     for side in SIDES[finding]:
         for size in SIZES:
@@ -209,24 +209,24 @@ def test_mask_lies_in_the_chest(finding: str):
 
 
 @pytest.mark.parametrize("finding", FINDINGS)
-def test_film_changes_in_the_mask_more_than_outside(finding: str):
+def test_image_changes_in_the_mask_more_than_outside(finding: str):
     if finding == "cardiomegaly":
         pytest.skip("the heart moves its own borders; the heart ratio test covers it")
     for seed in range(6):
         preset = DEMO
-        film, mask, _, _ = drawn(finding, "large", SIDES[finding][0], seed)
+        image, mask, _, _ = drawn(finding, "large", SIDES[finding][0], seed)
         rng = np.random.default_rng(seed)
         anatomy, exposure = draw_anatomy(rng, "M"), draw_exposure(rng, preset)
         healthy = develop(
             Canvas(anatomy, 64, exposure.pose), exposure, np.random.default_rng(seed), preset
         )
-        change = np.abs(film.astype(float) - healthy)
+        change = np.abs(image.astype(float) - healthy)
         assert change[mask].mean() > 4 * change[~mask].mean() + 4, seed
 
 
-def test_lesions_of_the_demo_are_small_against_the_film():
+def test_lesions_of_the_demo_are_small_against_the_image():
     focal = {"nodule", "atelectasis", "rib fracture"}
-    areas = [m.mean() for made in films() for k, m in made.masks.items() if k in focal]
+    areas = [m.mean() for made in samples() for k, m in made.masks.items() if k in focal]
     assert len(areas) > 50 and np.mean(areas) < 0.02
 
 
@@ -238,7 +238,7 @@ def test_zone_says_where_the_mask_is():
         assert (lesion.zone == "lower") == (height >= 0.12)
 
 
-def test_second_film_shows_the_same_lesion_under_another_exposure():
+def test_second_image_shows_the_same_lesion_under_another_exposure():
     checked = 0
     for index in range(60):
         first, second = make_patient(DEMO, "train", index), make_patient(DEMO, "train", index, 1)
@@ -246,8 +246,8 @@ def test_second_film_shows_the_same_lesion_under_another_exposure():
         assert [(x.finding, x.side, x.size) for x in first.lesions] == [
             (x.finding, x.side, x.size) for x in second.lesions
         ]
-        assert first.film_id != second.film_id
-        assert not np.array_equal(first.film, second.film)
+        assert first.image_id != second.image_id
+        assert not np.array_equal(first.image, second.image)
         for lesion, again in zip(first.lesions, second.lesions, strict=True):
             if lesion.finding == "nodule":
                 a, b = (np.argwhere(x.masks["nodule"]).mean(0) for x in (first, second))
@@ -257,10 +257,10 @@ def test_second_film_shows_the_same_lesion_under_another_exposure():
     assert checked >= 3
 
 
-def test_share_of_second_films_is_the_preset_s():
-    n = sum(n_films(DEMO, "train", i) - 1 for i in range(2000))
+def test_share_of_second_images_is_the_preset_s():
+    n = sum(n_images(DEMO, "train", i) - 1 for i in range(2000))
     assert 60 < n < 140
-    two = next(i for i in range(200) if n_films(DEMO, "train", i) == 2)
+    two = next(i for i in range(200) if n_images(DEMO, "train", i) == 2)
     assert len(make_study(DEMO, "train", two)) == 2
 
 
@@ -268,7 +268,7 @@ def test_share_of_second_films_is_the_preset_s():
 
 
 def test_number_of_findings_follows_the_prior_and_findings_are_independent():
-    labels = np.array([[k in made.labels for k in FINDINGS] for made in films()])
+    labels = np.array([[k in made.labels for k in FINDINGS] for made in samples()])
     counts = np.bincount(labels.sum(1), minlength=4) / len(labels)
     assert np.abs(counts - DEMO.n_findings_probs).max() < 0.06
     correlation = np.corrcoef(labels.T)[np.triu_indices(len(FINDINGS), 1)]
@@ -277,7 +277,7 @@ def test_number_of_findings_follows_the_prior_and_findings_are_independent():
 
 def test_held_out_combinations_occur_in_their_test_patients_only():
     held_out = set(DEMO.held_out)
-    ordinary = [*films(), *films(60, "val"), *films(60, "test")]
+    ordinary = [*samples(), *samples(60, "val"), *samples(60, "test")]
     seen = {Combination(x.finding, x.side, x.size) for made in ordinary for x in made.lesions}
     assert not seen & held_out
     assert all(made.held_out is None for made in ordinary)
@@ -288,7 +288,7 @@ def test_held_out_combinations_occur_in_their_test_patients_only():
 
 
 def test_every_finding_side_and_size_occurs():
-    seen = {(x.finding, x.side, x.size) for made in films() for x in made.lesions}
+    seen = {(x.finding, x.side, x.size) for made in samples() for x in made.lesions}
     assert {(f, s) for f, s, _ in seen} == {(f, s) for f in FINDINGS for s in SIDES[f]}
     assert {(f, z) for f, _, z in seen} == {(f, z) for f in FINDINGS for z in SIZES}
 
@@ -319,28 +319,28 @@ def test_finding_weights_change_the_frequency():
 
 
 def test_reports_state_every_present_finding_and_no_absent_one():
-    for made in films():
+    for made in samples():
         for finding in FINDINGS:
             stated, denied = statements(made.findings, finding)
             concluded, _ = statements(made.impression, finding)
             if finding in made.labels:
-                assert stated >= 1 and concluded >= 1, (made.film_id, finding, made.findings)
-                assert denied == 0, (made.film_id, finding, made.findings)
+                assert stated >= 1 and concluded >= 1, (made.image_id, finding, made.findings)
+                assert denied == 0, (made.image_id, finding, made.findings)
             else:
-                assert stated == concluded == 0, (made.film_id, finding, made.findings)
+                assert stated == concluded == 0, (made.image_id, finding, made.findings)
 
 
 def test_reports_do_not_deny_every_absent_finding():
     shares = [
         np.mean([statements(made.findings, f)[1] > 0 for f in FINDINGS if f not in made.labels])
-        for made in films(200)
+        for made in samples(200)
     ]
     assert 0.1 < np.mean(shares) < 0.5
 
 
 def test_side_in_the_report_is_the_side_of_the_mask():
     checked = 0
-    for made in films():
+    for made in samples():
         if len(made.lesions) != 1 or made.lesions[0].side not in ("left", "right"):
             continue
         lesion, text = made.lesions[0], made.findings + " " + made.impression
@@ -357,7 +357,7 @@ def test_side_in_the_report_is_the_side_of_the_mask():
 def test_size_words_do_not_contradict_the_size():
     small = re.compile(r"\b(small|tiny|minimal|mild|slight|mildly|slightly)\b(?! rotated)")
     large = re.compile(r"\b(large|extensive|severe|marked|sizeable|severely|markedly)\b", re.I)
-    for made in films():
+    for made in samples():
         text = made.findings.replace("Mild degenerative", "") + " " + made.impression
         sizes = {lesion.size for lesion in made.lesions}
         if "small" not in sizes:
@@ -367,9 +367,9 @@ def test_size_words_do_not_contradict_the_size():
 
 
 def test_reports_are_varied_and_well_formed():
-    texts = [made.findings for made in films()]
+    texts = [made.findings for made in samples()]
     assert len(set(texts)) > 0.97 * len(texts)
-    for made in films():
+    for made in samples():
         for sentence in sentences(made.findings) + sentences(made.impression):
             assert re.fullmatch(r"[A-Z][^{}]*\.", sentence), sentence
             assert "  " not in sentence and " ." not in sentence and " ," not in sentence
@@ -418,7 +418,7 @@ def test_any_single_lesion_is_told_with_its_side(finding, size, seed, data):
 # --- shortcuts ---------------------------------------------------------------------------------
 
 
-def shortcut_auroc(features: np.ndarray, made: tuple[SyntheticFilm, ...]) -> np.ndarray:
+def shortcut_auroc(features: np.ndarray, made: tuple[SyntheticSample, ...]) -> np.ndarray:
     """AUROC of a logistic regression on `features`, for each finding, on the last third."""
     labels = np.array([[k in m.labels for k in FINDINGS] for m in made])
     features = (features - features.mean(0)) / (features.std(0) + 1e-6)
@@ -431,28 +431,28 @@ def shortcut_auroc(features: np.ndarray, made: tuple[SyntheticFilm, ...]) -> np.
 
 
 def test_markers_and_border_tell_nothing():
-    made = films()
-    edge = np.stack([np.r_[m.film[:5].ravel(), m.film[-3:].ravel()] for m in made]) / 255
+    made = samples()
+    edge = np.stack([np.r_[m.image[:5].ravel(), m.image[-3:].ravel()] for m in made]) / 255
     scores = shortcut_auroc(edge, made)
     assert scores.mean() < 0.56, scores  # a shortcut raises it; chance alone moves it by 0.03
 
 
 def test_age_sex_view_and_index_tell_nothing():
-    made = films()
+    made = samples()
     facts = np.array([[m.age_years, m.sex == "F", m.view == "AP", i] for i, m in enumerate(made)])
     scores = shortcut_auroc(facts.astype(float), made)
     assert scores.mean() < 0.56, scores  # a shortcut raises it; chance alone moves it by 0.03
 
 
 def test_mean_brightness_tells_little():
-    made = films()
-    brightness = np.array([[m.film.mean() / 255] for m in made])
+    made = samples()
+    brightness = np.array([[m.image.mean() / 255] for m in made])
     scores = np.maximum(shortcut_auroc(brightness, made), 0.5)
     assert scores.mean() < 0.6, scores
 
 
 def test_the_indication_tells_nothing():
-    made = films()
+    made = samples()
     cough = np.array([["cough" in m.findings, "breath" in m.findings] for m in made], float)
     assert abs(shortcut_auroc(cough, made).mean() - 0.5) < 0.06
 
@@ -480,20 +480,20 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_written_folder_agrees_with_the_patients(written: Path):
     studies = rows(written / "studies.csv")
-    assert len({row["film_id"] for row in studies}) == len(studies) >= 67
+    assert len({row["image_id"] for row in studies}) == len(studies) >= 67
     masks, lesions = read_masks(written), rows(written / "lesions.csv")
     for row in studies:
-        index, which = int(row["patient_id"].rsplit("-", 1)[1]), int(row["film_id"][-1]) - 1
+        index, which = int(row["patient_id"].rsplit("-", 1)[1]), int(row["image_id"][-1]) - 1
         made = make_patient(TINY, row["split"], index, which)  # pyright: ignore
-        assert np.array_equal(np.array(Image.open(written / row["film"])), made.film)
+        assert np.array_equal(np.array(Image.open(written / row["image"])), made.image)
         assert (row["findings"], row["impression"]) == (made.findings, made.impression)
         assert row["labels"] == "|".join(made.labels)
         assert row["held_out"] == ("" if made.held_out is None else str(made.held_out))
         for name, mask in made.masks.items():
-            assert np.array_equal(masks[row["film_id"], name], mask)
-    assert {(x["film_id"], x["finding"]) for x in lesions} == set(masks)
+            assert np.array_equal(masks[row["image_id"], name], mask)
+    assert {(x["image_id"], x["finding"]) for x in lesions} == set(masks)
     for x in lesions:
-        area = masks[x["film_id"], x["finding"]].mean()
+        area = masks[x["image_id"], x["finding"]].mean()
         assert float(x["area_ratio"]) == pytest.approx(area, abs=1e-6)
 
 
@@ -540,13 +540,13 @@ HARD = PRESETS["hard"]
 
 
 def patients_hash(preset: Preset, split: Split, indices: range) -> str:
-    """SHA-256 over the films, labels and reports of some patients."""
+    """SHA-256 over the images, labels and reports of some patients."""
     digest = hashlib.sha256()
     for index in indices:
         for made in make_study(preset, split, index):
-            told = [made.film_id, made.labels, made.findings, made.impression]
+            told = [made.image_id, made.labels, made.findings, made.impression]
             digest.update(json.dumps(told).encode())
-            digest.update(made.film.tobytes())
+            digest.update(made.image.tobytes())
     return digest.hexdigest()
 
 
@@ -558,14 +558,14 @@ def patients_hash(preset: Preset, split: Split, indices: range) -> str:
         ("test", "221825d2a1ac4c95068817e2156e5ae06e50759c50941cb2a2b07d13789e31ad"),
     ],
 )
-def test_the_frozen_preset_makes_the_films_and_reports_it_made_when_it_was_chosen(
+def test_the_frozen_preset_makes_the_images_and_reports_it_made_when_it_was_chosen(
     split: Split, digest: str
 ):
     assert patients_hash(HARD, split, range(16)) == digest
 
 
 def test_no_knob_of_the_frozen_preset_has_moved():
-    # Films pin the knobs that draw, not the counts; a changed knob needs another preset.
+    # Images pin the knobs that draw, not the counts; a changed knob needs another preset.
     knobs = json.dumps(asdict(HARD), sort_keys=True)
     assert hashlib.sha256(knobs.encode()).hexdigest() == (
         "2340f32e2e7bd2ae444cee212e984f1f283b9b8a30d75c728d975962a73d9041"
@@ -573,18 +573,18 @@ def test_no_knob_of_the_frozen_preset_has_moved():
 
 
 def test_unpaired_patients_of_the_frozen_preset_have_labels_and_no_report(tmp_path: Path):
-    few = replace(HARD, n_train=3, n_unpaired=8, n_val=2, n_test=2, second_film_prob=0.0)
+    few = replace(HARD, n_train=3, n_unpaired=8, n_val=2, n_test=2, second_image_prob=0.0)
     raw = write_dataset(few, tmp_path / "raw")
     reader = open_reader("csv", raw, mapping=raw / "mapping.toml", table=None)
-    meta = build_data(reader, raw, tmp_path / "data", film_px=few.film_px)
+    meta = build_data(reader, raw, tmp_path / "data", image_size=few.image_size)
     built = read_manifest(tmp_path / "data")
-    unpaired = [film for film in built if film.report is None]
+    unpaired = [sample for sample in built if sample.report is None]
     assert (meta["n_paired"], len(unpaired)) == (7, 8)
-    for film in unpaired:
-        assert film.split == "train" and film.image is not None
-        assert set(film.labels) == set(FINDINGS) and set(film.labels.values()) <= {0, 1}
-        assert film.labels == {
+    for sample in unpaired:
+        assert sample.split == "train" and sample.image is not None
+        assert set(sample.labels) == set(FINDINGS) and set(sample.labels.values()) <= {0, 1}
+        assert sample.labels == {
             name: int(name in made.labels)
-            for made in [make_patient(few, "train", int(film.patient_id.rsplit("-", 1)[1]))]
+            for made in [make_patient(few, "train", int(sample.patient_id.rsplit("-", 1)[1]))]
             for name in FINDINGS
         }

@@ -2,7 +2,7 @@ import pytest
 
 from mmclip.config import RESOURCES
 from mmclip.data.readers.vocabulary import SourceWords, load_vocabulary, load_words
-from mmclip.data.records import ABSENT, PRESENT
+from mmclip.data.sample import ABSENT, PRESENT
 from mmclip.prompts import plain_name
 
 SOURCES = sorted(
@@ -44,7 +44,7 @@ def test_what_a_source_looked_for_can_be_named_by_its_words(source: str):
     words = load_words(source)
     assert words.id == source
     present = {name for m in words.words.values() for name in m.present}
-    assert set(words.closed) <= present  # else a finding would be absent on every film
+    assert set(words.closed) <= present  # else a finding would be absent on every image
     assert not {*words.unfinished, *words.left_out} & set(words.words)
 
 

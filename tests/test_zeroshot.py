@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint
-from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import ManifestError
-from mmclip.data.records import Film
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.sample import Sample
 from mmclip.data.synthetic import FINDINGS
 from mmclip.embed import PromptEmbeddings, embed_texts, probabilities
-from mmclip.evaluation.scores import rows_to_score
+from mmclip.evaluation.scores import select_samples
 from mmclip.evaluation.zeroshot import ZeroShot, evaluate, recipe_of, write_zeroshot, zeroshot
 from mmclip.prompts import PromptSet, load_prompts
 
@@ -27,8 +27,8 @@ def trained(made_run: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def rows(made_data: Path) -> Rows:
-    return open_rows([made_data])
+def dataset(made_data: Path) -> ImageTextDataset:
+    return open_dataset([made_data])
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +37,25 @@ def prompts() -> PromptSet:
 
 
 @pytest.fixture(scope="module")
-def scored(trained: Checkpoint, rows: Rows, prompts: PromptSet) -> ZeroShot:
-    return zeroshot(trained, rows, prompts, draws=20)
+def scored(trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet) -> ZeroShot:
+    return zeroshot(trained, dataset, prompts, n_resamples=20)
 
 
-def changed(rows: Rows, change: Callable[[Film], Film]) -> Rows:
-    return replace(rows, films=tuple(change(film) for film in rows.films))
+def changed(dataset: ImageTextDataset, change: Callable[[Sample], Sample]) -> ImageTextDataset:
+    return replace(dataset, samples=tuple(change(sample) for sample in dataset.samples))
 
 
 def by_finding(result: ZeroShot) -> dict[str, dict]:
     return {row["finding"]: row for row in result.summary["findings"]}
 
 
-def test_probabilities_of_two_films_by_hand():
-    films = torch.eye(2)
+def test_probabilities_of_two_images_by_hand():
+    images = torch.eye(2)
     prompts = PromptEmbeddings(
         positive=torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]),
         negative=torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]),
     )
-    found = probabilities(films, prompts, scale=math.log(3))
+    found = probabilities(images, prompts, scale=math.log(3))
     # 3 / (3 + 1/3 * 3) = 3/4 where the positive prompt is nearer by 1; equal prompts give 1/2.
     expected = [[3 / 4, 1 / 2, 3**0.6 / (1 + 3**0.6)], [1 / 4, 1 / 2, 1 / (1 + 3**0.2)]]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -63,29 +63,31 @@ def test_probabilities_of_two_films_by_hand():
 
 def test_probabilities_are_the_softmax_over_the_pair(scored: ZeroShot):
     generator = torch.Generator().manual_seed(0)
-    films, positive, negative = (torch.randn(n, 8, generator=generator) for n in (5, 3, 3))
-    pair = torch.stack([films @ positive.T, films @ negative.T], -1) * 14.0
+    images, positive, negative = (torch.randn(n, 8, generator=generator) for n in (5, 3, 3))
+    pair = torch.stack([images @ positive.T, images @ negative.T], -1) * 14.0
     expected = pair.double().softmax(-1)[..., 0].numpy()
-    found = probabilities(films, PromptEmbeddings(positive, negative), 14.0)
+    found = probabilities(images, PromptEmbeddings(positive, negative), 14.0)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert ((scored.test.scores > 0) & (scored.test.scores < 1)).all()
 
 
-def test_collapsed_embeddings_score_one_half(made_run: Path, rows: Rows, prompts: PromptSet):
+def test_collapsed_embeddings_score_one_half(
+    made_run: Path, dataset: ImageTextDataset, prompts: PromptSet
+):
     collapsed = load_checkpoint(made_run)
     with torch.no_grad():
         collapsed.model.visual_projection.weight.zero_()
-    result = zeroshot(collapsed, rows, prompts, draws=5)
+    result = zeroshot(collapsed, dataset, prompts, n_resamples=5)
     assert (result.test.scores == 0.5).all()
     assert [row["auroc"] for row in result.summary["findings"]] == [0.5] * len(FINDINGS)
 
 
 def test_the_order_of_the_findings_is_the_order_of_the_results(
-    trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
+    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
     order = np.random.default_rng(0).permutation(len(scored.test.names()))
     names = [scored.test.names()[i] for i in order]
-    result = zeroshot(trained, rows, prompts, findings=names, draws=20)
+    result = zeroshot(trained, dataset, prompts, findings=names, n_resamples=20)
     assert result.test.names() == names
     assert [row["finding"] for row in result.summary["findings"]] == names
     np.testing.assert_allclose(result.test.scores, scored.test.scores[:, order], rtol=1e-9)
@@ -96,22 +98,22 @@ def test_the_order_of_the_findings_is_the_order_of_the_results(
 
 
 def test_findings_are_scored_alone_as_among_others(
-    trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
+    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
-    result = zeroshot(trained, rows, prompts, findings=["nodule"], draws=20)
+    result = zeroshot(trained, dataset, prompts, findings=["nodule"], n_resamples=20)
     column = scored.test.names().index("nodule")
     np.testing.assert_allclose(result.test.scores[:, 0], scored.test.scores[:, column], rtol=1e-9)
 
 
-def test_labels_of_test_films_change_neither_scores_nor_thresholds(
-    trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
+def test_labels_of_test_images_change_neither_scores_nor_thresholds(
+    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
-    def opposite(film: Film) -> Film:
-        if film.split != "test":
-            return film
-        return replace(film, labels={name: 1 - value for name, value in film.labels.items()})
+    def opposite(sample: Sample) -> Sample:
+        if sample.split != "test":
+            return sample
+        return replace(sample, labels={name: 1 - value for name, value in sample.labels.items()})
 
-    result = zeroshot(trained, changed(rows, opposite), prompts, draws=20)
+    result = zeroshot(trained, changed(dataset, opposite), prompts, n_resamples=20)
     assert np.array_equal(result.test.labels, 1 - scored.test.labels)
     assert np.array_equal(result.test.scores, scored.test.scores)
     for name, row in by_finding(scored).items():
@@ -120,54 +122,56 @@ def test_labels_of_test_films_change_neither_scores_nor_thresholds(
         assert theirs["auroc"] == pytest.approx(1 - row["auroc"])
 
 
-def test_thresholds_come_from_the_validation_films(
-    trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
+def test_thresholds_come_from_the_validation_images(
+    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
-    val = zeroshot(trained, rows, prompts, split="val", draws=5)
+    val = zeroshot(trained, dataset, prompts, split="val", n_resamples=5)
     for name, row in by_finding(scored).items():
         column = val.test.names().index(name)
-        if 0 < val.test.labels[:, column].sum() < len(val.rows):
+        if 0 < val.test.labels[:, column].sum() < len(val.dataset):
             assert (row["threshold"]["rule"], row["threshold"]["chosen_on"]) == ("f1", "val")
             assert row["threshold"]["value"] in val.test.scores[:, column]
         else:
-            assert (row["threshold"]["rule"], row["threshold"]["value"]) == ("even", 0.5)
-    assert {row["threshold"]["rule"] for row in by_finding(val).values()} == {"even"}
+            assert (row["threshold"]["rule"], row["threshold"]["value"]) == ("equal_prompts", 0.5)
+    assert {row["threshold"]["rule"] for row in by_finding(val).values()} == {"equal_prompts"}
 
 
-def test_without_validation_films_the_threshold_is_the_tie(
-    trained: Checkpoint, rows: Rows, prompts: PromptSet
+def test_without_validation_images_the_threshold_is_the_tie(
+    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet
 ):
-    no_val = rows.select([film.split != "val" for film in rows.films])
-    for row in zeroshot(trained, no_val, prompts, draws=5).summary["findings"]:
+    no_val = dataset.select([sample.split != "val" for sample in dataset.samples])
+    for row in zeroshot(trained, no_val, prompts, n_resamples=5).summary["findings"]:
         assert row["threshold"]["value"] == 0.5
         assert row["threshold"]["chosen_on"].startswith("where both prompts fit equally well")
 
 
 def test_findings_that_lack_a_class_are_listed_and_have_no_score(
-    trained: Checkpoint, rows: Rows, prompts: PromptSet, tmp_path: Path
+    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, tmp_path: Path
 ):
-    def one_sided(film: Film) -> Film:
-        return replace(film, labels={**film.labels, "mass": 0, "edema": 1, "nodule": -1})
+    def one_sided(sample: Sample) -> Sample:
+        return replace(sample, labels={**sample.labels, "mass": 0, "edema": 1, "nodule": -1})
 
-    result = zeroshot(trained, changed(rows, one_sided), prompts, draws=5)
-    n = len(result.rows)
+    result = zeroshot(trained, changed(dataset, one_sided), prompts, n_resamples=5)
+    n = len(result.dataset)
     assert result.summary["undefined"] == [
         {"finding": "edema", "n_positive": n, "n_negative": 0, "n_unknown": 0,
-         "reason": "no negative film"},
+         "reason": "no negative image"},
         {"finding": "mass", "n_positive": 0, "n_negative": n, "n_unknown": 0,
-         "reason": "no positive film"},
+         "reason": "no positive image"},
         {"finding": "nodule", "n_positive": 0, "n_negative": 0, "n_unknown": n,
-         "reason": "no positive and no negative film"},
+         "reason": "no positive and no negative image"},
     ]  # fmt: skip
     assert len(by_finding(result)) == len(FINDINGS) - 3
     assert not {"edema", "mass", "nodule"} & set(result.summary["macro_findings"])
 
 
-def test_results_of_films_without_any_finding_are_written_with_no_score(
-    trained: Checkpoint, rows: Rows, prompts: PromptSet, tmp_path: Path
+def test_results_of_images_without_any_finding_are_written_with_no_score(
+    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, tmp_path: Path
 ):
-    healthy = changed(rows, lambda film: replace(film, labels=dict.fromkeys(film.labels, 0)))
-    result = zeroshot(trained, healthy, prompts, draws=5)
+    healthy = changed(
+        dataset, lambda sample: replace(sample, labels=dict.fromkeys(sample.labels, 0))
+    )
+    result = zeroshot(trained, healthy, prompts, n_resamples=5)
     write_zeroshot(
         tmp_path, result, trained, prompts, title="t", kind="zeroshot", summary="s", command="c",
         seed=0, wall_s=0.0, gallery=[0],
@@ -178,25 +182,27 @@ def test_results_of_films_without_any_finding_are_written_with_no_score(
     assert (tmp_path / "page.html").is_file()
 
 
-def test_lateral_and_unlabelled_films_and_films_of_other_splits_are_not_scored(rows: Rows):
-    test = [film for film in rows.films if film.split == "test"]
-    lateral, unlabelled = test[0].film_id, test[1].film_id
-
-    def change(film: Film) -> Film:
-        if film.film_id == lateral:
-            return replace(film, view="L")
-        return replace(film, labels={}) if film.film_id == unlabelled else film
-
-    kept = rows_to_score(changed(rows, change), "test")
-    assert [film.film_id for film in kept.films] == [film.film_id for film in test[2:]]
-
-
-def test_one_film_is_scored_as_among_others(
-    trained: Checkpoint, rows: Rows, prompts: PromptSet, scored: ZeroShot
+def test_lateral_and_unlabelled_images_and_images_of_other_splits_are_not_scored(
+    dataset: ImageTextDataset,
 ):
-    last = scored.rows.films[-1].film_id
-    alone = rows.select([film.film_id == last for film in rows.films])
-    result = zeroshot(trained, alone, prompts, draws=5)
+    test = [sample for sample in dataset.samples if sample.split == "test"]
+    lateral, unlabelled = test[0].image_id, test[1].image_id
+
+    def change(sample: Sample) -> Sample:
+        if sample.image_id == lateral:
+            return replace(sample, view="L")
+        return replace(sample, labels={}) if sample.image_id == unlabelled else sample
+
+    kept = select_samples(changed(dataset, change), "test")
+    assert [sample.image_id for sample in kept.samples] == [sample.image_id for sample in test[2:]]
+
+
+def test_one_image_is_scored_as_among_others(
+    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
+):
+    last = scored.dataset.samples[-1].image_id
+    alone = dataset.select([sample.image_id == last for sample in dataset.samples])
+    result = zeroshot(trained, alone, prompts, n_resamples=5)
     np.testing.assert_allclose(result.test.scores[0], scored.test.scores[-1], rtol=1e-4)
 
 
@@ -226,26 +232,28 @@ def test_padding_changes_no_embedding(trained: Checkpoint):
 
 
 def test_what_is_not_in_the_data_is_named_with_what_is(
-    trained: Checkpoint, rows: Rows, prompts: PromptSet
+    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet
 ):
     with pytest.raises(ManifestError, match="no source chexpert in this data; there are synthetic"):
-        rows_to_score(rows, "test", ["chexpert"])
-    with pytest.raises(ManifestError, match="labelled with gout; these films are labelled with at"):
-        zeroshot(trained, rows, prompts, findings=["gout"])
-    no_test = rows.select([film.split != "test" for film in rows.films])
-    with pytest.raises(ManifestError, match="no labelled frontal film in split 'test'"):
-        rows_to_score(no_test, "test")
+        select_samples(dataset, "test", ["chexpert"])
+    with pytest.raises(
+        ManifestError, match="labelled with gout; these images are labelled with at"
+    ):
+        zeroshot(trained, dataset, prompts, findings=["gout"])
+    no_test = dataset.select([sample.split != "test" for sample in dataset.samples])
+    with pytest.raises(ManifestError, match="no labelled frontal image in split 'test'"):
+        select_samples(no_test, "test")
 
 
 def test_the_files_hold_what_the_results_say(made_run: Path, made_data: Path, tmp_path: Path):
     results = evaluate(
         made_run, [made_data], tmp_path, split="test", sources=(), findings=("nodule", "mass"),
-        prompt_sets=("default", "pair"), protocol=None, draws=10, seed=0, command="mmclip zeroshot",
+        prompt_sets=("default", "pair"), protocol=None, n_resamples=10, seed=0, command="mmclip zeroshot",
         device=torch.device("cpu"),
     )  # fmt: skip
     with np.load(tmp_path / "scores.npz") as stored:
         assert stored["findings"].tolist() == ["nodule", "mass"]
-        assert len(set(stored["film_id"])) == results.n_films == len(stored["scores"])
+        assert len(set(stored["image_id"])) == results.n_images == len(stored["scores"])
         assert len(set(stored["patient_id"])) == results.n_patients == 40
         assert stored["labels"][:, 0].sum() == results.findings[0].n_positive
     left = json.loads((tmp_path / "results.json").read_text())

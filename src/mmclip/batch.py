@@ -1,4 +1,4 @@
-"""A batch: some films with what is said of them, as tensors. Made by `data`, read by `models`."""
+"""A batch: some images with what is said of them, as tensors. Made by `data`, read by `models`."""
 
 from dataclasses import dataclass, fields
 
@@ -10,7 +10,7 @@ from mmclip.config import ScoreTokens
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchSlice:
     """What one process reads of a step in one micro-batch: part `index` of `of`, counted from 0."""
 
     index: int = 0
@@ -22,10 +22,10 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextBatch:
     """Texts of some rows of a batch, at most one a row. m texts, t tokens.
 
-    What is hidden does not depend on the model, so it is chosen where the batch is made.
+    What is masked does not depend on the model, so it is chosen where the batch is made.
     """
 
     rows: Int[Tensor, " m"]  # the row of the batch that each text belongs to
@@ -47,33 +47,36 @@ class Texts:
         }
         return kinds[tokens]
 
-    def take(self, keep: Bool[Tensor, " m"]) -> "Texts":
+    def take(self, keep: Bool[Tensor, " m"]) -> "TextBatch":
         """The texts where `keep` is True."""
-        return Texts(*(tensor[keep] for tensor in self.tensors().values()))
+        return TextBatch(*(tensor[keep] for tensor in self.tensors().values()))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, in the order of the fields."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def to(self, device: torch.device) -> "Texts":
+    def to(self, device: torch.device) -> "TextBatch":
         """The same texts on a device."""
-        return Texts(*(tensor.to(device, non_blocking=True) for tensor in self.tensors().values()))
+        return TextBatch(
+            *(tensor.to(device, non_blocking=True) for tensor in self.tensors().values())
+        )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some films with their reports and disease-kind prompts. b films, n patches, t and q tokens.
+    """Some images with their reports and disease-kind prompts. b images, n patches, t and q tokens.
 
     A row may have a report, a prompt, both or neither. Its text is its report, else its prompt.
     """
 
-    image: Float[Tensor, "b 1 h w"]  # model space, see `data.dataset.normalise`
-    reports: Texts
-    prompts: Texts
+    image: Float[Tensor, "b 1 h w"]  # model space, see `data.image_text_dataset.normalise`
+    reports: TextBatch
+    prompts: TextBatch
     keys: Int[Tensor, "b 3"]  # study, text, label set; equal in a column means positive, -1 none
-    patch_noise: Float[Tensor, "b n"]  # uniform draws for `masking.choose_masked_patches`
-    lesion_ratio: Float[Tensor, "b n"] | None  # see `patches.lesion_ratio_of_patches`; made films
-    film_ids: tuple[str, ...]
+    patch_noise: Float[Tensor, "b n"]  # uniform random numbers for `masking.choose_masked_patches`
+    # see `patches.lesion_ratio_of_patches`; synthetic images
+    lesion_ratio: Float[Tensor, "b n"] | None
+    image_ids: tuple[str, ...]
     step: int
     # Labels of rows without a report: 1, 0, NaN unknown; None where no label loss is trained.
     labels: Float[Tensor, "b k"] | None = None
@@ -96,12 +99,12 @@ class Batch:
         """True on rows with a report or a prompt."""
         return self.has_report | self.has_prompt
 
-    def _has(self, texts: Texts) -> Tensor:
+    def _has(self, texts: TextBatch) -> Tensor:
         has = torch.zeros(len(self.image), dtype=torch.bool, device=self.image.device)
         has[texts.rows] = True
         return has
 
-    def texts(self) -> tuple[Texts, Texts]:
+    def texts(self) -> tuple[TextBatch, TextBatch]:
         """The texts that the losses read: every report, and the prompts of rows without one."""
         stands_alone = ~self.has_report[self.prompts.rows]
         return self.reports, self.prompts.take(stands_alone)
@@ -127,7 +130,7 @@ class Batch:
             keys=self.keys.to(device, non_blocking=True),
             patch_noise=self.patch_noise.to(device, non_blocking=True),
             lesion_ratio=None if lesion is None else lesion.to(device, non_blocking=True),
-            film_ids=self.film_ids,
+            image_ids=self.image_ids,
             step=self.step,
             labels=None if labels is None else labels.to(device, non_blocking=True),
         )

@@ -97,7 +97,7 @@ def save_checkpoint(
     Returns:
         The checkpoint's folder.
     """
-    about = {
+    metadata = {
         "config": config.model_dump(mode="json"),
         "config_hash": config_hash(config),
         "vision_config": model.vision_model.config.to_dict(),
@@ -105,7 +105,7 @@ def save_checkpoint(
         "versions": code_version(),
         **facts,
     }
-    return write_checkpoint(run, step, model, trainer, about, keep, tokenizer=tokenizer)
+    return write_checkpoint(run, step, model, trainer, metadata, keep, tokenizer=tokenizer)
 
 
 def write_checkpoint(
@@ -113,7 +113,7 @@ def write_checkpoint(
     step: int,
     model: nn.Module,
     trainer: dict[str, Any],
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     keep: int,
     *,
     spare: Collection[int] = (),
@@ -129,7 +129,7 @@ def write_checkpoint(
         step: Optimiser steps done.
         model: Not wrapped.
         trainer: Tensors and plain values that training needs to go on.
-        about: Further entries of meta.json.
+        metadata: Further entries of meta.json.
         keep: Number of newest checkpoints that stay.
         spare: Steps of checkpoints that stay, too.
         tokenizer: Saved with the weights, where the model has one.
@@ -151,7 +151,7 @@ def write_checkpoint(
         tokenizer.save_pretrained(aside / "tokenizer")
     written = sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*") if p.is_file())
     sha256 = {name: file_sha256(aside / name) for name in written}
-    meta = {"step": step, **about, "sha256": sha256}
+    meta = {"step": step, **metadata, "sha256": sha256}
     (aside / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n", "utf-8")
     for path in [*aside.rglob("*"), aside]:
         _sync(path)

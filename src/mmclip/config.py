@@ -19,26 +19,26 @@ RESOURCES = resources.files("mmclip") / "resources"
 """The data of the package: configurations, prompts, vocabularies, protocols, templates."""
 
 GREY_MEAN, GREY_STD = 0.5, 0.25
-"""Film pixels, scaled to 0..1, are normalised by these. Source: ours, near the mean and deviation
-of chest films; one pair for every data set, so that no data set's statistics tell it apart."""
+"""Image pixels, scaled to 0..1, are normalised by these. Source: ours, near the mean and deviation
+of chest X-rays; one pair for every data set, so that no data set's statistics tell it apart."""
 
 
 ScoreKind = Literal[
     "contribution", "embedding", "attended", "logsumexp", "token_attention", "decoder_attention"
 ]
-"""The ways to say how strongly a patch responds to a text; see `masking.response_score`."""
+"""The ways to say how strongly a patch responds to a text; see `masking.relevance_score`."""
 
 WHOLE_TEXT_SCORES: tuple[ScoreKind, ...] = ("contribution", "embedding")
 """The scores that read the embedding of a text and none of its tokens."""
 
-MaskPolicy = Literal["attention", "random", "least_responsive", "oracle"]
-"""Which patches are hidden first: the most responsive, any, the least responsive, the lesion's."""
+MaskPolicy = Literal["attention", "random", "least_relevant", "oracle"]
+"""Which patches are masked first: the most relevant, any, the least relevant, the lesion's."""
 
 ScoreTokens = Literal["entities", "masked", "all"]
-"""The words of a text that a patch's response is measured against."""
+"""The words of a text that a patch's relevance is measured against."""
 
-HiddenPlace = Literal["features", "pixels"]
-"""Where patches are hidden: after the image encoder has seen the film, or before it."""
+MaskStage = Literal["features", "pixels"]
+"""Where patches are masked: after the image encoder has seen the image, or before it."""
 
 
 class ConfigError(ValueError):
@@ -54,7 +54,7 @@ class Frozen(BaseModel):
 class ImageEncoderConfig(Frozen):
     """The image encoder: a new one of these sizes, or a pretrained ViT that brings its own.
 
-    A ResNet with batch norm learns from few films within minutes; a ViT needs more of both, and
+    A ResNet with batch norm learns from few images within minutes; a ViT needs more of both, and
     encodes visible patches alone at their share of the cost [docs/log.md].
     """
 
@@ -63,19 +63,21 @@ class ImageEncoderConfig(Frozen):
     width: int = Field(default=64, gt=0)  # of a feature; a ResNet's earlier stages halve it
     depth: int = Field(default=2, gt=0)  # layers of a ViT, blocks a stage of a ResNet
     heads: int = Field(default=4, gt=0)  # of a ViT
-    patch_px: int = Field(default=8, gt=0)  # side of a feature's patch; a ResNet's stride
+    patch_size: int = Field(default=8, gt=0)  # side of a feature's patch; a ResNet's stride
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "ImageEncoderConfig":
         if self.kind == "vit" or self.pretrained is not None:
             return self
-        if self.patch_px not in (4, 8, 16, 32):
-            raise ValueError(f"patch_px={self.patch_px}; the stride of a ResNet is 4, 8, 16 or 32")
-        halvings = self.patch_px // 4
+        if self.patch_size not in (4, 8, 16, 32):
+            raise ValueError(
+                f"patch_size={self.patch_size}; the stride of a ResNet is 4, 8, 16 or 32"
+            )
+        halvings = self.patch_size // 4
         if self.width % halvings:
             raise ValueError(
                 f"width={self.width} cannot be halved down to the first stage of a ResNet of "
-                f"stride {self.patch_px}; take a multiple of {halvings}"
+                f"stride {self.patch_size}; take a multiple of {halvings}"
             )
         return self
 
@@ -121,47 +123,48 @@ class LossConfig(Frozen):
     text: float = Field(default=0.0, ge=0)  # EntMLM
     label: float = Field(
         default=0.0, ge=0
-    )  # control: labels of unpaired films, in place of prompts
+    )  # control: labels of unpaired images, in place of prompts
 
 
 class ImageMaskConfig(Frozen):
-    """AttMIM: which patches are hidden. Source of the defaults: docs/method.md."""
+    """AttMIM: which patches are masked. Source of the defaults: docs/method.md."""
 
     mask_ratio: float = Field(default=0.5, gt=0, lt=1)  # of the patches
     policy: MaskPolicy = "attention"
     score: ScoreKind = "contribution"
     score_tokens: ScoreTokens = "masked"  # what a patch responds to
-    hide: HiddenPlace = "features"  # after the encoder, or before it
+    mask_stage: MaskStage = "features"  # after the encoder, or before it
     anneal_from: float = Field(default=0.1, ge=0, le=1)  # as a share of all steps: random before
     anneal_to: float = Field(default=0.5, ge=0, le=1)  # guided from here on
-    final_randomness: float = Field(default=0.2, ge=0, le=1)  # what stays to chance
+    final_mask_noise: float = Field(default=0.2, ge=0, le=1)  # what stays to chance
 
 
 class TextMaskConfig(Frozen):
-    """EntMLM: which words are hidden. Source of the defaults: docs/method.md."""
+    """EntMLM: which words are masked. Source of the defaults: docs/method.md."""
 
     mask_ratio: float = Field(default=0.5, ge=0, le=1)  # of the concepts of a text
     policy: Literal["entities", "random"] = "entities"
     kinds: tuple[Literal["finding", "anatomy", "modifier"], ...] = Field(
         default=("finding", "anatomy", "modifier"), min_length=1
     )
-    cue_prob: float = Field(default=0.5, ge=0, le=1)  # of hiding "no" with what it denies
+    cue_prob: float = Field(default=0.5, ge=0, le=1)  # of masking "no" with what it denies
 
 
 class UnpairedConfig(Frozen):
-    """Films with labels and without a report, and the prompts made of their labels."""
+    """Images with labels and without a report, and the prompts made of their labels."""
 
     rows_per_pair: float = Field(default=0.0, ge=0)  # on top of the pairs of a step
     prompts: str = "default"  # a set of disease_prompts/, or a path that ends in .toml
-    absent_prob: float = Field(default=0.5, ge=0, le=1)  # of saying what a film does not have
+    absent_prob: float = Field(default=0.5, ge=0, le=1)  # of saying what an image does not have
     prompt_pairs: bool = False  # pairs with labels get a prompt too, which guides AttMIM
-    shuffle: bool = False  # control: every unpaired film has the labels of another
+    shuffle: bool = False  # control: every unpaired image has the labels of another
 
 
 class DataConfig(Frozen):
     """What a step reads."""
 
-    film_px: int = Field(default=64, gt=0)  # side of the cached films; must equal the data folder's
+    # side of the cached images; must equal the data folder's
+    image_size: int = Field(default=64, gt=0)
     max_tokens: int = Field(default=128, gt=2)
     views: tuple[Literal["PA", "AP", "L", "unknown"], ...] = ("PA", "AP", "unknown")
     impression_prob: float = Field(default=0.0, ge=0, le=1)  # of reading the impression alone
@@ -169,10 +172,10 @@ class DataConfig(Frozen):
 
 
 class AugmentConfig(Frozen):
-    """Ranges of the film augmentation. No mirroring: reports say left and right."""
+    """Ranges of the image augmentation. No mirroring: reports say left and right."""
 
     rotation_deg: float = Field(default=5.0, ge=0, lt=45)
-    translate_ratio: float = Field(default=0.05, ge=0, lt=0.5)  # of the film's side
+    translate_ratio: float = Field(default=0.05, ge=0, lt=0.5)  # of the image's side
     scale_ratio: float = Field(default=0.1, ge=0, lt=0.5)  # 0.1: between 0.9 and 1.1 times
     brightness: float = Field(default=0.1, ge=0, le=1)  # added, as a share of the grey range
     contrast: float = Field(default=0.2, ge=0, lt=1)  # 0.2: between 0.8 and 1.2 times
@@ -184,7 +187,7 @@ class TrainConfig(Frozen):
     seed: int = 0
     steps: int = Field(default=1000, gt=0)  # optimiser steps
     batch_size: int = Field(default=64, gt=1)  # pairs a step, over all processes and micro-batches
-    micro_batches: int = Field(
+    micro_batch_size: int = Field(
         default=1, gt=0
     )  # gradient accumulation: negatives are the micro-batch's
     base_lr: float = Field(default=8e-3, gt=0)  # per 256 pairs; lr = base_lr * batch_size / 256
@@ -200,10 +203,10 @@ class TrainConfig(Frozen):
 
     @model_validator(mode="after")
     def _batch_splits(self) -> "TrainConfig":
-        if self.batch_size % self.micro_batches:
+        if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
-                f"micro_batches={self.micro_batches}"
+                f"micro_batch_size={self.micro_batch_size}"
             )
         return self
 
@@ -223,12 +226,12 @@ class Config(Frozen):
     @model_validator(mode="after")
     def _score_is_trained(self) -> "Config":
         mask = self.image_mask
-        is_guided = bool(self.loss.image) and mask.policy in ("attention", "least_responsive")
+        is_guided = bool(self.loss.image) and mask.policy in ("attention", "least_relevant")
         if not is_guided or self.loss.text:
             return self
         if mask.score not in WHOLE_TEXT_SCORES and mask.score_tokens == "masked":
             raise ValueError(
-                "image_mask.score_tokens='masked' asks the hidden words, and loss.text=0 hides "
+                "image_mask.score_tokens='masked' asks the masked words, and loss.text=0 masks "
                 "none; give loss.text a weight, or set image_mask.score_tokens to 'entities' or "
                 "'all' with a score other than 'decoder_attention'"
             )
@@ -245,7 +248,7 @@ class Config(Frozen):
             return self
         if not self.unpaired.rows_per_pair:
             raise ValueError(
-                f"loss.label={self.loss.label} learns from the labels of unpaired films, and "
+                f"loss.label={self.loss.label} learns from the labels of unpaired images, and "
                 "unpaired.rows_per_pair=0 reads none; give unpaired.rows_per_pair a value"
             )
         if self.unpaired.prompt_pairs:
@@ -257,10 +260,10 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _patches_fit(self) -> "Config":
-        px, patch = self.data.film_px, self.model.image.patch_px
+        px, patch = self.data.image_size, self.model.image.patch_size
         if self.model.image.pretrained is None and px % patch:
             raise ValueError(
-                f"data.film_px={px} is not a multiple of model.image.patch_px={patch}; "
+                f"data.image_size={px} is not a multiple of model.image.patch_size={patch}; "
                 f"{max(px // patch, 1) * patch} is"
             )
         return self

@@ -1,4 +1,5 @@
-"""The whole path on made films: draw, build, pre-train, score, show. What `make demo` runs."""
+"""The whole path on synthetic images: draw, build, pre-train, score, show. What `make demo`
+runs."""
 
 import csv
 import shutil
@@ -13,19 +14,19 @@ from transformers import PreTrainedTokenizerFast
 from mmclip.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from mmclip.config import Config, load_config
 from mmclip.data.build import build_data
-from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import is_built
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.data.synthetic.dataset import PRESET_FILE
-from mmclip.embed import embed_films, embed_prompts, probabilities
+from mmclip.embed import embed_images, embed_prompts, probabilities
 from mmclip.evaluation.baselines import thumbnail_scores
-from mmclip.evaluation.judge import control_of, score_findings
+from mmclip.evaluation.compute_metrics import control_of, metrics_by_finding
 from mmclip.evaluation.results import RESULTS_FILE, RunResults
-from mmclip.evaluation.scores import rows_to_score
+from mmclip.evaluation.scores import select_samples
 from mmclip.evaluation.zeroshot import (
     DEFAULT_PROMPT_SETS,
-    GALLERY_FILMS,
+    GALLERY_SIZE,
     ZeroShot,
     check_trained,
     write_zeroshot,
@@ -33,7 +34,7 @@ from mmclip.evaluation.zeroshot import (
 )
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet, load_prompts
-from mmclip.training.pretrain import Job, build_model, pretrain
+from mmclip.training.pretrain import PretrainRequest, build_model, pretrain
 
 UNTRAINED_SEEDS = range(10)
 
@@ -52,10 +53,10 @@ def run_demo(
     Whether finished results may be replaced is for the caller to ask.
 
     Args:
-        out: raw/ (films and reports as a data set would come), data/, run/, results.json,
+        out: raw/ (images and reports as a data set would come), data/, run/, results.json,
             scores.npz, plots/, page.html.
-        seed: Of the weights, the order and the drawn films.
-        shuffle_pairs: The control: every film has the report, or the labels, of another.
+        seed: Of the weights, the order and the drawn images.
+        shuffle_pairs: The control: every image has the report, or the labels, of another.
         overrides: Of the configuration "demo".
         command: As typed, for the results.
         overwrite: Replace a demo of other settings, finished or not.
@@ -66,12 +67,12 @@ def run_demo(
     """
     began = time.monotonic()
     if shuffle_pairs:
-        overrides = (*overrides, "unpaired.shuffle=true")  # no film keeps what is true of it
+        overrides = (*overrides, "unpaired.shuffle=true")  # no image keeps what is true of it
     config = load_config("demo", (*overrides, f"train.seed={seed}"))
     preset = replace(PRESETS["demo"], seed=PRESETS["demo"].seed + seed)
     _make_room(out, preset, overwrite)
-    rows = open_rows([_make_data(out, preset)], config.data.film_px)
-    job = Job(
+    dataset = open_dataset([_make_data(out, preset)], config.data.image_size)
+    request = PretrainRequest(
         folders=(out / "data",),
         run=out / "run",
         config=config,
@@ -80,17 +81,22 @@ def run_demo(
         shuffle_pairs=shuffle_pairs,
     )
     try:
-        checkpoint = load_checkpoint(pretrain(job))
+        checkpoint = load_checkpoint(pretrain(request))
     except CheckpointError as error:
         raise CheckpointError(
             f"{out} holds a demo that does not go on with this command ({error}); add --overwrite "
             f"to replace it"
         ) from None
-    prompts, *wordings = [load_prompts(name) for name in DEFAULT_PROMPT_SETS]
+    prompts, *other_prompt_sets = [load_prompts(name) for name in DEFAULT_PROMPT_SETS]
     held_out = _held_out(out / "raw")
-    ordinary = rows.select([film.film_id not in held_out for film in rows.films])
+    ordinary = dataset.select([sample.image_id not in held_out for sample in dataset.samples])
     result = zeroshot(
-        checkpoint, ordinary, prompts, wordings=wordings, findings=FINDINGS, seed=seed
+        checkpoint,
+        ordinary,
+        prompts,
+        other_prompt_sets=other_prompt_sets,
+        findings=FINDINGS,
+        seed=seed,
     )
     controls = {
         "thumbnails": _thumbnails(ordinary, result),
@@ -101,11 +107,12 @@ def run_demo(
         result,
         checkpoint,
         prompts,
-        title="Demo: made films, tiny model",
+        title="Demo: synthetic images, tiny model",
         kind="demo",
         summary=(
-            "A tiny model trained with the whole method on made films, half of them with reports "
-            "and half with labels, scored by text prompts on made patients it has not seen"
+            "A tiny model trained with the whole method on synthetic images, half of them with "
+            "reports and half with labels, scored by text prompts on synthetic patients it has not "
+            "seen"
         )
         + (
             ", after training on shuffled pairs and labels (a control)"
@@ -117,14 +124,14 @@ def run_demo(
         seed=seed,
         wall_s=time.monotonic() - began,
         controls=controls,
-        combinations=_combinations(rows, held_out, checkpoint, prompts, seed),
+        combinations=_combinations(dataset, held_out, checkpoint, prompts, seed),
         gallery=_gallery(result),
-        leak_check=check_trained(checkpoint, result.rows, "test"),
+        leak_check=check_trained(checkpoint, result.dataset, "test"),
         facts={
             "training pairs": checkpoint.meta["n_pairs"],
-            "unpaired films": checkpoint.meta["n_unpaired"],
+            "unpaired images": checkpoint.meta["n_unpaired"],
             "steps": config.train.steps,
-            "films": f"{config.data.film_px} px, made (preset demo, version {preset.version})",
+            "images": f"{config.data.image_size} px, made (preset demo, version {preset.version})",
         },
     )
 
@@ -141,8 +148,8 @@ def _make_room(out: Path, preset: Preset, overwrite: bool) -> None:
     is_other = bool(there) and not holds_preset(raw, preset)
     if is_other and not overwrite:
         raise ValueError(
-            f"{out} holds a demo of other made films, by another --seed or version of mmclip; add "
-            f"--overwrite to replace it, or choose another --out"
+            f"{out} holds a demo of other synthetic images, by another --seed or version of "
+            f"mmclip; add --overwrite to replace it, or choose another --out"
         )
     if is_other:
         for old in there:
@@ -153,7 +160,7 @@ def _make_room(out: Path, preset: Preset, overwrite: bool) -> None:
 
 
 def _make_data(out: Path, preset: Preset) -> Path:
-    """Draws the films and builds the data folder, unless that is done."""
+    """Draws the images and builds the data folder, unless that is done."""
     raw, data = out / "raw", out / "data"
     if not (is_built(data) and holds_preset(raw, preset)):
         for old in (raw, data, out / "run"):
@@ -165,8 +172,8 @@ def _make_data(out: Path, preset: Preset) -> Path:
             open_reader("csv", raw, mapping=raw / "mapping.toml", table=None),
             raw,
             data,
-            film_px=preset.film_px,
-            about={
+            image_size=preset.image_size,
+            metadata={
                 "reader": "csv",
                 "preset": f"{preset.name} version {preset.version} seed {preset.seed}",
             },
@@ -175,19 +182,19 @@ def _make_data(out: Path, preset: Preset) -> Path:
 
 
 def _held_out(raw: Path) -> dict[str, str]:
-    """The test films made to show a combination that training lacks: film id -> combination."""
+    """The test images made to show a combination that training lacks: image id -> combination."""
     with (raw / "studies.csv").open(newline="", encoding="utf-8") as file:
-        return {row["film_id"]: row["held_out"] for row in csv.DictReader(file) if row["held_out"]}
+        return {row["image_id"]: row["held_out"] for row in csv.DictReader(file) if row["held_out"]}
 
 
-def _thumbnails(rows: Rows, result: ZeroShot) -> dict:
+def _thumbnails(dataset: ImageTextDataset, result: ZeroShot) -> dict:
     """A logistic regression on 8 x 8 thumbnails, trained with labels: what brightness tells."""
-    train, val = (rows_to_score(rows, split) for split in ("train", "val"))
-    scores = thumbnail_scores(train, val, result.rows, result.test.names())
+    train, val = (select_samples(dataset, split) for split in ("train", "val"))
+    scores = thumbnail_scores(train, val, result.dataset, result.test.names())
     return control_of(
         result.test,
         scores,
-        "logistic regression on 8 x 8 thumbnails, trained with all labels of the training films",
+        "logistic regression on 8 x 8 thumbnails, trained with all labels of the training images",
     )
 
 
@@ -199,9 +206,11 @@ def _untrained(config: Config, tokenizer: PreTrainedTokenizerFast, result: ZeroS
         torch.manual_seed(seed)
         model = build_model(config, tokenizer).eval()
         pair = embed_prompts(model, tokenizer, prompts, test.names(), config.data.max_tokens)
-        films = embed_films(model, result.rows, show=False)
-        scores = probabilities(films, pair, float(model.scale().detach()))
-        summary = score_findings(test.labels, scores, test.patients(), test.names(), draws=1)
+        images = embed_images(model, result.dataset, show=False)
+        scores = probabilities(images, pair, float(model.scale().detach()))
+        summary = metrics_by_finding(
+            test.labels, scores, test.patients(), test.names(), n_resamples=1
+        )
         found.append(summary["macro_auroc"])
     return {
         "macro_auroc": float(np.mean(found)),
@@ -211,19 +220,32 @@ def _untrained(config: Config, tokenizer: PreTrainedTokenizerFast, result: ZeroS
 
 
 def _combinations(
-    rows: Rows, held_out: dict[str, str], checkpoint: Checkpoint, prompts: PromptSet, seed: int
+    dataset: ImageTextDataset,
+    held_out: dict[str, str],
+    checkpoint: Checkpoint,
+    prompts: PromptSet,
+    seed: int,
 ) -> list[dict]:
-    """Test films of a finding, side and size that training lacks, against films without it."""
+    """Test images of a finding, side and size that training lacks, against images without it."""
     out = []
     for name in sorted(set(held_out.values())):
         finding, side, size = name.split("/")
         keep = [
-            held_out.get(film.film_id) == name
-            or (film.split == "test" and film.film_id not in held_out and film.labels[finding] == 0)
-            for film in rows.films
+            held_out.get(sample.image_id) == name
+            or (
+                sample.split == "test"
+                and sample.image_id not in held_out
+                and sample.labels[finding] == 0
+            )
+            for sample in dataset.samples
         ]
         found = zeroshot(
-            checkpoint, rows.select(keep), prompts, findings=[finding], seed=seed, thresholds=False
+            checkpoint,
+            dataset.select(keep),
+            prompts,
+            findings=[finding],
+            seed=seed,
+            thresholds=False,
         ).summary["findings"][0]
         keys = ("finding", "n_positive", "n_negative", "auroc", "auroc_ci")
         out.append({**{k: found[k] for k in keys}, "side": side, "size": size})
@@ -231,10 +253,10 @@ def _combinations(
 
 
 def _gallery(result: ZeroShot) -> list[int]:
-    """The first films of the test split that show each finding, and two without any."""
+    """The first images of the test split that show each finding, and two without any."""
     chosen: list[int] = []
     for k in range(len(result.test.names())):
         with_it = [r for r in np.flatnonzero(result.test.labels[:, k] == 1) if r not in chosen]
         chosen += [int(r) for r in with_it[:1]]
     normal = np.flatnonzero(np.nansum(result.test.labels, 1) == 0)[:2]
-    return [*chosen[: GALLERY_FILMS - len(normal)], *map(int, normal)]
+    return [*chosen[: GALLERY_SIZE - len(normal)], *map(int, normal)]

@@ -43,7 +43,7 @@ DIGITS = 1e-5
 
 
 @dataclass(frozen=True)
-class Finding:
+class HealthCheck:
     """One line of the report."""
 
     what: str
@@ -51,72 +51,72 @@ class Finding:
     is_sound: bool = True
 
 
-def examine_machine() -> Iterator[Finding]:
+def examine_machine() -> Iterator[HealthCheck]:
     """Versions and device."""
-    yield Finding("mmclip", importlib.metadata.version("mmclip"))
-    yield Finding("python", f"{platform.python_version()} on {platform.platform(terse=True)}")
+    yield HealthCheck("mmclip", importlib.metadata.version("mmclip"))
+    yield HealthCheck("python", f"{platform.python_version()} on {platform.platform(terse=True)}")
     for name in PACKAGES:
-        yield Finding(name, importlib.metadata.version(name))
+        yield HealthCheck(name, importlib.metadata.version(name))
     for name, extra in OPTIONAL.items():
         try:
-            yield Finding(name, importlib.metadata.version(name))
+            yield HealthCheck(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, f"not installed (optional; pip install 'mmclip[{extra}]')")
+            yield HealthCheck(name, f"not installed (optional; pip install 'mmclip[{extra}]')")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(i)
-            yield Finding(f"cuda:{i}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB")
+            yield HealthCheck(f"cuda:{i}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB")
     else:
-        yield Finding(
+        yield HealthCheck(
             "device",
             f"cpu, {torch.get_num_threads()} of {os.cpu_count()} cores "
             f"({torch.backends.cpu.get_cpu_capability()}); torch sees no GPU",
         )
 
 
-def examine_data(folder: Path) -> Iterator[Finding]:
+def examine_data(folder: Path) -> Iterator[HealthCheck]:
     """Whether a data folder is finished and unchanged."""
     try:
         meta = read_meta(folder)
-        films = read_manifest(folder)
+        samples = read_manifest(folder)
     except (ManifestError, OSError) as error:
-        yield Finding("manifest", str(error), is_sound=False)
+        yield HealthCheck("manifest", str(error), is_sound=False)
         return
     except ValueError as error:  # no JSON or no Parquet any more
-        yield Finding(
+        yield HealthCheck(
             "manifest",
             f"{META_FILE} or {MANIFEST_FILE} is damaged ({error}); build the folder again with "
             f"`mmclip data build`",
             is_sound=False,
         )
         return
-    yield Finding(
+    yield HealthCheck(
         "manifest",
-        f"{len(films):,} rows of {meta['n_patients']:,} patients, {meta['n_paired']:,} with film "
-        f"and report, {meta['n_excluded']:,} excluded; data hash {meta['data_hash'][:12]}",
+        f"{len(samples):,} rows of {meta['n_patients']:,} patients, {meta['n_paired']:,} with "
+        f"image and report, {meta['n_excluded']:,} excluded; data hash {meta['data_hash'][:12]}",
     )
     changed = ", ".join(changed_since(meta))
     said = f"{changed} changed since; build again to have it" if changed else "as installed"
-    yield Finding("words", f"of mmclip {meta['made_with']['mmclip']}; {said}")
+    yield HealthCheck("words", f"of mmclip {meta['made_with']['mmclip']}; {said}")
     splits = ", ".join(f"{name} {n:,}" for name, n in meta["splits"].items())
-    shared = find_overlaps(films, [f.split for f in films], {"patients": patient_key})
+    shared = find_overlaps(samples, [f.split for f in samples], {"patients": patient_key})
     name = meta["split"]["name"] if "split" in meta else "as built"
     said = "; ".join(map(str, shared)) or "no patient is in two"
-    yield Finding("splits", f"{name}: {splits}; {said}", is_sound=not shared)
-    if meta["film_px"] is None:
-        yield Finding("films", "none: the folder is text only")
+    yield HealthCheck("splits", f"{name}: {splits}; {said}", is_sound=not shared)
+    if meta["image_size"] is None:
+        yield HealthCheck("images", "none: the folder is text only")
         return
     try:
-        verify_cache(folder, meta["films_sha256"])
+        verify_cache(folder, meta["images_sha256"])
     except (CacheError, OSError) as error:
-        yield Finding("films", str(error), is_sound=False)
+        yield HealthCheck("images", str(error), is_sound=False)
     else:
-        yield Finding(
-            "films", f"{meta['n_with_image']:,} of {meta['film_px']} px; checksum as built"
+        yield HealthCheck(
+            "images", f"{meta['n_with_image']:,} of {meta['image_size']} px; checksum as built"
         )
 
 
-def examine_run(folder: Path) -> Iterator[Finding]:
+def examine_run(folder: Path) -> Iterator[HealthCheck]:
     """Whether a run holds a checkpoint that loads, and that training can go on from."""
     try:
         where = find_checkpoint(folder)
@@ -126,9 +126,9 @@ def examine_run(folder: Path) -> Iterator[Finding]:
             return
         found = load_checkpoint(folder)
     except (ValueError, OSError) as error:
-        yield Finding("checkpoint", str(error), is_sound=False)
+        yield HealthCheck("checkpoint", str(error), is_sound=False)
         return
-    yield Finding(
+    yield HealthCheck(
         "checkpoint",
         f"{found.folder.name} of data {found.meta['data_hash'][:12]}, config "
         f"{found.meta['config_hash'][:12]}; weights load, checksums as written",
@@ -136,17 +136,17 @@ def examine_run(folder: Path) -> Iterator[Finding]:
     try:
         step = load_trainer_state(found.folder)["step"]
     except (ValueError, OSError) as error:
-        yield Finding("trainer state", str(error), is_sound=False)
+        yield HealthCheck("trainer state", str(error), is_sound=False)
     else:
-        yield Finding("trainer state", f"loads; --resume goes on from step {step}")
+        yield HealthCheck("trainer state", f"loads; --resume goes on from step {step}")
 
 
-def examine_results(folder: Path) -> Iterator[Finding]:
+def examine_results(folder: Path) -> Iterator[HealthCheck]:
     """Whether results keep their contract, and the scores beside them give the same AUROC."""
     try:
         results = checked(json.loads((folder / RESULTS_FILE).read_text("utf-8")))
     except (ValueError, TypeError, OSError) as error:
-        yield Finding(
+        yield HealthCheck(
             "results",
             f"{RESULTS_FILE} is damaged ({error}); score again with `mmclip zeroshot --overwrite`",
             is_sound=False,
@@ -154,9 +154,9 @@ def examine_results(folder: Path) -> Iterator[Finding]:
         return
     made = results.provenance
     again = f"make the results again by `{made.command}`"
-    yield Finding(
+    yield HealthCheck(
         "results",
-        f"{results.n_films:,} films of {results.n_patients:,} patients, "
+        f"{results.n_images:,} images of {results.n_patients:,} patients, "
         f"data {made.data_hash[:12]}, config {(made.config_hash or 'not ours')[:12]}; "
         f"made by `{made.command}`",
     )
@@ -172,10 +172,10 @@ def examine_results(folder: Path) -> Iterator[Finding]:
                 differ.append(row.finding)
     except (ValueError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
         detail = f"scores.npz is missing or damaged ({error}); {again}"
-        yield Finding("scores", detail, is_sound=False)
+        yield HealthCheck("scores", detail, is_sound=False)
     else:
         n = len(results.findings)
-        yield Finding(
+        yield HealthCheck(
             "scores",
             f"scores.npz gives {', '.join(differ)} another AUROC than {RESULTS_FILE}; {again}"
             if differ
@@ -183,27 +183,29 @@ def examine_results(folder: Path) -> Iterator[Finding]:
             is_sound=not differ,
         )
     if not (folder / PAGE_FILE).is_file():
-        yield Finding("page", f"{PAGE_FILE} is missing; {again}", is_sound=False)
+        yield HealthCheck("page", f"{PAGE_FILE} is missing; {again}", is_sound=False)
 
 
-def _examine_classifier(folder: Path, where: Path, meta: dict) -> Iterator[Finding]:
+def _examine_classifier(folder: Path, where: Path, meta: dict) -> Iterator[HealthCheck]:
     """The checkpoint of full fine-tuning: of a finished run the best one, without its trainer."""
     read_weights(where, meta)
-    yield Finding(
+    yield HealthCheck(
         "checkpoint",
         f"{where.name} of full fine-tuning for {', '.join(meta['findings'])}; checksums as written",
     )
     if (where / "trainer.pt").is_file():
-        yield Finding("trainer state", f"loads from step {load_trainer_state(where)['step']}")
+        yield HealthCheck("trainer state", f"loads from step {load_trainer_state(where)['step']}")
     elif not (folder / RESULTS_FILE).is_file():
-        yield Finding("trainer state", "none: the run is finished, or this is its best checkpoint")
+        yield HealthCheck(
+            "trainer state", "none: the run is finished, or this is its best checkpoint"
+        )
 
 
 FINETUNED = re.compile(r"(probe|full)-[\d.e+-]+-\d+")
 """Folders of the runs in the --out of `mmclip finetune`."""
 
 
-def examine_finetuned(folder: Path) -> Iterator[Finding]:
+def examine_finetuned(folder: Path) -> Iterator[HealthCheck]:
     """Whether all runs of `mmclip finetune` are there and sound, and the summary is of them."""
     runs = {p.name: p for p in sorted(folder.iterdir()) if FINETUNED.fullmatch(p.name)}
     again = "the same `mmclip finetune` goes on where it was"
@@ -215,34 +217,34 @@ def examine_finetuned(folder: Path) -> Iterator[Finding]:
             for seed, value in line["macro_auroc"].items()
         }
         said = f"{len(reached)} runs by protocol {summary['protocol']}, {summary['init']}"
-        yield Finding("summary", said)
+        yield HealthCheck("summary", said)
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         reached = {}
         detail = f"{SUMMARY_FILE} is missing or damaged ({error}); {again}"
-        yield Finding("summary", detail, is_sound=False)
+        yield HealthCheck("summary", detail, is_sound=False)
     for name in sorted(runs.keys() | reached.keys()):
         if name not in runs:
-            yield Finding(name, f"{name} of {SUMMARY_FILE} is missing; {again}", is_sound=False)
+            yield HealthCheck(name, f"{name} of {SUMMARY_FILE} is missing; {again}", is_sound=False)
             continue
         bad = [found for found in examine(runs[name]) if not found.is_sound]
-        yield from (Finding(name, f"{f.what}: {f.detail}", is_sound=False) for f in bad)
+        yield from (HealthCheck(name, f"{f.what}: {f.detail}", is_sound=False) for f in bad)
         if bad or not (runs[name] / RESULTS_FILE).is_file():
             if not bad:
-                yield Finding(name, f"is not finished; {again}")
+                yield HealthCheck(name, f"is not finished; {again}")
             continue
         found = read_results(runs[name]).macro_auroc
         if name in reached and not _is_close(found, reached[name]):
             detail = f"{SUMMARY_FILE} gives it another macro AUROC; {again}"
-            yield Finding(name, detail, is_sound=False)
+            yield HealthCheck(name, detail, is_sound=False)
         else:
-            yield Finding(name, "results as its scores give them")
+            yield HealthCheck(name, "results as its scores give them")
 
 
 def _is_close(one: float | None, other: float | None) -> bool:
     return one == other or (one is not None and other is not None and abs(one - other) <= DIGITS)
 
 
-def examine_retrieval(folder: Path) -> Iterator[Finding]:
+def examine_retrieval(folder: Path) -> Iterator[HealthCheck]:
     """Whether results of `mmclip retrieve --evaluate` keep their contract."""
     try:
         text = (folder / RETRIEVAL_FILE).read_text("utf-8")
@@ -250,26 +252,26 @@ def examine_retrieval(folder: Path) -> Iterator[Finding]:
     except (ValueError, OSError) as error:
         said = " ".join(str(error).split())
         detail = f"{RETRIEVAL_FILE} is damaged ({said}); retrieve again with --overwrite"
-        yield Finding("retrieval", detail, is_sound=False)
+        yield HealthCheck("retrieval", detail, is_sound=False)
         return
     made = found.provenance
-    yield Finding(
+    yield HealthCheck(
         "retrieval",
-        f"{found.n_films:,} films of {found.n_patients:,} patients, data {made.data_hash[:12]}; "
+        f"{found.n_images:,} images of {found.n_patients:,} patients, data {made.data_hash[:12]}; "
         f"made by `{made.command}`",
     )
     yield from _arrays(folder / RANKS_FILE, f"make the results again by `{made.command}`")
 
 
-def examine_explanations(folder: Path, files: list[Path]) -> Iterator[Finding]:
+def examine_explanations(folder: Path, files: list[Path]) -> Iterator[HealthCheck]:
     """What `mmclip explain` left in a folder: results of --evaluate, and maps beside pictures."""
     for path in files:
         if path.suffix == ".json":
             known = json.loads(path.read_text("utf-8"))
-            said = f"of {known['n_films']:,} films; made by `{known['command']}`"
-            yield Finding("explanations", f"{path.name} {said}")
+            said = f"of {known['n_images']:,} images; made by `{known['command']}`"
+            yield HealthCheck("explanations", f"{path.name} {said}")
         else:
-            yield from _arrays(path, "explain the film again with --overwrite")
+            yield from _arrays(path, "explain the image again with --overwrite")
 
 
 def _explanations(folder: Path) -> list[Path]:
@@ -280,20 +282,23 @@ def _explanations(folder: Path) -> list[Path]:
             known = json.loads(path.read_text("utf-8"))
         except ValueError:
             continue
-        if isinstance(known, dict) and {"command", "maps", "sanity", "n_films"} <= known.keys():
+        if (
+            isinstance(known, dict)
+            and {"command", "saliency_maps", "sanity", "n_images"} <= known.keys()
+        ):
             found.append(path)
     return found
 
 
-def _arrays(path: Path, again: str) -> Iterator[Finding]:
+def _arrays(path: Path, again: str) -> Iterator[HealthCheck]:
     try:
         with np.load(path) as stored:
             sizes = ", ".join(f"{name} {stored[name].shape}" for name in stored.files)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         detail = f"{path.name} is missing or damaged ({error}); {again}"
-        yield Finding("arrays", detail, is_sound=False)
+        yield HealthCheck("arrays", detail, is_sound=False)
     else:
-        yield Finding("arrays", f"{path.name}: {sizes}")
+        yield HealthCheck("arrays", f"{path.name}: {sizes}")
 
 
 def _stored(folder: Path) -> dict[Path, str]:
@@ -309,25 +314,25 @@ def _stored(folder: Path) -> dict[Path, str]:
     return found
 
 
-def examine_store(notes: dict[Path, str]) -> Iterator[Finding]:
+def examine_store(notes: dict[Path, str]) -> Iterator[HealthCheck]:
     """Whether stored embeddings are as they were written."""
     for note, sha256 in notes.items():
         path = note.with_suffix(".npy")
         if path.is_file() and file_sha256(path) == sha256:
             shape = np.load(path, mmap_mode="r").shape
-            yield Finding("embeddings", f"{path.name} {shape}; checksum as written")
+            yield HealthCheck("embeddings", f"{path.name} {shape}; checksum as written")
         else:
             detail = f"{path.name} is missing or damaged; the next command makes it anew"
-            yield Finding("embeddings", detail, is_sound=False)
+            yield HealthCheck("embeddings", detail, is_sound=False)
 
 
-def examine(folder: Path) -> Iterator[Finding]:
+def examine(folder: Path) -> Iterator[HealthCheck]:
     """A folder of any kind, or of several, told by what it holds."""
     if not folder.is_dir():
-        yield Finding("folder", f"{folder} is no folder", is_sound=False)
+        yield HealthCheck("folder", f"{folder} is no folder", is_sound=False)
         return
     is_checkpoint = (folder / "model.safetensors").is_file()
-    kinds: list[Iterator[Finding]] = []
+    kinds: list[Iterator[HealthCheck]] = []
     if (folder / META_FILE).is_file() and not is_checkpoint:
         kinds.append(examine_data(folder))
     if is_checkpoint or (folder / CHECKPOINTS).is_dir():
@@ -341,7 +346,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     if (folder / RETRIEVAL_FILE).is_file():
         kinds.append(examine_retrieval(folder))
     if (folder / SHEET_FILE).is_file():
-        kinds.append(iter([Finding("search", f"{SHEET_FILE}, films that a search found")]))
+        kinds.append(iter([HealthCheck("search", f"{SHEET_FILE}, images that a search found")]))
     if maps := _explanations(folder):
         kinds.append(examine_explanations(folder, maps))
     if notes := _stored(folder):
@@ -349,7 +354,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     for kind in kinds:
         yield from kind
     if not kinds:
-        yield Finding(
+        yield HealthCheck(
             "folder",
             f"{folder} is no data folder ({META_FILE}), run (checkpoints/), results "
             f"({RESULTS_FILE}, {SUMMARY_FILE}, {RETRIEVAL_FILE}), explanations or stored "

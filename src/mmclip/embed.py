@@ -1,4 +1,5 @@
-"""Embeddings of films, texts and prompts by a trained model, and what a film says of a prompt."""
+"""Embeddings of images, texts and prompts by a trained model, and what an image says of a
+prompt."""
 
 import logging
 import re
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mmclip.data.dataset import Rows, normalise
+from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.text import tokenise
 from mmclip.models.mmclip import MMCLIP
 from mmclip.progress import progress
@@ -30,16 +31,16 @@ class PromptEmbeddings:
 
 
 @torch.inference_mode()
-def embed_films(
-    model: MMCLIP, rows: Rows, batch_size: int = 256, show: bool = True
+def embed_images(
+    model: MMCLIP, dataset: ImageTextDataset, batch_size: int = 256, show: bool = True
 ) -> Float[Tensor, "n e"]:
-    """The embeddings of all films, on the CPU, in the order of the rows."""
+    """The embeddings of all images, on the CPU, in the order of the rows."""
     device = model.logit_scale.device
     out = []
-    with progress("embedding films", len(rows), show=show) as advance:
-        for start in range(0, len(rows), batch_size):
-            part = np.arange(start, min(start + batch_size, len(rows)))
-            image = normalise(rows.pixels(part)).to(device)
+    with progress("embedding images", len(dataset), show=show) as advance:
+        for start in range(0, len(dataset), batch_size):
+            part = np.arange(start, min(start + batch_size, len(dataset)))
+            image = normalise(dataset.pixels(part)).to(device)
             out.append(model.encode_image(image).embedding.cpu())
             advance(len(part))
     return torch.cat(out)
@@ -145,11 +146,11 @@ def embed_prompts(
 
 
 def probabilities(
-    films: Float[Tensor, "n e"], prompts: PromptEmbeddings, scale: float
+    images: Float[Tensor, "n e"], prompts: PromptEmbeddings, scale: float
 ) -> Float[np.ndarray, "n k"]:
-    """Softmax over the pair of prompts: the probability that the positive one fits the film.
+    """Softmax over the pair of prompts: the probability that the positive one fits the image.
 
     Source: CheXzero (Tiu et al. 2022), methods, "softmax evaluation".
     """
-    difference = films.double() @ (prompts.positive - prompts.negative).double().T
+    difference = images.double() @ (prompts.positive - prompts.negative).double().T
     return torch.sigmoid(scale * difference).numpy()

@@ -1,7 +1,7 @@
-"""Embeddings of films and texts, and other vectors, made once and stored in the folder of the run.
+"""Embeddings of images and texts, and other vectors, made once and stored in the folder of the run.
 
-    embeddings/films-<hash>.npy     float32 [n, e], in the order of the rows
-    embeddings/films-<hash>.json    the weights that made them, and a checksum; written last
+    embeddings/images-<hash>.npy     float32 [n, e], in the order of the rows
+    embeddings/images-<hash>.json    the weights that made them, and a checksum; written last
     embeddings/texts-<hash>.npy     the same of distinct texts, and its .json
     embeddings/pooled-<hash>.npy    what a linear probe reads, see `features.stored_features`
 
@@ -22,9 +22,9 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from mmclip.checkpoint import CHECKPOINTS, Checkpoint, file_sha256
-from mmclip.data.dataset import Rows
 from mmclip.data.folder import read_meta, write_text_atomic
-from mmclip.embed import embed_films, embed_texts
+from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.embed import embed_images, embed_texts
 from mmclip.progress import console, progress
 
 logger = logging.getLogger(__name__)
@@ -32,18 +32,18 @@ logger = logging.getLogger(__name__)
 STORE_FOLDER = "embeddings"
 
 _CHUNK = 1024
-"""Films or texts whose embeddings are held at once. [chosen: 2 MB at 512 wide]"""
+"""Images or texts whose embeddings are held at once. [chosen: 2 MB at 512 wide]"""
 
 
-def film_embeddings(
-    checkpoint: Checkpoint, rows: Rows, folders: Sequence[Path]
+def image_embeddings(
+    checkpoint: Checkpoint, dataset: ImageTextDataset, folders: Sequence[Path]
 ) -> Float32[np.ndarray, "n e"]:
-    """The embeddings of some films, from the run's folder where they are stored, else made.
+    """The embeddings of some images, from the run's folder where they are stored, else made.
 
     Args:
         checkpoint: Whose weights they must be of.
-        rows: All with an image.
-        folders: That the rows are of: the checksums of their films are part of the key, too.
+        dataset: All with an image.
+        folders: That the rows are of: the checksums of their images are part of the key, too.
 
     Returns:
         Mapped from the file: in memory only where it is read.
@@ -51,22 +51,24 @@ def film_embeddings(
     Raises:
         ValueError: When the model gives embeddings that are not finite.
     """
-    of = [rows.data_hash, *(str(read_meta(folder).get("films_sha256")) for folder in folders)]
-    of += [film.film_id for film in rows.films]
+    of = [dataset.data_hash, *(str(read_meta(folder).get("images_sha256")) for folder in folders)]
+    of += [sample.image_id for sample in dataset.samples]
 
     def parts() -> Iterator[Tensor]:
-        with progress("embedding films", len(rows)) as advance:
-            for start in range(0, len(rows), _CHUNK):
+        with progress("embedding images", len(dataset)) as advance:
+            for start in range(0, len(dataset), _CHUNK):
                 cut = slice(start, start + _CHUNK)
-                part = Rows(rows.films[cut], rows.caches, rows.where[cut], rows.data_hash)
-                yield embed_films(checkpoint.model, part, show=False)
+                part = ImageTextDataset(
+                    dataset.samples[cut], dataset.caches, dataset.where[cut], dataset.data_hash
+                )
+                yield embed_images(checkpoint.model, part, show=False)
                 advance(len(part))
 
-    return _of_checkpoint(checkpoint, "films", of, len(rows), parts())
+    return _of_checkpoint(checkpoint, "images", of, len(dataset), parts())
 
 
 def text_embeddings(checkpoint: Checkpoint, texts: Sequence[str]) -> Float32[np.ndarray, "n e"]:
-    """The embeddings of some texts, as `film_embeddings`; only distinct ones are made and stored.
+    """The embeddings of some texts, as `image_embeddings`; only distinct ones are made and stored.
 
     Args:
         checkpoint: Whose weights they must be of.
@@ -126,9 +128,9 @@ def stored(
     digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()
     name = f"{kind}-{digest[:16]}"
     path, note = folder / f"{name}.npy", folder / f"{name}.json"
-    about = {"of": digest, "weights": weights}
+    metadata = {"of": digest, "weights": weights}
     if path.exists() or note.exists():
-        if (fault := _fault(path, note, about)) is None:
+        if (fault := _fault(path, note, metadata)) is None:
             return np.load(path, mmap_mode="r")
         console.print(f"{path} {fault}; it is made anew", markup=False, soft_wrap=True)
     try:
@@ -142,17 +144,17 @@ def stored(
         )
         return np.concatenate([finite(part) for part in parts])
     sha256 = _write(path, parts, shape)
-    write_text_atomic(note, json.dumps({**about, "sha256": sha256}) + "\n")
+    write_text_atomic(note, json.dumps({**metadata, "sha256": sha256}) + "\n")
     return np.load(path, mmap_mode="r")
 
 
-def _fault(path: Path, note: Path, about: dict[str, str]) -> str | None:
+def _fault(path: Path, note: Path, metadata: dict[str, str]) -> str | None:
     """Why stored embeddings cannot be used, or None where they can."""
     try:
         known = json.loads(note.read_text("utf-8"))
-        if known["weights"] != about["weights"]:
+        if known["weights"] != metadata["weights"]:
             return "is of other weights"
-        is_whole = known["of"] == about["of"] and known["sha256"] == file_sha256(path)
+        is_whole = known["of"] == metadata["of"] and known["sha256"] == file_sha256(path)
     except (OSError, ValueError, LookupError, TypeError):
         is_whole = False
     return None if is_whole else "is unfinished or damaged"

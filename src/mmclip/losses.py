@@ -58,12 +58,12 @@ def contrastive_sum(
 def masked_patch_sum(
     pred: Float[Tensor, "b n p"], target: Float[Tensor, "b n p"], is_masked: Bool[Tensor, "b n"]
 ) -> Float[Tensor, ""]:
-    """Mean squared error of each hidden patch, summed over the hidden patches.
+    """Mean squared error of each masked patch, summed over the masked patches.
 
     Args:
         pred: Output of the image decoder, in per-patch standard deviations.
         target: As `patches.normalise_patches` gives it.
-        is_masked: The patches that were hidden; the others add nothing.
+        is_masked: The patches that were masked; the others add nothing.
 
     Source: MAE section 3 (arXiv:2111.06377); docs/method.md, row "image target".
     """
@@ -94,11 +94,11 @@ def label_sum(
 
 
 def masked_token_sum(logits: Float[Tensor, "m v"], targets: Int[Tensor, " m"]) -> Float[Tensor, ""]:
-    """Cross-entropy of the hidden tokens, summed over them.
+    """Cross-entropy of the masked tokens, summed over them.
 
     Args:
         logits: Output of the text decoder.
-        targets: Token ids that were hidden, in the same order: `ids[is_masked]`.
+        targets: Token ids that were masked, in the same order: `ids[is_masked]`.
 
     Source: BERT section 3.1 (arXiv:1810.04805).
     """

@@ -1,7 +1,7 @@
-"""What is hidden: patches by their response to a text, tokens by the concept they mention.
+"""What is masked: patches by their relevance to a text, tokens by the concept they mention.
 
-Pure functions. Every random choice comes in as uniform draws, so that a row's masks depend on its
-film and epoch and not on the batch or the process. Nothing here passes a gradient.
+Pure functions. Every random choice comes in as uniform random numbers, so that a row's masks depend
+on its image and epoch and not on the batch or the process. Nothing here passes a gradient.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 from mmclip.config import MaskPolicy, ScoreKind
 
 FALLBACK_TOKEN_RATIO = 0.15
-"""Share of tokens hidden in a text without entities. Source: BERT section 3.1."""
+"""Share of tokens masked in a text without entities. Source: BERT section 3.1."""
 
 
 # -- how strongly each patch responds to a text --
@@ -35,7 +35,7 @@ def contribution_score(
     """Dot product of each projected patch with the embedding of the text.
 
     Where the pooled feature is the mean of the patches', as a ResNet's, the mean of this score is
-    the similarity of film and text, up to the film's length: a patch's score is its part in it.
+    the similarity of image and text, up to the image's length: a patch's score is its part in it.
 
     Source: class activation mapping (Zhou et al., arXiv:1512.04150), with a text in the place of a
         class.
@@ -99,7 +99,7 @@ def attention_share_score(
     """Share of the text-to-image attention that falls on each patch, over heads and chosen tokens.
 
     Where attention also went to a class token, leave its column out and the rest as it is: a token
-    that looks at the whole film then counts for little.
+    that looks at the whole image then counts for little.
     """
     with _scoring(attention.device):
         over_heads = attention.float().mean(1)
@@ -112,7 +112,7 @@ def _token_logits(patches: Tensor, tokens: Tensor, is_chosen: Tensor) -> Tensor:
     return logits.masked_fill(~is_chosen[:, None], -torch.inf)
 
 
-def response_score(
+def relevance_score(
     kind: ScoreKind,
     patches: Float[Tensor, "b n e"],
     embedding: Float[Tensor, "b e"],
@@ -133,7 +133,7 @@ def response_score(
         is_chosen: The tokens that count: all valid ones, or the entities only.
         attention: Of the text decoder to the patches, for kind "decoder_attention".
 
-    Source: docs/method.md, row "response score"; the paper names no scalar.
+    Source: docs/method.md, row "relevance score"; the paper names no scalar.
     """
     match kind:
         case "contribution":
@@ -161,7 +161,7 @@ def blend_scores(
     has_report: Bool[Tensor, " b"],
     has_prompt: Bool[Tensor, " b"],
 ) -> Float[Tensor, "b n"]:
-    """One score a patch from the responses to the two texts, each scaled to mean 0, std 1 a row.
+    """One score a patch from the relevance to the two texts, each scaled to mean 0, std 1 a row.
 
     The mean of both where a row has both, the one it has where it has one, 0 everywhere where it
     has none (then `choose_masked_patches` goes by noise alone). Standardised, not ranked: one
@@ -178,19 +178,19 @@ def blend_scores(
         return total / (has_report.float() + has_prompt.float()).clamp(min=1)[:, None]
 
 
-# -- which patches are hidden --
+# -- which patches are masked --
 
 
 def policy_score(
     policy: MaskPolicy,
-    response: Float[Tensor, "b n"],
+    relevance: Float[Tensor, "b n"],
     lesion_ratio: Float[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b n"]:
     """What a policy ranks the patches by; equal scores leave the choice to the noise.
 
     Args:
         policy: Which patches go first.
-        response: As `blend_scores` gives it.
+        relevance: As `blend_scores` gives it.
         lesion_ratio: As `patches.lesion_ratio_of_patches` gives it, for policy "oracle".
 
     Raises:
@@ -198,22 +198,22 @@ def policy_score(
     """
     match policy:
         case "attention":
-            return response
+            return relevance
         case "random":
-            return torch.zeros_like(response)
-        case "least_responsive":
-            return -response
+            return torch.zeros_like(relevance)
+        case "least_relevant":
+            return -relevance
         case "oracle":
             if lesion_ratio is None:
                 raise ValueError(
-                    'the mask policy "oracle" needs lesion masks, which only made films have; '
+                    'the mask policy "oracle" needs lesion masks, which only synthetic images have; '
                     "choose another policy for this data"
                 )
             return lesion_ratio
 
 
 def masked_patch_count(n_patches: int, mask_ratio: float) -> int:
-    """Patches hidden in every film: mask_ratio of them, rounded half to even.
+    """Patches masked in every image: mask_ratio of them, rounded half to even.
 
     Raises:
         ValueError: When the ratio is not between 0 and 1.
@@ -227,23 +227,23 @@ def choose_masked_patches(
     score: Float[Tensor, "b n"],
     noise: Float[Tensor, "b n"],
     mask_ratio: float,
-    randomness: float,
+    mask_noise: float,
 ) -> Bool[Tensor, "b n"]:
-    """Hides `masked_patch_count` patches of each film: those with the highest priority.
+    """Masks `masked_patch_count` patches of each image: those with the highest priority.
 
     priority = (1 - randomness) * rank + randomness * noise
 
-    with rank the place of a patch's score in its film, from 0 (lowest) to 1, so that neither the
+    with rank the place of a patch's score in its image, from 0 (lowest) to 1, so that neither the
     scale nor the spread of a score matters. Patches of equal score are ordered by their noise.
 
     Args:
-        score: As `policy_score` gives it; a film with one score everywhere is masked by noise.
-        noise: Uniform draws.
-        mask_ratio: Share of the patches to hide.
-        randomness: 0 takes the top scores, 1 the noise alone; see `randomness_at`.
+        score: As `policy_score` gives it; an image with one score everywhere is masked by noise.
+        noise: Uniform random numbers.
+        mask_ratio: Share of the patches to mask.
+        mask_noise: 0 takes the top scores, 1 the noise alone; see `mask_noise_at`.
 
     Returns:
-        True on hidden patches.
+        True on masked patches.
 
     Source: paper, attention-based mask generation; rank and noise are ours.
     """
@@ -254,36 +254,36 @@ def choose_masked_patches(
         by_noise = noise.argsort(dim=1, stable=True)
         by_score = score.gather(1, by_noise).argsort(dim=1, stable=True)
         order = by_noise.gather(1, by_score)
-        place = torch.arange(n, device=score.device).expand_as(order)
-        rank = torch.empty_like(order).scatter_(1, order, place) / max(n - 1, 1)
-        priority = (1 - randomness) * rank + randomness * noise
-        hidden = priority.topk(n_masked, dim=1).indices
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, hidden, True)
+        position = torch.arange(n, device=score.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(1, order, position) / max(n - 1, 1)
+        priority = (1 - mask_noise) * rank + mask_noise * noise
+        masked = priority.topk(n_masked, dim=1).indices
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, masked, True)
 
 
-def randomness_at(
-    progress: float, anneal_from: float, anneal_to: float, final_randomness: float
+def mask_noise_at(
+    progress: float, anneal_from: float, anneal_to: float, final_mask_noise: float
 ) -> float:
     """How much of the choice of patches is left to chance at a point of training.
 
-    1 until `anneal_from`, then falling linearly to `final_randomness` at `anneal_to`.
+    1 until `anneal_from`, then falling linearly to `final_mask_noise` at `anneal_to`.
 
     Args:
         progress: Steps done, as a share of all steps; so are `anneal_from` and `anneal_to`.
-        anneal_from: Where guidance begins: before, the response of a patch means nothing.
+        anneal_from: Where guidance begins: before, the relevance of a patch means nothing.
         anneal_to: Where it is complete.
-        final_randomness: What stays, so that no patch is always hidden or never.
+        final_mask_noise: What stays, so that no patch is always masked or never.
 
     Source: ours; after the easy-to-hard schedules of learned masking (HPM, arXiv:2304.05919).
     """
     if progress >= anneal_to:
-        return final_randomness
+        return final_mask_noise
     if progress <= anneal_from:
         return 1.0
-    return 1 - (1 - final_randomness) * (progress - anneal_from) / (anneal_to - anneal_from)
+    return 1 - (1 - final_mask_noise) * (progress - anneal_from) / (anneal_to - anneal_from)
 
 
-# -- which tokens are hidden --
+# -- which tokens are masked --
 
 
 def maskable_tokens(
@@ -296,26 +296,26 @@ def maskable_tokens(
 def choose_masked_entities(
     groups: Int[Tensor, "b t"],
     is_maskable: Bool[Tensor, "b t"],
-    group_draws: Float[Tensor, "b g"],
-    token_draws: Float[Tensor, "b t"],
+    group_noise: Float[Tensor, "b g"],
+    token_noise: Float[Tensor, "b t"],
     mask_ratio: float,
 ) -> Bool[Tensor, "b t"]:
-    """Hides whole concepts of each text, every mention of a hidden one.
+    """Masks whole concepts of each text, every mention of a masked one.
 
-    Of c concepts max(1, mask_ratio * c) are hidden, rounded half to even: those with the smallest
-    draws. A text without concepts has FALLBACK_TOKEN_RATIO of its tokens hidden instead, at least
+    Of c concepts max(1, mask_ratio * c) are masked, rounded half to even: those with the smallest
+    draws. A text without concepts has FALLBACK_TOKEN_RATIO of its tokens masked instead, at least
     one; a text without maskable tokens none.
 
     Args:
         groups: Number of the concept that a token mentions; 0 for none (see
             `data.entities.is_entity_tokens`).
         is_maskable: See `maskable_tokens`.
-        group_draws: Uniform; column g decides on concept g, column 0 is not used.
-        token_draws: Uniform; they decide where there is no concept.
-        mask_ratio: Share of the concepts to hide.
+        group_noise: Uniform; column g decides on concept g, column 0 is not used.
+        token_noise: Uniform; they decide where there is no concept.
+        mask_ratio: Share of the concepts to mask.
 
     Returns:
-        True on hidden tokens.
+        True on masked tokens.
 
     Raises:
         ValueError: When a concept has no draw.
@@ -324,15 +324,17 @@ def choose_masked_entities(
     """
     groups = torch.where(is_maskable, groups, 0).long()
     highest = int(groups.max()) if groups.numel() else 0
-    if highest >= group_draws.shape[1]:
+    if highest >= group_noise.shape[1]:
         raise ValueError(
             f"a text mentions concept {highest}, and there are draws for concepts up to "
-            f"{group_draws.shape[1] - 1}; draw {highest + 1} numbers a row"
+            f"{group_noise.shape[1] - 1}; draw {highest + 1} numbers a row"
         )
-    is_mentioned = _groups_at(groups, is_maskable, group_draws.shape[1])
-    is_hidden = _smallest(group_draws, is_mentioned, _share(is_mentioned, mask_ratio))
-    fallback = _smallest(token_draws, is_maskable, _share(is_maskable, FALLBACK_TOKEN_RATIO))
-    return torch.where(is_mentioned.any(1, keepdim=True), is_hidden.gather(1, groups), fallback)
+    is_mentioned = _groups_at(groups, is_maskable, group_noise.shape[1])
+    is_masked_group = _smallest(group_noise, is_mentioned, _share(is_mentioned, mask_ratio))
+    fallback = _smallest(token_noise, is_maskable, _share(is_maskable, FALLBACK_TOKEN_RATIO))
+    return torch.where(
+        is_mentioned.any(1, keepdim=True), is_masked_group.gather(1, groups), fallback
+    )
 
 
 def add_cues(
@@ -340,12 +342,12 @@ def add_cues(
     groups: Int[Tensor, "b t"],
     cue_groups: Int[Tensor, "b t"],
     is_maskable: Bool[Tensor, "b t"],
-    cue_draws: Float[Tensor, "b g"],
-    hide_prob: float,
+    cue_noise: Float[Tensor, "b g"],
+    mask_prob: float,
 ) -> Bool[Tensor, "b t"]:
-    """Hides, with a probability, the words that deny or doubt a hidden concept, all of them.
+    """Masks, with a probability, the words that deny or doubt a masked concept, all of them.
 
-    A cue inside an entity ("heart is not enlarged") is hidden with that entity and not otherwise,
+    A cue inside an entity ("heart is not enlarged") is masked with that entity and not otherwise,
     so that concepts stay whole.
 
     Args:
@@ -353,30 +355,30 @@ def add_cues(
         groups: As there.
         cue_groups: Number of the concept of which a token is the cue; 0 for none.
         is_maskable: As there.
-        cue_draws: Uniform; column g decides on the cues of concept g.
-        hide_prob: Of hiding the cues of a hidden concept.
+        cue_noise: Uniform; column g decides on the cues of concept g.
+        mask_prob: Of masking the cues of a masked concept.
 
-    Source: ours; whether a finding is there is what the film knows and the rest of the report
+    Source: ours; whether a finding is there is what the image knows and the rest of the report
         does not.
     """
-    is_hidden = _groups_at(groups.long(), is_masked, cue_draws.shape[1])
-    goes_along = (is_hidden & (cue_draws < hide_prob)).gather(1, cue_groups.long())
+    is_masked_group = _groups_at(groups.long(), is_masked, cue_noise.shape[1])
+    goes_along = (is_masked_group & (cue_noise < mask_prob)).gather(1, cue_groups.long())
     return is_masked | (goes_along & (groups == 0) & is_maskable)
 
 
 def random_tokens_instead(
     is_masked: Bool[Tensor, "b t"],
     is_maskable: Bool[Tensor, "b t"],
-    token_draws: Float[Tensor, "b t"],
+    token_noise: Float[Tensor, "b t"],
 ) -> Bool[Tensor, "b t"]:
-    """As many tokens of each text as `is_masked` hides, taken at random: the arm without entities.
+    """As many tokens of each text as `is_masked` masks, taken at random: the arm without entities.
 
     Args:
-        is_masked: What the entities would hide.
+        is_masked: What the entities would mask.
         is_maskable: See `maskable_tokens`.
-        token_draws: Uniform; the smallest go.
+        token_noise: Uniform; the smallest go.
     """
-    return _smallest(token_draws, is_maskable, is_masked.sum(1))
+    return _smallest(token_noise, is_maskable, is_masked.sum(1))
 
 
 def _groups_at(groups: Tensor, is_here: Tensor, n_groups: int) -> Tensor:
@@ -392,8 +394,8 @@ def _share(is_candidate: Tensor, ratio: float) -> Tensor:
     return (ratio * is_candidate.sum(1).double()).round().clamp(min=1)
 
 
-def _smallest(draws: Tensor, is_candidate: Tensor, count: Tensor) -> Tensor:
+def _smallest(noise: Tensor, is_candidate: Tensor, count: Tensor) -> Tensor:
     """True on the `count` candidates of each row with the smallest draws; fewer, if so few."""
-    draws = draws.masked_fill(~is_candidate, torch.inf)
-    place = draws.argsort(dim=1, stable=True).argsort(dim=1)
-    return is_candidate & (place < count[:, None])
+    noise = noise.masked_fill(~is_candidate, torch.inf)
+    position = noise.argsort(dim=1, stable=True).argsort(dim=1)
+    return is_candidate & (position < count[:, None])

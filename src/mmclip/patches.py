@@ -1,4 +1,5 @@
-"""Patches: from pixels and back, their grid on a film, the image decoder's target, the visible."""
+"""Patches: from pixels and back, their grid on an image, the image decoder's target, the
+visible."""
 
 import math
 from dataclasses import dataclass
@@ -9,22 +10,22 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
-def patchify(film: Float[Tensor, "b 1 h w"], patch_px: int) -> Float[Tensor, "b n p"]:
+def patchify(image: Float[Tensor, "b 1 h w"], patch_size: int) -> Float[Tensor, "b n p"]:
     """The pixels of each patch, patches and pixels in reading order.
 
     Raises:
-        ValueError: When patches do not fill the film.
+        ValueError: When patches do not fill the image.
     """
-    b, _, h, w = film.shape
-    if h % patch_px or w % patch_px:
-        raise ValueError(f"a film of {h}x{w} px cannot be cut into patches of {patch_px} px")
-    grid = film.reshape(b, h // patch_px, patch_px, w // patch_px, patch_px)
-    patches = (h // patch_px) * (w // patch_px)
-    return grid.transpose(2, 3).reshape(b, patches, patch_px * patch_px)
+    b, _, h, w = image.shape
+    if h % patch_size or w % patch_size:
+        raise ValueError(f"an image of {h}x{w} px cannot be cut into patches of {patch_size} px")
+    grid = image.reshape(b, h // patch_size, patch_size, w // patch_size, patch_size)
+    patches = (h // patch_size) * (w // patch_size)
+    return grid.transpose(2, 3).reshape(b, patches, patch_size * patch_size)
 
 
 def unpatchify(patches: Float[Tensor, "b n p"], width_px: int) -> Float[Tensor, "b 1 h w"]:
-    """The film that `patchify` cut, given its width."""
+    """The image that `patchify` cut, given its width."""
     b, n, p = patches.shape
     side, columns = math.isqrt(p), width_px // math.isqrt(p)
     grid = patches.reshape(b, n // columns, columns, side, side).transpose(2, 3)
@@ -59,81 +60,83 @@ def rescale_patches(
 
 
 def lesion_ratio_of_patches(
-    lesion: Float[Tensor, "b 1 h w"], patch_px: int
+    lesion: Float[Tensor, "b 1 h w"], patch_size: int
 ) -> Float[Tensor, "b n"]:
     """Share of each patch that a lesion covers; `lesion` is 1 inside and 0 outside."""
-    return patchify(lesion, patch_px).mean(-1)
+    return patchify(lesion, patch_size).mean(-1)
 
 
-def keep_visible(
+def gather_visible(
     features: Float[Tensor, "b n d"], is_masked: Bool[Tensor, "b n"], n_masked: int
 ) -> Float[Tensor, "b v d"]:
-    """The features that are not hidden, in their order: what an encoder of visible patches reads.
+    """The features that are not masked, in their order: what an encoder of visible patches reads.
 
     Args:
         features: One a patch.
-        is_masked: Hides `n_masked` in every row.
+        is_masked: Masks `n_masked` in every row.
         n_masked: See `masked_patch_count`; an argument, so that the device need not be asked.
     """
-    return take_places(features, first_places(~is_masked, is_masked.shape[1] - n_masked))
+    return gather_tokens(features, first_positions(~is_masked, is_masked.shape[1] - n_masked))
 
 
-def place_visible(
+def scatter_visible(
     visible: Float[Tensor, "b v d"], is_masked: Bool[Tensor, "b n"]
 ) -> Float[Tensor, "b n d"]:
-    """Puts what `keep_visible` kept back to its places, with 0 at the hidden ones."""
-    return put_places(visible, first_places(~is_masked, visible.shape[1]), ~is_masked)
+    """Puts what `gather_visible` kept back to its places, with 0 at the masked ones."""
+    return scatter_tokens(visible, first_positions(~is_masked, visible.shape[1]), ~is_masked)
 
 
-def first_places(is_wanted: Bool[Tensor, "b s"], n: int) -> Int[Tensor, "b n"]:
+def first_positions(is_wanted: Bool[Tensor, "b s"], n: int) -> Int[Tensor, "b n"]:
     """The places wanted in each row, in order; a row that wants fewer than n is filled up."""
     return (~is_wanted).byte().argsort(dim=1, stable=True)[:, :n]
 
 
-def take_places(x: Float[Tensor, "b s d"], places: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+def gather_tokens(
+    x: Float[Tensor, "b s d"], positions: Int[Tensor, "b n"]
+) -> Float[Tensor, "b n d"]:
     """What stands at some places of each row."""
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[2]))
 
 
-def put_places(
-    x: Float[Tensor, "b n d"], places: Int[Tensor, "b n"], is_wanted: Bool[Tensor, "b s"]
+def scatter_tokens(
+    x: Float[Tensor, "b n d"], positions: Int[Tensor, "b n"], is_wanted: Bool[Tensor, "b s"]
 ) -> Float[Tensor, "b s d"]:
-    """Puts what `take_places` took back to its places, with 0 where nothing was wanted."""
+    """Puts what `gather_tokens` took back to its places, with 0 where nothing was wanted."""
     out = x.new_zeros(*is_wanted.shape, x.shape[2])
-    out = out.scatter(1, places[..., None].expand_as(x), x)
+    out = out.scatter(1, positions[..., None].expand_as(x), x)
     return out.masked_fill(~is_wanted[..., None], 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How a square of film_px x film_px is cut into side x side patches, from the upper left.
+    """How a square of image_size x image_size is cut into side x side patches, from the upper left.
 
-    `images.resize_film` scales each side of a film to that square, so the share of a side that a
+    `images.resize_image` scales each side of an image to that square, so the share of a side that a
     pixel lies at is the same in both. What a whole number of patches does not fill is not seen.
     """
 
     side: int
-    patch_px: int
-    film_px: int
+    patch_size: int
+    image_size: int
 
     def numbers(self, n_px: int) -> Int[np.ndarray, " n_px"]:
         """The row (or column) of patches that the centre of each pixel of a side lies in.
 
         Args:
-            n_px: Of the film's side, as it was published.
+            n_px: Of the image's side, as it was published.
 
         Returns:
             0 to side - 1; `side` for a pixel that no patch sees.
         """
-        # (i + 1/2) / n_px of the side, times film_px / patch_px patches: in whole numbers, so that
-        # a centre on the edge of a patch falls to the same one everywhere.
-        centres = (2 * np.arange(n_px, dtype=np.int64) + 1) * self.film_px
-        return np.minimum(centres // (2 * n_px * self.patch_px), self.side)
+        # (i + 1/2) / n_px of the side, times image_size / patch_size patches: in whole numbers, so
+        # that a centre on the edge of a patch falls to the same one everywhere.
+        centres = (2 * np.arange(n_px, dtype=np.int64) + 1) * self.image_size
+        return np.minimum(centres // (2 * n_px * self.patch_size), self.side)
 
-    def over_film(
+    def over_image(
         self, values: Shaped[np.ndarray, "side side"], height: int, width: int
     ) -> Shaped[np.ndarray, "height width"]:
-        """The value of its patch for each pixel of a film; NaN where the model did not look.
+        """The value of its patch for each pixel of an image; NaN where the model did not look.
 
         Raises:
             ValueError: When there are pixels that no patch sees and the values know no NaN.
@@ -142,8 +145,8 @@ class Grid:
         if max(rows.max(), columns.max()) == self.side:
             if not np.issubdtype(values.dtype, np.floating):
                 raise ValueError(
-                    f"{self.side} patches of {self.patch_px} px do not fill {self.film_px} px, and "
-                    f"values of type {values.dtype} have no NaN for the rest; give floats"
+                    f"{self.side} patches of {self.patch_size} px do not fill {self.image_size} "
+                    f"px, and values of type {values.dtype} have no NaN for the rest; give floats"
                 )
             values = np.pad(values, ((0, 1), (0, 1)), constant_values=np.nan)
         return values[np.ix_(rows, columns)]
@@ -151,7 +154,7 @@ class Grid:
     def count_pixels(
         self, is_inside: Bool[np.ndarray, "h w"]
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """The pixels of each patch that lie in a place of the film, and all of its pixels."""
+        """The pixels of each patch that lie in a place of the image, and all of its pixels."""
         height, width = is_inside.shape
         rows = np.eye(self.side + 1, dtype=np.float32)[self.numbers(height)][:, : self.side]
         columns = np.eye(self.side + 1, dtype=np.float32)[self.numbers(width)][:, : self.side]

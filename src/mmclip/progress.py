@@ -22,7 +22,7 @@ they are never wrapped: logs are searched by the paths in them."""
 LINE_EVERY_S = 15.0
 
 SPEED_OVER_S = 300.0
-"""The bar's estimate is of the work of so many seconds. [chosen: a chunk of large films takes a
+"""The bar's estimate is of the work of so many seconds. [chosen: a chunk of large images takes a
 minute, and over Rich's 30 s there would mostly be no estimate]"""
 
 Advance = Callable[..., None]

@@ -33,7 +33,7 @@ PLACEHOLDERS = ("finding", "a_finding", "is")
 """What a template may hold: the bare name, the name with its article, and "is" or "are"."""
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
+TextTuple = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 class Prompts(NamedTuple):
@@ -53,14 +53,14 @@ class Phrase(Frozen):
     verb: Text = Field(default="is", alias="is")
 
 
-class Wording(Frozen):
+class PromptTemplate(Frozen):
     """Texts for a finding that is present, and for one that is absent."""
 
-    positive: Texts
-    negative: Texts
+    positive: TextTuple
+    negative: TextTuple
 
 
-class Templates(Wording):
+class Templates(PromptTemplate):
     """Texts with placeholders, for any finding."""
 
     @field_validator("positive", "negative")
@@ -86,7 +86,7 @@ class PromptSet(Frozen):
     description: Text
     templates: Templates
     phrases: dict[str, Phrase] = Field(default_factory=dict)
-    findings: dict[str, Wording] = Field(default_factory=dict)
+    findings: dict[str, PromptTemplate] = Field(default_factory=dict)
 
     @field_validator("phrases", "findings")
     @classmethod

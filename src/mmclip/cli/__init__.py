@@ -15,7 +15,7 @@ from mmclip.cli import data, evaluate, explain, finetune, results, retrieve, tra
 from mmclip.progress import console
 
 if TYPE_CHECKING:
-    from mmclip.doctor import Finding
+    from mmclip.doctor import HealthCheck
 
 app = typer.Typer(
     name="mmclip",
@@ -64,21 +64,21 @@ def doctor(
 ) -> None:
     """Says what is installed, which device is used, and what of the given folders is sound.
 
-    Example: `mmclip doctor data/films runs/first runs/first/test`
+    Example: `mmclip doctor data/images runs/first runs/first/test`
     """
     from mmclip.doctor import examine, examine_machine
 
-    def say(finding: "Finding") -> bool:
+    def say(check: "HealthCheck") -> bool:
         # One line each, never cut: it names paths, and logs are searched by them.
-        mark, style = ("ok", "") if finding.is_sound else ("BAD", "red")
-        line = f"{mark:<5}{finding.what:<14} {finding.detail}"
+        mark, style = ("ok", "") if check.is_sound else ("BAD", "red")
+        line = f"{mark:<5}{check.what:<14} {check.detail}"
         console.print(line, style=style, markup=False, soft_wrap=True)
-        return finding.is_sound
+        return check.is_sound
 
-    found = [say(finding) for finding in examine_machine()]
+    found = [say(check) for check in examine_machine()]
     for folder in folders or ():
         console.print(f"\n{folder}", markup=False, soft_wrap=True)
-        found += [say(finding) for finding in examine(folder)]
+        found += [say(check) for check in examine(folder)]
     if not all(found):
         raise typer.Exit(1)
 

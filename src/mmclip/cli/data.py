@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mmclip.cli.shared import command_line, split_name, told_how_to_go_on
+from mmclip.cli.shared import command_line, resume_hint, split_name
 from mmclip.progress import console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmclip.data.records import Split
+    from mmclip.data.sample import Split
 
 app = typer.Typer(help="Build, split and check data folders.", no_args_is_help=True)
 
@@ -25,7 +25,9 @@ def data_build(
     ],
     root_: Annotated[Path, typer.Option("--root", help="The data set, as downloaded.")],
     out: Annotated[Path, typer.Option(help="The data folder to make.")],
-    film_px: Annotated[int, typer.Option(help="Side of the cached films, in pixels.", min=8)] = 224,
+    image_size: Annotated[
+        int, typer.Option(help="Side of the cached images, in pixels.", min=8)
+    ] = 224,
     mapping: Annotated[
         Path | None, typer.Option(help="For csv: TOML file that says what the columns mean.")
     ] = None,
@@ -53,12 +55,13 @@ def data_build(
         typer.Option(help="Do this share only, 1/8 to 8/8; then run it without.", metavar="I/N"),
     ] = None,
 ) -> None:
-    """Reads a data set and leaves a checked, hashed folder with films resized once.
+    """Reads a data set and leaves a checked, hashed folder with images resized once.
 
-    Example: `mmclip data build csv --root films/ --mapping films.toml --film-px 64 --out data/a`
+    Example: `mmclip data build csv --root images/ --mapping images.toml --image-size 64 --out
+        data/a`
     """
     from mmclip.data.build import build_data, build_shard
-    from mmclip.data.parts import Shard, n_cores
+    from mmclip.data.shards import Shard, n_cores
     from mmclip.data.sources import open_reader
 
     if scheduler is not None and workers:
@@ -74,25 +77,27 @@ def data_build(
                 f"it holds an old one"
             )
         records = open_reader(name, root_, mapping=mapping, table=table)
-        with told_how_to_go_on():
-            build_shard(records, root_, out, share, film_px=film_px, workers=who, entities=entities)
+        with resume_hint():
+            build_shard(
+                records, root_, out, share, image_size=image_size, workers=who, entities=entities
+            )
         console.print(
             f"shard {shard} is done; when all are, run the same command without --shard",
             markup=False, soft_wrap=True,
         )  # fmt: skip
         return
-    with told_how_to_go_on():
+    with resume_hint():
         meta = build_data(
             open_reader(name, root_, mapping=mapping, table=table),
             root_,
             out,
-            film_px=film_px,
+            image_size=image_size,
             seed=seed,
             val_ratio=val_ratio,
             test_ratio=test_ratio,
             workers=who,
             entities=entities,
-            about={"reader": name, "command": command_line()},
+            metadata={"reader": name, "command": command_line()},
             overwrite=overwrite,
         )
     _print_meta(meta, out)
@@ -112,7 +117,7 @@ def data_split(
         typer.Option("--list", help="Published list of a split; once each.", metavar="SPLIT=FILE"),
     ] = None,
     patients: Annotated[
-        Path | None, typer.Option(help="CSV film_id,patient_id for data without patient ids.")
+        Path | None, typer.Option(help="CSV image_id,patient_id for data without patient ids.")
     ] = None,
     near_duplicates: Annotated[
         bool, typer.Option("--near-duplicates", help="For clean: keep these together, too.")
@@ -124,7 +129,7 @@ def data_split(
 ) -> None:
     """Sets a named split of a data folder, and saves 1 %, 10 % and 100 % of its training patients.
 
-    Example: `mmclip data split data/films --name clean --seed 0`
+    Example: `mmclip data split data/images --name clean --seed 0`
     """
     from mmclip.data.splits import set_split
 
@@ -174,7 +179,7 @@ def data_check(
     say("shared between splits", found.leaks, "red")
     if len(folders) > 1:
         say("shared between folders", found.shared, "yellow")
-        say("labels of the same film in two folders", found.disagreements)
+        say("labels of the same image in two folders", found.disagreements)
     say("worth a look", found.oddities)
     if exact:
         console.print("near-duplicates were not looked for")
@@ -196,11 +201,11 @@ def _lists(given: "Sequence[str]") -> "dict[Split, Path]":
 
 
 def _print_split(split: dict, folder: Path) -> None:
-    for part, about in split.get("lists", {}).items():
-        known = "the published list" if about["is_known"] else "not known"
-        counts = f"{about['n_rows_found']:,} of {about['n_rows']:,} rows name {about['n_films']:,}"
-        line = f"list {part}: {about['file']}, SHA-256 {about['sha256'][:16]} ({known}); {counts}"
-        console.print(f"{line} films of the folder", markup=False, soft_wrap=True)
+    for part, metadata in split.get("lists", {}).items():
+        known = "the published list" if metadata["is_known"] else "not known"
+        counts = f"{metadata['n_rows_found']:,} of {metadata['n_rows']:,} rows name {metadata['n_images']:,}"
+        line = f"list {part}: {metadata['file']}, SHA-256 {metadata['sha256'][:16]} ({known}); {counts}"
+        console.print(f"{line} images of the folder", markup=False, soft_wrap=True)
     for warning in split["warnings"]:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     counts = ", ".join(f"{name} {n:,}" for name, n in split["splits"].items())
@@ -217,8 +222,8 @@ def _print_meta(meta: dict, out: Path) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     rows = [
         ("rows read", meta["n_rows"]),
-        ("kept", meta["n_films"]),
-        ("  with a film", meta["n_with_image"]),
+        ("kept", meta["n_samples"]),
+        ("  with an image", meta["n_with_image"]),
         ("  with a report", meta["n_with_report"]),
         ("  with both", meta["n_paired"]),
         ("excluded", meta["n_excluded"]),

@@ -27,7 +27,7 @@ def zeroshot(
     out: Annotated[Path, typer.Option(help="Folder for results.json, scores.npz and the page.")],
     protocol: Annotated[
         str | None,
-        typer.Option(help="Films, findings and rules of a benchmark: a name or a path."),
+        typer.Option(help="Images, findings and rules of a benchmark: a name or a path."),
     ] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     source: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
@@ -41,14 +41,16 @@ def zeroshot(
             "[the protocol's, or default, pair, sentence]"
         ),
     ] = None,
-    draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
+    n_resamples: Annotated[
+        int, typer.Option(help="Bootstrap resamples of patients.", min=1)
+    ] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
-    """Scores films by what a report would say of them; AUROC with 95 % intervals.
+    """Scores images by what a report would say of them; AUROC with 95 % intervals.
 
-    Example: `mmclip zeroshot --run runs/a --data data/films --source kermany --out runs/a/kermany`
+    Example: `mmclip zeroshot --run runs/a --data data/images --source kermany --out runs/a/kermany`
 
     Example: `mmclip zeroshot --run runs/a --data data/chestxray14 --protocol chestxray14 --out a/b`
     """
@@ -74,7 +76,7 @@ def zeroshot(
         sources=tuple(source or ()),
         findings=tuple(finding or ()),
         prompt_sets=tuple(prompts or ()),
-        draws=draws,
+        n_resamples=n_resamples,
         seed=seed,
         command=command_line(),
         device=device_of(cpu),

@@ -1,4 +1,4 @@
-"""`mmclip explain`: where a film answers to a phrase, and how well such maps point."""
+"""`mmclip explain`: where an image answers to a phrase, and how well such maps point."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from mmclip.cli.shared import (
 from mmclip.progress import console
 
 if TYPE_CHECKING:
-    from mmclip.explanation.phrase_maps import ExplainScore
+    from mmclip.explanation.saliency import ExplainScore
 
 app = typer.Typer()
 
@@ -29,12 +29,14 @@ def explain(
     out: Annotated[
         Path, typer.Option(help="The picture, .png, with an .npz beside it; a .json to evaluate.")
     ],
-    film: Annotated[Path | None, typer.Option(help="A film: PNG, JPEG, DICOM or the like.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="An image: PNG, JPEG, DICOM or the like.")
+    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(help="Data folder of `mmclip data build`; may be repeated to evaluate."),
     ] = None,
-    film_id: Annotated[str | None, typer.Option(help="A film of the data folder.")] = None,
+    image_id: Annotated[str | None, typer.Option(help="An image of the data folder.")] = None,
     phrase: Annotated[str | None, typer.Option(help="What to look for, as a report says.")] = None,
     score: Annotated[
         str, typer.Option(help="contribution, prompt_pair or decoder_attention.")
@@ -51,24 +53,26 @@ def explain(
         ),
     ] = None,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Measure the maps of all films with --boxes.")
+        bool, typer.Option("--evaluate", help="Measure the maps of all images with --boxes.")
     ] = False,
     split: Annotated[str, typer.Option(help="To evaluate: train, val or test.")] = "test",
-    draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
+    n_resamples: Annotated[
+        int, typer.Option(help="Bootstrap resamples of patients.", min=1)
+    ] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap and the random weights.")] = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
-    """Maps where a film answers to a phrase; or, with --evaluate, how well such maps point.
+    """Maps where an image answers to a phrase; or, with --evaluate, how well such maps point.
 
-    Example: `mmclip explain --run runs/a --film a.png --phrase cardiomegaly --out a.png`
+    Example: `mmclip explain --run runs/a --image a.png --phrase cardiomegaly --out a.png`
 
     Example: `mmclip explain --run runs/a --data data/b --evaluate --boxes rsna=rsna/ --out a.json`
     """
     kind = _score_name(score)
     files = _files(out, evaluate)
     where = _check_given(
-        evaluate, film=film, data=data, film_id=film_id, phrase=phrase, boxes=boxes
+        evaluate, image=image, data=data, image_id=image_id, phrase=phrase, boxes=boxes
     )
     of_split = split_name(split)
     marked = None if boxes is None else _boxes(boxes)
@@ -81,20 +85,20 @@ def explain(
     checkpoint.model.to(device_of(cpu))
     prompt_set = load_prompts(prompts)
     if evaluate:
-        from mmclip.data.dataset import open_rows
-        from mmclip.explanation.pointing import evaluate_explanations
+        from mmclip.data.image_text_dataset import open_dataset
+        from mmclip.explanation.pointing_game import evaluate_explanations
 
         assert data and marked
-        rows = open_rows(data, checkpoint.config.data.film_px)
+        dataset = open_dataset(data, checkpoint.config.data.image_size)
         _check_free(files, overwrite)
         results = evaluate_explanations(
             checkpoint,
-            rows,
+            dataset,
             *marked,
             kind,
             prompt_set,
             split=of_split,
-            draws=draws,
+            n_resamples=n_resamples,
             seed=seed,
         )
         _print_pointing(results)
@@ -106,33 +110,33 @@ def explain(
         print(text)
         return
 
-    from mmclip.data.images import FilmError, read_film
-    from mmclip.explanation.explain import explain_film, film_of_folder, write_explanation
+    from mmclip.data.images import ImageError, read_image
+    from mmclip.explanation.explain import explain_image, image_of_folder, write_explanation
 
     assert phrase is not None
-    if film is not None:
+    if image is not None:
         try:
-            pixels, size_px, places = read_film(film), None, []
-        except FilmError as error:
-            raise ValueError(f"--film {film}: {error}; give another file") from None
+            pixels, size_px, annotations = read_image(image), None, []
+        except ImageError as error:
+            raise ValueError(f"--image {image}: {error}; give another file") from None
     else:
-        assert data and film_id is not None
-        pixels, size_px, places = film_of_folder(checkpoint, data[0], film_id, marked)
+        assert data and image_id is not None
+        pixels, size_px, annotations = image_of_folder(checkpoint, data[0], image_id, marked)
     _check_free(files, overwrite)
-    found = explain_film(checkpoint, pixels, phrase, kind, prompt_set, size_px, places)
+    found = explain_image(checkpoint, pixels, phrase, kind, prompt_set, size_px, annotations)
     facts = found.facts()
     step = checkpoint.meta["step"]
     write_explanation(out, found, facts, f"{where}; run {run.name} at step {step}")
-    about = {
+    metadata = {
         "command": command_line(),
-        "film": where,
+        "image": where,
         "run": str(checkpoint.folder),
         "step": step,
         "config_hash": checkpoint.meta["config_hash"],
         "picture": str(files[0]),
         "arrays": str(files[1]),
     }
-    print(json.dumps({**about, **facts}, indent=2, ensure_ascii=False))
+    print(json.dumps({**metadata, **facts}, indent=2, ensure_ascii=False))
 
 
 def _score_name(name: str) -> "ExplainScore":
@@ -160,30 +164,30 @@ def _check_free(files: list[Path], overwrite: bool) -> None:
 def _check_given(
     evaluate: bool,
     *,
-    film: Path | None,
+    image: Path | None,
     data: list[Path] | None,
-    film_id: str | None,
+    image_id: str | None,
     phrase: str | None,
     boxes: str | None,
 ) -> str:
-    """Refuses options that do not go together; returns the name of the one film, if it is one."""
-    given = {"--film": film, "--data": data, "--film-id": film_id, "--phrase": phrase}
+    """Refuses options that do not go together; returns the name of the one image, if it is one."""
+    given = {"--image": image, "--data": data, "--image-id": image_id, "--phrase": phrase}
     given["--boxes"] = boxes
     if evaluate:
         way, needs, may = "--evaluate", ("--data", "--boxes"), ()
-    elif film is not None:
-        way, needs, may = "a map of --film", ("--film", "--phrase"), ()
+    elif image is not None:
+        way, needs, may = "a map of --image", ("--image", "--phrase"), ()
     else:
-        way, may = "a map of one film", ("--boxes",)
-        needs = ("--data", "--film-id", "--phrase")
+        way, may = "a map of one image", ("--boxes",)
+        needs = ("--data", "--image-id", "--phrase")
     if missing := [name for name in needs if not given[name]]:
-        other = "" if evaluate or film else " (or --film in place of --data and --film-id)"
+        other = "" if evaluate or image else " (or --image in place of --data and --image-id)"
         raise ValueError(f"{way} needs {', '.join(missing)}{other}; add what is missing")
     if extra := [name for name, value in given.items() if value and name not in (*needs, *may)]:
         raise ValueError(f"{way} has no use for {', '.join(extra)}; leave it out")
     if not evaluate and data and len(data) > 1:
-        raise ValueError(f"--data was given {len(data)} times; one film is in one data folder")
-    return film.name if film is not None else film_id or ""
+        raise ValueError(f"--data was given {len(data)} times; one image is in one data folder")
+    return image.name if image is not None else image_id or ""
 
 
 def _boxes(given: str) -> tuple[str, Path]:
@@ -214,7 +218,7 @@ def _print_pointing(results: "dict[str, Any]") -> None:
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(("macro mean", *columns.values())):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for name, found in results["maps"].items():
+    for name, found in results["saliency_maps"].items():
         macros = {metric: found[metric]["macro"] for metric in columns}
         for metric in list(macros)[1:]:
             macros[metric] = {**macros[metric], "ci": None}  # a terminal is narrow
@@ -222,15 +226,17 @@ def _print_pointing(results: "dict[str, Any]") -> None:
         table.add_row(name, *cells, style="bold" if name == "model" else "")
     console.print(table)
     table = Table(box=None, pad_edge=False)
-    shown = [n for n in ("model", "location prior", "random weights") if n in results["maps"]]
-    for i, column in enumerate(("hit %", "places", *shown)):
+    shown = [
+        n for n in ("model", "location prior", "random weights") if n in results["saliency_maps"]
+    ]
+    for i, column in enumerate(("hit %", "annotations", *shown)):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for finding, value in results["maps"]["model"]["hit"]["findings"].items():
-        cells = [said(results["maps"][name]["hit"]["findings"][finding]) for name in shown]
+    for finding, value in results["saliency_maps"]["model"]["hit"]["findings"].items():
+        cells = [said(results["saliency_maps"][name]["hit"]["findings"][finding]) for name in shown]
         table.add_row(finding, f"{value['n']:,}", *cells)
     console.print(table)
     console.print(
-        f"{results['n_places']:,} places on {results['n_films']:,} films of "
+        f"{results['n_annotations']:,} places on {results['n_images']:,} images of "
         f"{results['n_patients']:,} patients; [95 % over patients]; macro over findings with at "
         f"least {results['min_count']} places",
         style="dim",

@@ -1,4 +1,4 @@
-"""`mmclip finetune`: what an encoder is worth where few films are labelled."""
+"""`mmclip finetune`: what an encoder is worth where few images are labelled."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mmclip.cli.shared import CpuOption, SetOption, command_line, told_how_to_go_on
+from mmclip.cli.shared import CpuOption, SetOption, command_line, resume_hint
 from mmclip.progress import console
 
 app = typer.Typer()
@@ -26,7 +26,7 @@ def finetune(
         typer.Option(help="Weights: run, random (the run's architecture) or hf:FOLDER_OR_NAME."),
     ] = "run",
     protocol: Annotated[
-        str | None, typer.Option(help="Findings, films and rules of a benchmark: name or path.")
+        str | None, typer.Option(help="Findings, images and rules of a benchmark: name or path.")
     ] = None,
     finding: Annotated[
         list[str] | None, typer.Option(help="Without a protocol: learn these; may be repeated.")
@@ -49,20 +49,22 @@ def finetune(
         str, typer.Option(help="Of full fine-tuning: tiny, vit_b, or a path to a TOML.")
     ] = "tiny",
     overrides: SetOption = None,
-    draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
+    n_resamples: Annotated[
+        int, typer.Option(help="Bootstrap resamples of patients.", min=1)
+    ] = 1000,
     cpu: CpuOption = False,
 ) -> None:
-    """Learns findings from 1, 10 and 100 % of the training patients, and scores the test films.
+    """Learns findings from 1, 10 and 100 % of the training patients, and scores the test images.
 
     A call that was interrupted goes on where it was; finished runs are skipped.
 
     Example: `mmclip finetune --run runs/a --data data/chestxray14 --protocol chestxray14 --out ft`
 
-    Example: `mmclip finetune --run runs/a --init random --data data/films --finding tuberculosis
+    Example: `mmclip finetune --run runs/a --init random --data data/images --finding tuberculosis
     --method full --fraction 0.1 --seed 0 --out runs/random/ft`
     """
     from mmclip.config import load_config_as
-    from mmclip.finetuning.finetune import Job
+    from mmclip.finetuning.finetune import FinetuneRequest
     from mmclip.finetuning.finetune import finetune as learn
     from mmclip.finetuning.supervised import FineTuneConfig
 
@@ -72,7 +74,7 @@ def finetune(
         )
     if method not in ("probe", "full"):
         raise ValueError(f"--method {method!r} is none of probe, full")
-    job = Job(
+    request = FinetuneRequest(
         folder=data,
         out=out,
         config=load_config_as(FineTuneConfig, "configs_finetune", config, overrides or ()),
@@ -85,11 +87,11 @@ def finetune(
         method="full" if method == "full" else "probe",
         fractions=tuple(fraction or ()),
         seeds=tuple(seed or ()),
-        draws=draws,
+        n_resamples=n_resamples,
         cpu=cpu,
     )
-    with told_how_to_go_on():
-        summary = learn(job)
+    with resume_hint():
+        summary = learn(request)
     if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start this once a process
         _print_summary(json.loads(summary.read_text("utf-8")))
         print(summary)
@@ -103,32 +105,32 @@ def _print_summary(summary: dict) -> None:
     for column in (
         "method",
         "patients",
-        "training films",
+        "training images",
         "macro AUROC",
         "95 %",
         "each seed",
-        "nuisance",
+        "shortcut_baseline",
     ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for line in summary["lines"]:
         interval = line["interval"]
-        films = sorted(set(line["training_films"].values()))
+        images = sorted(set(line["training_images"].values()))
         table.add_row(
             line["method"],
             f"{line['fraction']:.0%}",
-            f"{films[0]:,}" if len(films) == 1 else f"{films[0]:,}–{films[-1]:,}",
+            f"{images[0]:,}" if len(images) == 1 else f"{images[0]:,}–{images[-1]:,}",
             number(line["mean"]),
             "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}",
             "  ".join(f"{seed}: {number(v)}" for seed, v in line["macro_auroc"].items()),
-            number(line["nuisance"]),
+            number(line["shortcut_baseline"]),
         )
-    said = f"{summary['protocol']}: {summary['init']}, {summary['n_test']:,} test films"
+    said = f"{summary['protocol']}: {summary['init']}, {summary['n_test']:,} test images"
     console.print(said, markup=False, soft_wrap=True)
     console.print(table)
     console.print("95 %: over test patients and seeds, drawn together", style="dim")
     if any(line["mean"] is None for line in summary["lines"]):
         console.print(
-            "no macro AUROC: too few test films with a finding or without; results.json of each "
+            "no macro AUROC: too few test images with a finding or without; results.json of each "
             "run has what there is",
             style="yellow",
             soft_wrap=True,

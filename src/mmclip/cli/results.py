@@ -36,7 +36,7 @@ def results(
     ],
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", help="For CSV files: data folder of the films; may be repeated."),
+        typer.Option("--data", help="For CSV files: data folder of the images; may be repeated."),
     ] = None,
     protocol: Annotated[
         str | None, typer.Option(help="For CSV files: by whose rules; a name or a path.")
@@ -45,7 +45,9 @@ def results(
         Path | None, typer.Option(help="For CSV files: folder that gets their results.")
     ] = None,
     split: Annotated[str, typer.Option(help="For CSV files: val or test.")] = "test",
-    draws: Annotated[int, typer.Option(help="Bootstrap draws of patients.", min=1)] = 1000,
+    n_resamples: Annotated[
+        int, typer.Option(help="Bootstrap resamples of patients.", min=1)
+    ] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     over_seeds: Annotated[
         bool,
@@ -56,10 +58,11 @@ def results(
     save: Annotated[Path | None, typer.Option(help="Write the table as Markdown, too.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Compares results on the same films, pair by pair; refuses what does not compare.
+    """Compares results on the same images, pair by pair; refuses what does not compare.
 
     Published numbers of the same protocol stand below, with what keeps them from comparing. A CSV
-    has a column film_id and one for each finding; it is judged first, and leaves its page in --out.
+    has a column image_id and one for each finding; it is judged first, and leaves its page in
+    --out.
 
     With --over-seeds, runs of one recipe (configuration but for the seed, training data, step) are
     one row, and intervals of differences are over seeds and patients together. Folders may stand in
@@ -71,7 +74,7 @@ def results(
 
     Example: `mmclip results runs/a-0/test runs/a-1/test runs/b-0/test runs/b-1/test --over-seeds`
     """
-    from mmclip.evaluation.comparison import compare, judge_csv, published
+    from mmclip.evaluation.comparison import compare, compute_metrics_of_csv, published
     from mmclip.evaluation.over_seeds import compare_over_seeds, remarks
 
     tables = [path for path in given if path.suffix.lower() == ".csv"]
@@ -103,25 +106,25 @@ def results(
     for path in given:
         if path in tables:
             assert data and protocol and out
-            judge_csv(
+            compute_metrics_of_csv(
                 path, data, out / path.stem, protocol=protocol, split=split_name(split),
-                draws=draws, seed=seed, command=command_line(),
+                n_resamples=n_resamples, seed=seed, command=command_line(),
             )  # fmt: skip
             console.print(f"{path}: {out / path.stem / 'page.html'}", markup=False, soft_wrap=True)
             folders.append(out / path.stem)
         else:
             folders.append(path)
     if over_seeds:
-        arms = compare_over_seeds(folders, draws=draws, seed=seed)
+        arms = compare_over_seeds(folders, n_resamples=n_resamples, seed=seed)
         first = next(run for run in arms[0].runs.values() if run.folder == folders[0]).results
         _say_differences((arm.name, arm.differs) for arm in arms)
-        drawn, parts, said = "seeds and patients", _parts_over_seeds(arms), remarks(arms)
+        drawn, parts, said = "seeds and patients", _sections_over_seeds(arms), remarks(arms)
         plain: dict = {"arms": [_plain_arm(arm) for arm in arms], "remarks": said}
     else:
-        found = compare(folders, draws=draws, seed=seed)
+        found = compare(folders, n_resamples=n_resamples, seed=seed)
         first = found[0].results
         _say_differences((run.name, run.differs) for run in found)
-        drawn, parts, said = "patients", _parts(found), []
+        drawn, parts, said = "patients", _sections(found), []
         plain = {"runs": [_plain_run(run) for run in found]}
     known = [] if first.protocol is None else published(first.protocol.id)
     _print_tables(parts, first, drawn)
@@ -178,17 +181,17 @@ HEAD_FINDINGS = ("finding", "first", "run", "AUROC", "less the first")
 HEAD_PUBLISHED = ("published by others", "setting", "AUROC", "F1", "not as here", "source")
 
 
-Part = tuple[tuple[str, ...], list[tuple[str, ...]]]
+Section = tuple[tuple[str, ...], list[tuple[str, ...]]]
 """A table: its head and its rows."""
 
 
-def _parts(found: "Sequence[Compared]") -> list[Part]:
+def _sections(found: "Sequence[Compared]") -> list[Section]:
     base, *others = found
     of_others = [(run.name, run.results.aurocs(), run.findings) for run in others]
     return [(HEAD, _rows(found)), (HEAD_FINDINGS, _by_finding(base.results.aurocs(), of_others))]
 
 
-def _parts_over_seeds(arms: "Sequence[Arm]") -> list[Part]:
+def _sections_over_seeds(arms: "Sequence[Arm]") -> list[Section]:
     rows: list[tuple[str, ...]] = []
     for arm in arms:
         values = arm.macro_aurocs().values()
@@ -216,7 +219,7 @@ def _by_finding(
     ]
 
 
-def _print_tables(parts: "Sequence[Part]", first: "RunResults", drawn: str) -> None:
+def _print_tables(parts: "Sequence[Section]", first: "RunResults", drawn: str) -> None:
     for head, rows in parts:
         if rows:
             table = Table(*head, box=None, pad_edge=False)
@@ -227,7 +230,7 @@ def _print_tables(parts: "Sequence[Part]", first: "RunResults", drawn: str) -> N
     if few:
         console.print(
             f"no interval, and not in the macro average, for fewer than "
-            f"{first.min_count} films with the finding or without: {', '.join(few)}",
+            f"{first.min_count} images with the finding or without: {', '.join(few)}",
             style="dim",
         )
     console.print(f"in brackets: 95 %, over {drawn}, the same for both of a pair", style="dim")
@@ -246,7 +249,7 @@ def _print_published(known: "Sequence[Published]") -> None:
 
 
 def _markdown(
-    parts: "Sequence[Part]",
+    parts: "Sequence[Section]",
     said: "Sequence[str]",
     first: "RunResults",
     known: "Sequence[Published]",

@@ -38,14 +38,14 @@ REPORT_LEAST = 16
 def retrieve(
     run: Annotated[Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.")],
     data: FolderOption,
-    film: Annotated[
-        str | None, typer.Option(help="Search: a film id of the data, or a PNG, JPEG or DICOM.")
+    image: Annotated[
+        str | None, typer.Option(help="Search: an image id of the data, or a PNG, JPEG or DICOM.")
     ] = None,
     phrase: Annotated[
         str | None, typer.Option(help="Search: what a report would say, in quotes.")
     ] = None,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Score how films and reports find one another.")
+        bool, typer.Option("--evaluate", help="Score how images and reports find one another.")
     ] = False,
     out: Annotated[
         Path | None,
@@ -56,18 +56,18 @@ def retrieve(
         str | None, typer.Option(help="train, val or test. [search: all; --evaluate: test]")
     ] = None,
     source: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
-    draws: Annotated[
-        int, typer.Option(help="--evaluate: bootstrap draws of patients.", min=1)
+    n_resamples: Annotated[
+        int, typer.Option(help="--evaluate: bootstrap resamples of patients.", min=1)
     ] = 1000,
     seed: Annotated[int, typer.Option(help="--evaluate: of the bootstrap.")] = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
-    """Finds the nearest patients for a film or a phrase; `--evaluate` scores retrieval.
+    """Finds the nearest patients for an image or a phrase; `--evaluate` scores retrieval.
 
-    Example: `mmclip retrieve --run runs/a --data data/films --film new.dcm --out found`
+    Example: `mmclip retrieve --run runs/a --data data/images --image new.dcm --out found`
 
-    Example: `mmclip retrieve --run runs/a --data data/films --evaluate --out runs/a/retrieval`
+    Example: `mmclip retrieve --run runs/a --data data/images --evaluate --out runs/a/retrieval`
 
     A search prints a table on stderr, and on stdout a line of JSON for each patient.
     """
@@ -75,14 +75,14 @@ def retrieve(
     from mmclip.retrieval.ranking import RETRIEVAL_FILE, evaluate_retrieval
     from mmclip.retrieval.retrieve import SHEET_FILE, search, write_sheet
 
-    if (film is not None) + (phrase is not None) + evaluate != 1:
-        raise ValueError("give one of --film, --phrase and --evaluate")
+    if (image is not None) + (phrase is not None) + evaluate != 1:
+        raise ValueError("give one of --image, --phrase and --evaluate")
     of_split = None if split is None else split_name(split)
     if not evaluate:
         found = search(
             run,
             tuple(data),
-            film=film,
+            image=image,
             phrase=phrase,
             top=top,
             split=of_split,
@@ -91,7 +91,7 @@ def retrieve(
         )
         print_found(found, top)
         if out is not None:
-            console.print(f"films: {write_sheet(out, found)}", markup=False, soft_wrap=True)
+            console.print(f"images: {write_sheet(out, found)}", markup=False, soft_wrap=True)
         return
     if out is None:
         raise ValueError("--evaluate writes results: name their folder by --out")
@@ -105,7 +105,7 @@ def retrieve(
         out,
         split=of_split or "test",
         sources=tuple(source or ()),
-        draws=draws,
+        n_resamples=n_resamples,
         seed=seed,
         command=command_line(),
         device=device_of(cpu),
@@ -118,27 +118,27 @@ def print_found(search: "Search", top: int) -> None:
     """The table for people on stderr, a line of JSON a patient on stdout."""
     records = list(search.records())
     # Ids stay whole, to be copied: in a narrow terminal reports are cut, or left out.
-    longest = max((cell_len(record["film_id"]) for record in records), default=0)
-    beside = len("rank cosine  unknown films ")
+    longest = max((cell_len(record["image_id"]) for record in records), default=0)
+    beside = len("rank cosine  unknown images ")
     room = console.width - longest - beside
     table = Table(box=None, pad_edge=False)
     for name in ("rank", "cosine"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("film", no_wrap=True, min_width=longest)
+    table.add_column("image", no_wrap=True, min_width=longest)
     table.add_column("view", no_wrap=True)
-    table.add_column("films", justify="right", no_wrap=True)
+    table.add_column("images", justify="right", no_wrap=True)
     if room >= REPORT_LEAST:
         table.add_column("report", no_wrap=True, overflow="ellipsis", max_width=room)
     for record in records:
         # As Text: a report may hold what looks like markup.
         report = Text(" ".join((record["report"] or "–").split())[:REPORT_CHARS])
-        cells = [Text(record["film_id"]), record["view"], f"{record['n_films']:,}", report]
+        cells = [Text(record["image_id"]), record["view"], f"{record['n_images']:,}", report]
         cosine = f"{record['similarity']:.3f}"
         table.add_row(str(record["rank"]), cosine, *cells[: len(table.columns) - 2])
         print(json.dumps(record, ensure_ascii=False))
-    kind = "film with film" if search.query.pixels is not None else "phrase with film"
+    kind = "image with image" if search.query.pixels is not None else "phrase with image"
     said = (
-        f"the nearest patients for {search.query.said}, each by the nearest of their films "
+        f"the nearest patients for {search.query.said}, each by the nearest of their images "
         f"(similarity: cosine, {kind})"
     )
     console.print(said, markup=False, soft_wrap=True)
@@ -153,8 +153,8 @@ def print_retrieval(results: "RetrievalResults") -> None:
     for name in ("", "value", "95 %", "chance"):
         table.add_column(name, justify="right" if name else "left")
     for name, direction in (
-        ("film → report", results.film_to_report),
-        ("report → film", results.report_to_film),
+        ("image → report", results.image_to_report),
+        ("report → image", results.report_to_image),
     ):
         for at in direction.at:
             spread = "–" if at.hit_ci is None else f"{at.hit_ci[0]:.3f}–{at.hit_ci[1]:.3f}"
@@ -166,7 +166,7 @@ def print_retrieval(results: "RetrievalResults") -> None:
         table.add_row(f"{name}, median rank", *ranks, style="bold")
     console.print(table)
     console.print(
-        f"{results.n_films:,} films with reports of {results.n_patients:,} patients; "
+        f"{results.n_images:,} images with reports of {results.n_patients:,} patients; "
         f"{results.n_reports:,} reports differ, and equal ones are right answers; intervals over "
         f"resampled patients of the queries",
         style="dim",

@@ -16,7 +16,7 @@ from mmclip.progress import console
 if TYPE_CHECKING:
     import torch
 
-    from mmclip.data.records import Split
+    from mmclip.data.sample import Split
     from mmclip.evaluation.results import RunResults
 
 FolderOption = Annotated[
@@ -38,7 +38,7 @@ def command_line() -> str:
 
 
 @contextmanager
-def told_how_to_go_on(how: str = "the same command goes on") -> Iterator[None]:
+def resume_hint(how: str = "the same command goes on") -> Iterator[None]:
     """Says behind Ctrl-C how a long task that keeps its work goes on."""
     try:
         yield
@@ -152,7 +152,7 @@ def print_results(results: "RunResults", out: Path) -> None:
         table.add_row(f"control: {name}", number(control.macro_auroc), style="dim")
     console.print(table)
     console.print(
-        f"macro: the mean over findings with at least {results.min_count} films of either kind",
+        f"macro: the mean over findings with at least {results.min_count} images of either kind",
         style="dim",
     )
     for row in results.undefined:

@@ -15,7 +15,7 @@ from mmclip.cli.shared import (
     check_results,
     command_line,
     print_results,
-    told_how_to_go_on,
+    resume_hint,
 )
 
 app = typer.Typer()
@@ -26,17 +26,19 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, run and results.")] = Path(
         "runs/demo"
     ),
-    seed: Annotated[int, typer.Option(help="Of the made films, the weights and the order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the synthetic images, the weights and the order.")
+    ] = 0,
     shuffle_pairs: Annotated[
         bool,
         typer.Option(
-            "--shuffle-pairs", help="Control: deal films the reports and labels of others."
+            "--shuffle-pairs", help="Control: deal images the reports and labels of others."
         ),
     ] = False,
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Made films and reports, a tiny model, a result by text prompts and a page to look at.
+    """Synthetic images and reports, a tiny model, a result by text prompts and a page to look at.
 
     The same command goes on where it was, or makes a finished demo anew.
 
@@ -49,7 +51,7 @@ def demo(
     if not overwrite:
         check_results(out)
     how = "the same command goes on" if not overwrite else "the same without --overwrite goes on"
-    with told_how_to_go_on(how):
+    with resume_hint(how):
         results = run_demo(out, seed, shuffle_pairs, tuple(set_ or ()), command_line(), overwrite)
     print_results(results, out)
 
@@ -64,31 +66,33 @@ def pretrain(
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     shuffle_pairs: Annotated[
-        bool, typer.Option("--shuffle-pairs", help="Control: deal films the reports of others.")
+        bool, typer.Option("--shuffle-pairs", help="Control: deal images the reports of others.")
     ] = False,
     lesion_masks: Annotated[
         Path | None,
-        typer.Option("--lesion-masks", help="Folder of made films, for image_mask.policy=oracle."),
+        typer.Option(
+            "--lesion-masks", help="Folder of synthetic images, for image_mask.policy=oracle."
+        ),
     ] = None,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too.")] = False,
     cpu: CpuOption = False,
 ) -> None:
-    """Pre-trains image and text encoder on films with reports.
+    """Pre-trains image and text encoder on images with reports.
 
-    Example: `mmclip pretrain --data data/films --config tiny --set train.steps=2000 --out runs/a`
+    Example: `mmclip pretrain --data data/images --config tiny --set train.steps=2000 --out runs/a`
 
     On several GPUs: `accelerate launch -m mmclip pretrain ...` or
     `torchrun --nproc-per-node 2 -m mmclip pretrain ...`, with the same arguments.
     """
     from mmclip.config import load_config
     from mmclip.data.folder import check_place
-    from mmclip.training.pretrain import RUN_FILES, Job
+    from mmclip.training.pretrain import RUN_FILES, PretrainRequest
     from mmclip.training.pretrain import pretrain as run
 
     settings = load_config(config, set_ or ())
     check_inputs(data=data)
     check_place(out, RUN_FILES)
-    job = Job(
+    request = PretrainRequest(
         folders=tuple(data),
         run=out,
         config=settings,
@@ -99,7 +103,7 @@ def pretrain(
         wandb=wandb,
         cpu=cpu,
     )
-    with told_how_to_go_on("the same command with --resume goes on"):
-        newest = run(job)
+    with resume_hint("the same command with --resume goes on"):
+        newest = run(request)
     if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start this once a process
         print(newest)

@@ -1,1 +1,1 @@
-"""From raw folders to batches: records, films, text, and the data folder on disk."""
+"""From raw folders to batches: records, images, text, and the data folder on disk."""

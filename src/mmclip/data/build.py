@@ -12,7 +12,7 @@ from importlib import resources
 from itertools import compress
 from pathlib import Path
 
-from mmclip.data.cache import FILMS_FILE, PARTS_FOLDER, FilmFacts, decode_films, join_films
+from mmclip.data.cache import IMAGES_FILE, SHARDS_FOLDER, ImageFacts, decode_images, join_images
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import (
     EXCLUDED_FILE,
@@ -24,19 +24,19 @@ from mmclip.data.folder import (
     read_meta,
 )
 from mmclip.data.manifest import write_manifest
-from mmclip.data.parts import Part, Shard, Work, Workers, do_chunks, read_facts
-from mmclip.data.records import (
+from mmclip.data.sample import (
     Entity,
     Excluded,
-    Film,
     Reason,
     Record,
+    Sample,
     assign_splits,
     validate,
 )
+from mmclip.data.shards import Shard, ShardContent, Work, Workers, do_chunks, read_facts
 from mmclip.data.versions import made_with
 
-ENTITY_PARTS_FOLDER = "entities.parts"
+ENTITY_SHARDS_FOLDER = "entities.shards"
 
 CHUNK_REPORTS = 1024
 """Records a chunk whose reports are searched. [chosen: a second of work for the lexicon, a minute
@@ -48,13 +48,13 @@ def build_data(
     root: Path,
     out: Path,
     *,
-    film_px: int,
+    image_size: int,
     seed: int = 0,
     val_ratio: float = 0.1,
     test_ratio: float = 0.1,
     workers: Workers = 1,
     entities: str = "lexicon",
-    about: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> dict:
     """Builds a data folder; what was left out stands in excluded.jsonl, and the counts add up.
@@ -64,15 +64,15 @@ def build_data(
 
     Args:
         records: Of a reader, one a row.
-        root: The folder that `Film.image` is relative to.
+        root: The folder that `Sample.image` is relative to.
         out: The data folder.
-        film_px: Side of the cached films.
+        image_size: Side of the cached images.
         seed: Of the splits, where the source has none.
         val_ratio: Of the patients without a split.
         test_ratio: Of the patients without a split.
         workers: Processes that decode and search, or the address of a Dask scheduler.
         entities: What finds the entities of the reports; see `entities.EntityFinder`.
-        about: Further facts for meta.json (reader, command).
+        metadata: Further facts for meta.json (reader, command).
         overwrite: Replace a finished build.
 
     Returns:
@@ -88,46 +88,46 @@ def build_data(
         raise ManifestError(
             f"{_finished(out)}; add --overwrite to build it again, or choose another --out"
         )
-    films, excluded = _readable(records, root)  # first: a source that fails replaces no build
+    samples, excluded = _readable(records, root)  # first: a source that fails replaces no build
     (out / META_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished
     (out / SPLIT_FILE).unlink(missing_ok=True)  # of the build that is replaced
-    _do_all([film for _, film in films], root, out, film_px, entities, workers)
-    n_images = sum(film.image is not None for _, film in films)
-    facts: Sequence[FilmFacts] = ()
+    _do_all([sample for _, sample in samples], root, out, image_size, entities, workers)
+    n_images = sum(sample.image is not None for _, sample in samples)
+    facts: Sequence[ImageFacts] = ()
     checksum = None
     if n_images:
-        facts, checksum = join_films(n_images, out, film_px)
+        facts, checksum = join_images(n_images, out, image_size)
     else:
-        (out / FILMS_FILE).unlink(missing_ok=True)  # of the build that is replaced
+        (out / IMAGES_FILE).unlink(missing_ok=True)  # of the build that is replaced
     known = iter(facts)
-    kept: list[Film] = []
+    kept: list[Sample] = []
     is_kept: list[bool] = []
-    for row, film in films:
-        fact = FilmFacts() if film.image is None else next(known)
+    for row, sample in samples:
+        fact = ImageFacts() if sample.image is None else next(known)
         is_kept.append(fact.reason is None)
         if fact.reason is not None:
-            excluded.append(_left_out(row, film, fact.reason, fact.detail))
-        elif film.image is None:
-            kept.append(film)
+            excluded.append(_left_out(row, sample, fact.reason, fact.detail))
+        elif sample.image is None:
+            kept.append(sample)
         else:
             size = {"width_px": fact.width_px, "height_px": fact.height_px}
-            kept.append(replace(film, **size, image_sha256=fact.sha256))
+            kept.append(replace(sample, **size, image_sha256=fact.sha256))
     excluded.sort(key=lambda e: e.row)
     if not kept:
         reason, n = Counter(e.reason for e in excluded).most_common(1)[0] if excluded else ("", 0)
         why = f"; {n} of {len(excluded)} rows: {reason}" if n else ": the source has no rows"
         raise ManifestError(f"nothing is left of {root}{why}")
-    found = _entities_of([film.report for _, film in films], out)
+    found = _entities_of([sample.report for _, sample in samples], out)
     meta = write_manifest(
         out,
         assign_splits(kept, seed, val_ratio, test_ratio),
         excluded,
-        film_px if n_images else None,
-        {**(about or {}), "entities": entities, "films_sha256": checksum},
-        n_split_by_source=sum(film.split is not None for film in kept),
+        image_size if n_images else None,
+        {**(metadata or {}), "entities": entities, "images_sha256": checksum},
+        n_split_by_source=sum(sample.split is not None for sample in kept),
         entities=compress(found, is_kept),
     )
-    for parts in (PARTS_FOLDER, ENTITY_PARTS_FOLDER):
+    for parts in (SHARDS_FOLDER, ENTITY_SHARDS_FOLDER):
         shutil.rmtree(out / parts, ignore_errors=True)  # what is left of them does no harm
     return meta
 
@@ -138,7 +138,7 @@ def build_shard(
     out: Path,
     shard: Shard,
     *,
-    film_px: int,
+    image_size: int,
     workers: Workers = 1,
     entities: str = "lexicon",
 ) -> None:
@@ -161,53 +161,53 @@ def build_shard(
         raise ManifestError(
             f"{_finished(out)}, which a shard never replaces; remove it, or choose another --out"
         )
-    films, _ = _readable(records, root)
-    _do_all([film for _, film in films], root, out, film_px, entities, workers, shard)
+    samples, _ = _readable(records, root)
+    _do_all([sample for _, sample in samples], root, out, image_size, entities, workers, shard)
 
 
 def _check_is_ours(out: Path) -> None:
     """A build leaves its files in a folder, and may remove some."""
     check_place(
         out,
-        (MANIFEST_FILE, FILMS_FILE, EXCLUDED_FILE, PARTS_FOLDER, ENTITY_PARTS_FOLDER),
+        (MANIFEST_FILE, IMAGES_FILE, EXCLUDED_FILE, SHARDS_FOLDER, ENTITY_SHARDS_FOLDER),
         what="other things than a data folder",
-        remedy="name a new or empty folder by --out (--root is where the films are)",
+        remedy="name a new or empty folder by --out (--root is where the images are)",
     )
 
 
 def _finished(out: Path) -> str:
-    return f"{out} already holds a finished build of {read_meta(out)['n_films']} rows"
+    return f"{out} already holds a finished build of {read_meta(out)['n_samples']} rows"
 
 
 def _readable(
     records: Iterable[Record], root: Path
-) -> tuple[list[tuple[int, Film]], list[Excluded]]:
+) -> tuple[list[tuple[int, Sample]], list[Excluded]]:
     """The sound records with an image inside the root or with none, and the others."""
     sound, excluded = validate(records)
-    films: list[tuple[int, Film]] = []
+    samples: list[tuple[int, Sample]] = []
     is_inside = _inside(root)
-    for row, film in sound:
-        if film.image is None or is_inside(film.image):
-            films.append((row, film))
+    for row, sample in sound:
+        if sample.image is None or is_inside(sample.image):
+            samples.append((row, sample))
         else:
-            excluded.append(_left_out(row, film, Reason.IMAGE_OUTSIDE_ROOT, film.image))
-    return films, excluded
+            excluded.append(_left_out(row, sample, Reason.IMAGE_OUTSIDE_ROOT, sample.image))
+    return samples, excluded
 
 
 def _do_all(
-    films: Sequence[Film],
+    samples: Sequence[Sample],
     root: Path,
     out: Path,
-    film_px: int,
+    image_size: int,
     entities: str,
     workers: Workers,
     shard: Shard | None = None,
 ) -> None:
-    """Leaves the parts of all films and reports, or of a shard of them."""
-    images = [film.image for film in films if film.image is not None]
+    """Leaves the parts of all images and reports, or of a shard of them."""
+    images = [sample.image for sample in samples if sample.image is not None]
     if images:
-        decode_films(root, images, out, film_px, workers, shard)
-    search_reports([film.report for film in films], out, entities, workers, shard)
+        decode_images(root, images, out, image_size, workers, shard)
+    search_reports([sample.report for sample in samples], out, entities, workers, shard)
 
 
 # -- entities, in chunks --
@@ -220,7 +220,7 @@ def search_reports(
     workers: Workers = 1,
     shard: Shard | None = None,
 ) -> None:
-    """Finds the entities of all reports in chunks, into out/entities.parts, for `build_data`.
+    """Finds the entities of all reports in chunks, into out/entities.shards, for `build_data`.
 
     Args:
         reports: Of the sound records, in their order.
@@ -238,7 +238,7 @@ def search_reports(
     if backend.startswith("hf:") and isinstance(workers, int):
         workers = 1  # such a model takes all cores by itself
     work = Work(partial(_fingerprint, backend=backend), partial(_find, backend=backend))
-    parts = out / ENTITY_PARTS_FOLDER
+    parts = out / ENTITY_SHARDS_FOLDER
     do_chunks(parts, reports, CHUNK_REPORTS, work, "finding entities", workers, shard)
 
 
@@ -262,9 +262,9 @@ def _finder_version(backend: str) -> str:
     return hashlib.sha256(f"{words}\n{code}".encode()).hexdigest()
 
 
-def _find(reports: Sequence[str | None], backend: str) -> Part:
+def _find(reports: Sequence[str | None], backend: str) -> ShardContent:
     found = find_entities(_distinct(reports), backend)
-    return Part([[astuple(entity) for entity in entities] for entities in found])
+    return ShardContent([[astuple(entity) for entity in entities] for entities in found])
 
 
 def _entities_of(reports: Sequence[str | None], out: Path) -> Iterator[tuple[Entity, ...]]:
@@ -272,7 +272,7 @@ def _entities_of(reports: Sequence[str | None], out: Path) -> Iterator[tuple[Ent
     for number, first in enumerate(range(0, len(reports), CHUNK_REPORTS)):
         chunk = reports[first : first + CHUNK_REPORTS]
         texts = _distinct(chunk)
-        listed = read_facts(out / ENTITY_PARTS_FOLDER, number) if texts else []
+        listed = read_facts(out / ENTITY_SHARDS_FOLDER, number) if texts else []
         known: dict[str | None, tuple[Entity, ...]] = {None: ()}
         for text, entities in zip(texts, listed, strict=True):
             known[text] = tuple(_entity(*values) for values in entities)
@@ -289,7 +289,7 @@ def _entity(start, end, kind, concept, status, cue) -> Entity:
 def _inside(root: Path) -> Callable[[str], bool]:
     """Says whether an image, with links and ".." followed, lies under the root.
 
-    A folder is followed once, whatever the number of its films.
+    A folder is followed once, whatever the number of its images.
     """
     # Not Path.resolve: Python before 3.13 raises in it when a link leads to itself.
     real_root = os.path.join(os.path.realpath(root), "")
@@ -305,5 +305,5 @@ def _inside(root: Path) -> Callable[[str], bool]:
     return is_inside
 
 
-def _left_out(row: int, film: Film, reason: Reason, detail: str) -> Excluded:
-    return Excluded(row=row, film_id=film.film_id, reason=reason, detail=detail)
+def _left_out(row: int, sample: Sample, reason: Reason, detail: str) -> Excluded:
+    return Excluded(row=row, image_id=sample.image_id, reason=reason, detail=detail)

@@ -1,6 +1,6 @@
-"""The film cache: every film decoded and resized once, then read from a memory map.
+"""The image cache: every image decoded and resized once, then read from a memory map.
 
-While it is built, finished chunks lie in films.parts/; a build that was killed goes on from them.
+While it is built, finished chunks lie in images.shards/; a build that was killed goes on from them.
 """
 
 import hashlib
@@ -14,26 +14,26 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import write_array_header_1_0
 
-from mmclip.data.images import FilmError, decode_film, read_bytes, resize_film
-from mmclip.data.parts import Part, Shard, Work, Workers, do_chunks, read_array, read_facts
-from mmclip.data.records import Reason
+from mmclip.data.images import ImageError, decode_image, read_bytes, resize_image
+from mmclip.data.sample import Reason
+from mmclip.data.shards import Shard, ShardContent, Work, Workers, do_chunks, read_array, read_facts
 
-FILMS_FILE, PARTS_FOLDER = "films.npy", "films.parts"
+IMAGES_FILE, SHARDS_FOLDER = "images.npy", "images.shards"
 
-CHUNK_FILMS = 256
-"""Films a chunk: what a kill can lose, a process. [chosen: seconds of work, 13 MB at 224 px]"""
+CHUNK_IMAGES = 256
+"""Images a chunk: what a kill can lose, a process. [chosen: seconds of work, 13 MB at 224 px]"""
 
 DECODER_VERSION = 2
 """Raised with every change of what a file becomes, so that old chunks are not taken up."""
 
 
 class CacheError(ValueError):
-    """The film cache is missing or damaged; the message names the next step."""
+    """The image cache is missing or damaged; the message names the next step."""
 
 
 @dataclass(frozen=True, slots=True)
-class FilmFacts:
-    """What decoding found of one file: its size and checksum, or why it gives no film."""
+class ImageFacts:
+    """What decoding found of one file: its size and checksum, or why it gives no image."""
 
     width_px: int = 0
     height_px: int = 0
@@ -42,15 +42,16 @@ class FilmFacts:
     detail: str = ""
 
 
-def decode_films(
+def decode_images(
     root: Path,
     images: Sequence[str],
     folder: Path,
-    film_px: int,
+    image_size: int,
     workers: Workers = 1,
     shard: Shard | None = None,
 ) -> None:
-    """Decodes and resizes films in chunks, into folder/films.parts; `join_films` makes them one.
+    """Decodes and resizes images in chunks, into folder/images.shards; `join_images` makes them
+    one.
 
     What comes of it does not depend on who works, nor on how often it was killed and resumed.
     Memory is flat: a chunk a process.
@@ -59,7 +60,7 @@ def decode_films(
         root: The folder of the images.
         images: Paths relative to it, in the order of the rows.
         folder: The data folder.
-        film_px: Side of the cached films.
+        image_size: Side of the cached images.
         workers: Processes, or the address of a Dask scheduler.
         shard: Decode only this share of the chunks.
 
@@ -68,16 +69,16 @@ def decode_films(
     """
     root = root.absolute()  # those who work may stand in another folder
     work = Work(
-        partial(_fingerprint, root=root, film_px=film_px),
-        partial(_decode, root=root, film_px=film_px),
+        partial(_fingerprint, root=root, image_size=image_size),
+        partial(_decode, root=root, image_size=image_size),
     )
-    parts = folder / PARTS_FOLDER
-    do_chunks(parts, images, CHUNK_FILMS, work, "reading films", workers, shard)
+    shards = folder / SHARDS_FOLDER
+    do_chunks(shards, images, CHUNK_IMAGES, work, "reading images", workers, shard)
 
 
-def _fingerprint(images: Sequence[str], root: Path, film_px: int) -> str:
+def _fingerprint(images: Sequence[str], root: Path, image_size: int) -> str:
     """Changes when a file of the chunk is replaced, or would be decoded or resized otherwise."""
-    digest = hashlib.sha256(f"{DECODER_VERSION} {film_px}".encode())
+    digest = hashlib.sha256(f"{DECODER_VERSION} {image_size}".encode())
     for image in images:
         path = os.path.join(root, image)
         try:
@@ -88,93 +89,93 @@ def _fingerprint(images: Sequence[str], root: Path, film_px: int) -> str:
     return digest.hexdigest()
 
 
-def _decode(images: Sequence[str], root: Path, film_px: int) -> Part:
-    films, facts = [], []
+def _decode(images: Sequence[str], root: Path, image_size: int) -> ShardContent:
+    arrays, facts = [], []
     for image in images:
         try:
             content = read_bytes(root / image)
-            film = decode_film(content)
-        except FilmError as error:
-            facts.append(FilmFacts(reason=error.reason, detail=error.detail))
+            pixels = decode_image(content)
+        except ImageError as error:
+            facts.append(ImageFacts(reason=error.reason, detail=error.detail))
             continue
-        films.append(resize_film(film, film_px))
-        height, width = film.shape
-        facts.append(FilmFacts(width, height, hashlib.sha256(content).hexdigest()))
-    array = np.stack(films) if films else np.zeros((0, film_px, film_px), np.uint8)
-    return Part([asdict(fact) for fact in facts], array)
+        arrays.append(resize_image(pixels, image_size))
+        height, width = pixels.shape
+        facts.append(ImageFacts(width, height, hashlib.sha256(content).hexdigest()))
+    array = np.stack(arrays) if arrays else np.zeros((0, image_size, image_size), np.uint8)
+    return ShardContent([asdict(fact) for fact in facts], array)
 
 
-def join_films(n_images: int, folder: Path, film_px: int) -> tuple[list[FilmFacts], str]:
-    """Copies the chunks into folder/films.npy, in order, aside and renamed.
+def join_images(n_images: int, folder: Path, image_size: int) -> tuple[list[ImageFacts], str]:
+    """Copies the chunks into folder/images.npy, in order, aside and renamed.
 
     Args:
         n_images: How many were decoded, all shards together.
         folder: The data folder.
-        film_px: Side of the films.
+        image_size: Side of the images.
 
     Returns:
-        One FilmFacts an image, and the SHA-256 of films.npy. Row i of films.npy is the i-th image
-        without a reason; the others are left out and explained.
+        One ImageFacts an image, and the SHA-256 of images.npy. Row i of images.npy is the i-th
+        image without a reason; the others are left out and explained.
     """
-    parts = folder / PARTS_FOLDER
-    numbers = range(-(-n_images // CHUNK_FILMS))
-    facts = [fact for number in numbers for fact in _read_facts(parts, number)]
-    n_films = sum(fact.reason is None for fact in facts)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (n_films, film_px, film_px)}
+    shards = folder / SHARDS_FOLDER
+    numbers = range(-(-n_images // CHUNK_IMAGES))
+    facts = [fact for number in numbers for fact in _read_facts(shards, number)]
+    n_sound = sum(fact.reason is None for fact in facts)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n_sound, image_size, image_size)}
     start = io.BytesIO()
     write_array_header_1_0(start, header)
     digest = hashlib.sha256(start.getvalue())
-    aside = folder / (FILMS_FILE + ".tmp")
+    aside = folder / (IMAGES_FILE + ".tmp")
     with aside.open("wb") as file:  # no memory map: what is written to it would count as memory
         file.write(start.getvalue())
         for number in numbers:
-            films = read_array(parts, number).tobytes()
-            digest.update(films)
-            file.write(films)
+            images = read_array(shards, number).tobytes()
+            digest.update(images)
+            file.write(images)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(folder / FILMS_FILE)
+    aside.replace(folder / IMAGES_FILE)
     return facts, digest.hexdigest()
 
 
-def _read_facts(parts: Path, number: int) -> Iterator[FilmFacts]:
-    for fact in read_facts(parts, number):
+def _read_facts(shards: Path, number: int) -> Iterator[ImageFacts]:
+    for fact in read_facts(shards, number):
         reason = fact["reason"]
-        yield FilmFacts(**{**fact, "reason": None if reason is None else Reason(reason)})
+        yield ImageFacts(**{**fact, "reason": None if reason is None else Reason(reason)})
 
 
 @dataclass(frozen=True)
-class FilmCache:
-    """The films of a data folder, in memory only where they are read."""
+class ImageCache:
+    """The images of a data folder, in memory only where they are read."""
 
-    films: np.ndarray  # uint8 [n, px, px], memory-mapped, read-only
+    images: np.ndarray  # uint8 [n, px, px], memory-mapped, read-only
 
     @classmethod
-    def open(cls, folder: Path) -> "FilmCache":
-        """Maps films.npy.
+    def open(cls, folder: Path) -> "ImageCache":
+        """Maps images.npy.
 
         Raises:
-            CacheError: When it is missing or no array of square uint8 films.
+            CacheError: When it is missing or no array of square uint8 images.
         """
-        path = folder / FILMS_FILE
+        path = folder / IMAGES_FILE
         try:
-            films = np.load(path, mmap_mode="r")
+            images = np.load(path, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise CacheError(
                 f"{path} cannot be opened ({error}); build it again with `mmclip data build`"
             ) from None
-        if films.dtype != np.uint8 or films.ndim != 3 or films.shape[1] != films.shape[2]:
-            raise CacheError(f"{path} holds {films.dtype} {films.shape}, not square uint8 films")
-        return cls(films)
+        if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1] != images.shape[2]:
+            raise CacheError(f"{path} holds {images.dtype} {images.shape}, not square uint8 images")
+        return cls(images)
 
 
 def verify_cache(folder: Path, sha256: str) -> None:
-    """Compares films.npy with the checksum of its build.
+    """Compares images.npy with the checksum of its build.
 
     Raises:
         CacheError: When it is missing or differs.
     """
-    path = folder / FILMS_FILE
+    path = folder / IMAGES_FILE
     if not path.is_file():
         raise CacheError(f"{path} is missing; build the folder again with `mmclip data build`")
     with path.open("rb") as file:

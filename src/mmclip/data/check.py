@@ -1,4 +1,4 @@
-"""What splits and data sets share that they should not: patients, equal films, near-duplicates."""
+"""What splits and data sets share that they should not: patients, equal images, near-duplicates."""
 
 import hashlib
 from collections import Counter
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt64
 
-from mmclip.data.cache import FilmCache
+from mmclip.data.cache import ImageCache
 from mmclip.data.duplicates import CHUNKS, near_groups, read_hashes
 from mmclip.data.folder import ManifestError, read_built_meta
 from mmclip.data.manifest import read_manifest
-from mmclip.data.records import SPLITS, UNCERTAIN, Film
+from mmclip.data.sample import SPLITS, UNCERTAIN, Sample
 from mmclip.progress import progress
 
 COLLECTIONS = {
@@ -34,94 +34,94 @@ class Overlap:
     """What two places, splits or data folders, have in common.
 
     Attributes:
-        what: "patients", "films" (equal bytes) or "near-duplicates".
+        what: "patients", "images" (equal bytes) or "near-duplicates".
         places: The two, in order.
-        n_shared: Patients, films or pairs.
-        n_films: Films of the second place that are concerned.
-        examples: Ids of some films that go together, one of each place.
+        n_shared: Patients, images or pairs.
+        n_images: Images of the second place that are concerned.
+        examples: Ids of some images that go together, one of each place.
     """
 
     what: str
     places: tuple[str, str]
     n_shared: int
-    n_films: int
+    n_images: int
     examples: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
         first, second = self.places
         shown = ", ".join(" and ".join(pair) for pair in self.examples)
         return (
-            f"{self.n_shared:,} {self.what} are in {first} and in {second} ({self.n_films:,} films "
-            f"of {second}), such as films {shown}"
+            f"{self.n_shared:,} {self.what} are in {first} and in {second} ({self.n_images:,} "
+            f"images of {second}), such as images {shown}"
         )
 
 
-def patient_key(film: Film) -> str:
-    """The patient of a film, among those of all data sets."""
-    return f"{COLLECTIONS.get(film.source, film.source)}/{film.patient_id}"
+def patient_key(sample: Sample) -> str:
+    """The patient of an image, among those of all data sets."""
+    return f"{COLLECTIONS.get(sample.source, sample.source)}/{sample.patient_id}"
 
 
-def study_key(film: Film) -> str:
-    """The study of a film, among those of all patients: "1" is the first of many."""
-    return f"{patient_key(film)}/{film.study_id}"
+def study_key(sample: Sample) -> str:
+    """The study of an image, among those of all patients: "1" is the first of many."""
+    return f"{patient_key(sample)}/{sample.study_id}"
 
 
-def content_key(film: Film) -> str:
-    """The content of a film: equal for equal files; of a study without a film, its id."""
-    return film.image_sha256 or f"{film.source}/{film.film_id}"
+def content_key(sample: Sample) -> str:
+    """The content of an image: equal for equal files; of a study without an image, its id."""
+    return sample.image_sha256 or f"{sample.source}/{sample.image_id}"
 
 
-KeyOf = Callable[[Film], str | None]
+KeyOf = Callable[[Sample], str | None]
 
-CHEAP: Mapping[str, KeyOf] = {"patients": patient_key, "films": content_key}
-"""What can be shared and is known without looking at films."""
+CHEAP: Mapping[str, KeyOf] = {"patients": patient_key, "images": content_key}
+"""What can be shared and is known without looking at images."""
 
 
 def find_overlaps(
-    films: Sequence[Film],
+    samples: Sequence[Sample],
     places: Sequence[str | None],
     keys: Mapping[str, Sequence[str | None] | KeyOf] = CHEAP,
 ) -> list[Overlap]:
     """What is in two places at once.
 
     Args:
-        films: A film may come several times, where a list puts it into several places.
-        places: Of each film; None is no place.
-        keys: By the name of what is shared: the key of each film, None where it shares nothing.
+        samples: An image may come several times, where a list puts it into several places.
+        places: Of each image; None is no place.
+        keys: By the name of what is shared: the key of each image, None where it shares nothing.
     """
     order = list(dict.fromkeys(p for p in (*SPLITS, *places) if p is not None))
     found = []
     for what, given in keys.items():
         held: dict[str, dict[str, list[str]]] = {place: {} for place in order}
-        named = map(given, films) if callable(given) else given
-        for film, place, key in zip(films, places, named, strict=True):
+        named = map(given, samples) if callable(given) else given
+        for sample, place, key in zip(samples, places, named, strict=True):
             if place is not None and key is not None:
-                held[place].setdefault(key, []).append(film.film_id)
+                held[place].setdefault(key, []).append(sample.image_id)
         for first, second in combinations(order, 2):
             one, other = held[first], held[second]
             shared = sorted(one.keys() & other.keys())
             if shared:
                 examples = tuple((one[key][0], other[key][0]) for key in shared[:N_EXAMPLES])
-                n_films = sum(len(other[key]) for key in shared)
-                found.append(Overlap(what, (first, second), len(shared), n_films, examples))
+                n_images = sum(len(other[key]) for key in shared)
+                found.append(Overlap(what, (first, second), len(shared), n_images, examples))
     return found
 
 
-def leaks_from_train(films: Sequence[Film]) -> Iterator[Overlap]:
+def leaks_from_train(samples: Sequence[Sample]) -> Iterator[Overlap]:
     """Overlaps of what trains with what is scored; what val shares with test is none."""
-    for overlap in find_overlaps(films, [film.split for film in films]):
+    for overlap in find_overlaps(samples, [sample.split for sample in samples]):
         if overlap.places[0] == "train":
             yield overlap
 
 
-def refuse_leaks(films: Sequence[Film]) -> None:
-    """Stops before films are trained on that will be scored.
+def refuse_leaks(samples: Sequence[Sample]) -> None:
+    """Stops before images are trained on that will be scored.
 
     Raises:
-        ManifestError: When a patient or a film is in train and in val or test, with counts and
+        ManifestError: When a patient or an image is in train and in val or test, with counts and
             examples.
     """
-    if found := list(leaks_from_train(films)):
+    if found := list(leaks_from_train(samples)):
         raise ManifestError(
             f"what trains would be scored: {'; '.join(map(str, found))}; see `mmclip data check`, "
             f"and set a sound split with `mmclip data split --name clean`"
@@ -130,11 +130,11 @@ def refuse_leaks(films: Sequence[Film]) -> None:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """One finding in the labels of films that stand in two data folders."""
+    """One finding in the labels of images that stand in two data folders."""
 
     folders: tuple[str, str]
     finding: str
-    n_both: int  # films that are present or absent in both
+    n_both: int  # images that are present or absent in both
     n_differ: int  # of these, present in one and absent in the other
     examples: tuple[tuple[str, str], ...]
 
@@ -143,7 +143,7 @@ class Disagreement:
         shown = ", ".join(" and ".join(pair) for pair in self.examples)
         return (
             f"{self.finding}: {first} and {second} differ on {self.n_differ:,} of {self.n_both:,} "
-            f"films that both label" + (f", such as {shown}" if shown else "")
+            f"images that both label" + (f", such as {shown}" if shown else "")
         )
 
 
@@ -153,11 +153,11 @@ class Oddity:
 
     folder: str
     what: str
-    n_films: int
+    n_images: int
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.folder}: {self.n_films:,} films {self.what}, such as {self.examples[0]}"
+        return f"{self.folder}: {self.n_images:,} images {self.what}, such as {self.examples[0]}"
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,10 @@ class Check:
     Attributes:
         leaks: Overlaps of two splits, over all folders.
         shared: Overlaps of two folders, whatever their splits; no error by themselves.
-        disagreements: Of labels, where the same film is in two folders.
+        disagreements: Of labels, where the same image is in two folders.
         oddities: Of views, ages and sizes.
-        counts: By folder: films, patients, films of each split.
-        n_hashed: Films that were compared by their looks; 0 where this was left out.
+        counts: By folder: images, patients, images of each split.
+        n_hashed: Images that were compared by their looks; 0 where this was left out.
     """
 
     leaks: list[Overlap]
@@ -186,7 +186,7 @@ def check_data(folders: Sequence[Path], near_duplicates: bool = True) -> Check:
 
     Args:
         folders: As `mmclip data build` and `mmclip data split` leave them.
-        near_duplicates: Also compare films by their looks, with hashes that are stored in the
+        near_duplicates: Also compare images by their looks, with hashes that are stored in the
             folders.
 
     Raises:
@@ -195,30 +195,30 @@ def check_data(folders: Sequence[Path], near_duplicates: bool = True) -> Check:
     names = [str(folder) for folder in folders]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ManifestError(f"{', '.join(names)}: a folder is named twice; give each folder once")
-    films: list[Film] = []
+    samples: list[Sample] = []
     places: list[str] = []
     counts = {}
     for folder, name in zip(folders, names, strict=True):
         mine = read_manifest(folder)
-        films += mine
+        samples += mine
         places += [name] * len(mine)
-        splits = Counter(film.split or "in no split" for film in mine)
-        n_patients = len({film.patient_id for film in mine})
-        counts[name] = {"films": len(mine), "patients": n_patients, **sorted_counts(splits)}
+        splits = Counter(sample.split or "in no split" for sample in mine)
+        n_patients = len({sample.patient_id for sample in mine})
+        counts[name] = {"images": len(mine), "patients": n_patients, **sorted_counts(splits)}
     keys: dict[str, Sequence[str | None] | KeyOf] = dict(CHEAP)
     n_hashed = 0
     if near_duplicates:
-        groups = near_keys(films, folders)
+        groups = near_keys(samples, folders)
         keys["near-duplicates"] = groups
-        n_hashed = sum(film.image is not None for film in films)
+        n_hashed = sum(sample.image is not None for sample in samples)
     else:
-        groups = [None] * len(films)
-    same = [group or content_key(film) for film, group in zip(films, groups, strict=True)]
+        groups = [None] * len(samples)
+    same = [group or content_key(sample) for sample, group in zip(samples, groups, strict=True)]
     return Check(
-        leaks=find_overlaps(films, [film.split for film in films], keys),
-        shared=find_overlaps(films, places, keys) if len(folders) > 1 else [],
-        disagreements=compare_labels(films, places, same),
-        oddities=[odd for name in names for odd in find_oddities(name, films, places)],
+        leaks=find_overlaps(samples, [sample.split for sample in samples], keys),
+        shared=find_overlaps(samples, places, keys) if len(folders) > 1 else [],
+        disagreements=compare_labels(samples, places, same),
+        oddities=[odd for name in names for odd in find_oddities(name, samples, places)],
         counts=counts,
         n_hashed=n_hashed,
     )
@@ -229,48 +229,50 @@ def sorted_counts(splits: Mapping[str, int]) -> dict[str, int]:
     return {name: splits[name] for name in (*SPLITS, "in no split") if splits.get(name)}
 
 
-def near_keys(films: Sequence[Film], folders: Sequence[Path]) -> list[str | None]:
-    """The group of near-duplicates of each film; None where all of its group are equal files.
+def near_keys(samples: Sequence[Sample], folders: Sequence[Path]) -> list[str | None]:
+    """The group of near-duplicates of each image; None where all of its group are equal files.
 
     Args:
-        films: Of all folders, in the order of their manifests.
+        samples: Of all folders, in the order of their manifests.
         folders: Where their hashes are stored.
     """
-    n_films = sum(film.image is not None for film in films)
-    with progress("hashing films", n_films) as advance:
+    n_images = sum(sample.image is not None for sample in samples)
+    with progress("hashing images", n_images) as advance:
         hashes = np.concatenate([read_hashes(folder, advance) for folder in folders])
-    assert len(hashes) == n_films
+    assert len(hashes) == n_images
     caches = [
-        FilmCache.open(folder).films for folder in folders if read_built_meta(folder)["film_px"]
+        ImageCache.open(folder).images
+        for folder in folders
+        if read_built_meta(folder)["image_size"]
     ]
-    ends = np.cumsum([len(films) for films in caches])
+    ends = np.cumsum([len(samples) for samples in caches])
 
-    def film_of(number: int) -> np.ndarray:
+    def image_of(number: int) -> np.ndarray:
         k = int(np.searchsorted(ends, number, side="right"))
         return np.asarray(caches[k][number - int(ends[k])])  # counted from the end of its cache
 
-    with progress("comparing films", CHUNKS) as advance:
-        numbers = iter(near_groups(hashes, film_of, advance).tolist())
-    group = [next(numbers) if film.image is not None else -1 for film in films]
+    with progress("comparing images", CHUNKS) as advance:
+        numbers = iter(near_groups(hashes, image_of, advance).tolist())
+    group = [next(numbers) if sample.image is not None else -1 for sample in samples]
     contents: dict[int, set[str]] = {}
-    for film, number in zip(films, group, strict=True):
-        contents.setdefault(number, set()).add(content_key(film))
+    for sample, number in zip(samples, group, strict=True):
+        contents.setdefault(number, set()).add(content_key(sample))
     return [f"near {n}" if n >= 0 and len(contents[n]) > 1 else None for n in group]
 
 
 def compare_labels(
-    films: Sequence[Film], places: Sequence[str], same: Sequence[str]
+    samples: Sequence[Sample], places: Sequence[str], same: Sequence[str]
 ) -> list[Disagreement]:
-    """Labels against each other, of films that are in two folders.
+    """Labels against each other, of images that are in two folders.
 
     Args:
-        films: Of all folders.
+        samples: Of all folders.
         places: The folder of each.
-        same: Equal for what shows the same film.
+        same: Equal for what shows the same image.
     """
-    held: dict[str, dict[str, Film]] = {}
-    for film, place, key in zip(films, places, same, strict=True):
-        held.setdefault(key, {}).setdefault(place, film)
+    held: dict[str, dict[str, Sample]] = {}
+    for sample, place, key in zip(samples, places, same, strict=True):
+        held.setdefault(key, {}).setdefault(place, sample)
     both: Counter[tuple[str, str, str]] = Counter()
     differ: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
     for found in held.values():
@@ -281,7 +283,7 @@ def compare_labels(
                     at = (first, second, finding)
                     both[at] += 1
                     if len(values) > 1:
-                        differ.setdefault(at, []).append((one.film_id, other.film_id))
+                        differ.setdefault(at, []).append((one.image_id, other.image_id))
     return [
         Disagreement(at[:2], at[2], n, len(differ.get(at, ())), tuple(differ.get(at, ())[:3]))
         for at, n in sorted(both.items())
@@ -292,29 +294,29 @@ MAX_AGE_YEARS = 110
 """[chosen: the oldest people alive are a little older; ages of ChestX-ray14 reach 414]"""
 
 MAX_SIDES_RATIO = 2.0
-"""Of the longer to the shorter side. [chosen: no chest film is twice as high as wide]"""
+"""Of the longer to the shorter side. [chosen: no chest X-ray is twice as high as wide]"""
 
 
-def find_oddities(name: str, films: Sequence[Film], places: Sequence[str]) -> Iterator[Oddity]:
+def find_oddities(name: str, samples: Sequence[Sample], places: Sequence[str]) -> Iterator[Oddity]:
     """What of views, ages, sexes and sizes in a folder is worth a look.
 
     Args:
         name: Of the folder.
-        films: Of all folders.
+        samples: Of all folders.
         places: The folder of each.
     """
-    mine = [film for film, place in zip(films, places, strict=True) if place == name]
+    mine = [sample for sample, place in zip(samples, places, strict=True) if place == name]
     sexes: dict[str, set[str]] = {}
     views: dict[str, set[str]] = {}
-    for film in mine:
-        sexes.setdefault(patient_key(film), set()).add(film.sex or "")
-        views.setdefault(content_key(film), set()).add(film.view)
+    for sample in mine:
+        sexes.setdefault(patient_key(sample), set()).add(sample.sex or "")
+        views.setdefault(content_key(sample), set()).add(sample.view)
 
-    def sides(film: Film) -> float:
-        w, h = film.width_px or 1, film.height_px or 1
+    def sides(sample: Sample) -> float:
+        w, h = sample.width_px or 1, sample.height_px or 1
         return max(w, h) / max(1, min(w, h))
 
-    rules: dict[str, Callable[[Film], bool]] = {
+    rules: dict[str, Callable[[Sample], bool]] = {
         "have no known view": lambda f: f.image is not None and f.view == "unknown",
         "are lateral and labelled; they are never scored": lambda f: (
             f.view == "L" and bool(f.labels)
@@ -331,7 +333,7 @@ def find_oddities(name: str, films: Sequence[Film], places: Sequence[str]) -> It
         ),
     }
     for what, is_odd in rules.items():
-        if found := [film.film_id for film in mine if is_odd(film)]:
+        if found := [sample.image_id for sample in mine if is_odd(sample)]:
             yield Oddity(name, what, len(found), tuple(found[:N_EXAMPLES]))
 
 
@@ -339,42 +341,44 @@ TRAINED_FILE = "trained_on.npy"
 """In the folder of a run: the keys of what it trained on, see `trained_keys`."""
 
 
-def _hashed_keys(films: Sequence[Film]) -> UInt64[np.ndarray, "n 2"]:
-    """Patient and content of each film, as halves of hashes."""
+def _hashed_keys(samples: Sequence[Sample]) -> UInt64[np.ndarray, "n 2"]:
+    """Patient and content of each image, as halves of hashes."""
 
     def number(what: str, key: str) -> int:
         return int.from_bytes(hashlib.sha256(f"{what}:{key}".encode()).digest()[:8], "big")
 
     return np.array(
-        [[number("patient", patient_key(f)), number("film", content_key(f))] for f in films],
+        [[number("patient", patient_key(f)), number("image", content_key(f))] for f in samples],
         np.uint64,
     ).reshape(-1, 2)
 
 
-def trained_keys(films: Sequence[Film]) -> UInt64[np.ndarray, " k"]:
-    """Patients and contents of films that train, sorted: 16 bytes a film, and no id among them.
+def trained_keys(samples: Sequence[Sample]) -> UInt64[np.ndarray, " k"]:
+    """Patients and contents of images that train, sorted: 16 bytes an image, and no id among them.
 
     Two of a million keys are equal by chance once in 40 million runs.
     """
-    return np.unique(_hashed_keys(films))
+    return np.unique(_hashed_keys(samples))
 
 
-def refuse_trained(films: Sequence[Film], keys: UInt64[np.ndarray, " k"]) -> None:
-    """Stops before films are scored that a run was trained on.
+def refuse_trained(samples: Sequence[Sample], keys: UInt64[np.ndarray, " k"]) -> None:
+    """Stops before images are scored that a run was trained on.
 
     Args:
-        films: To be scored.
+        samples: To be scored.
         keys: Of the run, see `trained_keys`.
 
     Raises:
-        ManifestError: When the content of a film, or its patient, is among them.
+        ManifestError: When the content of an image, or its patient, is among them.
     """
-    of_patient, of_film = np.isin(_hashed_keys(films), keys).T
-    if of_patient.any() or of_film.any():
-        shown = [film.film_id for film, k in zip(films, of_patient | of_film, strict=True) if k]
+    of_patient, of_image = np.isin(_hashed_keys(samples), keys).T
+    if of_patient.any() or of_image.any():
+        shown = [
+            sample.image_id for sample, k in zip(samples, of_patient | of_image, strict=True) if k
+        ]
         raise ManifestError(
-            f"the run was trained on {int(of_film.sum()):,} of these {len(films):,} films, and on "
-            f"patients of {int(of_patient.sum()):,}, such as {', '.join(shown[:N_EXAMPLES])}; "
-            f"score films of other patients, or train on a split that leaves these out "
+            f"the run was trained on {int(of_image.sum()):,} of these {len(samples):,} images, and "
+            f"on patients of {int(of_patient.sum()):,}, such as {', '.join(shown[:N_EXAMPLES])}; "
+            f"score images of other patients, or train on a split that leaves these out "
             f"(`mmclip data check` on all folders says more)"
         )

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.data.entities import is_entity_tokens
-from mmclip.data.records import Entity
+from mmclip.data.sample import Entity
 from mmclip.data.text import split_sentences, tokenise
 
 CHUNK = 2048
@@ -89,7 +89,7 @@ class Corpus:
 def sentences_read(
     n_sentences: int,
     impression: int,
-    draws: Float[np.ndarray, " d"],
+    uniforms: Float[np.ndarray, " d"],
     impression_prob: float,
     drop_prob: float,
 ) -> Bool[np.ndarray, " s"]:
@@ -100,7 +100,7 @@ def sentences_read(
     Args:
         n_sentences: Sentences of the report.
         impression: The first of its impression; n_sentences where there is none.
-        draws: Uniform [3 + MAX_SENTENCES]: one for either choice, one for the number, one a
+        uniforms: Uniform [3 + MAX_SENTENCES]: one for either choice, one for the number, one a
             sentence.
         impression_prob: Of reading the impression alone.
         drop_prob: Of reading some sentences, where it is not the impression.
@@ -110,13 +110,13 @@ def sentences_read(
         ever read whole reports has not seen one alone. Mixing them is ours [docs/log.md].
     """
     number = np.arange(n_sentences)
-    if draws[0] < impression_prob and impression < n_sentences:
+    if uniforms[0] < impression_prob and impression < n_sentences:
         return number >= impression
-    if draws[1] >= drop_prob:
+    if uniforms[1] >= drop_prob:
         return np.ones(n_sentences, bool)
-    order = np.argsort(draws[3:][np.minimum(number, MAX_SENTENCES - 1)])
+    order = np.argsort(uniforms[3:][np.minimum(number, MAX_SENTENCES - 1)])
     keep = np.zeros(n_sentences, bool)
-    keep[order[: 1 + int(draws[2] * n_sentences)]] = True
+    keep[order[: 1 + int(uniforms[2] * n_sentences)]] = True
     return keep
 
 
@@ -150,7 +150,7 @@ def tokenise_corpus(
     Args:
         tokenizer: Of the text encoder.
         reports: The texts, none of them empty.
-        entities: Of each report; leave those out that shall never be hidden.
+        entities: Of each report; leave those out that shall never be masked.
         impressions: The character at which the impression of each report begins, if it has one.
     """
     columns: list[list[np.ndarray]] = [[], [], [], []]

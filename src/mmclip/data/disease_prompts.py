@@ -1,4 +1,5 @@
-"""Disease-kind prompts: what stands in the report's place for a film that has labels and no report.
+"""Disease-kind prompts: what stands in the report's place for an image that has labels and no
+report.
 
 The wording is data (disease_prompts/*.toml). An unknown finding is not in the prompt, neither as
 present nor as absent; an uncertain one likewise.
@@ -12,12 +13,12 @@ from jaxtyping import Float
 from pydantic import Field, field_validator
 
 from mmclip.config import Frozen, parse, read_toml
-from mmclip.data.records import ABSENT, PRESENT, Entity
+from mmclip.data.sample import ABSENT, PRESENT, Entity
 
 NO_FINDING = "no finding"
-"""The label that says of a film that nothing is wrong with it."""
+"""The label that says of an image that nothing is wrong with it."""
 
-PROMPT_DRAWS = 4
+PROMPT_UNIFORMS = 4
 """Draws that a prompt takes, beside two a finding."""
 
 
@@ -53,14 +54,14 @@ class DiseasePromptSet(Frozen):
         return texts
 
     def write(
-        self, labels: Mapping[str, int], draws: Float[np.ndarray, " d"], absent_prob: float
+        self, labels: Mapping[str, int], uniforms: Float[np.ndarray, " d"], absent_prob: float
     ) -> DiseasePrompt | None:
         """A prompt that says which findings are present, and perhaps some that are not.
 
         Args:
-            labels: As in `Film.labels`.
-            draws: Uniform, PROMPT_DRAWS and two a finding.
-            absent_prob: Of also naming absent findings; a film without present findings that
+            labels: As in `Sample.labels`.
+            uniforms: Uniform, PROMPT_UNIFORMS and two a finding.
+            absent_prob: Of also naming absent findings; an image without present findings that
                 cannot be called normal names them always.
 
         Returns:
@@ -70,33 +71,33 @@ class DiseasePromptSet(Frozen):
             ValueError: When there are too few draws.
         """
         looked_for = sorted(set(labels) - {NO_FINDING})
-        if len(draws) < PROMPT_DRAWS + 2 * len(looked_for):
+        if len(uniforms) < PROMPT_UNIFORMS + 2 * len(looked_for):
             raise ValueError(
-                f"{len(draws)} draws for {len(looked_for)} findings; give "
-                f"{PROMPT_DRAWS + 2 * len(looked_for)}"
+                f"{len(uniforms)} draws for {len(looked_for)} findings; give "
+                f"{PROMPT_UNIFORMS + 2 * len(looked_for)}"
             )
-        order, name_draws = np.split(draws[PROMPT_DRAWS:][: 2 * len(looked_for)], 2)
+        order, name_uniforms = np.split(uniforms[PROMPT_UNIFORMS:][: 2 * len(looked_for)], 2)
         shuffled = [looked_for[i] for i in np.argsort(order, kind="stable")]
         name = {
             f: _pick(self.names.get(f, (f,)), u)
-            for f, u in zip(looked_for, name_draws, strict=True)
+            for f, u in zip(looked_for, name_uniforms, strict=True)
         }
         present = [f for f in shuffled if labels[f] == PRESENT]
         absent = [f for f in shuffled if labels[f] == ABSENT]
         is_normal = labels.get(NO_FINDING) == PRESENT or (
             NO_FINDING not in labels and len(absent) == len(looked_for) >= self.normal_from
         )
-        says_absent = bool(absent) and draws[0] < absent_prob
+        says_absent = bool(absent) and uniforms[0] < absent_prob
         parts: list[tuple[str, Sequence[str], bool]] = []
         if present:
-            parts.append((_pick(self.present, draws[1]), present, True))
+            parts.append((_pick(self.present, uniforms[1]), present, True))
         elif is_normal:
-            parts.append((_pick(self.normal, draws[1]), (), True))
+            parts.append((_pick(self.normal, uniforms[1]), (), True))
         else:
             says_absent = bool(absent)
         if says_absent:
-            some = absent[: 1 + int(draws[2] * min(self.most_absent, len(absent)))]
-            parts.append((_pick(self.absent, draws[3]), some, False))
+            some = absent[: 1 + int(uniforms[2] * min(self.most_absent, len(absent)))]
+            parts.append((_pick(self.absent, uniforms[3]), some, False))
         return _joined(parts, name) if parts else None
 
 
@@ -104,9 +105,9 @@ def _joined(
     parts: Sequence[tuple[str, Sequence[str], bool]], name: Mapping[str, str]
 ) -> DiseasePrompt:
     text, entities = "", []
-    for wording, findings, is_present in parts:
+    for template, findings, is_present in parts:
         text += " " if text else ""
-        head, _, tail = wording.partition("{findings}")
+        head, _, tail = template.partition("{findings}")
         cue = None
         if not is_present:
             at = head.lower().find("no ")

@@ -1,7 +1,8 @@
-"""Near-duplicate films: a hash of each film, all pairs of hashes close by, and a look at the films.
+"""Near-duplicate images: a hash of each image, all pairs of hashes close by, and a look at the
+images.
 
-The hashes lie in the data folder as film_hashes.npz, and are made once. Pairs at the edge are
-compared pixel by pixel, for films of two people can be alike in all that is coarse.
+The hashes lie in the data folder as image_hashes.npz, and are made once. Pairs at the edge are
+compared pixel by pixel, for images of two people can be alike in all that is coarse.
 """
 
 import zipfile
@@ -16,67 +17,67 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from mmclip.data.cache import FilmCache
+from mmclip.data.cache import ImageCache
 from mmclip.data.folder import ManifestError, read_built_meta
 
-HASHES_FILE = "film_hashes.npz"
+HASHES_FILE = "image_hashes.npz"
 
 HASH_VERSION = 1
 """Raised with every change of the hash, so that stored ones are not taken up."""
 
 SIDE = 16
 """Frequencies a side: 16 * 16 - 1 bits. [chosen: with 64 bits, as pHash has, 1,694 of 719,400 pairs
-of different real films lie within 10 bits; with 255 the closest two differ in 47]"""
+of different real images lie within 10 bits; with 255 the closest two differ in 47]"""
 
 CHUNKS = 16
 """Parts of 16 bits by which candidates are looked up."""
 
 MAX_DISTANCE = 2 * CHUNKS - 1
 """Bits in which near-duplicates may differ. Two hashes that differ in no more have a part in which
-they differ in one bit at most, so none is missed. On real films a JPEG of quality 50 at 2/3 of the
-size differs in up to 23, a gamma of 0.7 in up to 29, different films in 47 and more."""
+they differ in one bit at most, so none is missed. On real images a JPEG of quality 50 at 2/3 of the
+size differs in up to 23, a gamma of 0.7 in up to 29, different images in 47 and more."""
 
 BLOCK_PIXELS = 1 << 20
-"""Hashed at once. [chosen: fits a cache; 32 times as many take 3 times as long a film]"""
+"""Hashed at once. [chosen: fits a cache; 32 times as many take 3 times as long an image]"""
 
 SURE_DISTANCE = 24
-"""Hashes that differ in no more bits need no look at the films. [chosen: of 200 million pairs of
-made patients none is below 28; copies that were not moved, turned or cut stay mostly below]"""
+"""Hashes that differ in no more bits need no look at the images. [chosen: of 200 million pairs of
+synthetic patients none is below 28; copies that were not moved, turned or cut stay mostly below]"""
 
 LOOK_PX = 64
-"""Side at which two films are compared, whatever their own."""
+"""Side at which two images are compared, whatever their own."""
 
 MIN_LIKENESS = 0.91
-"""Films further apart than SURE_DISTANCE are near-duplicates from this `likeness` on. [chosen: of
-made patients whose hashes are within MAX_DISTANCE the most alike two reach 0.905; of real and made
-films that were turned, shifted, cut, or given another gamma the least alike has 0.917]"""
+"""Images further apart than SURE_DISTANCE are near-duplicates from this `likeness` on. [chosen: of
+synthetic patients whose hashes are within MAX_DISTANCE the most alike two reach 0.905; of real and
+made images that were turned, shifted, cut, or given another gamma the least alike has 0.917]"""
 
 _BLOCK = 1 << 21
 """Candidates compared at once. [chosen: some hundred MB]"""
 
 
-def film_hashes(films: UInt8[np.ndarray, "n px px"]) -> UInt16[np.ndarray, "n 16"]:
-    """The signs of the lowest 255 frequencies of each film; the brightness itself is left out.
+def image_hashes(images: UInt8[np.ndarray, "n px px"]) -> UInt16[np.ndarray, "n 16"]:
+    """The signs of the lowest 255 frequencies of each image; the brightness itself is left out.
 
-    Brightness and contrast change no sign, size and compression few. A film that is mirrored,
+    Brightness and contrast change no sign, size and compression few. An image that is mirrored,
     inverted, turned, or cropped by more than some percent, is another one.
 
-    A batch is two matrix products. The package imagehash takes one film at a time: 1,200 a second
+    A batch is two matrix products. The package imagehash takes one image at a time: 1,200 a second
     at 64 px and 256 bits, where this takes 11,000 (one core, beside other work).
 
     Args:
-        films: Of any side from 16 px on; equal films of other sides have nearly equal hashes.
+        images: Of any side from 16 px on; equal images of other sides have nearly equal hashes.
 
     Returns:
-        16 parts of 16 bits, each with low and high frequencies: every part tells films apart.
+        16 parts of 16 bits, each with low and high frequencies: every part tells images apart.
 
     Source: pHash (Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions,
         2010), with 16 frequencies a side, and signs in place of the comparison with the median.
     """
-    n, px, _ = films.shape
+    n, px, _ = images.shape
     k, i = np.arange(SIDE)[:, None], np.arange(px)[None]
     cosines = np.cos(np.pi * k * (i + 0.5) / px).astype(np.float32).T  # [px, 16]
-    rows = films.reshape(n * px, px).astype(np.float32) @ cosines
+    rows = images.reshape(n * px, px).astype(np.float32) @ cosines
     columns = rows.reshape(n, px, SIDE).transpose(0, 2, 1).reshape(n * SIDE, px) @ cosines
     order = np.argsort(np.add.outer(k[:, 0], k[:, 0]).ravel(), kind="stable")
     is_positive = columns.reshape(n, SIDE * SIDE)[:, order] > 0
@@ -89,20 +90,20 @@ def film_hashes(films: UInt8[np.ndarray, "n px px"]) -> UInt16[np.ndarray, "n 16
 def read_hashes(
     folder: Path, on_progress: Callable[[int], None] = lambda n: None
 ) -> UInt16[np.ndarray, "n 16"]:
-    """The hashes of a data folder's films, in the order of films.npy; made and stored if need be.
+    """The hashes of a data folder's images, in the order of images.npy; made and stored if need be.
 
     Raises:
-        ManifestError: When the films are smaller than 16 px.
+        ManifestError: When the images are smaller than 16 px.
     """
     meta = read_built_meta(folder)
-    if meta["film_px"] is None:
+    if meta["image_size"] is None:
         return np.zeros((0, CHUNKS), np.uint16)
-    if meta["film_px"] < SIDE:
+    if meta["image_size"] < SIDE:
         raise ManifestError(
-            f"the films of {folder} have {meta['film_px']} px, near-duplicates need {SIDE}; build "
-            f"larger ones, or go without (`mmclip data check --exact`)"
+            f"the images of {folder} have {meta['image_size']} px, near-duplicates need {SIDE}; "
+            f"build larger ones, or go without (`mmclip data check --exact`)"
         )
-    path, key = folder / HASHES_FILE, f"{HASH_VERSION} {meta['films_sha256']}"
+    path, key = folder / HASHES_FILE, f"{HASH_VERSION} {meta['images_sha256']}"
     try:
         with np.load(path) as stored:
             if str(stored["key"]) == key:
@@ -110,11 +111,11 @@ def read_hashes(
                 return stored["hashes"]
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
         pass  # not there, or damaged: made anew
-    films = FilmCache.open(folder).films
-    step = max(1, BLOCK_PIXELS // meta["film_px"] ** 2)
+    samples = ImageCache.open(folder).images
+    step = max(1, BLOCK_PIXELS // meta["image_size"] ** 2)
     made = [np.zeros((0, CHUNKS), np.uint16)]
-    for start in range(0, len(films), step):
-        made.append(film_hashes(np.ascontiguousarray(films[start : start + step])))
+    for start in range(0, len(samples), step):
+        made.append(image_hashes(np.ascontiguousarray(samples[start : start + step])))
         on_progress(len(made[-1]))
     hashes = np.concatenate(made)
     aside = path.with_name(path.name + ".tmp")
@@ -172,18 +173,18 @@ def _candidates(
             begin = stop
 
 
-FilmOf = Callable[[int], UInt8[np.ndarray, "px px"]]
-"""A cached film by its number."""
+ImageOf = Callable[[int], UInt8[np.ndarray, "px px"]]
+"""A cached image by its number."""
 
 
-def look(film: UInt8[np.ndarray, "px px"]) -> Float32[np.ndarray, "64 64"]:
-    """What a film shows between one pixel and four of LOOK_PX, equally strong everywhere.
+def look(image: UInt8[np.ndarray, "px px"]) -> Float32[np.ndarray, "64 64"]:
+    """What an image shows between one pixel and four of LOOK_PX, equally strong everywhere.
 
     Brightness, exposure and what is common to all chests are gone, and so is what noise and
     compression change.
     """
     size = (LOOK_PX, LOOK_PX)
-    small = Image.fromarray(film).resize(size, Image.Resampling.BOX)
+    small = Image.fromarray(image).resize(size, Image.Resampling.BOX)
     z = np.asarray(small, np.float32)
     detail = gaussian_filter(z, 1) - gaussian_filter(z, 4)
     # 4 of 255: flat parts are not blown up to noise. [chosen]
@@ -193,7 +194,7 @@ def look(film: UInt8[np.ndarray, "px px"]) -> Float32[np.ndarray, "64 64"]:
 def likeness(
     one: Float32[np.ndarray, "64 64"], other: Float32[np.ndarray, "64 64"], most_px: int = 1
 ) -> float:
-    """The correlation of two films' looks, -1..1, at the best of all shifts by up to `most_px`."""
+    """The correlation of two images' looks, -1..1, at the best of all shifts by up to `most_px`."""
     n, edge = LOOK_PX, most_px + 2
     fixed = other[edge : n - edge, edge : n - edge]
     shifts = range(edge - most_px, edge + most_px + 1)
@@ -206,16 +207,16 @@ def likeness(
 
 
 def are_alike(
-    hashes: UInt16[np.ndarray, "n 16"], pairs: Int64[np.ndarray, "p 2"], film_of: FilmOf
+    hashes: UInt16[np.ndarray, "n 16"], pairs: Int64[np.ndarray, "p 2"], image_of: ImageOf
 ) -> Bool[np.ndarray, " p"]:
-    """Which of `near_pairs` are near-duplicates: by their hashes alone, or by a look at the films.
+    """Which of `near_pairs` are near-duplicates: by their hashes alone, or by a look at the images.
 
     Args:
-        hashes: Of the films.
+        hashes: Of the images.
         pairs: Their numbers.
-        film_of: Gives a film by its number; called for pairs beyond SURE_DISTANCE.
+        image_of: Gives an image by its number; called for pairs beyond SURE_DISTANCE.
     """
-    looks = lru_cache(maxsize=4096)(lambda i: look(film_of(i)))  # 64 MB at most
+    looks = lru_cache(maxsize=4096)(lambda i: look(image_of(i)))  # 64 MB at most
     out = _are_sure(hashes, pairs)
     for i in np.flatnonzero(~out):
         first, second = map(int, pairs[i])
@@ -226,20 +227,20 @@ def are_alike(
 def _are_sure(
     hashes: UInt16[np.ndarray, "n 16"], pairs: Int64[np.ndarray, "p 2"]
 ) -> Bool[np.ndarray, " p"]:
-    """Which pairs need no look at their films."""
+    """Which pairs need no look at their images."""
     return np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]).sum(1) <= SURE_DISTANCE
 
 
 def near_groups(
     hashes: UInt16[np.ndarray, "n 16"],
-    film_of: FilmOf,
+    image_of: ImageOf,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> Int64[np.ndarray, " n"]:
-    """The number of the group of each film: films joined by near-duplicates, one by one, are one.
+    """The number of the group of each image: images joined by near-duplicates, one by one, are one.
 
     Args:
-        hashes: Of films; equal ones are in one group.
-        film_of: As in `are_alike`.
+        hashes: Of images; equal ones are in one group.
+        image_of: As in `are_alike`.
         on_progress: As in `near_pairs`.
     """
     if not len(hashes):
@@ -250,7 +251,7 @@ def near_groups(
     sure, unsure = pairs[are_sure], pairs[~are_sure]
     group = _joined(sure, len(different))
     unsure = unsure[group[unsure[:, 0]] != group[unsure[:, 1]]]  # the others need no look
-    alike = unsure[are_alike(different, unsure, lambda i: film_of(int(at[i])))]
+    alike = unsure[are_alike(different, unsure, lambda i: image_of(int(at[i])))]
     return _joined(np.concatenate([sure, alike]), len(different))[which.ravel()]
 
 

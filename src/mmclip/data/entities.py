@@ -24,7 +24,7 @@ from spacy.tokens import Doc
 from spacy.vocab import Vocab
 
 from mmclip.config import read_toml
-from mmclip.data.records import Entity, EntityKind, EntityStatus
+from mmclip.data.sample import Entity, EntityKind, EntityStatus
 
 
 class EntityFinder:
@@ -72,10 +72,10 @@ def find_entities(texts: Iterable[str], backend: str = "lexicon") -> Iterator[li
 def is_entity_tokens(
     entities: Sequence[Entity], offsets: Integer[np.ndarray, "t 2"]
 ) -> Int32[np.ndarray, " t"]:
-    """Which concept each token mentions, so that all its mentions can be hidden together.
+    """Which concept each token mentions, so that all its mentions can be masked together.
 
     Args:
-        entities: Disjoint entities of one report; leave those out that shall never be hidden.
+        entities: Disjoint entities of one report; leave those out that shall never be masked.
         offsets: Start and end character of each token; equal for [CLS], [SEP] and padding.
 
     Returns:

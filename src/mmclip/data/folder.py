@@ -2,10 +2,10 @@
 
 A data folder, as `mmclip data build` leaves it and every other command reads it:
 
-    films.parquet    one row a film (or a text-only study), in the reader's order
-    films.npy        uint8 [n, px, px]: row i is the i-th record that has an image (data/cache.py)
+    samples.parquet    one row per image (or a text-only study), in the reader's order
+    images.npy        uint8 [n, px, px]: row i is the i-th record that has an image (data/cache.py)
     excluded.jsonl   one line a row that was left out, with the reason
-    meta.json        counts, film size, checksums and the data hash that travels with every result
+    meta.json        counts, image size, checksums and the data hash that travels with every result
     split.json       after `mmclip data split` only: a named split, read in place of the built one
 """
 
@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from mmclip.data.records import SPLITS, Film, Split
+from mmclip.data.sample import SPLITS, Sample, Split
 
-MANIFEST_FILE, EXCLUDED_FILE, META_FILE = "films.parquet", "excluded.jsonl", "meta.json"
+MANIFEST_FILE, EXCLUDED_FILE, META_FILE = "samples.parquet", "excluded.jsonl", "meta.json"
 SPLIT_FILE = "split.json"
 
 FORMAT = 2
@@ -39,9 +39,9 @@ def read_meta(folder: Path) -> dict:
     if split is None:
         return meta
     known = ("name", "seed", "split_hash", "warnings")
-    about = {key: split[key] for key in known}
+    metadata = {key: split[key] for key in known}
     taken = {key: split[key] for key in ("data_hash", "n_patients", "splits")}
-    return {**meta, **taken, "split": about}
+    return {**meta, **taken, "split": metadata}
 
 
 def read_built_meta(folder: Path) -> dict:
@@ -60,7 +60,7 @@ def read_built_meta(folder: Path) -> dict:
         raise ManifestError(
             f"{path} is damaged ({error}); build the folder again with `mmclip data build`"
         ) from None
-    if "film_px" not in meta:  # a checkpoint has a file of this name, too
+    if "image_size" not in meta:  # a checkpoint has a file of this name, too
         raise ManifestError(
             f"{folder} is no finished data folder ({path} describes something else); "
             f"{_next_step(folder)}"
@@ -88,7 +88,7 @@ def check_place(
     what: str = "other things",
     remedy: str = "name a new or empty folder by --out",
 ) -> None:
-    """Refuses to write into a folder of other things, such as films, with nothing of ours in it.
+    """Refuses to write into a folder of other things, such as images, with nothing of ours in it.
 
     Args:
         out: The folder; it may be missing or empty.
@@ -154,30 +154,30 @@ def write_split(folder: Path, split: dict) -> dict:
     return whole
 
 
-def last_split(films: Mapping[str, Iterable[str]]) -> dict[str, Split]:
-    """The one split of each film; the last one where a list names it in several.
+def last_split(samples: Mapping[str, Iterable[str]]) -> dict[str, Split]:
+    """The one split of each image; the last one where a list names it in several.
 
     Args:
-        films: Film ids of each split.
+        samples: Image ids of each split.
     """
-    return {film_id: split for split in SPLITS for film_id in films.get(split, ())}
+    return {image_id: split for split in SPLITS for image_id in samples.get(split, ())}
 
 
-def with_split(films: Iterable[Film], split: Mapping) -> list[Film]:
-    """The films as a named split sees them: a film that it does not name is in no split.
+def with_split(samples: Iterable[Sample], split: Mapping) -> list[Sample]:
+    """The images as a named split sees them: an image that it does not name is in no split.
 
     Args:
-        films: As built.
-        split: Its `films`, and `patients`: other patient ids by film id.
+        samples: As built.
+        split: Its `samples`, and `patients`: other patient ids by image id.
     """
-    known, patients = last_split(split["films"]), split["patients"]
+    known, patients = last_split(split["images"]), split["patients"]
     return [
         replace(
-            film,
-            split=known.get(film.film_id),
-            patient_id=patients.get(film.film_id, film.patient_id),
+            sample,
+            split=known.get(sample.image_id),
+            patient_id=patients.get(sample.image_id, sample.patient_id),
         )
-        for film in films
+        for sample in samples
     ]
 
 

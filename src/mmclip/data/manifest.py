@@ -1,4 +1,4 @@
-"""The manifest of a data folder: its film records as Parquet, hashed, in the split that is set."""
+"""The manifest of a data folder: its image records as Parquet, hashed, in the split that is set."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ from mmclip.data.folder import (
     with_split,
     write_text_atomic,
 )
-from mmclip.data.records import (
+from mmclip.data.sample import (
     Entity,
     Excluded,
-    Film,
+    Sample,
     Split,
 )
 from mmclip.data.versions import made_with
@@ -47,7 +47,7 @@ _ENTITY = pa.struct(
 
 SCHEMA = pa.schema(
     [
-        pa.field("film_id", pa.string(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
         pa.field("study_id", pa.string(), nullable=False),
         pa.field("patient_id", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
@@ -70,22 +70,22 @@ SCHEMA = pa.schema(
 )
 
 
-def data_hash(films: Iterable[Film], film_px: int | None) -> str:
-    """SHA-256 over all records, in order, and the film size: equal data, equal hash.
+def data_hash(samples: Iterable[Sample], image_size: int | None) -> str:
+    """SHA-256 over all records, in order, and the image size: equal data, equal hash.
 
-    A film of unknown `label_origin` hashes as before that field was there, in format 1 of the
+    An image of unknown `label_origin` hashes as before that field was there, in format 1 of the
     folder, so that the same data keeps its hash.
 
     Source: ours; a number without the hash of its data cannot be compared with another.
     """
-    digest = hashlib.sha256(f"mmclip-manifest-1 film_px={film_px}\n".encode())
+    digest = hashlib.sha256(f"mmclip-manifest-1 image_size={image_size}\n".encode())
     encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
-    names = [f.name for f in fields(Film)]
-    for film in films:
-        known = {name: getattr(film, name) for name in names}  # asdict: 4 times as long
-        known["entities"] = [_entity_values(entity) for entity in film.entities]
-        known["labels"] = dict(film.labels)
-        if film.label_origin is None:
+    names = [f.name for f in fields(Sample)]
+    for sample in samples:
+        known = {name: getattr(sample, name) for name in names}  # asdict: 4 times as long
+        known["entities"] = [_entity_values(entity) for entity in sample.entities]
+        known["labels"] = dict(sample.labels)
+        if sample.label_origin is None:
             del known["label_origin"]
         digest.update(encode(known).encode())
         digest.update(b"\n")
@@ -103,16 +103,16 @@ def _entity_values(entity: Entity) -> dict[str, object]:
     }
 
 
-def to_table(films: Sequence[Film]) -> pa.Table:
+def to_table(samples: Sequence[Sample]) -> pa.Table:
     """The records as an Arrow table of SCHEMA."""
-    columns = {name: [getattr(film, name) for film in films] for name in SCHEMA.names}
-    columns["labels"] = [list(film.labels.items()) for film in films]
-    columns["entities"] = [[_entity_values(e) for e in film.entities] for film in films]
-    columns["source_labels"] = [list(film.source_labels) for film in films]
+    columns = {name: [getattr(sample, name) for sample in samples] for name in SCHEMA.names}
+    columns["labels"] = [list(sample.labels.items()) for sample in samples]
+    columns["entities"] = [[_entity_values(e) for e in sample.entities] for sample in samples]
+    columns["source_labels"] = [list(sample.source_labels) for sample in samples]
     return pa.table(columns, schema=SCHEMA)
 
 
-def from_table(table: pa.Table) -> Iterator[Film]:
+def from_table(table: pa.Table) -> Iterator[Sample]:
     """The records of an Arrow table of SCHEMA.
 
     Raises:
@@ -125,7 +125,7 @@ def from_table(table: pa.Table) -> Iterator[Film]:
             f"the manifest has other columns than this version writes (missing {missing}, "
             f"unknown {unknown}); build the data folder again with `mmclip data build`"
         )
-    names = [f.name for f in fields(Film)]
+    names = [f.name for f in fields(Sample)]
     for batch in table.to_batches(max_chunksize=BATCH_RECORDS):
         for row in batch.to_pylist():
             # Interned: the same few words, millions of times, would fill the memory.
@@ -136,65 +136,67 @@ def from_table(table: pa.Table) -> Iterator[Film]:
                     e[name] = intern(e[name])
             row["entities"] = tuple(Entity(**e) for e in row["entities"])
             row["source_labels"] = tuple(row["source_labels"])
-            yield Film(**{name: row[name] for name in names})
+            yield Sample(**{name: row[name] for name in names})
 
 
 def write_manifest(
     folder: Path,
-    films: Sequence[Film],
+    samples: Sequence[Sample],
     excluded: Sequence[Excluded],
-    film_px: int | None,
-    about: Mapping,
+    image_size: int | None,
+    metadata: Mapping,
     n_split_by_source: int = 0,
     entities: Iterable[tuple[Entity, ...]] | None = None,
 ) -> dict:
-    """Writes films.parquet, excluded.jsonl and meta.json, each aside and then renamed, meta last.
+    """Writes samples.parquet, excluded.jsonl and meta.json, each aside and then renamed, meta last.
 
     Args:
         folder: The data folder; made when absent.
-        films: Sound records, every one with a split.
+        samples: Sound records, every one with a split.
         excluded: The rows that were left out.
-        film_px: Side of the films in films.npy, or None for a text-only folder.
-        about: Further facts for meta.json (reader, command, what found the entities, checksum of
-            films.npy).
-        n_split_by_source: Films that have their split from the source, and not from our draw.
-        entities: Of each film, in place of its own; so many that they are not held in memory.
+        image_size: Side of the images in images.npy, or None for a text-only folder.
+        metadata: Further facts for meta.json (reader, command, what found the entities, checksum of
+            images.npy).
+        n_split_by_source: Images that have their split from the source, and not from our draw.
+        entities: Of each image, in place of its own; so many that they are not held in memory.
 
     Returns:
         The contents of meta.json.
 
     Raises:
-        ManifestError: When a film has no split, or a patient is in two.
+        ManifestError: When an image has no split, or a patient is in two.
     """
     split_of: dict[str, Split | None] = {}
-    for film in films:
-        if film.split is None:
-            raise ManifestError(f"film {film.film_id} has no split; call assign_splits first")
-        if split_of.setdefault(film.patient_id, film.split) != film.split:
+    for sample in samples:
+        if sample.split is None:
+            raise ManifestError(f"image {sample.image_id} has no split; call assign_splits first")
+        if split_of.setdefault(sample.patient_id, sample.split) != sample.split:
             raise ManifestError(
-                f"patient {film.patient_id} is in the splits {split_of[film.patient_id]} and "
-                f"{film.split}; call validate first"
+                f"patient {sample.patient_id} is in the splits {split_of[sample.patient_id]} and "
+                f"{sample.split}; call validate first"
             )
     folder.mkdir(parents=True, exist_ok=True)
     parquet = folder / (MANIFEST_FILE + ".tmp")
-    n_with_report = sum(film.report is not None for film in films)
+    n_with_report = sum(sample.report is not None for sample in samples)
     meta = {
         "format": FORMAT,
-        **about,
+        **metadata,
         "made_with": made_with(
-            about.get("reader"), about.get("entities") if n_with_report else None
+            metadata.get("reader"), metadata.get("entities") if n_with_report else None
         ),
-        "film_px": film_px,
-        "data_hash": data_hash(_written(parquet, films, entities), film_px),
-        "n_rows": len(films) + len(excluded),
-        "n_films": len(films),
+        "image_size": image_size,
+        "data_hash": data_hash(_written(parquet, samples, entities), image_size),
+        "n_rows": len(samples) + len(excluded),
+        "n_samples": len(samples),
         "n_excluded": len(excluded),
-        "n_with_image": sum(film.image is not None for film in films),
+        "n_with_image": sum(sample.image is not None for sample in samples),
         "n_with_report": n_with_report,
-        "n_paired": sum(film.image is not None and film.report is not None for film in films),
-        "n_studies": len({film.study_id for film in films}),
+        "n_paired": sum(
+            sample.image is not None and sample.report is not None for sample in samples
+        ),
+        "n_studies": len({sample.study_id for sample in samples}),
         "n_patients": len(split_of),
-        "splits": dict(sorted(Counter(film.split for film in films).items(), key=str)),
+        "splits": dict(sorted(Counter(sample.split for sample in samples).items(), key=str)),
         "n_split_by_source": n_split_by_source,
         "excluded": {str(r): n for r, n in Counter(e.reason for e in excluded).most_common()},
     }
@@ -206,12 +208,12 @@ def write_manifest(
 
 
 def _written(
-    path: Path, films: Iterable[Film], entities: Iterable[tuple[Entity, ...]] | None
-) -> Iterator[Film]:
+    path: Path, samples: Iterable[Sample], entities: Iterable[tuple[Entity, ...]] | None
+) -> Iterator[Sample]:
     """Writes the records, some at a time, and gives them as they will be read: 54 as 54.0."""
     if entities is not None:
-        films = (replace(film, entities=e) for film, e in zip(films, entities, strict=True))
-    rest = iter(films)
+        samples = (replace(sample, entities=e) for sample, e in zip(samples, entities, strict=True))
+    rest = iter(samples)
     with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
         while some := list(islice(rest, BATCH_RECORDS)):
             table = to_table(some)
@@ -219,18 +221,18 @@ def _written(
             yield from from_table(table)
 
 
-def read_manifest(folder: Path) -> list[Film]:
+def read_manifest(folder: Path) -> list[Sample]:
     """All records of a data folder, in the split that is set.
 
     Raises:
         ManifestError: When the folder is unfinished, or manifest or split were changed afterwards.
     """
-    films = read_built(folder)
+    samples = read_built(folder)
     split = read_split(folder)
-    return films if split is None else with_split(films, split)
+    return samples if split is None else with_split(samples, split)
 
 
-def read_built(folder: Path) -> list[Film]:
+def read_built(folder: Path) -> list[Sample]:
     """All records of a data folder as they were built, checked against the data hash in meta.json.
 
     Raises:
@@ -238,15 +240,15 @@ def read_built(folder: Path) -> list[Film]:
     """
     meta = read_built_meta(folder)
     try:
-        films = list(from_table(pq.read_table(folder / MANIFEST_FILE)))
+        samples = list(from_table(pq.read_table(folder / MANIFEST_FILE)))
     except (OSError, pa.ArrowException) as error:
         raise ManifestError(
             f"{folder / MANIFEST_FILE} is missing or damaged ({error}); build the folder again "
             f"with `mmclip data build`"
         ) from None
-    if data_hash(films, meta["film_px"]) != meta["data_hash"]:
+    if data_hash(samples, meta["image_size"]) != meta["data_hash"]:
         raise ManifestError(
             f"{folder / MANIFEST_FILE} is not the manifest that {META_FILE} describes (the data "
             f"hash differs); build the data folder again with `mmclip data build`"
         )
-    return films
+    return samples

@@ -1,10 +1,12 @@
-"""Readers of data sets by name: a folder as downloaded -> one record a film, in a stable order."""
+"""Readers of data sets by name: a folder as downloaded -> one record per image, in a stable
+order."""
 
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mmclip.data.mapping import CsvMapping, load_mapping
+from mmclip.data.csv_mapping import CsvMapping, load_mapping
+from mmclip.data.csv_table import SourceError, read_csv, read_mapped
 from mmclip.data.readers.chestxray14 import read_chestxray14
 from mmclip.data.readers.chexpert import read_chexpert, read_chexpert_plus
 from mmclip.data.readers.covidx import read_covidx
@@ -16,8 +18,7 @@ from mmclip.data.readers.padchest import read_padchest
 from mmclip.data.readers.rsna import read_rsna
 from mmclip.data.readers.siim import read_siim
 from mmclip.data.readers.vindr import read_vindr
-from mmclip.data.records import Record
-from mmclip.data.tables import SourceError, read_csv, read_mapped
+from mmclip.data.sample import Record
 
 __all__ = [
     "PATIENTS_UNKNOWN",
@@ -53,14 +54,14 @@ READERS = ("csv", *_PUBLISHED)
 """The names that `open_reader` knows."""
 
 PATIENTS_UNKNOWN = {
-    "montgomery": "film",
+    "montgomery": "image",
     "openi": "study",
     "openi-kaggle": "study",
     "openi-r2gen": "study",
-    "rsna": "film",
-    "shenzhen": "film",
-    "siim": "film",
-    "vindr": "film",
+    "rsna": "image",
+    "shenzhen": "image",
+    "siim": "image",
+    "vindr": "image",
 }
 """Data sets that publish no patient ids, and what counts as a patient instead."""
 
@@ -89,7 +90,7 @@ def open_reader(
         if mapping is None:
             raise SourceError(
                 "csv needs a file that says what the columns mean; write one after "
-                "examples/mixed_films.toml and give it by --mapping"
+                "examples/mixed_images.toml and give it by --mapping"
             )
         return read_mapped(root, mapping, table)
     if mapping is not None or table is not None:

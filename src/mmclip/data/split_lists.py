@@ -1,4 +1,4 @@
-"""Published lists of splits, told by their hash and read by the films that their rows name.
+"""Published lists of splits, told by their hash and read by the images that their rows name.
 
 The lists are never shipped: a user gives the files.
 """
@@ -11,7 +11,7 @@ from os.path import splitext
 from pathlib import Path
 
 from mmclip.data.folder import ManifestError
-from mmclip.data.records import Film, Split
+from mmclip.data.sample import Sample, Split
 
 logger = logging.getLogger(__name__)
 
@@ -67,31 +67,32 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm", ".dicom"}
 
 
 def read_lists(
-    name: str, films: Sequence[Film], lists: Mapping[Split, Path]
+    name: str, samples: Sequence[Sample], lists: Mapping[Split, Path]
 ) -> tuple[dict[Split, list[str]], dict[str, dict]]:
-    """Film ids by split as lists have them, a film perhaps in several, and facts of each list."""
+    """Image ids by split as lists have them, an image perhaps in several, and facts of each
+    list."""
     chosen: dict[Split, list[str]] = {}
-    about: dict[str, dict] = {}
+    metadata: dict[str, dict] = {}
     for part, path in sorted(lists.items()):
         try:
             content = path.read_bytes()
         except OSError as error:
             raise ManifestError(f"--list {part}={path} cannot be read ({error})") from None
         sha256 = list_sha256(content)
-        is_known = _is_known(name, part, path, sha256, {film.source for film in films})
-        found, n_rows = match_list(content.decode("utf-8", "replace"), films)
-        n_films = len(set(found))
-        if not n_films:
+        is_known = _is_known(name, part, path, sha256, {sample.source for sample in samples})
+        found, n_rows = match_list(content.decode("utf-8", "replace"), samples)
+        n_images = len(set(found))
+        if not n_images:
             raise ManifestError(
-                f"--list {part}={path}: none of its {n_rows:,} rows names a film of this folder, "
-                f"such as {films[0].film_id!r}; give the list of this data set"
+                f"--list {part}={path}: none of its {n_rows:,} rows names an image of this folder, "
+                f"such as {samples[0].image_id!r}; give the list of this data set"
             )
         chosen[part] = list(dict.fromkeys(found))
-        about[part] = {
+        metadata[part] = {
             "file": path.name, "sha256": sha256, "is_known": is_known, "n_rows": n_rows,
-            "n_rows_found": len(found), "n_films": n_films,
+            "n_rows_found": len(found), "n_images": n_images,
         }  # fmt: skip
-    return chosen, about
+    return chosen, metadata
 
 
 def list_sha256(content: bytes) -> str:
@@ -119,27 +120,27 @@ def _is_known(name: str, part: str, path: Path, sha256: str, sources: set[str]) 
     return what is not None
 
 
-def match_list(text: str, films: Sequence[Film]) -> tuple[list[str], int]:
-    """The films that the rows of a list name, in order and with repeats, and the number of rows.
+def match_list(text: str, samples: Sequence[Sample]) -> tuple[list[str], int]:
+    """The images that the rows of a list name, in order and with repeats, and the number of rows.
 
     A row is read as CSV where the first one has a comma, else split at blanks; the column is the
-    one that names most films, the first of several. A path names the film whose id is its end, with
-    or without a suffix. A header is a row that names none.
+    one that names most images, the first of several. A path names the image whose id is its end,
+    with or without a suffix. A header is a row that names none.
     """
     known: dict[str, str] = {}
-    for film in films:
-        known[film.film_id] = film.film_id
-        known.setdefault(_without_suffix(film.film_id), film.film_id)
+    for sample in samples:
+        known[sample.image_id] = sample.image_id
+        known.setdefault(_without_suffix(sample.image_id), sample.image_id)
     lines = [line for line in text.splitlines() if line.strip()]
     if lines and "," in lines[0]:
-        csv.field_size_limit(1 << 24)  # the masks of a film stand in one field
+        csv.field_size_limit(1 << 24)  # the masks of an image stand in one field
         rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
     else:
         rows = [line.split() for line in lines]
     best: list[str] = []
     for column in range(max(map(len, rows), default=0)):
         names = (_named(row[column], known) for row in rows if column < len(row))
-        found = [film_id for film_id in names if film_id is not None]
+        found = [image_id for image_id in names if image_id is not None]
         best = max(best, found, key=len)
     return best, len(rows)
 
@@ -155,28 +156,28 @@ def _without_suffix(path: str) -> str:
     return stem if suffix.lower() in _SUFFIXES else path
 
 
-def read_patients(path: Path, films: Sequence[Film]) -> dict[str, str]:
-    """Patient ids by film id, of a CSV with the columns film_id and patient_id.
+def read_patients(path: Path, samples: Sequence[Sample]) -> dict[str, str]:
+    """Patient ids by image id, of a CSV with the columns image_id and patient_id.
 
     Raises:
-        ManifestError: When it cannot be read, lacks a column or a film, or names a film twice.
+        ManifestError: When it cannot be read, lacks a column or an image, or names an image twice.
     """
     try:
         rows = list(csv.DictReader(path.read_text("utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ManifestError(f"--patients {path} cannot be read ({error})") from None
-    if not rows or not {"film_id", "patient_id"} <= rows[0].keys():
-        raise ManifestError(f"--patients {path} needs the columns film_id,patient_id, and rows")
+    if not rows or not {"image_id", "patient_id"} <= rows[0].keys():
+        raise ManifestError(f"--patients {path} needs the columns image_id,patient_id, and rows")
     known: dict[str, str] = {}
     for row in rows:
-        film_id, patient = row["film_id"] or "", row["patient_id"] or ""
-        if not patient.strip() or known.setdefault(film_id, patient) != patient:
+        image_id, patient = row["image_id"] or "", row["patient_id"] or ""
+        if not patient.strip() or known.setdefault(image_id, patient) != patient:
             raise ManifestError(
-                f"--patients {path}: film {film_id!r} has no patient, or two; one row a film"
+                f"--patients {path}: image {image_id!r} has no patient, or two; one row per image"
             )
-    if missing := [film.film_id for film in films if film.film_id not in known]:
+    if missing := [sample.image_id for sample in samples if sample.image_id not in known]:
         raise ManifestError(
-            f"--patients {path} names no patient for {len(missing):,} of {len(films):,} films, "
+            f"--patients {path} names no patient for {len(missing):,} of {len(samples):,} images, "
             f"such as {missing[0]!r}; add them"
         )
-    return {film.film_id: known[film.film_id] for film in films}
+    return {sample.image_id: known[sample.image_id] for sample in samples}

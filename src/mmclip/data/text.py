@@ -20,7 +20,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The parts of a report that describe the film, cleaned; a part without words is None.
+    """The parts of a report that describe the image, cleaned; a part without words is None.
 
     `text` is what the text encoder reads: findings, then impression.
     """
@@ -47,7 +47,7 @@ _HEADERS: dict[Kind, tuple[str, ...]] = {
         r"opinion",
         r"summary",
     ),
-    # What was asked, done and discussed: nothing that is seen on this film.
+    # What was asked, done and discussed: nothing that is seen on this image.
     "other": (
         r"exam(?:ination)?",
         r"type of exam(?:ination)?",

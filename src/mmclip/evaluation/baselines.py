@@ -1,4 +1,4 @@
-"""What a film tells without being read: scores that a result must exceed to mean anything."""
+"""What an image tells without being read: scores that a result must exceed to mean anything."""
 
 from collections.abc import Sequence
 
@@ -11,20 +11,20 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from mmclip.data.dataset import Rows
+from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.evaluation.metrics import auroc
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Inverse regularisation strengths tried. [chosen: from nearly constant to nearly free]"""
 
 
-def thumbnails(rows: Rows, side: int = 8) -> Float[np.ndarray, "n s"]:
-    """Films averaged to side x side and laid flat: position and brightness, and no shape."""
-    return shrunk(rows.pixels(np.arange(len(rows))), side)
+def thumbnails(dataset: ImageTextDataset, side: int = 8) -> Float[np.ndarray, "n s"]:
+    """Images averaged to side x side and laid flat: position and brightness, and no shape."""
+    return shrunk(dataset.pixels(np.arange(len(dataset))), side)
 
 
 def shrunk(pixels: UInt8[Tensor, "n h w"], side: int = 8) -> Float[np.ndarray, "n s"]:
-    """As `thumbnails`, of films that are in no data folder."""
+    """As `thumbnails`, of images that are in no data folder."""
     small = F.interpolate(pixels.float().unsqueeze(1), size=(side, side), mode="area")
     return small.flatten(1).double().numpy()
 
@@ -59,9 +59,9 @@ def logistic_scores(
 
 
 def thumbnail_scores(
-    train: Rows, val: Rows, test: Rows, findings: Sequence[str]
+    train: ImageTextDataset, val: ImageTextDataset, test: ImageTextDataset, findings: Sequence[str]
 ) -> Float[np.ndarray, "t k"]:
-    """Scores of the test films by a logistic regression on 8 x 8 thumbnails."""
+    """Scores of the test images by a logistic regression on 8 x 8 thumbnails."""
     return logistic_scores(
         thumbnails(train),
         train.labels(findings),
@@ -72,28 +72,30 @@ def thumbnail_scores(
 
 
 FOLDS = 5
-"""Of `nuisance_scores`. [chosen: usual]"""
+"""Of `shortcut_scores`. [chosen: usual]"""
 
 
-_FILMS_AT_ONCE = 4096
-"""Films held as floats at once: 0.8 GB at 224 px."""
+_IMAGES_AT_ONCE = 4096
+"""Images held as floats at once: 0.8 GB at 224 px."""
 
 
-def nuisance_facts(rows: Rows) -> Float[np.ndarray, "n f"]:
-    """What can be told of a film without looking at the lungs.
+def shortcut_features(dataset: ImageTextDataset) -> Float[np.ndarray, "n f"]:
+    """What can be told of an image without looking at the lungs.
 
     Width, height and aspect of the file; mean, deviation, vertical and horizontal gradient energy
-    of the cached film; mean brightness of its border; whether it is an AP view, and a PA one.
+    of the cached image; mean brightness of its border; whether it is an AP view, and a PA one.
 
     Source: ours; each of these alone separates the classes of some public data set well.
     """
-    if len(rows) > _FILMS_AT_ONCE:
-        starts = range(0, len(rows), _FILMS_AT_ONCE)
-        number = np.arange(len(rows)) // _FILMS_AT_ONCE
-        parts = [rows.select(number == start // _FILMS_AT_ONCE) for start in starts]
-        return np.concatenate([nuisance_facts(part) for part in parts])
-    x = rows.pixels(np.arange(len(rows))).float().numpy() / 255
-    sizes = np.array([[film.width_px or 0, film.height_px or 0] for film in rows.films], float)
+    if len(dataset) > _IMAGES_AT_ONCE:
+        starts = range(0, len(dataset), _IMAGES_AT_ONCE)
+        number = np.arange(len(dataset)) // _IMAGES_AT_ONCE
+        parts = [dataset.select(number == start // _IMAGES_AT_ONCE) for start in starts]
+        return np.concatenate([shortcut_features(part) for part in parts])
+    x = dataset.pixels(np.arange(len(dataset))).float().numpy() / 255
+    sizes = np.array(
+        [[sample.width_px or 0, sample.height_px or 0] for sample in dataset.samples], float
+    )
     aspect = sizes[:, 0] / np.maximum(sizes[:, 1], 1)
     border = np.concatenate([x[:, :2].reshape(len(x), -1), x[:, -2:].reshape(len(x), -1)], 1)
     columns = [
@@ -105,21 +107,23 @@ def nuisance_facts(rows: Rows) -> Float[np.ndarray, "n f"]:
         np.abs(np.diff(x, axis=1)).mean((1, 2)),
         np.abs(np.diff(x, axis=2)).mean((1, 2)),
         border.mean(1),
-        [film.view == "AP" for film in rows.films],
-        [film.view == "PA" for film in rows.films],
+        [sample.view == "AP" for sample in dataset.samples],
+        [sample.view == "PA" for sample in dataset.samples],
     ]
     return np.stack([np.asarray(column, float) for column in columns], 1)
 
 
-def nuisance_scores(rows: Rows, labels: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
-    """Scores of a logistic regression on `nuisance_facts`, cross-validated within the films.
+def shortcut_scores(
+    dataset: ImageTextDataset, labels: Float[np.ndarray, "n k"]
+) -> Float[np.ndarray, "n k"]:
+    """Scores of a logistic regression on `shortcut_features`, cross-validated within the images.
 
-    It is told the labels of the other four fifths of the very films that it is scored on, in folds
+    It is told the labels of the other four fifths of the very images that it is scored on, in folds
     that share no patient: what a model that only knows shortcuts could reach here. Unknown labels
     are left out; a finding that a fold cannot learn scores 0.5 there.
     """
-    facts = nuisance_facts(rows)
-    patients = [film.patient_id for film in rows.films]
+    facts = shortcut_features(dataset)
+    patients = [sample.patient_id for sample in dataset.samples]
     scores = np.full(labels.shape, 0.5)
     n_folds = min(FOLDS, len(set(patients)))
     if n_folds < 2:

@@ -14,10 +14,10 @@ from scipy.sparse import csr_array
 from mmclip.evaluation.metrics import f1_of_counts, known, mcc_of_counts
 
 _CHUNK_ELEMENTS = 2**22
-"""Weights held at once, films x draws: 32 MiB an array. [chosen: bounds memory at any size]"""
+"""Weights held at once, images x draws: 32 MiB an array. [chosen: bounds memory at any size]"""
 
 
-class Draws(NamedTuple):
+class Resampled(NamedTuple):
     """Metrics of each bootstrap draw and finding, [draws, k]; NaN where a draw lacks one class."""
 
     auroc: Float[np.ndarray, "draws k"]
@@ -31,17 +31,17 @@ def bootstrap_metrics(
     scores: Float[np.ndarray, "n k"],
     patients: Sequence[Hashable] | Int[np.ndarray, " n"],
     *,
-    draws: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
     thresholds: Sequence[float | None] | None = None,
     halves: bool = False,
-) -> Draws:
-    """AUROC, AUPRC, F1 and MCC of `draws` resamples of whole patients with replacement.
+) -> Resampled:
+    """AUROC, AUPRC, F1 and MCC of `n_resamples` resamples of whole patients with replacement.
 
-    Films of one patient are alike, so resampling films would make intervals too narrow. A draw
+    Images of one patient are alike, so resampling images would make intervals too narrow. A draw
     gives each patient a weight, how often it was drawn, and one draw serves all findings: columns
     of a row belong together, so that a macro average per row is valid. Every metric is computed
-    for all draws at once from films sorted once: with weighted counts p_g, q_g of positives and
+    for all draws at once from images sorted once: with weighted counts p_g, q_g of positives and
     negatives in tie group g, highest scores first,
 
         AUROC = sum_g p_g (Q - sum_{h<=g} q_h + q_g / 2) / (P Q)
@@ -51,14 +51,14 @@ def bootstrap_metrics(
         labels: 1, 0 or NaN.
         scores: Finite wherever the label is known.
         patients: The patient of each row.
-        draws: Number of resamples.
+        n_resamples: Number of resamples.
         seed: Of the draws; the same patients and seed give the same draws for any model.
-        thresholds: The cut of each finding, for F1 and MCC; None for a finding without one.
+        thresholds: The threshold of each finding, for F1 and MCC; None for a finding without one.
         halves: Draw half of the patients, each once, in the place of as many with replacement.
 
     Returns:
-        Arrays [draws, k]. NaN where the draw holds no positive or no negative film of a finding;
-        F1 and MCC also where the finding has no cut.
+        Arrays [draws, k]. NaN where the draw holds no positive or no negative image of a finding;
+        F1 and MCC also where the finding has no threshold.
 
     Source: Mann-Whitney with case weights; equals scikit-learn's metrics with sample_weight.
     """
@@ -66,12 +66,15 @@ def bootstrap_metrics(
     code, n_patients = patient_codes(patients)
     if len(code) != n:
         raise ValueError(f"{len(code)} patients for {n} rows of labels; give one for each row")
-    cuts = [None] * k if thresholds is None else list(thresholds)
-    counted = [_count(labels[:, i], scores[:, i], code, n_patients, cuts[i]) for i in range(k)]
-    out = Draws(*(np.full((draws, k), np.nan) for _ in Draws._fields))
+    threshold_of_finding = [None] * k if thresholds is None else list(thresholds)
+    counted = [
+        _count(labels[:, i], scores[:, i], code, n_patients, threshold_of_finding[i])
+        for i in range(k)
+    ]
+    out = Resampled(*(np.full((n_resamples, k), np.nan) for _ in Resampled._fields))
     done = 0
     draw = patient_halves if halves else patient_weights
-    for weight in draw(n_patients, draws, seed, max(1, _CHUNK_ELEMENTS // max(n, 1))):
+    for weight in draw(n_patients, n_resamples, seed, max(1, _CHUNK_ELEMENTS // max(n, 1))):
         rows = slice(done, done + weight.shape[1])
         done = rows.stop
         for i, finding in enumerate(counted):
@@ -90,30 +93,30 @@ def patient_codes(
 
 
 def patient_weights(
-    n_patients: int, draws: int, seed: int, step: int
+    n_patients: int, n_resamples: int, seed: int, step: int
 ) -> Iterator[Float[np.ndarray, "patients some"]]:
     """How often each draw, with replacement, takes each patient; `step` draws at a time.
 
     Drawn one by one, so that `step` changes nothing.
     """
     rng = np.random.default_rng(seed)
-    for start in range(0, draws, step):
+    for start in range(0, n_resamples, step):
         yield np.stack(
             [
                 np.bincount(rng.integers(0, n_patients, n_patients), minlength=n_patients)
-                for _ in range(start, min(start + step, draws))
+                for _ in range(start, min(start + step, n_resamples))
             ],
             axis=1,
         ).astype(np.float64)
 
 
 def patient_halves(
-    n_patients: int, draws: int, seed: int, step: int
+    n_patients: int, n_resamples: int, seed: int, step: int
 ) -> Iterator[Float[np.ndarray, "patients some"]]:
     """As `patient_weights`, with 1 for a random half of the patients and 0 for the others."""
     rng = np.random.default_rng(seed)
-    for start in range(0, draws, step):
-        weight = np.zeros((n_patients, min(step, draws - start)))
+    for start in range(0, n_resamples, step):
+        weight = np.zeros((n_patients, min(step, n_resamples - start)))
         for column in range(weight.shape[1]):
             weight[rng.permutation(n_patients)[: n_patients // 2], column] = 1
         yield weight
@@ -125,22 +128,22 @@ def auprc_bias(
     patients: Sequence[Hashable] | Int[np.ndarray, " n"],
     values: Float[np.ndarray, " k"],
     *,
-    draws: int = 200,
+    n_resamples: int = 200,
     seed: int = 0,
 ) -> Float[np.ndarray, " k"]:
-    """How far AUPRC is above that of many films, for being of few.
+    """How far AUPRC is above that of many images, for being of few.
 
     Average precision counts each positive among those above it, itself included, so few positives
     raise it. The excess falls as one over their number, so half of the patients have twice as much:
     the mean over halves less the value itself is the excess of the value. Resamples with
-    replacement do not show it, as a film that is drawn twice is tied with itself.
+    replacement do not show it, as an image that is drawn twice is tied with itself.
 
     Args:
         labels: 1, 0 or NaN.
         scores: Finite wherever the label is known.
         patients: The patient of each row.
         values: The AUPRC of each finding.
-        draws: Of halves.
+        n_resamples: Of halves.
         seed: Of the draws.
 
     Returns:
@@ -149,7 +152,9 @@ def auprc_bias(
     Source: the jackknife's argument (Quenouille 1956) on random halves; bench/bootstrap.py
         measures it.
     """
-    drawn = bootstrap_metrics(labels, scores, patients, draws=draws, seed=seed, halves=True).auprc
+    drawn = bootstrap_metrics(
+        labels, scores, patients, n_resamples=n_resamples, seed=seed, halves=True
+    ).auprc
     is_defined = ~np.isnan(drawn)
     n = is_defined.sum(0)
     mean = np.where(is_defined, drawn, 0.0).sum(0) / np.maximum(n, 1)
@@ -162,25 +167,25 @@ def bootstrap_difference(
     scores_b: Float[np.ndarray, "n k"],
     patients: Sequence[Hashable] | Int[np.ndarray, " n"],
     *,
-    draws: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
-) -> Draws:
+) -> Resampled:
     """Metrics of model a minus those of model b, draw by draw on the same resampled patients.
 
-    F1 and MCC are NaN: cuts belong to one model and do not pair.
+    F1 and MCC are NaN: thresholds belong to one model and do not pair.
     """
-    a = bootstrap_metrics(labels, scores_a, patients, draws=draws, seed=seed)
-    b = bootstrap_metrics(labels, scores_b, patients, draws=draws, seed=seed)
-    return Draws(*(x - y for x, y in zip(a, b, strict=True)))
+    a = bootstrap_metrics(labels, scores_a, patients, n_resamples=n_resamples, seed=seed)
+    b = bootstrap_metrics(labels, scores_b, patients, n_resamples=n_resamples, seed=seed)
+    return Resampled(*(x - y for x, y in zip(a, b, strict=True)))
 
 
-def macro_draws(
+def macro_of_resamples(
     values: Float[np.ndarray, "draws k"], counted: Sequence[int]
 ) -> Float[np.ndarray, " draws"]:
     """The mean over the counted findings in each draw, left to those that the draw defines.
 
-    A draw that defines none of them is NaN. With ten films of each class, the rule of
-    `score_findings`, a finding is undefined in a draw only where few patients hold them all.
+    A draw that defines none of them is NaN. With ten images of each class, the rule of
+    `metrics_by_finding`, a finding is undefined in a draw only where few patients hold them all.
     """
     chosen = values[:, list(counted)]
     is_defined = ~np.isnan(chosen)
@@ -194,15 +199,19 @@ def _hashable(patients: Sequence[Hashable] | np.ndarray) -> list[Hashable]:
 
 
 class _Counted(NamedTuple):
-    """Films of one finding counted by patient (columns), ready for any patient weights."""
+    """Images of one finding counted by patient (columns), ready for any patient weights."""
 
     positive: csr_array  # [tie groups, patients], highest scores first
     negative: csr_array
-    called: csr_array | None  # [2, patients]: true and false positives of the cut
+    called: csr_array | None  # [2, patients]: true and false positives of the threshold
 
 
 def _count(
-    labels: np.ndarray, scores: np.ndarray, code: np.ndarray, n_patients: int, cut: float | None
+    labels: np.ndarray,
+    scores: np.ndarray,
+    code: np.ndarray,
+    n_patients: int,
+    threshold: float | None,
 ) -> _Counted | None:
     """Counts by tie group and patient; None when the finding lacks a class."""
     if known(labels, scores) is None:
@@ -212,7 +221,7 @@ def _count(
     distinct, group = np.unique(-scores, return_inverse=True)
     has_positive = np.bincount(group, weights=is_positive, minlength=len(distinct)) > 0
     # Neighbouring groups without positives act as one in both sums: for a rare finding this
-    # leaves a few hundred groups of many thousand films.
+    # leaves a few hundred groups of many thousand images.
     is_first = np.append(True, has_positive[1:] | has_positive[:-1])
     group = (np.cumsum(is_first) - 1)[group]
 
@@ -223,9 +232,9 @@ def _count(
     n_groups = int(is_first.sum())
     positive = table(group[is_positive], code[is_positive], n_groups)
     negative = table(group[~is_positive], code[~is_positive], n_groups)
-    if cut is None:
+    if threshold is None:
         return _Counted(positive, negative, None)
-    is_called = scores >= cut
+    is_called = scores >= threshold
     called = table((~is_positive[is_called]).astype(np.int64), code[is_called], 2)
     return _Counted(positive, negative, called)
 

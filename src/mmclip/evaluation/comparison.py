@@ -2,7 +2,7 @@
 
 Runs of one recipe under several seeds are compared as one in `over_seeds`.
 
-Two results stand in one table only when they are of the same films, findings and rules.
+Two results stand in one table only when they are of the same images, findings and rules.
 """
 
 import time
@@ -16,25 +16,25 @@ import torch
 from pydantic import Field
 
 from mmclip.config import Frozen, parse, read_toml
-from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import ManifestError
-from mmclip.data.records import Split
-from mmclip.evaluation.bootstrap import bootstrap_difference, macro_draws
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.sample import Split
+from mmclip.evaluation.bootstrap import bootstrap_difference, macro_of_resamples
+from mmclip.evaluation.compute_metrics import compute_metrics, shortcut_baseline
 from mmclip.evaluation.intervals import Interval, percentile_interval
-from mmclip.evaluation.judge import judge, nuisance
 from mmclip.evaluation.pages import write_evaluation
 from mmclip.evaluation.protocols import OWN_PROTOCOL, load_protocol
 from mmclip.evaluation.results import RunResults, read_results
 from mmclip.evaluation.scores import (
     SCORES_FILE,
-    Scored,
+    Predictions,
     ScoresError,
     load_scores,
+    make_predictions,
     protocol_labels,
     read_scores_csv,
-    rows_to_score,
-    scored,
-    scores_of_films,
+    scores_of_images,
+    select_samples,
     split_of,
 )
 
@@ -77,10 +77,10 @@ def published(protocol: str) -> list[Published]:
 
 
 class Difference(NamedTuple):
-    """A run's AUROC less the first one's, on the same films, with its 95 % interval.
+    """A run's AUROC less the first one's, on the same images, with its 95 % interval.
 
-    None of a finding that does not count in the macro average: resamples of so few films would give
-    an interval that is far too sure.
+    None of a finding that does not count in the macro average: resamples of so few images would
+    give an interval that is far too sure.
     """
 
     value: float
@@ -104,7 +104,7 @@ class Run(NamedTuple):
     name: str  # that tells it from the others
     folder: Path
     results: RunResults
-    scores: Scored  # columns in the order of the first run's
+    scores: Predictions  # columns in the order of the first run's
 
 
 def read_alike(folders: Sequence[Path]) -> list[Run]:
@@ -114,7 +114,7 @@ def read_alike(folders: Sequence[Path]) -> list[Run]:
         folders: Each with results.json and scores.npz.
 
     Raises:
-        ScoresError: When one is not of the same data, split, protocol, films and findings as the
+        ScoresError: When one is not of the same data, split, protocol, images and findings as the
             first.
     """
     runs: list[Run] = []
@@ -129,7 +129,7 @@ def read_alike(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> list[Compared]:
+def compare(folders: Sequence[Path], *, n_resamples: int = 1000, seed: int = 0) -> list[Compared]:
     """Runs side by side, with paired differences to the first.
 
     Both runs of a pair are judged in each draw on the same resampled patients, so what is hard for
@@ -137,7 +137,7 @@ def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> lis
 
     Args:
         folders: See `read_alike`.
-        draws: Bootstrap resamples of patients.
+        n_resamples: Bootstrap resamples of patients.
         seed: Of the resamples.
 
     Raises:
@@ -154,7 +154,7 @@ def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> lis
             run.scores.scores,
             first.scores.scores,
             run.scores.patients(),
-            draws=draws,
+            n_resamples=n_resamples,
             seed=seed,
         ).auroc
         ours, theirs = run.results.aurocs(), base.aurocs()
@@ -170,7 +170,7 @@ def compare(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> lis
         if run.results.macro_auroc is not None and base.macro_auroc is not None:
             macro = Difference(
                 run.results.macro_auroc - base.macro_auroc,
-                percentile_interval(macro_draws(drawn, counted)),
+                percentile_interval(macro_of_resamples(drawn, counted)),
             )
         out.append(Compared(run.name, run.results, macro, by_finding, differs(base, run.results)))
     return out
@@ -186,7 +186,7 @@ def _name(folder: Path, folders: Sequence[Path]) -> str:
 def _benchmark(results: RunResults) -> str | None:
     """The hash of the protocol; None for findings named on the command line, or none at all.
 
-    Those are rules of no benchmark: labels, films and findings, which are compared, say them.
+    Those are rules of no benchmark: labels, images and findings, which are compared, say them.
     """
     rules = results.protocol
     return None if rules is None or rules.id == OWN_PROTOCOL else rules.hash
@@ -202,7 +202,7 @@ def differs(base: RunResults, results: RunResults) -> tuple[str, ...]:
         (base.kind, results.kind),
         (rules(base), rules(results)),
         (f"prompts {base.provenance.prompt_set}", f"prompts {results.provenance.prompt_set}"),
-        (f"macro from {base.min_count} films", f"macro from {results.min_count} films"),
+        (f"macro from {base.min_count} images", f"macro from {results.min_count} images"),
     )
     return tuple(f"{other}, the first: {one}" for one, other in facts if one != other)
 
@@ -214,13 +214,13 @@ def _check_alike(first: Run, other: Run) -> None:
         "split": [run.results.provenance.split for run in of_both],
         "protocol": [_benchmark(run.results) for run in of_both],
         "findings": [run.scores.names() for run in of_both],
-        "films": [run.scores.film_id.tolist() for run in of_both],
+        "images": [run.scores.image_id.tolist() for run in of_both],
         "macro findings": [sorted(run.results.macro_findings) for run in of_both],
     }
     for what, (one, two) in facts.items():
         if one != two:
             said = ""
-            if what not in ("films", "findings", "macro findings"):
+            if what not in ("images", "findings", "macro findings"):
                 said = f" ({str(one)[:16]} and {str(two)[:16]})"
             raise ScoresError(
                 f"{first.folder} and {other.folder} are not of the same {what}{said}; numbers of "
@@ -229,70 +229,75 @@ def _check_alike(first: Run, other: Run) -> None:
             )
     if not np.array_equal(first.scores.labels, other.scores.labels, equal_nan=True):
         raise ScoresError(
-            f"{first.folder} and {other.folder} hold other labels of the same films; score again"
+            f"{first.folder} and {other.folder} hold other labels of the same images; score again"
         )
 
 
-def judge_csv(
+def compute_metrics_of_csv(
     path: Path,
     folders: Sequence[Path],
     out: Path,
     *,
     protocol: str,
     split: Split = "test",
-    draws: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
     command: str = "",
 ) -> RunResults:
     """Scores of any model, judged by the rules of a protocol as one of ours would be.
 
     Args:
-        path: CSV with film_id and a column for each finding, for every film of the split. Cuts are
-            chosen where it holds every validation film as well.
-        folders: Data folders of the protocol: films, labels and patients are theirs.
+        path: CSV with image_id and a column for each finding, for every image of the split.
+            Thresholds are chosen where it holds every validation image as well.
+        folders: Data folders of the protocol: images, labels and patients are theirs.
         out: Gets what every evaluation leaves.
         protocol: Name or path.
-        split: Which films.
-        draws: Bootstrap draws.
+        split: Which images.
+        n_resamples: Bootstrap resamples.
         seed: Of the bootstrap.
         command: For results.json.
 
     Raises:
-        ScoresError: When the file lacks a film or a finding, or a score is no number.
+        ScoresError: When the file lacks an image or a finding, or a score is no number.
         ValueError: When a folder is not the protocol's.
     """
     began = time.monotonic()
     rules = load_protocol(protocol)
     named = split_of(folders, rules)
-    rows = open_rows(folders)
+    dataset = open_dataset(folders)
     table = read_scores_csv(path, rules.findings)
 
-    def scores_of(films: Rows) -> Scored:
-        labels = protocol_labels(rules, films.films)
-        values = scores_of_films(path, table, [film.film_id for film in films.films])
-        return scored(films, rules.findings, labels, values)
+    def scores_of(selected: ImageTextDataset) -> Predictions:
+        labels = protocol_labels(rules, selected.samples)
+        values = scores_of_images(path, table, [sample.image_id for sample in selected.samples])
+        return make_predictions(selected, rules.findings, labels, values)
 
-    films = rows_to_score(rows, split, protocol=rules)
-    test = scores_of(films)
-    note = "cuts of F1 and the like by validation films"
+    selected = select_samples(dataset, split, protocol=rules)
+    test = scores_of(selected)
+    note = "thresholds of F1 and the like by validation images"
     try:
-        val = scores_of(rows_to_score(rows, "val", protocol=rules)) if split != "val" else None
+        val = scores_of(select_samples(dataset, "val", protocol=rules)) if split != "val" else None
     except (ScoresError, ManifestError) as error:
-        val, note = None, f"no cuts, as validation films are not scored: {error}"
-    found = judge(
-        test, val, rule=rules.threshold, min_count=rules.min_count, draws=draws, seed=seed
+        val, note = None, f"no thresholds, as validation images are not scored: {error}"
+    found = compute_metrics(
+        test,
+        val,
+        rule=rules.threshold,
+        min_count=rules.min_count,
+        n_resamples=n_resamples,
+        seed=seed,
     )
     text = {
         "title": f"{path.stem}: {rules.title}",
         "kind": "scores",
-        "summary": f"{len(test)} films, split {split}, with the scores of {path.name}; {note}",
-        "controls": {"nuisance": nuisance(films, test, rules.min_count)},
+        "summary": f"{len(test)} images, split {split}, with the scores of {path.name}; {note}",
+        "controls": {"shortcut baseline": shortcut_baseline(selected, test, rules.min_count)},
         "leak_check": "not made: what a model of others was trained on is not known here",
     }
     made = {
         "command": command,
         "seed": seed,
-        "data_hash": rows.data_hash,
+        "data_hash": dataset.data_hash,
         "split": named,
         "device": torch.device("cpu"),
         "wall_s": time.monotonic() - began,

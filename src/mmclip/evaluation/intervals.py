@@ -23,37 +23,37 @@ FEW_PATIENTS = 5
 
 
 _EDGE = 1e-4
-"""As near to 0 and 1 as a logit is taken. [chosen: a pair of films in 10,000]"""
+"""As near to 0 and 1 as a logit is taken. [chosen: a pair of images in 10,000]"""
 
 
 def finding_interval(
     metric: Literal["auroc", "auprc"],
     value: float,
     values: Float[np.ndarray, " draws"],
-    films: tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]],
+    images: tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]],
 ) -> Interval:
     """The 95 % interval of one finding: `share_interval`, or a formula where draws cannot say.
 
-    They cannot where fewer than five patients, by their films, have the rarer class, where half of
+    They cannot where fewer than five patients, by their images, have the rarer class, where half of
     the draws are undefined, and at 0 and 1, where all draws may be equal and the truth is not.
 
     Args:
         metric: What is given.
-        value: Of the films themselves.
+        value: Of the images themselves.
         values: Of the draws.
-        films: See `films_of_patients`; both classes are there.
+        images: See `images_of_patients`; both classes are there.
     """
     defined = values[~np.isnan(values)]
     if 0 < value < 1 and len(defined) and np.ptp(defined) < 1e-12:
-        return value, value  # scores that all are alike: no other films would change that
-    n = effective_number(rarer_class(films))
+        return value, value  # scores that all are alike: no other images would change that
+    n = effective_number(rarer_class(images))
     if n >= FEW_PATIENTS and 0 < value < 1:
         found = share_interval(value, values, n)
         if found is not None:
             return found
     if metric == "auprc":
-        return wilson_interval(value, effective_number(films[0]))
-    return newcombe_interval(value, *map(effective_number, films))
+        return wilson_interval(value, effective_number(images[0]))
+    return newcombe_interval(value, *map(effective_number, images))
 
 
 def mean_interval(
@@ -111,14 +111,14 @@ def share_interval(
     that it misses the truth below it far more often than above it.
 
     Args:
-        value: Of the films themselves, 0 to 1.
+        value: Of the images themselves, 0 to 1.
         values: Of the draws; NaN where one is undefined.
-        n_patients: m, the effective number of patients with films of the rarer class.
+        n_patients: m, the effective number of patients with images of the rarer class.
         level: Share of such intervals that should hold the truth.
 
     Returns:
         Within 0 to 1; None when fewer than half of the draws are defined, all of them are equal,
-        or a single patient has all films of a class.
+        or a single patient has all images of a class.
 
     Source: the logit for AUROC as Pepe 2003, The Statistical Evaluation of Medical Tests, 5.2;
         t and m / (m - 1) as Hesterberg 2015 (arXiv:1411.5279). bench/bootstrap.py measures it.
@@ -153,7 +153,7 @@ def newcombe_interval(value: float, n_positive: int | float, n_negative: int | f
     """The 95 % interval of an AUROC without resampling: all truths that do not contradict it.
 
     A truth t contradicts an AUROC that is more than 1.96 deviations away, by the variance that an
-    AUROC of t has where scores are exponentially distributed. Held by 89 to 100 % of made data
+    AUROC of t has where scores are exponentially distributed. Held by 89 to 100 % of synthetic data
     sets with 2 to 5 patients a class, 95 to 99 % where the other class has nine times as many.
 
     Args:
@@ -176,7 +176,7 @@ def newcombe_interval(value: float, n_positive: int | float, n_negative: int | f
 def wilson_interval(value: float, n: int | float) -> Interval:
     """The 95 % interval of a share of n, which is none of the resamples: Wilson's, for an AUPRC.
 
-    Held by 89 to 100 % of made data sets with 2 to 5 patients, where AUPRC is 0.1 to 1.
+    Held by 89 to 100 % of synthetic data sets with 2 to 5 patients, where AUPRC is 0.1 to 1.
 
     Source: Wilson 1927; of an AUPRC, with n positives, as the binomial interval of Boyd et al.
         2013 (ECML PKDD), "Area under the precision-recall curve", section 3.
@@ -206,7 +206,7 @@ def interval_over_seeds(
     (tests/test_metrics.py).
 
     Args:
-        values: Of each seed, on all films; a metric, or a difference paired by seed.
+        values: Of each seed, on all images; a metric, or a difference paired by seed.
         drawn: The same in each draw of patients, the same draws for all seeds; NaN where undefined.
         level: Share of such intervals that should hold the truth.
 
@@ -216,13 +216,13 @@ def interval_over_seeds(
     Source: variance components of two crossed factors (Owen 2007, "The pigeonhole bootstrap");
         degrees of freedom of their sum by Satterthwaite 1946.
     """
-    n_seeds, n_draws = drawn.shape
+    n_seeds, n_resamples = drawn.shape
     if not n_seeds or np.isnan(values).any():
         return None
     if n_seeds == 1:
         return percentile_interval(drawn[0], level)
     drawn = drawn[:, ~np.isnan(drawn).any(0)]
-    if 2 * drawn.shape[1] < n_draws or drawn.shape[1] < 2:
+    if 2 * drawn.shape[1] < n_resamples or drawn.shape[1] < 2:
         return None
     covariance = np.cov(drawn)
     apart = covariance.sum() - covariance.trace()
@@ -256,10 +256,10 @@ def effective_number(weights: Float[np.ndarray, " m"]) -> float:
     return float(weights.sum() ** 2 / (weights**2).sum())
 
 
-def films_of_patients(
+def images_of_patients(
     labels: Float[np.ndarray, " n"], patients: Sequence[Hashable] | Int[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
-    """The films with and those without a finding that each patient has."""
+    """The images with and those without a finding that each patient has."""
     code, n_patients = patient_codes(patients)
     with_it, without = (
         np.bincount(code, weights=labels == known, minlength=n_patients) for known in (1, 0)
@@ -268,7 +268,7 @@ def films_of_patients(
 
 
 def rarer_class(
-    films: tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]],
+    images: tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]],
 ) -> Float[np.ndarray, " m"]:
-    """Of `films_of_patients`, those of the class that fewer patients have, by their films."""
-    return min(films, key=effective_number)
+    """Of `images_of_patients`, those of the class that fewer patients have, by their images."""
+    return min(images, key=effective_number)

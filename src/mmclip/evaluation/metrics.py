@@ -1,4 +1,4 @@
-"""How well scores tell films with a finding from films without it, and how sure that is.
+"""How well scores tell images with a finding from images without it, and how sure that is.
 
 Labels are float arrays with 1 (present), 0 (absent) and NaN (unknown); scores are finite, higher
 for "present". Unknown labels are left out, never counted as absent. A metric of a finding that
@@ -24,12 +24,13 @@ from sklearn.metrics import (
 )
 
 ThresholdRule = Literal["f1", "mcc", "youden"]
-CutRule = ThresholdRule | Literal["even"]
-"""How a cut came about: best by a rule on some films, or where both prompts fit equally well."""
+ThresholdOrigin = ThresholdRule | Literal["equal_prompts"]
+"""How a threshold came about: best by a rule on some images, or where both prompts fit equally
+well."""
 
 
 class Counts(NamedTuple):
-    """Films of one finding by what is known of them."""
+    """Images of one finding by what is known of them."""
 
     n_positive: int
     n_negative: int
@@ -37,19 +38,19 @@ class Counts(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """A cut (score >= value means present), how it came about, and on which films.
+    """A threshold (score >= value means present), how it came about, and on which images.
 
-    A cut that was chosen on the films that it is judged on flatters the model, so results always
-    say which split chose it.
+    A threshold that was chosen on the images that it is judged on flatters the model, so results
+    always say which split chose it.
     """
 
     value: float
-    rule: CutRule
+    rule: ThresholdOrigin
     chosen_on: str
 
 
 class Operating(NamedTuple):
-    """What one cut does to one finding."""
+    """What one threshold does to one finding."""
 
     f1: float
     mcc: float
@@ -59,7 +60,8 @@ class Operating(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """What papers report whose cuts were chosen on the test films: higher than any honest cut's."""
+    """What papers report whose thresholds were chosen on the test images: higher than any honest
+    threshold's."""
 
     f1: float
     accuracy: float
@@ -101,10 +103,10 @@ def count_labels(labels: Float[np.ndarray, " n"]) -> Counts:
 def known(
     labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]] | None:
-    """Labels and scores of the films whose label is known, or None when a class is missing.
+    """Labels and scores of the images whose label is known, or None when a class is missing.
 
     Raises:
-        ValueError: When a label is none of 1, 0 and NaN, or the score of a labelled film is not
+        ValueError: When a label is none of 1, 0 and NaN, or the score of a labelled image is not
             finite.
     """
     counts = count_labels(labels)
@@ -140,7 +142,7 @@ def f1_of_counts(tp: np.ndarray, fp: np.ndarray, n_positive: np.ndarray | int) -
 def mcc_of_counts(
     tp: np.ndarray, fp: np.ndarray, n_positive: np.ndarray | int, n_negative: np.ndarray | int
 ) -> np.ndarray:
-    """Matthews correlation; 0 where all films are called the same (scikit-learn's convention)."""
+    """Matthews correlation; 0 where all images are called the same (scikit-learn's convention)."""
     called, left = tp + fp, n_positive + n_negative - tp - fp
     scale = np.sqrt(called * left * n_positive * n_negative)
     return (tp * n_negative - fp * n_positive) / np.where(scale == 0, np.inf, scale)
@@ -151,22 +153,23 @@ def choose_threshold(
     scores: Float[np.ndarray, " n"],
     rule: ThresholdRule = "f1",
 ) -> float | None:
-    """The score that, used as a cut (score >= cut is present), does best by a rule.
+    """The score that, used as a threshold (score >= threshold is present), does best by a rule.
 
     Args:
-        labels: Of validation films; the cut is then applied to other films.
-        scores: Of the same films.
+        labels: Of validation images; the threshold is then applied to other images.
+        scores: Of the same images.
         rule: The value to maximise: F1, Matthews correlation, or sensitivity + specificity - 1.
 
     Returns:
-        The highest of the best cuts; None when a class is missing.
+        The highest of the best thresholds; None when a class is missing.
     """
     pair = known(labels, scores)
     if pair is None:
         return None
-    fpr, tpr, cuts = roc_curve(*pair, drop_intermediate=False)
+    fpr, tpr, thresholds = roc_curve(*pair, drop_intermediate=False)
     n_positive, n_negative, _ = count_labels(pair[0])
-    # The first cut is infinite: nothing is called present. It never beats calling all present.
+    # The first threshold is infinite: nothing is called present. It never beats calling all
+    # present.
     tp, fp = tpr[1:] * n_positive, fpr[1:] * n_negative
     if rule == "youden":
         value = tpr[1:] - fpr[1:]
@@ -174,8 +177,8 @@ def choose_threshold(
         value = f1_of_counts(tp, fp, n_positive)
     else:
         value = mcc_of_counts(tp, fp, n_positive, n_negative)
-    # Equal counts can differ in the last bit, which must not decide between cuts.
-    return float(cuts[1:][np.argmax(np.round(value, 12))])
+    # Equal counts can differ in the last bit, which must not decide between thresholds.
+    return float(thresholds[1:][np.argmax(np.round(value, 12))])
 
 
 def choose_thresholds(
@@ -186,19 +189,24 @@ def choose_thresholds(
     rule: ThresholdRule = "f1",
     chosen_on: str = "val",
 ) -> dict[str, Threshold]:
-    """A cut for each finding that has both classes; findings without are not in the mapping."""
+    """A threshold for each finding that has both classes; findings without are not in the
+    mapping."""
     chosen = {
         name: choose_threshold(labels[:, i], scores[:, i], rule) for i, name in enumerate(findings)
     }
-    return {n: Threshold(cut, rule, chosen_on) for n, cut in chosen.items() if cut is not None}
+    return {
+        n: Threshold(threshold, rule, chosen_on)
+        for n, threshold in chosen.items()
+        if threshold is not None
+    }
 
 
 def at_threshold(
     labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"], threshold: float
 ) -> Operating | None:
-    """F1, MCC, accuracy, sensitivity and specificity of a cut; None when a class is missing.
+    """F1, MCC, accuracy, sensitivity and specificity of a threshold; None when a class is missing.
 
-    A cut that calls no film present has F1 0 and MCC 0 (scikit-learn's convention).
+    A threshold that calls no image present has F1 0 and MCC 0 (scikit-learn's convention).
     """
     pair = known(labels, scores)
     if pair is None:
@@ -214,10 +222,10 @@ def at_threshold(
 
 
 def best_on_these(labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> Tuned | None:
-    """Best F1 and best MCC over all cuts of these very films; None when a class is missing.
+    """Best F1 and best MCC over all thresholds of these very images; None when a class is missing.
 
-    For comparison with published numbers alone. Accuracy is that of the cut of the best F1, above
-    which (and not at which) a film is present.
+    For comparison with published numbers alone. Accuracy is that of the threshold of the best F1,
+    above which (and not at which) an image is present.
 
     Source: F1 and accuracy as in MedKLIP's and MAVL's test.py, MCC as in KAD's.
     """
@@ -225,7 +233,7 @@ def best_on_these(labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n
     pair = known(labels, scores)
     if pair is None or by_f1 is None or by_mcc is None:
         return None
-    best_f1, best_mcc = (at_threshold(labels, scores, cut) for cut in (by_f1, by_mcc))
+    best_f1, best_mcc = (at_threshold(labels, scores, threshold) for threshold in (by_f1, by_mcc))
     assert best_f1 is not None and best_mcc is not None  # both classes are there
     accuracy = float(accuracy_score(pair[0] == 1, pair[1] > by_f1))
     return Tuned(best_f1.f1, accuracy, best_mcc.mcc)
@@ -240,8 +248,8 @@ def calibration_error(
 ) -> float | None:
     """Expected calibration error: the mean distance of what is said from what is found.
 
-    Films are put into 15 bins of equal width by their probability; a bin's distance is that of its
-    mean probability from its share of positives, and it counts by its films.
+    Images are put into 15 bins of equal width by their probability; a bin's distance is that of its
+    mean probability from its share of positives, and it counts by its images.
 
     Returns:
         Between 0 and 1; None when a class is missing, or a score is no probability.

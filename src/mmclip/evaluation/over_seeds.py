@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from jaxtyping import Float
 
-from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_draws
+from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_of_resamples
 from mmclip.evaluation.comparison import Difference, Run, differs, read_alike
 from mmclip.evaluation.intervals import interval_over_seeds
 from mmclip.evaluation.results import RESULTS_FILE
@@ -58,7 +58,9 @@ class Arm:
         return {name: float(np.mean([of[name] for of in by_seed])) for name in by_seed[0]}
 
 
-def compare_over_seeds(folders: Sequence[Path], *, draws: int = 1000, seed: int = 0) -> list[Arm]:
+def compare_over_seeds(
+    folders: Sequence[Path], *, n_resamples: int = 1000, seed: int = 0
+) -> list[Arm]:
     """Arms side by side, with differences to the first, paired by seed and patient.
 
     Runs are of one arm where their recipe is the same, and the prompts that scored them. An arm's
@@ -66,7 +68,7 @@ def compare_over_seeds(folders: Sequence[Path], *, draws: int = 1000, seed: int 
 
     Args:
         folders: See `read_alike`; in any order, the first is of the base.
-        draws: Bootstrap resamples of patients.
+        n_resamples: Bootstrap resamples of patients.
         seed: Of the resamples of patients.
 
     Raises:
@@ -78,7 +80,7 @@ def compare_over_seeds(folders: Sequence[Path], *, draws: int = 1000, seed: int 
     first, base = runs[0], groups[0]
     counted = [first.scores.names().index(name) for name in first.results.macro_findings]
     scored = first.results.aurocs()
-    of_base = cache(lambda train_seed: _aurocs(base[train_seed], counted, draws, seed))
+    of_base = cache(lambda train_seed: _aurocs(base[train_seed], counted, n_resamples, seed))
     out = []
     for name, group in zip(_arm_names(groups), groups, strict=True):
         said = (what for run in group.values() for what in differs(first.results, run.results))
@@ -89,7 +91,7 @@ def compare_over_seeds(folders: Sequence[Path], *, draws: int = 1000, seed: int 
         paired = tuple(s for s in group if s in base)
         if not paired:
             _refuse_unpaired(base, group)
-        ours = {s: _aurocs(group[s], counted, draws, seed) for s in paired}
+        ours = {s: _aurocs(group[s], counted, n_resamples, seed) for s in paired}
         theirs = {s: of_base(s) for s in paired}
         macro, *by_finding = _differences(ours, theirs)
         findings = {
@@ -110,13 +112,17 @@ class _Aurocs(NamedTuple):
     drawn: Float[np.ndarray, "draws columns"]
 
 
-def _aurocs(run: Run, counted: Sequence[int], draws: int, seed: int) -> _Aurocs:
+def _aurocs(run: Run, counted: Sequence[int], n_resamples: int, seed: int) -> _Aurocs:
     names, by_finding, macro = run.scores.names(), run.results.aurocs(), run.results.macro_auroc
     values = [np.nan if macro is None else macro, *(by_finding.get(n, np.nan) for n in names)]
     drawn = bootstrap_metrics(
-        run.scores.labels, run.scores.scores, run.scores.patients(), draws=draws, seed=seed
+        run.scores.labels,
+        run.scores.scores,
+        run.scores.patients(),
+        n_resamples=n_resamples,
+        seed=seed,
     ).auroc
-    return _Aurocs(np.array(values), np.column_stack([macro_draws(drawn, counted), drawn]))
+    return _Aurocs(np.array(values), np.column_stack([macro_of_resamples(drawn, counted), drawn]))
 
 
 def _differences(ours: Mapping[int, _Aurocs], theirs: Mapping[int, _Aurocs]) -> list[Difference]:

@@ -39,7 +39,7 @@ from mmclip.evaluation.results import (
     provenance,
     write_results,
 )
-from mmclip.evaluation.scores import SCORES_FILE, Scored
+from mmclip.evaluation.scores import SCORES_FILE, Predictions
 from mmclip.prompts import Prompts
 
 PAGE_FILE, CARD_FILE, PLOTS_FOLDER = "page.html", "MODEL_CARD.md", "plots"
@@ -50,12 +50,12 @@ RESULT_FILES = (RESULTS_FILE, SCORES_FILE, PAGE_FILE, CARD_FILE, PLOTS_FOLDER)
 
 @dataclass(frozen=True, slots=True)
 class GalleryItem:
-    """A film to show on the page. Its labels and scores are those of its row.
+    """An image to show on the page. Its labels and scores are those of its row.
 
     Args:
         row: Of the labels and scores that the page is given.
-        name: Under which the film is shown.
-        film: 0..255, air dark, at the size that it is shown.
+        name: Under which the image is shown.
+        image: 0..255, air dark, at the size that it is shown.
         report: What its radiologist (or the phantom) wrote, if anything.
         picture: What the masked terms make of it, where there is one; its text is then shown in
             place of the report.
@@ -64,7 +64,7 @@ class GalleryItem:
 
     row: int
     name: str
-    film: UInt8[np.ndarray, "h w"]
+    image: UInt8[np.ndarray, "h w"]
     report: str | None = None
     picture: Picture | None = None
     why: str | None = None
@@ -74,9 +74,9 @@ def write_evaluation(
     out: Path,
     found: Mapping[str, Any],
     made: Mapping[str, Any],
-    test: Scored,
+    test: Predictions,
     *,
-    val: Scored | None = None,
+    val: Predictions | None = None,
     protocol: Protocol | None = None,
     gallery: Sequence[GalleryItem] = (),
     prompts: Mapping[str, Prompts] | None = None,
@@ -89,9 +89,9 @@ def write_evaluation(
         made: The fields of `Provenance`, but for commit, versions and time, which are of now;
             device is a torch.device.
         test: The raw scores that were judged.
-        val: Those that chose the cuts; they stand in scores.npz as val_film_id and so on.
+        val: Those that chose the thresholds; they stand in scores.npz as val_image_id and so on.
         protocol: By whose rules.
-        gallery: Films to show.
+        gallery: Images to show.
         prompts: What was asked about each finding, where anything was.
     """
     rules = None
@@ -136,7 +136,7 @@ def write_plots(
     Args:
         folder: Of the run.
         results: The numbers that the plots show.
-        gallery: Films to show.
+        gallery: Images to show.
         findings: Names of the columns of labels and scores.
         labels: 1, 0 or NaN.
         scores: Same shape.
@@ -158,7 +158,7 @@ def write_plots(
                 for row in results.findings
             ]
         )
-    panels = [(item.film, item.picture.panels()) for item in gallery if item.picture]
+    panels = [(item.image, item.picture.panels()) for item in gallery if item.picture]
     if any(shown for _, shown in panels):
         figures["pictures.png"] = pictures_figure(panels)
     for name, figure in figures.items():
@@ -181,7 +181,7 @@ def write_page(
     Args:
         folder: Of the run.
         results: The numbers that the page shows.
-        gallery: Films to show.
+        gallery: Images to show.
         findings: Names of the columns of labels and scores.
         labels: 1, 0 or NaN.
         scores: Same shape.
@@ -204,7 +204,7 @@ def write_page(
         scale_ticks=_ticks(low),
         curves={name: Markup(curve_svg(Panel(name, *pair))) for name, pair in columns.items()},
         reliability=None if reliability is None else Markup(reliability),
-        cuts=_cuts(results),
+        thresholds=_thresholds(results),
         prompts={name: prompts[name] for name in columns if name in prompts},
         gallery=[_card(item, columns, prompts) for item in gallery],
     )
@@ -217,9 +217,9 @@ def write_card(folder: Path, results: RunResults, protocol: Protocol | None = No
     """Writes MODEL_CARD.md: the same numbers in Markdown, to go with weights."""
     environment = _environment(autoescape=False)
     environment.filters["interval"] = lambda ci: "–" if ci is None else f"{ci[0]:.3f}, {ci[1]:.3f}"
-    about = "" if protocol is None else " ".join(protocol.about.split())
+    description = "" if protocol is None else " ".join(protocol.description.split())
     card = environment.from_string(_template("model_card.md")).render(
-        r=results, about=about, cuts=_cuts(results)
+        r=results, description=description, thresholds=_thresholds(results)
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / CARD_FILE, card.rstrip() + "\n")
@@ -243,14 +243,14 @@ def _template(name: str) -> str:
 
 
 CASES = 3
-"""Best and worst films on the page, of either kind. [chosen: a line of the page]"""
+"""Best and worst images on the page, of either kind. [chosen: a line of the page]"""
 
 
-def extreme_cases(test: Scored, most: int = CASES) -> dict[int, str]:
-    """The films that a model is most right and most wrong about, and what to say of each.
+def extreme_cases(test: Predictions, most: int = CASES) -> dict[int, str]:
+    """The images that a model is most right and most wrong about, and what to say of each.
 
-    Of every film and finding that it has, the place among the films without the finding; the
-    highest places, then the lowest, each film once.
+    Of every image and finding that it has, the place among the images without the finding; the
+    highest places, then the lowest, each image once.
 
     Returns:
         By number of the row, best first, worst last.
@@ -287,16 +287,18 @@ def _columns(
     }
 
 
-def _cuts(results: RunResults) -> dict[str, list[str]]:
-    """Findings by how their cut came about, in words."""
+def _thresholds(results: RunResults) -> dict[str, list[str]]:
+    """Findings by how their threshold came about, in words."""
     names = {"f1": "F1", "mcc": "MCC", "youden": "sensitivity plus specificity"}
-    cuts: dict[str, list[str]] = {}
+    thresholds: dict[str, list[str]] = {}
     for row in results.findings:
         if row.threshold is not None:
             rule, chosen_on = row.threshold.rule, row.threshold.chosen_on
-            origin = chosen_on if rule == "even" else f"best by {names[rule]} on {chosen_on}"
-            cuts.setdefault(origin, []).append(row.finding)
-    return cuts
+            origin = (
+                chosen_on if rule == "equal_prompts" else f"best by {names[rule]} on {chosen_on}"
+            )
+            thresholds.setdefault(origin, []).append(row.finding)
+    return thresholds
 
 
 def _card(
@@ -304,7 +306,7 @@ def _card(
     columns: Mapping[str, tuple[np.ndarray, np.ndarray]],
     prompts: Mapping[str, Prompts],
 ) -> dict:
-    """A film with each finding's place among the films without it, highest first."""
+    """An image with each finding's place among the images without it, highest first."""
     rows = [
         {
             "finding": finding,
@@ -322,11 +324,11 @@ def _card(
     return {
         "name": item.name,
         "why": item.why,
-        "image": _data_uri(item.film),
+        "image": _data_uri(item.image),
         "panels": {n: _data_uri(p) for n, p in picture.panels().items()} if picture else {},
         "spans": spans,
         "is_prompt": picture is not None and picture.is_prompt,
-        "n_hidden": sum(span.said is not None for span in spans),
+        "n_masked": sum(span.predicted is not None for span in spans),
         "n_right": sum(span.is_right for span in spans),
         "report": item.report,
         "first": first,
@@ -356,7 +358,7 @@ def _scale_start(results: RunResults) -> float:
     pairs += [(c.macro_auroc, c.macro_auroc_ci) for c in results.controls.values()]
     pairs += [(c.auroc, c.auroc_ci) for c in results.combinations]
     pairs += [(g.macro_auroc, g.macro_auroc_ci) for g in results.subgroups]
-    pairs += [(w.macro_auroc, None) for w in results.wordings]
+    pairs += [(w.macro_auroc, None) for w in results.other_prompt_sets]
     lowest = min([0.4, *(ci[0] for _, ci in pairs if ci), *(v for v, _ in pairs if v is not None)])
     return float(np.floor(round(lowest * 10, 6)) / 10)
 

@@ -1,4 +1,4 @@
-"""Plots of a run: ROC curves, score distributions, AUROC with intervals, films; for PNG and page.
+"""Plots of a run: ROC curves, score distributions, AUROC with intervals, images; for PNG and page.
 
 Figures are made without pyplot, so that nothing global changes and no display is needed.
 """
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One finding of the curves plot, with a positive and a negative film at least."""
+    """One finding of the curves plot, with a positive and a negative image at least."""
 
     title: str
     labels: Float[np.ndarray, " n"]  # 1, 0 or NaN
@@ -101,7 +101,7 @@ def curves_figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
             _draw_roc(left, panel)
             _draw_scores(right, panel)
             left.set_title(panel.title, loc="left", fontsize=9)
-        keys = [Patch(color=PRESENT, label="films with"), Patch(color=ABSENT, label="without")]
+        keys = [Patch(color=PRESENT, label="images with"), Patch(color=ABSENT, label="without")]
         figure.legend(
             handles=keys, loc="outside upper right", ncols=2, frameon=False, handlelength=1
         )
@@ -109,26 +109,26 @@ def curves_figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
 
 
 def pictures_figure(
-    films: Sequence[tuple[UInt8[np.ndarray, "h w"], Mapping[str, UInt8[np.ndarray, "..."]]]],
+    images: Sequence[tuple[UInt8[np.ndarray, "h w"], Mapping[str, UInt8[np.ndarray, "..."]]]],
 ) -> Figure:
-    """A line a film: the film, then what stands beside it, a column for each name.
+    """One line per image: the image, then what stands beside it, a column for each name.
 
     Args:
-        films: Each film, and images [h w] or [h w 3] by what they show.
+        images: Each image, and images [h w] or [h w 3] by what they show.
     """
-    names = list(dict.fromkeys(name for _, panels in films for name in panels))
+    names = list(dict.fromkeys(name for _, panels in images for name in panels))
     with mpl.rc_context(_STYLE):
-        size = (1.5 * (1 + len(names)), 1.5 * len(films) + 0.3)
+        size = (1.5 * (1 + len(names)), 1.5 * len(images) + 0.3)
         engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
         figure = Figure(figsize=size, layout=engine)
-        all_axes = figure.subplots(len(films), 1 + len(names), squeeze=False)
-        for line, (film, panels) in zip(all_axes, films, strict=True):
-            shown = {"film": film, **panels}
-            for axes, name in zip(line, ("film", *names), strict=True):
+        all_axes = figure.subplots(len(images), 1 + len(names), squeeze=False)
+        for line, (image, panels) in zip(all_axes, images, strict=True):
+            shown = {"image": image, **panels}
+            for axes, name in zip(line, ("image", *names), strict=True):
                 axes.set_axis_off()
                 if name in shown:
                     axes.imshow(shown[name], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        for axes, name in zip(all_axes[0], ("film", *names), strict=True):
+        for axes, name in zip(all_axes[0], ("image", *names), strict=True):
             axes.set_title(name, fontsize=9)
     return figure
 
@@ -145,7 +145,7 @@ def curve_svg(panel: Panel) -> str:
 
 
 RELIABILITY_BINS = 10
-"""Of equal numbers of scores. [chosen: so that no point is of a few films]"""
+"""Of equal numbers of scores. [chosen: so that no point is of a few images]"""
 
 
 def reliability_svg(
@@ -209,7 +209,9 @@ def _draw_roc(axes: Axes, panel: Panel) -> None:
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=0.7, linestyle=_DASHED)
     points = roc_points(panel.labels, panel.scores)
     if points is None:
-        raise ValueError(f"{panel.title} lacks films with or without it: there is no curve to draw")
+        raise ValueError(
+            f"{panel.title} lacks images with or without it: there is no curve to draw"
+        )
     axes.fill_between(*points, color=ACCENT, alpha=0.10, linewidth=0)
     axes.plot(*points, color=ACCENT, linewidth=1.5, solid_joinstyle="round", clip_on=False)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
@@ -236,4 +238,4 @@ def _draw_scores(axes: Axes, panel: Panel) -> None:
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel("score", fontsize=7, labelpad=2)
-    axes.set_ylabel("share of films", fontsize=7, labelpad=2)
+    axes.set_ylabel("share of images", fontsize=7, labelpad=2)

@@ -1,4 +1,4 @@
-"""Protocols: which films are scored for which findings, and by what rules, as versioned data.
+"""Protocols: which images are scored for which findings, and by what rules, as versioned data.
 
 A protocol is a TOML file, one for each benchmark of the field; protocols/*.toml are the package's.
 Two results are comparable when protocol, version and data hash are equal.
@@ -46,28 +46,28 @@ class Protocol(Frozen):
 
     Attributes:
         title: For tables.
-        about: Where it comes from, and what differs from papers that name it.
+        description: Where it comes from, and what differs from papers that name it.
         readers: Data folders of these readers fit.
-        sources: Of `Film.source`; empty takes all of the folder.
-        other_sources: Of the films of train and val, where these may be others.
+        sources: Of `Sample.source`; empty takes all of the folder.
+        other_sources: Of the images of train and val, where these may be others.
         splits: Names of splits that fit, the best first; `BUILT` where any draw will do.
-        needs_laterals: Whether a folder that names no film as a lateral is refused, as its
-            laterals pass for frontal films there.
+        needs_laterals: Whether a folder that names no image as a lateral is refused, as its
+            laterals pass for frontal images there.
         findings: In the order of the benchmark.
         own_words: Findings are the source's own label words, in any case of letters and up to a
-            first "/": present where a film has the word, absent where it has others.
+            first "/": present where an image has the word, absent where it has others.
         words: For `own_words`: the words of a finding, where they are not its name.
-        unfinished: Label words that leave what a film does not name unknown.
+        unfinished: Label words that leave what an image does not name unknown.
         prompt_sets: For zero-shot; the first gives the result, the others its spread.
-        threshold: Rule by which a cut is chosen on validation films.
-        min_count: Films of either kind that a finding needs to count in the macro average.
+        threshold: Rule by which a threshold is chosen on validation images.
+        min_count: Images of either kind that a finding needs to count in the macro average.
         finetune: None where a benchmark is for zero-shot alone.
     """
 
     id: str
     version: int = Field(ge=1)
     title: str
-    about: str
+    description: str
     readers: tuple[str, ...] = Field(min_length=1)
     sources: tuple[str, ...] = ()
     other_sources: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ class Protocol(Frozen):
         return config_hash(self)
 
     def sources_of(self, split: str) -> tuple[str, ...]:
-        """Of `Film.source`, for the films of a split; empty takes all."""
+        """Of `Sample.source`, for the images of a split; empty takes all."""
         return self.sources if split == "test" else self.other_sources or self.sources
 
     def check_folder(self, reader: str, split: str, where: str) -> None:

@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from mmclip.checkpoint import code_version
 from mmclip.data.folder import write_text_atomic
-from mmclip.evaluation.metrics import CutRule
+from mmclip.evaluation.metrics import ThresholdOrigin
 
 RESULTS_FILE = "results.json"
 
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Correlation = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
-ShareInterval = tuple[Share, Share]
+RatioInterval = tuple[Ratio, Ratio]
 CorrelationInterval = tuple[Correlation, Correlation]
 
 
@@ -26,23 +26,24 @@ class ResultsError(ValueError):
     """Results break the contract; the message names the field and the rule."""
 
 
-class _Part(BaseModel):
+class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Cut(_Part):
+class ChosenThreshold(_Model):
     """Where F1, MCC and the like were taken: score >= value is present."""
 
     value: FiniteFloat
-    rule: CutRule
+    rule: ThresholdOrigin
     chosen_on: str  # the split, or why none was needed
 
 
-class AtTestCut(_Part):
-    """At cuts chosen on the scored films themselves, as some papers report; never used here."""
+class AtTestThreshold(_Model):
+    """At thresholds chosen on the scored images themselves, as some papers report; never used
+    here."""
 
-    f1: Share
-    accuracy: Share
+    f1: Ratio
+    accuracy: Ratio
     mcc: Correlation
 
 
@@ -51,7 +52,7 @@ Seen = Literal["report", "prompt", "label", "none"]
 own, or not at all. Only the first and the last make a score zero-shot."""
 
 
-class _Counted(_Part):
+class _Counted(_Model):
     finding: str
     n_positive: Count
     n_negative: Count
@@ -62,22 +63,22 @@ class FindingScores(_Counted):
     """One finding that has both classes. Intervals are 95 % over resampled patients."""
 
     in_macro: bool
-    auroc: Share
-    auroc_ci: ShareInterval | None
-    auprc: Share
-    auprc_ci: ShareInterval | None
-    f1: Share | None
-    f1_ci: ShareInterval | None
+    auroc: Ratio
+    auroc_ci: RatioInterval | None
+    auprc: Ratio
+    auprc_ci: RatioInterval | None
+    f1: Ratio | None
+    f1_ci: RatioInterval | None
     mcc: Correlation | None
     mcc_ci: CorrelationInterval | None
-    accuracy: Share | None
-    sensitivity: Share | None
-    specificity: Share | None
-    threshold: Cut | None
-    calibration_error: Share | None = None  # where scores are probabilities
-    test_tuned: AtTestCut | None = None
-    auroc_by_positive: Share | None = None  # the positive prompt alone
-    auroc_by_negative: Share | None = None  # absence, by the negative prompt alone
+    accuracy: Ratio | None
+    sensitivity: Ratio | None
+    specificity: Ratio | None
+    threshold: ChosenThreshold | None
+    calibration_error: Ratio | None = None  # where scores are probabilities
+    test_tuned: AtTestThreshold | None = None
+    auroc_by_positive: Ratio | None = None  # the positive prompt alone
+    auroc_by_negative: Ratio | None = None  # absence, by the negative prompt alone
     seen: Seen | None = None  # None where the run does not say
 
 
@@ -87,50 +88,50 @@ class Undefined(_Counted):
     reason: str
 
 
-class Control(_Part):
+class Control(_Model):
     """A number to hold the model's against: chance, a shortcut, a model that learnt nothing."""
 
-    macro_auroc: Share | None
-    macro_auroc_ci: ShareInterval | None = None
-    auroc: dict[str, Share | None] = {}  # by finding
+    macro_auroc: Ratio | None
+    macro_auroc_ci: RatioInterval | None = None
+    auroc: dict[str, Ratio | None] = {}  # by finding
     note: str
 
 
-class Combination(_Part):
-    """A finding at a side and size that no training film showed, against films without it."""
+class Combination(_Model):
+    """A finding at a side and size that no training image showed, against images without it."""
 
     finding: str
     side: str
     size: str
     n_positive: Count
     n_negative: Count
-    auroc: Share | None
-    auroc_ci: ShareInterval | None
+    auroc: Ratio | None
+    auroc_ci: RatioInterval | None
 
 
-class Subgroup(_Part):
-    """Some films, held against the other groups of their kind on the same findings."""
+class Subgroup(_Model):
+    """Some images, held against the other groups of their kind on the same findings."""
 
     kind: Literal["sex", "age", "view"]
     group: str
-    n_films: Count
+    n_images: Count
     n_patients: Count
     findings: list[str]
-    macro_auroc: Share
-    macro_auroc_ci: ShareInterval | None
+    macro_auroc: Ratio
+    macro_auroc_ci: RatioInterval | None
 
 
-class Wording(_Part):
-    """What another prompt set gives for the same films."""
+class OtherPromptSet(_Model):
+    """What another prompt set gives for the same images."""
 
     prompt_set: str
     prompt_hash: str
-    macro_auroc: Share | None
-    auroc: dict[str, Share]
+    macro_auroc: Ratio | None
+    auroc: dict[str, Ratio]
 
 
-class ByProtocol(_Part):
-    """The rules by which films were scored; results of equal hashes may be compared."""
+class ByProtocol(_Model):
+    """The rules by which images were scored; results of equal hashes may be compared."""
 
     id: str
     version: int
@@ -138,7 +139,7 @@ class ByProtocol(_Part):
     hash: str
 
 
-class Provenance(_Part):
+class Provenance(_Model):
     """What it takes to get the numbers again."""
 
     command: str
@@ -157,30 +158,30 @@ class Provenance(_Part):
     finished_at: str  # UTC, ISO 8601
 
 
-class RunResults(_Part):
-    """results.json; `macro_*` to `undefined` and `subgroups` are what `judge` gives."""
+class RunResults(_Model):
+    """results.json; `macro_*` to `undefined` and `subgroups` are what `compute_metrics` gives."""
 
     title: str
     kind: Literal["demo", "zeroshot", "finetune", "scores"]
     summary: str  # one sentence: which model, scored on what
-    macro_auroc: Share | None
-    macro_auroc_ci: ShareInterval | None
-    macro_auprc: Share | None
-    macro_auprc_ci: ShareInterval | None
-    macro_f1: Share | None
-    macro_f1_ci: ShareInterval | None
+    macro_auroc: Ratio | None
+    macro_auroc_ci: RatioInterval | None
+    macro_auprc: Ratio | None
+    macro_auprc_ci: RatioInterval | None
+    macro_f1: Ratio | None
+    macro_f1_ci: RatioInterval | None
     macro_mcc: Correlation | None
     macro_mcc_ci: CorrelationInterval | None
     macro_findings: list[str]
     min_count: Count
-    n_films: Count
+    n_images: Count
     n_patients: Count
-    bootstrap_draws: Count
+    n_resamples: Count
     findings: list[FindingScores]
     undefined: list[Undefined]
     protocol: ByProtocol | None = None
     subgroups: list[Subgroup] = []
-    wordings: list[Wording] = []
+    other_prompt_sets: list[OtherPromptSet] = []
     controls: dict[str, Control] = {}
     combinations: list[Combination] = []
     leak_check: str = "not made"
@@ -265,10 +266,11 @@ def write_results(folder: Path, results: RunResults | Mapping[str, Any]) -> Path
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits, but cuts whole: a rounded cut calls the film at the cut otherwise."""
+    """Six significant digits, but thresholds whole: a rounded cut calls the image at the threshold
+    otherwise."""
     if isinstance(value, dict):
-        is_cut = value.keys() == Cut.model_fields.keys()
-        return value if is_cut else {k: _rounded(v) for k, v in value.items()}
+        is_threshold = value.keys() == ChosenThreshold.model_fields.keys()
+        return value if is_threshold else {k: _rounded(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_rounded(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value

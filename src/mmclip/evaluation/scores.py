@@ -1,7 +1,7 @@
-"""Raw scores of films for findings, with what is known of the films: what evaluations judge.
+"""Raw scores of images for findings, with what is known of the images: what evaluations judge.
 
 They lie in scores.npz beside each results.json, so that any metric can be computed again, and two
-runs be compared film by film.
+runs be compared image by image.
 """
 
 import csv
@@ -13,23 +13,23 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mmclip.data.dataset import Rows
 from mmclip.data.folder import ManifestError, read_meta
-from mmclip.data.records import ABSENT, PRESENT, Film, Split
+from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.data.sample import ABSENT, PRESENT, Sample, Split
 from mmclip.evaluation.protocols import BUILT, Protocol
 
 SCORES_FILE = "scores.npz"
 
 
 class ScoresError(ValueError):
-    """A file of scores is missing, damaged, or of other films; the message names the next step."""
+    """A file of scores is missing, damaged, or of other images; the message names the next step."""
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Films, what they are labelled with, and what a model says of them; a row a film."""
+class Predictions:
+    """Images, what they are labelled with, and what a model says of them; one row per image."""
 
-    film_id: np.ndarray
+    image_id: np.ndarray
     patient_id: np.ndarray
     sex: np.ndarray  # F, M or "" for unknown
     age_years: Float[np.ndarray, " n"]  # NaN for unknown
@@ -39,14 +39,14 @@ class Scored:
     scores: Float[np.ndarray, "n k"]  # higher for present
 
     def __len__(self) -> int:
-        return len(self.film_id)
+        return len(self.image_id)
 
     def names(self) -> list[str]:
         """The findings, as plain strings."""
         return [str(name) for name in self.findings]
 
     def patients(self) -> list[str]:
-        """The patient of each film, as plain strings."""
+        """The patient of each image, as plain strings."""
         return [str(patient) for patient in self.patient_id]
 
     def arrays(self) -> dict[str, Any]:
@@ -57,14 +57,14 @@ class Scored:
         """What plots and pages are drawn from."""
         return {"findings": self.names(), "labels": self.labels, "scores": self.scores}
 
-    def where(self, keep: np.ndarray) -> "Scored":
-        """The films where `keep` is True."""
-        of_films = {
+    def where(self, keep: np.ndarray) -> "Predictions":
+        """The images where `keep` is True."""
+        of_images = {
             f.name: getattr(self, f.name)[keep] for f in fields(self) if f.name != "findings"
         }
-        return replace(self, **of_films)
+        return replace(self, **of_images)
 
-    def in_order(self, names: Sequence[str]) -> "Scored":
+    def in_order(self, names: Sequence[str]) -> "Predictions":
         """With the columns in the order of some names; as it is where it has others."""
         if sorted(names) != sorted(self.names()):
             return self
@@ -84,29 +84,29 @@ class Scored:
         )
 
 
-def scored(
-    rows: Rows,
+def make_predictions(
+    dataset: ImageTextDataset,
     findings: Sequence[str],
     labels: Float[np.ndarray, "n k"],
     scores: Float[np.ndarray, "n k"],
-) -> Scored:
+) -> Predictions:
     """The scores of the rows of a data folder."""
-    films = rows.films
-    return Scored(
-        film_id=np.array([film.film_id for film in films], str),
-        patient_id=np.array([film.patient_id for film in films], str),
-        sex=np.array([film.sex or "" for film in films], str),
+    samples = dataset.samples
+    return Predictions(
+        image_id=np.array([sample.image_id for sample in samples], str),
+        patient_id=np.array([sample.patient_id for sample in samples], str),
+        sex=np.array([sample.sex or "" for sample in samples], str),
         age_years=np.array(
-            [np.nan if film.age_years is None else film.age_years for film in films], float
+            [np.nan if sample.age_years is None else sample.age_years for sample in samples], float
         ),
-        view=np.array([film.view for film in films], str),
+        view=np.array([sample.view for sample in samples], str),
         findings=np.array(list(findings), str),
         labels=labels,
         scores=scores,
     )
 
 
-def load_scores(path: Path) -> Scored:
+def load_scores(path: Path) -> Predictions:
     """Reads scores.npz.
 
     Raises:
@@ -114,7 +114,7 @@ def load_scores(path: Path) -> Scored:
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return Scored(**{f.name: stored[f.name] for f in fields(Scored)})
+            return Predictions(**{f.name: stored[f.name] for f in fields(Predictions)})
     except (OSError, ValueError, KeyError) as error:
         raise ScoresError(
             f"{path} is missing, damaged or of an older version ({error}); run the command that "
@@ -122,25 +122,27 @@ def load_scores(path: Path) -> Scored:
         ) from None
 
 
-def protocol_labels(protocol: Protocol, films: Sequence[Film]) -> Float[np.ndarray, "n k"]:
-    """What films are labelled with, as a protocol reads it: 1, 0, or NaN for unknown and uncertain.
+def protocol_labels(protocol: Protocol, samples: Sequence[Sample]) -> Float[np.ndarray, "n k"]:
+    """What images are labelled with, as a protocol reads it: 1, 0, or NaN for unknown and
+    uncertain.
 
-    Where the protocol has `own_words`, a finding is present in a film with the word, and absent in
-    one that has words, none of which is `unfinished`.
+    Where the protocol has `own_words`, a finding is present in an image with the word, and absent
+    in one that has words, none of which is `unfinished`.
     """
     known = {PRESENT: 1.0, ABSENT: 0.0}
     if not protocol.own_words:
         rows = [
-            [known.get(f.labels.get(name, -1), np.nan) for name in protocol.findings] for f in films
+            [known.get(f.labels.get(name, -1), np.nan) for name in protocol.findings]
+            for f in samples
         ]
-        return np.array(rows, float).reshape(len(films), len(protocol.findings))
+        return np.array(rows, float).reshape(len(samples), len(protocol.findings))
     asked = [
         {word.lower() for word in protocol.words.get(name, (name,))} for name in protocol.findings
     ]
     unfinished = {word.lower() for word in protocol.unfinished}
-    labels = np.full((len(films), len(protocol.findings)), np.nan)
-    for row, film in zip(labels, films, strict=True):
-        words = {word.lower() for word in film.source_labels}
+    labels = np.full((len(samples), len(protocol.findings)), np.nan)
+    for row, sample in zip(labels, samples, strict=True):
+        words = {word.lower() for word in sample.source_labels}
         words |= {word.split("/")[0].strip() for word in words}
         if words and not words & unfinished:
             row[:] = 0.0
@@ -149,71 +151,74 @@ def protocol_labels(protocol: Protocol, films: Sequence[Film]) -> Float[np.ndarr
 
 
 FRONTAL = ("PA", "AP", "unknown")
-"""The views that are scored; a lateral film shows other things under the same name."""
+"""The views that are scored; a lateral image shows other things under the same name."""
 
 
-def check_sources(rows: Rows, sources: Sequence[str]) -> None:
+def check_sources(dataset: ImageTextDataset, sources: Sequence[str]) -> None:
     """Refuses a source that the data does not have, and names those that it has."""
-    known = sorted({film.source for film in rows.films})
+    known = sorted({sample.source for sample in dataset.samples})
     if unknown := sorted(set(sources) - set(known)):
         raise ManifestError(
             f"there is no source {', '.join(unknown)} in this data; there are {', '.join(known)}"
         )
 
 
-def rows_to_score(
-    rows: Rows, split: Split, sources: Sequence[str] = (), protocol: Protocol | None = None
-) -> Rows:
-    """The labelled frontal films of a split.
+def select_samples(
+    dataset: ImageTextDataset,
+    split: Split,
+    sources: Sequence[str] = (),
+    protocol: Protocol | None = None,
+) -> ImageTextDataset:
+    """The labelled frontal images of a split.
 
     Args:
-        rows: Of data folders.
+        dataset: Of data folders.
         split: Train, val or test.
         sources: Only these, where some are named.
         protocol: In place of `sources`, and to say what counts as labelled.
 
     Raises:
-        ManifestError: When no film is left; it says what the folder holds. When the protocol
-            needs to tell laterals, and no film is known as one.
+        ManifestError: When no image is left; it says what the folder holds. When the protocol
+            needs to tell laterals, and no image is known as one.
     """
     if protocol is not None:
         sources = protocol.sources_of(split)
-        if protocol.needs_laterals and all(film.view != "L" for film in rows.films):
+        if protocol.needs_laterals and all(sample.view != "L" for sample in dataset.samples):
             raise ManifestError(
-                f"no film of this data is known as a lateral, and protocol {protocol.id} scores "
-                f"frontal films alone; add the table of views that the reader takes "
+                f"no image of this data is known as a lateral, and protocol {protocol.id} scores "
+                f"frontal images alone; add the table of views that the reader takes "
                 f"(docs/data.md), and build the folder again"
             )
-    check_sources(rows, sources)
+    check_sources(dataset, sources)
     is_labelled = (
-        [bool(film.labels) for film in rows.films]
+        [bool(sample.labels) for sample in dataset.samples]
         if protocol is None
-        else [not np.isnan(row).all() for row in protocol_labels(protocol, rows.films)]
+        else [not np.isnan(row).all() for row in protocol_labels(protocol, dataset.samples)]
     )
-    kept = rows.select(
+    kept = dataset.select(
         [
-            film.split == split
-            and film.image is not None
+            sample.split == split
+            and sample.image is not None
             and has_labels
-            and film.view in FRONTAL
-            and (not sources or film.source in sources)
-            for film, has_labels in zip(rows.films, is_labelled, strict=True)
+            and sample.view in FRONTAL
+            and (not sources or sample.source in sources)
+            for sample, has_labels in zip(dataset.samples, is_labelled, strict=True)
         ]
     )
     if not len(kept):
-        splits = sorted({str(f.split) for f in rows.films})
-        known_sources = sorted({film.source for film in rows.films})
+        splits = sorted({str(f.split) for f in dataset.samples})
+        known_sources = sorted({sample.source for sample in dataset.samples})
         raise ManifestError(
-            f"no labelled frontal film in split {split!r} of source "
+            f"no labelled frontal image in split {split!r} of source "
             f"{', '.join(sources) or 'any'}; the data has the splits {', '.join(splits)} and the "
             f"sources {', '.join(known_sources)}"
         )
     return kept
 
 
-def findings_of(rows: Rows) -> list[str]:
+def findings_of(dataset: ImageTextDataset) -> list[str]:
     """All findings that some row is labelled with, in alphabetical order."""
-    return sorted({finding for film in rows.films for finding in film.labels})
+    return sorted({finding for sample in dataset.samples for finding in sample.labels})
 
 
 def split_of(folders: Sequence[Path], protocol: Protocol | None = None) -> str:
@@ -233,14 +238,14 @@ def split_of(folders: Sequence[Path], protocol: Protocol | None = None) -> str:
 
 
 def read_scores_csv(path: Path, findings: Sequence[str]) -> dict[str, list[float]]:
-    """Scores of any model from a CSV, by film: a column film_id, and one for each finding.
+    """Scores of any model from a CSV, by image: a column image_id, and one for each finding.
 
     Args:
         path: The file.
         findings: The columns that are read, in order.
 
     Raises:
-        ScoresError: When it is no CSV in UTF-8, a column is missing or named twice, a film occurs
+        ScoresError: When it is no CSV in UTF-8, a column is missing or named twice, an image occurs
             twice, or a score is no finite number.
     """
     found: dict[str, list[float]] = {}
@@ -248,13 +253,13 @@ def read_scores_csv(path: Path, findings: Sequence[str]) -> dict[str, list[float
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = list(reader.fieldnames or ())
-            _check_header(path, header, ("film_id", *findings))
+            _check_header(path, header, ("image_id", *findings))
             for number, row in enumerate(reader, start=2):
-                if row["film_id"] in found:
+                if row["image_id"] in found:
                     raise ScoresError(
-                        f"{path}, line {number}: film {row['film_id']!r} occurs twice"
+                        f"{path}, line {number}: image {row['image_id']!r} occurs twice"
                     )
-                found[row["film_id"]] = [_number(path, number, row, name) for name in findings]
+                found[row["image_id"]] = [_number(path, number, row, name) for name in findings]
     except OSError as error:
         raise ScoresError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -264,20 +269,20 @@ def read_scores_csv(path: Path, findings: Sequence[str]) -> dict[str, list[float
     return found
 
 
-def scores_of_films(
-    path: Path, found: Mapping[str, Sequence[float]], film_ids: Sequence[str]
+def scores_of_images(
+    path: Path, found: Mapping[str, Sequence[float]], image_ids: Sequence[str]
 ) -> Float[np.ndarray, "n k"]:
-    """Some films' rows of `read_scores_csv`, in their order; others in the file are left alone.
+    """Some images' rows of `read_scores_csv`, in their order; others in the file are left alone.
 
     Raises:
-        ScoresError: When the file has no score of a film.
+        ScoresError: When the file has no score of an image.
     """
-    if missing := [name for name in film_ids if name not in found]:
+    if missing := [name for name in image_ids if name not in found]:
         raise ScoresError(
-            f"{path} has no score of {len(missing)} of the {len(film_ids)} films, such as "
-            f"{', '.join(missing[:3])}; every film of the protocol needs one"
+            f"{path} has no score of {len(missing)} of the {len(image_ids)} images, such as "
+            f"{', '.join(missing[:3])}; every image of the protocol needs one"
         )
-    return np.array([found[name] for name in film_ids], float).reshape(len(film_ids), -1)
+    return np.array([found[name] for name in image_ids], float).reshape(len(image_ids), -1)
 
 
 def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:

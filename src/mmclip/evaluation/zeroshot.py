@@ -1,4 +1,4 @@
-"""Zero-shot classification: a film is compared with what a report would say of it."""
+"""Zero-shot classification: an image is compared with what a report would say of it."""
 
 import json
 import logging
@@ -17,31 +17,36 @@ from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import recipe_hash
 from mmclip.data.batches import SEEN_FILE
 from mmclip.data.check import TRAINED_FILE, refuse_trained
-from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import ManifestError
-from mmclip.data.records import Split
-from mmclip.embed import PromptEmbeddings, embed_films, embed_prompts, probabilities
-from mmclip.evaluation.judge import control_of, judge, nuisance, score_findings
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.sample import Split
+from mmclip.embed import PromptEmbeddings, embed_images, embed_prompts, probabilities
+from mmclip.evaluation.compute_metrics import (
+    compute_metrics,
+    control_of,
+    metrics_by_finding,
+    shortcut_baseline,
+)
 from mmclip.evaluation.metrics import auroc
 from mmclip.evaluation.pages import GalleryItem, extreme_cases, write_evaluation
 from mmclip.evaluation.pictures import make_pictures
 from mmclip.evaluation.protocols import BUILT, Protocol, load_protocol
 from mmclip.evaluation.results import RunResults
 from mmclip.evaluation.scores import (
-    Scored,
+    Predictions,
     findings_of,
+    make_predictions,
     protocol_labels,
-    rows_to_score,
-    scored,
+    select_samples,
     split_of,
 )
 from mmclip.prompts import PromptSet, load_prompts
 
 logger = logging.getLogger(__name__)
 
-GALLERY_FILMS = 12
-"""Films on the page, evenly spaced over the rows: not chosen by how well they came out."""
+GALLERY_SIZE = 12
+"""Images on the page, evenly spaced over the rows: not chosen by how well they came out."""
 
 
 DEFAULT_PROMPT_SETS = ("default", "pair", "sentence")
@@ -50,117 +55,132 @@ DEFAULT_PROMPT_SETS = ("default", "pair", "sentence")
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Raw scores of films, and what `judge` says of them."""
+    """Raw scores of images, and what `compute_metrics` says of them."""
 
-    rows: Rows
-    embeddings: Float[Tensor, "n e"]  # of the films
-    test: Scored  # the films that are judged, of whatever split
-    val: Scored | None  # those that chose the cuts
+    dataset: ImageTextDataset
+    embeddings: Float[Tensor, "n e"]  # of the images
+    test: Predictions  # the images that are judged, of whatever split
+    val: Predictions | None  # those that chose the thresholds
     summary: dict
 
     def gallery(self, checkpoint: Checkpoint, rows: Sequence[int]) -> list[GalleryItem]:
         """Some rows as the page shows them, with pictures where the checkpoint has decoders.
 
-        Behind them stand the films that the model is most right and most wrong about.
+        Behind them stand the images that the model is most right and most wrong about.
         """
         cases = {row: why for row, why in extreme_cases(self.test).items() if row not in rows}
         rows = [*rows, *cases]
-        pixels = self.rows.pixels(np.array(rows, np.int64)).numpy()
-        films = [self.rows.films[row] for row in rows]
-        shown = self.rows.select(np.isin(np.arange(len(self.rows)), rows))
+        pixels = self.dataset.pixels(np.array(rows, np.int64)).numpy()
+        samples = [self.dataset.samples[row] for row in rows]
+        shown = self.dataset.select(np.isin(np.arange(len(self.dataset)), rows))
         pictures = make_pictures(checkpoint, shown)
         return [
             GalleryItem(
-                row, film.film_id, image, film.report, pictures.get(film.film_id), cases.get(row)
+                row,
+                sample.image_id,
+                image,
+                sample.report,
+                pictures.get(sample.image_id),
+                cases.get(row),
             )
-            for row, film, image in zip(rows, films, pixels, strict=True)
+            for row, sample, image in zip(rows, samples, pixels, strict=True)
         ]
 
 
 def zeroshot(
     checkpoint: Checkpoint,
-    rows: Rows,
+    dataset: ImageTextDataset,
     prompts: PromptSet,
     *,
-    wordings: Sequence[PromptSet] = (),
+    other_prompt_sets: Sequence[PromptSet] = (),
     protocol: Protocol | None = None,
     split: Split = "test",
     sources: Sequence[str] = (),
     findings: Sequence[str] = (),
-    draws: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
     thresholds: bool = True,
 ) -> ZeroShot:
-    """Scores the films of a split for each finding, with intervals over patients.
+    """Scores the images of a split for each finding, with intervals over patients.
 
     Args:
         checkpoint: The model.
-        rows: Of the data folders.
+        dataset: Of the data folders.
         prompts: What stands for a finding.
-        wordings: Other prompt sets, scored beside it to show how much hangs on the words.
-        protocol: Films, findings and rules; then `sources` and `findings` are its own.
-        split: Which films; thresholds come from "val" of the same sources unless that is it.
+        other_prompt_sets: Other prompt sets, scored beside it to show how much hangs on the words.
+        protocol: Images, findings and rules; then `sources` and `findings` are its own.
+        split: Which images; thresholds come from "val" of the same sources unless that is it.
         sources: Only these, when named.
-        findings: In this order; by default all that the films are labelled with.
-        draws: Bootstrap draws.
+        findings: In this order; by default all that the images are labelled with.
+        n_resamples: Bootstrap resamples.
         seed: Of the bootstrap.
-        thresholds: Whether to choose cuts, and score F1, subgroups and wordings.
+        thresholds: Whether to choose thresholds, and score F1, subgroups and wordings.
 
     Raises:
-        ManifestError: When there is nothing to score, or a finding is labelled in no film.
+        ManifestError: When there is nothing to score, or a finding is labelled in no image.
     """
-    films = rows_to_score(rows, split, sources, protocol)
+    selected = select_samples(dataset, split, sources, protocol)
     if protocol is not None:
         names = list(protocol.findings)
     else:
-        there = findings_of(films)
+        there = findings_of(selected)
         if missing := [f for f in findings if f not in there]:
             raise ManifestError(
-                f"no film is labelled with {', '.join(missing)}; these films are labelled with "
+                f"no image is labelled with {', '.join(missing)}; these images are labelled with "
                 f"{', '.join(there)}"
             )
         names = list(findings) or there
 
-    def labels_of(some: Rows) -> np.ndarray:
-        return some.labels(names) if protocol is None else protocol_labels(protocol, some.films)
+    def labels_of(some: ImageTextDataset) -> np.ndarray:
+        return some.labels(names) if protocol is None else protocol_labels(protocol, some.samples)
 
     model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
     scale = float(model.scale().detach())
     pair = embed_prompts(model, checkpoint.tokenizer, prompts, names, max_tokens)
-    embeddings = embed_films(model, films)
-    test = scored(films, names, labels_of(films), probabilities(embeddings, pair, scale))
+    embeddings = embed_images(model, selected)
+    test = make_predictions(
+        selected, names, labels_of(selected), probabilities(embeddings, pair, scale)
+    )
     min_count = 10 if protocol is None else protocol.min_count
     if not thresholds:
-        plain = score_findings(
+        plain = metrics_by_finding(
             test.labels, test.scores, test.patients(), names,
-            draws=draws, seed=seed, min_count=min_count,
+            n_resamples=n_resamples, seed=seed, min_count=min_count,
         )  # fmt: skip
-        return ZeroShot(films, embeddings, test, None, plain)
+        return ZeroShot(selected, embeddings, test, None, plain)
     val = None
     if split != "val":
         try:
-            val_films = rows_to_score(rows, "val", sources, protocol)
+            val_images = select_samples(dataset, "val", sources, protocol)
         except ManifestError:
-            pass  # this source has no validation films
+            pass  # this source has no validation images
         else:
-            val_scores = probabilities(embed_films(model, val_films, show=False), pair, scale)
-            val = scored(val_films, names, labels_of(val_films), val_scores)
+            val_scores = probabilities(embed_images(model, val_images, show=False), pair, scale)
+            val = make_predictions(val_images, names, labels_of(val_images), val_scores)
     rule = "f1" if protocol is None else protocol.threshold
-    summary = judge(test, val, rule=rule, even=0.5, min_count=min_count, draws=draws, seed=seed)
+    summary = compute_metrics(
+        test,
+        val,
+        rule=rule,
+        equal_prompts=0.5,
+        min_count=min_count,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
     one_sided(summary, test, embeddings, pair)
-    summary["wordings"] = [
-        _wording(checkpoint, prompt_set, test, embeddings, summary["macro_findings"])
-        for prompt_set in wordings
+    summary["other_prompt_sets"] = [
+        _other_prompt_set(checkpoint, prompt_set, test, embeddings, summary["macro_findings"])
+        for prompt_set in other_prompt_sets
     ]
-    return ZeroShot(films, embeddings, test, val, summary)
+    return ZeroShot(selected, embeddings, test, val, summary)
 
 
 def one_sided(
-    summary: dict, test: Scored, embeddings: Float[Tensor, "n e"], pair: PromptEmbeddings
+    summary: dict, test: Predictions, embeddings: Float[Tensor, "n e"], pair: PromptEmbeddings
 ) -> None:
     """Puts into each finding of a summary what either prompt of its pair reaches alone.
 
-    The negative one is to find the films without the finding; models that ignore "no" fall below
+    The negative one is to find the images without the finding; models that ignore "no" fall below
     one half there, which the softmax over the pair hides.
 
     Source: NEG and POS of Bi-MCQ (https://github.com/Castella99/Bi-MCQ).
@@ -175,14 +195,14 @@ def one_sided(
             row[key] = auroc(truth, (embeddings.double() @ side[k].double()).numpy())
 
 
-def _wording(
+def _other_prompt_set(
     checkpoint: Checkpoint,
     prompts: PromptSet,
-    test: Scored,
+    test: Predictions,
     embeddings: Float[Tensor, "n e"],
     counted: Sequence[str],
 ) -> dict:
-    """What another prompt set reaches on films that are embedded; see `results.Wording`."""
+    """What another prompt set reaches on images that are embedded; see `results.Wording`."""
     model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
     pair = embed_prompts(model, checkpoint.tokenizer, prompts, test.names(), max_tokens)
     scores = probabilities(embeddings, pair, float(model.scale().detach()))
@@ -269,7 +289,7 @@ def write_zeroshot(
         "config_hash": checkpoint.meta["config_hash"],
         "train_seed": checkpoint.config.train.seed,
         "recipe_hash": recipe_of(checkpoint),
-        "data_hash": result.rows.data_hash,
+        "data_hash": result.dataset.data_hash,
         "split": split,
         "prompt_set": f"{prompts.id} version {prompts.version}",
         "prompt_hash": prompts.hash,
@@ -309,7 +329,7 @@ def evaluate(
     sources: Sequence[str],
     findings: Sequence[str],
     prompt_sets: Sequence[str],
-    draws: int,
+    n_resamples: int,
     seed: int,
     command: str,
     device: torch.device,
@@ -325,23 +345,25 @@ def evaluate(
     checkpoint = load_checkpoint(run)
     checkpoint.model.to(device)
     asked = prompt_sets or (DEFAULT_PROMPT_SETS if rules is None else rules.prompt_sets)
-    prompts, *wordings = [load_prompts(name) for name in asked]
-    rows = open_rows(folders, checkpoint.config.data.film_px)
-    leak_check = check_trained(checkpoint, rows_to_score(rows, split, sources, rules), split)
+    prompts, *other_prompt_sets = [load_prompts(name) for name in asked]
+    dataset = open_dataset(folders, checkpoint.config.data.image_size)
+    leak_check = check_trained(checkpoint, select_samples(dataset, split, sources, rules), split)
     result = zeroshot(
         checkpoint,
-        rows,
+        dataset,
         prompts,
-        wordings=wordings,
+        other_prompt_sets=other_prompt_sets,
         protocol=rules,
         split=split,
         sources=sources,
         findings=findings,
-        draws=draws,
+        n_resamples=n_resamples,
         seed=seed,
     )
     where = f"split {split}" + (f" of {', '.join(sources)}" if sources else "")
-    shown = np.linspace(0, len(result.rows) - 1, min(GALLERY_FILMS, len(result.rows))).astype(int)
+    shown = np.linspace(0, len(result.dataset) - 1, min(GALLERY_SIZE, len(result.dataset))).astype(
+        int
+    )
     return write_zeroshot(
         out,
         result,
@@ -349,15 +371,17 @@ def evaluate(
         prompts,
         title=f"Scored by prompts: {where if rules is None else rules.title}",
         kind="zeroshot",
-        summary=f"{len(result.rows):,} films, {where}, scored by {run.name}"
+        summary=f"{len(result.dataset):,} images, {where}, scored by {run.name}"
         f" at step {checkpoint.meta['step']}",
         command=command,
         seed=seed,
         wall_s=time.monotonic() - began,
         gallery=shown.tolist(),
         controls={
-            "nuisance": nuisance(result.rows, result.test, result.summary["min_count"]),
-            "any finding": any_finding(checkpoint, result, prompts),
+            "shortcut baseline": shortcut_baseline(
+                result.dataset, result.test, result.summary["min_count"]
+            ),
+            "abnormality score": abnormality_score(checkpoint, result, prompts),
         },
         protocol=rules,
         split=named,
@@ -370,31 +394,31 @@ def evaluate(
     )
 
 
-def check_trained(checkpoint: Checkpoint, films: Rows, split: Split) -> str:
-    """Stops before films are scored that the run was trained on; of split train it says so alone.
+def check_trained(checkpoint: Checkpoint, selected: ImageTextDataset, split: Split) -> str:
+    """Stops before images are scored that the run was trained on; of split train it says so alone.
 
     Returns:
         What was found, for results.
 
     Raises:
-        ManifestError: When the content of a film of val or test, or its patient, has trained.
+        ManifestError: When the content of an image of val or test, or its patient, has trained.
     """
     path = run_folder(checkpoint) / TRAINED_FILE
     if not path.is_file():
-        logger.warning("%s is missing: whether the run saw these films is not checked", path)
+        logger.warning("%s is missing: whether the run saw these images is not checked", path)
         return f"not made: the run has no {TRAINED_FILE}"
     try:
-        refuse_trained(films.films, np.load(path))
+        refuse_trained(selected.samples, np.load(path))
     except ManifestError as error:
         if split != "train":
             raise
         logger.warning("split train: %s", error)
         return f"split train: {error}"
-    return "no film and no patient of these was trained on (by patient id and content of the file)"
+    return "no image and no patient of these was trained on (by patient id and content of the file)"
 
 
-def any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) -> dict:
-    """One score for every finding: how little the model thinks the film normal."""
+def abnormality_score(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) -> dict:
+    """One score for every finding: how little the model thinks the image normal."""
     model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
     pair = embed_prompts(model, checkpoint.tokenizer, prompts, ["no finding"], max_tokens)
     normal = probabilities(result.embeddings, pair, float(model.scale().detach()))
@@ -403,7 +427,7 @@ def any_finding(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) ->
     return control_of(
         result.test,
         np.where(is_normal, 1 - sick, sick),
-        "the model's score for a film that is not normal, taken for every finding: what it knows "
+        "the model's score for an image that is not normal, taken for every finding: what it knows "
         "of a finding is what it has beyond this",
         result.summary["min_count"],
     )

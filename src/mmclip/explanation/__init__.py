@@ -1,1 +1,1 @@
-"""Where a film answers to a phrase, and how well that points at what readers marked."""
+"""Where an image answers to a phrase, and how well that points at what readers marked."""

@@ -1,7 +1,7 @@
-"""Where a film answers to a phrase: a map in the film's own pixels.
+"""Where an image answers to a phrase: a map in the image's own pixels.
 
 A map shows which patches speak for a phrase in the model's own measure. It is no proof that a
-finding is there, and whether it points at all is measured by `mmclip.explanation.pointing`.
+finding is there, and whether it points at all is measured by `mmclip.explanation.pointing_game`.
 """
 
 import logging
@@ -18,14 +18,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmclip.checkpoint import Checkpoint
-from mmclip.data.dataset import normalise, open_rows
+from mmclip.data.annotations import Annotation, read_annotations
 from mmclip.data.folder import ManifestError
-from mmclip.data.images import resize_film
-from mmclip.data.places import Place, read_places
+from mmclip.data.image_text_dataset import normalise, open_dataset
+from mmclip.data.images import resize_image
 from mmclip.embed import embed_texts, warn_of_unread
 from mmclip.evaluation.pictures import explanation_figure
 from mmclip.explanation.grounding import mass_above_median
-from mmclip.explanation.phrase_maps import ExplainScore, grid_of, map_films
+from mmclip.explanation.saliency import ExplainScore, grid_of, saliency_maps
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet, plain_name
 
@@ -41,17 +41,17 @@ UNITS: dict[ExplainScore, str] = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a film answers to a phrase.
+    """How an image answers to a phrase.
 
     Args:
         phrase: As given.
         asked: The texts that were encoded: the phrase, or the prompts that were made of it.
         score: What the map shows.
         patches: Of each patch, in the unit of the score.
-        grid: How the patches lie on the film.
-        film: 0..255, as large as it was published.
-        similarity: Cosine of the embeddings of film and phrase.
-        places: That readers of the film marked, if they are known.
+        grid: How the patches lie on the image.
+        image: 0..255, as large as it was published.
+        similarity: Cosine of the embeddings of image and phrase.
+        annotations: That readers of the image marked, if they are known.
     """
 
     phrase: str
@@ -59,17 +59,17 @@ class Explanation:
     score: ExplainScore
     patches: Float[np.ndarray, "side side"]
     grid: Grid
-    film: UInt8[np.ndarray, "h w"]
+    image: UInt8[np.ndarray, "h w"]
     similarity: float
-    places: tuple[Place, ...] = ()
+    annotations: tuple[Annotation, ...] = ()
 
     @property
-    def map(self) -> Float[np.ndarray, "h w"]:
-        """The score of each pixel of the film; NaN where the model did not look."""
-        return self.grid.over_film(self.patches, *self.film.shape)
+    def saliency(self) -> Float[np.ndarray, "h w"]:
+        """The score of each pixel of the image; NaN where the model did not look."""
+        return self.grid.over_image(self.patches, *self.image.shape)
 
     def mass_inside(self, is_inside: Bool[np.ndarray, "h w"]) -> float | None:
-        """Share of the map's mass (`grounding.mass_above_median`) in some pixels of the film.
+        """Share of the map's mass (`grounding.mass_above_median`) in some pixels of the image.
 
         None where no patch stands out.
         """
@@ -80,7 +80,7 @@ class Explanation:
 
     def facts(self) -> dict[str, Any]:
         """What the map says in numbers, for JSON; see docs/explanation.md."""
-        height, width = self.film.shape
+        height, width = self.image.shape
         y, x = np.indices((height, width))
         where = {
             "image left": 2 * x + 1 < width,
@@ -92,7 +92,7 @@ class Explanation:
         top = np.argwhere(self.patches == self.patches.max())
         centre_px = None
         if len(top) == 1:
-            share = (top[0] + 0.5) * self.grid.patch_px / self.grid.film_px
+            share = (top[0] + 0.5) * self.grid.patch_size / self.grid.image_size
             centre_px = {"x": round(share[1] * width, 1), "y": round(share[0] * height, 1)}
         return {
             "phrase": self.phrase,
@@ -103,19 +103,19 @@ class Explanation:
             "height_px": height,
             "patches": list(self.patches.shape),
             "lowest": float(self.patches.min()),
-            "median": float(np.nanmedian(self.map)),
+            "median": float(np.nanmedian(self.saliency)),
             "highest": float(self.patches.max()),
             "highest_at_px": centre_px,
-            "unseen_ratio": float(np.isnan(self.map).mean()),
+            "unseen_ratio": float(np.isnan(self.saliency).mean()),
             "mass": {name: _rounded(self.mass_inside(pixels)) for name, pixels in where.items()},
-            "places": [
+            "annotations": [
                 {
-                    "finding": place.finding,
-                    "phrase": place.phrase,
-                    "area_ratio": _rounded(float(place.is_inside.mean())),
-                    "mass": _rounded(self.mass_inside(place.is_inside)),
+                    "finding": annotation.finding,
+                    "phrase": annotation.phrase,
+                    "area_ratio": _rounded(float(annotation.is_inside.mean())),
+                    "mass": _rounded(self.mass_inside(annotation.is_inside)),
                 }
-                for place in self.places
+                for annotation in self.annotations
             ],
         }
 
@@ -124,25 +124,25 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or np.isnan(value) else round(value, 5)
 
 
-def explain_film(
+def explain_image(
     checkpoint: Checkpoint,
-    film: UInt8[np.ndarray, "h w"],
+    pixels: UInt8[np.ndarray, "h w"],
     phrase: str,
     score: ExplainScore,
     prompts: PromptSet,
     size_px: tuple[int, int] | None = None,
-    places: Sequence[Place] = (),
+    annotations: Sequence[Annotation] = (),
 ) -> Explanation:
-    """The answer of one film to a phrase.
+    """The answer of one image to a phrase.
 
     Args:
         checkpoint: The model.
-        film: 0..255, air dark, of any size; the model sees it as `images.resize_film` makes it.
+        pixels: 0..255, air dark, of any size; the model sees it as `images.resize_image` makes it.
         phrase: What is asked, in a report's words.
         score: What the map shows.
         prompts: For "prompt_pair", which puts the phrase in a finding's place.
-        size_px: Height and width of the film as published, where `film` is a resized copy.
-        places: To be shown and measured beside the map.
+        size_px: Height and width of the image as published, where `pixels` is a resized copy.
+        annotations: To be shown and measured beside the map.
 
     Raises:
         ValueError: When the phrase is empty, the model can read no word of it, or the score needs a
@@ -152,9 +152,9 @@ def explain_film(
         raise ValueError("the phrase is empty; say what to look for, such as 'pleural effusion'")
     model = checkpoint.model
     warn_of_unread(checkpoint.tokenizer, phrase, checkpoint.config.data.max_tokens)
-    seen = torch.from_numpy(resize_film(film, checkpoint.config.data.film_px).copy())[None]
+    seen = torch.from_numpy(resize_image(pixels, checkpoint.config.data.image_size).copy())[None]
     image = normalise(seen)
-    patches = map_films(model, checkpoint, image, [phrase], [0], score, prompts)[0]
+    patches = saliency_maps(model, checkpoint, image, [phrase], [0], score, prompts)[0]
     with torch.inference_mode():
         embedding = model.encode_image(image.to(model.logit_scale.device)).embedding.cpu()
     text = embed_texts(model, checkpoint.tokenizer, [phrase], checkpoint.config.data.max_tokens)
@@ -166,31 +166,31 @@ def explain_film(
         score=score,
         patches=patches.unflatten(0, (grid.side, grid.side)).numpy(),
         grid=grid,
-        film=film if size_px is None else stretched(film, *size_px),
+        image=pixels if size_px is None else stretched(pixels, *size_px),
         similarity=float((embedding * text).sum()),
-        places=tuple(places),
+        annotations=tuple(annotations),
     )
 
 
 def stretched(
-    film: UInt8[np.ndarray, "h w"], height: int, width: int
+    pixels: UInt8[np.ndarray, "h w"], height: int, width: int
 ) -> UInt8[np.ndarray, "height width"]:
-    """A resized copy in the size that the film was published in: its shape, not its detail."""
-    if film.shape == (height, width):
-        return film
-    image = Image.fromarray(film).resize((width, height), Image.Resampling.BILINEAR)
+    """A resized copy in the size that the image was published in: its shape, not its detail."""
+    if pixels.shape == (height, width):
+        return pixels
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image)
 
 
-def draw_explanation(found: Explanation, facts: dict[str, Any], about: str) -> Figure:
-    """The picture of an explanation: film, overlay and map, with what they say in words.
+def draw_explanation(found: Explanation, facts: dict[str, Any], caption: str) -> Figure:
+    """The picture of an explanation: image, overlay and map, with what they say in words.
 
     Places of findings that the phrase names are outlined; all of them, where it names none.
 
     Args:
         found: To be drawn.
         facts: As `Explanation.facts` gives them.
-        about: What was asked of what, such as the film's id and the run.
+        caption: What was asked of what, such as the image's id and the run.
     """
     mass = facts["mass"]
     if None in mass.values():
@@ -198,86 +198,93 @@ def draw_explanation(found: Explanation, facts: dict[str, Any], about: str) -> F
     else:
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in mass.items())
         where = f"Of what the map has above its median (amber): {shares}."
-    lines = [f"{about}. Similarity of film and phrase {found.similarity:.3f}.", where]
-    named = [plain_name(place.finding) in plain_name(found.phrase) for place in found.places]
+    lines = [f"{caption}. Similarity of image and phrase {found.similarity:.3f}.", where]
+    named = [
+        plain_name(annotation.finding) in plain_name(found.phrase)
+        for annotation in found.annotations
+    ]
     is_shown = [name or not any(named) for name in named]
-    for place, shown in zip(facts["places"], is_shown, strict=True):
+    for annotation, shown in zip(facts["annotations"], is_shown, strict=True):
         if shown:
-            share = "none" if place["mass"] is None else f"{100 * place['mass']:.0f} %"
+            share = "none" if annotation["mass"] is None else f"{100 * annotation['mass']:.0f} %"
             lines.append(
-                f"Marked (blue): {place['phrase'] or place['finding']}, with "
-                f"{100 * place['area_ratio']:.1f} % of the film and {share} of that."
+                f"Marked (blue): {annotation['phrase'] or annotation['finding']}, with "
+                f"{100 * annotation['area_ratio']:.1f} % of the image and {share} of that."
             )
     if facts["unseen_ratio"]:
-        lines.append(f"{100 * facts['unseen_ratio']:.1f} % of the film was not seen by the model.")
+        lines.append(f"{100 * facts['unseen_ratio']:.1f} % of the image was not seen by the model.")
     lines.append(
         "Where the model's score comes from; no proof of a finding, and no medical device."
     )
     return explanation_figure(
-        found.film,
+        found.image,
         found.patches,
         found.grid,
         f"\u201c{found.phrase}\u201d",
         UNITS[found.score],
         lines,
-        [place.is_inside for place, shown in zip(found.places, is_shown, strict=True) if shown],
+        [
+            annotation.is_inside
+            for annotation, shown in zip(found.annotations, is_shown, strict=True)
+            if shown
+        ],
     )
 
 
-def film_of_folder(
-    checkpoint: Checkpoint, folder: Path, film_id: str, boxes: tuple[str, Path] | None = None
-) -> tuple[UInt8[np.ndarray, "s s"], tuple[int, int], list[Place]]:
-    """A film of a data folder as the model sees it, its published height and width, its places.
+def image_of_folder(
+    checkpoint: Checkpoint, folder: Path, image_id: str, boxes: tuple[str, Path] | None = None
+) -> tuple[UInt8[np.ndarray, "s s"], tuple[int, int], list[Annotation]]:
+    """An image of a data folder as the model sees it, its published height and width, its places.
 
-    A film of a view that the run has not learnt gives a warning.
+    An image of a view that the run has not learnt gives a warning.
 
     Args:
-        checkpoint: Says the film size.
+        checkpoint: Says the image size.
         folder: As `mmclip data build` leaves it.
-        film_id: Of the folder.
-        boxes: Name and folder of a data set of boxes or masks, see `places.read_places`.
+        image_id: Of the folder.
+        boxes: Name and folder of a data set of boxes or masks, see `annotations.read_annotations`.
 
     Raises:
-        ManifestError: When there is no such film, or it is a report alone.
-        SourceError: See `places.read_places`.
+        ManifestError: When there is no such image, or it is a report alone.
+        SourceError: See `annotations.read_annotations`.
     """
-    rows = open_rows([folder], checkpoint.config.data.film_px)
-    ids = [film.film_id for film in rows.films]
-    if film_id not in ids:
+    dataset = open_dataset([folder], checkpoint.config.data.image_size)
+    ids = [sample.image_id for sample in dataset.samples]
+    if image_id not in ids:
         some = ", ".join(ids[:3])
-        raise ManifestError(f"{folder} has no film {film_id!r}; its films are {some}, ...")
-    row = ids.index(film_id)
-    film = rows.films[row]
-    if film.image is None or film.height_px is None or film.width_px is None:
-        raise ManifestError(f"{film_id} of {folder} is a report without a film; choose another")
-    if film.view not in (views := checkpoint.config.data.views):
+        raise ManifestError(f"{folder} has no image {image_id!r}; its images are {some}, ...")
+    row = ids.index(image_id)
+    sample = dataset.samples[row]
+    if sample.image is None or sample.height_px is None or sample.width_px is None:
+        raise ManifestError(f"{image_id} of {folder} is a report without an image; choose another")
+    if sample.view not in (views := checkpoint.config.data.views):
         logger.warning(
-            "film %s of %s %s, and the run was trained on the views %s alone: do not trust its "
-            "map; choose a film of one of these views",
-            film_id,
+            "image %s of %s %s, and the run was trained on the views %s alone: do not trust its "
+            "map; choose an image of one of these views",
+            image_id,
             folder,
-            "is a lateral" if film.view == "L" else f"has the view {film.view}",
+            "is a lateral" if sample.view == "L" else f"has the view {sample.view}",
             ", ".join(views),
         )
-    places: list[Place] = []
+    annotations: list[Annotation] = []
     if boxes is not None:
-        places = list(read_places(*boxes, {film_id: film}, Counter()))
-    seen = rows.pixels(np.array([row]))[0].numpy()
-    return seen, (film.height_px, film.width_px), places
+        annotations = list(read_annotations(*boxes, {image_id: sample}, Counter()))
+    seen = dataset.pixels(np.array([row]))[0].numpy()
+    return seen, (sample.height_px, sample.width_px), annotations
 
 
-def write_explanation(out: Path, found: Explanation, facts: dict[str, Any], about: str) -> None:
+def write_explanation(out: Path, found: Explanation, facts: dict[str, Any], caption: str) -> None:
     """Writes the picture to `out`, and the numbers of the map beside it as .npz.
 
-    The .npz holds `map` (float32, of the film's height and width, NaN where the model did not
+    The .npz holds `map` (float32, of the image's height and width, NaN where the model did not
     look), `patches` (the map as the model gives it), `phrase` and `score`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure = draw_explanation(found, facts, about)
+    figure = draw_explanation(found, facts, caption)
     figure.savefig(out, format="png", dpi=160, facecolor=figure.get_facecolor())
     np.savez_compressed(
         out.with_suffix(".npz"),
-        map=found.map.astype(np.float32),
+        saliency=found.saliency.astype(np.float32),
         patches=found.patches,
         phrase=np.array(found.phrase),
         score=np.array(found.score),

@@ -1,8 +1,8 @@
-"""How well a map finds a place that a reader of the film marked.
+"""How well a map finds a place that a reader of the image marked.
 
-Pure functions. A map has one value a patch, and no finer detail: each pixel of the film has the
+Pure functions. A map has one value a patch, and no finer detail: each pixel of the image has the
 value of the patch that its centre lies in. So everything that is asked of pixels is computed from
-the number of pixels that each patch has, and has of the place; no map of a film's size is made.
+the number of pixels that each patch has, and has of the place; no map of an image's size is made.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ FIXED_THRESHOLDS = (0.25, 0.5, 0.75)
 raw score means the same in two]"""
 
 CANDIDATES = tuple(round(0.05 * i, 2) for i in range(1, 20))
-"""The thresholds among which one is chosen on other films. [chosen: steps that IoU can tell]"""
+"""The thresholds among which one is chosen on other images. [chosen: steps that IoU can tell]"""
 
 
 def expected_hits(
@@ -29,13 +29,13 @@ def expected_hits(
 
     Where several pixels share the highest score, as those of one patch do, the share of them that
     are the target's: what breaking the tie at random gives on average. A constant score gives the
-    target's share of the film.
+    target's share of the image.
 
     Args:
         score: Of each patch.
         inside: The pixels of each patch that are the target's; a bool asks of whole patches.
         total: All pixels of each patch; 1 each if it is not given. A patch without a pixel of the
-            film is pointed at by nothing.
+            image is pointed at by nothing.
 
     Source: Zhang et al., Top-down neural attention by excitation backprop (arXiv:1608.00507).
     """
@@ -104,15 +104,15 @@ def best_threshold(
 ) -> float:
     """The candidate of the highest mean overlap; of equals the lowest.
 
-    Never to be asked of the films that it is then used on.
+    Never to be asked of the images that it is then used on.
     """
     return CANDIDATES[int(overlaps(score, inside, total, CANDIDATES).mean(0).argmax())]
 
 
-# -- maps that read no film, or no phrase --
+# -- maps that read no image, or no phrase --
 
 
-def mean_places(
+def mean_annotations(
     share: Float[Tensor, "m n"], findings: Sequence[str]
 ) -> dict[str, Float[Tensor, " n"]]:
     """The location prior: by finding, the mean share of each patch that its places cover."""
@@ -121,12 +121,12 @@ def mean_places(
 
 
 def nearness_to_centre(side: int) -> Float[Tensor, " n"]:
-    """A map that falls with the distance from the film's centre, equal at equal distances."""
+    """A map that falls with the distance from the image's centre, equal at equal distances."""
     offset = 2 * torch.arange(side) + 1 - side  # twice the distance in patches, in whole numbers
     return -(offset[:, None].square() + offset.square()).flatten().float()
 
 
-# -- what a map says of a film --
+# -- what a map says of an image --
 
 
 def mass_above_median(
@@ -135,7 +135,7 @@ def mass_above_median(
     """What each patch has of a map's mass; the sum is 1, or 0 where nothing stands out.
 
     The mass of a pixel is what its score has above the median pixel's. Scores have no zero that
-    means the same in each of them, and a film's usual tissue shall not count.
+    means the same in each of them, and an image's usual tissue shall not count.
     """
     order = score.argsort()
     ordered, reached = score[order], total[order].cumsum(0)

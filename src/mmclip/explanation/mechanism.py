@@ -1,6 +1,7 @@
-"""Does a model use the other modality, and does it hide the lesion: the numbers behind both.
+"""Does a model use the other modality, and does it mask the lesion: the numbers behind both.
 
-Pure functions. `bench/mechanism.py` runs a checkpoint on made films and hands them what it gave.
+Pure functions. `bench/mechanism.py` runs a checkpoint on synthetic images and hands them what it
+gave.
 """
 
 from collections.abc import Hashable, Sequence
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmclip.evaluation.bootstrap import macro_draws
+from mmclip.evaluation.bootstrap import macro_of_resamples
 from mmclip.evaluation.intervals import Interval, percentile_interval
 from mmclip.masking import masked_patch_count
 
@@ -40,7 +41,7 @@ def deal_to_other_patients(patients: Sequence[Hashable], seed: int) -> Int[np.nd
     if 2 * most > len(patients):
         raise ValueError(
             f"one patient has {most} of {len(patients)} rows, so that not every row can be dealt "
-            f"one of another patient; take more films"
+            f"one of another patient; take more images"
         )
     shuffled = np.random.default_rng(seed).permutation(np.array(list(groups.values()), object))
     circle = np.array([row for rows in shuffled for row in rows], np.int64)
@@ -53,21 +54,21 @@ def patient_mean(
     total: Float[np.ndarray, " n"],
     count: Float[np.ndarray, " n"] | Int[np.ndarray, " n"],
     patients: Sequence[Hashable],
-    draws: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
 ) -> PatientMean:
     """sum(total) / sum(count), and its 95 % interval over resampled patients.
 
     Args:
-        total: Of each row, the sum over its elements (hidden words, hidden patches, or itself).
+        total: Of each row, the sum over its elements (masked words, masked patches, or itself).
         count: Of each row, the number of elements.
         patients: The patient of each row.
-        draws: Resamples, each of as many patients as there are.
+        n_resamples: Resamples, each of as many patients as there are.
         seed: The same rows and seed give the same draws, so that differences pair.
     """
     if not count.sum():
         return PatientMean(None, None, 0)
-    values = _resampled(total[:, None], count[:, None], patients, draws, seed)[:, 0]
+    values = _resampled(total[:, None], count[:, None], patients, n_resamples, seed)[:, 0]
     mean = float(total.sum() / count.sum())
     return PatientMean(mean, percentile_interval(values), int((count > 0).sum()))
 
@@ -77,7 +78,7 @@ def patient_means(
     groups: Sequence[str],
     patients: Sequence[Hashable],
     min_count: int = 10,
-    draws: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[dict[str, PatientMean], PatientMean]:
     """The mean of each group, and the mean of those means, with 95 % intervals over patients.
@@ -89,7 +90,7 @@ def patient_means(
         groups: The group of each row, such as its finding.
         patients: The patient of each row.
         min_count: A group counts in the mean of means from this many values on.
-        draws: As for `patient_mean`.
+        n_resamples: As for `patient_mean`.
         seed: As for `patient_mean`.
 
     Returns:
@@ -99,7 +100,7 @@ def patient_means(
     is_of = np.array(groups)[:, None] == np.array(names)
     count = (is_of & ~np.isnan(values)[:, None]).astype(float)
     total = np.where(count > 0, values[:, None], 0.0)
-    resampled = _resampled(total, count, patients, draws, seed)
+    resampled = _resampled(total, count, patients, n_resamples, seed)
     n, sums = count.sum(0), total.sum(0)
     found = {
         name: PatientMean(float(sums[i] / n[i]), percentile_interval(resampled[:, i]), int(n[i]))
@@ -111,7 +112,7 @@ def patient_means(
     if not len(counted):
         return found, PatientMean(None, None, 0)
     macro = float((sums[counted] / n[counted]).mean())
-    interval = percentile_interval(macro_draws(resampled, counted.tolist()))
+    interval = percentile_interval(macro_of_resamples(resampled, counted.tolist()))
     return found, PatientMean(macro, interval, len(counted))
 
 
@@ -119,7 +120,7 @@ def _resampled(
     total: Float[np.ndarray, "n g"],
     count: Float[np.ndarray, "n g"] | Int[np.ndarray, "n g"],
     patients: Sequence[Hashable],
-    draws: int,
+    n_resamples: int,
     seed: int,
 ) -> Float[np.ndarray, "draws g"]:
     """sum(total) / sum(count) of each draw of patients and column; NaN where the draw has none."""
@@ -129,22 +130,22 @@ def _resampled(
     for summed, of_rows in zip(by_patient, (total, count), strict=True):
         np.add.at(summed, code, of_rows)
     rng = np.random.default_rng(seed)
-    values = np.full((draws, total.shape[1]), np.nan)
-    for i in range(draws):
+    values = np.full((n_resamples, total.shape[1]), np.nan)
+    for i in range(n_resamples):
         drawn = by_patient[:, rng.integers(0, n_patients, n_patients)].sum(1)
         np.divide(drawn[0], drawn[1], out=values[i], where=drawn[1] > 0)
     return values
 
 
 def own_patches(touched: Bool[Tensor, "k n"]) -> Bool[Tensor, "k n"]:
-    """The patches that one finding of a film touches and no other finding does."""
+    """The patches that one finding of an image touches and no other finding does."""
     return touched & (touched.sum(0) == 1)
 
 
-def expected_hidden_share(
+def expected_masked_share(
     score: Float[Tensor, "m n"], is_target: Bool[Tensor, "m n"], mask_ratio: float
 ) -> Float[Tensor, " m"]:
-    """Share of a target's patches that are hidden when the highest scores go first.
+    """Share of a target's patches that are masked when the highest scores go first.
 
     Where the last places fall among equal scores, each of those patches counts for its chance of
     one. A constant score gives the mask ratio. NaN where there is no target.
@@ -155,5 +156,5 @@ def expected_hidden_share(
     last = score.topk(k, dim=1).values[:, -1:]
     above, level = score > last, score == last
     chance = (k - above.sum(1, keepdim=True)) / level.sum(1, keepdim=True)
-    is_hidden = above.float() + level.float() * chance
-    return (is_hidden * is_target).sum(1) / is_target.sum(1)
+    is_masked = above.float() + level.float() * chance
+    return (is_masked * is_target).sum(1) / is_target.sum(1)

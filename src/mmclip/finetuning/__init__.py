@@ -1,1 +1,1 @@
-"""What an image encoder is worth where few films are labelled."""
+"""What an image encoder is worth where few images are labelled."""

@@ -1,4 +1,4 @@
-"""Image encoders to start from, and what they make of films: a vector each, kept on disk."""
+"""Image encoders to start from, and what they make of images: a vector each, kept on disk."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import ImageEncoderConfig
-from mmclip.data.dataset import Rows, normalise
 from mmclip.data.folder import read_meta
+from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.embedding_store import stored
-from mmclip.models.classifier import Features, FilmEncoder
+from mmclip.models.classifier import Features, ImageEncoder
 from mmclip.models.encoders import build_image_encoder, rebuild_encoder
 from mmclip.progress import progress
 
-BATCH_FILMS = 256
-"""Films encoded at once. [chosen: as `embed.embed_films`]"""
+BATCH_IMAGES = 256
+"""Images encoded at once. [chosen: as `embed.embed_images`]"""
 
 
 @dataclass(frozen=True)
@@ -32,29 +32,29 @@ class Start:
     checkpoint: Checkpoint | None  # of the run, where one is given
     init: str
     features: Features
-    film_px: int
+    image_size: int
 
     @property
     def is_random(self) -> bool:
         """Whether nothing was learnt."""
         return self.init == "random"
 
-    def encoder(self, seed: int) -> FilmEncoder:
+    def encoder(self, seed: int) -> ImageEncoder:
         """New, with the weights to start from; of random ones, those of a seed."""
         if self.init.startswith("hf:"):
             name = self.init.removeprefix("hf:")
-            encoder = build_image_encoder(ImageEncoderConfig(pretrained=name), self.film_px)
-            if hasattr(encoder.config, "mask_ratio"):  # MAE's model hides patches as it reads
+            encoder = build_image_encoder(ImageEncoderConfig(pretrained=name), self.image_size)
+            if hasattr(encoder.config, "mask_ratio"):  # MAE's model masks patches as it reads
                 encoder.config.mask_ratio = 0.0
-            return FilmEncoder(encoder, self.features)
+            return ImageEncoder(encoder, self.features)
         assert self.checkpoint is not None
         if self.is_random:
             set_seed(seed)
             encoder = rebuild_encoder(self.checkpoint.meta["vision_config"])
-            return FilmEncoder(encoder, self.features)
+            return ImageEncoder(encoder, self.features)
         model = load_checkpoint(self.checkpoint.folder).model
         projection = model.visual_projection if self.features == "embedding" else None
-        return FilmEncoder(model.vision_model, self.features, projection)
+        return ImageEncoder(model.vision_model, self.features, projection)
 
 
 def start_of(init: str, run: Path | None, folder: Path, features: Features | None = None) -> Start:
@@ -63,8 +63,8 @@ def start_of(init: str, run: Path | None, folder: Path, features: Features | Non
     Args:
         init: "run", "random" (weights of the run's architecture), or "hf:" and a folder or hub id.
         run: Of pre-training, or a checkpoint of it; None where `init` needs none.
-        folder: Data folder, whose films a model of the hub reads at their size.
-        features: The vector of a film; None takes "pooled", and "class" of a model of the hub.
+        folder: Data folder, whose images a model of the hub reads at their size.
+        features: The vector of an image; None takes "pooled", and "class" of a model of the hub.
 
     Raises:
         ValueError: When `init` names nothing, lacks a run, or has no such vector.
@@ -78,7 +78,7 @@ def start_of(init: str, run: Path | None, folder: Path, features: Features | Non
             f"--init {init}; take pooled or class"
         )
     if is_hub:
-        return Start(init, None, init, features or "class", read_meta(folder)["film_px"])
+        return Start(init, None, init, features or "class", read_meta(folder)["image_size"])
     if run is None:
         raise ValueError(
             f"--init {init} needs --run, the run of pre-training "
@@ -88,7 +88,7 @@ def start_of(init: str, run: Path | None, folder: Path, features: Features | Non
     said = f"run {run.name}, step {checkpoint.meta['step']}"
     if init == "random":
         said = f"random weights, architecture of {said}"
-    return Start(said, checkpoint, init, features or "pooled", checkpoint.config.data.film_px)
+    return Start(said, checkpoint, init, features or "pooled", checkpoint.config.data.image_size)
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -102,13 +102,13 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def stored_features(
-    encoder: FilmEncoder, rows: Rows, data: Path, folder: Path, device: torch.device
+    encoder: ImageEncoder, dataset: ImageTextDataset, data: Path, folder: Path, device: torch.device
 ) -> Float32[np.ndarray, "n d"]:
-    """A vector a film, in the order of the rows; read from a file where there is one.
+    """One vector per image, in the order of the rows; read from a file where there is one.
 
     Args:
         encoder: On the device; it is put into evaluation mode.
-        rows: Each with an image.
+        dataset: Each with an image.
         data: The data folder that they are of.
         folder: Where vectors are stored.
         device: Where the encoder is.
@@ -120,16 +120,16 @@ def stored_features(
 
     @torch.inference_mode()
     def encoded(part: np.ndarray) -> Tensor:
-        return encoder(normalise(rows.pixels(part)).to(device)).float().cpu()
+        return encoder(normalise(dataset.pixels(part)).to(device)).float().cpu()
 
     def parts() -> Iterator[Tensor]:
-        with progress("encoding films", len(rows)) as advance:
-            for start in range(0, len(rows), BATCH_FILMS):
-                part = np.arange(start, min(start + BATCH_FILMS, len(rows)))
+        with progress("encoding images", len(dataset)) as advance:
+            for start in range(0, len(dataset), BATCH_IMAGES):
+                part = np.arange(start, min(start + BATCH_IMAGES, len(dataset)))
                 yield encoded(part)
                 advance(len(part))
 
     weights = weights_hash(encoder)
-    of = [weights, rows.data_hash, str(read_meta(data).get("films_sha256"))]
-    of += [film.film_id for film in rows.films]
-    return stored(folder, weights, encoder.features, of, (len(rows), encoder.width), parts())
+    of = [weights, dataset.data_hash, str(read_meta(data).get("images_sha256"))]
+    of += [sample.image_id for sample in dataset.samples]
+    return stored(folder, weights, encoder.features, of, (len(dataset), encoder.width), parts())

@@ -1,4 +1,4 @@
-"""Fine-tuning: what an image encoder is worth where few films are labelled.
+"""Fine-tuning: what an image encoder is worth where few images are labelled.
 
 out/<method>-<percent>-<seed>/   results.json, scores.npz (test and val), page.html, MODEL_CARD.md,
                                  and of full fine-tuning metrics.jsonl and checkpoints/step_.../
@@ -22,18 +22,18 @@ from accelerate.utils import set_seed
 from jaxtyping import Float
 
 from mmclip.config import config_hash, recipe_hash
-from mmclip.data.dataset import Rows
 from mmclip.data.folder import ManifestError, write_text_atomic
+from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.splits import ids_hash
 from mmclip.embedding_store import STORE_FOLDER, store_folder
-from mmclip.evaluation.baselines import logistic_scores, nuisance_facts
-from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_draws
+from mmclip.evaluation.baselines import logistic_scores, shortcut_features
+from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_of_resamples
+from mmclip.evaluation.compute_metrics import compute_metrics, control_of
 from mmclip.evaluation.intervals import share_over_seeds
-from mmclip.evaluation.judge import control_of, judge
 from mmclip.evaluation.pages import GalleryItem, extreme_cases, write_evaluation
 from mmclip.evaluation.protocols import load_protocol
 from mmclip.evaluation.results import RESULTS_FILE, read_results
-from mmclip.evaluation.scores import SCORES_FILE, Scored, load_scores, scored
+from mmclip.evaluation.scores import SCORES_FILE, Predictions, load_scores, make_predictions
 from mmclip.evaluation.zeroshot import check_trained, findings_seen, run_folder
 from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
 from mmclip.finetuning.supervised import (
@@ -55,7 +55,7 @@ SUMMARY_FILE = "summary.json"
 
 
 @dataclass(frozen=True)
-class Job:
+class FinetuneRequest:
     """What to fine-tune, on what, and where to.
 
     Attributes:
@@ -70,7 +70,7 @@ class Job:
         fractions: In place of the protocol's.
         seeds: In place of the protocol's.
         config: See FineTuneConfig.
-        draws: Of the bootstrap.
+        n_resamples: Of the bootstrap.
         command: For results.
         cpu: Do not use a GPU.
     """
@@ -87,24 +87,24 @@ class Job:
     method: Method = "probe"
     fractions: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
-    draws: int = 1000
+    n_resamples: int = 1000
     cpu: bool = False
 
 
 def probe(
-    task: Task, features: Float[np.ndarray, "n d"], rows: Rows
+    task: Task, features: Float[np.ndarray, "n d"], dataset: ImageTextDataset
 ) -> tuple[Float[np.ndarray, "v k"], Float[np.ndarray, "t k"]]:
     """Validation and test scores of a logistic regression a finding; see `logistic_scores`.
 
     Args:
-        task: With the films that train. Labels of its test films are not looked at.
+        task: With the images that train. Labels of its test images are not looked at.
         features: Of the rows.
-        rows: All films of the task, and perhaps more.
+        dataset: All images of the task, and perhaps more.
     """
-    at = {film.film_id: i for i, film in enumerate(rows.films)}
+    at = {sample.image_id: i for i, sample in enumerate(dataset.samples)}
 
     def of(part: Labelled) -> Float[np.ndarray, "n d"]:
-        return features[[at[film.film_id] for film in part.rows.films]].astype(np.float64)
+        return features[[at[sample.image_id] for sample in part.dataset.samples]].astype(np.float64)
 
     train, val, test = map(of, (task.train, task.val, task.test))
     both = np.concatenate([val, test])
@@ -112,27 +112,29 @@ def probe(
     return scores[: len(val)], scores[len(val) :]
 
 
-def run_hash(job: Job, start: Start, task: Task, weights: str, seed: int) -> str:
-    """SHA-256 over all that a run's scores follow from: films, labels, weights, settings."""
+def run_hash(request: FinetuneRequest, start: Start, task: Task, weights: str, seed: int) -> str:
+    """SHA-256 over all that a run's scores follow from: images, labels, weights, settings."""
     parts = {
-        "method": job.method,
+        "method": request.method,
         "weights": weights,
         "features": start.features,
         "is_random": start.is_random,
-        "config": config_hash(job.config),
+        "config": config_hash(request.config),
         "protocol": task.protocol.hash,
-        "data": task.rows.data_hash,
-        "films": [
-            ids_hash([film.film_id for film in part.rows.films])
+        "data": task.dataset.data_hash,
+        "images": [
+            ids_hash([sample.image_id for sample in part.dataset.samples])
             for part in (task.train, task.val, task.test)
         ],
         "seed": seed,
-        "draws": job.draws,
+        "n_resamples": request.n_resamples,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def recipe_of(job: Job, start: Start, task: Task, weights: str, fraction: float) -> str:
+def recipe_of(
+    request: FinetuneRequest, start: Start, task: Task, weights: str, fraction: float
+) -> str:
     """The hash of what fine-tuned weights follow from, all but the seed of fine-tuning.
 
     That seed, `train_seed` in results, draws the subset of the patients, new weights and the order.
@@ -142,90 +144,92 @@ def recipe_of(job: Job, start: Start, task: Task, weights: str, fraction: float)
     """
     random_of = start.checkpoint.meta["vision_config"] if start.checkpoint else None
     given = {
-        "method": job.method,
+        "method": request.method,
         "start": {"random": random_of} if start.is_random else weights,
         "features": start.features,
         "fraction": fraction,
         "protocol": task.protocol.hash,
-        "data": task.rows.data_hash,
+        "data": task.dataset.data_hash,
         "split": task.split,
     }
-    return recipe_hash(job.config, given)
+    return recipe_hash(request.config, given)
 
 
-def finetune(job: Job) -> Path:
+def finetune(request: FinetuneRequest) -> Path:
     """Runs each fraction under each seed, skips those that are finished, and compares them.
 
     Returns:
         The path of summary.json, which the first process writes.
 
     Raises:
-        ManifestError: When films that would be scored were trained on, or a subset is not saved.
+        ManifestError: When images that would be scored were trained on, or a subset is not saved.
         ValueError: When what was asked for does not fit together.
     """
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if job.method == "probe" and n_processes > 1:
+    if request.method == "probe" and n_processes > 1:
         raise ValueError(
             f"a linear probe is fitted by one process, and this is one of {n_processes}; start it "
             f"without torchrun or accelerate launch"
         )
-    start = start_of(job.init, job.run, job.folder, job.config.features)
-    if start.features == "embedding" and job.method == "full":
+    start = start_of(request.init, request.run, request.folder, request.config.features)
+    if start.features == "embedding" and request.method == "full":
         raise ValueError("features=embedding is for a linear probe; take pooled or class")
-    if job.protocol is None:
-        protocol = own_protocol(job.folder, job.findings, job.sources)
+    if request.protocol is None:
+        protocol = own_protocol(request.folder, request.findings, request.sources)
     else:
-        protocol = load_protocol(job.protocol)
+        protocol = load_protocol(request.protocol)
     rules = rules_of(protocol)
-    task = open_task(job.folder, protocol, start.film_px)
+    task = open_task(request.folder, protocol, start.image_size)
     if start.init == "run":
         assert start.checkpoint is not None
-        leak_check = [check_trained(start.checkpoint, task.val.rows, "val")]
-        leak_check += [check_trained(start.checkpoint, task.test.rows, "test")]
+        leak_check = [check_trained(start.checkpoint, task.val.dataset, "val")]
+        leak_check += [check_trained(start.checkpoint, task.test.dataset, "test")]
         said = "; ".join(dict.fromkeys(leak_check))
         seen = findings_seen(run_folder(start.checkpoint), protocol.findings)
     else:
         seen = dict.fromkeys(protocol.findings, "none") if start.is_random else {}
-        said = "no film of train is in val or test, nor its patient" + (
+        said = "no image of train is in val or test, nor its patient" + (
             "" if start.is_random else f"; what {start.said} was trained on is not known"
         )
-    fractions = job.fractions or rules.fractions
-    seeds = job.seeds or rules.seeds
+    fractions = request.fractions or rules.fractions
+    seeds = request.seeds or rules.seeds
     runs = [
-        (f, s, task.with_train(training_ids(job.folder, f, s))) for f in fractions for s in seeds
+        (f, s, task.with_train(training_ids(request.folder, f, s)))
+        for f in fractions
+        for s in seeds
     ]
     for fraction, seed, part in runs:
         if not len(part.train):
             raise ManifestError(
-                f"{fraction:.0%} of the training patients with seed {seed} have no film that is "
+                f"{fraction:.0%} of the training patients with seed {seed} have no image that is "
                 f"labelled with {', '.join(protocol.findings)}; take a larger --fraction"
             )
     done: dict[float, dict[int, Path]] = {}
     for fraction, seed, part in runs:
-        folder = job.out / f"{job.method}-{100 * fraction:g}-{seed}"
-        run_one(job, start, part, fraction, seed, folder, task.rows, said, seen)
+        folder = request.out / f"{request.method}-{100 * fraction:g}-{seed}"
+        run_one(request, start, part, fraction, seed, folder, task.dataset, said, seen)
         done.setdefault(fraction, {})[seed] = folder
     if int(os.environ.get("RANK", "0")) == 0:  # the others may be here before results are written
-        about = {
+        metadata = {
             "protocol": protocol.id,
             "init": start.said,
             "n_test": len(task.test),
-            "data_hash": task.rows.data_hash,
-            "command": job.command,
-            "lines": [summary_line(job.method, f, of_seed) for f, of_seed in done.items()],
+            "data_hash": task.dataset.data_hash,
+            "command": request.command,
+            "lines": [summary_line(request.method, f, of_seed) for f, of_seed in done.items()],
         }
-        write_text_atomic(job.out / SUMMARY_FILE, json.dumps(about, indent=2) + "\n")
-    return job.out / SUMMARY_FILE
+        write_text_atomic(request.out / SUMMARY_FILE, json.dumps(metadata, indent=2) + "\n")
+    return request.out / SUMMARY_FILE
 
 
 def run_one(
-    job: Job,
+    request: FinetuneRequest,
     start: Start,
     task: Task,
     fraction: float,
     seed: int,
     folder: Path,
-    rows: Rows,
+    dataset: ImageTextDataset,
     leak_check: str,
     seen: Mapping[str, str],
 ) -> None:
@@ -239,19 +243,19 @@ def run_one(
     began = time.monotonic()
     encoder = start.encoder(seed)
     weights = weights_hash(encoder)
-    this = run_hash(job, start, task, weights, seed)
+    this = run_hash(request, start, task, weights, seed)
     if (folder / RESULTS_FILE).is_file():
         if read_results(folder).facts.get("run") == this:
             console.print(f"{folder} is finished", markup=False, soft_wrap=True)
             return
         raise ValueError(
-            f"{folder} holds results of other weights, films or settings; choose another --out, or "
-            f"remove that folder"
+            f"{folder} holds results of other weights, images or settings; choose another --out, "
+            f"or remove that folder"
         )
     facts: dict[str, str | int | float] = {
-        "run": this, "start": start.said, "method": job.method, "features": start.features,
-        "fraction": fraction, "training films": len(task.train),
-        "training patients": len({film.patient_id for film in task.train.rows.films}),
+        "run": this, "start": start.said, "method": request.method, "features": start.features,
+        "fraction": fraction, "training images": len(task.train),
+        "training patients": len({sample.patient_id for sample in task.train.dataset.samples}),
     }  # fmt: skip
     one_class = [
         name
@@ -261,22 +265,22 @@ def run_one(
     if one_class:
         facts["not learnt"] = ", ".join(one_class)
         logger.warning(
-            "%s: the %d training films show one class alone of %s",
+            "%s: the %d training images show one class alone of %s",
             folder.name, len(task.train), ", ".join(one_class),
         )  # fmt: skip
     is_main = True
-    if job.method == "probe":
-        device = torch.device("cpu" if job.cpu or not torch.cuda.is_available() else "cuda")
+    if request.method == "probe":
+        device = torch.device("cpu" if request.cpu or not torch.cuda.is_available() else "cuda")
         home = (
-            job.out / STORE_FOLDER
+            request.out / STORE_FOLDER
             if start.checkpoint is None or start.is_random
             else store_folder(start.checkpoint)
         )
-        features = stored_features(encoder.to(device), rows, job.folder, home, device)
-        val_scores, test_scores = probe(task, features, rows)
+        features = stored_features(encoder.to(device), dataset, request.folder, home, device)
+        val_scores, test_scores = probe(task, features, dataset)
     else:
-        precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[job.config.train.precision]
-        accelerator = Accelerator(mixed_precision=precision, cpu=job.cpu)
+        precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[request.config.train.precision]
+        accelerator = Accelerator(mixed_precision=precision, cpu=request.cpu)
         device, is_main = accelerator.device, accelerator.is_main_process
         set_seed(seed)
         trained = train_classifier(
@@ -284,7 +288,7 @@ def run_one(
             Classifier(encoder, len(task.protocol.findings)),
             task.train,
             task.val,
-            job.config,
+            request.config,
             seed,
             folder,
             {
@@ -292,47 +296,51 @@ def run_one(
                 "findings": list(task.protocol.findings),
                 "features": start.features,
                 "vision_config": encoder.encoder.config.to_dict(),
-                "config": job.config.model_dump(mode="json"),
-                "command": job.command,
+                "config": request.config.model_dump(mode="json"),
+                "command": request.command,
             },
-            1.0 if start.is_random else job.config.lr_decay,
+            1.0 if start.is_random else request.config.lr_decay,
         )
         facts |= {"step": trained.step, "steps": trained.history[-1][0]}
         val_scores, test_scores = (
-            predict(trained.model, part.rows, device) for part in (task.val, task.test)
+            predict(trained.model, part.dataset, device) for part in (task.val, task.test)
         )
         accelerator.wait_for_everyone()
         accelerator.free_memory()
     if not is_main:
         return
     names = task.protocol.findings
-    val = scored(task.val.rows, names, task.val.labels, val_scores)
-    test = scored(task.test.rows, names, task.test.labels, test_scores)
+    val = make_predictions(task.val.dataset, names, task.val.labels, val_scores)
+    test = make_predictions(task.test.dataset, names, task.test.labels, test_scores)
     chosen_by = macro_auroc(val.labels, val.scores)
     if chosen_by is not None:
         facts["validation macro AUROC"] = chosen_by
-    found = judge(
-        test, val, rule=task.protocol.threshold, min_count=task.protocol.min_count, draws=job.draws
+    found = compute_metrics(
+        test,
+        val,
+        rule=task.protocol.threshold,
+        min_count=task.protocol.min_count,
+        n_resamples=request.n_resamples,
     )
-    method = "linear probe" if job.method == "probe" else "full fine-tuning"
+    method = "linear probe" if request.method == "probe" else "full fine-tuning"
     found["findings"] = [{**row, "seen": seen.get(row["finding"])} for row in found["findings"]]
     found |= {
         "title": f"{method.capitalize()}: {task.protocol.title}",
         "kind": "finetune",
-        "summary": f"{len(test):,} films, scored by {method} of {start.said}, on {fraction:.0%} of "
-        f"the training patients ({len(task.train):,} films), seed {seed}; it learnt the labels "
+        "summary": f"{len(test):,} images, scored by {method} of {start.said}, on {fraction:.0%} of "
+        f"the training patients ({len(task.train):,} images), seed {seed}; it learnt the labels "
         "of every finding, and `seen` says how pre-training named it",
-        "controls": {"nuisance": nuisance(task, test)},
+        "controls": {"shortcut baseline": shortcut_baseline(task, test)},
         "leak_check": leak_check,
         "facts": facts,
     }
     made = {
-        "command": job.command,
+        "command": request.command,
         "seed": seed,
-        "config_hash": config_hash(job.config),
+        "config_hash": config_hash(request.config),
         "train_seed": seed,
-        "recipe_hash": recipe_of(job, start, task, weights, fraction),
-        "data_hash": rows.data_hash,
+        "recipe_hash": recipe_of(request, start, task, weights, fraction),
+        "data_hash": dataset.data_hash,
         "split": task.split,
         "device": device,
         "wall_s": time.monotonic() - began,
@@ -340,31 +348,32 @@ def run_one(
     write_evaluation(
         folder, found, made, test, val=val, protocol=task.protocol, gallery=gallery(task, test)
     )
-    if job.method == "full":
+    if request.method == "full":
         keep_only(folder, int(facts["step"]))
 
 
-def nuisance(task: Task, test: Scored) -> dict:
-    """The control that reads facts of the file and no lung, and learns from the same films."""
-    rows = task.rows
-    _, scores = probe(task, nuisance_facts(rows), rows)
+def shortcut_baseline(task: Task, test: Predictions) -> dict:
+    """The control that reads facts of the file and no lung, and learns from the same images."""
+    dataset = task.dataset
+    _, scores = probe(task, shortcut_features(dataset), dataset)
     return control_of(
         test,
         scores,
-        "logistic regression on the film's size, brightness, gradients, border and view, on the "
-        "same training and validation films: a model that does not exceed it may have read no lung",
+        "logistic regression on the image's size, brightness, gradients, border and view, on the "
+        "same training and validation images: a model that does not exceed it may have read no "
+        "lung",
         task.protocol.min_count,
     )
 
 
-def gallery(task: Task, test: Scored) -> list[GalleryItem]:
-    """The test films that the model is most right and most wrong about, for the page."""
+def gallery(task: Task, test: Predictions) -> list[GalleryItem]:
+    """The test images that the model is most right and most wrong about, for the page."""
     cases = extreme_cases(test)
     if not cases:
         return []
-    pixels = task.test.rows.pixels(np.array(list(cases), np.int64)).numpy()
+    pixels = task.test.dataset.pixels(np.array(list(cases), np.int64)).numpy()
     return [
-        GalleryItem(row, task.test.rows.films[row].film_id, image, None, None, why)
+        GalleryItem(row, task.test.dataset.samples[row].image_id, image, None, None, why)
         for (row, why), image in zip(cases.items(), pixels, strict=True)
     ]
 
@@ -381,7 +390,7 @@ def summary_line(method: Method, fraction: float, runs: Mapping[int, Path]) -> d
     """
     results = {seed: read_results(folder) for seed, folder in runs.items()}
     reached = {seed: found.macro_auroc for seed, found in results.items()}
-    shortcut = [found.controls["nuisance"].macro_auroc for found in results.values()]
+    shortcut = [found.controls["shortcut baseline"].macro_auroc for found in results.values()]
     by_seed = [value for value in reached.values() if value is not None]
     interval = None
     if len(by_seed) == len(runs):
@@ -389,18 +398,18 @@ def summary_line(method: Method, fraction: float, runs: Mapping[int, Path]) -> d
         for seed, folder in runs.items():
             test = load_scores(folder / SCORES_FILE)
             columns = [test.names().index(name) for name in results[seed].macro_findings]
-            draws = bootstrap_metrics(
-                test.labels, test.scores, test.patients(), draws=results[seed].bootstrap_draws
+            resampled = bootstrap_metrics(
+                test.labels, test.scores, test.patients(), n_resamples=results[seed].n_resamples
             )
-            drawn.append(macro_draws(draws.auroc, columns))
+            drawn.append(macro_of_resamples(resampled.auroc, columns))
         interval = share_over_seeds(np.array(by_seed), np.stack(drawn))
     known = [value for value in shortcut if value is not None]
     return {
         "method": method,
         "fraction": fraction,
-        "training_films": {s: found.facts["training films"] for s, found in results.items()},
+        "training_images": {s: found.facts["training images"] for s, found in results.items()},
         "macro_auroc": reached,
         "mean": float(np.mean(by_seed)) if by_seed else None,
         "interval": interval,
-        "nuisance": float(np.mean(known)) if known else None,
+        "shortcut baseline": float(np.mean(known)) if known else None,
     }

@@ -1,4 +1,5 @@
-"""Full fine-tuning: encoder and head learn labels; validation films choose the step, and end it."""
+"""Full fine-tuning: encoder and head learn labels; validation images choose the step, and end
+it."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmclip.batch import Share
+from mmclip.batch import BatchSlice
 from mmclip.checkpoint import (
     CHECKPOINTS,
     CheckpointError,
@@ -26,9 +27,9 @@ from mmclip.checkpoint import (
     write_checkpoint,
 )
 from mmclip.config import AugmentConfig, Frozen, TrainConfig
-from mmclip.data.dataset import Rows, normalise
-from mmclip.data.draws import Draw, Schedule, film_key, keyed_uniform
 from mmclip.data.folder import ManifestError
+from mmclip.data.image_text_dataset import ImageTextDataset, normalise
+from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
 from mmclip.evaluation.metrics import auroc
 from mmclip.finetuning.task import Labelled
 from mmclip.losses import label_sum
@@ -36,15 +37,15 @@ from mmclip.models.classifier import Classifier, Features, freeze_unused, image_
 from mmclip.models.encoders import no_decay_names
 from mmclip.training.loop import (
     TrainState,
+    all_gather_rows,
     fit,
-    gather_rows,
     make_optimizer,
     restore_trainer_state,
     trainer_state,
 )
 
 SCORED_AT_ONCE = 256
-"""Films. [chosen: as `embed.embed_films`]"""
+"""Images. [chosen: as `embed.embed_images`]"""
 
 
 class FineTuneConfig(Frozen):
@@ -56,7 +57,7 @@ class FineTuneConfig(Frozen):
         lr_decay: Of the learning rate, a layer down. Not of random weights: it protects what was
             learnt. Source: MAE, appendix A.1.
         patience: Validations without a better one, after which training ends.
-        max_positive_weight: Limit of absent / present films, the weight of a present label.
+        max_positive_weight: Limit of absent / present images, the weight of a present label.
             [chosen: a finding of 1 in 1,000 must not rule the gradient]
         augment: As in pre-training.
         train: The optimisation; validation follows every `save_every_steps`.
@@ -80,15 +81,15 @@ class FineTuneConfig(Frozen):
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """Some films with their labels."""
+    """Some images with their labels."""
 
     image: Float[Tensor, "b 1 h w"]
     labels: Float[Tensor, "b k"]
-    film_ids: tuple[str, ...]
+    image_ids: tuple[str, ...]
 
     def to(self, device: torch.device) -> "LabelledBatch":
         """The same batch on a device."""
-        return LabelledBatch(self.image.to(device), self.labels.to(device), self.film_ids)
+        return LabelledBatch(self.image.to(device), self.labels.to(device), self.image_ids)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
@@ -97,33 +98,36 @@ class LabelledBatch:
 
 @dataclass(frozen=True)
 class LabelledBatches:
-    """One endless stream of augmented films, every draw keyed by (seed, purpose, epoch, film)."""
+    """One endless stream of augmented images, every draw keyed by (seed, purpose, epoch, image)."""
 
-    films: Labelled
+    labelled: Labelled
     config: FineTuneConfig
     seed: int
-    device: torch.device  # where films are augmented
+    device: torch.device  # where images are augmented
 
     @cached_property
     def schedule(self) -> Schedule:
-        """Which films a step reads."""
-        keys = [film_key(film.film_id) for film in self.films.rows.films]
+        """Which images a step reads."""
+        keys = [image_key(sample.image_id) for sample in self.labelled.dataset.samples]
         return Schedule(np.array(keys, np.uint64), self.config.train.batch_size, self.seed)
 
-    def batch(self, step: int, share: Share) -> LabelledBatch:
+    def batch(self, step: int, batch_slice: BatchSlice) -> LabelledBatch:
         """A share of the batch of a step; the shares of all processes and micro-batches are it."""
         rows, epochs = self.schedule.rows(step)
-        cut = share.of_rows(len(rows))
+        cut = batch_slice.of_rows(len(rows))
         rows, epochs = rows[cut], epochs[cut]
-        draws = keyed_uniform(self.seed, Draw.AUGMENT, epochs, self.schedule.film_keys[rows], 6)
-        whole = self.films.rows
-        image = whole.augmented(rows, draws, self.config.augment, self.device)
-        labels = torch.from_numpy(self.films.labels[rows]).float()
-        return LabelledBatch(image, labels, tuple(whole.films[row].film_id for row in rows))
+        uniforms = keyed_uniform(
+            self.seed, Purpose.AUGMENT, epochs, self.schedule.image_keys[rows], 6
+        )
+        whole = self.labelled.dataset
+        image = whole.augmented(rows, uniforms, self.config.augment, self.device)
+        labels = torch.from_numpy(self.labelled.labels[rows]).float()
+        return LabelledBatch(image, labels, tuple(whole.samples[row].image_id for row in rows))
 
 
 def positive_weights(labels: Float[np.ndarray, "n k"], most: float) -> Float[np.ndarray, " k"]:
-    """Absent / present films of each finding, within 1 / most and most; 1 where a class is missing.
+    """Absent / present images of each finding, within 1 / most and most; 1 where a class is
+    missing.
 
     So both classes of a finding weigh alike in the loss, up to the limit.
     """
@@ -154,27 +158,30 @@ def has_ended(history: Sequence[tuple[int, float]], patience: int) -> bool:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, rows: Rows, device: torch.device, share: Share | None = None
+    model: nn.Module,
+    dataset: ImageTextDataset,
+    device: torch.device,
+    batch_slice: BatchSlice | None = None,
 ) -> Float[np.ndarray, "n k"]:
     """The probability of each finding, in the order of the rows.
 
     Args:
         model: On the device and not wrapped; left in the mode that it is in.
-        rows: Each with an image.
+        dataset: Each with an image.
         device: Where the model is.
-        share: What this process scores, where all processes score together.
+        batch_slice: What this process scores, where all processes score together.
     """
     was_training = model.training
     model.eval()
-    cut = (share or Share()).of_rows(len(rows))
+    cut = (batch_slice or BatchSlice()).of_rows(len(dataset))
     parts = [torch.zeros(0, model.head.out_features, device=device)]  # pyright: ignore
     for start in range(cut.start, cut.stop, SCORED_AT_ONCE):
         part = np.arange(start, min(start + SCORED_AT_ONCE, cut.stop))
-        parts.append(model(normalise(rows.pixels(part)).to(device)).float())
+        parts.append(model(normalise(dataset.pixels(part)).to(device)).float())
     model.train(was_training)
     logits = torch.cat(parts)
-    if share is not None:
-        logits = gather_rows(logits)
+    if batch_slice is not None:
+        logits = all_gather_rows(logits)
     return torch.sigmoid(logits.double()).cpu().numpy()
 
 
@@ -200,7 +207,7 @@ def train_classifier(
     config: FineTuneConfig,
     seed: int,
     run: Path,
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     lr_decay: float,
 ) -> Trained:
     """Trains, or goes on training where a checkpoint is, to the end or the end of patience.
@@ -208,28 +215,28 @@ def train_classifier(
     Args:
         accelerator: New; it decides device, precision and processes.
         model: With the weights to start from.
-        train: The films that are learnt.
-        val: The films that choose the step, all of them at each validation.
+        train: The images that are learnt.
+        val: The images that choose the step, all of them at each validation.
         config: See FineTuneConfig.
         seed: Of order and augmentation.
         run: The run's folder.
-        about: Entries of the checkpoints' meta.json; "run" identifies the run, and a checkpoint of
-            another is refused.
+        metadata: Entries of the checkpoints' meta.json; "run" identifies the run, and a checkpoint
+            of another is refused.
         lr_decay: In the place of the configuration's.
 
     Raises:
         CheckpointError: When the folder holds another run.
-        ManifestError: When no validation film can choose.
+        ManifestError: When no validation image can choose.
         NonFiniteLoss: See `train.fit`.
     """
     if macro_auroc(val.labels, np.zeros(val.labels.shape)) is None:
         raise ManifestError(
-            f"none of the findings is both present and absent in the {len(val)} validation films, "
+            f"none of the findings is both present and absent in the {len(val)} validation images, "
             f"so nothing can choose the step; set a split with more by `mmclip data split`"
         )
-    freeze_unused(model, image_of(train.rows.pixels(np.zeros(1, np.int64)).shape[-1]))
+    freeze_unused(model, image_of(train.dataset.pixels(np.zeros(1, np.int64)).shape[-1]))
     history: list[tuple[int, float]] = []
-    found = _checkpoint_of(run, about)
+    found = _checkpoint_of(run, metadata)
     if found is not None:
         put_weights(model, read_weights(found, checkpoint_meta(found)), found)
         history += [(int(s), float(v)) for s, v in load_trainer_state(found)["history"]]
@@ -243,7 +250,7 @@ def train_classifier(
         restore_trainer_state(accelerator, state, found)
     weight = positive_weights(train.labels, config.max_positive_weight)
     positive_weight = torch.from_numpy(weight).float().to(accelerator.device)
-    share = Share(accelerator.process_index, accelerator.num_processes)
+    batch_slice = BatchSlice(accelerator.process_index, accelerator.num_processes)
 
     def loss_sums(wrapped: nn.Module, batch: LabelledBatch) -> dict[str, Tensor]:
         return {"label": label_sum(wrapped(batch.image), batch.labels, positive_weight)}
@@ -253,7 +260,9 @@ def train_classifier(
 
     def is_over(state: TrainState) -> bool:
         own = accelerator.unwrap_model(state.model)
-        reached = macro_auroc(val.labels, predict(own, val.rows, accelerator.device, share))
+        reached = macro_auroc(
+            val.labels, predict(own, val.dataset, accelerator.device, batch_slice)
+        )
         assert reached is not None
         history.append((state.step, reached))
         return has_ended(history, config.patience)
@@ -264,7 +273,7 @@ def train_classifier(
             state.step,
             accelerator.unwrap_model(state.model),
             {**trainer_state(accelerator, state), "history": [list(entry) for entry in history]},
-            about,
+            metadata,
             keep=1,
             spare={best_of(history)} if history else set(),
         )
@@ -291,15 +300,15 @@ def train_classifier(
     return Trained(chosen, step, history)
 
 
-def _checkpoint_of(run: Path, about: Mapping[str, Any]) -> Path | None:
+def _checkpoint_of(run: Path, metadata: Mapping[str, Any]) -> Path | None:
     """The newest checkpoint of an unfinished run; None where there is none."""
     try:
         found = find_checkpoint(run)
     except CheckpointError:
         return None
-    if checkpoint_meta(found).get("run") != about["run"]:
+    if checkpoint_meta(found).get("run") != metadata["run"]:
         raise CheckpointError(
-            f"{run} holds an unfinished run of other weights, films or configuration; choose "
+            f"{run} holds an unfinished run of other weights, images or configuration; choose "
             f"another --out, or remove that folder"
         )
     return found

@@ -1,4 +1,4 @@
-"""What fine-tuning learns: the findings of a protocol, from some films of a data folder."""
+"""What fine-tuning learns: the findings of a protocol, from some images of a data folder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Float
 
 from mmclip.data.check import refuse_leaks
-from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import ManifestError, read_meta, read_split
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.manifest import read_manifest
-from mmclip.data.records import UNCERTAIN, Film
+from mmclip.data.sample import UNCERTAIN, Sample
 from mmclip.data.splits import PERCENTS, read_subset, subsets_of
 from mmclip.evaluation.protocols import (
     BUILT,
@@ -23,27 +23,27 @@ from mmclip.evaluation.protocols import (
     load_protocol,
     protocol_names,
 )
-from mmclip.evaluation.scores import FRONTAL, protocol_labels, rows_to_score, split_of
+from mmclip.evaluation.scores import FRONTAL, protocol_labels, select_samples, split_of
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Films with an image, and what they are labelled with."""
+    """Images with an image, and what they are labelled with."""
 
-    rows: Rows
+    dataset: ImageTextDataset
     labels: Float[np.ndarray, "n k"]  # 1, 0 or NaN for unknown
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.dataset)
 
     def select(self, keep: Sequence[bool] | np.ndarray) -> "Labelled":
-        """The films where `keep` is True."""
-        return Labelled(self.rows.select(keep), self.labels[np.asarray(keep, bool)])
+        """The images where `keep` is True."""
+        return Labelled(self.dataset.select(keep), self.labels[np.asarray(keep, bool)])
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt: the findings of a protocol, from some films, judged on others."""
+    """What is learnt: the findings of a protocol, from some images, judged on others."""
 
     protocol: Protocol
     train: Labelled  # all of it
@@ -52,16 +52,16 @@ class Task:
     split: str  # by name and hash
 
     @cached_property
-    def rows(self) -> Rows:
-        """Training, validation and test films, in this order."""
-        parts = [part.rows for part in (self.train, self.val, self.test)]
-        films = tuple(film for part in parts for film in part.films)
+    def dataset(self) -> ImageTextDataset:
+        """Training, validation and test images, in this order."""
+        parts = [part.dataset for part in (self.train, self.val, self.test)]
+        samples = tuple(sample for part in parts for sample in part.samples)
         where = np.concatenate([part.where for part in parts])
-        return Rows(films, parts[0].caches, where, parts[0].data_hash)
+        return ImageTextDataset(samples, parts[0].caches, where, parts[0].data_hash)
 
     def with_train(self, ids: set[str]) -> "Task":
-        """The same task with some of its training films."""
-        keep = [film.film_id in ids for film in self.train.rows.films]
+        """The same task with some of its training images."""
+        keep = [sample.image_id in ids for sample in self.train.dataset.samples]
         return replace(self, train=self.train.select(keep))
 
 
@@ -78,7 +78,7 @@ def own_protocol(folder: Path, findings: Sequence[str], sources: Sequence[str]) 
         id=OWN_PROTOCOL,
         version=1,
         title=", ".join(findings),
-        about="Findings that were named on the command line, with the folder's own split.",
+        description="Findings that were named on the command line, with the folder's own split.",
         readers=(meta.get("reader", "unknown"),),
         sources=tuple(sources),
         splits=(meta.get("split", {"name": BUILT})["name"],),
@@ -102,46 +102,46 @@ def rules_of(protocol: Protocol) -> FineTuning:
     return protocol.finetune
 
 
-def training_labels(protocol: Protocol, films: Sequence[Film]) -> Float[np.ndarray, "n k"]:
+def training_labels(protocol: Protocol, samples: Sequence[Sample]) -> Float[np.ndarray, "n k"]:
     """Labels to learn from: those of the protocol, uncertain ones as it says."""
-    labels = protocol_labels(protocol, films)
+    labels = protocol_labels(protocol, samples)
     rules = rules_of(protocol)
     for k, finding in enumerate(protocol.findings):
         policy = rules.uncertain_of.get(finding, rules.uncertain)
         if policy == "ignore" or protocol.own_words:
             continue
-        is_uncertain = [film.labels.get(finding) == UNCERTAIN for film in films]
+        is_uncertain = [sample.labels.get(finding) == UNCERTAIN for sample in samples]
         labels[is_uncertain, k] = 1.0 if policy == "positive" else 0.0
     return labels
 
 
-def open_task(folder: Path, protocol: Protocol, film_px: int | None) -> Task:
-    """The films of a data folder as a protocol reads them.
+def open_task(folder: Path, protocol: Protocol, image_size: int | None) -> Task:
+    """The images of a data folder as a protocol reads them.
 
     Raises:
-        ManifestError: When no training film is labelled with a finding, a split has no labelled
-            film, or a patient or film of train is in another split.
+        ManifestError: When no training image is labelled with a finding, a split has no labelled
+            image, or a patient or image of train is in another split.
         ValueError: When the folder does not fit the protocol.
     """
     split = split_of([folder], protocol)
-    rows = open_rows([folder], film_px)
-    if not any(film.split == "val" for film in rows.films):
+    dataset = open_dataset([folder], image_size)
+    if not any(sample.split == "val" for sample in dataset.samples):
         raise ManifestError(
-            f"{folder} has no validation films, and nothing else may choose; draw some from the "
+            f"{folder} has no validation images, and nothing else may choose; draw some from the "
             f"training patients by `mmclip data split {folder} --name official` (or clean), or "
             f"name a list by --list val=FILE"
         )
     sources = protocol.sources_of("train")
-    candidates = rows.select(
+    candidates = dataset.select(
         [
-            film.split == "train"
-            and film.image is not None
-            and film.view in FRONTAL
-            and (not sources or film.source in sources)
-            for film in rows.films
+            sample.split == "train"
+            and sample.image is not None
+            and sample.view in FRONTAL
+            and (not sources or sample.source in sources)
+            for sample in dataset.samples
         ]
     )
-    train = Labelled(candidates, training_labels(protocol, candidates.films))
+    train = Labelled(candidates, training_labels(protocol, candidates.samples))
     train = train.select([not np.isnan(row).all() for row in train.labels])
 
     if missing := [
@@ -149,24 +149,24 @@ def open_task(folder: Path, protocol: Protocol, film_px: int | None) -> Task:
         for finding, column in zip(protocol.findings, train.labels.T, strict=True)
         if np.isnan(column).all()
     ]:
-        there = sorted({finding for film in candidates.films for finding in film.labels})
+        there = sorted({finding for sample in candidates.samples for finding in sample.labels})
         raise ManifestError(
-            f"no frontal training film of {folder} is labelled with {', '.join(missing)}; they are "
-            f"labelled with {', '.join(there) or 'nothing'}"
+            f"no frontal training image of {folder} is labelled with {', '.join(missing)}; they "
+            f"are labelled with {', '.join(there) or 'nothing'}"
         )
 
     def of(name: Literal["val", "test"]) -> Labelled:
-        some = rows_to_score(rows, name, protocol=protocol)
-        return Labelled(some, protocol_labels(protocol, some.films))
+        some = select_samples(dataset, name, protocol=protocol)
+        return Labelled(some, protocol_labels(protocol, some.samples))
 
     val, test = of("val"), of("test")
     task = Task(protocol, train, val, test, split)
-    refuse_leaks(task.rows.films)
+    refuse_leaks(task.dataset.samples)
     return task
 
 
 def training_ids(folder: Path, fraction: float, seed: int) -> set[str]:
-    """The film ids of a fraction of the training patients.
+    """The image ids of a fraction of the training patients.
 
     Those that `mmclip data split` saved; a folder with its built split, which has none, gets what
     would be saved.
@@ -182,9 +182,9 @@ def training_ids(folder: Path, fraction: float, seed: int) -> set[str]:
         )
     split = read_split(folder)
     if split is None or percent == 100:
-        train = [film for film in read_manifest(folder) if film.split == "train"]
-        ids = None if percent == 100 else subsets_of(train, seed)[str(percent)]["film_ids"]
-        return {film.film_id for film in train} if ids is None else set(ids)
+        train = [sample for sample in read_manifest(folder) if sample.split == "train"]
+        ids = None if percent == 100 else subsets_of(train, seed)[str(percent)]["image_ids"]
+        return {sample.image_id for sample in train} if ids is None else set(ids)
     if str(seed) not in split["subsets"]:
         saved = ", ".join(split["subsets"]) or "none"
         again = " ".join(f"--subset-seed {s}" for s in dict.fromkeys([*split["subsets"], seed]))

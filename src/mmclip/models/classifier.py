@@ -1,4 +1,4 @@
-"""A classifier of films: an image encoder, a vector of its output, and a logit a finding."""
+"""A classifier of images: an image encoder, a vector of its output, and a logit a finding."""
 
 import re
 from collections.abc import Sequence
@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from mmclip.models.encoders import pooled, token_features
 
 Features = Literal["pooled", "class", "embedding"]
-"""The vector of a film: the pooled output; the class token of the last layer (the pooled output of
-a ResNet), for encoders whose pooler was never trained; the normalised embedding in joint space."""
+"""The vector of an image: the pooled output; the class token of the last layer (the pooled output
+of a ResNet), for encoders whose pooler was never trained; the normalised embedding in joint
+space."""
 
 
-class FilmEncoder(nn.Module):
-    """One vector a film: what a probe reads, and what a head stands on."""
+class ImageEncoder(nn.Module):
+    """One vector an image: what a probe reads, and what a head stands on."""
 
     def __init__(
         self, encoder: PreTrainedModel, features: Features, projection: nn.Linear | None = None
@@ -26,7 +27,7 @@ class FilmEncoder(nn.Module):
         """Keeps the weights of both.
 
         Args:
-            encoder: Of one-channel films.
+            encoder: Of one-channel images.
             features: Which vector.
             projection: Into the joint space; for "embedding" alone.
         """
@@ -44,7 +45,7 @@ class FilmEncoder(nn.Module):
         )
 
     def forward(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b d"]:
-        """The vectors of films in model space (see data.dataset.normalise)."""
+        """The vectors of images in model space (see data.image_text_dataset.normalise)."""
         output = self.encoder(pixel_values=image)
         if self.features == "class":
             return token_features(output)[:, 0]
@@ -55,21 +56,21 @@ class FilmEncoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A linear head on a film's vector. It starts at 0: every film is as likely as not.
+    """A linear head on an image's vector. It starts at 0: every image is as likely as not.
 
     Source: fine-tuning of MAE (arXiv:2111.06377, released code), whose head starts at 2e-5.
     """
 
-    def __init__(self, films: FilmEncoder, n_findings: int) -> None:
+    def __init__(self, image_encoder: ImageEncoder, n_findings: int) -> None:
         super().__init__()
-        self.films = films
-        self.head = nn.Linear(films.width, n_findings)
+        self.image_encoder = image_encoder
+        self.head = nn.Linear(image_encoder.width, n_findings)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k"]:
         """The logit of each finding."""
-        return self.head(self.films(image))
+        return self.head(self.image_encoder(image))
 
 
 def freeze_unused(model: nn.Module, image: Float[Tensor, "b 1 h w"]) -> list[str]:
@@ -79,7 +80,7 @@ def freeze_unused(model: nn.Module, image: Float[Tensor, "b 1 h w"]) -> list[str
 
     Args:
         model: Takes `image`; it must not change state in evaluation mode.
-        image: Any films.
+        image: Any images.
     """
     was_training = model.training
     model.eval()
@@ -124,6 +125,6 @@ def lr_scales(names: Sequence[str], decay: float) -> dict[str, float]:
     return {name: decay ** (top - layer) for name, layer in number.items()}
 
 
-def image_of(film_px: int) -> Float[Tensor, "b 1 h w"]:
-    """One grey film, for `freeze_unused`."""
-    return torch.zeros(1, 1, film_px, film_px)
+def image_of(image_size: int) -> Float[Tensor, "b 1 h w"]:
+    """One grey image, for `freeze_unused`."""
+    return torch.zeros(1, 1, image_size, image_size)

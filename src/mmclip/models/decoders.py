@@ -1,7 +1,7 @@
-"""The two decoders: each rebuilds what is hidden of one modality with the help of the other.
+"""The two decoders: each rebuilds what is masked of one modality with the help of the other.
 
 Pre-norm transformers. A row without the other modality is decoded from its own alone. The last
-block computes only what is asked for: the hidden patches or words.
+block computes only what is asked for: the masked patches or words.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mmclip.patches import first_places, put_places, take_places
+from mmclip.patches import first_positions, gather_tokens, scatter_tokens
 
 MLP_RATIO = 4
 """Width of the hidden layer of a block, in widths. Source: usual practice (ViT, BERT, MAE)."""
@@ -113,7 +113,7 @@ class Block(nn.Module):
         normed = self.self_norm(x)
         queries = normed
         if asked is not None:
-            x, queries = take_places(x, asked), take_places(normed, asked)
+            x, queries = gather_tokens(x, asked), gather_tokens(normed, asked)
         x = x + self.self_attention(queries, normed, is_valid)[0]
         gathered, weights = self.cross_attention(
             self.cross_norm(x), context, context_is_valid, want_weights
@@ -123,9 +123,9 @@ class Block(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """ID of the paper: predicts the pixels of hidden patches from the others and from the text.
+    """ID of the paper: predicts the pixels of masked patches from the others and from the text.
 
-    The class token is not among its inputs: it has pooled the whole film, hidden patches too.
+    The class token is not among its inputs: it has pooled the whole image, masked patches too.
 
     Args:
         feature_width: Of the image features.
@@ -134,7 +134,7 @@ class ImageDecoder(nn.Module):
         depth: Blocks.
         heads: Of each attention.
         grid: Rows and columns of patches.
-        patch_px: Side of a patch.
+        patch_size: Side of a patch.
 
     Source: paper, figure 1B; mask token, fixed positions and linear head after MAE section 3.
     """
@@ -149,7 +149,7 @@ class ImageDecoder(nn.Module):
         depth: int,
         heads: int,
         grid: tuple[int, int],
-        patch_px: int,
+        patch_size: int,
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(feature_width, width)
@@ -157,7 +157,7 @@ class ImageDecoder(nn.Module):
         self.register_buffer("positions", grid_positions(grid, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, text_width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, patch_px * patch_px)
+        self.head = nn.Linear(width, patch_size * patch_size)
         self.apply(_init_linear)
         nn.init.normal_(self.mask_token, std=0.02)  # [MAE, released code]
 
@@ -169,32 +169,34 @@ class ImageDecoder(nn.Module):
         text_is_valid: Bool[Tensor, "b t"],
         n_masked: int | None = None,
     ) -> Float[Tensor, "b n p"]:
-        """Pixels of the hidden patches, in per-patch standard deviations; 0 in the others.
+        """Pixels of the masked patches, in per-patch standard deviations; 0 in the others.
 
-        Hidden features are replaced before anything mixes, so no prediction depends on them; what
-        stands in their places is without meaning (see `patches.place_visible`).
+        Masked features are replaced before anything mixes, so no prediction depends on them; what
+        stands in their places is without meaning (see `patches.scatter_visible`).
 
         Args:
             features: Of the image encoder, without the class token.
             is_masked: The patches to predict.
             text_features: Of the report or the prompt.
             text_is_valid: False on padding, and everywhere in rows without a text.
-            n_masked: How many are hidden in a film, at most; None asks the device.
+            n_masked: How many are masked in an image, at most; None asks the device.
         """
         embedded = self.embed(features)
         x = torch.where(is_masked[..., None], self.mask_token, embedded) + self.positions
-        asked = first_places(is_masked, most_in_a_row(is_masked) if n_masked is None else n_masked)
+        asked = first_positions(
+            is_masked, most_in_a_row(is_masked) if n_masked is None else n_masked
+        )
         for block in self.blocks[:-1]:
             x, _ = block(x, None, text_features, text_is_valid)
         x, _ = self.blocks[-1](x, None, text_features, text_is_valid, asked=asked)
-        return put_places(self.head(self.norm(x)), asked, is_masked)
+        return scatter_tokens(self.head(self.norm(x)), asked, is_masked)
 
 
 class TextDecoder(nn.Module):
-    """TD of the paper: predicts the hidden tokens of a report from the others and from the film.
+    """TD of the paper: predicts the masked tokens of a report from the others and from the image.
 
-    It reads the features that the text encoder gives for the report with [MASK] in the hidden
-    places. These carry position and context, and no trace of what is hidden.
+    It reads the features that the text encoder gives for the report with [MASK] in the masked
+    places. These carry position and context, and no trace of what is masked.
 
     Args:
         feature_width: Of the text features and of the word embeddings.
@@ -234,11 +236,11 @@ class TextDecoder(nn.Module):
         is_masked: Bool[Tensor, "b t"],
         word_embeddings: Float[Tensor, "v dt"],
     ) -> Float[Tensor, "m v"]:
-        """Vocabulary logits of the hidden tokens; see `read` and `predict`."""
-        x, _ = self.read(features, is_valid, image_features, is_masked)
+        """Vocabulary logits of the masked tokens; see `read` and `predict`."""
+        x, _ = self.decode(features, is_valid, image_features, is_masked)
         return self.predict(x, is_masked, word_embeddings)
 
-    def read(
+    def decode(
         self,
         features: Float[Tensor, "b t dt"],
         is_valid: Bool[Tensor, "b t"],
@@ -246,27 +248,27 @@ class TextDecoder(nn.Module):
         is_asked: Bool[Tensor, "b t"],
         want_attention: bool = False,
     ) -> tuple[Float[Tensor, "b t w"], Float[Tensor, "b heads t i"] | None]:
-        """Lets the tokens look at the film.
+        """Lets the tokens look at the image.
 
         Args:
             features: Of the text encoder.
             is_valid: False on padding.
             image_features: Patches and class token; all are real.
             is_asked: The tokens whose features and attention are wanted; the others get 0.
-            want_attention: Also give the weights with which each token looked at the film, the
+            want_attention: Also give the weights with which each token looked at the image, the
                 heads of all blocks in a row, in float32 and without gradient.
         """
         x = self.embed(features)
-        asked = first_places(is_asked, most_in_a_row(is_asked))
+        asked = first_positions(is_asked, most_in_a_row(is_asked))
         attention = []
         for block in self.blocks[:-1]:
             x, weights = block(x, is_valid, image_features, None, want_attention)
             attention.append(weights)
         x, weights = self.blocks[-1](x, is_valid, image_features, None, want_attention, asked)
-        x = put_places(x, asked, is_asked)
+        x = scatter_tokens(x, asked, is_asked)
         if weights is None:
             return x, None
-        weights = put_places(weights.transpose(1, 2).flatten(2), asked, is_asked)
+        weights = scatter_tokens(weights.transpose(1, 2).flatten(2), asked, is_asked)
         heads = weights.unflatten(2, (-1, image_features.shape[1])).transpose(1, 2)
         return x, torch.cat([*attention, heads], 1)
 
@@ -276,7 +278,7 @@ class TextDecoder(nn.Module):
         is_masked: Bool[Tensor, "b t"],
         word_embeddings: Float[Tensor, "v dt"],
     ) -> Float[Tensor, "m v"]:
-        """Vocabulary logits of the hidden tokens only, in reading order, row after row.
+        """Vocabulary logits of the masked tokens only, in reading order, row after row.
 
         Args:
             x: As `read` gives it.

@@ -31,7 +31,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from mmclip.config import GREY_MEAN, GREY_STD, ImageEncoderConfig, TextEncoderConfig
 from mmclip.hub import why_unavailable
 from mmclip.models.norm import globalise_batch_norm, no_tracking
-from mmclip.patches import keep_visible, patchify, unpatchify
+from mmclip.patches import gather_visible, patchify, unpatchify
 
 logger = logging.getLogger(__name__)
 
@@ -64,25 +64,27 @@ class LoadReport:
         )
 
 
-def build_image_encoder(config: ImageEncoderConfig, film_px: int) -> PreTrainedModel:
-    """An image encoder for one-channel films of film_px x film_px.
+def build_image_encoder(config: ImageEncoderConfig, image_size: int) -> PreTrainedModel:
+    """An image encoder for one-channel images of image_size x image_size.
 
     A pretrained encoder keeps its weights: a three-channel patch projection is folded into one
-    channel (the same output as for the film repeated three times, at a third of the work), and
-    the position grid is resampled to the film's size.
+    channel (the same output as for the image repeated three times, at a third of the work), and
+    the position grid is resampled to the image's size.
 
     A new ViT starts with weights of deviation 1 / sqrt(width), where transformers' 0.02, meant for
     768 wide layers, shrinks every layer of a narrow one; and its pooler has no tanh, which
     saturates. Both shorten the time in which all embeddings are alike. [docs/log.md, "init"]
-    A new ResNet has basic blocks and one stage for each halving of the film after the second.
+    A new ResNet has basic blocks and one stage for each halving of the image after the second.
 
     Raises:
-        EncoderError: When the weights cannot be found, are no ViT-like encoder, or film_px is not
-            a multiple of its patch size.
+        EncoderError: When the weights cannot be found, are no ViT-like encoder, or image_size is
+            not a multiple of its patch size.
     """
     if config.pretrained is None:
         return (
-            _new_resnet(config, film_px) if config.kind == "resnet" else _new_vit(config, film_px)
+            _new_resnet(config, image_size)
+            if config.kind == "resnet"
+            else _new_vit(config, image_size)
         )
     encoder = _load_pretrained(config.pretrained)
     if not hasattr(encoder.config, "patch_size"):
@@ -91,11 +93,11 @@ def build_image_encoder(config: ImageEncoderConfig, film_px: int) -> PreTrainedM
             f"model.image.pretrained takes a vision transformer"
         )
     fold_to_one_channel(encoder, *_normalisation_of(config.pretrained))
-    resize_position_grid(encoder, film_px)
+    resize_position_grid(encoder, image_size)
     return encoder
 
 
-def _new_vit(config: ImageEncoderConfig, film_px: int) -> ViTModel:
+def _new_vit(config: ImageEncoderConfig, image_size: int) -> ViTModel:
     # BERT's and ViT's 0.02 is about width**-0.5 at their widths. In a narrow encoder it hides
     # the input from the class token: all embeddings are alike and training does not begin.
     vit = ViTConfig(
@@ -103,8 +105,8 @@ def _new_vit(config: ImageEncoderConfig, film_px: int) -> ViTModel:
         num_hidden_layers=config.depth,
         num_attention_heads=config.heads,
         intermediate_size=4 * config.width,
-        image_size=film_px,
-        patch_size=config.patch_px,
+        image_size=image_size,
+        patch_size=config.patch_size,
         num_channels=1,
         initializer_range=config.width**-0.5,
         pooler_act="linear",
@@ -112,8 +114,8 @@ def _new_vit(config: ImageEncoderConfig, film_px: int) -> ViTModel:
     return ViTModel(vit, add_pooling_layer=True)
 
 
-def _new_resnet(config: ImageEncoderConfig, film_px: int) -> ResNetModel:
-    halvings = (config.patch_px // 4).bit_length() - 1  # after the two of the stem
+def _new_resnet(config: ImageEncoderConfig, image_size: int) -> ResNetModel:
+    halvings = (config.patch_size // 4).bit_length() - 1  # after the two of the stem
     widths = [config.width >> i for i in range(halvings, -1, -1)]
     resnet = ResNetConfig(
         num_channels=1,
@@ -125,7 +127,7 @@ def _new_resnet(config: ImageEncoderConfig, film_px: int) -> ResNetModel:
     )
     # What a ViT's configuration says of its features, under the same names.
     resnet.update(
-        {"hidden_size": config.width, "image_size": film_px, "patch_size": config.patch_px}
+        {"hidden_size": config.width, "image_size": image_size, "patch_size": config.patch_size}
     )
     encoder = ResNetModel(resnet)
     adapt_resnet(encoder)
@@ -149,7 +151,7 @@ def build_text_encoder(
 ) -> PreTrainedModel:
     """A text encoder for `vocab_size` token ids and up to `max_tokens` tokens.
 
-    Dropout is 0: every random draw of a run is keyed by film, and dropout's cannot be.
+    Dropout is 0: every random draw of a run is keyed by image, and dropout's cannot be.
 
     Raises:
         EncoderError: When pretrained weights cannot be found or do not fit the tokenizer.
@@ -221,22 +223,22 @@ def _load_pretrained(name: str) -> PreTrainedModel:
 
 
 def check_patches(encoder: PreTrainedModel) -> None:
-    """What decoders and response scores count on: a class token, then one feature a patch.
+    """What decoders and relevance scores count on: a class token, then one feature per patch.
 
     Raises:
-        EncoderError: When an encoder of one-channel films gives others, as one with register or
+        EncoderError: When an encoder of one-channel images gives others, as one with register or
             distillation tokens and one that halves its grid on the way do.
     """
     side = encoder.config.image_size // encoder.config.patch_size
     weight = next(encoder.parameters())
-    film = weight.new_zeros(1, 1, encoder.config.image_size, encoder.config.image_size)
+    image = weight.new_zeros(1, 1, encoder.config.image_size, encoder.config.image_size)
     was_training = encoder.training
     with torch.no_grad():
-        found = token_features(encoder.eval()(pixel_values=film)).shape[1]
+        found = token_features(encoder.eval()(pixel_values=image)).shape[1]
     encoder.train(was_training)
     if found != 1 + side**2:
         raise EncoderError(
-            f"{encoder.config.model_type!r} gives {found} features for a film of {side} x {side} "
+            f"{encoder.config.model_type!r} gives {found} features for an image of {side} x {side} "
             f"patches, where AttMIM and EntMLM read 1 + {side**2}: a class token, then the "
             f"patches; take a plain ViT, or train without them by loss.image=0 and loss.text=0"
         )
@@ -270,7 +272,7 @@ def fold_to_one_channel(
 ) -> None:
     """Makes a three-channel encoder take one channel, normalised by GREY_MEAN and GREY_STD.
 
-    With x the film in 0..1, channel c of the old input is (x - m_c) / s_c, and x = g z + m for the
+    With x the image in 0..1, channel c of the old input is (x - m_c) / s_c, and x = g z + m for the
     new input z. So w' = g sum_c w_c / s_c, and the bias takes up sum_c w_c (m - m_c) / s_c over
     the kernel: exact everywhere, as patches do not overlap and are not padded.
     """
@@ -279,7 +281,8 @@ def fold_to_one_channel(
         return
     if old.in_channels != 3:
         raise EncoderError(f"an encoder of {old.in_channels} channels; only 1 and 3 are supported")
-    new = nn.Conv2d(1, old.out_channels, old.kernel_size, old.stride)  # pyright: ignore[reportArgumentType]
+    # pyright: ignore[reportArgumentType]
+    new = nn.Conv2d(1, old.out_channels, old.kernel_size, old.stride)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (rgb_mean, rgb_std))
     with torch.no_grad():
         weight = old.weight / std
@@ -296,31 +299,31 @@ def fold_to_one_channel(
     encoder.config.num_channels = 1
 
 
-def resize_position_grid(encoder: PreTrainedModel, film_px: int) -> None:
-    """Resamples the learned position grid of a ViT-like encoder to films of film_px.
+def resize_position_grid(encoder: PreTrainedModel, image_size: int) -> None:
+    """Resamples the learned position grid of a ViT-like encoder to images of image_size.
 
     Bicubic over the square grid; class and register tokens in front of it keep theirs.
 
     Raises:
-        EncoderError: When film_px is not a multiple of the patch size, or the encoder keeps its
+        EncoderError: When image_size is not a multiple of the patch size, or the encoder keeps its
             positions in another way than a table of [1, tokens, width].
     """
     patch = encoder.config.patch_size
-    if film_px % patch:
+    if image_size % patch:
         raise EncoderError(
-            f"data.film_px={film_px} is not a multiple of the encoder's patch size {patch}; "
-            f"{max(film_px // patch, 1) * patch} is"
+            f"data.image_size={image_size} is not a multiple of the encoder's patch size {patch}; "
+            f"{max(image_size // patch, 1) * patch} is"
         )
-    if encoder.config.image_size == film_px:
+    if encoder.config.image_size == image_size:
         return
     embeddings: Any = getattr(encoder, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     if not isinstance(table, nn.Parameter):
         raise EncoderError(
             f"the position grid of {encoder.config.model_type!r} cannot be resized; build the "
-            f"films at its own size, {encoder.config.image_size} px"
+            f"images at its own size, {encoder.config.image_size} px"
         )
-    old_side, side = encoder.config.image_size // patch, film_px // patch
+    old_side, side = encoder.config.image_size // patch, image_size // patch
     n_prefix = table.shape[1] - old_side**2
     prefix, grid = table[:, :n_prefix], table[:, n_prefix:]
     grid = grid.reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)  # 1 d h w
@@ -328,9 +331,9 @@ def resize_position_grid(encoder: PreTrainedModel, film_px: int) -> None:
     grid = grid.permute(0, 2, 3, 1).reshape(1, side**2, -1)
     embeddings.position_embeddings = nn.Parameter(torch.cat([prefix, grid], 1).detach())
     for module in (embeddings, embeddings.patch_embeddings):
-        module.image_size = (film_px, film_px)
+        module.image_size = (image_size, image_size)
     embeddings.patch_embeddings.num_patches = side**2
-    encoder.config.image_size = film_px
+    encoder.config.image_size = image_size
 
 
 def encode_visible(
@@ -339,15 +342,15 @@ def encode_visible(
     is_masked: Bool[Tensor, "b n"],
     n_masked: int,
 ) -> Float[Tensor, "b v d"]:
-    """Features of the visible patches of films of which the encoder sees nothing else.
+    """Features of the visible patches of images of which the encoder sees nothing else.
 
     Args:
         encoder: Reads the class token and the visible patches.
-        image: Whole films.
-        is_masked: Hides `n_masked` patches in every film.
+        image: Whole images.
+        is_masked: Masks `n_masked` patches in every image.
         n_masked: See `masking.masked_patch_count`.
 
-    A ResNet reads the whole film with mid-grey in place of hidden patches, and the features of
+    A ResNet reads the whole image with mid-grey in place of masked patches, and the features of
     those are left out.
 
     Raises:
@@ -360,23 +363,23 @@ def encode_visible(
         patches = patchify(image, encoder.config.patch_size).masked_fill(is_masked[..., None], 0.0)
         with no_tracking(encoder):
             output = encoder(pixel_values=unpatchify(patches, image.shape[-1]))
-        return keep_visible(token_features(output)[:, 1:], is_masked, n_masked)
+        return gather_visible(token_features(output)[:, 1:], is_masked, n_masked)
     if not isinstance(encoder, ViTModel):
         raise EncoderError(
-            f"image_mask.hide='pixels' needs a ViTModel or a ResNetModel, not "
-            f"{encoder.config.model_type!r}; set image_mask.hide='features'"
+            f"image_mask.mask_stage='pixels' needs a ViTModel or a ResNetModel, not "
+            f"{encoder.config.model_type!r}; set image_mask.mask_stage='features'"
         )
     x = encoder.embeddings(image)
-    x = torch.cat([x[:, :1], keep_visible(x[:, 1:], is_masked, n_masked)], 1)
+    x = torch.cat([x[:, :1], gather_visible(x[:, 1:], is_masked, n_masked)], 1)
     for layer in encoder.layers:
         x = layer(x, None)
     return encoder.layernorm(x)[:, 1:]
 
 
 def token_features(output: Any) -> Float[Tensor, "b n d"]:
-    """The features of an encoder's output: the film's or text's own first, then one a token.
+    """The features of an encoder's output: the image's or text's own first, then one a token.
 
-    A ResNet has no class token; the film's own is its pooled output. Its features are those of
+    A ResNet has no class token; the image's own is its pooled output. Its features are those of
     the patches, see `at_patch_centres`.
     """
     features = output.last_hidden_state
@@ -390,7 +393,7 @@ def at_patch_centres(features: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h
     """A ResNet's features half a patch further down and right, between four of them, linearly.
 
     Each convolution of stride 2 takes its first place on the first pixel, so that feature (0, 0) of
-    a ResNet looks at the corner of the film, and feature k at pixel k * stride: the corner of its
+    a ResNet looks at the corner of the image, and feature k at pixel k * stride: the corner of its
     patch, not its middle. Left as they are, they point at the patch beside the lesion as often as
     at the lesion's. The last row and column keep their place: there is nothing beyond.
 

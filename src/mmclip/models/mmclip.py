@@ -9,21 +9,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mmclip.batch import Batch, Texts
-from mmclip.config import Config, HiddenPlace, MaskPolicy, ScoreKind, ScoreTokens
+from mmclip.batch import Batch, TextBatch
+from mmclip.config import Config, MaskPolicy, MaskStage, ScoreKind, ScoreTokens
 from mmclip.masking import (
     blend_scores,
     choose_masked_patches,
     masked_patch_count,
     policy_score,
-    response_score,
+    relevance_score,
 )
 from mmclip.models.decoders import ImageDecoder, TextDecoder
 from mmclip.models.encoders import encode_visible, no_decay_names, pooled, token_features
-from mmclip.patches import place_visible
+from mmclip.patches import scatter_visible
 
 
-class Encoded(NamedTuple):
+class EncoderOutput(NamedTuple):
     """What one modality gives: features per token, and one embedding a row."""
 
     features: Float[Tensor, "b n d"]  # the encoder's, class token (a ResNet's pooled feature) first
@@ -31,23 +31,23 @@ class Encoded(NamedTuple):
 
 
 class MaskPlan(NamedTuple):
-    """How AttMIM chooses what to hide at a point of training; see `config.ImageMaskConfig`."""
+    """How AttMIM chooses what to mask at a point of training; see `config.ImageMaskConfig`."""
 
     mask_ratio: float
     policy: MaskPolicy
     score: ScoreKind
     score_tokens: ScoreTokens
-    hide: HiddenPlace
-    randomness: float
+    mask_stage: MaskStage
+    mask_noise: float
 
     @property
     def is_guided(self) -> bool:
         """Whether the choice looks at what the texts say."""
-        return self.policy in ("attention", "least_responsive") and self.randomness < 1
+        return self.policy in ("attention", "least_relevant") and self.mask_noise < 1
 
 
-class Read(NamedTuple):
-    """What the model makes of some texts. m texts, t tokens, h hidden tokens."""
+class TextOutput(NamedTuple):
+    """What the model makes of some texts. m texts, t tokens, h masked tokens."""
 
     features: Float[Tensor, "m t d"]
     embedding: Float[Tensor, "m e"]
@@ -64,7 +64,7 @@ class Outputs(NamedTuple):
     token_logits: Float[Tensor, "h v"] | None  # of reports, then of prompts
     patches: Float[Tensor, "b n p"] | None  # predicted pixels, see `ImageDecoder`
     is_masked: Bool[Tensor, "b n"] | None
-    response: Float[Tensor, "b n"] | None  # what the choice went by, before policy and noise
+    relevance: Float[Tensor, "b n"] | None  # what the choice went by, before policy and noise
     label_logits: Float[Tensor, "b k"] | None  # None without a label loss
 
 
@@ -75,7 +75,7 @@ class MMCLIP(nn.Module):
     VisionTextDualEncoderModel (pooled output, bias-free linear projection). A decoder is None
     where its loss is not trained.
 
-    The label head of the control is linear on the embedding e of the film, times the scale:
+    The label head of the control is linear on the embedding e of the image, times the scale:
     scale * <w_k, e> + b_k. A prompt acts there and in that way, and zero-shot scoring reads e; the
     one difference is that w_k is a free vector in place of the embedding of a text. On the pooled
     feature the labels would leave the projection alone, and the control would be weaker for that.
@@ -112,17 +112,17 @@ class MMCLIP(nn.Module):
             nn.init.normal_(self.label_head.weight, std=embed_dim**-0.5)  # unit length, as a text
             nn.init.zeros_(self.label_head.bias)
 
-    def encode_image(self, image: Float[Tensor, "b 1 h w"]) -> Encoded:
-        """Encodes films in model space (see data.dataset.normalise)."""
+    def encode_image(self, image: Float[Tensor, "b 1 h w"]) -> EncoderOutput:
+        """Encodes images in model space (see data.image_text_dataset.normalise)."""
         output = self.vision_model(pixel_values=image)
         projected = self.visual_projection(pooled(output, self.vision_model))
-        return Encoded(token_features(output), F.normalize(projected.float(), dim=-1))
+        return EncoderOutput(token_features(output), F.normalize(projected.float(), dim=-1))
 
-    def encode_text(self, ids: Int[Tensor, "b t"], is_valid: Bool[Tensor, "b t"]) -> Encoded:
+    def encode_text(self, ids: Int[Tensor, "b t"], is_valid: Bool[Tensor, "b t"]) -> EncoderOutput:
         """Encodes token ids; `is_valid` is False on padding."""
         output = self.text_model(input_ids=ids, attention_mask=is_valid.long())
         projected = self.text_projection(pooled(output, self.text_model))
-        return Encoded(output.last_hidden_state, F.normalize(projected.float(), dim=-1))
+        return EncoderOutput(output.last_hidden_state, F.normalize(projected.float(), dim=-1))
 
     def scale(self) -> Float[Tensor, ""]:
         """The inverse temperature; clamped, so that its gradient stops at the limit [CLIP 2.5]."""
@@ -131,40 +131,44 @@ class MMCLIP(nn.Module):
     def forward(self, batch: Batch, plan: MaskPlan | None = None) -> Outputs:
         """All that a training step needs, in one call, as DistributedDataParallel wants it.
 
-        The film passes its encoder once (twice where `plan.hide` is "pixels"). Equal texts pass
+        The image passes its encoder once (twice where `plan.mask` is "pixels"). Equal texts pass
         theirs once.
 
         Args:
             batch: On the model's device.
-            plan: How to hide patches; None without an image decoder.
+            plan: How to mask patches; None without an image decoder.
         """
         image = self.encode_image(batch.image)
         wanted = None
         if plan is not None and plan.is_guided and plan.score == "decoder_attention":
             wanted = plan.score_tokens
-        reports = self.read(batch.reports, image.features, wanted)
-        prompts = self.read(batch.prompts, image.features, wanted)
+        reports = self.forward_text(batch.reports, image.features, wanted)
+        prompts = self.forward_text(batch.prompts, image.features, wanted)
         # A row's text is its report, else its prompt: reports are put in place last.
         both = ((batch.prompts, prompts), (batch.reports, reports))
         text_embedding = image.embedding.new_zeros(image.embedding.shape)
-        for texts, read in both:
-            text_embedding = text_embedding.index_copy(0, texts.rows, read.embedding)
-        logits = [read.token_logits for read in (reports, prompts) if read.token_logits is not None]
+        for texts, text_output in both:
+            text_embedding = text_embedding.index_copy(0, texts.rows, text_output.embedding)
+        logits = [
+            text_output.token_logits
+            for text_output in (reports, prompts)
+            if text_output.token_logits is not None
+        ]
         token_logits = torch.cat(logits) if logits else None
-        patches = is_masked = response = None
+        patches = is_masked = relevance = None
         if self.image_decoder is not None and plan is not None:
-            response = self._response(batch, image, reports, prompts, plan)
+            relevance = self._relevance(batch, image, reports, prompts, plan)
             is_masked = choose_masked_patches(
-                policy_score(plan.policy, response, batch.lesion_ratio),
+                policy_score(plan.policy, relevance, batch.lesion_ratio),
                 batch.patch_noise,
                 plan.mask_ratio,
-                plan.randomness,
+                plan.mask_noise,
             )
             features = image.features[:, 1:]
             n_masked = masked_patch_count(is_masked.shape[1], plan.mask_ratio)
-            if plan.hide == "pixels":
+            if plan.mask_stage == "pixels":
                 visible = encode_visible(self.vision_model, batch.image, is_masked, n_masked)
-                features = place_visible(visible, is_masked)
+                features = scatter_visible(visible, is_masked)
             context, is_valid = _side_by_side(batch, prompts.features, reports.features)
             patches = self.image_decoder(features, is_masked, context, is_valid, n_masked)
         scale = self.scale()
@@ -178,22 +182,22 @@ class MMCLIP(nn.Module):
             token_logits,
             patches,
             is_masked,
-            response,
+            relevance,
             label_logits,
         )
 
-    def read(
+    def forward_text(
         self,
-        texts: Texts,
+        texts: TextBatch,
         image_features: Float[Tensor, "b i d"],
         attention_of: ScoreTokens | None = None,
-    ) -> Read:
-        """Encodes texts as they are, and recovers their hidden words with the films' help.
+    ) -> TextOutput:
+        """Encodes texts as they are, and recovers their masked words with the images' help.
 
         Args:
-            texts: At most one a film.
-            image_features: Of all films of the batch, class token first.
-            attention_of: Also give how these words, hidden ones in their places, looked at the
+            texts: At most one per image.
+            image_features: Of all images of the batch, class token first.
+            attention_of: Also give how these words, masked ones in their places, looked at the
                 patches; it costs the attention once more, as the fused kernel does not show it.
         """
         ids, is_valid = texts.ids, texts.is_valid
@@ -213,8 +217,8 @@ class MMCLIP(nn.Module):
         features = encoded.features.index_select(0, which[:m])
         embedding = encoded.embedding.index_select(0, which[:m])
         if self.text_decoder is None:
-            return Read(features, embedding, None, None)
-        x, attention = self.text_decoder.read(
+            return TextOutput(features, embedding, None, None)
+        x, attention = self.text_decoder.decode(
             encoded.features.index_select(0, which[m : 2 * m]),
             texts.is_valid,
             image_features[texts.rows],
@@ -224,11 +228,18 @@ class MMCLIP(nn.Module):
         words = self.text_model.get_input_embeddings().weight
         assert isinstance(words, Tensor)
         logits = self.text_decoder.predict(x, texts.is_masked, words)
-        return Read(features, embedding, logits, None if attention is None else attention[..., 1:])
+        return TextOutput(
+            features, embedding, logits, None if attention is None else attention[..., 1:]
+        )
 
     @torch.no_grad()
-    def _response(
-        self, batch: Batch, image: Encoded, reports: Read, prompts: Read, plan: MaskPlan
+    def _relevance(
+        self,
+        batch: Batch,
+        image: EncoderOutput,
+        reports: TextOutput,
+        prompts: TextOutput,
+        plan: MaskPlan,
     ) -> Float[Tensor, "b n"]:
         """How strongly each patch responds to the texts of its row; 0 where nothing asks for it."""
         features = image.features[:, 1:]
@@ -237,14 +248,14 @@ class MMCLIP(nn.Module):
             return zero
         joint = self.visual_projection(features)
         scores: list[Tensor] = []
-        for texts, read in ((batch.reports, reports), (batch.prompts, prompts)):
-            score = response_score(
+        for texts, text_output in ((batch.reports, reports), (batch.prompts, prompts)):
+            score = relevance_score(
                 plan.score,
                 joint[texts.rows],
-                read.embedding,
-                self.text_projection(read.features),
+                text_output.embedding,
+                self.text_projection(text_output.features),
                 texts.chosen(plan.score_tokens),
-                read.attention,
+                text_output.attention,
             )
             scores.append(zero.index_copy(0, texts.rows, score))
         by_report, by_prompt = scores

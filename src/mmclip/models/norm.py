@@ -68,7 +68,7 @@ def globalise_batch_norm(module: nn.Module) -> None:
 def no_tracking(module: nn.Module) -> Iterator[None]:
     """Within it, the running statistics of a module's batch norms stay as they are.
 
-    For a second pass over the same films with parts of them hidden: what is scored later is whole.
+    For a second pass over the same images with parts of them masked: what is scored later is whole.
     """
     layers = [m for m in module.modules() if isinstance(m, GlobalBatchNorm2d)]
     for layer in layers:

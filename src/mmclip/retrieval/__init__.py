@@ -1,1 +1,1 @@
-"""Films and reports that find one another."""
+"""Images and reports that find one another."""

@@ -1,4 +1,4 @@
-"""How well films and reports find one another: R@1, 5 and 10, and the median rank."""
+"""How well images and reports find one another: R@1, 5 and 10, and the median rank."""
 
 import json
 import logging
@@ -16,16 +16,16 @@ from torch import Tensor
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import Frozen
 from mmclip.data.check import study_key
-from mmclip.data.dataset import Rows, open_rows
-from mmclip.data.draws import film_key
 from mmclip.data.folder import ManifestError, write_text_atomic
-from mmclip.data.records import Film, Split
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.sample import Sample, Split
+from mmclip.data.sampling import image_key
 from mmclip.data.text import tokenise
-from mmclip.embedding_store import film_embeddings, text_embeddings
+from mmclip.embedding_store import image_embeddings, text_embeddings
 from mmclip.evaluation.bootstrap import patient_codes, patient_weights
 from mmclip.evaluation.intervals import percentile_interval
 from mmclip.evaluation.metrics import Retrieved, retrieved, retrieved_by_chance
-from mmclip.evaluation.results import Count, Provenance, Share, ShareInterval, provenance
+from mmclip.evaluation.results import Count, Provenance, Ratio, RatioInterval, provenance
 from mmclip.evaluation.scores import FRONTAL, check_sources, split_of
 from mmclip.evaluation.zeroshot import check_trained
 from mmclip.losses import positive_pairs
@@ -54,12 +54,12 @@ class AtK(Frozen):
     """
 
     k: Annotated[int, Field(ge=1)]
-    hit: Share  # queries with a right answer among the first k: R@k
-    hit_ci: ShareInterval | None
-    hit_chance: Share
-    recall: Share  # right answers of a query that are among the first k
-    recall_ci: ShareInterval | None
-    recall_chance: Share
+    hit: Ratio  # queries with a right answer among the first k: R@k
+    hit_ci: RatioInterval | None
+    hit_chance: Ratio
+    recall: Ratio  # right answers of a query that are among the first k
+    recall_ci: RatioInterval | None
+    recall_chance: Ratio
 
 
 class Direction(Frozen):
@@ -79,61 +79,63 @@ class RetrievalResults(Frozen):
     title: str
     kind: Literal["retrieval"]
     summary: str  # one sentence: which model, on what
-    film_to_report: Direction
-    report_to_film: Direction
-    n_films: Count
+    image_to_report: Direction
+    report_to_image: Direction
+    n_images: Count
     n_studies: Count
     n_patients: Count
     n_reports: Count  # that differ for the model
-    bootstrap_draws: Count
-    leak_check: str  # what was found of films that the run was trained on
+    n_resamples: Count
+    leak_check: str  # what was found of images that the run was trained on
     provenance: Provenance
     facts: dict[str, str | int | FiniteFloat] = Field(default_factory=dict)
 
 
-def rows_to_retrieve(rows: Rows, split: Split, sources: Sequence[str] = ()) -> Rows:
-    """The frontal films of a split that have a report, and of some sources if they are named.
+def select_pairs(
+    dataset: ImageTextDataset, split: Split, sources: Sequence[str] = ()
+) -> ImageTextDataset:
+    """The frontal images of a split that have a report, and of some sources if they are named.
 
     Raises:
         ManifestError: When there are fewer than two; it says what the folder holds.
     """
-    check_sources(rows, sources)
+    check_sources(dataset, sources)
 
-    def is_kept(film: Film) -> bool:
-        is_pair = film.image is not None and film.report is not None
-        is_asked = film.split == split and (not sources or film.source in sources)
-        return is_pair and is_asked and film.view in FRONTAL
+    def is_kept(sample: Sample) -> bool:
+        is_pair = sample.image is not None and sample.report is not None
+        is_asked = sample.split == split and (not sources or sample.source in sources)
+        return is_pair and is_asked and sample.view in FRONTAL
 
-    kept = rows.select([is_kept(film) for film in rows.films])
+    kept = dataset.select([is_kept(sample) for sample in dataset.samples])
     if len(kept) < 2:
-        splits = sorted({str(f.split) for f in rows.films})
+        splits = sorted({str(f.split) for f in dataset.samples})
         raise ManifestError(
-            f"{len(kept)} frontal films with a report in split {split!r} of source "
+            f"{len(kept)} frontal images with a report in split {split!r} of source "
             f"{', '.join(sources) or 'any'}; retrieval needs two. The data has the splits "
             f"{', '.join(splits)}"
         )
     return kept
 
 
-def report_keys(checkpoint: Checkpoint, films: Sequence[Film]) -> Int[Tensor, "n 2"]:
-    """Study and report of each film, as training compares them (`losses.positive_pairs`).
+def report_keys(checkpoint: Checkpoint, samples: Sequence[Sample]) -> Int[Tensor, "n 2"]:
+    """Study and report of each image, as training compares them (`losses.positive_pairs`).
 
     Two reports are equal when they are after cleaning, and up to where the text encoder reads: it
     could not tell them apart.
 
     Args:
         checkpoint: Whose tokenizer reads them.
-        films: All with a report.
+        samples: All with a report.
     """
     key_of: dict[str, int] = {}
-    texts = list(dict.fromkeys(str(film.report) for film in films))
+    texts = list(dict.fromkeys(str(sample.report) for sample in samples))
     max_tokens = checkpoint.config.data.max_tokens
     for start in range(0, len(texts), _CHUNK_TEXTS):
         part = texts[start : start + _CHUNK_TEXTS]
         tokens = tokenise(checkpoint.tokenizer, part, max_tokens=max_tokens)
         for text, ids, is_valid in zip(part, tokens.ids, tokens.is_valid, strict=True):
-            key_of[text] = film_key(ids[is_valid].tobytes().hex()) >> 1
-    keys = [[film_key(study_key(film)) >> 1, key_of[str(film.report)]] for film in films]
+            key_of[text] = image_key(ids[is_valid].tobytes().hex()) >> 1
+    keys = [[image_key(study_key(sample)) >> 1, key_of[str(sample.report)]] for sample in samples]
     return torch.tensor(keys, dtype=torch.long)
 
 
@@ -179,7 +181,7 @@ def score_direction(
     patients: Sequence[str],
     ks: Sequence[int] = KS,
     *,
-    draws: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
 ) -> Direction:
     """Means and median over the queries, with intervals and chance levels.
@@ -191,12 +193,12 @@ def score_direction(
         patients: The patient of each query: whole patients are resampled, and the candidates
             stay as they are, for the task would be another among fewer.
         ks: The columns of `found`.
-        draws: Bootstrap resamples; the same patients and seed give the draws of
+        n_resamples: Bootstrap resamples; the same patients and seed give the draws of
             `bootstrap.bootstrap_metrics`.
         seed: Of the resamples.
     """
     chance = retrieved_by_chance(n_positive, n_candidates, ks)
-    means, medians = resampled(found, patients, draws, seed)
+    means, medians = resampled(found, patients, n_resamples, seed)
     n = len(ks)
     at = [
         AtK(
@@ -221,7 +223,7 @@ def score_direction(
 
 
 def resampled(
-    found: Retrieved, patients: Sequence[str], draws: int, seed: int
+    found: Retrieved, patients: Sequence[str], n_resamples: int, seed: int
 ) -> tuple[Float[np.ndarray, "draws m"], Float[np.ndarray, " draws"]]:
     """Mean hits and recalls (hits first), and the median rank, of resamples of whole patients."""
     code, n_patients = patient_codes(patients)
@@ -233,7 +235,7 @@ def resampled(
     rank, code = found.rank[order], code[order]
     means, medians = [], []
     step = max(1, _CHUNK_PAIRS // len(code))
-    for weight in patient_weights(n_patients, draws, seed, step):
+    for weight in patient_weights(n_patients, n_resamples, seed, step):
         total = weight.T @ n_queries
         means.append((weight.T @ sums) / total[:, None])
         # A query that is drawn w times stands w times in a row of `total` ranks.
@@ -260,7 +262,7 @@ def evaluate_retrieval(
     *,
     split: Split,
     sources: Sequence[str],
-    draws: int,
+    n_resamples: int,
     seed: int,
     command: str,
     device: torch.device,
@@ -273,45 +275,45 @@ def evaluate_retrieval(
     began = time.monotonic()
     checkpoint = load_checkpoint(run)
     checkpoint.model.to(device)
-    rows = open_rows(folders, checkpoint.config.data.film_px)
-    rows = rows_to_retrieve(rows, split, sources)
-    leak_check = check_trained(checkpoint, rows, split)
-    patients = [film.patient_id for film in rows.films]
-    keys = report_keys(checkpoint, rows.films)
-    films = film_embeddings(checkpoint, rows, folders)
-    reports = text_embeddings(checkpoint, [str(film.report) for film in rows.films])
-    ks = [k for k in KS if k <= len(rows)]
+    dataset = open_dataset(folders, checkpoint.config.data.image_size)
+    dataset = select_pairs(dataset, split, sources)
+    leak_check = check_trained(checkpoint, dataset, split)
+    patients = [sample.patient_id for sample in dataset.samples]
+    keys = report_keys(checkpoint, dataset.samples)
+    images = image_embeddings(checkpoint, dataset, folders)
+    reports = text_embeddings(checkpoint, [str(sample.report) for sample in dataset.samples])
+    ks = [k for k in KS if k <= len(dataset)]
     if len(ks) < len(KS):
-        logger.warning("there are %d candidates: R@%d is left out", len(rows), KS[len(ks)])
+        logger.warning("there are %d candidates: R@%d is left out", len(dataset), KS[len(ks)])
     ranks, directions = {}, {}
     for name, queries, candidates in (
-        ("film_to_report", films, reports),
-        ("report_to_film", reports, films),
+        ("image_to_report", images, reports),
+        ("report_to_image", reports, images),
     ):
         found, n_positive = rank_candidates(queries, candidates, keys, keys, ks)
         directions[name] = score_direction(
-            found, n_positive, len(rows), patients, ks, draws=draws, seed=seed
+            found, n_positive, len(dataset), patients, ks, n_resamples=n_resamples, seed=seed
         )
         ranks |= {f"{name}_rank": found.rank, f"{name}_positives": n_positive}
     where = f"split {split}" + (f" of {', '.join(sources)}" if sources else "")
     results = RetrievalResults(
         title=f"Retrieval: {where}",
         kind="retrieval",
-        summary=f"{len(rows)} films with reports, {where}, ranked by {run.name} at step "
+        summary=f"{len(dataset)} images with reports, {where}, ranked by {run.name} at step "
         f"{checkpoint.meta['step']}",
         **directions,
-        n_films=len(rows),
-        n_studies=len({study_key(film) for film in rows.films}),
+        n_images=len(dataset),
+        n_studies=len({study_key(sample) for sample in dataset.samples}),
         n_patients=len(set(patients)),
         n_reports=len(keys[:, 1].unique()),
-        bootstrap_draws=draws,
+        n_resamples=n_resamples,
         leak_check=leak_check,
         provenance=provenance(
             {
                 "command": command,
                 "seed": seed,
                 "config_hash": checkpoint.meta["config_hash"],
-                "data_hash": rows.data_hash,
+                "data_hash": dataset.data_hash,
                 "split": split_of(folders),
                 "device": device,
                 "wall_s": round(time.monotonic() - began, 1),
@@ -324,7 +326,7 @@ def evaluate_retrieval(
         },
     )
     out.mkdir(parents=True, exist_ok=True)
-    ids = {"film_id": [f.film_id for f in rows.films], "patient_id": patients}
+    ids = {"image_id": [f.image_id for f in dataset.samples], "patient_id": patients}
     np.savez_compressed(out / RANKS_FILE, **{k: np.array(v) for k, v in ids.items()}, **ranks)
     plain = json.dumps(
         results.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False

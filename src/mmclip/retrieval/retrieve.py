@@ -1,4 +1,4 @@
-"""Search: the nearest patients for a film or a phrase, in one's own data folders."""
+"""Search: the nearest patients for an image or a phrase, in one's own data folders."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.data.check import patient_key
-from mmclip.data.dataset import Rows, normalise, open_rows
 from mmclip.data.folder import ManifestError
-from mmclip.data.images import FilmError, decode_film, read_bytes, resize_film
-from mmclip.data.records import Split
+from mmclip.data.image_text_dataset import ImageTextDataset, normalise, open_dataset
+from mmclip.data.images import ImageError, decode_image, read_bytes, resize_image
+from mmclip.data.sample import Split
 from mmclip.embed import embed_texts, warn_of_unread
-from mmclip.embedding_store import film_embeddings, finite
+from mmclip.embedding_store import finite, image_embeddings
 from mmclip.evaluation.plots import INK, QUIET
 from mmclip.evaluation.scores import check_sources
 from mmclip.progress import console
@@ -32,9 +32,9 @@ class Query:
 
     Args:
         said: A few words for people.
-        embedding: Normalised, as those of the films.
-        pixels: Of a film, 0..255, air dark; None for a phrase.
-        patient: The film's own (`check.patient_key`), who is no answer; None where unknown here.
+        embedding: Normalised, as those of the images.
+        pixels: Of an image, 0..255, air dark; None for a phrase.
+        patient: The image's own (`check.patient_key`), who is no answer; None where unknown here.
     """
 
     said: str
@@ -45,12 +45,12 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A patient near a query, by the film that is nearest."""
+    """A patient near a query, by the image that is nearest."""
 
     rank: int  # from 1
     similarity: float  # cosine, -1..1
-    row: int  # of the film
-    n_films: int  # of the patient, among those searched
+    row: int  # of the image
+    n_images: int  # of the patient, among those searched
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,28 @@ class Search:
     """A query, and the patients nearest to it."""
 
     query: Query
-    rows: Rows  # all films with an image
+    dataset: ImageTextDataset  # all images with an image
     found: list[Found]
 
     def records(self) -> Iterator[dict]:
         """What is found, a plain record a patient. Ids of patient and study are left out."""
         for found in self.found:
-            film = self.rows.films[found.row]
+            sample = self.dataset.samples[found.row]
             yield {
                 "rank": found.rank,
                 "similarity": round(found.similarity, 6),
-                "film_id": film.film_id,
-                "source": film.source,
-                "split": film.split,
-                "view": film.view,
-                "n_films": found.n_films,
-                "report": film.report,
-                "labels": dict(film.labels),
+                "image_id": sample.image_id,
+                "source": sample.source,
+                "split": sample.split,
+                "view": sample.view,
+                "n_images": found.n_images,
+                "report": sample.report,
+                "labels": dict(sample.labels),
             }
 
     def pixels(self) -> UInt8[np.ndarray, "m h w"]:
-        """The films that are found."""
-        return self.rows.pixels(np.array([f.row for f in self.found], np.int64)).numpy()
+        """The images that are found."""
+        return self.dataset.pixels(np.array([f.row for f in self.found], np.int64)).numpy()
 
 
 def nearest_patients(
@@ -88,12 +88,12 @@ def nearest_patients(
     is_searched: Sequence[bool] | np.ndarray,
     top: int,
 ) -> list[Found]:
-    """The patients with the most similar films, best first; equals in the order of the rows.
+    """The patients with the most similar images, best first; equals in the order of the rows.
 
     Args:
-        similarity: Of each film with the query.
-        patients: Of each film.
-        is_searched: The films that may be found.
+        similarity: Of each image with the query.
+        patients: Of each image.
+        is_searched: The images that may be found.
         top: How many patients; fewer where there are no more.
     """
     among = np.flatnonzero(is_searched)
@@ -102,12 +102,12 @@ def nearest_patients(
         best.setdefault(patients[row], row)
         if len(best) == top:
             break
-    n_films = dict.fromkeys(best, 0)
+    n_images = dict.fromkeys(best, 0)
     for row in map(int, among):
-        if patients[row] in n_films:
-            n_films[patients[row]] += 1
+        if patients[row] in n_images:
+            n_images[patients[row]] += 1
     return [
-        Found(rank, float(similarity[row]), row, n_films[patient])
+        Found(rank, float(similarity[row]), row, n_images[patient])
         for rank, (patient, row) in enumerate(best.items(), 1)
     ]
 
@@ -116,22 +116,23 @@ def search(
     run: Path,
     folders: Sequence[Path],
     *,
-    film: str | None = None,
+    image: str | None = None,
     phrase: str | None = None,
     top: int = 10,
     split: Split | None = None,
     sources: Sequence[str] = (),
     device: torch.device,
 ) -> Search:
-    """What `mmclip retrieve` does without --evaluate: the nearest patients for a film or a phrase.
+    """What `mmclip retrieve` does without --evaluate: the nearest patients for an image or a
+    phrase.
 
     The whole comparison is exact: one product of the stored embeddings with the query.
 
     Args:
         run: Run or checkpoint.
         folders: Data folders to search.
-        film: A film id of the folders, or the path of an image file.
-        phrase: In the place of a film.
+        image: An image id of the folders, or the path of an image file.
+        phrase: In the place of an image.
         top: How many patients.
         split: Only of this split, when named.
         sources: Only of these, when named.
@@ -142,77 +143,77 @@ def search(
     """
     checkpoint = load_checkpoint(run)
     checkpoint.model.to(device)
-    rows = open_rows(folders, checkpoint.config.data.film_px)
-    rows = rows.select([f.image is not None for f in rows.films])
-    is_searched = _searched(rows, split, sources)
-    # Asked before films are embedded, which can take hours: a mistyped path must not wait for it.
-    row = next((i for i, f in enumerate(rows.films) if f.film_id == film), None)
-    if film is not None and row is None:
-        query = query_of_file(checkpoint, rows, Path(film))
+    dataset = open_dataset(folders, checkpoint.config.data.image_size)
+    dataset = dataset.select([f.image is not None for f in dataset.samples])
+    is_searched = _searched(dataset, split, sources)
+    # Asked before images are embedded, which can take hours: a mistyped path must not wait for it.
+    row = next((i for i, f in enumerate(dataset.samples) if f.image_id == image), None)
+    if image is not None and row is None:
+        query = query_of_file(checkpoint, dataset, Path(image))
     elif phrase is not None:
         query = query_of_phrase(checkpoint, phrase)
     else:
         query = None
-    embeddings = film_embeddings(checkpoint, rows, folders)
+    embeddings = image_embeddings(checkpoint, dataset, folders)
     if query is None:
-        assert row is not None, "a film or a phrase was given"
-        pixels = rows.pixels(np.array([row]))[0].numpy()
-        own = rows.films[row]
-        query = Query(f"film {own.film_id}", np.array(embeddings[row]), pixels, patient_key(own))
-    patients = [patient_key(f) for f in rows.films]
+        assert row is not None, "an image or a phrase was given"
+        pixels = dataset.pixels(np.array([row]))[0].numpy()
+        own = dataset.samples[row]
+        query = Query(f"image {own.image_id}", np.array(embeddings[row]), pixels, patient_key(own))
+    patients = [patient_key(f) for f in dataset.samples]
     is_searched &= np.array([patient != query.patient for patient in patients])
     found = nearest_patients(embeddings @ query.embedding, patients, is_searched, top)
-    return Search(query, rows, found)
+    return Search(query, dataset, found)
 
 
-def _searched(rows: Rows, split: Split | None, sources: Sequence[str]) -> np.ndarray:
-    """bool [n]: the films of a split and of some sources, each where it is named."""
-    check_sources(rows, sources)
+def _searched(dataset: ImageTextDataset, split: Split | None, sources: Sequence[str]) -> np.ndarray:
+    """bool [n]: the images of a split and of some sources, each where it is named."""
+    check_sources(dataset, sources)
     is_searched = np.array(
         [
             (f.split == (split or f.split)) and (not sources or f.source in sources)
-            for f in rows.films
+            for f in dataset.samples
         ],
         bool,
     )
     if not is_searched.any():
         of = f"split {split!r}" if split else "any split"
         raise ManifestError(
-            f"no film with an image in {of} of source {', '.join(sources) or 'any'}: "
+            f"no image with an image in {of} of source {', '.join(sources) or 'any'}: "
             f"there is nothing to search"
         )
     return is_searched
 
 
 @torch.inference_mode()
-def query_of_file(checkpoint: Checkpoint, rows: Rows, path: Path) -> Query:
-    """A film that need not be in the data: a PNG, JPEG, other raster or DICOM file.
+def query_of_file(checkpoint: Checkpoint, dataset: ImageTextDataset, path: Path) -> Query:
+    """An image that need not be in the data: a PNG, JPEG, other raster or DICOM file.
 
     Where the data has the very same file, its patient is the query's own.
 
     Raises:
-        ValueError: When there is no such file, or it gives no film.
+        ValueError: When there is no such file, or it gives no image.
     """
     if not path.exists():
         raise ValueError(
-            f"{str(path)!r} is neither a film id of the data nor a file; give one of the ids in "
-            f"films.parquet (of a film with an image), or the path of a PNG, JPEG or DICOM file"
+            f"{str(path)!r} is neither an image id of the data nor a file; give one of the ids in "
+            f"samples.parquet (of an image with an image), or the path of a PNG, JPEG or DICOM file"
         )
     try:
         content = read_bytes(path)
-        film = decode_film(content)
-    except FilmError as error:
-        raise ValueError(f"{path} gives no film: {error}; give another file") from None
-    pixels = resize_film(film, checkpoint.config.data.film_px)
+        radiograph = decode_image(content)
+    except ImageError as error:
+        raise ValueError(f"{path} gives no image: {error}; give another file") from None
+    pixels = resize_image(radiograph, checkpoint.config.data.image_size)
     image = normalise(torch.from_numpy(pixels.copy())[None])
     embedding = checkpoint.model.encode_image(image.to(checkpoint.model.logit_scale.device))
     sha256 = hashlib.sha256(content).hexdigest()
-    own = next((f for f in rows.films if f.image_sha256 == sha256), None)
+    own = next((f for f in dataset.samples if f.image_sha256 == sha256), None)
     if own is not None:
-        said = f"{path} is film {own.film_id} of the data: its own patient is left out"
+        said = f"{path} is image {own.image_id} of the data: its own patient is left out"
         console.print(said, markup=False, soft_wrap=True)
     return Query(
-        f"film {path.name}",
+        f"image {path.name}",
         finite(embedding.embedding[0].cpu()),
         pixels,
         None if own is None else patient_key(own),
@@ -232,15 +233,15 @@ def query_of_phrase(checkpoint: Checkpoint, phrase: str) -> Query:
 
 
 def write_sheet(folder: Path, search: Search, columns: int = 5) -> Path:
-    """Writes found.png: the films found, best first, after the film that was asked for."""
+    """Writes found.png: the images found, best first, after the image that was asked for."""
     panels = [
         (
-            f"{f.rank}   {f.similarity:.3f}   {search.rows.films[f.row].view}\n"
-            f"{_shortened(search.rows.films[f.row].film_id, 28)}",
-            film,
+            f"{f.rank}   {f.similarity:.3f}   {search.dataset.samples[f.row].view}\n"
+            f"{_shortened(search.dataset.samples[f.row].image_id, 28)}",
+            sample,
             INK,
         )
-        for f, film in zip(search.found, search.pixels(), strict=True)
+        for f, sample in zip(search.found, search.pixels(), strict=True)
     ]
     if search.query.pixels is not None:
         panels.insert(0, ("query", search.query.pixels, QUIET))
@@ -251,8 +252,8 @@ def write_sheet(folder: Path, search: Search, columns: int = 5) -> Path:
         all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for axes in all_axes:
             axes.set_axis_off()
-        for axes, (title, film, colour) in zip(all_axes, panels, strict=False):
-            axes.imshow(film, cmap="gray", vmin=0, vmax=255)
+        for axes, (title, sample, colour) in zip(all_axes, panels, strict=False):
+            axes.imshow(sample, cmap="gray", vmin=0, vmax=255)
             axes.set_title(title, loc="left", fontsize=6, color=colour, parse_math=False)
         said = f"nearest patients: {search.query.said}"
         figure.suptitle(_shortened(said, 24 * columns), fontsize=9, parse_math=False)

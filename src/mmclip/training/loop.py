@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmclip.batch import Share
+from mmclip.batch import BatchSlice
 from mmclip.checkpoint import load_trainer_state
 from mmclip.config import TrainConfig
 from mmclip.progress import console, progress
@@ -31,12 +31,12 @@ class NonFiniteLoss(RuntimeError):
 
 
 @runtime_checkable
-class Films(Protocol):
+class AnyBatch(Protocol):
     """What the loop needs of a batch."""
 
     @property
-    def film_ids(self) -> tuple[str, ...]:
-        """The film of each row."""
+    def image_ids(self) -> tuple[str, ...]:
+        """The image of each row."""
         ...
 
     def to(self, device: torch.device) -> Any:
@@ -48,9 +48,9 @@ class Films(Protocol):
         ...
 
 
-B = TypeVar("B", bound=Films)
+B = TypeVar("B", bound=AnyBatch)
 
-ReadBatch = Callable[[int, Share], B]
+ReadBatch = Callable[[int, BatchSlice], B]
 """What the loop reads from: (step, share) -> that share of the batch of a step.
 
 The same step and share give the same batch, whenever they are asked for."""
@@ -117,7 +117,7 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=config.base_lr, betas=(0.9, config.beta2), eps=1e-6)
 
 
-class _GatherRows(torch.autograd.Function):
+class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, sizes: list[int], rank: int) -> Tensor:
         ctx.sizes, ctx.rank = sizes, rank
@@ -136,7 +136,7 @@ class _GatherRows(torch.autograd.Function):
         return grad[start : start + ctx.sizes[ctx.rank]], None, None
 
 
-def gather_rows(local: Tensor) -> Tensor:
+def all_gather_rows(local: Tensor) -> Tensor:
     """The rows [b, ...] of all processes, in the order of their ranks, with gradients to each.
 
     Processes may hold different numbers of rows. With one process, the input itself.
@@ -147,15 +147,15 @@ def gather_rows(local: Tensor) -> Tensor:
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
     numbers = [int(s) for s in sizes]
-    gathered = _GatherRows.apply(local.contiguous(), numbers, dist.get_rank())
+    gathered = _AllGatherRows.apply(local.contiguous(), numbers, dist.get_rank())
     assert isinstance(gathered, Tensor)
     return gathered
 
 
-def shares(n_micro: int, accelerator: Accelerator) -> list[Share]:
+def batch_slices(n_micro: int, accelerator: Accelerator) -> list[BatchSlice]:
     """What this process reads of a step, a micro-batch each."""
     world, rank = accelerator.num_processes, accelerator.process_index
-    return [Share(m * world + rank, n_micro * world) for m in range(n_micro)]
+    return [BatchSlice(m * world + rank, n_micro * world) for m in range(n_micro)]
 
 
 def train_step(
@@ -180,8 +180,8 @@ def train_step(
         NonFiniteLoss: Before the optimiser has moved, on every process alike.
     """
     micro = [
-        read_batch(state.step, share).to(accelerator.device)
-        for share in shares(config.micro_batches, accelerator)
+        read_batch(state.step, batch_slice).to(accelerator.device)
+        for batch_slice in batch_slices(config.micro_batch_size, accelerator)
     ]
     local = {k: float(sum(loss_counts(b)[k] for b in micro)) for k in weights}
     counts = accelerator.reduce(
@@ -228,7 +228,7 @@ def read_ahead(
 
     It changes when a batch is made and nothing of what is in it. One thread will do where worker
     processes are usual, as torch and NumPy leave the interpreter to others while they work on
-    films. On a CPU the same cores do both, so there batches are made when they are asked for.
+    images. On a CPU the same cores do both, so there batches are made when they are asked for.
 
     Source: ours; what it saves is in docs/log.md, "The reference sizes on a GPU".
 
@@ -240,14 +240,14 @@ def read_ahead(
     if device.type == "cpu":
         yield read_batch
         return
-    ahead: dict[tuple[int, Share], Future[B]] = {}
+    ahead: dict[tuple[int, BatchSlice], Future[B]] = {}
     pool = ThreadPoolExecutor(1, "batches")
 
-    def read(step: int, share: Share) -> B:
-        made = ahead.pop((step, share), None)
-        batch = read_batch(step, share) if made is None else made.result()
+    def read(step: int, batch_slice: BatchSlice) -> B:
+        made = ahead.pop((step, batch_slice), None)
+        batch = read_batch(step, batch_slice) if made is None else made.result()
         if step + 1 < steps:
-            ahead[step + 1, share] = pool.submit(read_batch, step + 1, share)
+            ahead[step + 1, batch_slice] = pool.submit(read_batch, step + 1, batch_slice)
         return batch
 
     try:
@@ -275,11 +275,11 @@ def interrupt_between_steps(n_processes: int) -> Iterator[Callable[[], bool]]:
         yield pressed.is_set
         return
 
-    def put_off(*_: object) -> None:
+    def defer(*_: object) -> None:
         pressed.set()
         signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, put_off)
+    before = signal.signal(signal.SIGINT, defer)
     try:
         yield pressed.is_set
     finally:
@@ -316,7 +316,7 @@ def fit(
             ends training there.
 
     Raises:
-        NonFiniteLoss: The batch is saved as safetensors beside the names of its films.
+        NonFiniteLoss: The batch is saved as safetensors beside the names of its images.
         KeyboardInterrupt: After the checkpoint; at once if Ctrl-C is pressed again.
     """
     main = accelerator.is_main_process
@@ -343,13 +343,13 @@ def fit(
             note = None
             if state.step % config.log_every_steps == 0 or state.step == config.steps:
                 seconds = time.monotonic() - began
-                films_per_s = (state.step - since) * config.batch_size / seconds
+                images_per_s = (state.step - since) * config.batch_size / seconds
                 began, since = time.monotonic(), state.step
                 state.log = {k: float(v) for k, v in values.items()}
                 loss = sum(weights[k] * state.log[k] for k in weights)
-                line = {"step": state.step, "loss": loss, **state.log, "films_per_s": films_per_s}
+                line = {"step": state.step, "loss": loss, **state.log, "images_per_s": images_per_s}
                 accelerator.log(line, step=state.step)
-                note = f"loss {loss:.3f}  {films_per_s:.0f} films/s"
+                note = f"loss {loss:.3f}  {images_per_s:.0f} images/s"
                 if main:
                     with log_path.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
@@ -397,11 +397,11 @@ def _save_failed(
     folder = run / f"nonfinite_step_{state.step:06d}_process_{rank}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for m, share in enumerate(shares(config.micro_batches, accelerator)):
-        batch = read_batch(state.step, share)
+    for m, batch_slice in enumerate(batch_slices(config.micro_batch_size, accelerator)):
+        batch = read_batch(state.step, batch_slice)
         tensors = {k: v.contiguous() for k, v in batch.tensors().items()}
         save_file(tensors, folder / f"batch_{m}.safetensors")
-        (folder / f"batch_{m}_films.txt").write_text("\n".join(batch.film_ids) + "\n", "utf-8")
+        (folder / f"batch_{m}_images.txt").write_text("\n".join(batch.image_ids) + "\n", "utf-8")
     return folder
 
 

@@ -22,10 +22,10 @@ from mmclip.losses import (
     masked_token_sum,
     positive_pairs,
 )
-from mmclip.masking import masked_patch_count, randomness_at
+from mmclip.masking import mask_noise_at, masked_patch_count
 from mmclip.models.mmclip import MaskPlan, Outputs
 from mmclip.patches import normalise_patches, patchify
-from mmclip.training.loop import gather_rows
+from mmclip.training.loop import all_gather_rows
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Objective:
     """The terms of a configuration. Source: paper, section 3; docs/method.md."""
 
     config: Config
-    patch_px: int  # of the image encoder
+    patch_size: int  # of the image encoder
 
     @property
     def weights(self) -> dict[str, float]:
@@ -43,7 +43,7 @@ class Objective:
         return {name: weight for name, weight in wanted.items() if weight}
 
     def plan(self, step: int) -> MaskPlan | None:
-        """How patches are hidden at a step; None where no image term is trained."""
+        """How patches are masked at a step; None where no image term is trained."""
         if not self.config.loss.image:
             return None
         mask = self.config.image_mask
@@ -52,12 +52,12 @@ class Objective:
             mask.policy,
             mask.score,
             mask.score_tokens,
-            mask.hide,
-            randomness_at(
+            mask.mask_stage,
+            mask_noise_at(
                 step / self.config.train.steps,
                 mask.anneal_from,
                 mask.anneal_to,
-                mask.final_randomness,
+                mask.final_mask_noise,
             ),
         )
 
@@ -66,11 +66,11 @@ class Objective:
         out: Outputs = model(batch, self.plan(batch.step))
         terms = {"contrastive": contrastive_sums(out, batch)}
         if out.patches is not None and out.is_masked is not None:
-            target = normalise_patches(patchify(batch.image, self.patch_px))
+            target = normalise_patches(patchify(batch.image, self.patch_size))
             terms["image"] = masked_patch_sum(out.patches, target, out.is_masked)
         if out.token_logits is not None:
-            hidden = [texts.ids[texts.is_masked] for texts in (batch.reports, batch.prompts)]
-            terms["text"] = masked_token_sum(out.token_logits, torch.cat(hidden))
+            masked = [texts.ids[texts.is_masked] for texts in (batch.reports, batch.prompts)]
+            terms["text"] = masked_token_sum(out.token_logits, torch.cat(masked))
         if out.label_logits is not None and batch.labels is not None:
             terms["label"] = label_sum(out.label_logits, batch.labels)
         return terms
@@ -78,13 +78,13 @@ class Objective:
     def counts(self, batch: Batch) -> dict[str, int]:
         """The number of elements of each term.
 
-        Rows with a text, hidden patches, hidden tokens, known labels of rows without a report.
+        Rows with a text, masked patches, masked tokens, known labels of rows without a report.
         """
-        hidden = masked_patch_count(batch.patch_noise.shape[1], self.config.image_mask.mask_ratio)
+        masked = masked_patch_count(batch.patch_noise.shape[1], self.config.image_mask.mask_ratio)
         n_tokens = sum(int(texts.is_masked.sum()) for texts in (batch.reports, batch.prompts))
         return {
             "contrastive": int(batch.has_text.sum()),
-            "image": len(batch) * hidden,
+            "image": len(batch) * masked,
             "text": n_tokens,
             "label": 0 if batch.labels is None else int((~batch.labels.isnan()).sum()),
         }
@@ -97,8 +97,8 @@ def contrastive_sums(out: Outputs, batch: Batch) -> Tensor:
 
     Source: paper, figure 1B; docs/method.md, row "contrastive term".
     """
-    all_image, all_text = gather_rows(out.image_embedding), gather_rows(out.text_embedding)
-    all_keys, all_has_text = gather_rows(batch.keys), gather_rows(batch.has_text)
+    all_image, all_text = all_gather_rows(out.image_embedding), all_gather_rows(out.text_embedding)
+    all_keys, all_has_text = all_gather_rows(batch.keys), all_gather_rows(batch.has_text)
     rows = batch.has_text
     is_positive = positive_pairs(batch.keys[rows], all_keys)
     image, text = out.image_embedding[rows], out.text_embedding[rows]

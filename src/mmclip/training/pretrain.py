@@ -29,14 +29,14 @@ from mmclip.data.batches import (
     SEEN_FILE,
     TrainingBatches,
     is_pair,
-    kept_for_tests,
     label_names,
+    reserved_for_evaluation,
     seen_in_training,
-    training_rows,
+    training_dataset,
 )
 from mmclip.data.check import TRAINED_FILE, refuse_leaks, trained_keys
-from mmclip.data.dataset import Rows, open_rows
 from mmclip.data.folder import ManifestError, write_text_atomic
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.synthetic import read_masks
 from mmclip.data.text import load_tokenizer, train_tokenizer
 from mmclip.models.encoders import build_image_encoder, build_text_encoder, check_patches
@@ -61,7 +61,7 @@ RUN_FILES = (CONFIG_FILE, TRAINED_FILE, SEEN_FILE, "metrics.jsonl", "tensorboard
 
 
 @dataclass(frozen=True)
-class Job:
+class PretrainRequest:
     """What to train, on what, and where to."""
 
     folders: tuple[Path, ...]
@@ -70,7 +70,7 @@ class Job:
     command: str
     resume: bool = False
     shuffle_pairs: bool = False  # the control that must learn nothing
-    lesions: Path | None = None  # folder of a made data set, for policy "oracle"
+    lesions: Path | None = None  # folder of a synthetic data set, for policy "oracle"
     wandb: bool = False
     cpu: bool = False
 
@@ -86,7 +86,7 @@ def build_model(
     """
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
-    image = build_image_encoder(config.model.image, config.data.film_px)
+    image = build_image_encoder(config.model.image, config.data.image_size)
     if config.model.image.pretrained is not None and (config.loss.image or config.loss.text):
         check_patches(image)
     return build_mmclip(
@@ -97,98 +97,103 @@ def build_model(
     )
 
 
-def make_tokenizer(config: Config, rows: Rows) -> PreTrainedTokenizerFast:
+def make_tokenizer(config: Config, dataset: ImageTextDataset) -> PreTrainedTokenizerFast:
     """The text encoder's own tokenizer, or a WordPiece vocabulary of the training reports."""
     if config.model.text.pretrained is not None:
         return load_tokenizer(config.model.text.pretrained)
-    reports = sorted({f.report for f in rows.films if f.report and f.split == "train"})
+    reports = sorted({f.report for f in dataset.samples if f.report and f.split == "train"})
     return train_tokenizer(reports, vocab_size=config.model.text.vocab_size)
 
 
-def pretrain(job: Job) -> Path:
+def pretrain(request: PretrainRequest) -> Path:
     """Trains, or goes on training, and returns the newest checkpoint's folder.
 
     Raises:
-        ManifestError: When the data folders hold no pairs to train on, or films of another size,
-            or a patient or film is in train and in val or test.
+        ManifestError: When the data folders hold no pairs to train on, or images of another size,
+            or a patient or image is in train and in val or test.
         CheckpointError: When the run exists and `resume` is False, or differs from what resumes.
     """
-    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[job.config.train.precision]
+    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[request.config.train.precision]
     trackers: list[str | LoggerType | GeneralTracker] = ["tensorboard"]
-    if job.wandb:
+    if request.wandb:
         trackers.append("wandb")
     accelerator = Accelerator(
-        mixed_precision=precision, cpu=job.cpu, log_with=trackers, project_dir=job.run
+        mixed_precision=precision, cpu=request.cpu, log_with=trackers, project_dir=request.run
     )
-    set_seed(job.config.train.seed)
-    rows = open_rows(job.folders, job.config.data.film_px, px_key="data.film_px")
-    refuse_leaks(rows.films)
-    chosen = training_rows(rows, job.config)
+    set_seed(request.config.train.seed)
+    dataset = open_dataset(
+        request.folders, request.config.data.image_size, px_key="data.image_size"
+    )
+    refuse_leaks(dataset.samples)
+    chosen = training_dataset(dataset, request.config)
     if n_kept := sum(
-        is_kept and film.split == "train"
-        for film, is_kept in zip(rows.films, kept_for_tests(rows), strict=True)
+        is_reserved and sample.split == "train"
+        for sample, is_reserved in zip(
+            dataset.samples, reserved_for_evaluation(dataset), strict=True
+        )
     ):
         logger.warning(
-            "%d films of split train are of patients that a physician labelled, on whom others "
+            "%d images of split train are of patients that a physician labelled, on whom others "
             "test; they do not train (`mmclip data split --name physician` makes them test)",
             n_kept,
         )
-    n_pairs = sum(map(is_pair, chosen.films))
-    _check_enough(job, rows, n_pairs, len(chosen) - n_pairs)
+    n_pairs = sum(map(is_pair, chosen.samples))
+    _check_enough(request, dataset, n_pairs, len(chosen) - n_pairs)
     facts = {
-        "data_hash": rows.data_hash,
+        "data_hash": dataset.data_hash,
         "n_pairs": n_pairs,
         "n_unpaired": len(chosen) - n_pairs,
-        "command": job.command,
+        "command": request.command,
         "resumed_by": [],
-        "shuffle_pairs": job.shuffle_pairs,
+        "shuffle_pairs": request.shuffle_pairs,
     }
-    found = _resumable(job, facts)
+    found = _resumable(request, facts)
     if found is None:
-        tokenizer = make_tokenizer(job.config, rows)
-        model = build_model(job.config, tokenizer, len(label_names(chosen)))
+        tokenizer = make_tokenizer(request.config, dataset)
+        model = build_model(request.config, tokenizer, len(label_names(chosen)))
     else:
         checkpoint = load_checkpoint(found)
         began, since = checkpoint.meta["command"], checkpoint.meta.get("resumed_by", [])
-        facts |= {"command": began, "resumed_by": [*since, job.command]}
+        facts |= {"command": began, "resumed_by": [*since, request.command]}
         tokenizer, model = checkpoint.tokenizer, checkpoint.model.train()
-    objective = Objective(job.config, model.vision_model.config.patch_size)
+    objective = Objective(request.config, model.vision_model.config.patch_size)
     batches = TrainingBatches(
         chosen,
         tokenizer,
-        job.config,
-        objective.patch_px,
-        job.shuffle_pairs,
-        None if job.lesions is None else read_lesions(job.lesions),
+        request.config,
+        objective.patch_size,
+        request.shuffle_pairs,
+        None if request.lesions is None else read_lesions(request.lesions),
         accelerator.device,
     )
-    optimizer = make_optimizer(model, model.no_decay_names(), job.config.train)
+    optimizer = make_optimizer(model, model.no_decay_names(), request.config.train)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     state = TrainState(wrapped, optimizer)
     if found is not None:
         restore_trainer_state(accelerator, state, found)
     if accelerator.is_main_process:
-        job.run.mkdir(parents=True, exist_ok=True)
-        resolved = {"config": job.config.model_dump(mode="json"), **facts}
-        write_text_atomic(job.run / CONFIG_FILE, json.dumps(resolved, indent=2) + "\n")
-        np.save(job.run / TRAINED_FILE, trained_keys(chosen.films))
-        seen = seen_in_training(chosen, job.config)
-        write_text_atomic(job.run / SEEN_FILE, json.dumps(seen, indent=2) + "\n")
-        _say_what_runs(job, accelerator, model, chosen, state)
+        request.run.mkdir(parents=True, exist_ok=True)
+        resolved = {"config": request.config.model_dump(mode="json"), **facts}
+        write_text_atomic(request.run / CONFIG_FILE, json.dumps(resolved, indent=2) + "\n")
+        np.save(request.run / TRAINED_FILE, trained_keys(chosen.samples))
+        seen = seen_in_training(chosen, request.config)
+        write_text_atomic(request.run / SEEN_FILE, json.dumps(seen, indent=2) + "\n")
+        _say_what_runs(request, accelerator, model, chosen, state)
     accelerator.init_trackers(
-        "mmclip" if job.wandb else "tensorboard", config=_flat(job.config.model_dump(mode="json"))
+        "mmclip" if request.wandb else "tensorboard",
+        config=_flat(request.config.model_dump(mode="json")),
     )
 
     def save(state: TrainState) -> None:
         save_checkpoint(
-            job.run,
+            request.run,
             state.step,
             accelerator.unwrap_model(state.model),
             tokenizer,
-            job.config,
+            request.config,
             trainer_state(accelerator, state),
             facts,
-            job.config.train.keep_checkpoints,
+            request.config.train.keep_checkpoints,
         )
 
     fit(
@@ -198,108 +203,119 @@ def pretrain(job: Job) -> Path:
         objective.sums,
         objective.counts,
         objective.weights,
-        job.config.train,
-        job.run,
+        request.config.train,
+        request.run,
         save,
     )
     accelerator.end_training()
-    return find_checkpoint(job.run)
+    return find_checkpoint(request.run)
 
 
-def _check_enough(job: Job, rows: Rows, n_pairs: int, n_unpaired: int) -> None:
-    folders = ", ".join(map(str, job.folders))
+def _check_enough(
+    request: PretrainRequest, dataset: ImageTextDataset, n_pairs: int, n_unpaired: int
+) -> None:
+    folders = ", ".join(map(str, request.folders))
     if n_pairs < 2:
         raise ManifestError(
-            f"{folders}: {n_pairs} of {len(rows)} rows have a film, a report, split 'train' and a "
-            f"view in {job.config.data.views}; contrastive training needs at least two"
+            f"{folders}: {n_pairs} of {len(dataset)} rows have an image, a report, split 'train' "
+            f"and a view in {request.config.data.views}; contrastive training needs at least two"
         )
-    if job.config.unpaired.rows_per_pair and not n_unpaired:
+    if request.config.unpaired.rows_per_pair and not n_unpaired:
         raise ManifestError(
-            f"{folders}: no training film has labels and no report, as "
-            f"unpaired.rows_per_pair={job.config.unpaired.rows_per_pair} asks for; set it to 0, or "
-            f"add a data folder with labelled films"
+            f"{folders}: no training image has labels and no report, as "
+            f"unpaired.rows_per_pair={request.config.unpaired.rows_per_pair} asks for; set it to "
+            f"0, or add a data folder with labelled images"
         )
-    if job.config.image_mask.policy == "oracle" and job.config.loss.image and job.lesions is None:
+    if (
+        request.config.image_mask.policy == "oracle"
+        and request.config.loss.image
+        and request.lesions is None
+    ):
         raise ManifestError(
-            "image_mask.policy='oracle' needs the lesion masks of made films; give their folder "
-            "by --lesion-masks, or choose another policy"
+            "image_mask.policy='oracle' needs the lesion masks of synthetic images; give their "
+            "folder by --lesion-masks, or choose another policy"
         )
 
 
 def read_lesions(folder: Path) -> dict[str, np.ndarray]:
-    """The pixels of all lesions of each made film; see `batches.LesionMasks`."""
+    """The pixels of all lesions of each synthetic image; see `batches.LesionMasks`."""
     joined: dict[str, np.ndarray] = {}
-    for (film_id, _), mask in read_masks(folder).items():
-        joined[film_id] = joined.get(film_id, False) | mask
+    for (image_id, _), mask in read_masks(folder).items():
+        joined[image_id] = joined.get(image_id, False) | mask
     return joined
 
 
-def _resumable(job: Job, facts: dict[str, Any]) -> Path | None:
+def _resumable(request: PretrainRequest, facts: dict[str, Any]) -> Path | None:
     try:
-        found = find_checkpoint(job.run)
+        found = find_checkpoint(request.run)
     except CheckpointError:
         return None  # killed before the first checkpoint, or new: either way from the start
-    if not job.resume:
+    if not request.resume:
         raise CheckpointError(
-            f"{job.run} already holds a run ({found.name}); add --resume to go on with it, or "
+            f"{request.run} already holds a run ({found.name}); add --resume to go on with it, or "
             f"choose another --out"
         )
     theirs = checkpoint_meta(found)
-    ours = {**facts, "config_hash": config_hash(job.config)}
+    ours = {**facts, "config_hash": config_hash(request.config)}
     if theirs["config_hash"] != ours["config_hash"]:
-        was, now = _flat(theirs["config"]), _flat(job.config.model_dump(mode="json"))
+        was, now = _flat(theirs["config"]), _flat(request.config.model_dump(mode="json"))
         changed = [
             f"{key} was {was.get(key, 'not there')}, is {now.get(key, 'not there')}"
             for key in sorted(was.keys() | now.keys())
             if was.get(key) != now.get(key)
         ]
         raise CheckpointError(
-            f"{job.run} was trained with another config: {'; '.join(changed)}; resume with the "
+            f"{request.run} was trained with another config: {'; '.join(changed)}; resume with the "
             f"same one, or choose another --out"
         )
     if theirs["data_hash"] != ours["data_hash"]:
         raise CheckpointError(
-            f"{job.run} was trained with other data ({theirs['data_hash'][:12]}, now "
+            f"{request.run} was trained with other data ({theirs['data_hash'][:12]}, now "
             f"{ours['data_hash'][:12]}); resume with the same folders, or choose another --out"
         )
     if theirs["shuffle_pairs"] != ours["shuffle_pairs"]:
         how = "with" if theirs["shuffle_pairs"] else "without"
         raise CheckpointError(
-            f"{job.run} was trained {how} --shuffle-pairs; resume {how} it, or choose another --out"
+            f"{request.run} was trained {how} --shuffle-pairs; resume {how} it, or choose another "
+            f"--out"
         )
     return found
 
 
 def _say_what_runs(
-    job: Job, accelerator: Accelerator, model: MMCLIP, rows: Rows, state: TrainState
+    request: PretrainRequest,
+    accelerator: Accelerator,
+    model: MMCLIP,
+    dataset: ImageTextDataset,
+    state: TrainState,
 ) -> None:
-    train = job.config.train
+    train = request.config.train
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    per_micro = train.batch_size // train.micro_batches
-    n_pairs = sum(map(is_pair, rows.films))
-    unpaired = f" and {len(rows) - n_pairs:,} unpaired films" if len(rows) > n_pairs else ""
+    per_micro = train.batch_size // train.micro_batch_size
+    n_pairs = sum(map(is_pair, dataset.samples))
+    unpaired = f" and {len(dataset) - n_pairs:,} unpaired images" if len(dataset) > n_pairs else ""
     n_threads = torch.get_num_threads()
     console.print(
-        f"{n_pairs:,} pairs{unpaired} of {len({f.patient_id for f in rows.films}):,} patients, "
-        f"{millions:.1f} million parameters, {accelerator.device.type} x "
+        f"{n_pairs:,} pairs{unpaired} of {len({f.patient_id for f in dataset.samples}):,} "
+        f"patients, {millions:.1f} million parameters, {accelerator.device.type} x "
         f"{accelerator.num_processes}, {train.precision}, "
         f"{n_threads} thread{'s' * (n_threads != 1)}"
     )
-    if train.micro_batches > 1:
+    if train.micro_batch_size > 1:
         console.print(
             f"gradient accumulation: the contrastive negatives (and a ResNet's batch statistics) "
             f"are the {per_micro} rows of a micro-batch, not the {train.batch_size} of the batch"
         )
-    for line in repeats(job.config, n_pairs, len(rows) - n_pairs):
+    for line in repeats(request.config, n_pairs, len(dataset) - n_pairs):
         console.print(line, style="yellow", soft_wrap=True)
-    if job.shuffle_pairs:
-        console.print("control: every film has the report of another film")
+    if request.shuffle_pairs:
+        console.print("control: every image has the report of another image")
     if state.step:
         console.print(f"resumed at step {state.step} of {train.steps}")
 
 
 def repeats(config: Config, n_pairs: int, n_unpaired: int) -> list[str]:
-    """Says, in a line for either stream, that every step reads a film more than once.
+    """Says, in a line for either stream, that every step reads an image more than once.
 
     Such a batch trains, but its repeats are positives of one another: fewer negatives than set.
     (Two epochs may meet within a step, so now and then any batch repeats some.)
@@ -308,7 +324,7 @@ def repeats(config: Config, n_pairs: int, n_unpaired: int) -> list[str]:
     fits, lines = min(size, n_pairs), []
     if size > n_pairs:
         lines.append(
-            f"films repeat within every step: train.batch_size={size} and there are {n_pairs} "
+            f"images repeat within every step: train.batch_size={size} and there are {n_pairs} "
             f"pairs; set it to at most {n_pairs}"
         )
     if (asked := round(ratio * size)) > n_unpaired:
@@ -317,8 +333,8 @@ def repeats(config: Config, n_pairs: int, n_unpaired: int) -> list[str]:
         else:
             remedy = f"set it to at most {n_unpaired / fits:.3g}"
         lines.append(
-            f"films repeat within every step: unpaired.rows_per_pair={ratio:g} reads {asked} "
-            f"unpaired films and there are {n_unpaired}; {remedy}"
+            f"images repeat within every step: unpaired.rows_per_pair={ratio:g} reads {asked} "
+            f"unpaired images and there are {n_unpaired}; {remedy}"
         )
     return lines
 

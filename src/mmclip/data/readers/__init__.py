@@ -1,1 +1,1 @@
-"""One reader a data set: its folder as downloaded -> one record a film, in a stable order."""
+"""One reader a data set: its folder as downloaded -> one record per image, in a stable order."""

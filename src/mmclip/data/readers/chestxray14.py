@@ -1,20 +1,20 @@
-"""ChestX-ray14, the NIH Clinical Center's 112,120 frontal films of 30,805 patients."""
+"""ChestX-ray14, the NIH Clinical Center's 112,120 frontal images of 30,805 patients."""
 
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from mmclip.data.csv_rows import SourceError, read_rows
+from mmclip.data.csv_table import parse_age
 from mmclip.data.readers.files import (
     SEXES,
     Box,
     bad_value,
     find_table,
-    index_films,
+    index_images,
 )
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.records import Film, Record, Split, View
-from mmclip.data.rows import SourceError, read_rows
-from mmclip.data.tables import parse_age
+from mmclip.data.sample import Record, Sample, Split, View
 
 WHERE = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
 
@@ -28,37 +28,39 @@ _COLUMNS = (
 
 
 def read_chestxray14(root: Path) -> Iterator[Record]:
-    """ChestX-ray14: one record a film, in the order of the table.
+    """ChestX-ray14: one record per image, in the order of the table.
 
     Citation: Wang et al., ChestX-ray8, CVPR 2017 (arXiv:1705.02315).
     Licence: free use; name the NIH Clinical Center, and cite the paper.
     Layout: Data_Entry_2017_v2020.csv or Data_Entry_2017.csv (the first where both are there);
-        images_001/images/ to images_012/images/, or the films in any other folders;
+        images_001/images/ to images_012/images/, or the images in any other folders;
         train_val_list.txt and test_list.txt, both or neither.
     Quirks: Labels are text-mined. The older table has ages such as 414 years, which become
         unknown. Its header splits at the comma of "OriginalImage[Width,Height]", as its rows do.
-        With the lists, their films go to train and test, and there is no val; without them, no
-        film has a split. Each film counts as a study.
+        With the lists, their images go to train and test, and there is no val; without them, no
+        image has a split. Each image counts as a study.
 
     Args:
         root: The folder that holds all of this.
 
     Raises:
-        SourceError: When the table, all films, or one of the two lists are missing.
+        SourceError: When the table, all images, or one of the two lists are missing.
     """
     table = find_table(root, _TABLES, WHERE)
     splits = _official_splits(root)
-    films = index_films(root, {".png", ".jpg"}, f"{WHERE} (images_001.tar.gz to images_012.tar.gz)")
-    return _records(table, splits, films)
+    images = index_images(
+        root, {".png", ".jpg"}, f"{WHERE} (images_001.tar.gz to images_012.tar.gz)"
+    )
+    return _records(table, splits, images)
 
 
-def _records(table: Path, splits: dict[str, Split], films: dict[str, str]) -> Iterator[Record]:
+def _records(table: Path, splits: dict[str, Split], images: dict[str, str]) -> Iterator[Record]:
     labels_of = cache(load_words("chestxray14").labels)
     for row, (cells, problem) in enumerate(read_rows(table, _COLUMNS)):
         name = cells.get("Image Index", "")
         words = tuple(cells.get("Finding Labels", "").split("|"))
         if not problem and splits and name not in splits:
-            problem = f"the film is neither in {' nor in '.join(_LISTS)}"
+            problem = f"the image is neither in {' nor in '.join(_LISTS)}"
         try:
             if problem:
                 raise ValueError(problem)
@@ -66,13 +68,13 @@ def _records(table: Path, splits: dict[str, Split], films: dict[str, str]) -> It
         except ValueError as error:
             yield bad_value(row, name, str(error))
             continue
-        yield Film(
-            film_id=name,
+        yield Sample(
+            image_id=name,
             study_id=name,
             patient_id=cells["Patient ID"],
             source="chestxray14",
             split=splits.get(name),
-            image=films.get(Path(name).stem, f"images/{name}"),
+            image=images.get(Path(name).stem, f"images/{name}"),
             view=_VIEWS.get(cells["View Position"], "unknown"),
             labels=labels,
             source_labels=words,
@@ -83,7 +85,7 @@ def _records(table: Path, splits: dict[str, Split], films: dict[str, str]) -> It
 
 
 def _official_splits(root: Path) -> dict[str, Split]:
-    """The split of each film by the published lists; empty without them."""
+    """The split of each image by the published lists; empty without them."""
     there = [name for name in _LISTS if (root / name).is_file()]
     if not there:
         return {}
@@ -95,14 +97,14 @@ def _official_splits(root: Path) -> dict[str, Split]:
         )
     splits: dict[str, Split] = {}
     for name, split in _LISTS.items():
-        for film_id in (root / name).read_text("utf-8").split():
-            if splits.setdefault(film_id, split) != split:
-                raise SourceError(f"{root}: {film_id} is in both lists; download them again")
+        for image_id in (root / name).read_text("utf-8").split():
+            if splits.setdefault(image_id, split) != split:
+                raise SourceError(f"{root}: {image_id} is in both lists; download them again")
     return splits
 
 
 def read_chestxray14_boxes(root: Path) -> Iterator[Box]:
-    """The 984 boxes on 880 films that BBox_List_2017.csv holds, in pixels of the 1024 px films.
+    """The 984 boxes on 880 images that BBox_List_2017.csv holds, in pixels of the 1024 px images.
 
     Raises:
         SourceError: When the list is missing, or names a finding that is unknown.

@@ -1,10 +1,12 @@
-"""CheXpert, its 11 GB small release, and CheXpert Plus: Stanford's films, labels and reports."""
+"""CheXpert, its 11 GB small release, and CheXpert Plus: Stanford's images, labels and reports."""
 
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mmclip.data.csv_rows import SourceError, header_of, read_rows
+from mmclip.data.csv_table import parse_age
 from mmclip.data.readers.files import (
     SEXES,
     bad_value,
@@ -12,9 +14,7 @@ from mmclip.data.readers.files import (
     look_for_table,
 )
 from mmclip.data.readers.vocabulary import SourceWords, load_words
-from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Film, Record, Split, View
-from mmclip.data.rows import SourceError, header_of, read_rows
-from mmclip.data.tables import parse_age
+from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Record, Sample, Split, View
 from mmclip.data.text import make_report, parse_report
 
 WHERE = "https://aimi.stanford.edu/datasets/chexpert-chest-x-rays"
@@ -36,27 +36,27 @@ _SUFFIXES = (".jpg", ".png", ".dcm")
 
 
 def read_chexpert(root: Path) -> Iterator[Record]:
-    """CheXpert: one record a film, in the order of the tables of train, validation and test.
+    """CheXpert: one record per image, in the order of the tables of train, validation and test.
 
     Citation: Irvin et al., AAAI 2019 (arXiv:1901.07031); test labels: Rajpurkar et al., CHIL 2021.
     Licence: Stanford University Dataset Research Use Agreement; no commercial use, no sharing.
     Layout: train.csv, valid.csv (or val_labels.csv), test_labels.csv (or test.csv; or
         groundtruth.csv, with a row a study), at least one of them, in the root or in a folder of
-        it; val_labels.csv and test_labels.csv come with the films in CheXlocalize, groundtruth.csv
-        from the authors of Rajpurkar et al. Films in any folders, as
+        it; val_labels.csv and test_labels.csv come with the images in CheXlocalize, groundtruth.csv
+        from the authors of Rajpurkar et al. Images in any folders, as
         patient00001/study1/view1_frontal.jpg: train/ and valid/ of CheXpert-v1.0-small/ and
         CheXpert-v1.0/, or the folders of the four "CheXpert-v1.0 batch" archives. What stands
         before the patient in the column Path makes no difference.
     Quirks: 1, 0, -1 and blank are present, absent, uncertain and unknown, as they stand; what to
         make of -1 is for who trains. Train labels are mined from reports, the others are read by
-        radiologists. Age 0 (3 films) stands for unknown, 90 for 90 and more. 17 frontal films have
-        "LL" or "RL" as AP/PA: their view is unknown, as is that of frontal test films.
+        radiologists. Age 0 (3 images) stands for unknown, 90 for 90 and more. 17 frontal images
+        have "LL" or "RL" as AP/PA: their view is unknown, as is that of frontal test images.
 
     Args:
         root: The folder that holds all of this.
 
     Raises:
-        SourceError: When no table or no film is there, or a table has a column that is unknown.
+        SourceError: When no table or no image is there, or a table has a column that is unknown.
     """
     tables: dict[Split, Path] = {
         split: path for split, names in _TABLES.items() if (path := _look(root, names))
@@ -64,8 +64,8 @@ def read_chexpert(root: Path) -> Iterator[Record]:
     if not tables:
         raise SourceError(
             f"{root} and the folders in it hold none of train.csv, valid.csv and test_labels.csv; "
-            f"train.csv and valid.csv come with the films from {WHERE}, the labels of the test "
-            f"films from {WHERE_TEST}"
+            f"train.csv and valid.csv come with the images from {WHERE}, the labels of the test "
+            f"images from {WHERE_TEST}"
         )
     words = load_words("chexpert")
     columns = {path: _label_columns(path, words) for path in tables.values()}
@@ -112,7 +112,7 @@ def _index_patients(root: Path, where: str) -> dict[str, str]:
         folders[:] = sorted(name for name in folders if not name.startswith("patient"))
     if not found:
         raise SourceError(
-            f"{root} and its folders hold no film (patient00001/study1/...); films come from "
+            f"{root} and its folders hold no image (patient00001/study1/...); images come from "
             f"{where}"
         )
     return found
@@ -129,8 +129,8 @@ def _records(
         place = "Study" if "Study" in header_of(table) else "Path"
         for cells, problem in read_rows(table, (place, *columns[table])):
             path = _tail(cells.get(place, ""), 2 if place == "Study" else 3)
-            for film in [path] if place == "Path" else _films_of(root, path, patients):
-                yield _film(row, film, cells, problem, split, columns[table], patients)
+            for image in [path] if place == "Path" else _images_of(root, path, patients):
+                yield _image(row, image, cells, problem, split, columns[table], patients)
                 row += 1
 
 
@@ -139,14 +139,14 @@ def _tail(path: str, parts: int) -> str:
     return "/".join(path.strip("/").split("/")[-parts:])
 
 
-def _films_of(root: Path, study: str, patients: Mapping[str, str]) -> list[str]:
-    """The films of a study, or one that is not there."""
+def _images_of(root: Path, study: str, patients: Mapping[str, str]) -> list[str]:
+    """The images of a study, or one that is not there."""
     folder = root / (patients.get(study.partition("/")[0], "") + study)
     names = sorted(path.name for path in folder.glob("view*") if path.suffix in _SUFFIXES)
     return [f"{study}/{name}" for name in names] or [f"{study}/view1_frontal.jpg"]
 
 
-def _film(
+def _image(
     row: int,
     path: str,
     cells: Mapping[str, str],
@@ -155,7 +155,7 @@ def _film(
     columns: Mapping[str, str],
     patients: Mapping[str, str],
 ) -> Record:
-    film_id = os.path.splitext(path)[0]
+    image_id = os.path.splitext(path)[0]
     try:
         if problem:
             raise ValueError(problem)
@@ -163,11 +163,11 @@ def _film(
             raise ValueError(f"{path!r} is no patient/study/view")
         values = label_values(cells, columns)
     except ValueError as error:
-        return bad_value(row, film_id, str(error))
+        return bad_value(row, image_id, str(error))
     patient, study, name = path.split("/")
     age = parse_age(cells.get("Age", ""))
-    return Film(
-        film_id=film_id,
+    return Sample(
+        image_id=image_id,
         study_id=f"{patient}/{study}",
         patient_id=patient,
         source="chexpert",
@@ -176,7 +176,7 @@ def _film(
         view=_view(cells.get("Frontal/Lateral", ""), cells.get("AP/PA", ""), name),
         labels={columns[column]: value for column, value in values.items()},
         source_labels=tuple(f"{column}={value}" for column, value in values.items()),
-        label_origin="report-program" if split == "train" else "film-reader",
+        label_origin="report-program" if split == "train" else "image-reader",
         age_years=age or None,  # adults only: 0 is no age
         sex=SEXES.get(cells.get("Sex", "").lower()),
     )
@@ -205,22 +205,22 @@ def _view(side: str, direction: str, name: str) -> View:
 
 
 def read_chexpert_plus(root: Path) -> Iterator[Record]:
-    """CheXpert Plus: the films of CheXpert with their reports, in the order of the table.
+    """CheXpert Plus: the images of CheXpert with their reports, in the order of the table.
 
     Citation: Chambon et al., 2024 (arXiv:2405.19538).
     Licence: Stanford University Dataset Research Use Agreement; no commercial use, no sharing.
-    Layout: df_chexpert_plus_240401.csv; films as PNG, DICOM or CheXpert's JPEG in any folders, as
-        patient42142/study5/view1_frontal.png; chexbert_labels/impression_fixed.json, if the films
+    Layout: df_chexpert_plus_240401.csv; images as PNG, DICOM or CheXpert's JPEG in any folders, as
+        patient42142/study5/view1_frontal.png; chexbert_labels/impression_fixed.json, if the images
         shall have labels, too.
-    Quirks: `path_to_image` ends in .jpg whatever the film is. Most reports have an impression and
-        no findings; where both are missing, what the whole report says is read. Films of a pair
+    Quirks: `path_to_image` ends in .jpg whatever the image is. Most reports have an impression and
+        no findings; where both are missing, what the whole report says is read. Images of a pair
         never train on their labels. Written after the documentation: no real table was at hand.
 
     Args:
         root: The folder that holds all of this.
 
     Raises:
-        SourceError: When the table or all films are missing.
+        SourceError: When the table or all images are missing.
     """
     table = find_table(root, (_PLUS_TABLE,), WHERE_PLUS)
     patients = _index_patients(root, WHERE_PLUS)
@@ -237,46 +237,47 @@ def _plus_records(
     )  # fmt: skip
     for row, (cells, problem) in enumerate(read_rows(table, columns)):
         path = _tail(cells.get("path_to_image", ""), 3)
-        film_id = os.path.splitext(path)[0]
+        image_id = os.path.splitext(path)[0]
         if not problem and path.count("/") != 2:
             problem = f"{path!r} is no patient/study/view"
         if not problem and cells["split"] not in _PLUS_SPLITS:
             problem = f"split is {cells['split']!r}, not {' or '.join(_PLUS_SPLITS)}"
         if problem:
-            yield bad_value(row, film_id, problem)
+            yield bad_value(row, image_id, problem)
             continue
         patient, study, name = path.split("/")
         report = make_report(cells["section_findings"], cells["section_impression"])
         if report.text is None:
             report = parse_report(cells["report"])
-        values = labels.get(film_id, {})
-        yield Film(
-            film_id=film_id,
+        values = labels.get(image_id, {})
+        yield Sample(
+            image_id=image_id,
             study_id=f"{patient}/{study}",
             patient_id=patient,
             source="chexpert-plus",
             split=_PLUS_SPLITS[cells["split"]],
-            image=_plus_image(root, patients.get(patient, "") + film_id, path),
+            image=_plus_image(root, patients.get(patient, "") + image_id, path),
             view=_view(cells["frontal_lateral"], cells["ap_pa"], name),
             findings=report.findings,
             impression=report.impression,
             report=report.text,
             labels={words.finding(column): value for column, value in values.items()},
             source_labels=tuple(f"{column}={value}" for column, value in values.items()),
-            label_origin="report-program" if film_id in labels else None,
+            label_origin="report-program" if image_id in labels else None,
             age_years=parse_age(cells.get("age", "")) or None,
             sex=SEXES.get(cells.get("sex", "").lower()),
         )
 
 
 def _plus_image(root: Path, stem: str, path: str) -> str:
-    """The film's path with the suffix that it has; the table's where there is none."""
+    """The image's path with the suffix that it has; the table's where there is none."""
     found = (stem + suffix for suffix in _SUFFIXES if (root / (stem + suffix)).is_file())
     return next(found, stem + os.path.splitext(path)[1])
 
 
 def _plus_labels(root: Path) -> dict[str, dict[str, int]]:
-    """What CheXbert read in the impression of each film, by the film's id; empty without the file.
+    """What CheXbert read in the impression of each image, by the image's id; empty without the
+    file.
 
     Raises:
         SourceError: When a line of the file is not what it should be.
@@ -290,9 +291,9 @@ def _plus_labels(root: Path) -> dict[str, dict[str, int]]:
         for number, line in enumerate(file, 1):
             try:
                 said = json.loads(line)
-                film = os.path.splitext(_tail(said.pop("path_to_image"), 3))[0]
+                image = os.path.splitext(_tail(said.pop("path_to_image"), 3))[0]
                 cells = {k: "" if v is None else f"{v:g}" for k, v in said.items()}
-                found[film] = label_values(
+                found[image] = label_values(
                     cells, {column: words.finding(column) for column in cells}
                 )
             except (ValueError, LookupError, TypeError, AttributeError) as error:

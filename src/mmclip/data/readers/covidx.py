@@ -1,12 +1,12 @@
-"""COVIDx CXR-2, CXR-3 and CXR-4: films of COVID-19 and others, from many collections."""
+"""COVIDx CXR-2, CXR-3 and CXR-4: images of COVID-19 and others, from many collections."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmclip.data.readers.files import bad_value, index_films
+from mmclip.data.csv_rows import SourceError
+from mmclip.data.readers.files import bad_value, index_images
 from mmclip.data.readers.vocabulary import SourceWords, load_words
-from mmclip.data.records import Film, Record, Split
-from mmclip.data.rows import SourceError
+from mmclip.data.sample import Record, Sample, Split
 
 WHERE = "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2"
 
@@ -16,40 +16,41 @@ _SOURCES = {"rnsa": "rsna"}  # misspelt in 199 rows of the lists of November 202
 
 
 def read_covidx(root: Path) -> Iterator[Record]:
-    """COVIDx CXR-2, -3 or -4: one record a film, in the order of train.txt, val.txt and test.txt.
+    """COVIDx CXR-2, -3 or -4: one record per image, in the order of train.txt, val.txt and
+    test.txt.
 
     Citation: Pavlova et al. 2022 (CXR-3: arXiv:2206.03671); Wu et al. 2023 (CXR-4:
         arXiv:2311.17677).
     Licence: those of the collections, for research; some forbid commercial use.
-    Layout: train.txt and test.txt, with CXR-4 val.txt, too, in the root; the films in train/,
+    Layout: train.txt and test.txt, with CXR-4 val.txt, too, in the root; the images in train/,
         val/ and test/, or any other folders.
     Quirks: A row is "patient file class source", without a header. A patient may be two words
         ("COVID 1", in older lists), so file, class and source are counted from the end. Patient
-        ids are those of the collection that a film comes from, and are joined with its name; of
-        films of rsna the file's name stands for the patient, who is unknown. These films come
+        ids are those of the collection that an image comes from, and are joined with its name; of
+        images of rsna the file's name stands for the patient, who is unknown. These images come
         from ChestX-ray14, as RSNA's do: who trains on one must not test on the other. "negative"
-        may be any other disease. Without val.txt there is no val. Which collection a film is of
+        may be any other disease. Without val.txt there is no val. Which collection an image is of
         is nearly its label: all of stonybrook are positive, all of rsna negative.
 
     Args:
         root: The folder that holds all of this.
 
     Raises:
-        SourceError: When train.txt, test.txt or all films are missing, or a list cannot be read.
+        SourceError: When train.txt, test.txt or all images are missing, or a list cannot be read.
     """
     for split in ("train", "test"):
         if not (root / _LISTS[split]).is_file():
             raise SourceError(f"{root} holds no {_LISTS[split]}; it comes from {WHERE}")
-    films = index_films(root, _SUFFIXES, WHERE)
-    return _records(root, films)
+    images = index_images(root, _SUFFIXES, WHERE)
+    return _records(root, images)
 
 
-def _records(root: Path, films: Mapping[str, str]) -> Iterator[Record]:
+def _records(root: Path, images: Mapping[str, str]) -> Iterator[Record]:
     words = load_words("covidx")
     row = 0
     for split, name in _LISTS.items():
         for line in _lines(root / name):
-            yield _film(row, line, split, root, films, words)
+            yield _image(row, line, split, root, images, words)
             row += 1
 
 
@@ -64,8 +65,8 @@ def _lines(path: Path) -> Iterator[str]:
         raise SourceError(f"{path} cannot be read ({error}); download it again") from None
 
 
-def _film(
-    row: int, line: str, split: Split, root: Path, films: Mapping[str, str], words: SourceWords
+def _image(
+    row: int, line: str, split: Split, root: Path, images: Mapping[str, str], words: SourceWords
 ) -> Record:
     parts = line.split()
     if len(parts) < 4:
@@ -78,10 +79,10 @@ def _film(
         return bad_value(row, file, str(error))
     image = f"{split}/{file}"
     if not (root / image).is_file():
-        image = films.get(Path(file).stem, image)
+        image = images.get(Path(file).stem, image)
     collection = _SOURCES.get(collection, collection)
-    return Film(
-        film_id=file,
+    return Sample(
+        image_id=file,
         study_id=file,
         patient_id=f"{collection}/{' '.join(patient)}",
         source="covidx",

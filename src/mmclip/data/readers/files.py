@@ -1,4 +1,5 @@
-"""What every reader of a published data set needs: its table, its films, and clear words if not."""
+"""What every reader of a published data set needs: its table, its images, and clear words if
+not."""
 
 import os
 import struct
@@ -11,22 +12,22 @@ from typing import NamedTuple
 import pydicom
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
+from mmclip.data.csv_rows import SourceError, read_rows
+from mmclip.data.csv_table import parse_age
 from mmclip.data.images import silent_pydicom
-from mmclip.data.records import Excluded, Film, Reason, Sex, Split, View
-from mmclip.data.rows import SourceError, read_rows
-from mmclip.data.tables import parse_age
+from mmclip.data.sample import Excluded, Reason, Sample, Sex, Split, View
 
 SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A place that a reader of the film marked, in pixels of the published film.
+    """A place that a reader of the image marked, in pixels of the published image.
 
     `phrase` is the reader's own words for it, "" where the data set has none.
     """
 
-    film_id: str
+    image_id: str
     finding: str
     left_px: float
     top_px: float
@@ -35,9 +36,9 @@ class Box:
     phrase: str = ""
 
 
-def bad_value(row: int, film_id: str, detail: str) -> Excluded:
+def bad_value(row: int, image_id: str, detail: str) -> Excluded:
     """A row that is left out for a value that cannot be read."""
-    return Excluded(row=row, film_id=film_id, reason=Reason.BAD_VALUE, detail=detail)
+    return Excluded(row=row, image_id=image_id, reason=Reason.BAD_VALUE, detail=detail)
 
 
 def look_for_table(root: Path, names: Sequence[str]) -> Path | None:
@@ -80,22 +81,22 @@ def read_sound_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, st
         yield cells
 
 
-def index_films(root: Path, suffixes: Collection[str], where: str) -> dict[str, str]:
-    """Where each film lies under a folder, by its name without the suffix.
+def index_images(root: Path, suffixes: Collection[str], where: str) -> dict[str, str]:
+    """Where each image lies under a folder, by its name without the suffix.
 
-    The folders between do not matter: releases of one data set differ in them. Of two films of one
+    The folders between do not matter: releases of one data set differ in them. Of two images of one
     name the first in the order of paths is taken.
 
     Args:
         root: The data set's folder.
         suffixes: In lower case, with the dot.
-        where: Where a user gets the films.
+        where: Where a user gets the images.
 
     Returns:
         Paths relative to the root, with "/" between parts.
 
     Raises:
-        SourceError: When there is no film.
+        SourceError: When there is no image.
     """
     found: dict[str, str] = {}
     for folder, folders, names in os.walk(root):
@@ -107,7 +108,9 @@ def index_films(root: Path, suffixes: Collection[str], where: str) -> dict[str, 
                 found.setdefault(stem, name if inside == "." else f"{inside}/{name}")
     if not found:
         kinds = ", ".join(f"*{suffix}" for suffix in sorted(suffixes))
-        raise SourceError(f"{root} and its folders hold no film ({kinds}); films come from {where}")
+        raise SourceError(
+            f"{root} and its folders hold no image ({kinds}); images come from {where}"
+        )
     return found
 
 
@@ -145,9 +148,9 @@ def dicom_facts(path: Path) -> DicomFacts:
     )
 
 
-def film_of_unknown_patient(
+def image_of_unknown_patient(
     root: Path,
-    film_id: str,
+    image_id: str,
     *,
     source: str,
     image: str,
@@ -155,33 +158,33 @@ def film_of_unknown_patient(
     source_labels: tuple[str, ...],
     split: Split | None = None,
     view: View | None = None,
-) -> Film:
-    """The record of a DICOM film that counts as a study and a patient of its own.
+) -> Sample:
+    """The record of a DICOM image that counts as a study and a patient of its own.
 
-    People labelled it who read the film.
+    People labelled it who read the image.
 
     Args:
         root: The data set's folder.
-        film_id: Also of study and patient.
-        source: As are the following, a field of `Film`.
+        image_id: Also of study and patient.
+        source: As are the following, a field of `Sample`.
         image: Relative to the root; its header gives age and sex.
         labels: By finding.
         source_labels: The source's own words.
         split: The source's, if it has one.
-        view: Of all films of the source; None takes the header's.
+        view: Of all images of the source; None takes the header's.
     """
     facts = dicom_facts(root / image)
-    return Film(
-        film_id=film_id,
-        study_id=film_id,
-        patient_id=film_id,
+    return Sample(
+        image_id=image_id,
+        study_id=image_id,
+        patient_id=image_id,
         source=source,
         split=split,
         image=image,
         view=facts.view if view is None else view,
         labels=dict(labels),
         source_labels=source_labels,
-        label_origin="film-reader",
+        label_origin="image-reader",
         age_years=facts.age_years,
         sex=facts.sex,
     )

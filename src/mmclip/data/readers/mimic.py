@@ -1,4 +1,4 @@
-"""MIMIC-CXR and MIMIC-CXR-JPG: 377,110 films of 65,379 patients in Boston, with their reports."""
+"""MIMIC-CXR and MIMIC-CXR-JPG: 377,110 images of 65,379 patients in Boston, with their reports."""
 
 import logging
 import os
@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from mmclip.data.csv_rows import SourceError, header_of, read_rows
 from mmclip.data.readers.chexpert import label_values
 from mmclip.data.readers.files import (
     DicomFacts,
@@ -17,8 +18,7 @@ from mmclip.data.readers.files import (
     read_sound_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.records import Film, LabelOrigin, Record, Split, View
-from mmclip.data.rows import SourceError, header_of, read_rows
+from mmclip.data.sample import LabelOrigin, Record, Sample, Split, View
 from mmclip.data.text import Report, make_report, parse_report
 
 WHERE = "https://physionet.org/content/mimic-cxr/"
@@ -61,9 +61,9 @@ class _Tree(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A film as a table names it."""
+    """An image as a table names it."""
 
-    film_id: str
+    image_id: str
     patient: str  # the number, as is the study
     study: str
     problem: str
@@ -71,7 +71,7 @@ class _Row(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """As p10/p10000032/s50414267, in which the film lies."""
+        """As p10/p10000032/s50414267, in which the image lies."""
         return f"p{self.patient[:2]}/p{self.patient}/s{self.study}"
 
 
@@ -87,30 +87,30 @@ _UNLABELLED = _Labels({}, {}, None)
 
 
 def read_mimic_cxr_jpg(root: Path) -> Iterator[Record]:
-    """MIMIC-CXR-JPG: one record a film, in the order of the metadata table.
+    """MIMIC-CXR-JPG: one record per image, in the order of the metadata table.
 
     Citation: Johnson et al., Scientific Data 2019; MIMIC-CXR-JPG: arXiv:1901.07042.
     Licence: PhysioNet Credentialed Health Data License 1.5.0; no sharing.
     Layout: mimic-cxr-2.0.0-metadata.csv and -split.csv, both needed; -chexpert.csv or, where that
         is not there, -negbio.csv for labels, and mimic-cxr-2.1.0-test-set-labeled.csv; all as .csv
-        or .csv.gz, in the root or any folder of it. Films as
-        files/p10/p10000032/s50414267/FILM.jpg. Reports, which MIMIC-CXR publishes apart:
+        or .csv.gz, in the root or any folder of it. Images as
+        files/p10/p10000032/s50414267/IMAGE.jpg. Reports, which MIMIC-CXR publishes apart:
         mimic-cxr-reports.zip, or unpacked as p10/p10000032/s50414267.txt in any folder, or else
         mimic_cxr_sectioned.csv, as MIMIC-CXR's own code makes it.
     Quirks: The split "validate" is val. Labels are mined from reports, and stand beside them:
-        films of a pair never train on their labels. Of the studies in the table of 2.1.0, all of
+        images of a pair never train on their labels. Of the studies in the table of 2.1.0, all of
         test, they are those that a radiologist gave, who read the report, too. That table has
         "Airspace Opacity" for "Lung Opacity", and no subject_id. Views such as "AP LLD" (lying on
         the side) and blank are unknown. Eight studies have no report. Addenda and wet reads stand
         above a line of underscores and are left out: they tell of calls and corrections, not of
-        the film. Where a report has no headings, all of it is read. Age and sex are not published
-        with the films.
+        the image. Where a report has no headings, all of it is read. Age and sex are not published
+        with the images.
 
     Args:
         root: The folder that holds all of this; the parent of two PhysioNet downloads will do.
 
     Raises:
-        SourceError: When the metadata, the splits or all films are missing, or there are neither
+        SourceError: When the metadata, the splits or all images are missing, or there are neither
             labels nor reports.
     """
     tree = _walk(root)
@@ -123,11 +123,11 @@ def read_mimic_cxr_jpg(root: Path) -> Iterator[Record]:
 
 
 def read_mimic_cxr(root: Path) -> Iterator[Record]:
-    """MIMIC-CXR, the films as DICOM: one record a film, in the order of cxr-record-list.csv.
+    """MIMIC-CXR, the images as DICOM: one record per image, in the order of cxr-record-list.csv.
 
     Citation: Johnson et al., Scientific Data 2019.
     Licence: PhysioNet Credentialed Health Data License 1.5.0; no sharing.
-    Layout: cxr-record-list.csv(.gz), films as files/p10/p10000032/s50414267/FILM.dcm, reports as
+    Layout: cxr-record-list.csv(.gz), images as files/p10/p10000032/s50414267/IMAGE.dcm, reports as
         files/p10/p10000032/s50414267.txt, in mimic-cxr-reports.zip or as the other reader's.
         The tables of MIMIC-CXR-JPG for metadata, splits and labels, if they are there.
         cxr-study-list.csv names the reports, whose paths follow from the study: it is not read.
@@ -139,7 +139,7 @@ def read_mimic_cxr(root: Path) -> Iterator[Record]:
         root: The folder that holds all of this.
 
     Raises:
-        SourceError: When the list or all films are missing, or there are neither labels nor
+        SourceError: When the list or all images are missing, or there are neither labels nor
             reports.
     """
     tree = _walk(root)
@@ -177,8 +177,8 @@ def _records(
     where = WHERE_JPG if suffix == ".jpg" else WHERE
     if not tree.groups:
         raise SourceError(
-            f"{root} and its folders hold no film (files/p10/p10000032/s50414267/*{suffix}); "
-            f"films come from {where}"
+            f"{root} and its folders hold no image (files/p10/p10000032/s50414267/*{suffix}); "
+            f"images come from {where}"
         )
     labels = {**_read_labels(tree), **_read_labels_of_radiologist(tree)}
     report_of = _report_reader(root, tree)
@@ -189,10 +189,10 @@ def _records(
             f"{WHERE_JPG}"
         )
     splits = _read_splits(split) if split else None
-    return _films(root, tree, table, splits, labels, report_of, suffix)
+    return _images(root, tree, table, splits, labels, report_of, suffix)
 
 
-def _films(
+def _images(
     root: Path,
     tree: _Tree,
     table: Path,
@@ -203,29 +203,29 @@ def _films(
 ) -> Iterator[Record]:
     words = load_words("mimic-cxr")
     views = _read_views(tree) if suffix == ".dcm" else {}
-    for row, film in enumerate(_rows(table)):
-        problem = film.problem
-        if not problem and splits is not None and film.film_id not in splits:
-            problem = f"the film is not in {_SPLIT}"
+    for row, sample in enumerate(_rows(table)):
+        problem = sample.problem
+        if not problem and splits is not None and sample.image_id not in splits:
+            problem = f"the image is not in {_SPLIT}"
         try:
             if problem:
                 raise ValueError(problem)
-            cells, names, origin = labels.get(film.study, _UNLABELLED)
+            cells, names, origin = labels.get(sample.study, _UNLABELLED)
             said = label_values(cells, cells)
         except ValueError as error:
-            yield bad_value(row, film.film_id, str(error))
+            yield bad_value(row, sample.image_id, str(error))
             continue
-        path = f"{film.folder}/{film.film_id}"
+        path = f"{sample.folder}/{sample.image_id}"
         image = _first_there(root, tree.places(path + suffix)) or f"files/{path}{suffix}"
         facts = dicom_facts(root / image) if suffix == ".dcm" else DicomFacts()
-        view = views.get(film.film_id) if film.view is None else film.view
-        report = report_of(film.folder) if report_of else Report(None, None, None)
-        yield Film(
-            film_id=film.film_id,
-            study_id=f"s{film.study}",
-            patient_id=f"p{film.patient}",
+        view = views.get(sample.image_id) if sample.view is None else sample.view
+        report = report_of(sample.folder) if report_of else Report(None, None, None)
+        yield Sample(
+            image_id=sample.image_id,
+            study_id=f"s{sample.study}",
+            patient_id=f"p{sample.patient}",
             source="mimic-cxr",
-            split=splits[film.film_id] if splits else None,
+            split=splits[sample.image_id] if splits else None,
             image=image,
             view=facts.view if view is None else _VIEWS.get(view, "unknown"),
             findings=report.findings,
@@ -240,7 +240,7 @@ def _films(
 
 
 def _rows(table: Path) -> Iterator[_Row]:
-    """The films that a table names, with the view where it has that column."""
+    """The images that a table names, with the view where it has that column."""
     for cells, problem in read_rows(table, ("dicom_id", "subject_id", "study_id")):
         patient, study = cells.get("subject_id", ""), cells.get("study_id", "")
         if not problem and not (patient.isdigit() and study.isdigit()):
@@ -250,13 +250,13 @@ def _rows(table: Path) -> Iterator[_Row]:
 
 
 def _read_views(tree: _Tree) -> dict[str, str | None]:
-    """The view of each film by the metadata of MIMIC-CXR-JPG; empty without it."""
+    """The view of each image by the metadata of MIMIC-CXR-JPG; empty without it."""
     table = tree.table(_METADATA)
-    return {row.film_id: row.view for row in _rows(table)} if table else {}
+    return {row.image_id: row.view for row in _rows(table)} if table else {}
 
 
 def _read_splits(table: Path) -> dict[str, Split]:
-    """The official split of each film.
+    """The official split of each image.
 
     Raises:
         SourceError: When the table is damaged.
@@ -322,7 +322,7 @@ def _report_reader(root: Path, tree: _Tree) -> Callable[[str], Report] | None:
     else:
         return None
 
-    @lru_cache(maxsize=64)  # films of one study follow one another
+    @lru_cache(maxsize=64)  # images of one study follow one another
     def report_of(folder: str) -> Report:
         text = texts(folder)
         return parse_report(None if text is None else without_addenda(text))

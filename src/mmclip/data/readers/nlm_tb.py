@@ -1,15 +1,15 @@
-"""Shenzhen and Montgomery: 662 and 138 films for tuberculosis, that the NLM publishes."""
+"""Shenzhen and Montgomery: 662 and 138 images for tuberculosis, that the NLM publishes."""
 
 import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from mmclip.data.csv_rows import SourceError
+from mmclip.data.csv_table import parse_age
 from mmclip.data.readers.files import bad_value
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.records import Film, Record, Sex
-from mmclip.data.rows import SourceError
-from mmclip.data.tables import parse_age
+from mmclip.data.sample import Record, Sample, Sex
 
 WHERE = "https://data.lhncbc.nlm.nih.gov/public/Tuberculosis-Chest-X-ray-Datasets/"
 
@@ -25,55 +25,55 @@ _SEXES: dict[str, Sex] = {"m": "M", "f": "F"}
 
 
 def read_shenzhen(root: Path) -> Iterator[Record]:
-    """Shenzhen: one record a film, in the order of their names.
+    """Shenzhen: one record per image, in the order of their names.
 
     Citation: Jaeger et al., Quantitative Imaging in Medicine and Surgery 2014, 4(6):475.
     Licence: free use; cite the paper, name the NLM and Shenzhen No. 3 People's Hospital.
     Layout: CXR_png/CHNCXR_0001_0.png to CHNCXR_0662_1.png and ClinicalReadings/CHNCXR_0001_0.txt,
         in the root, in ChinaSet_AllFiles/ or any other folders. Paths with "mask" in them are no
-        films.
+        images.
     Quirks: 0 or 1 at the end of a name is the label: normal, or tuberculosis; nothing else was
         looked for. A reading is a line of sex and age, written in many ways, and a few words
         ("normal", "bilateral PTB"). They stay in the source's labels as they are, and are no
         report: they name the diagnosis, which is the label, half of them are the one word
         "normal", and a pair of them would count as no positive of another equal one. Patients are
-        unknown: each film counts as one. Films are PA, as the paper says.
+        unknown: each image counts as one. Images are PA, as the paper says.
 
     Args:
         root: The folder that holds all of this.
 
     Raises:
-        SourceError: When there is neither a film nor a reading.
+        SourceError: When there is neither an image nor a reading.
     """
     return _open(root, _SHENZHEN, "shenzhen", _SHENZHEN_FACTS)
 
 
 def read_montgomery(root: Path) -> Iterator[Record]:
-    """Montgomery: one record a film, in the order of their names.
+    """Montgomery: one record per image, in the order of their names.
 
     Citation, licence and quirks: as `read_shenzhen`, of Montgomery County, Maryland.
-    Layout: CXR_png/MCUCXR_0001_0.png to MCUCXR_0399_1.png (138 films, with gaps in the numbers)
+    Layout: CXR_png/MCUCXR_0001_0.png to MCUCXR_0399_1.png (138 images, with gaps in the numbers)
         and ClinicalReadings/MCUCXR_0001_0.txt, in the root, in MontgomerySet/ or any other
-        folders. ManualMask/ holds the masks of the lungs under the films' names: they are not
+        folders. ManualMask/ holds the masks of the lungs under the images' names: they are not
         read.
 
     Args:
         root: The folder that holds all of this.
 
     Raises:
-        SourceError: When there is neither a film nor a reading.
+        SourceError: When there is neither an image nor a reading.
     """
     return _open(root, _MONTGOMERY, "montgomery", _MONTGOMERY_FACTS)
 
 
 def _open(root: Path, prefix: str, source: str, facts: re.Pattern[str]) -> Iterator[Record]:
     listed = partial(_by_name, root, prefix)
-    films, readings = listed(".png"), listed(".txt")
-    if not films:
+    images, readings = listed(".png"), listed(".txt")
+    if not images:
         raise SourceError(
-            f"{root} and its folders hold no film ({prefix}_0001_0.png); films come from {WHERE}"
+            f"{root} and its folders hold no image ({prefix}_0001_0.png); images come from {WHERE}"
         )
-    return _records(root, source, facts, films, readings)
+    return _records(root, source, facts, images, readings)
 
 
 def _by_name(root: Path, prefix: str, suffix: str) -> dict[str, str]:
@@ -90,11 +90,11 @@ def _records(
     root: Path,
     source: str,
     facts: re.Pattern[str],
-    films: dict[str, str],
+    images: dict[str, str],
     readings: dict[str, str],
 ) -> Iterator[Record]:
     words = load_words(source)
-    for row, name in enumerate(sorted({*films, *readings})):
+    for row, name in enumerate(sorted({*images, *readings})):
         try:
             labels = words.labels([name.rpartition("_")[2]])
         except ValueError as error:
@@ -104,12 +104,12 @@ def _records(
         said = facts.match(text)
         sex, age, unit = said.groups() if said else ("", "", "")
         reading = " ".join(text[said.end() if said else 0 :].split())
-        yield Film(
-            film_id=name,
+        yield Sample(
+            image_id=name,
             study_id=name,
             patient_id=name,
             source=source,
-            image=films.get(name, f"CXR_png/{name}.png"),
+            image=images.get(name, f"CXR_png/{name}.png"),
             view="PA",
             labels=labels,
             source_labels=(reading,) if reading else (),

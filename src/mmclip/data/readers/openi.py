@@ -8,11 +8,11 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmclip.data.records import Excluded, Film, Reason, Record, View
-from mmclip.data.rows import SourceError, read_rows
+from mmclip.data.csv_rows import SourceError, read_rows
+from mmclip.data.sample import Excluded, Reason, Record, Sample, View
 from mmclip.data.text import make_report
 
-OPENI_ARCHIVE, OPENI_REPORTS, OPENI_FILMS = "NLMCXR_reports.tgz", "ecgen-radiology", "NLMCXR_png"
+OPENI_ARCHIVE, OPENI_REPORTS, OPENI_IMAGES = "NLMCXR_reports.tgz", "ecgen-radiology", "NLMCXR_png"
 OPENI_VIEWS = "indiana_projections.csv"
 _MAX_XML_BYTES = 1 << 20  # [chosen: the largest published report has 12 kB]
 
@@ -20,10 +20,10 @@ _MAX_XML_BYTES = 1 << 20  # [chosen: the largest published report has 12 kB]
 def read_openi(root: Path) -> Iterator[Record]:
     """The Open-I (Indiana University) chest X-ray collection, by the numbers of its reports.
 
-    With the folder NLMCXR_png there is one record a film; without it, one text-only record a
+    With the folder NLMCXR_png there is one record per image; without it, one text-only record a
     study. No patient ids are published: a study counts as a patient, so two studies of one patient
     can be in two splits. MeSH major tags go into `source_labels` as they are; they were given by
-    people who read the report, not the film. Views come from Kaggle's indiana_projections.csv,
+    people who read the report, not the image. Views come from Kaggle's indiana_projections.csv,
     where it lies in the folder: laterals are told apart, but not PA from AP.
 
     Args:
@@ -36,17 +36,17 @@ def read_openi(root: Path) -> Iterator[Record]:
     documents = sorted(_openi_documents(root), key=lambda item: _number(item[0]))
     if not documents:
         raise SourceError(f"{root} holds no Open-I reports ({OPENI_REPORTS}/*.xml)")
-    has_films = (root / OPENI_FILMS).is_dir()
-    views = _openi_views(root) if has_films else {}
-    return _openi_records(documents, has_films, views)
+    has_images = (root / OPENI_IMAGES).is_dir()
+    views = _openi_views(root) if has_images else {}
+    return _openi_records(documents, has_images, views)
 
 
 def _openi_records(
-    documents: list[tuple[str, bytes]], has_films: bool, views: Mapping[str, View]
+    documents: list[tuple[str, bytes]], has_images: bool, views: Mapping[str, View]
 ) -> Iterator[Record]:
     row = 0
     for name, data in documents:
-        for record in _openi_study(row, name, data, has_films, views):
+        for record in _openi_study(row, name, data, has_images, views):
             yield record
             row += 1
 
@@ -102,7 +102,7 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 
 def _openi_views(root: Path) -> dict[str, View]:
-    """Laterals by Kaggle's name of the film; frontal films are PA or AP, which is not said."""
+    """Laterals by Kaggle's name of the image; frontal images are PA or AP, which is not said."""
     path = root / OPENI_VIEWS
     if not path.is_file():
         return {}
@@ -114,7 +114,7 @@ def _openi_views(root: Path) -> dict[str, View]:
 
 
 def _openi_study(
-    row: int, name: str, data: bytes, has_films: bool, views: Mapping[str, View]
+    row: int, name: str, data: bytes, has_images: bool, views: Mapping[str, View]
 ) -> list[Record]:
     """The records of one XML file; the first one's number is `row`."""
     study_id = f"CXR{Path(name).stem}"
@@ -122,25 +122,25 @@ def _openi_study(
         tree = _parse_xml(data)
     except ValueError as error:
         detail = f"{name}: {error}"
-        return [Excluded(row=row, film_id=study_id, reason=Reason.BAD_VALUE, detail=detail)]
+        return [Excluded(row=row, image_id=study_id, reason=Reason.BAD_VALUE, detail=detail)]
     sections = {
         str(part.get("Label")).upper(): "".join(part.itertext())
         for part in tree.iter("AbstractText")
     }
     report = make_report(sections.get("FINDINGS"), sections.get("IMPRESSION"))
     tags = tuple(text for tag in tree.iter("major") if (text := (tag.text or "").strip()))
-    images = [str(image.get("id")) for image in tree.iter("parentImage")] if has_films else []
+    images = [str(image.get("id")) for image in tree.iter("parentImage")] if has_images else []
     if not images and report.text is None:
         given = ", ".join(label for label, text in sections.items() if text.strip()) or "no section"
         detail = f"{name} has neither findings nor an impression, but {given}"
-        return [Excluded(row=row, film_id=study_id, reason=Reason.NOTHING_TO_LEARN, detail=detail)]
+        return [Excluded(row=row, image_id=study_id, reason=Reason.NOTHING_TO_LEARN, detail=detail)]
     return [
-        Film(
-            film_id=image or study_id,
+        Sample(
+            image_id=image or study_id,
             study_id=study_id,
             patient_id=study_id,
             source="openi",
-            image=f"{OPENI_FILMS}/{image}.png" if image else None,
+            image=f"{OPENI_IMAGES}/{image}.png" if image else None,
             view=views.get(f"{Path(name).stem}_{image.rpartition('_')[2]}", "unknown"),
             findings=report.findings,
             impression=report.impression,

@@ -1,29 +1,29 @@
-"""PadChest, 160,861 films of 67,625 patients of the Hospital San Juan in Alicante."""
+"""PadChest, 160,861 images of 67,625 patients of the Hospital San Juan in Alicante."""
 
 import ast
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
+from mmclip.data.csv_rows import read_rows
 from mmclip.data.disease_prompts import NO_FINDING
 from mmclip.data.readers.files import (
     SEXES,
     bad_value,
     find_table,
-    index_films,
+    index_images,
 )
 from mmclip.data.readers.vocabulary import SourceWords, load_words
-from mmclip.data.records import (
+from mmclip.data.sample import (
     PRESENT,
     UNCERTAIN,
     Excluded,
-    Film,
     LabelOrigin,
     Reason,
     Record,
+    Sample,
     View,
 )
-from mmclip.data.rows import read_rows
 
 WHERE = "https://bimcv.cipf.es/bimcv-projects/padchest/"
 
@@ -43,21 +43,21 @@ _COLUMNS = (
 
 
 def read_padchest(root: Path) -> Iterator[Record]:
-    """PadChest: one record a film, in the order of the table.
+    """PadChest: one record per image, in the order of the table.
 
     Citation: Bustos et al., Medical Image Analysis 2020 (arXiv:1901.07441).
     Licence: PadChest Dataset Research Use Agreement; no commercial use, no sharing.
-    Layout: PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv or .csv.gz; the PNG films of 16
+    Layout: PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv or .csv.gz; the PNG images of 16
         bits in the folders 0 to 54 (from 0.zip to 54.zip), or in any others.
-    Quirks: The films of which a physician labelled the report have the source `padchest-physician`
+    Quirks: The images of which a physician labelled the report have the source `padchest-physician`
         (39,053, what papers test on), those labelled by a network `padchest`; the split
         `physician` keeps the first from training. Labels are a Python list, many of its words with
         a space in front, some empty. Places ("loc right") are columns of their own, and not read.
-        "unchanged" and "suboptimal study" leave what is not named unknown; films with "exclude",
-        or the projection EXCLUDE, are left out. 221 films are "normal" and something else: where
+        "unchanged" and "suboptimal study" leave what is not named unknown; images with "exclude",
+        or the projection EXCLUDE, are left out. 221 images are "normal" and something else: where
         that is a finding, "no finding" is uncertain. Reports are Spanish word stems without stop
-        words; they are kept in `findings` as they are, and `report` stays empty: films are
-        unpaired. The label nan means unlabelled. AP_horizontal is a film of a lying patient, and
+        words; they are kept in `findings` as they are, and `report` stays empty: images are
+        unpaired. The label nan means unlabelled. AP_horizontal is an image of a lying patient, and
         AP; COSTAL (ribs) and UNK have an unknown view. Ages are the year of the study less that of
         birth.
 
@@ -65,14 +65,14 @@ def read_padchest(root: Path) -> Iterator[Record]:
         root: The folder that holds all of this.
 
     Raises:
-        SourceError: When the table or all films are missing.
+        SourceError: When the table or all images are missing.
     """
     table = find_table(root, (_TABLE,), WHERE)
-    films = index_films(root, {".png", ".jpg"}, f"{WHERE} (0.zip to 54.zip)")
-    return _records(table, films)
+    images = index_images(root, {".png", ".jpg"}, f"{WHERE} (0.zip to 54.zip)")
+    return _records(table, images)
 
 
-def _records(table: Path, films: Mapping[str, str]) -> Iterator[Record]:
+def _records(table: Path, images: Mapping[str, str]) -> Iterator[Record]:
     source = load_words("padchest")
 
     @cache
@@ -88,7 +88,7 @@ def _records(table: Path, films: Mapping[str, str]) -> Iterator[Record]:
             words = words_of(cells["Labels"])
             if cells["Projection"] == _NOT_FOR_USE or set(words) & set(source.left_out):
                 detail = f"Projection {cells['Projection']}, Labels {', '.join(words)}"
-                yield Excluded(row=row, film_id=name, reason=Reason.NOT_FOR_USE, detail=detail)
+                yield Excluded(row=row, image_id=name, reason=Reason.NOT_FOR_USE, detail=detail)
                 continue
             labels = labels_of(words)
             for column, meanings in (("Projection", _VIEWS), ("MethodLabel", _METHODS)):
@@ -99,12 +99,12 @@ def _records(table: Path, films: Mapping[str, str]) -> Iterator[Record]:
             yield bad_value(row, name, str(error))
             continue
         named, origin = _METHODS[cells["MethodLabel"]]
-        yield Film(
-            film_id=name,
+        yield Sample(
+            image_id=name,
             study_id=cells["StudyID"],
             patient_id=cells["PatientID"],
             source=named,
-            image=films.get(Path(name).stem, f"{cells['ImageDir']}/{name}"),
+            image=images.get(Path(name).stem, f"{cells['ImageDir']}/{name}"),
             view=_VIEWS[cells["Projection"]],
             findings=_report(cells["Report"]),
             labels=labels,

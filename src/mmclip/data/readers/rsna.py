@@ -1,21 +1,21 @@
-"""The RSNA Pneumonia Detection Challenge of 2018, stage 2: 26,684 films of ChestX-ray14."""
+"""The RSNA Pneumonia Detection Challenge of 2018, stage 2: 26,684 images of ChestX-ray14."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mmclip.data.csv_rows import read_rows
 from mmclip.data.readers.files import (
     Box,
     bad_value,
-    film_of_unknown_patient,
     find_table,
-    index_films,
+    image_of_unknown_patient,
+    index_images,
     look_for_table,
     read_sound_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.records import Record
-from mmclip.data.rows import read_rows
+from mmclip.data.sample import Record
 
 WHERE = "https://www.kaggle.com/c/rsna-pneumonia-detection-challenge"
 
@@ -25,7 +25,7 @@ _POSITIVE = {"Lung Opacity", "Target=1"}
 
 @dataclass
 class _Marks:
-    """What all rows of one film say."""
+    """What all rows of one image say."""
 
     classes: set[str] = field(default_factory=set)
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
@@ -33,44 +33,46 @@ class _Marks:
 
 
 def read_rsna(root: Path) -> Iterator[Record]:
-    """RSNA Pneumonia, stage 2: one record a film, in the order of the table.
+    """RSNA Pneumonia, stage 2: one record per image, in the order of the table.
 
-    Citation: Shih et al., Radiology: Artificial Intelligence 2019; films: ChestX-ray14.
+    Citation: Shih et al., Radiology: Artificial Intelligence 2019; images: ChestX-ray14.
     Licence: the challenge's rules: academic research and education, no commercial use.
     Layout: stage_2_train_labels.csv and stage_2_detailed_class_info.csv (or .csv.zip, as Kaggle
-        packs them; without the second, a film without a box is only known to have no pneumonia);
-        the films in stage_2_train_images/ or any other folder, as DICOM, or as PNG of that name.
-        The 3,000 films of stage_2_test_images/ have no labels and are not read.
-    Quirks: A film with several boxes has several rows. `patientId` names a film; which patient it
-        is of is unknown, so each film counts as a patient, and patients can be in two splits. All
-        films are from ChestX-ray14: who trains there must not test here. View, age and sex are
+        packs them; without the second, an image without a box is only known to have no pneumonia);
+        the images in stage_2_train_images/ or any other folder, as DICOM, or as PNG of that name.
+        The 3,000 images of stage_2_test_images/ have no labels and are not read.
+    Quirks: An image with several boxes has several rows. `patientId` names an image; which patient
+        it is of is unknown, so each image counts as a patient, and patients can be in two splits.
+        All images are from ChestX-ray14: who trains there must not test here. View, age and sex are
         those of the DICOM header; ages such as 155 become unknown.
 
     Args:
         root: The folder that holds all of this.
 
     Raises:
-        SourceError: When the table or all films are missing.
+        SourceError: When the table or all images are missing.
     """
     marks = _marks(root)
-    films = index_films(root, {".dcm", ".png", ".jpg"}, f"{WHERE} (stage_2_train_images)")
-    return _records(root, marks, films)
+    images = index_images(root, {".dcm", ".png", ".jpg"}, f"{WHERE} (stage_2_train_images)")
+    return _records(root, marks, images)
 
 
-def _records(root: Path, marks: Mapping[str, _Marks], films: Mapping[str, str]) -> Iterator[Record]:
+def _records(
+    root: Path, marks: Mapping[str, _Marks], images: Mapping[str, str]
+) -> Iterator[Record]:
     words = load_words("rsna")
-    for row, (film_id, said) in enumerate(marks.items()):
-        image = films.get(film_id, f"stage_2_train_images/{film_id}.dcm")
+    for row, (image_id, said) in enumerate(marks.items()):
+        image = images.get(image_id, f"stage_2_train_images/{image_id}.dcm")
         try:
             if said.problem:
                 raise ValueError(said.problem)
             labels = words.labels(sorted(said.classes))
         except ValueError as error:
-            yield bad_value(row, film_id, str(error))
+            yield bad_value(row, image_id, str(error))
             continue
-        yield film_of_unknown_patient(
+        yield image_of_unknown_patient(
             root,
-            film_id,
+            image_id,
             source="rsna",
             image=image,
             labels=labels,
@@ -79,7 +81,7 @@ def _records(root: Path, marks: Mapping[str, _Marks], films: Mapping[str, str]) 
 
 
 def _marks(root: Path) -> dict[str, _Marks]:
-    """What is said of each film, in the order of the table.
+    """What is said of each image, in the order of the table.
 
     Raises:
         SourceError: When the table is missing.
@@ -89,8 +91,8 @@ def _marks(root: Path) -> dict[str, _Marks]:
     columns = ("patientId", "x", "y", "width", "height", "Target")
     classes = _classes(root)
     for cells, problem in read_rows(table, columns):
-        film_id = cells.get("patientId", "")
-        said = marks.setdefault(film_id, _Marks())
+        image_id = cells.get("patientId", "")
+        said = marks.setdefault(image_id, _Marks())
         if problem:
             said.problem = problem
             continue
@@ -98,7 +100,7 @@ def _marks(root: Path) -> dict[str, _Marks]:
             said.problem = f"Target is {cells['Target']!r}, not 0 or 1"
             continue
         target = f"Target={cells['Target']}"
-        said.classes |= classes.get(film_id, {target})
+        said.classes |= classes.get(image_id, {target})
         if (target in _POSITIVE) != bool(said.classes & _POSITIVE):
             said.problem = f"{target}, but its class is {', '.join(sorted(said.classes))}"
         try:
@@ -111,7 +113,7 @@ def _marks(root: Path) -> dict[str, _Marks]:
 
 
 def _classes(root: Path) -> dict[str, set[str]]:
-    """The detailed class of each film; empty without the table."""
+    """The detailed class of each image; empty without the table."""
     path = look_for_table(root, (_CLASSES,))
     found: dict[str, set[str]] = {}
     for cells in read_sound_rows(path, ("patientId", "class")) if path else ():
@@ -120,11 +122,11 @@ def _classes(root: Path) -> dict[str, set[str]]:
 
 
 def read_rsna_boxes(root: Path) -> Iterator[Box]:
-    """The boxes of opacities that may be pneumonia, in pixels of the 1024 px films.
+    """The boxes of opacities that may be pneumonia, in pixels of the 1024 px images.
 
     Raises:
         SourceError: When the table is missing.
     """
-    for film_id, said in _marks(root).items():
+    for image_id, said in _marks(root).items():
         for left, top, width, height in said.boxes:
-            yield Box(film_id, "pneumonia", left, top, width, height)
+            yield Box(image_id, "pneumonia", left, top, width, height)

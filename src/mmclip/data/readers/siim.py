@@ -1,4 +1,4 @@
-"""SIIM-ACR Pneumothorax Segmentation of 2019: films of ChestX-ray14 with masks."""
+"""SIIM-ACR Pneumothorax Segmentation of 2019: images of ChestX-ray14 with masks."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,55 +8,55 @@ from jaxtyping import Bool
 
 from mmclip.data.readers.files import (
     bad_value,
-    film_of_unknown_patient,
     find_table,
-    index_films,
+    image_of_unknown_patient,
+    index_images,
     read_sound_rows,
 )
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.records import Record
+from mmclip.data.sample import Record
 
 WHERE = "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation"
 
 SIDE_PX = 1024
-"""Of the films, and so of the masks. Source: the challenge's data page."""
+"""Of the images, and so of the masks. Source: the challenge's data page."""
 
 _TABLES = ("stage_2_train.csv", "train-rle.csv", "siim/train-rle.csv")
 _NO_MASK = {"-1", ""}
 
 
 def read_siim(root: Path) -> Iterator[Record]:
-    """SIIM-ACR Pneumothorax: one record a film, in the order of the table.
+    """SIIM-ACR Pneumothorax: one record per image, in the order of the table.
 
-    Citation: Filice et al., Journal of Digital Imaging 2020; films: ChestX-ray14.
+    Citation: Filice et al., Journal of Digital Imaging 2020; images: ChestX-ray14.
     Licence: the challenge's rules: no commercial use.
-    Layout: stage_2_train.csv (12,954 rows, 12,047 films) or train-rle.csv (stage 1; the first
-        where both are there), in the root or, as in Kaggle's re-uploads, in siim/; the films in
-        dicom-images-train/STUDY/SERIES/FILM.dcm, stage_2_images/FILM.dcm, or any other folders,
+    Layout: stage_2_train.csv (12,954 rows, 12,047 images) or train-rle.csv (stage 1; the first
+        where both are there), in the root or, as in Kaggle's re-uploads, in siim/; the images in
+        dicom-images-train/STUDY/SERIES/IMAGE.dcm, stage_2_images/IMAGE.dcm, or any other folders,
         as DICOM, or as PNG of that name.
-    Quirks: A film with several masks has several rows: split by film, never by row. The column is
-        called " EncodedPixels", with a space, or without. -1 means no pneumothorax. Some films of
-        stage 1 are in no row, and not read. Patients are unknown: each film counts as one, and
-        patients can be in two splits. All films are from ChestX-ray14: who trains there must not
+    Quirks: An image with several masks has several rows: split by image, never by row. The column
+        is called " EncodedPixels", with a space, or without. -1 means no pneumothorax. Some images
+        of stage 1 are in no row, and not read. Patients are unknown: each image counts as one, and
+        patients can be in two splits. All images are from ChestX-ray14: who trains there must not
         test here. View, age and sex are those of the DICOM header.
 
     Args:
         root: The folder that holds all of this.
 
     Raises:
-        SourceError: When the table or all films are missing.
+        SourceError: When the table or all images are missing.
     """
     masks = _read_masks(root)
-    films = index_films(root, {".dcm", ".png", ".jpg"}, WHERE)
-    return _records(root, masks, films)
+    images = index_images(root, {".dcm", ".png", ".jpg"}, WHERE)
+    return _records(root, masks, images)
 
 
 def _records(
-    root: Path, masks: Mapping[str, list[str]], films: Mapping[str, str]
+    root: Path, masks: Mapping[str, list[str]], images: Mapping[str, str]
 ) -> Iterator[Record]:
     words = load_words("siim")
-    for row, (film_id, codes) in enumerate(masks.items()):
-        image = films.get(film_id, f"{film_id}.dcm")
+    for row, (image_id, codes) in enumerate(masks.items()):
+        image = images.get(image_id, f"{image_id}.dcm")
         said = tuple("-1" if code in _NO_MASK else "mask" for code in codes)
         try:
             for code in codes:
@@ -64,15 +64,15 @@ def _records(
                     _runs(code)
             labels = words.labels(said)
         except ValueError as error:
-            yield bad_value(row, film_id, str(error))
+            yield bad_value(row, image_id, str(error))
             continue
-        yield film_of_unknown_patient(
-            root, film_id, source="siim", image=image, labels=labels, source_labels=said
+        yield image_of_unknown_patient(
+            root, image_id, source="siim", image=image, labels=labels, source_labels=said
         )
 
 
 def _read_masks(root: Path) -> dict[str, list[str]]:
-    """The code of each mask of each film, in the order of the table.
+    """The code of each mask of each image, in the order of the table.
 
     Raises:
         SourceError: When the table is missing or damaged.
@@ -85,14 +85,14 @@ def _read_masks(root: Path) -> dict[str, list[str]]:
 
 
 def read_siim_masks(root: Path) -> Iterator[tuple[str, Bool[np.ndarray, "1024 1024"]]]:
-    """The id of each film with a pneumothorax, and where it is: the union of the film's masks.
+    """The id of each image with a pneumothorax, and where it is: the union of the image's masks.
 
     Raises:
         SourceError: When the table is missing.
     """
-    for film_id, codes in _read_masks(root).items():
+    for image_id, codes in _read_masks(root).items():
         if found := [code for code in codes if code not in _NO_MASK]:
-            yield film_id, np.logical_or.reduce([decode_mask(code) for code in found])
+            yield image_id, np.logical_or.reduce([decode_mask(code) for code in found])
 
 
 def decode_mask(code: str, side_px: int = SIDE_PX) -> Bool[np.ndarray, "h h"]:
@@ -102,10 +102,10 @@ def decode_mask(code: str, side_px: int = SIDE_PX) -> Bool[np.ndarray, "h h"]:
 
     Args:
         code: As in the column EncodedPixels.
-        side_px: Of the film.
+        side_px: Of the image.
 
     Raises:
-        ValueError: When it is no such code, or runs over the film's end.
+        ValueError: When it is no such code, or runs over the image's end.
     """
     skip, length = _runs(code, side_px)
     begin = np.cumsum(skip) + np.concatenate([[0], np.cumsum(length)[:-1]])

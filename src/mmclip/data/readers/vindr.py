@@ -1,21 +1,21 @@
-"""VinDr-CXR: 18,000 films from two hospitals in Vietnam, read by radiologists one by one."""
+"""VinDr-CXR: 18,000 images from two hospitals in Vietnam, read by radiologists one by one."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mmclip.data.csv_rows import SourceError, header_of, read_rows
 from mmclip.data.readers.files import (
     Box,
     bad_value,
-    film_of_unknown_patient,
     find_table,
-    index_films,
+    image_of_unknown_patient,
+    index_images,
     look_for_table,
 )
 from mmclip.data.readers.vocabulary import SourceWords, load_words
-from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Record, Split
-from mmclip.data.rows import SourceError, header_of, read_rows
+from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Record, Split
 
 WHERE = (
     "https://physionet.org/content/vindr-cxr/ or "
@@ -37,7 +37,7 @@ _CONSENSUS = "consensus"
 
 @dataclass
 class _Reading:
-    """What each radiologist named on one film."""
+    """What each radiologist named on one image."""
 
     split: Split | None
     named: dict[str, set[str]] = field(default_factory=dict)
@@ -45,26 +45,26 @@ class _Reading:
 
 
 def read_vindr(root: Path) -> Iterator[Record]:
-    """VinDr-CXR: one record a film, in the order of the table.
+    """VinDr-CXR: one record per image, in the order of the table.
 
     Citation: Nguyen et al., Scientific Data 2022 (arXiv:2012.15029).
     Licence: PhysioNet Credentialed Health Data License 1.5.0; Kaggle's rules for its copy.
     Layout: PhysioNet's annotations/image_labels_train.csv and image_labels_test.csv (28 labels),
-        one or both, or else Kaggle's train.csv (15 labels); the films in train/ and test/ or any
+        one or both, or else Kaggle's train.csv (15 labels); the images in train/ and test/ or any
         other folders, as DICOM (.dicom or .dcm), or as PNG of that name.
-    Quirks: Three radiologists read each training film, none seeing what the others marked. What
+    Quirks: Three radiologists read each training image, none seeing what the others marked. What
         most of them name is present, what none names absent, and what fewer name uncertain
-        [chosen: their disagreement is kept]. Test films have one consensus. Who said what is kept
-        in the source's labels ("R9: Cardiomegaly"). Kaggle's 3,000 test films have no labels and
-        are not read. Patients are unknown: each film counts as one, and patients can be in two
-        splits. All films are PA by the data set's own selection. Age and sex are those of the
+        [chosen: their disagreement is kept]. Test images have one consensus. Who said what is kept
+        in the source's labels ("R9: Cardiomegaly"). Kaggle's 3,000 test images have no labels and
+        are not read. Patients are unknown: each image counts as one, and patients can be in two
+        splits. All images are PA by the data set's own selection. Age and sex are those of the
         DICOM header, where it has them.
 
     Args:
         root: The folder that holds all of this.
 
     Raises:
-        SourceError: When the table or all films are missing, or a table has an unknown column.
+        SourceError: When the table or all images are missing, or a table has an unknown column.
     """
     words = load_words("vindr")
     readings: dict[str, _Reading] = {}
@@ -77,8 +77,8 @@ def read_vindr(root: Path) -> Iterator[Record]:
     if not readings:
         _add_kaggle(readings, find_table(root, (_KAGGLE, *_PHYSIONET["train"]), WHERE))
     closed = tuple(words.finding(name) for name in columns) or words.closed
-    films = index_films(root, {".dicom", ".dcm", ".png", ".jpg"}, WHERE)
-    return _records(root, readings, closed, words, films)
+    images = index_images(root, {".dicom", ".dcm", ".png", ".jpg"}, WHERE)
+    return _records(root, readings, closed, words, images)
 
 
 def _label_columns(table: Path, words: SourceWords) -> list[str]:
@@ -97,7 +97,7 @@ def _add_physionet(
     for cells, problem in read_rows(table, ("image_id", *columns)):
         reading = readings.setdefault(cells.get("image_id", ""), _Reading(split))
         if not problem and reading.split != split:
-            problem = "the film is in the tables of train and of test"
+            problem = "the image is in the tables of train and of test"
         if wrong := [] if problem else [c for c in columns if _number(cells[c]) not in (0, 1)]:
             problem = f"{wrong[0]} is {cells[wrong[0]]!r}, not 0 or 1"
         if problem:
@@ -128,20 +128,20 @@ def _records(
     readings: Mapping[str, _Reading],
     closed: tuple[str, ...],
     words: SourceWords,
-    films: Mapping[str, str],
+    images: Mapping[str, str],
 ) -> Iterator[Record]:
-    for row, (film_id, reading) in enumerate(readings.items()):
-        image = films.get(film_id, f"{reading.split or 'train'}/{film_id}.dicom")
+    for row, (image_id, reading) in enumerate(readings.items()):
+        image = images.get(image_id, f"{reading.split or 'train'}/{image_id}.dicom")
         try:
             if reading.problem:
                 raise ValueError(reading.problem)
             labels = _vote(reading, closed, words)
         except ValueError as error:
-            yield bad_value(row, film_id, str(error))
+            yield bad_value(row, image_id, str(error))
             continue
-        yield film_of_unknown_patient(
+        yield image_of_unknown_patient(
             root,
-            film_id,
+            image_id,
             source="vindr",
             split=reading.split,
             image=image,
@@ -171,7 +171,7 @@ def _vote(reading: _Reading, closed: tuple[str, ...], words: SourceWords) -> dic
 
 
 def read_vindr_boxes(root: Path) -> Iterator[Box]:
-    """Every box of every radiologist, in pixels of the published film.
+    """Every box of every radiologist, in pixels of the published image.
 
     Two radiologists who mark one lesion give two boxes.
 
@@ -184,7 +184,7 @@ def read_vindr_boxes(root: Path) -> Iterator[Box]:
         columns = ("x_min", "y_min", "x_max", "y_max")
         for cells, problem in read_rows(table, ("image_id", "class_name", *columns)):
             if not problem and not cells["x_min"]:
-                continue  # a label of the whole film, such as "No finding"
+                continue  # a label of the whole image, such as "No finding"
             try:
                 if problem:
                     raise ValueError(problem)

@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from mmclip.config import Frozen, parse, read_toml
-from mmclip.data.mapping import Meaning
-from mmclip.data.records import ABSENT
+from mmclip.data.csv_mapping import Meaning
+from mmclip.data.sample import ABSENT
 from mmclip.data.versions import WORDS_OF
 
 
@@ -33,11 +33,11 @@ class SourceWords(Frozen):
     """What the label words of one source say of findings.
 
     Attributes:
-        closed: What the readers looked for: one that a film's labels do not name is absent. Any
+        closed: What the readers looked for: one that an image's labels do not name is absent. Any
             other finding that they do not name is unknown.
-        unfinished: Words that leave what a film's other labels do not name unknown, such as
+        unfinished: Words that leave what an image's other labels do not name unknown, such as
             "unchanged".
-        left_out: Words by which the source says that a film is not for use.
+        left_out: Words by which the source says that an image is not for use.
         words: Word -> what it says.
     """
 
@@ -58,7 +58,7 @@ class SourceWords(Frozen):
         return self._meaning(word).present[0]
 
     def labels(self, words: Iterable[str]) -> dict[str, int]:
-        """The known findings of a film with these labels, in the order of their names.
+        """The known findings of an image with these labels, in the order of their names.
 
         Raises:
             ValueError: When a word is unknown, or words contradict one another.

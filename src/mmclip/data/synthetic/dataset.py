@@ -14,12 +14,12 @@ from jaxtyping import Bool
 from PIL import Image
 
 from mmclip.data.folder import write_text_atomic
-from mmclip.data.records import Split
+from mmclip.data.sample import Split
 from mmclip.data.synthetic.patient import make_study
 from mmclip.data.synthetic.preset import FINDINGS, Preset
 
 STUDIES_FILE, LESIONS_FILE, MASKS_FILE = "studies.csv", "lesions.csv", "masks.npz"
-MAPPING_FILE, PRESET_FILE, FILMS_FOLDER = "mapping.toml", "preset.json", "films"
+MAPPING_FILE, PRESET_FILE, IMAGES_FOLDER = "mapping.toml", "preset.json", "images"
 
 MAPPING = """\
 # How `mmclip data build csv` reads studies.csv. A finding that is not in `labels` is absent.
@@ -27,10 +27,10 @@ MAPPING = """\
 source = "synthetic"
 
 [columns]
-film_id = "film_id"
+image_id = "image_id"
 study_id = "study_id"
 patient_id = "patient_id"
-image = "film"
+image = "image"
 split = "split"
 view = "view"
 age = "age"
@@ -46,15 +46,15 @@ closed = {{ "*" = [{findings}] }}
 """
 
 
-def _save_study(preset: Preset, split: Split, index: int, films_folder: Path) -> list[dict]:
-    """Writes the films of one patient and returns what the tables say of them."""
+def _save_study(preset: Preset, split: Split, index: int, images_folder: Path) -> list[dict]:
+    """Writes the images of one patient and returns what the tables say of them."""
     rows = []
     for made in make_study(preset, split, index):
-        name = f"{made.film_id}.png"
-        Image.fromarray(made.film).save(films_folder / name)
+        name = f"{made.image_id}.png"
+        Image.fromarray(made.image).save(images_folder / name)
         facts = {
-            "film": f"{FILMS_FOLDER}/{name}",
-            "film_id": made.film_id,
+            "image": f"{IMAGES_FOLDER}/{name}",
+            "image_id": made.image_id,
             "patient_id": made.patient_id,
             "study_id": made.study_id,
             "split": split,
@@ -73,12 +73,12 @@ def _save_study(preset: Preset, split: Split, index: int, films_folder: Path) ->
 
 
 def _save_chunk(
-    preset: Preset, split: Split, first: int, last: int, films_folder: Path
+    preset: Preset, split: Split, first: int, last: int, images_folder: Path
 ) -> list[dict]:
     return [
         row
         for index in range(first, last)
-        for row in _save_study(preset, split, index, films_folder)
+        for row in _save_study(preset, split, index, images_folder)
     ]
 
 
@@ -100,9 +100,9 @@ def write_dataset(
 ) -> Path:
     """Writes a data set as a real one looks, for `mmclip data build csv` to read.
 
-    films/*.png, studies.csv (one row a film), mapping.toml, lesions.csv (finding, side, size, zone
-    and area of each lesion), masks.npz (`read_masks`) and preset.json. The bytes do not depend on
-    `workers`; studies.csv is written last, so a folder that has it is complete.
+    images/*.png, studies.csv (one row per image), mapping.toml, lesions.csv (finding, side, size,
+    zone and area of each lesion), masks.npz (`read_masks`) and preset.json. The bytes do not depend
+    on `workers`; studies.csv is written last, so a folder that has it is complete.
 
     Args:
         root: Made when absent; must be empty or hold the same preset.
@@ -122,14 +122,14 @@ def write_dataset(
                 f"{preset.version}; give an empty folder"
             )
         (root / STUDIES_FILE).unlink(missing_ok=True)
-    films_folder = root / FILMS_FOLDER
-    films_folder.mkdir(parents=True, exist_ok=True)
+    images_folder = root / IMAGES_FOLDER
+    images_folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(root / PRESET_FILE, _about(preset))
 
     splits: list[Split] = list(get_args(Split))
     step = 50
     chunks: list[tuple[Preset, Split, int, int, Path]] = [
-        (preset, split, first, min(first + step, preset.n_patients(split)), films_folder)
+        (preset, split, first, min(first + step, preset.n_patients(split)), images_folder)
         for split in splits
         for first in range(0, preset.n_patients(split), step)
     ]
@@ -152,20 +152,20 @@ def write_dataset(
 
 
 def _save_tables(root: Path, rows: list[dict], preset: Preset) -> None:
-    names = [(row["facts"]["film_id"], name) for row in rows for name in row["packed"]]
+    names = [(row["facts"]["image_id"], name) for row in rows for name in row["packed"]]
     packed = [row["packed"][name] for row in rows for name in row["packed"]]
     np.savez_compressed(
         root / MASKS_FILE,
-        film_id=np.array([film_id for film_id, _ in names], dtype=str),
+        image_id=np.array([image_id for image_id, _ in names], dtype=str),
         finding=np.array([name for _, name in names], dtype=str),
         packed=np.array(packed, dtype=np.uint8).reshape(len(packed), -1),
-        film_px=np.array(preset.film_px),
+        image_size=np.array(preset.image_size),
     )
     quoted = ", ".join(f'"{name}"' for name in FINDINGS)
     write_text_atomic(root / MAPPING_FILE, MAPPING.format(findings=quoted))
     lesions = [
         {
-            "film_id": row["facts"]["film_id"],
+            "image_id": row["facts"]["image_id"],
             "finding": lesion.finding,
             "side": lesion.side,
             "size": lesion.size,
@@ -190,9 +190,9 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def read_masks(root: Path) -> dict[tuple[str, str], Bool[np.ndarray, "h w"]]:
-    """The lesion masks of a written data set, by film id and finding."""
+    """The lesion masks of a written data set, by image id and finding."""
     with np.load(root / MASKS_FILE) as stored:
-        px = int(stored["film_px"])
+        px = int(stored["image_size"])
         masks = np.unpackbits(stored["packed"], axis=1, count=px * px).astype(bool)
-        keys = zip(stored["film_id"].tolist(), stored["finding"].tolist(), strict=True)
+        keys = zip(stored["image_id"].tolist(), stored["finding"].tolist(), strict=True)
         return dict(zip(keys, masks.reshape(-1, px, px), strict=True))

@@ -1,4 +1,4 @@
-"""Reports in radiology language for what a synthetic film shows, and for what it does not.
+"""Reports in radiology language for what a synthetic image shows, and for what it does not.
 
 Every present finding is stated (short of the preset's omissions), by one of several wordings, with
 its side and mostly its size; some absent findings are denied, most are not mentioned. Sentences of
@@ -16,7 +16,7 @@ from mmclip.data.synthetic.preset import FINDINGS, Preset, Side, Size
 
 
 @dataclass(frozen=True)
-class Wording:
+class ReportTemplate:
     """How one finding is put into words.
 
     Slots: {size} ("small"), {side} ("left", "bilateral"), {zone} ("upper"), {kinds} (devices), {s}
@@ -44,8 +44,8 @@ DEGREE = (("mild", "slight"), ("moderate",), ("severe", "marked"))
 EXTENT = (("small", "mild"), ("moderate",), ("large", "extensive"))
 ROUND = (("small", "tiny"), ("moderate", "moderate-sized"), ("large", "sizeable"))
 
-WORDINGS: dict[str, Wording] = {
-    "cardiomegaly": Wording(
+REPORT_TEMPLATES: dict[str, ReportTemplate] = {
+    "cardiomegaly": ReportTemplate(
         DEGREE,
         ("{size} cardiomegaly", "{size} enlargement of the heart", "{size} cardiac enlargement"),
         (
@@ -55,7 +55,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         ("cardiomegaly", "cardiac enlargement", "enlargement of the heart"),
     ),
-    "pleural effusion": Wording(
+    "pleural effusion": ReportTemplate(
         AMOUNT,
         ("{size} {side} pleural effusion", "{size} {side} effusion"),
         (
@@ -67,7 +67,7 @@ WORDINGS: dict[str, Wording] = {
         ("pleural effusion", "effusion", "pleural fluid"),
         ("{size} bilateral pleural effusions", "{size} pleural effusions on both sides"),
     ),
-    "pneumothorax": Wording(
+    "pneumothorax": ReportTemplate(
         AMOUNT,
         ("{size} {side} pneumothorax", "{size} pneumothorax on the {side}"),
         (
@@ -77,7 +77,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         ("pneumothorax",),
     ),
-    "edema": Wording(
+    "edema": ReportTemplate(
         DEGREE,
         ("{size} pulmonary edema", "{size} interstitial edema", "{size} edema"),
         (
@@ -88,7 +88,7 @@ WORDINGS: dict[str, Wording] = {
         ("pulmonary edema", "edema"),
         only_denied=("vascular congestion or edema",),
     ),
-    "consolidation": Wording(
+    "consolidation": ReportTemplate(
         EXTENT,
         (
             "{size} consolidation in the {side} {zone} lung zone",
@@ -103,7 +103,7 @@ WORDINGS: dict[str, Wording] = {
         ("consolidation", "focal consolidation", "airspace consolidation"),
         ("{size} bilateral consolidation", "{size} consolidation in both lungs"),
     ),
-    "atelectasis": Wording(
+    "atelectasis": ReportTemplate(
         EXTENT,
         (
             "{size} {side} linear atelectasis",
@@ -117,7 +117,7 @@ WORDINGS: dict[str, Wording] = {
         ("atelectasis", "linear atelectasis", "atelectatic change"),
         ("{size} bilateral linear atelectasis", "{size} atelectasis at both bases"),
     ),
-    "nodule": Wording(
+    "nodule": ReportTemplate(
         ROUND,
         (
             "{size} {side} lung nodule",
@@ -130,7 +130,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         ("nodule", "pulmonary nodule", "lung nodule"),
     ),
-    "mass": Wording(
+    "mass": ReportTemplate(
         ROUND,
         (
             "{size} {side} lung mass",
@@ -143,7 +143,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         ("mass", "lung mass", "pulmonary mass"),
     ),
-    "hiatal hernia": Wording(
+    "hiatal hernia": ReportTemplate(
         ROUND,
         ("{size} hiatal hernia", "{size} hiatus hernia"),
         (
@@ -153,7 +153,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         ("hiatal hernia", "hiatus hernia"),
     ),
-    "hilar enlargement": Wording(
+    "hilar enlargement": ReportTemplate(
         DEGREE,
         (
             "{size} {side} hilar enlargement",
@@ -168,7 +168,7 @@ WORDINGS: dict[str, Wording] = {
         plural=("{size} bilateral hilar enlargement", "{size} enlargement of both hila"),
         only_denied=("enlargement of the hila",),
     ),
-    "rib fracture": Wording(
+    "rib fracture": ReportTemplate(
         (("", "single"), ("two-level", "adjacent"), ("multiple", "several")),
         ("{size} {side} rib fracture{s}", "{size} displaced {side} rib fracture{s}"),
         (
@@ -177,7 +177,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         ("rib fracture", "displaced rib fracture"),
     ),
-    "support devices": Wording(
+    "support devices": ReportTemplate(
         (("",), ("",), ("",)),
         (
             "support devices with {kinds}",
@@ -239,7 +239,7 @@ ASIDES = (
     "The film is slightly rotated.",
     "Inspiration is adequate.",
 )
-"""True of any film here, so said without regard to findings."""
+"""True of any image here, so said without regard to findings."""
 
 TECHNIQUES = (
     "Frontal view of the chest.",
@@ -252,7 +252,7 @@ TECHNIQUES = (
     "Comparison: none available.",
     "No prior study for comparison.",
 )
-"""Said at random: an indication tells nothing of what the film shows."""
+"""Said at random: an indication tells nothing of what the image shows."""
 
 NORMAL_IMPRESSIONS = (
     "No acute cardiopulmonary abnormality.",
@@ -348,24 +348,24 @@ def _fill(rng: np.random.Generator, template: str, lesion: Lesion, sizes: tuple)
 
 
 def _phrase(rng: np.random.Generator, lesion: Lesion) -> str:
-    wording = WORDINGS[lesion.finding]
-    both = lesion.side == "bilateral" and wording.plural
+    template = REPORT_TEMPLATES[lesion.finding]
+    both = lesion.side == "bilateral" and template.plural
     return _fill(
-        rng, _choose(rng, wording.plural if both else wording.phrases), lesion, wording.sizes
+        rng, _choose(rng, template.plural if both else template.phrases), lesion, template.sizes
     )
 
 
 def _statement(rng: np.random.Generator, lesion: Lesion, uncertain_prob: float) -> str:
     """The sentence of the findings section that says a lesion is there."""
-    wording = WORDINGS[lesion.finding]
+    template = REPORT_TEMPLATES[lesion.finding]
     if rng.random() < uncertain_prob and lesion.finding != "support devices":
         return _tidy(_choose(rng, HEDGES).format(phrase=_phrase(rng, lesion)))
     if lesion.side != "bilateral" and rng.random() < 0.5:
-        sentence = _fill(rng, _choose(rng, wording.sentences), lesion, wording.sizes)
+        sentence = _fill(rng, _choose(rng, template.sentences), lesion, template.sizes)
         return _tidy(_adverb(sentence))
     statement = _choose(rng, STATEMENTS)
     is_bare = rng.random() < NAME_ALONE_PROB
-    phrase = _choose(rng, wording.names) if is_bare else _phrase(rng, lesion)
+    phrase = _choose(rng, template.names) if is_bare else _phrase(rng, lesion)
     return _tidy(statement.format(phrase=phrase, **{"is": _verb(phrase)}))
 
 
@@ -376,7 +376,10 @@ def _negations(rng: np.random.Generator, absent: Sequence[str], prob: float) -> 
     sentences = []
     while denied:
         group = [denied.pop() for _ in range(min(len(denied), int(rng.integers(1, 4))))]
-        names = [_choose(rng, WORDINGS[name].names + WORDINGS[name].only_denied) for name in group]
+        names = [
+            _choose(rng, REPORT_TEMPLATES[name].names + REPORT_TEMPLATES[name].only_denied)
+            for name in group
+        ]
         phrase = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
         sentence = _choose(rng, DENIALS)
         sentences.append(

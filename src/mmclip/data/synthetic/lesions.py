@@ -1,8 +1,8 @@
-"""Findings as they look on a film: each is drawn into a canvas and answers with its own pixels.
+"""Findings as they look on an image: each is drawn into a canvas and answers with its own pixels.
 
 A function here changes `air`, `vessels`, `density` or `rib_shift` of the canvas and returns the
 lesion as a field 0..1. Lengths are in anatomical units (1 is about 20 cm), times the preset's
-`lesion_scale`; densities are in film units, times its `lesion_contrast`.
+`lesion_scale`; densities are in image units, times its `lesion_contrast`.
 Source of sizes: [chosen: life size where a textbook gives one, such as 3 cm between nodule and
 mass; else by eye].
 """
@@ -326,7 +326,7 @@ def draw_lesion(
     """Draws one finding into the canvas.
 
     Returns:
-        The lesion with its zone of the lung filled in, and the pixels of the film that show it.
+        The lesion with its zone of the lung filled in, and the pixels of the image that show it.
     """
     pen = PENS[lesion.finding]
     if lesion.side == "bilateral":

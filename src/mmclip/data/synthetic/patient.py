@@ -1,4 +1,4 @@
-"""Synthetic patients: who they are, what they have, their films and their report."""
+"""Synthetic patients: who they are, what they have, their images and their report."""
 
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -6,8 +6,8 @@ from typing import get_args
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from mmclip.data.records import Sex, Split, View
-from mmclip.data.synthetic.film import develop, draw_exposure
+from mmclip.data.sample import Sex, Split, View
+from mmclip.data.synthetic.image import develop, draw_exposure
 from mmclip.data.synthetic.language import write_report
 from mmclip.data.synthetic.lesions import DEVICES, HEART_RATIO, PENS, Lesion, draw_lesion
 from mmclip.data.synthetic.phantom import Canvas, draw_anatomy
@@ -22,29 +22,29 @@ from mmclip.data.synthetic.preset import (
     Size,
 )
 
-PERSON, REPORT, COUNT, FILM = range(4)
-"""Streams of draws of a patient; the second film of the study is FILM + 1."""
+PERSON, REPORT, COUNT, IMAGE = range(4)
+"""Streams of draws of a patient; the second image of the study is IMAGE + 1."""
 
 
 @dataclass(frozen=True)
-class SyntheticFilm:
-    """One film with all that is true of it.
+class SyntheticSample:
+    """One image with all that is true of it.
 
     Attributes:
-        film: Air is dark.
+        image: Air is dark.
         masks: The pixels of each finding, by its name.
         findings: Section of the report; "" for an unpaired patient, as is `impression`.
         held_out: The combination for which this patient was made, or None.
     """
 
-    film_id: str
+    image_id: str
     study_id: str
     patient_id: str
     split: Split
     view: View
     age_years: int
     sex: Sex
-    film: UInt8[np.ndarray, "h w"]
+    image: UInt8[np.ndarray, "h w"]
     masks: dict[str, Bool[np.ndarray, "h w"]]
     lesions: tuple[Lesion, ...]
     findings: str
@@ -102,19 +102,19 @@ def draw_lesions(
     return tuple(sorted(lesions, key=lambda lesion: order.index(lesion.finding)))
 
 
-def n_films(preset: Preset, split: Split, index: int) -> int:
-    """Films of a patient's study: 1, or 2 for a share `second_film_prob` of patients."""
+def n_images(preset: Preset, split: Split, index: int) -> int:
+    """Images of a patient's study: 1, or 2 for a share `second_image_prob` of patients."""
     rng = _generator(preset, split, index, COUNT)
-    return 1 + int(rng.random() < preset.second_film_prob)
+    return 1 + int(rng.random() < preset.second_image_prob)
 
 
-def make_patient(preset: Preset, split: Split, index: int, film_index: int = 0) -> SyntheticFilm:
+def make_patient(preset: Preset, split: Split, index: int, image_index: int = 0) -> SyntheticSample:
     """Makes a patient of a split, fully determined by the arguments.
 
     Args:
         index: From 0 to `preset.n_patients(split) - 1`.
-        film_index: 0, or 1 for the second film of the study: the same body and findings, another
-            exposure. Any patient has one if asked; `n_films` says whose study holds it.
+        image_index: 0, or 1 for the second image of the study: the same body and findings, another
+            exposure. Any patient has one if asked; `n_images` says whose study holds it.
 
     Raises:
         IndexError: When the split has no such patient.
@@ -137,24 +137,24 @@ def make_patient(preset: Preset, split: Split, index: int, film_index: int = 0) 
             ratio = HEART_RATIO[lesion.size] + person.uniform(-0.02, 0.02)
             anatomy = replace(anatomy, heart_ratio=ratio)
 
-    # A second film shows the findings where the first one does, so the first is drawn again.
+    # A second image shows the findings where the first one does, so the first is drawn again.
     before_drawing = person.bit_generator.state
     sites: list[tuple[float, float]] = []
-    if film_index:
-        pose = draw_exposure(_generator(preset, split, index, FILM), preset).pose
-        first = Canvas(anatomy, preset.film_px, pose)
+    if image_index:
+        pose = draw_exposure(_generator(preset, split, index, IMAGE), preset).pose
+        first = Canvas(anatomy, preset.image_size, pose)
         for lesion in lesions:
             draw_lesion(first, person, lesion, preset)
         sites = first.sites
         person.bit_generator.state = before_drawing
 
-    shot = _generator(preset, split, index, FILM + film_index)
+    shot = _generator(preset, split, index, IMAGE + image_index)
     exposure = draw_exposure(shot, preset)
-    canvas = Canvas(anatomy, preset.film_px, exposure.pose, known_sites=sites)
+    canvas = Canvas(anatomy, preset.image_size, exposure.pose, known_sites=sites)
     drawn = [draw_lesion(canvas, person, lesion, preset) for lesion in lesions]
     placed = tuple(lesion for lesion, _ in drawn)
     masks = {lesion.finding: is_lesion for lesion, is_lesion in drawn}
-    film = develop(canvas, exposure, shot, preset)
+    image = develop(canvas, exposure, shot, preset)
 
     findings, impression = "", ""
     if split != "train" or index < preset.n_train:
@@ -162,15 +162,15 @@ def make_patient(preset: Preset, split: Split, index: int, film_index: int = 0) 
             _generator(preset, split, index, REPORT), placed, preset
         )
     patient_id = f"{preset.name}-{split}-{index:06d}"
-    return SyntheticFilm(
-        film_id=f"{patient_id}-{film_index + 1}",
+    return SyntheticSample(
+        image_id=f"{patient_id}-{image_index + 1}",
         study_id=f"{patient_id}-s",
         patient_id=patient_id,
         split=split,
         view=exposure.view,
         age_years=age_years,
         sex=sex,
-        film=film,
+        image=image,
         masks=masks,
         lesions=placed,
         findings=findings,
@@ -179,6 +179,6 @@ def make_patient(preset: Preset, split: Split, index: int, film_index: int = 0) 
     )
 
 
-def make_study(preset: Preset, split: Split, index: int) -> list[SyntheticFilm]:
-    """All films of a patient's one study."""
-    return [make_patient(preset, split, index, k) for k in range(n_films(preset, split, index))]
+def make_study(preset: Preset, split: Split, index: int) -> list[SyntheticSample]:
+    """All images of a patient's one study."""
+    return [make_patient(preset, split, index, k) for k in range(n_images(preset, split, index))]

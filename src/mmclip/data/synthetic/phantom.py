@@ -1,9 +1,9 @@
 """The healthy chest of a synthetic patient.
 
 Everything is drawn in anatomical coordinates: `u` runs from the patient's right (-1) to the left
-(+1), `v` from the neck (-1) to the abdomen (+1), and 1 is about 20 cm. A film is seen as if facing
-the patient: the patient's right is on the image's left. Edges and lines are anti-aliased by their
-distance, so that every film size shows the same patient without supersampling.
+(+1), `v` from the neck (-1) to the abdomen (+1), and 1 is about 20 cm. An image is seen as if
+facing the patient: the patient's right is on the image's left. Edges and lines are anti-aliased by
+their distance, so that every image size shows the same patient without supersampling.
 """
 
 import math
@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from mmclip.data.records import Sex
+from mmclip.data.sample import Sex
 from mmclip.data.synthetic.preset import Side
 
 Field = Float32[np.ndarray, "h w"]
@@ -63,7 +63,7 @@ class Anatomy:
 def draw_anatomy(rng: np.random.Generator, sex: Sex) -> Anatomy:
     """Draws a healthy patient; the heart stays within the normal ratio of at most 0.5.
 
-    Source: [chosen: by eye against the proportions of PA films; heart ratio: the usual limit].
+    Source: [chosen: by eye against the proportions of PA images; heart ratio: the usual limit].
     """
 
     def spread(mean: float, half_range: float) -> float:
@@ -106,7 +106,7 @@ def draw_anatomy(rng: np.random.Generator, sex: Sex) -> Anatomy:
 
 @dataclass(frozen=True)
 class Pose:
-    """How the patient stands before the film: what the anatomical coordinates become."""
+    """How the patient stands before the image: what the anatomical coordinates become."""
 
     rotation_rad: float
     scale: float
@@ -115,7 +115,7 @@ class Pose:
 
 
 class Canvas:
-    """One film while it is drawn: coordinates, fields of the anatomy, and what findings change.
+    """One image while it is drawn: coordinates, fields of the anatomy, and what findings change.
 
     Findings write to `air`, `vessels`, `density`, `ribs` and `rib_shift` only.
 
@@ -128,23 +128,23 @@ class Canvas:
         central: 1 where heart or mediastinum displace the lung.
         air: 1 in aerated lung, 0 elsewhere; findings fill it.
         vessels: Factor on the lung markings.
-        density: What findings add, in film units (1 = black to white).
+        density: What findings add, in image units (1 = black to white).
         ribs: Factor on the density of the ribs.
         rib_shift: Displacement of the ribs along `v`.
         free: True where lung is still aerated and no finding has been drawn.
         sites: Points (u, v) at which findings were put, in order.
-        known_sites: Where to put them again: the `sites` of the study's first film.
+        known_sites: Where to put them again: the `sites` of the study's first image.
     """
 
     def __init__(
         self,
         anatomy: Anatomy,
-        film_px: int,
+        image_size: int,
         pose: Pose,
         known_sites: Sequence[tuple[float, float]] = (),
     ) -> None:
         a = anatomy
-        grid = (np.arange(film_px, dtype=np.float32) + np.float32(0.5)) * (2 / film_px) - 1
+        grid = (np.arange(image_size, dtype=np.float32) + np.float32(0.5)) * (2 / image_size) - 1
         x = (grid[None, :] - np.float32(pose.shift[0])) / pose.scale
         y = (grid[:, None] - np.float32(pose.shift[1])) / pose.scale
         cos, sin = math.cos(pose.rotation_rad), math.sin(pose.rotation_rad)
@@ -152,7 +152,7 @@ class Canvas:
         amplitude, frequency, phase = a.bend
         u = ((cos * x - sin * y) / pose.stretch).astype(np.float32)
         u += np.float32(amplitude) * np.sin(np.float32(frequency) * v + np.float32(phase))
-        self.anatomy, self.pixel = a, 2 / film_px / pose.scale
+        self.anatomy, self.pixel = a, 2 / image_size / pose.scale
         self.u, self.v, self.r = u, v, np.abs(u)
         self.is_left = u > 0
 
@@ -233,15 +233,15 @@ def stroke(distance: Field, half_width: float | Field, pixel: float) -> Field:
 
 
 @lru_cache(maxsize=16)
-def _cosines(film_px: int, n: int) -> Float32[np.ndarray, "h n"]:
-    t = (np.arange(film_px) + 0.5) / film_px
+def _cosines(image_size: int, n: int) -> Float32[np.ndarray, "h n"]:
+    t = (np.arange(image_size) + 0.5) / image_size
     return np.cos(np.pi * t[:, None] * np.arange(n)[None, :]).astype(np.float32)
 
 
-def smooth_noise(rng: np.random.Generator, film_px: int, n: int) -> Field:
-    """A random field of standard deviation about 1 that changes over 1/n of the film."""
+def smooth_noise(rng: np.random.Generator, image_size: int, n: int) -> Field:
+    """A random field of standard deviation about 1 that changes over 1/n of the image."""
     weights = rng.standard_normal((n, n)).astype(np.float32) / n * 2
-    basis = _cosines(film_px, n)
+    basis = _cosines(image_size, n)
     return basis @ weights @ basis.T
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mmclip.data.records import Split
+from mmclip.data.sample import Split
 
 Side = Literal["left", "right", "bilateral", "none"]
 Size = Literal["small", "moderate", "large"]
@@ -51,8 +51,8 @@ class Preset:
 
     Attributes:
         version: Raised with every change of the generator or of a knob, and part of every draw.
-        n_train: Patients with a film and a report; n_val and n_test likewise.
-        n_unpaired: Further training patients with films and labels and no report.
+        n_train: Patients with an image and a report; n_val and n_test likewise.
+        n_unpaired: Further training patients with images and labels and no report.
         n_held_out: Further test patients, each with one of the `held_out` combinations.
         n_findings_probs: Probability of 0, 1, 2, ... findings in a patient. 0.30, 0.32, 0.22, 0.16
             makes the pairwise counts of equally common findings those of independent draws.
@@ -64,7 +64,7 @@ class Preset:
         noise_ratio: Standard deviation of the pixel noise, as a ratio of the full range.
         exposure_spread: Factor on the spread of gain, gamma, gradient and clouding.
         pose_spread: Factor on the spread of position, rotation and scale.
-        second_film_prob: Share of patients with two films of the one study.
+        second_image_prob: Share of patients with two images of the one study.
         omission_prob: Share of present findings that the report leaves out.
         uncertain_prob: Share of present findings that the report states with a hedge.
         absent_mention_prob: Share of absent findings that the report denies by name.
@@ -73,7 +73,7 @@ class Preset:
     name: str
     version: int
     seed: int
-    film_px: int
+    image_size: int
     n_train: int
     n_val: int
     n_test: int
@@ -88,7 +88,7 @@ class Preset:
     noise_ratio: float = 0.02
     exposure_spread: float = 1.0
     pose_spread: float = 1.0
-    second_film_prob: float = 0.05
+    second_image_prob: float = 0.05
     omission_prob: float = 0.0
     uncertain_prob: float = 0.1
     absent_mention_prob: float = 0.2
@@ -101,7 +101,9 @@ class Preset:
             )
         for item in self.held_out:
             if item.side not in SIDES.get(item.finding, ()) or item.size not in SIZES:
-                raise ValueError(f"held_out names {item}, which no film can show; see SIDES, SIZES")
+                raise ValueError(
+                    f"held_out names {item}, which no image can show; see SIDES, SIZES"
+                )
         for name in ("n_findings_probs", "size_probs"):
             probs = getattr(self, name)
             if min(probs) < 0 or abs(sum(probs) - 1) > 1e-6:
@@ -123,7 +125,7 @@ DEMO = Preset(
     name="demo",
     version=3,
     seed=7,
-    film_px=64,
+    image_size=64,
     n_train=4500,
     n_val=400,
     n_test=800,
@@ -148,14 +150,14 @@ DEMO = Preset(
 )
 
 # The frozen benchmark of the ablation: no knob changes without a new version and every arm run
-# again. Chosen on the validation films with contrastive training alone, before any other arm had
+# again. Chosen on the validation images with contrastive training alone, before any other arm had
 # run on it (docs/log.md, "The frozen benchmark"). The shares of 0 to 4 findings are close to
 # independent draws of probability 1/7.
 HARD = Preset(
     name="hard",
     version=2,
     seed=2407,
-    film_px=64,
+    image_size=64,
     n_train=2000,
     n_val=1000,
     n_test=2000,

@@ -1,6 +1,6 @@
-"""How well maps of phrases point at what readers of films marked, beside maps that cannot know.
+"""How well maps of phrases point at what readers of images marked, beside maps that cannot know.
 
-Those read no film (location prior, centre, chance), no phrase (brightest patch), the wrong phrase,
+Those read no image (location prior, centre, chance), no phrase (brightest patch), the wrong phrase,
 or come from a model that has learnt nothing: what a map is worth is what it has beyond them.
 """
 
@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmclip.checkpoint import Checkpoint, code_version
-from mmclip.data.dataset import Rows, normalise
+from mmclip.data.annotations import EMPTY, Annotation, read_annotations
 from mmclip.data.folder import ManifestError
-from mmclip.data.places import EMPTY, Place, read_places
-from mmclip.data.records import SPLITS, Split
+from mmclip.data.image_text_dataset import ImageTextDataset, normalise
+from mmclip.data.sample import SPLITS, Split
 from mmclip.evaluation.scores import FRONTAL
 from mmclip.evaluation.zeroshot import check_trained
 from mmclip.explanation.grounding import (
@@ -27,12 +27,12 @@ from mmclip.explanation.grounding import (
     best_threshold,
     contrast_to_noise,
     expected_hits,
-    mean_places,
+    mean_annotations,
     nearness_to_centre,
     overlaps,
 )
 from mmclip.explanation.mechanism import PatientMean, patient_means
-from mmclip.explanation.phrase_maps import ExplainScore, grid_of, map_films, random_weights
+from mmclip.explanation.saliency import ExplainScore, grid_of, random_weights, saliency_maps
 from mmclip.models.mmclip import MMCLIP
 from mmclip.patches import Grid, patchify
 from mmclip.progress import progress
@@ -44,7 +44,7 @@ RANDOM_SEEDS = 3
 """Models of random weights in the sanity check. [chosen: one may point somewhere by luck]"""
 
 SANITY = {
-    "random weights": "they point as well as the trained ones, so that these maps show the film or "
+    "random weights": "they point as well as the trained ones, so that these maps show the image or "
     "the network's shape, and nothing that was learnt",
     "another finding's phrase": "it points as well as the right one, so that these maps do not "
     "answer to the phrase",
@@ -52,33 +52,33 @@ SANITY = {
 """Maps that must lose the hit rate, and what it means where they do not."""
 
 CHOSEN_ON: dict[Split, Split] = {"test": "val", "val": "train", "train": "val"}
-"""The split on which thresholds are chosen for the films of another. Never test."""
+"""The split on which thresholds are chosen for the images of another. Never test."""
 
 
 class Targets(NamedTuple):
-    """Marked places of some films, one a film, finding and phrase. m places, n patches."""
+    """Marked places of some images, one per image, finding and phrase. m places, n patches."""
 
-    rows: Rows
-    films: list[int]  # the row of each
+    dataset: ImageTextDataset
+    image_rows: list[int]  # the row of each
     findings: list[str]
-    phrases: list[str]  # of the reader of the film; "" where there are none
+    phrases: list[str]  # of the reader of the image; "" where there are none
     inside: Float[Tensor, "m n"]  # pixels of each patch in the place
     total: Float[Tensor, "m n"]
 
     def patients(self) -> list[str]:
         """The patient of each."""
-        return [self.rows.films[i].patient_id for i in self.films]
+        return [self.dataset.samples[i].patient_id for i in self.image_rows]
 
     def of(self, splits: Collection[Split]) -> "Targets":
-        """Those on films of some splits."""
-        return self.take([self.rows.films[i].split in splits for i in self.films])
+        """Those on images of some splits."""
+        return self.take([self.dataset.samples[i].split in splits for i in self.image_rows])
 
     def take(self, keep: Sequence[bool]) -> "Targets":
         """Those where `keep` is True."""
         index = torch.tensor(keep, dtype=torch.bool)
         return Targets(
-            self.rows,
-            [film for film, k in zip(self.films, keep, strict=True) if k],
+            self.dataset,
+            [sample for sample, k in zip(self.image_rows, keep, strict=True) if k],
             [finding for finding, k in zip(self.findings, keep, strict=True) if k],
             [phrase for phrase, k in zip(self.phrases, keep, strict=True) if k],
             self.inside[index],
@@ -87,33 +87,33 @@ class Targets(NamedTuple):
 
 
 def find_targets(
-    rows: Rows, places: Iterable[Place], grid: Grid, left_out: Counter[str]
+    dataset: ImageTextDataset, annotations: Iterable[Annotation], grid: Grid, left_out: Counter[str]
 ) -> Targets:
-    """The places on the frontal films of some rows, counted in patches.
+    """The places on the frontal images of some rows, counted in patches.
 
     Args:
-        rows: Each with a film.
-        places: On these films.
+        dataset: Each with an image.
+        annotations: On these images.
         grid: The patches.
         left_out: The number of places that are left out is added here, by reason.
     """
-    row_of = {film.film_id: i for i, film in enumerate(rows.films)}
-    films, findings, phrases, counted = [], [], [], []
-    for place in places:
-        row = row_of[place.film_id]
-        inside, total = grid.count_pixels(place.is_inside)
-        if rows.films[row].view not in FRONTAL:
-            left_out["the film is a lateral"] += 1
+    row_of = {sample.image_id: i for i, sample in enumerate(dataset.samples)}
+    samples, findings, phrases, counted = [], [], [], []
+    for annotation in annotations:
+        row = row_of[annotation.image_id]
+        inside, total = grid.count_pixels(annotation.is_inside)
+        if dataset.samples[row].view not in FRONTAL:
+            left_out["the image is a lateral"] += 1
         elif not inside.any():
             left_out[EMPTY] += 1
         else:
-            films.append(row)
-            findings.append(place.finding)
-            phrases.append(place.phrase)
+            samples.append(row)
+            findings.append(annotation.finding)
+            phrases.append(annotation.phrase)
             counted.append(torch.stack([inside, total]))
     n = grid.side**2
     both = torch.stack(counted, 1) if counted else torch.zeros(2, 0, n)
-    return Targets(rows, films, findings, phrases, both[0], both[1])
+    return Targets(dataset, samples, findings, phrases, both[0], both[1])
 
 
 def asked_phrases(
@@ -153,16 +153,16 @@ def _maps(
     what: str,
     size: int = 128,
 ) -> Float[Tensor, "m n"]:
-    """The map of each place's film for its phrase."""
+    """The map of each place's image for its phrase."""
     found = []
     with progress(what, len(phrases)) as advance:
         for start in range(0, len(phrases), size):
             some = slice(start, start + size)
-            distinct, row = np.unique(targets.films[some], return_inverse=True)
-            films = normalise(targets.rows.pixels(distinct))
+            distinct, row = np.unique(targets.image_rows[some], return_inverse=True)
+            images = normalise(targets.dataset.pixels(distinct))
             found.append(
-                map_films(
-                    model, checkpoint, films, phrases[some], row.tolist(), score, prompts, size
+                saliency_maps(
+                    model, checkpoint, images, phrases[some], row.tolist(), score, prompts, size
                 )
             )
             advance(len(row))
@@ -170,12 +170,12 @@ def _maps(
 
 
 def _brightness(targets: Targets, grid: Grid) -> Float[Tensor, "m n"]:
-    """The mean grey of each patch of each place's film."""
-    distinct, row = np.unique(targets.films, return_inverse=True)
-    seen = slice(grid.side * grid.patch_px)
+    """The mean grey of each patch of each place's image."""
+    distinct, row = np.unique(targets.image_rows, return_inverse=True)
+    seen = slice(grid.side * grid.patch_size)
     found = [
         patchify(
-            normalise(targets.rows.pixels(distinct[part]))[..., seen, seen], grid.patch_px
+            normalise(targets.dataset.pixels(distinct[part]))[..., seen, seen], grid.patch_size
         ).mean(-1)
         for part in np.array_split(np.arange(len(distinct)), -(-len(distinct) // 256))
     ]
@@ -190,7 +190,7 @@ def point_metrics(
     Args:
         score: A map a place.
         targets: The places.
-        thresholds: For `iou_chosen`, by finding, as other films chose them.
+        thresholds: For `iou_chosen`, by finding, as other images chose them.
     """
     inside, total = targets.inside, targets.total
     found = {
@@ -210,7 +210,7 @@ def point_metrics(
 
 
 def choose_thresholds(score: Float[Tensor, "m n"], targets: Targets) -> dict[str, float]:
-    """The threshold of each finding by the overlaps on these films, which are not to be scored."""
+    """The threshold of each finding by the overlaps on these images, which are not to be scored."""
     names = np.array(targets.findings)
     return {
         finding: best_threshold(score[here], targets.inside[here], targets.total[here])
@@ -221,29 +221,29 @@ def choose_thresholds(score: Float[Tensor, "m n"], targets: Targets) -> dict[str
 
 def evaluate_explanations(
     checkpoint: Checkpoint,
-    rows: Rows,
+    dataset: ImageTextDataset,
     name: str,
     root: Path,
     score: ExplainScore,
     prompts: PromptSet,
     *,
     split: Split = "test",
-    draws: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
     min_count: int = 10,
 ) -> dict[str, Any]:
-    """Pointing game, IoU and CNR of a model's maps, beside maps that read no film or no phrase.
+    """Pointing game, IoU and CNR of a model's maps, beside maps that read no image or no phrase.
 
     Args:
         checkpoint: The model.
-        rows: Of data folders.
-        name: Of the data set of boxes or masks, one of `places.PLACES`.
+        dataset: Of data folders.
+        name: Of the data set of boxes or masks, one of `annotations.PLACES`.
         root: Its folder.
         score: What the maps show.
         prompts: What a finding is asked by, where the data set has no phrases of its own.
-        split: Of the films that are scored. Thresholds and the location prior are of train and
+        split: Of the images that are scored. Thresholds and the location prior are of train and
             val, without this split.
-        draws: Bootstrap draws of patients.
+        n_resamples: Bootstrap resamples of patients.
         seed: Of the bootstrap, and the first of the models of random weights.
         min_count: Places from which on a finding counts in a macro mean. [chosen: as AUROC's]
 
@@ -251,23 +251,25 @@ def evaluate_explanations(
         Plain values, ready for JSON; docs/explanation.md says what they mean.
 
     Raises:
-        ManifestError: When no place lies on a film of the split.
-        SourceError: See `places.read_places`.
+        ManifestError: When no place lies on an image of the split.
+        SourceError: See `annotations.read_annotations`.
     """
-    rows = rows.select([film.image is not None for film in rows.films])
-    films = {film.film_id: film for film in rows.films}
+    dataset = dataset.select([sample.image is not None for sample in dataset.samples])
+    samples = {sample.image_id: sample for sample in dataset.samples}
     left_out: Counter[str] = Counter()
     grid = grid_of(checkpoint)
-    every = find_targets(rows, read_places(name, root, films, left_out), grid, left_out)
+    every = find_targets(dataset, read_annotations(name, root, samples, left_out), grid, left_out)
     scored = every.of([split])
-    if not scored.films:
-        counts = Counter(str(rows.films[i].split) for i in every.films)
+    if not scored.image_rows:
+        counts = Counter(str(dataset.samples[i].split) for i in every.image_rows)
         said = ", ".join(f"{n} of {part}" for part, n in sorted(counts.items())) or "none"
         raise ManifestError(
-            f"{name} marks no film of split {split!r} of this data ({said}; left out: "
-            f"{dict(left_out) or 'none'}); choose another --split, or the folder whose films it is"
+            f"{name} marks no image of split {split!r} of this data ({said}; left out: "
+            f"{dict(left_out) or 'none'}); choose another --split, or the folder whose images it is"
         )
-    check_trained(checkpoint, rows.select(np.isin(np.arange(len(rows)), scored.films)), split)
+    check_trained(
+        checkpoint, dataset.select(np.isin(np.arange(len(dataset)), scored.image_rows)), split
+    )
     others = every.of([CHOSEN_ON[split]])
     known = every.of([part for part in SPLITS if part not in ("test", split)])
 
@@ -277,20 +279,20 @@ def evaluate_explanations(
     def maps(model: MMCLIP, targets: Targets, phrases: Sequence[str], what: str) -> Tensor:
         return _maps(model, checkpoint, targets, phrases, score, prompts, what)
 
-    own = maps(model, scored, phrases, "maps")
+    own = maps(model, scored, phrases, "saliency_maps")
     there = asked_phrases(others.findings, others.phrases, score, prompts)
     chooses = {"model": maps(model, others, there, f"maps of split {CHOSEN_ON[split]}")}
     shown = {"model": own}
-    if known.films:
-        prior = mean_places(known.inside / known.total.clamp(min=1), known.findings)
+    if known.image_rows:
+        prior = mean_annotations(known.inside / known.total.clamp(min=1), known.findings)
         nowhere = torch.zeros(grid.side**2)
         for found, targets in ((shown, scored), (chooses, others)):
-            if targets.films:
+            if targets.image_rows:
                 found["location prior"] = torch.stack(
                     [prior.get(finding, nowhere) for finding in targets.findings]
                 )
     for found, targets in ((shown, scored), (chooses, others)):
-        if targets.films:
+        if targets.image_rows:
             found["centre"] = nearness_to_centre(grid.side).expand(targets.total.shape)
             found["brightest patch"] = _brightness(targets, grid)
             found["best on this grid"] = targets.inside / targets.total.clamp(min=1)
@@ -300,7 +302,9 @@ def evaluate_explanations(
         shown["another finding's phrase"] = maps(model, scored, wrong, "maps by other phrases")
 
     thresholds = {
-        name: choose_thresholds(found, others) for name, found in chooses.items() if others.films
+        name: choose_thresholds(found, others)
+        for name, found in chooses.items()
+        if others.image_rows
     }
     values = {
         name: point_metrics(found, scored, thresholds.get(name, {}))
@@ -328,7 +332,7 @@ def evaluate_explanations(
 
     def summary(of_each: Float[np.ndarray, " m"]) -> dict[str, Any]:
         found, macro = patient_means(
-            of_each, scored.findings, patients, min_count, draws=draws, seed=seed
+            of_each, scored.findings, patients, min_count, n_resamples=n_resamples, seed=seed
         )
         return {"macro": _plain(macro), "findings": {f: _plain(v) for f, v in found.items()}}
 
@@ -339,7 +343,7 @@ def evaluate_explanations(
         "run": str(checkpoint.folder),
         "step": checkpoint.meta["step"],
         "config_hash": checkpoint.meta["config_hash"],
-        "data_hash": rows.data_hash,
+        "data_hash": dataset.data_hash,
         "boxes": name,
         "split": split,
         "score": score,
@@ -347,17 +351,17 @@ def evaluate_explanations(
         "prompt_hash": prompts.hash,
         "example_phrase": phrases[0],
         "patches": [grid.side, grid.side],
-        "n_places": len(scored.films),
-        "n_films": len(set(scored.films)),
+        "n_annotations": len(scored.image_rows),
+        "n_images": len(set(scored.image_rows)),
         "n_patients": len(set(patients)),
-        "n_places_of_prior": len(known.films),
+        "n_annotations_of_prior": len(known.image_rows),
         "left_out": dict(sorted(left_out.items())),
         "min_count": min_count,
-        "draws": draws,
+        "n_resamples": n_resamples,
         "seed": seed,
-        "thresholds_chosen_on": CHOSEN_ON[split] if others.films else None,
+        "thresholds_chosen_on": CHOSEN_ON[split] if others.image_rows else None,
         "thresholds": thresholds.get("model", {}),
-        "maps": {
+        "saliency_maps": {
             name: {metric: summary(of_each) for metric, of_each in each.items()}
             for name, each in values.items()
         },

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmclip.data import build, cache, parts
+from mmclip.data import build, cache, shards
 from mmclip.data.build import build_data, build_shard
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import ManifestError
 from mmclip.data.manifest import read_manifest
-from mmclip.data.parts import Shard, WorkersError
-from mmclip.data.records import Film
+from mmclip.data.sample import Sample
+from mmclip.data.shards import Shard, WorkersError
 from tests.commands import Ended, mmclip
 from tests.made_files import encoded, ramp
 from tests.test_cache import Stop, watch_progress
@@ -32,51 +32,52 @@ DENIED = ("pneumonia", "edema", "a fracture")
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(cache, "CHUNK_FILMS", 8)
+    monkeypatch.setattr(cache, "CHUNK_IMAGES", 8)
     monkeypatch.setattr(build, "CHUNK_REPORTS", 8)
 
 
 @pytest.fixture
-def films(tmp_path: Path) -> list[Film]:
-    """Two films a study; one in ten has no report, one in eight no image, one in ten is damaged."""
+def samples(tmp_path: Path) -> list[Sample]:
+    """Two images a study; one in ten has no report, one in eight no image, one in ten is
+    damaged."""
     (tmp_path / "root").mkdir()
-    films = []
+    samples = []
     for i in range(N):
         content = encoded(np.roll(ramp(), i, axis=1))
         (tmp_path / "root" / f"{i}.png").write_bytes(content[:50] if i % 10 == 3 else content)
         report = f"There is {FOUND[i // 2 % 4]}. No {DENIED[i // 2 % 3]}, {i // 2} cm."
-        films.append(
-            Film(
-                film_id=f"f{i}", study_id=f"s{i // 2}", patient_id=f"p{i // 4}", source="made",
+        samples.append(
+            Sample(
+                image_id=f"f{i}", study_id=f"s{i // 2}", patient_id=f"p{i // 4}", source="made",
                 image=None if i % 8 == 6 else f"{i}.png", report=None if i % 10 == 5 else report,
             )
         )  # fmt: skip
-    return films
+    return samples
 
 
-def built(films: list[Film], out: Path, **options) -> dict[str, bytes]:
+def built(samples: list[Sample], out: Path, **options) -> dict[str, bytes]:
     """The files of a build, by name."""
-    build_data(films, out.parent / "root", out, film_px=PX, **options)
+    build_data(samples, out.parent / "root", out, image_size=PX, **options)
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_every_report_has_the_entities_that_are_in_it(films, tmp_path: Path):
-    assert sorted(built(films, tmp_path / "out")) == [
-        "excluded.jsonl", "films.npy", "films.parquet", "meta.json",
+def test_every_report_has_the_entities_that_are_in_it(samples, tmp_path: Path):
+    assert sorted(built(samples, tmp_path / "out")) == [
+        "excluded.jsonl", "images.npy", "samples.parquet", "meta.json",
     ]  # fmt: skip
     kept = read_manifest(tmp_path / "out")
     assert len(kept) == N - 4
-    for film in kept:
-        expected = next(find_entities([film.report])) if film.report else []
-        assert film.entities == tuple(expected)
-        assert bool(film.report) == ("negated" in {entity.status for entity in film.entities})
+    for sample in kept:
+        expected = next(find_entities([sample.report])) if sample.report else []
+        assert sample.entities == tuple(expected)
+        assert bool(sample.report) == ("negated" in {entity.status for entity in sample.entities})
 
 
-def test_the_build_does_not_depend_on_processes_and_chunks(films, tmp_path: Path, monkeypatch):
-    processes = built(films, tmp_path / "processes", workers=2)
-    monkeypatch.setattr(cache, "CHUNK_FILMS", 7)
+def test_the_build_does_not_depend_on_processes_and_chunks(samples, tmp_path: Path, monkeypatch):
+    processes = built(samples, tmp_path / "processes", workers=2)
+    monkeypatch.setattr(cache, "CHUNK_IMAGES", 7)
     monkeypatch.setattr(build, "CHUNK_REPORTS", 1000)
-    assert built(films, tmp_path / "one") == processes
+    assert built(samples, tmp_path / "one") == processes
 
 
 def stop_at(task: str, n_chunks: int):
@@ -91,76 +92,80 @@ def stop_at(task: str, n_chunks: int):
     return watch_progress(stop, task)
 
 
-def test_a_killed_search_goes_on_where_it_was(films, tmp_path: Path):
-    whole = built(films, tmp_path / "whole")
+def test_a_killed_search_goes_on_where_it_was(samples, tmp_path: Path):
+    whole = built(samples, tmp_path / "whole")
     with stop_at("finding entities", 2), pytest.raises(Stop):
-        built(films, tmp_path / "out")
+        built(samples, tmp_path / "out")
     with watch_progress(lambda n: None) as done_before:
-        assert built(films, tmp_path / "out") == whole
+        assert built(samples, tmp_path / "out") == whole
     assert done_before == [N - 5, 2 * 8]  # all images, and the records of two chunks
 
 
 @pytest.mark.parametrize("change", ["lexicon", "backend", "report"])
 def test_what_would_be_found_otherwise_is_searched_anew(
-    films, tmp_path: Path, monkeypatch, change: str
+    samples, tmp_path: Path, monkeypatch, change: str
 ):
     with stop_at("finding entities", 2), pytest.raises(Stop):
-        built(films, tmp_path / "out")
+        built(samples, tmp_path / "out")
     again = {"lexicon": [0], "backend": [0], "report": [8]}[change]
     if change == "lexicon":
         monkeypatch.setattr(build, "_finder_version", lambda backend: "of another lexicon")
     elif change == "report":
-        films[0] = replace(films[0], report="Normal.")
+        samples[0] = replace(samples[0], report="Normal.")
     with stop_at("finding entities", 1) as done_before, pytest.raises((Stop, OSError)):
-        built(films, tmp_path / "out", entities="spacy:none" if change == "backend" else "lexicon")
+        built(
+            samples, tmp_path / "out", entities="spacy:none" if change == "backend" else "lexicon"
+        )
     assert done_before[1:] == again
 
 
-def test_a_kill_between_join_and_manifest_decodes_nothing_again(films, tmp_path: Path, monkeypatch):
+def test_a_kill_between_join_and_manifest_decodes_nothing_again(
+    samples, tmp_path: Path, monkeypatch
+):
     def stop(*args: object, **kwargs: object) -> None:
         raise Stop
 
     with monkeypatch.context() as patch:
         patch.setattr(build, "write_manifest", stop)
         with pytest.raises(Stop):
-            built(films, tmp_path / "out")
+            built(samples, tmp_path / "out")
     steps: list[int] = []
     with watch_progress(steps.append) as done_before:
-        built(films, tmp_path / "out")
+        built(samples, tmp_path / "out")
     assert done_before == [N - 5, N]
-    assert not (tmp_path / "out" / "films.parts").exists()
+    assert not (tmp_path / "out" / "images.shards").exists()
 
 
 # Shards.
 
 
-def test_shards_at_once_and_then_a_join_give_the_bytes_of_one_machine(films, tmp_path: Path):
-    whole = built(films, tmp_path / "whole")
+def test_shards_at_once_and_then_a_join_give_the_bytes_of_one_machine(samples, tmp_path: Path):
+    whole = built(samples, tmp_path / "whole")
     out, root = tmp_path / "out", tmp_path / "root"
 
     def do(number: int) -> None:
-        build_shard(films, root, out, Shard(number, 3), film_px=PX)
+        build_shard(samples, root, out, Shard(number, 3), image_size=PX)
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(do, [1, 2, 3, 3]))  # one is done by two at a time
     assert not (out / "meta.json").exists()
     with watch_progress(lambda n: None) as done_before:
-        assert built(films, out) == whole
+        assert built(samples, out) == whole
     assert done_before == [N - 5, N]
 
 
-def test_the_join_does_what_no_shard_has_done(films, tmp_path: Path):
-    whole = built(films, tmp_path / "whole")
-    build_shard(films, tmp_path / "root", tmp_path / "out", Shard(2, 3), film_px=PX)
+def test_the_join_does_what_no_shard_has_done(samples, tmp_path: Path):
+    whole = built(samples, tmp_path / "whole")
+    build_shard(samples, tmp_path / "root", tmp_path / "out", Shard(2, 3), image_size=PX)
     with watch_progress(lambda n: None) as done_before:
-        assert built(films, tmp_path / "out") == whole
+        assert built(samples, tmp_path / "out") == whole
     assert done_before == [8 + 3, 2 * 8]  # chunks 1 and 4 of five
 
 
-def test_a_shard_never_replaces_a_finished_build(films, tmp_path: Path):
-    before = built(films, tmp_path / "out")
+def test_a_shard_never_replaces_a_finished_build(samples, tmp_path: Path):
+    before = built(samples, tmp_path / "out")
     with pytest.raises(ManifestError, match="36 rows, which a shard never replaces; remove it"):
-        build_shard(films, tmp_path / "root", tmp_path / "out", Shard(1, 2), film_px=PX)
+        build_shard(samples, tmp_path / "root", tmp_path / "out", Shard(1, 2), image_size=PX)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -184,30 +189,30 @@ def test_a_shard_that_is_none_is_refused(text: str, message: str):
 
 
 def run(tmp_path: Path, *options: str) -> Ended:
-    """`mmclip data build` on the films as a table."""
+    """`mmclip data build` on the images as a table."""
     table = "file,patient\n" + "".join(f"{i}.png,p{i}\n" for i in range(N))
     (tmp_path / "root" / "t.csv").write_text(table)
     columns = 'table = "t.csv"\n[columns]\nimage = "file"\npatient_id = "patient"\n'
     (tmp_path / "m.toml").write_text(columns)
     places = ("--root", tmp_path / "root", "--mapping", tmp_path / "m.toml")
-    words = ("data", "build", "csv", *places, "--out", tmp_path / "out", "--film-px", "16")
+    words = ("data", "build", "csv", *places, "--out", tmp_path / "out", "--image-size", "16")
     return mmclip(tmp_path / "log", *words, *options)
 
 
-@pytest.mark.usefixtures("films")
+@pytest.mark.usefixtures("images")
 def test_the_command_does_shards_and_then_joins_them(tmp_path: Path):
     for shard in ("1/2", "2/2"):
         ended = run(tmp_path, "--workers", "1", "--shard", shard)
         assert (ended.code, ended.out) == (0, "")
         assert f"shard {shard} is done" in ended.err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["films.parts"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["images.shards"]
     ended = run(tmp_path, "--workers", "1")
     assert ended.code == 0
-    assert "reading films: 40/40" not in ended.err  # nothing was left to do
+    assert "reading images: 40/40" not in ended.err  # nothing was left to do
     assert len(read_manifest(tmp_path / "out")) == N - 4
 
 
-@pytest.mark.usefixtures("films")
+@pytest.mark.usefixtures("images")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -226,16 +231,16 @@ def test_an_error_of_the_command_is_one_line(tmp_path: Path, options, message: s
 NEEDS_DASK = "needs Dask: pip install 'mmclip[dask]'"
 
 
-def test_without_dask_the_error_says_how_to_get_it(films, tmp_path: Path, monkeypatch):
+def test_without_dask_the_error_says_how_to_get_it(samples, tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)  # as if it were not installed
     with pytest.raises(WorkersError, match=r"pip install 'mmclip\[dask\]'"):
-        built(films, tmp_path / "out", workers="tcp://localhost:8786")
+        built(samples, tmp_path / "out", workers="tcp://localhost:8786")
 
 
 @pytest.mark.parametrize("address", ["localhost", "localhost:8786", "tcp://localhost"])
-def test_a_scheduler_needs_an_address(films, tmp_path: Path, address: str):
+def test_a_scheduler_needs_an_address(samples, tmp_path: Path, address: str):
     with pytest.raises(WorkersError, match="say it as tcp://host:port"):
-        built(films, tmp_path / "out", workers=address)
+        built(samples, tmp_path / "out", workers=address)
 
 
 @pytest.fixture(scope="module")
@@ -248,35 +253,35 @@ def scheduler() -> Iterator[str]:
 
 
 def test_a_scheduler_that_is_not_there_is_one_clear_error(
-    films, tmp_path: Path, monkeypatch, scheduler: str
+    samples, tmp_path: Path, monkeypatch, scheduler: str
 ):
-    monkeypatch.setattr(parts, "CONNECT_S", 0.5)
+    monkeypatch.setattr(shards, "CONNECT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]  # nobody answers here once it is closed
     with pytest.raises(WorkersError, match=f"start one with `dask scheduler --port {port}`"):
-        built(films, tmp_path / "out", workers=f"tcp://127.0.0.1:{port}")
+        built(samples, tmp_path / "out", workers=f"tcp://127.0.0.1:{port}")
 
 
 def test_a_scheduler_without_workers_is_one_clear_error(
-    films, tmp_path: Path, monkeypatch, scheduler: str
+    samples, tmp_path: Path, monkeypatch, scheduler: str
 ):
-    monkeypatch.setattr(parts, "FIRST_WORKER_S", 0.2)
+    monkeypatch.setattr(shards, "FIRST_WORKER_S", 0.2)
     with pytest.raises(WorkersError, match=f"start some with `dask worker {scheduler}"):
-        built(films, tmp_path / "out", workers=scheduler)
+        built(samples, tmp_path / "out", workers=scheduler)
 
 
-def test_a_scheduler_that_ends_is_one_clear_error(films, tmp_path: Path, monkeypatch):
+def test_a_scheduler_that_ends_is_one_clear_error(samples, tmp_path: Path, monkeypatch):
     distributed = pytest.importorskip("distributed", reason=NEEDS_DASK)
-    monkeypatch.setattr(parts, "CONNECT_S", 0.5)
+    monkeypatch.setattr(shards, "CONNECT_S", 0.5)
     options = {"processes": False, "protocol": "tcp", "dashboard_address": ":0"}
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, **options) as cluster:
         told = pytest.raises(WorkersError, match="run the same command again: finished chunks")
         with watch_progress(lambda n: cluster.close()), told:
-            built(films, tmp_path / "out", workers=cluster.scheduler_address)
+            built(samples, tmp_path / "out", workers=cluster.scheduler_address)
 
 
-def test_two_dask_workers_of_which_one_dies_build_the_same(films, tmp_path: Path, scheduler: str):
-    whole = built(films, tmp_path / "whole")
+def test_two_dask_workers_of_which_one_dies_build_the_same(samples, tmp_path: Path, scheduler: str):
+    whole = built(samples, tmp_path / "whole")
     command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler]
     command += ["--nthreads", "1", "--no-nanny", "--no-dashboard"]
     found = os.environ | {"PYTHONPATH": os.pathsep.join([SRC, *sys.path])}
@@ -286,7 +291,7 @@ def test_two_dask_workers_of_which_one_dies_build_the_same(films, tmp_path: Path
     workers = [subprocess.Popen(command, cwd=folder, env=found, **quiet) for _ in range(2)]
     try:
         with watch_progress(lambda n: workers[0].kill()):
-            assert built(films, tmp_path / "out", workers=scheduler) == whole
+            assert built(samples, tmp_path / "out", workers=scheduler) == whole
         assert [worker.poll() for worker in workers] == [-signal.SIGKILL, None]
     finally:
         for worker in workers:

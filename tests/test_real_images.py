@@ -1,4 +1,4 @@
-"""bench/real_films.py: what an arm may read, and what stands beside its numbers."""
+"""bench/real_images.py: what an arm may read, and what stands beside its numbers."""
 
 import csv
 import sys
@@ -15,15 +15,15 @@ BENCH = Path(__file__).parent.parent / "bench"
 def bench():
     sys.path.insert(0, str(BENCH))
     try:
-        import real_films
+        import real_images
     finally:
         sys.path.remove(str(BENCH))
-    return real_films
+    return real_images
 
 
 def table_of(bench, tmp_path: Path, **arm: bool) -> list[dict[str, str]]:
     (tmp_path / "studies.csv").write_text(
-        "film,source,split,report\n"
+        "image,source,split,report\n"
         'a.png,ieee8023,train,"COVID-19 by RT-PCR of a swab. Left opacity."\n'
         "b.png,hannover,train,\n"
         "c.png,openist,train,\n"
@@ -37,7 +37,9 @@ def table_of(bench, tmp_path: Path, **arm: bool) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_labelled_films_train_by_their_source_and_those_that_are_scored_stay(bench, tmp_path: Path):
+def test_labelled_images_train_by_their_source_and_those_that_are_scored_stay(
+    bench, tmp_path: Path
+):
     without = table_of(bench, tmp_path, one_label=False, no_covid=False)
     assert [line["film"] for line in without] == ["a.png", "d.png", "f.png"]
     with_them = table_of(bench, tmp_path, one_label=True, no_covid=False)
@@ -55,7 +57,7 @@ def test_words_for_covid_and_its_test_are_taken_out_and_nothing_else(bench, tmp_
     assert bench.COVID.sub("", named).strip(" ,") == ""
 
 
-def test_among_the_sick_films_without_a_finding_do_not_count(bench):
+def test_among_the_sick_images_without_a_finding_do_not_count(bench):
     labels = np.array([[1, 0], [1, 0], [0, 1], [0, 0], [0, 1], [0, 0]], float)
     scores = np.array([[0, 0.9], [0, 0.9], [0, 0.8], [0, 0.1], [0, 0.7], [0, 0.2]])
     names = ["no finding", "mass"]
@@ -63,7 +65,7 @@ def test_among_the_sick_films_without_a_finding_do_not_count(bench):
         names=lambda: names, labels=labels, scores=scores, patients=lambda: list("abcdef")
     )
     result = SimpleNamespace(test=test)
-    assert bench.among_the_sick(result)["mass"] == 1.0  # over all films it would be 0.5
+    assert bench.among_the_sick(result)["mass"] == 1.0  # over all images it would be 0.5
     names[0] = "nodule"
     assert bench.among_the_sick(result) is None
 

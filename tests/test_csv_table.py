@@ -4,25 +4,25 @@ from pathlib import Path
 import pytest
 
 from mmclip.config import ConfigError
-from mmclip.data.mapping import CsvMapping, load_mapping
-from mmclip.data.records import Excluded, Film, Reason
+from mmclip.data.csv_mapping import CsvMapping, load_mapping
+from mmclip.data.csv_table import SourceError, parse_age, read_csv
+from mmclip.data.sample import Excluded, Reason, Sample
 from mmclip.data.sources import open_reader
-from mmclip.data.tables import SourceError, parse_age, read_csv
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "mixed_films.toml"
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "mixed_images.toml"
 
 IDS = {"image": "film", "patient_id": "patient"}
 
 
 def read(folder: Path, text: str, **mapping) -> list:
-    """The records of a table; `mapping` adds to a film and a patient column."""
+    """The records of a table; `mapping` adds to an image and a patient column."""
     (folder / "studies.csv").write_text(text, "utf-8")
     columns = IDS | mapping.pop("columns", {})
     return list(read_csv(folder, CsvMapping.model_validate({"columns": columns, **mapping})))
 
 
-def films(records: list) -> list[Film]:
-    assert all(isinstance(record, Film) for record in records), records
+def samples(records: list) -> list[Sample]:
+    assert all(isinstance(record, Sample) for record in records), records
     return records
 
 
@@ -39,9 +39,9 @@ def test_columns_are_read_by_the_names_of_the_mapping(tmp_path: Path):
         "image": "Path", "patient_id": "Who", "report": "Text", "split": "Set", "view": "Proj",
         "age": "Years", "sex": "Gender", "source": "Where", "study_id": "Study",
     }  # fmt: skip
-    (film,) = read(tmp_path, text, columns=columns)
-    assert asdict(film) == {
-        "film_id": "a/1.png", "study_id": "s1", "patient_id": "p1", "source": "x",
+    (sample,) = read(tmp_path, text, columns=columns)
+    assert asdict(sample) == {
+        "image_id": "a/1.png", "study_id": "s1", "patient_id": "p1", "source": "x",
         "split": "train", "image": "a/1.png", "view": "AP", "findings": "Clear, and normal.",
         "impression": "Normal.", "report": "Clear, and normal. Normal.", "entities": (),
         "labels": {},
@@ -53,16 +53,16 @@ def test_columns_are_read_by_the_names_of_the_mapping(tmp_path: Path):
 
 def test_columns_that_are_not_named_are_not_read(tmp_path: Path):
     text = "film,patient,report,view,split,labels\na.png,p,Clear.,sideways,dev,Dragon\n"
-    (film,) = films(read(tmp_path, text))
-    assert (film.report, film.view, film.split, film.labels) == (None, "unknown", None, {})
+    (sample,) = samples(read(tmp_path, text))
+    assert (sample.report, sample.view, sample.split, sample.labels) == (None, "unknown", None, {})
 
 
 def test_findings_and_impression_can_have_columns_of_their_own(tmp_path: Path):
     columns = {"findings": "f", "impression": "i"}
     text = "film,patient,f,i\na,p,Clear.,Normal.\nb,p,,Normal.\nc,p,nan,\n"
     found = [
-        (film.findings, film.impression, film.report)
-        for film in films(read(tmp_path, text, columns=columns))
+        (sample.findings, sample.impression, sample.report)
+        for sample in samples(read(tmp_path, text, columns=columns))
     ]
     assert found == [
         ("Clear.", "Normal.", "Clear. Normal."),
@@ -71,34 +71,34 @@ def test_findings_and_impression_can_have_columns_of_their_own(tmp_path: Path):
     ]
 
 
-def test_films_without_an_image_column_are_text_only(tmp_path: Path):
-    columns = {"film_id": "study", "image": None, "report": "report"}
-    (film,) = films(read(tmp_path, "study,patient,report\ns1,p,Clear.\n", columns=columns))
-    assert (film.film_id, film.image) == ("s1", None)
+def test_images_without_an_image_column_are_text_only(tmp_path: Path):
+    columns = {"image_id": "study", "image": None, "report": "report"}
+    (sample,) = samples(read(tmp_path, "study,patient,report\ns1,p,Clear.\n", columns=columns))
+    assert (sample.image_id, sample.image) == ("s1", None)
 
 
 def test_a_backslash_parts_folders(tmp_path: Path):
-    (film,) = films(read(tmp_path, "film,patient\nfolder\\a.png,p\n"))
-    assert film.image == "folder/a.png"
+    (sample,) = samples(read(tmp_path, "film,patient\nfolder\\a.png,p\n"))
+    assert sample.image == "folder/a.png"
 
 
 def test_another_delimiter_a_byte_order_mark_and_blank_lines_are_read(tmp_path: Path):
     text = "\ufefffilm;patient\na.png;p\n\n  \nb.png;q\n"
-    assert [film.patient_id for film in read(tmp_path, text, delimiter=";")] == ["p", "q"]
+    assert [sample.patient_id for sample in read(tmp_path, text, delimiter=";")] == ["p", "q"]
 
 
 def test_another_table_can_stand_in(tmp_path: Path):
     (tmp_path / "part.csv").write_text("film,patient\nb.png,q\n")
     mapping = CsvMapping.model_validate({"columns": IDS})
-    (film,) = read_csv(tmp_path, mapping, tmp_path / "part.csv")
-    assert film.film_id == "b.png"
+    (sample,) = read_csv(tmp_path, mapping, tmp_path / "part.csv")
+    assert sample.image_id == "b.png"
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "N/A", "none", "null", "", "   "])
 def test_words_for_nothing_are_nothing(tmp_path: Path, word: str):
     text = f"film,patient,report\na.png,{word},{word}\n"
-    (film,) = read(tmp_path, text, columns={"report": "report"})
-    assert (film.patient_id, film.report) == ("", None)
+    (sample,) = read(tmp_path, text, columns={"report": "report"})
+    assert (sample.patient_id, sample.report) == ("", None)
 
 
 # What a mapping may say.
@@ -167,7 +167,7 @@ def test_all_that_does_not_fit_of_mapping_and_table_is_told_at_once(tmp_path: Pa
 
 
 def test_missing_columns_and_unexplained_words_are_told_at_once(tmp_path: Path):
-    text = "film,labels,view,split,film\na,Mass|Dragon,sideways,dev,b\n"
+    text = "film,labels,view,split,image\na,Mass|Dragon,sideways,dev,b\n"
     columns = {"labels": "labels", "view": "view", "split": "split", "report": "text"}
     closed = {"*": ["edema", "mass", "masss"]}
     with pytest.raises(SourceError) as caught:
@@ -176,7 +176,7 @@ def test_missing_columns_and_unexplained_words_are_told_at_once(tmp_path: Path):
     assert first == f"{tmp_path / 'studies.csv'} has 6 problems:"
     for part in (
         "no column 'patient' (patient_id), 'text' (report); its columns are film, labels, view",
-        "the column 'film' (image) is there twice",
+        "the column 'image' (image) is there twice",
         "[labels.map] does not explain 'Dragon' (1)",
         "[views] does not explain 'sideways' (1)",
         "[splits] does not explain 'dev' (1)",
@@ -222,7 +222,7 @@ def test_an_unknown_key_lists_the_known_ones(tmp_path: Path):
     (tmp_path / "m.toml").write_text('[columns]\npatient_id = "p"\nimgae = "film"\n')
     with pytest.raises(ConfigError) as caught:
         load_mapping(tmp_path / "m.toml")
-    assert "film_id" in str(caught.value) and "impression" in str(caught.value)
+    assert "image_id" in str(caught.value) and "impression" in str(caught.value)
 
 
 def test_a_mapping_that_is_no_toml_is_refused(tmp_path: Path):
@@ -240,7 +240,7 @@ def test_a_mapping_that_is_no_toml_is_refused(tmp_path: Path):
         ('[columns]\nimage = "film"\n', r"\[columns\] names no column patient_id"),
     ],
 )
-def test_a_mapping_that_does_not_say_whose_the_films_are_is_told_how(
+def test_a_mapping_that_does_not_say_whose_the_images_are_is_told_how(
     tmp_path: Path, text: str, said: str
 ):
     (tmp_path / "m.toml").write_text(text)
@@ -290,7 +290,7 @@ def test_the_error_comes_before_the_first_record(tmp_path: Path):
     [
         ("", "is empty; name a table with a header and rows"),
         ("film,who\na,p\n", r"no column 'patient' \(patient_id\); its columns are film, who"),
-        ("film,patient,film\na,p,b\n", r"the column 'film' \(image\) is there twice"),
+        ("film,patient,image\na,p,b\n", r"the column 'image' \(image\) is there twice"),
         ('film,patient\n"a,p\nb,q\n', r"line 3: .*mend the quotes"),
         ('film,patient\n"a"b,q\n', r"line 2: .*mend the quotes"),
     ],
@@ -320,17 +320,17 @@ def test_a_missing_table_is_named(tmp_path: Path):
 def test_a_row_of_another_length_is_excluded_with_its_number(tmp_path: Path, fields, cells):
     first, out, last = read(tmp_path, f"film,patient\nx.png,p\n{cells}\ny.png,q\n")
     detail = f"the row has {fields} fields, the header 2"
-    assert out == Excluded(row=1, film_id="a.png", reason=Reason.BAD_VALUE, detail=detail)
-    assert (first.film_id, last.film_id) == ("x.png", "y.png")
+    assert out == Excluded(row=1, image_id="a.png", reason=Reason.BAD_VALUE, detail=detail)
+    assert (first.image_id, last.image_id) == ("x.png", "y.png")
 
 
 # Studies.
 
 
-def test_films_of_one_patient_with_one_report_are_a_study(tmp_path: Path):
+def test_images_of_one_patient_with_one_report_are_a_study(tmp_path: Path):
     text = "film,patient,report\na,p,Clear.\nb,p, Clear. \nc,p,Other.\nd,q,Clear.\ne,p,\nf,p,\n"
-    records = films(read(tmp_path, text, columns={"report": "report"}))
-    study = {film.film_id: film.study_id for film in records}
+    records = samples(read(tmp_path, text, columns={"report": "report"}))
+    study = {sample.image_id: sample.study_id for sample in records}
     assert study["a"] == study["b"]
     assert len({study[name] for name in "acdef"}) == 5
     assert (study["e"], study["f"]) == ("e", "f")
@@ -338,8 +338,8 @@ def test_films_of_one_patient_with_one_report_are_a_study(tmp_path: Path):
 
 def test_a_study_column_wins_and_its_blank_falls_back(tmp_path: Path):
     text = "film,patient,study\na,p,s1\nb,p,s1\nc,p,\n"
-    records = films(read(tmp_path, text, columns={"study_id": "study"}))
-    assert [film.study_id for film in records] == ["s1", "s1", "c"]
+    records = samples(read(tmp_path, text, columns={"study_id": "study"}))
+    assert [sample.study_id for sample in records] == ["s1", "s1", "c"]
 
 
 # Views, splits, age and sex.
@@ -349,14 +349,14 @@ def test_views_are_known_in_any_case_and_by_the_mapping(tmp_path: Path):
     words = ["PA", "pa", "AP", "ap", "L", "lateral", "LATERAL", "?", "", "Unknown", "ap SUPINE"]
     text = "film,patient,view\n" + "".join(f"{i},p,{word}\n" for i, word in enumerate(words))
     records = read(tmp_path, text, columns={"view": "view"}, views={"AP Supine": "AP"})
-    views = [film.view for film in films(records)]
+    views = [sample.view for sample in samples(records)]
     assert views == ["PA", "PA", "AP", "AP", "L", "L", "L", *["unknown"] * 3, "AP"]
 
 
 def test_splits_are_known_in_any_case_and_by_the_mapping(tmp_path: Path):
     text = "film,patient,split\na,p,Train\nb,q,VAL\nc,r,validate\nd,s,\n"
     records = read(tmp_path, text, columns={"split": "split"}, splits={"Validate": "val"})
-    assert [film.split for film in films(records)] == ["train", "val", "val", None]
+    assert [sample.split for sample in samples(records)] == ["train", "val", "val", None]
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_ages_are_years_and_unlikely_ones_unknown(text: str, years: float | None
 def test_sexes_are_known_by_word_and_others_unknown(tmp_path: Path):
     words = ["M", "male", "F", "FEMALE", "O", "", "?"]
     text = "film,patient,sex\n" + "".join(f"{i},p,{word}\n" for i, word in enumerate(words))
-    sexes = [film.sex for film in films(read(tmp_path, text, columns={"sex": "sex"}))]
+    sexes = [sample.sex for sample in samples(read(tmp_path, text, columns={"sex": "sex"}))]
     assert sexes == ["M", "M", "F", "F", None, None, None]
 
 
@@ -392,7 +392,7 @@ RULES = {
 }
 
 
-def labelled(folder: Path, source: str, cell: str, **rules) -> Film | Excluded:
+def labelled(folder: Path, source: str, cell: str, **rules) -> Sample | Excluded:
     text = f'film,patient,source,labels\na,p,{source},"{cell}"\n'
     columns = {"source": "source", "labels": "labels"}
     (record,) = read(folder, text, columns=columns, labels=RULES | rules)
@@ -416,36 +416,36 @@ def labelled(folder: Path, source: str, cell: str, **rules) -> Film | Excluded:
     ],
 )
 def test_a_listed_finding_is_absent_and_any_other_unknown(tmp_path, source, cell, labels):
-    film = labelled(tmp_path, source, cell)
-    assert isinstance(film, Film)
-    assert film.labels == labels
-    assert list(film.labels) == sorted(film.labels)
+    sample = labelled(tmp_path, source, cell)
+    assert isinstance(sample, Sample)
+    assert sample.labels == labels
+    assert list(sample.labels) == sorted(sample.labels)
 
 
 def test_the_words_of_the_source_are_kept(tmp_path: Path):
-    film = labelled(tmp_path, "nih", "Mass| todo")
-    assert isinstance(film, Film) and film.source_labels == ("Mass", "todo")
+    sample = labelled(tmp_path, "nih", "Mass| todo")
+    assert isinstance(sample, Sample) and sample.source_labels == ("Mass", "todo")
 
 
 def test_a_blank_cell_can_mean_absent(tmp_path: Path):
-    film = labelled(tmp_path, "nih", "", blank="absent")
-    assert isinstance(film, Film) and film.labels == {"mass": 0, "no finding": 0, "nodule": 0}
+    sample = labelled(tmp_path, "nih", "", blank="absent")
+    assert isinstance(sample, Sample) and sample.labels == {"mass": 0, "no finding": 0, "nodule": 0}
     todo = labelled(tmp_path, "nih", "todo", blank="absent")
-    assert isinstance(todo, Film) and todo.labels == {}
+    assert isinstance(todo, Sample) and todo.labels == {}
 
 
 def test_a_star_stands_for_sources_that_are_not_named(tmp_path: Path):
     closed = {"*": ["edema", "mass"], "tb": ["tuberculosis"]}
-    film = labelled(tmp_path, "other", "Mass", closed=closed)
-    assert isinstance(film, Film) and film.labels == {"edema": 0, "mass": 1}
-    film = labelled(tmp_path, "tb", "Mass", closed=closed)
-    assert isinstance(film, Film) and film.labels == {"mass": 1, "tuberculosis": 0}
+    sample = labelled(tmp_path, "other", "Mass", closed=closed)
+    assert isinstance(sample, Sample) and sample.labels == {"edema": 0, "mass": 1}
+    sample = labelled(tmp_path, "tb", "Mass", closed=closed)
+    assert isinstance(sample, Sample) and sample.labels == {"mass": 1, "tuberculosis": 0}
 
 
 def test_words_that_hold_a_comma_need_another_separator(tmp_path: Path):
     both = {"COVID-19, ARDS": {"present": ["ards", "covid-19"]}}
-    film = labelled(tmp_path, "nih", "COVID-19, ARDS", map=both, closed={})
-    assert isinstance(film, Film) and film.labels == {"ards": 1, "covid-19": 1}
+    sample = labelled(tmp_path, "nih", "COVID-19, ARDS", map=both, closed={})
+    assert isinstance(sample, Sample) and sample.labels == {"ards": 1, "covid-19": 1}
 
 
 def test_contradictory_labels_exclude_the_row_and_are_named(tmp_path: Path):
@@ -478,14 +478,14 @@ def test_a_misspelt_finding_of_closed_is_named_with_the_one_that_is_meant(
     assert "'edema'" not in message
 
 
-def test_a_finding_that_no_film_has_may_be_listed_and_is_told(
+def test_a_finding_that_no_image_has_may_be_listed_and_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     closed = {"*": ["edema", "mass", "nodule"]}
     text = "film,patient,labels\na,p,Mass\n"
     given = {"map": MAPPED, "closed": closed}
-    (film,) = films(read(tmp_path, text, columns={"labels": "labels"}, labels=given))
-    assert film.labels == {"edema": 0, "mass": 1, "nodule": 0}
+    (sample,) = samples(read(tmp_path, text, columns={"labels": "labels"}, labels=given))
+    assert sample.labels == {"edema": 0, "mass": 1, "nodule": 0}
     (said,) = caplog.messages
     assert "no label says 'edema'; " in said and "absent" in said
 
@@ -494,8 +494,8 @@ def test_two_findings_with_like_names_are_told_apart_once_the_mapping_says_both(
     both = MAPPED | {"Knots": {"present": ["nodules"]}}
     given = {"map": both, "closed": {"*": ["nodule", "nodules"]}}
     text = "film,patient,labels\na,p,Knot\n"
-    (film,) = films(read(tmp_path, text, columns={"labels": "labels"}, labels=given))
-    assert film.labels == {"nodule": 1, "nodules": 0}
+    (sample,) = samples(read(tmp_path, text, columns={"labels": "labels"}, labels=given))
+    assert sample.labels == {"nodule": 1, "nodules": 0}
 
 
 CHEXPERT = {"columns": {"Mass": "mass", "Pleural Effusion": "pleural effusion"}}
@@ -513,8 +513,8 @@ CHEXPERT = {"columns": {"Mass": "mass", "Pleural Effusion": "pleural effusion"}}
 )
 def test_a_column_for_each_finding_is_read_as_in_chexpert(tmp_path, cells, blank, labels):
     text = f"film,patient,Mass,Pleural Effusion\na,p,{cells}\n"
-    (film,) = films(read(tmp_path, text, labels=CHEXPERT | {"blank": blank}))
-    assert film.labels == labels
+    (sample,) = samples(read(tmp_path, text, labels=CHEXPERT | {"blank": blank}))
+    assert sample.labels == labels
 
 
 @pytest.mark.parametrize("value", ["2", "yes", "0.5", "inf"])

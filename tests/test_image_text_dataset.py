@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmclip.config import AugmentConfig
-from mmclip.data.dataset import augment, normalise, open_rows
 from mmclip.data.folder import ManifestError
+from mmclip.data.image_text_dataset import augment, normalise, open_dataset
 from tests.made import write_folder
 
 
@@ -16,9 +16,9 @@ def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path)
 
 
-def test_films_of_every_source_are_normalised_by_one_pair_of_numbers():
-    film = torch.tensor([[[0, 51], [204, 255]]], dtype=torch.uint8)
-    torch.testing.assert_close(normalise(film), torch.tensor([[[[-2.0, -1.2], [1.2, 2.0]]]]))
+def test_images_of_every_source_are_normalised_by_one_pair_of_numbers():
+    image = torch.tensor([[[0, 51], [204, 255]]], dtype=torch.uint8)
+    torch.testing.assert_close(normalise(image), torch.tensor([[[[-2.0, -1.2], [1.2, 2.0]]]]))
 
 
 def test_augmentation_by_one_half_everywhere_changes_nothing():
@@ -27,39 +27,39 @@ def test_augmentation_by_one_half_everywhere_changes_nothing():
     torch.testing.assert_close(same, image, atol=1e-5, rtol=0)
 
 
-def test_a_shift_by_whole_pixels_moves_the_film_and_fills_with_black():
+def test_a_shift_by_whole_pixels_moves_the_image_and_fills_with_black():
     image = normalise(torch.randint(0, 256, (1, 16, 16), dtype=torch.uint8))
     config = AugmentConfig(
         rotation_deg=0, translate_ratio=0.125, scale_ratio=0, brightness=0, contrast=0
     )
-    draws = torch.tensor([[0.5, 0.5, 1.0, 0.5, 0.5, 0.5]])  # +1: by an eighth of 16 px
-    moved = augment(image, draws, config)
+    uniforms = torch.tensor([[0.5, 0.5, 1.0, 0.5, 0.5, 0.5]])  # +1: by an eighth of 16 px
+    moved = augment(image, uniforms, config)
     torch.testing.assert_close(moved[..., :-2], image[..., 2:], atol=1e-5, rtol=0)
     assert torch.allclose(moved[..., -2:], torch.tensor(-2.0))
 
 
 def test_labels_tell_unknown_from_absent(folder: Path):
-    labels = open_rows([folder]).labels(["cardiomegaly", "mass", "nodule"])
+    labels = open_dataset([folder]).labels(["cardiomegaly", "mass", "nodule"])
     assert labels[:2, 0].tolist() == [0.0, 1.0]
     assert np.isnan(labels[:, 1:]).all()
 
 
-def test_films_of_another_size_are_refused_with_both_remedies(folder: Path):
-    with pytest.raises(ManifestError, match=r"data build .* --film-px 64 --out .*-64px"):
-        open_rows([folder], 64)
+def test_images_of_another_size_are_refused_with_both_remedies(folder: Path):
+    with pytest.raises(ManifestError, match=r"data build .* --image-size 64 --out .*-64px"):
+        open_dataset([folder], 64)
 
 
 def test_a_folder_made_with_other_words_is_told_and_read(
     folder: Path, caplog: pytest.LogCaptureFixture
 ):
-    n = len(open_rows([folder]))
+    n = len(open_dataset([folder]))
     assert not caplog.records
     path = folder / "meta.json"
     meta = json.loads(path.read_text())
     meta["made_with"]["words"]["lexicon/cues"] = "other"
     meta["made_with"]["vocabulary"] = 0
     path.write_text(json.dumps(meta))
-    assert len(open_rows([folder])) == n
+    assert len(open_dataset([folder])) == n
     (record,) = caplog.records
     assert "(findings/vocabulary.toml (version 0, now 1), lexicon/cues.toml changed)" in (
         record.getMessage()
@@ -68,4 +68,4 @@ def test_a_folder_made_with_other_words_is_told_and_read(
 
 def test_a_folder_given_twice_is_refused(folder: Path):
     with pytest.raises(ManifestError, match="more than one of the data folders"):
-        open_rows([folder, folder])
+        open_dataset([folder, folder])

@@ -1,4 +1,4 @@
-"""The record of a film: what is known of it, the rules that a sound one keeps, and its split."""
+"""The record of an image: what is known of it, the rules that a sound one keeps, and its split."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,28 +9,28 @@ from typing import Literal, get_args
 Split = Literal["train", "val", "test"]
 View = Literal["PA", "AP", "L", "unknown"]
 Sex = Literal["F", "M"]
-LabelOrigin = Literal["film-reader", "report-reader", "report-program"]
-"""Who made a film's labels: people who read the film, people who read its report, or a program that
-read its report."""
+LabelOrigin = Literal["image-reader", "report-reader", "report-program"]
+"""Who made an image's labels: people who read the image, people who read its report, or a program
+that read its report."""
 
-BY_PEOPLE: tuple[LabelOrigin, ...] = ("film-reader", "report-reader")
+BY_PEOPLE: tuple[LabelOrigin, ...] = ("image-reader", "report-reader")
 
 PRESENT, ABSENT, UNCERTAIN = 1, 0, -1
 """Values of a label. A finding that nobody looked for is unknown: it is not in the mapping."""
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-"""In order: a film or patient that a list puts into several is read as in the last of them."""
+"""In order: an image or patient that a list puts into several is read as in the last of them."""
 
 
 class Reason(StrEnum):
     """Why a row was left out. The text is what a user reads in excluded.jsonl."""
 
-    NO_ID = "the row has no film id"
+    NO_ID = "the row has no image id"
     NO_PATIENT = "the row has no patient id"
-    DUPLICATE_ID = "an earlier row has the same film id"
+    DUPLICATE_ID = "an earlier row has the same image id"
     BAD_VALUE = "a value of the row cannot be read"
     NOTHING_TO_LEARN = "the row has neither an image nor a report"
-    NOT_FOR_USE = "the source itself says that the film is not for use"
+    NOT_FOR_USE = "the source itself says that the image is not for use"
     PATIENT_IN_TWO_SPLITS = "the patient is also in a split that is kept for evaluation"
     IMAGE_OUTSIDE_ROOT = "the image lies outside the root folder"
     IMAGE_MISSING = "the image file does not exist"
@@ -63,15 +63,15 @@ class Entity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Film:
-    """One film and all that is known of it; a study without a film has `image=None`.
+class Sample:
+    """One image and all that is known of it; a study without an image has `image=None`.
 
-    Films of one study share `study_id` and the report. `labels` maps a finding to PRESENT, ABSENT
+    Images of one study share `study_id` and the report. `labels` maps a finding to PRESENT, ABSENT
     or UNCERTAIN; a finding that is not in it is unknown. `report` is what the text encoder reads:
     cleaned, and None, never "", when there is nothing to read; `entities` are spans of it.
     """
 
-    film_id: str
+    image_id: str
     study_id: str
     patient_id: str
     source: str
@@ -101,52 +101,52 @@ class Excluded:
     """A row that was left out: which, why, and the detail that helps to mend it."""
 
     row: int  # 0 is the first record of the source
-    film_id: str
+    image_id: str
     reason: Reason
     detail: str = ""
 
 
-Record = Film | Excluded
+Record = Sample | Excluded
 """What a reader yields, one for each row of its source: nothing is dropped in silence."""
 
 
-def problem_of(film: Film) -> tuple[Reason, str] | None:
+def problem_of(sample: Sample) -> tuple[Reason, str] | None:
     """The first rule that a record breaks, with a detail, or None for a sound record."""
-    if not film.film_id.strip():
+    if not sample.image_id.strip():
         return Reason.NO_ID, ""
-    if not film.patient_id.strip():
+    if not sample.patient_id.strip():
         return Reason.NO_PATIENT, ""
-    if film.image is None and film.report is None:
+    if sample.image is None and sample.report is None:
         return Reason.NOTHING_TO_LEARN, ""
-    if film.image is not None and "\0" in film.image:
-        return Reason.BAD_VALUE, f"the image path {film.image!r} holds a NUL byte"
-    if film.split is not None and film.split not in get_args(Split):
-        return Reason.BAD_VALUE, f"split {film.split!r} is none of {', '.join(get_args(Split))}"
-    if film.view not in get_args(View):
-        return Reason.BAD_VALUE, f"view {film.view!r} is none of {', '.join(get_args(View))}"
-    if film.label_origin is not None and film.label_origin not in get_args(LabelOrigin):
+    if sample.image is not None and "\0" in sample.image:
+        return Reason.BAD_VALUE, f"the image path {sample.image!r} holds a NUL byte"
+    if sample.split is not None and sample.split not in get_args(Split):
+        return Reason.BAD_VALUE, f"split {sample.split!r} is none of {', '.join(get_args(Split))}"
+    if sample.view not in get_args(View):
+        return Reason.BAD_VALUE, f"view {sample.view!r} is none of {', '.join(get_args(View))}"
+    if sample.label_origin is not None and sample.label_origin not in get_args(LabelOrigin):
         known = ", ".join(get_args(LabelOrigin))
-        return Reason.BAD_VALUE, f"label origin {film.label_origin!r} is none of {known}"
-    if film.report is not None and not film.report.strip():
-        return Reason.BAD_VALUE, "the report is empty; a film without a report has report=None"
-    bad = {k: v for k, v in film.labels.items() if v not in (PRESENT, ABSENT, UNCERTAIN)}
+        return Reason.BAD_VALUE, f"label origin {sample.label_origin!r} is none of {known}"
+    if sample.report is not None and not sample.report.strip():
+        return Reason.BAD_VALUE, "the report is empty; an image without a report has report=None"
+    bad = {k: v for k, v in sample.labels.items() if v not in (PRESENT, ABSENT, UNCERTAIN)}
     if bad:
         return Reason.BAD_VALUE, f"labels {bad} are not 1 (present), 0 (absent) or -1 (uncertain)"
     return None
 
 
-def validate(records: Iterable[Record]) -> tuple[list[tuple[int, Film]], list[Excluded]]:
+def validate(records: Iterable[Record]) -> tuple[list[tuple[int, Sample]], list[Excluded]]:
     """Separates sound records from those that break a rule.
 
     The rules: an id of its own, a patient, an image or a report, known values, and no patient in
-    two splits. Where a source names splits and one patient is in several, the films in the split
+    two splits. Where a source names splits and one patient is in several, the images in the split
     used last (test, then val) stay and the others are excluded, so that nothing leaks.
 
     Returns:
-        The sound films in order, each with its row, and the excluded rows in order. Their
+        The sound images in order, each with its row, and the excluded rows in order. Their
         numbers add up to the number of records.
     """
-    films: list[tuple[int, Film]] = []
+    samples: list[tuple[int, Sample]] = []
     excluded: list[Excluded] = []
     seen: set[str] = set()
     split_of_patient: dict[str, Split] = {}
@@ -155,35 +155,35 @@ def validate(records: Iterable[Record]) -> tuple[list[tuple[int, Film]], list[Ex
             excluded.append(record)
             continue
         problem = problem_of(record)
-        if problem is None and record.film_id in seen:
+        if problem is None and record.image_id in seen:
             problem = Reason.DUPLICATE_ID, ""
         if problem is not None:
             excluded.append(
-                Excluded(row=row, film_id=record.film_id, reason=problem[0], detail=problem[1])
+                Excluded(row=row, image_id=record.image_id, reason=problem[0], detail=problem[1])
             )
             continue
-        seen.add(record.film_id)
-        films.append((row, record))
+        seen.add(record.image_id)
+        samples.append((row, record))
         if record.split is not None:
             known = split_of_patient.get(record.patient_id, record.split)
             split_of_patient[record.patient_id] = SPLITS[
                 max(map(SPLITS.index, (known, record.split)))
             ]
-    kept: list[tuple[int, Film]] = []
-    for row, film in films:
-        split = split_of_patient.get(film.patient_id)
-        if film.split is not None and film.split != split:
-            detail = f"split {film.split}, but the patient is also in {split}"
+    kept: list[tuple[int, Sample]] = []
+    for row, sample in samples:
+        split = split_of_patient.get(sample.patient_id)
+        if sample.split is not None and sample.split != split:
+            detail = f"split {sample.split}, but the patient is also in {split}"
             excluded.append(
                 Excluded(
                     row=row,
-                    film_id=film.film_id,
+                    image_id=sample.image_id,
                     reason=Reason.PATIENT_IN_TWO_SPLITS,
                     detail=detail,
                 )
             )
         else:
-            kept.append((row, film))
+            kept.append((row, sample))
     return kept, sorted(excluded, key=lambda e: e.row)
 
 
@@ -204,24 +204,25 @@ def draw_split(key: str, seed: int, val_ratio: float, test_ratio: float) -> Spli
 
 
 def assign_splits(
-    films: Sequence[Film], seed: int = 0, val_ratio: float = 0.1, test_ratio: float = 0.1
-) -> list[Film]:
-    """Gives every film without a split the split of its patient, drawn by a hash of the patient id.
+    samples: Sequence[Sample], seed: int = 0, val_ratio: float = 0.1, test_ratio: float = 0.1
+) -> list[Sample]:
+    """Gives every image without a split the split of its patient, drawn by a hash of the patient
+    id.
 
-    A patient who has a split already (given by the source for another film) keeps it. The draw
+    A patient who has a split already (given by the source for another image) keeps it. The draw
     depends on the patient id and the seed alone, so adding patients moves no other patient.
 
     Raises:
         ValueError: When the ratios are negative or leave nothing to train on.
     """
-    given = {film.patient_id: film.split for film in films if film.split is not None}
+    given = {sample.patient_id: sample.split for sample in samples if sample.split is not None}
 
     def draw(patient_id: str) -> Split:
         return draw_split(patient_id, seed, val_ratio, test_ratio)
 
     return [
-        film
-        if film.split is not None
-        else replace(film, split=given.get(film.patient_id) or draw(film.patient_id))
-        for film in films
+        sample
+        if sample.split is not None
+        else replace(sample, split=given.get(sample.patient_id) or draw(sample.patient_id))
+        for sample in samples
     ]

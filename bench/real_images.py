@@ -1,19 +1,20 @@
-"""Contrastive training and the whole method on real films, beside what a shortcut would reach.
+"""Contrastive training and the whole method on real images, beside what a shortcut would reach.
 
-    python bench/real_films.py CXR OUT --arms contrastive whole --seeds 0 1 2
-    python bench/real_films.py CXR OUT --arms contrastive whole --seeds 0 1 2 --table
+    python bench/real_images.py CXR OUT --arms contrastive whole --seeds 0 1 2
+    python bench/real_images.py CXR OUT --arms contrastive whole --seeds 0 1 2 --table
 
-CXR is a folder with studies.csv and the films that examples/mixed_films.toml describes. The pairs
-are clinical notes of one source; unpaired films are those with labels of ChestX-ray14. An arm
+CXR is a folder with studies.csv and the images that examples/mixed_images.toml describes. The pairs
+are clinical notes of one source; unpaired images are those with labels of ChestX-ray14. An arm
 trains `tiny` for 600 steps. ARM+one_label also trains on the sources that have one label each, so
 that the label is the source; ARM+no_covid takes the words for COVID-19 and its tests out of the
 notes.
 
-The films scored are of other sources than the pairs. Those of ChestX-ray14 are of the source of the
-unpaired films: a finding that was a prompt there is prompt-supervised, and no zero-shot result.
-Beside each macro AUROC stand `nuisance` (a logistic regression on the film's size, brightness,
-gradients, border and view), `any` (the model's own score for "not normal", taken for every finding)
-and `sick` (the same films without those that have no finding). Test films of `kermany` choose
+The images scored are of other sources than the pairs. Those of ChestX-ray14 are of the source of
+the unpaired images: a finding that was a prompt there is prompt-supervised, and no zero-shot
+result. Beside each macro AUROC stand `shortcut_baseline` (a logistic regression on the image's
+size, brightness, gradients, border and view), `any` (the model's own score for "not normal", taken
+for every finding) and `sick` (the same images without those that have no finding). Test images of
+`kermany` choose
 nothing: that source is all test.
 
 A finished run appends one line to --jsonl; a call skips those that it holds. The last line is one
@@ -35,16 +36,16 @@ from compare import markdown
 from mmclip.checkpoint import code_version, load_checkpoint
 from mmclip.config import Config, config_hash, load_config
 from mmclip.data.build import build_data
-from mmclip.data.dataset import open_rows
 from mmclip.data.folder import META_FILE, read_meta
-from mmclip.data.records import Split
+from mmclip.data.image_text_dataset import open_dataset
+from mmclip.data.sample import Split
 from mmclip.data.sources import open_reader
-from mmclip.evaluation.judge import nuisance, score_findings
+from mmclip.evaluation.compute_metrics import metrics_by_finding, shortcut_baseline
 from mmclip.evaluation.metrics import known
-from mmclip.evaluation.zeroshot import ZeroShot, any_finding, zeroshot
+from mmclip.evaluation.zeroshot import ZeroShot, abnormality_score, zeroshot
 from mmclip.prompts import load_prompts
 
-MAPPING = Path("examples/mixed_films.toml")
+MAPPING = Path("examples/mixed_images.toml")
 
 UNPAIRED = ("unpaired.rows_per_pair=1",)
 ARMS: Mapping[str, tuple[str, ...]] = {
@@ -60,8 +61,8 @@ ARMS: Mapping[str, tuple[str, ...]] = {
 
 ONE_LABEL, NO_COVID = "+one_label", "+no_covid"
 UNPAIRED_SOURCES = ("nih1024", "nih64")
-"""Whose labelled films train as unpaired ones. Source: the films with labels of ChestX-ray14; tb128
-is for fine-tuning, and its films are scored here."""
+"""Whose labelled images train as unpaired ones. Source: the images with labels of ChestX-ray14;
+tb128 is for fine-tuning, and its images are scored here."""
 
 ONE_LABEL_SOURCES = ("hannover", "openist")
 COVID = re.compile(
@@ -69,12 +70,12 @@ COVID = re.compile(
     r"|(real-time )?(rt-?)?pcr|swabs?)\b",
     re.IGNORECASE,
 )
-"""The words that the arm `+no_covid` hides: the disease and its test."""
+"""The words that the arm `+no_covid` masks: the disease and its test."""
 
 SCORED: tuple[tuple[str, Split], ...] = (
     ("kermany", "test"), ("nih1024", "val"), ("nih64", "val"), ("tb128", "val"),
 )  # fmt: skip
-"""Source and split of the films that are scored, with the labels that those sources have."""
+"""Source and split of the images that are scored, with the labels that those sources have."""
 
 
 def write_table(root: Path, path: Path, *, one_label: bool, no_covid: bool) -> None:
@@ -98,15 +99,15 @@ def write_table(root: Path, path: Path, *, one_label: bool, no_covid: bool) -> N
         writer.writerows(lines)
 
 
-def data_of(arm: str, root: Path, out: Path, film_px: int) -> Path:
+def data_of(arm: str, root: Path, out: Path, image_size: int) -> Path:
     """The data folder of an arm, built unless it is there."""
     one_label, no_covid = ONE_LABEL in arm, NO_COVID in arm
-    name = "films" + ONE_LABEL * one_label + NO_COVID * no_covid
+    name = "images" + ONE_LABEL * one_label + NO_COVID * no_covid
     folder, table = out / "data" / name, out / "tables" / f"{name}.csv"
     if not (folder / META_FILE).is_file():
         write_table(root, table, one_label=one_label, no_covid=no_covid)
         reader = open_reader("csv", root, mapping=MAPPING, table=table)
-        build_data(reader, root, folder, film_px=film_px, about={"reader": "csv"})
+        build_data(reader, root, folder, image_size=image_size, metadata={"reader": "csv"})
     return folder
 
 
@@ -119,7 +120,7 @@ def config_of(arm: str, seed: int, overrides: Sequence[str]) -> Config:
 def figures(result: ZeroShot, beside: Mapping[str, dict]) -> dict:
     """The macro AUROC of a scored source with its interval, and what stands beside it."""
     return {
-        "n_films": len(result.rows),
+        "n_images": len(result.dataset),
         "macro_findings": result.summary["macro_findings"],
         "auroc": result.summary["macro_auroc"],
         "ci": result.summary["macro_auroc_ci"],
@@ -130,7 +131,8 @@ def figures(result: ZeroShot, beside: Mapping[str, dict]) -> dict:
 
 
 def among_the_sick(result: ZeroShot) -> dict[str, float] | None:
-    """Each finding's AUROC over films with some finding; None where no film is labelled normal."""
+    """Each finding's AUROC over images with some finding; None where no image is labelled
+    normal."""
     test = result.test
     if "no finding" not in test.names():
         return None
@@ -142,12 +144,12 @@ def among_the_sick(result: ZeroShot) -> dict[str, float] | None:
     if not kept:
         return None
     patients = test.patients()
-    found = score_findings(
+    found = metrics_by_finding(
         labels[:, kept],
         scores[:, kept],
         [patients[row] for row in rows],
         [test.names()[columns[i]] for i in kept],
-        draws=1,
+        n_resamples=1,
     )
     return {row["finding"]: row["auroc"] for row in found["findings"]} | (
         {"macro": found["macro_auroc"]} if found["macro_auroc"] is not None else {}
@@ -159,13 +161,15 @@ def run(key: Key, config: Config, folder: Path, out: Path) -> dict:
     where = out / "runs" / run_name(key)
     cost = train(key.arm, config, folder, where)
     checkpoint, prompts = load_checkpoint(where), load_prompts("default")
-    rows = open_rows([folder], config.data.film_px)
+    dataset = open_dataset([folder], config.data.image_size)
     scored = {}
     for source, split in SCORED:
-        result = zeroshot(checkpoint, rows, prompts, split=split, sources=[source], draws=1000)
+        result = zeroshot(
+            checkpoint, dataset, prompts, split=split, sources=[source], n_resamples=1000
+        )
         beside = {
-            "nuisance": nuisance(result.rows, result.test),
-            "any": any_finding(checkpoint, result, prompts),
+            "shortcut_baseline": shortcut_baseline(result.dataset, result.test),
+            "abnormality_score": abnormality_score(checkpoint, result, prompts),
         }
         scored[source] = figures(result, beside)
     return {
@@ -199,19 +203,29 @@ def print_table(found: Sequence[dict]) -> None:
         for arm, scored in by_arm.items():
             here = [one[source] for one in scored]
             sick = [(one["sick"] or {}).get("macro") for one in here]
-            columns = [[one[name] for one in here] for name in ("auroc", "nuisance", "any")]
+            columns = [
+                [one[name] for one in here]
+                for name in ("auroc", "shortcut_baseline", "abnormality_score")
+            ]
             lines.append([arm, str(len(here)), *map(cell, columns), cell(sick)])
         some = next(iter(by_arm.values()))[0][source]
         print(
-            f"\n{source}, {split}: {some['n_films']} films, {len(some['macro_findings'])} count\n"
+            f"\n{source}, {split}: {some['n_images']} images, {len(some['macro_findings'])} count\n"
         )
-        head = ["arm", "seeds", "macro AUROC", "nuisance", "any finding", "among the sick"]
+        head = [
+            "arm",
+            "seeds",
+            "macro AUROC",
+            "shortcut_baseline",
+            "abnormality score",
+            "among the sick",
+        ]
         print(markdown(head, lines))
 
 
 def main() -> None:
     """Builds, trains and scores what is missing; or prints the table."""
-    parser = argparse.ArgumentParser(description="Arms x seeds on real films.")
+    parser = argparse.ArgumentParser(description="Arms x seeds on real images.")
     parser.add_argument("cxr", type=Path)
     parser.add_argument("out", type=Path)
     every = [arm + a + b for arm in ARMS for a in ("", ONE_LABEL) for b in ("", NO_COVID)]
@@ -220,18 +234,18 @@ def main() -> None:
         help=f"of {', '.join(ARMS)}, with {ONE_LABEL} or {NO_COVID} behind it",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jsonl", type=Path, help="of finished runs; OUT/real_films.jsonl")
+    parser.add_argument("--jsonl", type=Path, help="of finished runs; OUT/real_images.jsonl")
     parser.add_argument("--table", action="store_true", help="print what has finished, run nothing")
     parser.add_argument("--set", action="append", default=[], help="train.steps=200, in every arm")
     args = parser.parse_args()
-    jsonl = args.jsonl or args.out / "real_films.jsonl"
+    jsonl = args.jsonl or args.out / "real_images.jsonl"
 
     wanted: dict[Key, Config] = {}
     folders: dict[Key, Path] = {}
     for seed in args.seeds:
         for arm in args.arms:
             config = config_of(arm, seed, args.set)
-            folder = data_of(arm, args.cxr, args.out, config.data.film_px)
+            folder = data_of(arm, args.cxr, args.out, config.data.image_size)
             key = Key(arm, seed, "val", config_hash(config), read_meta(folder)["data_hash"])
             wanted[key], folders[key] = config, folder
     if not args.table:

@@ -1,4 +1,4 @@
-"""Places that readers of films marked, as boxes or masks, on the films of a data folder."""
+"""Places that readers of images marked, as boxes or masks, on the images of a data folder."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,33 +8,33 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
+from mmclip.data.csv_table import SourceError
 from mmclip.data.readers.chestxray14 import read_chestxray14_boxes
 from mmclip.data.readers.files import Box
 from mmclip.data.readers.grounding import read_chestxdet10_boxes, read_mscxr_boxes
 from mmclip.data.readers.rsna import read_rsna_boxes
 from mmclip.data.readers.siim import read_siim_masks
 from mmclip.data.readers.vindr import read_vindr_boxes
-from mmclip.data.records import Film
+from mmclip.data.sample import Sample
 from mmclip.data.synthetic import read_masks
-from mmclip.data.tables import SourceError
 
-FOREIGN = "the film is not in the data folder"
-EMPTY = "no pixel of the film lies in it"
+FOREIGN = "the image is not in the data folder"
+EMPTY = "no pixel of the image lies in it"
 """Why a place is left out."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where one finding is on a film: all its boxes, or its mask.
+class Annotation:
+    """Where one finding is on an image: all its boxes, or its mask.
 
     Args:
-        film_id: Of the data folder.
+        image_id: Of the data folder.
         finding: The class.
         phrase: The reader's own words for this place; "" where the data set has none.
-        is_inside: In the pixels of the film, or of a copy of it of another size.
+        is_inside: In the pixels of the image, or of a copy of it of another size.
     """
 
-    film_id: str
+    image_id: str
     finding: str
     phrase: str
     is_inside: Bool[np.ndarray, "h w"]
@@ -46,7 +46,7 @@ def _chestxdet10(root: Path) -> Iterator[Box]:
 
 
 _PUBLISHED_PX = 1024
-"""Side of the films of ChestX-ray14, in every data set that is made of them."""
+"""Side of the images of ChestX-ray14, in every data set that is made of them."""
 
 _BOXES: dict[str, tuple[Callable[[Path], Iterator[Box]], int | None]] = {
     "chestxdet10": (_chestxdet10, _PUBLISHED_PX),
@@ -55,98 +55,100 @@ _BOXES: dict[str, tuple[Callable[[Path], Iterator[Box]], int | None]] = {
     "rsna": (read_rsna_boxes, _PUBLISHED_PX),
     "vindr": (read_vindr_boxes, None),
 }
-"""The reader of each, and the side of the films that its boxes are in the pixels of; None for the
+"""The reader of each, and the side of the images that its boxes are in the pixels of; None for the
 size of the file."""
 
 
 def _made(root: Path) -> Iterator[tuple[str, str, np.ndarray]]:
-    for (film_id, finding), mask in read_masks(root).items():
-        yield film_id, finding, mask
+    for (image_id, finding), mask in read_masks(root).items():
+        yield image_id, finding, mask
 
 
 def _siim(root: Path) -> Iterator[tuple[str, str, np.ndarray]]:
-    for film_id, mask in read_siim_masks(root):
-        yield film_id, "pneumothorax", mask
+    for image_id, mask in read_siim_masks(root):
+        yield image_id, "pneumothorax", mask
 
 
 _MASKS: dict[str, Callable[[Path], Iterator[tuple[str, str, np.ndarray]]]] = {
-    "made": _made,
+    "synthetic": _made,
     "siim": _siim,
 }
 
-PLACES = tuple(sorted({*_BOXES, *_MASKS}))
-"""The data sets whose places are read. "made" is a folder of made films with masks.npz."""
+ANNOTATION_SETS = tuple(sorted({*_BOXES, *_MASKS}))
+"""The data sets whose places are read. "made" is a folder of synthetic images with masks.npz."""
 
 
-def read_places(
-    name: str, root: Path, films: Mapping[str, Film], left_out: Counter[str]
-) -> Iterator[Place]:
-    """The places of a data set that lie on some films, one a film, finding and phrase.
+def read_annotations(
+    name: str, root: Path, samples: Mapping[str, Sample], left_out: Counter[str]
+) -> Iterator[Annotation]:
+    """The places of a data set that lie on some images, one per image, finding and phrase.
 
     Args:
         name: One of PLACES.
         root: The data set's folder as downloaded.
-        films: By film id.
+        samples: By image id.
         left_out: The number of places that are left out is added here, by reason.
 
     Raises:
         SourceError: When the name is unknown, a table is missing or damaged, or a place does not
-            fit its film.
+            fit its image.
     """
-    if name not in PLACES:
+    if name not in ANNOTATION_SETS:
         raise SourceError(
-            f"no boxes or masks of {name!r} are read; they are of {', '.join(PLACES)}"
+            f"no boxes or masks of {name!r} are read; they are of {', '.join(ANNOTATION_SETS)}"
         )
     if not root.is_dir():
         raise SourceError(f"there is no folder {root}; give the one that holds {name}'s boxes")
-    places = (
-        _from_boxes(name, root, films, left_out)
+    annotations = (
+        _from_boxes(name, root, samples, left_out)
         if name in _BOXES
-        else _from_masks(name, root, films, left_out)
+        else _from_masks(name, root, samples, left_out)
     )
-    for place in places:
-        if place.is_inside.any():
-            yield place
+    for annotation in annotations:
+        if annotation.is_inside.any():
+            yield annotation
         else:
             left_out[EMPTY] += 1
 
 
 def _from_masks(
-    name: str, root: Path, films: Mapping[str, Film], left_out: Counter[str]
-) -> Iterator[Place]:
-    for film_id, finding, mask in _MASKS[name](root):
-        if film_id not in films:
+    name: str, root: Path, samples: Mapping[str, Sample], left_out: Counter[str]
+) -> Iterator[Annotation]:
+    for image_id, finding, mask in _MASKS[name](root):
+        if image_id not in samples:
             left_out[FOREIGN] += 1
             continue
-        _check_shape(name, films[film_id], *mask.shape)
-        yield Place(film_id, finding, "", mask)
+        _check_shape(name, samples[image_id], *mask.shape)
+        yield Annotation(image_id, finding, "", mask)
 
 
 def _from_boxes(
-    name: str, root: Path, films: Mapping[str, Film], left_out: Counter[str]
-) -> Iterator[Place]:
+    name: str, root: Path, samples: Mapping[str, Sample], left_out: Counter[str]
+) -> Iterator[Annotation]:
     read, side_px = _BOXES[name]
     boxes: dict[tuple[str, str, str], list[Box]] = {}
     for box in read(root):
-        boxes.setdefault((box.film_id, box.finding, box.phrase), []).append(box)
-    for (film_id, finding, phrase), some in boxes.items():
-        if film_id not in films:
+        boxes.setdefault((box.image_id, box.finding, box.phrase), []).append(box)
+    for (image_id, finding, phrase), some in boxes.items():
+        if image_id not in samples:
             left_out[FOREIGN] += 1
             continue
-        film = films[film_id]
-        if film.height_px is None or film.width_px is None:
-            raise SourceError(f"{film_id} has boxes and no film; build the data folder with films")
-        height, width = (side_px, side_px) if side_px else (film.height_px, film.width_px)
-        _check_shape(name, film, height, width)
+        sample = samples[image_id]
+        if sample.height_px is None or sample.width_px is None:
+            raise SourceError(
+                f"{image_id} has boxes and no image; build the data folder with images"
+            )
+        height, width = (side_px, side_px) if side_px else (sample.height_px, sample.width_px)
+        _check_shape(name, sample, height, width)
         for box in some:
             right, bottom = box.left_px + box.width_px, box.top_px + box.height_px
             if min(box.left_px, box.top_px) < -1 or right > width + 1 or bottom > height + 1:
                 raise SourceError(
-                    f"{film_id} has {width} x {height} px, and a box of {name} from "
+                    f"{image_id} has {width} x {height} px, and a box of {name} from "
                     f"{box.left_px:g}, {box.top_px:g} to {right:g}, {bottom:g}; build the data "
-                    f"folder from films of the published size"
+                    f"folder from images of the published size"
                 )
-        yield Place(film_id, finding, phrase, pixels_in_boxes(some, height, width))
+        yield Annotation(image_id, finding, phrase, pixels_in_boxes(some, height, width))
 
 
 def pixels_in_boxes(
@@ -162,10 +164,10 @@ def pixels_in_boxes(
     return is_inside
 
 
-def _check_shape(name: str, film: Film, height: int, width: int) -> None:
-    if (film.height_px or 0) * width != (film.width_px or 0) * height:
+def _check_shape(name: str, sample: Sample, height: int, width: int) -> None:
+    if (sample.height_px or 0) * width != (sample.width_px or 0) * height:
         raise SourceError(
-            f"{film.film_id} has {film.width_px} x {film.height_px} px, and {name} marks films of "
-            f"{width} x {height} px or of that shape; build the data folder from the published "
-            f"films"
+            f"{sample.image_id} has {sample.width_px} x {sample.height_px} px, and {name} marks "
+            f"images of {width} x {height} px or of that shape; build the data folder from the "
+            f"published images"
         )

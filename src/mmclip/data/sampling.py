@@ -1,4 +1,4 @@
-"""Random draws keyed by (seed, purpose, epoch, film), and the rows that each step reads.
+"""Random draws keyed by (seed, purpose, epoch, image), and the rows that each step reads.
 
 Nothing here depends on the process, the worker, the batch, or what was drawn before. So a run can
 be resumed, or dealt out to more processes, without a change of what it sees.
@@ -13,8 +13,8 @@ from functools import cached_property, lru_cache, partial
 import numpy as np
 
 
-class Draw(IntEnum):
-    """What a keyed draw is for; each purpose has its own stream of numbers."""
+class Purpose(IntEnum):
+    """What a counter-based random number is for; each purpose has its own stream of numbers."""
 
     ORDER = 0
     AUGMENT = 1
@@ -40,16 +40,16 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
 
 
 def keyed_uniform(
-    seed: int, purpose: Draw, epochs: np.ndarray, film_keys: np.ndarray, n_draws: int
+    seed: int, purpose: Purpose, epochs: np.ndarray, image_keys: np.ndarray, n_numbers: int
 ) -> np.ndarray:
-    """Uniform numbers in [0, 1) that depend on (seed, purpose, epoch, film) and on nothing else.
+    """Uniform numbers in [0, 1) that depend on (seed, purpose, epoch, image) and on nothing else.
 
     Args:
         seed: The run's seed.
         purpose: Which stream.
         epochs: int [b], the epoch in which each row is drawn.
-        film_keys: uint64 [b], see `film_key`.
-        n_draws: Numbers a row.
+        image_keys: uint64 [b], see `image_key`.
+        n_numbers: Numbers a row.
 
     Returns:
         float64 [b, n_draws].
@@ -57,24 +57,25 @@ def keyed_uniform(
     Source: counter-based random numbers (Salmon et al., SC 2011), here SplitMix64 over the key.
     """
     with np.errstate(over="ignore"):
-        state = _splitmix(np.asarray(film_keys, np.uint64) + _STEP)
+        state = _splitmix(np.asarray(image_keys, np.uint64) + _STEP)
         for part in (np.uint64(seed % 2**64), np.uint64(purpose), np.asarray(epochs, np.uint64)):
             state = _splitmix((state ^ part) + _STEP)
-        counter = np.arange(1, n_draws + 1, dtype=np.uint64) * _STEP
+        counter = np.arange(1, n_numbers + 1, dtype=np.uint64) * _STEP
         bits = _splitmix(state[:, None] + counter[None, :])
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def film_key(film_id: str) -> int:
-    """64 bits that stand for a film (or any other name) in keyed draws and comparisons."""
-    return int.from_bytes(hashlib.blake2b(film_id.encode(), digest_size=8).digest(), "big")
+def image_key(image_id: str) -> int:
+    """64 bits that stand for an image (or any other name) in counter-based random numbers and
+    comparisons."""
+    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big")
 
 
-def order_of_epoch(seed: int, epoch: int, film_keys: np.ndarray) -> np.ndarray:
-    """The permutation of the rows in an epoch: a sort by keyed draws."""
-    epochs = np.full(len(film_keys), epoch)
-    draws = keyed_uniform(seed, Draw.ORDER, epochs, film_keys, 1)[:, 0]
-    return np.argsort(draws, kind="stable")
+def order_of_epoch(seed: int, epoch: int, image_keys: np.ndarray) -> np.ndarray:
+    """The permutation of the rows in an epoch: a sort by counter-based random numbers."""
+    epochs = np.full(len(image_keys), epoch)
+    uniforms = keyed_uniform(seed, Purpose.ORDER, epochs, image_keys, 1)[:, 0]
+    return np.argsort(uniforms, kind="stable")
 
 
 @dataclass(frozen=True)
@@ -85,22 +86,22 @@ class Schedule:
     number, so there is no state to save.
     """
 
-    film_keys: np.ndarray  # uint64 [n]
+    image_keys: np.ndarray  # uint64 [n]
     batch_size: int
     seed: int
 
     def __post_init__(self) -> None:
-        if not len(self.film_keys):
+        if not len(self.image_keys):
             raise ValueError("there are no rows to read from")
 
     @cached_property
     def _order(self) -> Callable[[int], np.ndarray]:
         """`order_of_epoch`, kept for the two epochs that a step may read from."""
-        return lru_cache(2)(partial(order_of_epoch, self.seed, film_keys=self.film_keys))
+        return lru_cache(2)(partial(order_of_epoch, self.seed, image_keys=self.image_keys))
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers [batch_size] and the epoch of each [batch_size] for a step from 0 on."""
-        n = len(self.film_keys)
+        n = len(self.image_keys)
         position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, within = np.divmod(position, n)
         rows = np.empty_like(position)

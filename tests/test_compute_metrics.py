@@ -1,4 +1,4 @@
-"""Evaluation: calibration and tuned cuts by hand, subgroups, comparisons that refuse."""
+"""Evaluation: calibration and tuned thresholds by hand, subgroups, comparisons that refuse."""
 
 import json
 import re
@@ -10,37 +10,37 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
-from mmclip.data.dataset import open_rows
-from mmclip.data.records import Film
-from mmclip.evaluation.comparison import compare, judge_csv, published
-from mmclip.evaluation.judge import judge, subgroups
+from mmclip.data.image_text_dataset import open_dataset
+from mmclip.data.sample import Sample
+from mmclip.evaluation.comparison import compare, compute_metrics_of_csv, published
+from mmclip.evaluation.compute_metrics import compute_metrics, subgroups
 from mmclip.evaluation.metrics import best_on_these, calibration_error
 from mmclip.evaluation.pages import extreme_cases, write_evaluation
 from mmclip.evaluation.protocols import Protocol, load_protocol, protocol_names
 from mmclip.evaluation.results import RunResults, read_results
 from mmclip.evaluation.scores import (
-    Scored,
+    Predictions,
     ScoresError,
     load_scores,
     protocol_labels,
     read_scores_csv,
-    rows_to_score,
-    scores_of_films,
+    scores_of_images,
+    select_samples,
 )
 
 NAN = float("nan")
 NAMES = ["edema", "mass"]
 
 
-def made(n: int = 400, seed: int = 0, signal: float = 1.0) -> Scored:
-    """Films of two findings; scores are probabilities, better with more signal."""
+def made(n: int = 400, seed: int = 0, signal: float = 1.0) -> Predictions:
+    """Images of two findings; scores are probabilities, better with more signal."""
     rng = np.random.default_rng(0)
     labels = (rng.random((n, 2)) < 0.3).astype(float)
     ages = rng.integers(20, 95, n).astype(float)
     sexes = rng.choice(["F", "M", ""], n)
     noise = np.random.default_rng(seed).normal(size=(n, 2))
-    return Scored(
-        film_id=np.array([f"f{i}" for i in range(n)]),
+    return Predictions(
+        image_id=np.array([f"f{i}" for i in range(n)]),
         patient_id=np.array([f"p{i // 2}" for i in range(n)]),
         sex=sexes,
         age_years=ages,
@@ -53,8 +53,8 @@ def made(n: int = 400, seed: int = 0, signal: float = 1.0) -> Scored:
 
 def leave(
     folder: Path,
-    test: Scored,
-    val: Scored | None = None,
+    test: Predictions,
+    val: Predictions | None = None,
     protocol: Protocol | None = None,
     **changes: str,
 ) -> RunResults:
@@ -64,12 +64,12 @@ def leave(
         "command": "c", "seed": 0, "data_hash": "d" * 64, "split": "built",
         "device": torch.device("cpu"), "wall_s": 1.0, **changes,
     }  # fmt: skip
-    found = {**judge(test, val, draws=50), **text}
+    found = {**compute_metrics(test, val, n_resamples=50), **text}
     return write_evaluation(folder, found, facts, test, val=val, protocol=protocol)
 
 
 def test_calibration_error_by_hand():
-    # Two bins: 0.1 said and 0 found of two films, 0.9 said and 0.5 found of two.
+    # Two bins: 0.1 said and 0 found of two images, 0.9 said and 0.5 found of two.
     labels, said = np.array([0.0, 0.0, 1.0, 0.0, NAN]), np.array([0.1, 0.1, 0.9, 0.9, 0.5])
     assert calibration_error(labels, said) == pytest.approx((2 * 0.1 + 2 * 0.4) / 4)
     assert calibration_error(labels, said * 2) is None  # no probabilities
@@ -91,31 +91,33 @@ def test_tuned_figures_are_the_best_of_all_cuts_and_accuracy_is_above_the_cut():
     labels, scores = test.labels[:, 0], np.round(test.scores[:, 0], 2)
     found = best_on_these(labels, scores)
     assert found is not None
-    by_cut = {cut: f1_score(labels == 1, scores >= cut) for cut in np.unique(scores)}
-    assert found.f1 == pytest.approx(max(by_cut.values()), abs=1e-12)
-    cut = max(c for c, value in by_cut.items() if value > found.f1 - 1e-12)
-    assert found.accuracy == pytest.approx(((scores > cut) == (labels == 1)).mean())
+    by_threshold = {
+        threshold: f1_score(labels == 1, scores >= threshold) for threshold in np.unique(scores)
+    }
+    assert found.f1 == pytest.approx(max(by_threshold.values()), abs=1e-12)
+    threshold = max(c for c, value in by_threshold.items() if value > found.f1 - 1e-12)
+    assert found.accuracy == pytest.approx(((scores > threshold) == (labels == 1)).mean())
     assert best_on_these(np.zeros(4), np.arange(4.0)) is None
 
 
 def test_test_labels_choose_no_cut():
     test, val = made(), made(seed=1)
-    found = judge(test, val, draws=5)
-    other = judge(replace(test, labels=1 - test.labels), val, draws=5)
-    cuts, theirs = ([row["threshold"] for row in r["findings"]] for r in (found, other))
-    assert cuts == theirs and all(cut["chosen_on"] == "val" for cut in cuts)
+    found = compute_metrics(test, val, n_resamples=5)
+    other = compute_metrics(replace(test, labels=1 - test.labels), val, n_resamples=5)
+    thresholds, theirs = ([row["threshold"] for row in r["findings"]] for r in (found, other))
+    assert thresholds == theirs and all(threshold["chosen_on"] == "val" for threshold in thresholds)
 
 
 def test_validation_scores_of_other_findings_are_refused():
     test = made()
     swapped = replace(test, findings=np.array(["mass", "edema"]))
     with pytest.raises(ValueError, match="validation scores are of mass, edema"):
-        judge(test, swapped, draws=5)
+        compute_metrics(test, swapped, n_resamples=5)
 
 
 def test_subgroups_compare_the_same_findings_and_equal_the_part_alone():
     test = made()
-    groups = subgroups(test, draws=20)
+    groups = subgroups(test, n_resamples=20)
     by = {(g["kind"], g["group"]): g for g in groups}
     assert set(by) == {
         ("sex", "F"), ("sex", "M"), ("age", "under 40"), ("age", "40 to 59"), ("age", "60 to 79"),
@@ -126,19 +128,21 @@ def test_subgroups_compare_the_same_findings_and_equal_the_part_alone():
         [roc_auc_score(test.labels[women, k], test.scores[women, k]) for k in range(2)]
     )
     assert by["sex", "F"]["macro_auroc"] == pytest.approx(expected, abs=1e-12)
-    assert by["sex", "F"]["n_films"] == women.sum()
+    assert by["sex", "F"]["n_images"] == women.sum()
     rare = test.labels.copy()
     rare[(test.sex == "M"), 1] = 0.0  # no man has a mass: it counts for neither
-    by = {(g["kind"], g["group"]): g for g in subgroups(replace(test, labels=rare), draws=5)}
+    by = {(g["kind"], g["group"]): g for g in subgroups(replace(test, labels=rare), n_resamples=5)}
     assert by["sex", "F"]["findings"] == by["sex", "M"]["findings"] == ["edema"]
 
 
 def test_ages_at_the_edge_of_a_band_and_unknown_ones():
     test = made()
     ages = np.where(np.arange(len(test)) % 2 == 0, 40.0, NAN)
-    assert not [g for g in subgroups(replace(test, age_years=ages), draws=5) if g["kind"] == "age"]
+    assert not [
+        g for g in subgroups(replace(test, age_years=ages), n_resamples=5) if g["kind"] == "age"
+    ]
     ages[1::2] = 39.99
-    found = [g["group"] for g in subgroups(replace(test, age_years=ages), draws=5)]
+    found = [g["group"] for g in subgroups(replace(test, age_years=ages), n_resamples=5)]
     assert found[2:4] == ["under 40", "40 to 59"]
 
 
@@ -182,7 +186,7 @@ def test_a_comparison_is_paired_and_signed(tmp_path: Path):
     folders = [tmp_path / "weak", tmp_path / "strong"]
     for folder, test in zip(folders, (weak, strong), strict=True):
         leave(folder, test)
-    base, other = compare(folders, draws=100)
+    base, other = compare(folders, n_resamples=100)
     assert base.macro is None and base.findings == {}
     expected = np.mean(
         [
@@ -195,18 +199,18 @@ def test_a_comparison_is_paired_and_signed(tmp_path: Path):
     assert other.macro.value == pytest.approx(expected, abs=1e-5)
     low, high = other.macro.interval
     assert 0 < low < other.macro.value < high
-    _, same = compare([folders[0], folders[0]], draws=20)
+    _, same = compare([folders[0], folders[0]], n_resamples=20)
     assert same.macro == (0.0, (0.0, 0.0))
 
 
-def test_a_difference_that_rests_on_few_films_has_no_interval(tmp_path: Path):
+def test_a_difference_that_rests_on_few_images_has_no_interval(tmp_path: Path):
     few = made()
     few.labels[:, 0] = 0
     few.labels[:3, 0] = 1
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, scores in zip(folders, (few.scores, few.scores[::-1].copy()), strict=True):
         leave(folder, replace(few, scores=scores))
-    _, other = compare(folders, draws=50)
+    _, other = compare(folders, n_resamples=50)
     rare, common = (other.findings[name] for name in few.names())
     assert rare.value and rare.interval is None
     assert common.value and common.interval is not None
@@ -219,7 +223,7 @@ def test_results_without_a_benchmark_compare_with_ones_by_named_findings(tmp_pat
     turned = test.in_order(["mass", "edema"])
     leave(tmp_path / "own", turned, protocol=own)
     leave(tmp_path / "benchmark", test, protocol=small_protocol())
-    _, other = compare([tmp_path / "free", tmp_path / "own"], draws=5)
+    _, other = compare([tmp_path / "free", tmp_path / "own"], n_resamples=5)
     assert other.macro == (0.0, (0.0, 0.0)) and set(other.findings) == set(NAMES)
     assert other.differs == ("protocol 'edema, mass', the first: no protocol",)
     with pytest.raises(ScoresError, match="not of the same protocol"):
@@ -242,14 +246,14 @@ def test_results_of_other_data_or_split_do_not_compare(
         compare([tmp_path / "a", tmp_path / "b"])
 
 
-def test_results_of_other_films_or_labels_do_not_compare(tmp_path: Path):
+def test_results_of_other_images_or_labels_do_not_compare(tmp_path: Path):
     test = made()
     leave(tmp_path / "a", test)
     leave(tmp_path / "fewer", test.where(np.arange(len(test)) > 0))
     leave(tmp_path / "relabelled", replace(test, labels=1 - test.labels))
-    with pytest.raises(ScoresError, match="not of the same films"):
+    with pytest.raises(ScoresError, match="not of the same images"):
         compare([tmp_path / "a", tmp_path / "fewer"])
-    with pytest.raises(ScoresError, match="other labels of the same films"):
+    with pytest.raises(ScoresError, match="other labels of the same images"):
         compare([tmp_path / "a", tmp_path / "relabelled"])
 
 
@@ -261,36 +265,42 @@ def test_every_published_number_names_a_protocol_and_what_differs():
     assert (mavl.auroc, mavl.f1, mavl.accuracy) == (92.04, 77.95, 87.14)
 
 
-def film(**changes: object) -> Film:
-    facts = {"film_id": "f", "study_id": "s", "patient_id": "p", "source": "made", "image": "f.png"}
-    return Film(**{**facts, **changes})  # pyright: ignore[reportArgumentType]
+def sample(**changes: object) -> Sample:
+    facts = {
+        "image_id": "f",
+        "study_id": "s",
+        "patient_id": "p",
+        "source": "made",
+        "image": "f.png",
+    }
+    return Sample(**{**facts, **changes})  # pyright: ignore[reportArgumentType]
 
 
 def small_protocol(**changes: object) -> Protocol:
     facts = {
-        "id": "small", "version": 1, "title": "Small", "about": "Made.", "readers": ["csv"],
+        "id": "small", "version": 1, "title": "Small", "description": "Made.", "readers": ["csv"],
         "splits": ["built"], "findings": NAMES, "prompt_sets": ["pair"],
     }  # fmt: skip
     return Protocol.model_validate({**facts, **changes})
 
 
 def test_labels_of_a_protocol_are_known_ones_in_its_order():
-    films = [film(labels={"mass": 1, "edema": -1, "gout": 1}), film(labels={"edema": 0})]
-    found = protocol_labels(small_protocol(), films)
+    images = [sample(labels={"mass": 1, "edema": -1, "gout": 1}), sample(labels={"edema": 0})]
+    found = protocol_labels(small_protocol(), images)
     np.testing.assert_array_equal(found, [[NAN, 1], [0, NAN]])
 
 
-def test_own_words_are_absent_in_films_with_others_and_unknown_in_unfinished_ones():
+def test_own_words_are_absent_in_images_with_others_and_unknown_in_unfinished_ones():
     rules = small_protocol(
         own_words=True, words={"mass": ["Lung Mass"]}, unfinished=["suboptimal study"]
     )
-    films = [
-        film(source_labels=("Edema/severe", "normal")),
-        film(source_labels=("lung mass", "suboptimal study")),
-        film(source_labels=()),
-        film(source_labels=("mass",)),  # `words` name another
+    images = [
+        sample(source_labels=("Edema/severe", "normal")),
+        sample(source_labels=("lung mass", "suboptimal study")),
+        sample(source_labels=()),
+        sample(source_labels=("mass",)),  # `words` name another
     ]
-    found = protocol_labels(rules, films)
+    found = protocol_labels(rules, images)
     np.testing.assert_array_equal(found, [[1, 0], [NAN, 1], [NAN, NAN], [0, 0]])
 
 
@@ -333,17 +343,20 @@ def write_csv(path: Path, rows: list[list[object]]) -> Path:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["film_id", "mass"], ["a", 1]], "lacks the columns 'edema'"),
-        ([["film_id", "edema", "mass"], ["a", 1, 2]], "no score of 1 of the 2 films, such as b"),
-        ([["film_id", "edema", "mass"], ["a", 1, "x"]], "line 2: the score of 'mass' is 'x'"),
-        ([["film_id", "edema", "mass"], ["a", 1, "inf"]], "'inf', no finite number"),
-        ([["film_id", "edema", "mass"], ["a", 1, 2], ["a", 1, 2]], "line 3: film 'a' occurs twice"),
+        ([["image_id", "mass"], ["a", 1]], "lacks the columns 'edema'"),
+        ([["image_id", "edema", "mass"], ["a", 1, 2]], "no score of 1 of the 2 images, such as b"),
+        ([["image_id", "edema", "mass"], ["a", 1, "x"]], "line 2: the score of 'mass' is 'x'"),
+        ([["image_id", "edema", "mass"], ["a", 1, "inf"]], "'inf', no finite number"),
+        (
+            [["image_id", "edema", "mass"], ["a", 1, 2], ["a", 1, 2]],
+            "line 3: image 'a' occurs twice",
+        ),
     ],
 )
 def test_a_damaged_table_of_scores_is_refused(tmp_path: Path, rows: list, message: str):
     path = write_csv(tmp_path / "s.csv", rows)
     with pytest.raises(ScoresError, match=message):
-        scores_of_films(path, read_scores_csv(path, NAMES), ["a", "b"])
+        scores_of_images(path, read_scores_csv(path, NAMES), ["a", "b"])
     with pytest.raises(ScoresError, match="cannot be read"):
         read_scores_csv(tmp_path / "none.csv", NAMES)
 
@@ -356,26 +369,30 @@ def test_scores_of_another_model_are_judged_as_ours_would_be(made_data: Path, tm
     )
     reader = json.loads((made_data / "meta.json").read_text()).get("reader", "unknown")
     rules.write_text(rules.read_text().replace('"made"', json.dumps(reader)))
-    rows = open_rows([made_data])
+    dataset = open_dataset([made_data])
     rng = np.random.default_rng(0)
-    parts = {part: rows_to_score(rows, part).films for part in ("val", "test")}
-    lines = [[f.film_id, *rng.random(2)] for part in parts.values() for f in part]
-    both = write_csv(tmp_path / "peer.csv", [["film_id", "nodule", "mass"], *lines])
-    results = judge_csv(both, [made_data], tmp_path / "out", protocol=str(rules), draws=10)
+    parts = {part: select_samples(dataset, part).samples for part in ("val", "test")}
+    lines = [[f.image_id, *rng.random(2)] for part in parts.values() for f in part]
+    both = write_csv(tmp_path / "peer.csv", [["image_id", "nodule", "mass"], *lines])
+    results = compute_metrics_of_csv(
+        both, [made_data], tmp_path / "out", protocol=str(rules), n_resamples=10
+    )
     assert results.kind == "scores" and results.protocol is not None
     scores = load_scores(tmp_path / "out" / "scores.npz")
-    truth = rows_to_score(rows, "test").labels(["nodule", "mass"])
+    truth = select_samples(dataset, "test").labels(["nodule", "mass"])
     assert results.findings[0].auroc == pytest.approx(
         roc_auc_score(truth[:, 0], scores.scores[:, 0])
     )
     assert results.findings[0].threshold is not None
     only = write_csv(
         tmp_path / "test.csv",
-        [["film_id", "nodule", "mass"], *[line for line in lines if line[0] in
-         {f.film_id for f in parts["test"]}]],
+        [["image_id", "nodule", "mass"], *[line for line in lines if line[0] in
+         {f.image_id for f in parts["test"]}]],
     )  # fmt: skip
-    results = judge_csv(only, [made_data], tmp_path / "two", protocol=str(rules), draws=10)
-    assert results.findings[0].threshold is None and "no cuts" in results.summary
+    results = compute_metrics_of_csv(
+        only, [made_data], tmp_path / "two", protocol=str(rules), n_resamples=10
+    )
+    assert results.findings[0].threshold is None and "no thresholds" in results.summary
     assert read_results(tmp_path / "two").macro_auroc == pytest.approx(
         results.macro_auroc, rel=1e-5
     )

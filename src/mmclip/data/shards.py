@@ -75,7 +75,7 @@ class Shard:
         return shard
 
 
-class Part(NamedTuple):
+class ShardContent(NamedTuple):
     """What one chunk gives."""
 
     facts: list[Any]  # as JSON can hold them
@@ -92,7 +92,7 @@ class Work:
     """
 
     fingerprint: Callable[[Sequence[Any]], str]
-    do: Callable[[Sequence[Any]], Part]
+    do: Callable[[Sequence[Any]], ShardContent]
 
 
 def do_chunks(
@@ -198,19 +198,19 @@ def _do_chunk(folder: Path, number: int, chunk: Sequence[Any], work: Work) -> tu
     """
     with _ONE_AT_A_TIME:
         fingerprint = work.fingerprint(chunk)  # before, so that a change while it runs is noticed
-        part = work.do(chunk)
+        content = work.do(chunk)
     aside = folder / f"{number:06d}.{secrets.token_hex(8)}.tmp"
     array_file = None
-    if part.array is not None:
+    if content.array is not None:
         array_file = _array_file(folder, number)
         with aside.open("wb") as file:
-            np.save(file, part.array)
+            np.save(file, content.array)
         aside.replace(array_file)
     known = {
         "fingerprint": fingerprint,
-        "sha256": _checksum(part.facts, array_file),
+        "sha256": _checksum(content.facts, array_file),
         "has_array": array_file is not None,
-        "facts": part.facts,
+        "facts": content.facts,
     }
     aside.write_text(json.dumps(known), "utf-8")
     aside.replace(_facts_file(folder, number))

@@ -1,4 +1,4 @@
-"""The score of every patch of a film for a phrase: what the text's answer lies in."""
+"""The score of every patch of an image for a phrase: what the text's answer lies in."""
 
 import math
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmclip.batch import Texts
+from mmclip.batch import TextBatch
 from mmclip.checkpoint import Checkpoint
 from mmclip.config import WHOLE_TEXT_SCORES, ScoreKind, ScoreTokens
 from mmclip.data.corpus import mark_concepts, special_ids
 from mmclip.data.entities import find_entities
-from mmclip.data.records import Entity
+from mmclip.data.sample import Entity
 from mmclip.data.text import tokenise
 from mmclip.embed import embed_prompts
-from mmclip.masking import contribution_score, response_score
+from mmclip.masking import contribution_score, relevance_score
 from mmclip.models.encoders import rebuild_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet
 
 ExplainScore = Literal["contribution", "prompt_pair", "decoder_attention"]
-"""What a map shows. contribution: the part of each patch in the similarity of film and phrase.
+"""What a map shows. contribution: the part of each patch in the similarity of image and phrase.
 prompt_pair: the same, less that of the phrase's denial, as zero-shot classification scores.
 decoder_attention: the share of the text decoder's attention, from the entities of the phrase."""
 
 PAIR = "contribution, prompt pair"
-"""The name of the score prompt_pair among those of `score_maps`."""
+"""The name of the score prompt_pair among those of `saliency_by_score`."""
 
 
 def phrase_texts(
@@ -38,14 +38,14 @@ def phrase_texts(
     phrases: Sequence[str],
     entities: Sequence[Sequence[Entity]],
     rows: Sequence[int],
-) -> Texts:
-    """Phrases as texts of films, with all of their entities hidden in `masked_ids`.
+) -> TextBatch:
+    """Phrases as texts of images, with all of their entities masked in `masked_ids`.
 
     Args:
         checkpoint: Its tokenizer reads the phrases.
         phrases: None of them empty.
         entities: Of each phrase.
-        rows: The film that each is asked of.
+        rows: The image that each is asked of.
     """
     tokens = tokenise(checkpoint.tokenizer, phrases, max_tokens=checkpoint.config.data.max_tokens)
     concepts = np.stack(
@@ -54,7 +54,7 @@ def phrase_texts(
     ids, is_valid = torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.is_valid)
     is_name = torch.from_numpy(concepts > 0) & is_valid
     masked_ids = ids.masked_fill(is_name, special_ids(checkpoint.tokenizer)[3])
-    return Texts(torch.tensor(rows), ids, is_valid, is_name, is_name, masked_ids)
+    return TextBatch(torch.tensor(rows), ids, is_valid, is_name, is_name, masked_ids)
 
 
 def score_names(has_decoder: bool) -> list[tuple[ScoreKind, ScoreTokens]]:
@@ -67,16 +67,16 @@ def score_names(has_decoder: bool) -> list[tuple[ScoreKind, ScoreTokens]]:
             if kind == "decoder_attention" and not has_decoder:
                 continue
             if kind != "decoder_attention" and tokens == "masked":
-                continue  # the name is hidden and is the only entity: the same as "entities"
+                continue  # the name is masked and is the only entity: the same as "entities"
             every.append((kind, tokens))
     return every
 
 
 @torch.inference_mode()
-def score_maps(
+def saliency_by_score(
     model: MMCLIP,
-    films: Float[Tensor, "b 1 h w"],
-    texts: Texts,
+    images: Float[Tensor, "b 1 h w"],
+    texts: TextBatch,
     size: int,
     asks: Float[Tensor, "m e"] | None = None,
     names: Sequence[tuple[ScoreKind, ScoreTokens]] | None = None,
@@ -85,8 +85,8 @@ def score_maps(
 
     Args:
         model: In eval mode.
-        films: In model space.
-        texts: The phrases, with the rows of their films.
+        images: In model space.
+        texts: The phrases, with the rows of their images.
         size: Phrases at a time.
         asks: What zero-shot scoring asks in the place of each phrase, for `PAIR`; see `pair_asks`.
         names: The scores; all that the model can give if it is not given.
@@ -95,21 +95,23 @@ def score_maps(
     names = score_names(has_decoder) if names is None else names
     maps: dict[str, list[Tensor]] = {}
     for index in torch.arange(len(texts)).split(size):
-        some = Texts(*(tensor[index] for tensor in texts.tensors().values()))
+        some = TextBatch(*(tensor[index] for tensor in texts.tensors().values()))
         distinct, row = torch.unique(some.rows, return_inverse=True)
         some = replace(some, rows=row).to(device)
-        image = model.encode_image(films[distinct].to(device))
+        image = model.encode_image(images[distinct].to(device))
         joint = model.visual_projection(image.features[:, 1:])[some.rows]
         none = torch.zeros_like(some.is_masked)
         seen = replace(some, is_masked=none, masked_ids=some.ids)
         reads = {}
         if any(tokens == "masked" for _, tokens in names):
-            reads["masked"] = model.read(some, image.features, "masked" if has_decoder else None)
+            reads["masked"] = model.forward_text(
+                some, image.features, "masked" if has_decoder else None
+            )
         if any(tokens != "masked" for _, tokens in names):
-            reads["all"] = model.read(seen, image.features, "all" if has_decoder else None)
+            reads["all"] = model.forward_text(seen, image.features, "all" if has_decoder else None)
         for kind, tokens in names:
             read = reads["masked" if tokens == "masked" else "all"]
-            score = response_score(
+            score = relevance_score(
                 kind,
                 joint,
                 read.embedding,
@@ -153,24 +155,24 @@ def random_weights(checkpoint: Checkpoint, seed: int = 0) -> MMCLIP:
     return build_mmclip(config, vision, text).eval()
 
 
-def map_films(
+def saliency_maps(
     model: MMCLIP,
     checkpoint: Checkpoint,
-    films: Float[Tensor, "b 1 h w"],
+    images: Float[Tensor, "b 1 h w"],
     phrases: Sequence[str],
     rows: Sequence[int],
     score: ExplainScore,
     prompts: PromptSet,
     size: int = 128,
 ) -> Float[Tensor, "m n"]:
-    """The score of each patch of a film for a phrase, one row a phrase.
+    """The score of each patch of an image for a phrase, one row a phrase.
 
     Args:
         model: Of the checkpoint, or of other weights.
         checkpoint: Its tokenizer and sizes.
-        films: In model space.
+        images: In model space.
         phrases: As they are read; for "prompt_pair" the names that prompts are made of.
-        rows: The film that each phrase is asked of.
+        rows: The image that each phrase is asked of.
         score: What a map shows.
         prompts: For "prompt_pair".
         size: Phrases at a time.
@@ -189,20 +191,20 @@ def map_films(
     texts = phrase_texts(checkpoint, phrases, entities, rows)
     if score == "prompt_pair":
         asks = pair_asks(model, checkpoint, prompts, phrases)
-        return score_maps(model, films, texts, size, asks, [])[PAIR]
+        return saliency_by_score(model, images, texts, size, asks, [])[PAIR]
     if score == "contribution":
-        return score_maps(model, films, texts, size, None, [("contribution", "all")])[score]
-    # Where no entity is found, every word of the phrase looks at the film.
+        return saliency_by_score(model, images, texts, size, None, [("contribution", "all")])[score]
+    # Where no entity is found, every word of the phrase looks at the image.
     is_chosen = texts.is_entity | (texts.is_valid & ~texts.is_entity.any(1, keepdim=True))
     texts = replace(texts, is_entity=is_chosen)
     name: tuple[ScoreKind, ScoreTokens] = ("decoder_attention", "entities")
-    return score_maps(model, films, texts, size, None, [name])["decoder_attention/entities"]
+    return saliency_by_score(model, images, texts, size, None, [name])["decoder_attention/entities"]
 
 
 @torch.inference_mode()
 def grid_of(checkpoint: Checkpoint) -> Grid:
-    """How the patches of a checkpoint lie on its films."""
-    model, film_px = checkpoint.model, checkpoint.config.data.film_px
-    blank = torch.zeros(1, 1, film_px, film_px, device=model.logit_scale.device)
+    """How the patches of a checkpoint lie on its images."""
+    model, image_size = checkpoint.model, checkpoint.config.data.image_size
+    blank = torch.zeros(1, 1, image_size, image_size, device=model.logit_scale.device)
     n_patches = model.encode_image(blank).features.shape[1] - 1
-    return Grid(math.isqrt(n_patches), model.vision_model.config.patch_size, film_px)
+    return Grid(math.isqrt(n_patches), model.vision_model.config.patch_size, image_size)

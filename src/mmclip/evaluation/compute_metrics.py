@@ -1,4 +1,5 @@
-"""What raw scores are worth: each finding with intervals, subgroups, cuts from validation films."""
+"""What raw scores are worth: each finding with intervals, subgroups, thresholds from validation
+images."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
@@ -6,18 +7,18 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from mmclip.data.dataset import Rows
-from mmclip.evaluation.baselines import nuisance_scores
+from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.evaluation.baselines import shortcut_scores
 from mmclip.evaluation.bootstrap import (
-    Draws,
+    Resampled,
     auprc_bias,
     bootstrap_metrics,
-    macro_draws,
+    macro_of_resamples,
 )
 from mmclip.evaluation.intervals import (
     Interval,
-    films_of_patients,
     finding_interval,
+    images_of_patients,
     mean_interval,
     percentile_interval,
 )
@@ -33,47 +34,47 @@ from mmclip.evaluation.metrics import (
     choose_thresholds,
     count_labels,
 )
-from mmclip.evaluation.scores import Scored
+from mmclip.evaluation.scores import Predictions
 
 MIN_COUNT = 10
-"""Films of either kind that a finding needs to count in a macro average. [chosen: below ten, one
-film moves its AUROC by points]"""
+"""Images of either kind that a finding needs to count in a macro average. [chosen: below ten, one
+image moves its AUROC by points]"""
 
 AGE_BANDS: tuple[tuple[str, float, float], ...] = (
     ("under 40", -np.inf, 40), ("40 to 59", 40, 60), ("60 to 79", 60, 80),
     ("80 and over", 80, np.inf),
 )  # fmt: skip
-"""Years, the lower end within. [chosen: bands that hold many films of a hospital's]"""
+"""Years, the lower end within. [chosen: bands that hold many images of a hospital's]"""
 
 VIEWS = ("PA", "AP")
-"""That stand as subgroups: a film whose view is unknown is of neither."""
+"""That stand as subgroups: an image whose view is unknown is of neither."""
 
 
-def judge(
-    test: Scored,
-    val: Scored | None,
+def compute_metrics(
+    test: Predictions,
+    val: Predictions | None,
     *,
     rule: ThresholdRule = "f1",
-    even: float | None = None,
+    equal_prompts: float | None = None,
     min_count: int = MIN_COUNT,
-    draws: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
 ) -> dict:
     """All figures of results.json that follow from raw scores.
 
     Args:
-        test: The films that are judged.
-        val: Validation films of the same findings: they alone choose cuts. None where there are
-            none.
-        rule: What a cut does best on them.
-        even: The cut of a finding that the validation films cannot choose, if some cut needs no
-            data, such as 0.5 where both prompts of a pair fit equally well.
-        min_count: See `score_findings`.
-        draws: Bootstrap resamples of patients.
+        test: The images that are judged.
+        val: Validation images of the same findings: they alone choose thresholds. None where there
+            are none.
+        rule: What a threshold does best on them.
+        equal_prompts: The threshold of a finding that the validation images cannot choose, if some
+            threshold needs no data, such as 0.5 where both prompts of a pair fit equally well.
+        min_count: See `metrics_by_finding`.
+        n_resamples: Bootstrap resamples of patients.
         seed: Of the resamples.
 
     Returns:
-        The fields of `score_findings` and `subgroups`.
+        The fields of `metrics_by_finding` and `subgroups`.
 
     Raises:
         ValueError: When the validation scores are of other findings.
@@ -83,32 +84,37 @@ def judge(
         raise ValueError(
             f"validation scores are of {', '.join(val.names())}, test scores of {', '.join(names)}"
         )
-    cuts: dict[str, Threshold] = {}
-    if even is not None:
-        note = "where both prompts fit equally well, as no validation films can choose"
-        cuts = {name: Threshold(even, "even", note) for name in names}
+    chosen_thresholds: dict[str, Threshold] = {}
+    if equal_prompts is not None:
+        note = "where both prompts fit equally well, as no validation images can choose"
+        chosen_thresholds = {
+            name: Threshold(equal_prompts, "equal_prompts", note) for name in names
+        }
     if val is not None:
-        cuts |= choose_thresholds(val.labels, val.scores, names, rule=rule)
-    found = score_findings(
+        chosen_thresholds |= choose_thresholds(val.labels, val.scores, names, rule=rule)
+    found = metrics_by_finding(
         test.labels,
         test.scores,
         test.patients(),
         names,
-        thresholds=cuts,
-        draws=draws,
+        thresholds=chosen_thresholds,
+        n_resamples=n_resamples,
         seed=seed,
         min_count=min_count,
     )
-    return {**found, "subgroups": subgroups(test, min_count=min_count, draws=draws, seed=seed)}
+    return {
+        **found,
+        "subgroups": subgroups(test, min_count=min_count, n_resamples=n_resamples, seed=seed),
+    }
 
 
 def subgroups(
-    scored: Scored, *, min_count: int = MIN_COUNT, draws: int = 1000, seed: int = 0
+    scored: Predictions, *, min_count: int = MIN_COUNT, n_resamples: int = 1000, seed: int = 0
 ) -> list[dict]:
-    """Macro AUROC by sex, band of age and view, for what the films say of them.
+    """Macro AUROC by sex, band of age and view, for what the images say of them.
 
     Groups of one kind are held against one another, so their macro is over the same findings: those
-    with `min_count` films of either kind in each of the groups. A group in which no finding has so
+    with `min_count` images of either kind in each of the groups. A group in which no finding has so
     many is left out; a kind of which fewer than two groups are left says nothing, and is left out.
     """
     ages = scored.age_years
@@ -135,12 +141,14 @@ def subgroups(
         for name in counting:
             part = scored.where(groups[name])
             labels, scores = part.labels[:, columns], part.scores[:, columns]
-            macro, interval = _macro_auroc(labels, scores, part.patients(), draws=draws, seed=seed)
+            macro, interval = _macro_auroc(
+                labels, scores, part.patients(), n_resamples=n_resamples, seed=seed
+            )
             out.append(
                 {
                     "kind": kind,
                     "group": name,
-                    "n_films": len(part),
+                    "n_images": len(part),
                     "n_patients": len(set(part.patients())),
                     "findings": [scored.names()[k] for k in columns],
                     "macro_auroc": macro,
@@ -159,28 +167,28 @@ def _macro_auroc(
     scores: Float[np.ndarray, "n k"],
     patients: Sequence[Hashable] | Int[np.ndarray, " n"],
     *,
-    draws: int,
+    n_resamples: int,
     seed: int,
 ) -> tuple[float, Interval]:
     """The mean AUROC of findings that have both classes each, and its interval."""
-    drawn = bootstrap_metrics(labels, scores, patients, draws=draws, seed=seed).auroc
+    drawn = bootstrap_metrics(labels, scores, patients, n_resamples=n_resamples, seed=seed).auroc
     found = [auroc(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]
     values = np.array(found, float)
     intervals = [
-        finding_interval("auroc", value, drawn[:, k], films_of_patients(labels[:, k], patients))
+        finding_interval("auroc", value, drawn[:, k], images_of_patients(labels[:, k], patients))
         for k, value in enumerate(values.tolist())
     ]
     return float(values.mean()), mean_interval(values, intervals, drawn)
 
 
-def score_findings(
+def metrics_by_finding(
     labels: Float[np.ndarray, "n k"],
     scores: Float[np.ndarray, "n k"],
     patients: Sequence[Hashable] | Int[np.ndarray, " n"],
     findings: Sequence[str],
     *,
     thresholds: Mapping[str, Threshold] | None = None,
-    draws: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
     min_count: int = MIN_COUNT,
 ) -> dict:
@@ -191,11 +199,11 @@ def score_findings(
         scores: Same shape.
         patients: The patient of each row.
         findings: The names of the columns, in order.
-        thresholds: Cuts by finding, chosen elsewhere; without one, F1 and the like are None.
-        draws: Bootstrap resamples of patients.
+        thresholds: Thresholds by finding, chosen elsewhere; without one, F1 and the like are None.
+        n_resamples: Bootstrap resamples of patients.
         seed: Of the resamples.
         min_count: A finding counts towards the macro average when it has at least this many
-            positive and as many negative films.
+            positive and as many negative images.
 
     Returns:
         The fields of `mmclip.evaluation.results.RunResults`: `findings` in the given order, without
@@ -207,36 +215,42 @@ def score_findings(
             f"{len(findings)} findings ({len(set(findings))} distinct) for {labels.shape[1]} "
             f"columns of labels; name each column once"
         )
-    cut_of = dict(thresholds or {})
-    cuts = [cut_of[name].value if name in cut_of else None for name in findings]
-    resampled = bootstrap_metrics(labels, scores, patients, draws=draws, seed=seed, thresholds=cuts)
-    draws_of = dict(zip(Draws._fields, resampled, strict=True))
+    threshold_of = dict(thresholds or {})
+    chosen_thresholds = [
+        threshold_of[name].value if name in threshold_of else None for name in findings
+    ]
+    resampled = bootstrap_metrics(
+        labels, scores, patients, n_resamples=n_resamples, seed=seed, thresholds=chosen_thresholds
+    )
+    resampled_of = dict(zip(Resampled._fields, resampled, strict=True))
     scored, undefined = [], []
     for i, name in enumerate(findings):
         counts = count_labels(labels[:, i])
         row = {"finding": name, **counts._asdict()}
         if not (counts.n_positive and counts.n_negative):
             missing = [k for k in ("positive", "negative") if not row[f"n_{k}"]]
-            undefined.append(row | {"reason": f"no {' and no '.join(missing)} film"})
+            undefined.append(row | {"reason": f"no {' and no '.join(missing)} image"})
             continue
-        cut = cut_of.get(name)
-        called = None if cut is None else at_threshold(labels[:, i], scores[:, i], cut.value)
-        at_cut = called._asdict() if called else dict.fromkeys(Operating._fields)
+        threshold = threshold_of.get(name)
+        called = (
+            None if threshold is None else at_threshold(labels[:, i], scores[:, i], threshold.value)
+        )
+        at_its_threshold = called._asdict() if called else dict.fromkeys(Operating._fields)
         row |= {
             "in_macro": min(counts.n_positive, counts.n_negative) >= min_count,
             "auroc": auroc(labels[:, i], scores[:, i]),
             "auprc": auprc(labels[:, i], scores[:, i]),
-            **at_cut,
-            "threshold": None if cut is None else cut._asdict(),
+            **at_its_threshold,
+            "threshold": None if threshold is None else threshold._asdict(),
             "calibration_error": calibration_error(labels[:, i], scores[:, i]),
             "test_tuned": None
             if (tuned := best_on_these(labels[:, i], scores[:, i])) is None
             else tuned._asdict(),
         }
-        films = films_of_patients(labels[:, i], patients)
-        for metric, values in draws_of.items():
+        images = images_of_patients(labels[:, i], patients)
+        for metric, values in resampled_of.items():
             row[f"{metric}_ci"] = (
-                finding_interval(metric, row[metric], values[:, i], films)
+                finding_interval(metric, row[metric], values[:, i], images)
                 if metric in SHARES
                 else percentile_interval(values[:, i])
             )
@@ -244,7 +258,7 @@ def score_findings(
     counted = [row for row in scored if row["in_macro"]]
     columns = [list(findings).index(row["finding"]) for row in counted]
     macro: dict[str, float | Interval | None] = {}
-    for metric, values in draws_of.items():
+    for metric, values in resampled_of.items():
         points = [row[metric] for row in counted]
         # A macro over fewer findings than `macro_findings` names would mislead: all or none.
         complete = bool(points) and None not in points
@@ -257,26 +271,26 @@ def score_findings(
             bias = auprc_bias(*of, seed=seed) if metric == "auprc" else None
             interval = mean_interval(known, intervals, values[:, columns], bias)
         elif complete:
-            interval = percentile_interval(macro_draws(values, columns))
+            interval = percentile_interval(macro_of_resamples(values, columns))
         macro[f"macro_{metric}_ci"] = interval
     return {
         **macro,
         "macro_findings": [row["finding"] for row in counted],
         "min_count": min_count,
-        "n_films": len(labels),
+        "n_images": len(labels),
         "n_patients": len(set(map(str, patients))),
-        "bootstrap_draws": draws,
+        "n_resamples": n_resamples,
         "findings": scored,
         "undefined": undefined,
     }
 
 
 def control_of(
-    test: Scored, scores: Float[np.ndarray, "n k"], note: str, min_count: int = MIN_COUNT
+    test: Predictions, scores: Float[np.ndarray, "n k"], note: str, min_count: int = MIN_COUNT
 ) -> dict:
-    """A control of a result: what other scores of the same films reach, as `results.Control`.
+    """A control of a result: what other scores of the same images reach, as `results.Control`.
 
-    Its macro average is over the findings that `score_findings` counts by the same `min_count`.
+    Its macro average is over the findings that `metrics_by_finding` counts by the same `min_count`.
     """
     values = {name: auroc(test.labels[:, k], scores[:, k]) for k, name in enumerate(test.names())}
     known = {name: value for name, value in values.items() if value is not None}
@@ -286,18 +300,20 @@ def control_of(
     macro, interval = None, None
     if counted:
         macro, interval = _macro_auroc(
-            test.labels[:, counted], scores[:, counted], test.patients(), draws=200, seed=0
+            test.labels[:, counted], scores[:, counted], test.patients(), n_resamples=200, seed=0
         )
     return {"macro_auroc": macro, "macro_auroc_ci": interval, "auroc": known, "note": note}
 
 
-def nuisance(rows: Rows, test: Scored, min_count: int = MIN_COUNT) -> dict:
-    """The control that reads facts of the file and no lung; see `baselines.nuisance_scores`."""
+def shortcut_baseline(
+    dataset: ImageTextDataset, test: Predictions, min_count: int = MIN_COUNT
+) -> dict:
+    """The control that reads facts of the file and no lung; see `baselines.shortcut_scores`."""
     return control_of(
         test,
-        nuisance_scores(rows, test.labels),
-        "logistic regression on the film's size, brightness, gradients, border and view, told the "
-        "labels of other patients of these very films: a model that does not exceed it may have "
+        shortcut_scores(dataset, test.labels),
+        "logistic regression on the image's size, brightness, gradients, border and view, told the "
+        "labels of other patients of these very images: a model that does not exceed it may have "
         "read no lung",
         min_count,
     )

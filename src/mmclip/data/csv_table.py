@@ -1,4 +1,4 @@
-"""CSV tables of films, read by a mapping that says what their columns and words mean."""
+"""CSV tables of images, read by a mapping that says what their columns and words mean."""
 
 import difflib
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from mmclip.config import ConfigError
-from mmclip.data.mapping import (
+from mmclip.data.csv_mapping import (
     Columns,
     CsvMapping,
     Labels,
@@ -19,19 +19,19 @@ from mmclip.data.mapping import (
     mapping_values,
     several,
 )
-from mmclip.data.records import (
+from mmclip.data.csv_rows import Row, SourceError, header_of, read_rows
+from mmclip.data.sample import (
     ABSENT,
     PRESENT,
     UNCERTAIN,
     Excluded,
-    Film,
     Reason,
     Record,
+    Sample,
     Sex,
     Split,
     View,
 )
-from mmclip.data.rows import Row, SourceError, header_of, read_rows
 from mmclip.data.text import Report, make_report, parse_report
 
 logger = logging.getLogger(__name__)
@@ -76,15 +76,15 @@ def read_mapped(root: Path, mapping: Path, table: Path | None = None) -> Iterato
 def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iterator[Record]:
     """The rows of a CSV table, one record each.
 
-    Without a study column, films of one patient with one report are a study, and a film without a
-    report is a study of its own. A row whose number of fields differs from the header's, or whose
+    Without a study column, images of one patient with one report are a study, and an image without
+    a report is a study of its own. A row whose number of fields differs from the header's, or whose
     labels contradict one another, is excluded; blank lines are no rows. Ages over 120 years, and
     ages and sexes that cannot be read, are unknown.
 
     Args:
         root: Folder that the image paths are relative to.
         mapping: Of the table.
-        table: Read in place of `mapping.table`.
+        table: Read in place of `csv_mapping.table`.
 
     Raises:
         SourceError: At once, before any record, with all problems: when the table cannot be read,
@@ -114,30 +114,30 @@ def _csv_records(path: Path, mapping: CsvMapping) -> Iterator[Record]:
         if problem:
             yield Excluded(
                 row=row,
-                film_id=_film_id(cells, mapping.columns),
+                image_id=_image_id(cells, mapping.columns),
                 reason=Reason.BAD_VALUE,
                 detail=problem,
             )
         else:
-            yield _film(row, cells, mapping)
+            yield _image(row, cells, mapping)
 
 
-def _film(row: int, cells: Mapping[str, str], mapping: CsvMapping) -> Record:
+def _image(row: int, cells: Mapping[str, str], mapping: CsvMapping) -> Record:
     columns = mapping.columns
-    film_id, patient_id = _film_id(cells, columns), _cell(cells, columns.patient_id)
+    image_id, patient_id = _image_id(cells, columns), _cell(cells, columns.patient_id)
     source = _cell(cells, columns.source) or mapping.source
     try:
         labels, words = _labels(cells, mapping, source)
     except ValueError as error:
-        return Excluded(row=row, film_id=film_id, reason=Reason.BAD_VALUE, detail=str(error))
+        return Excluded(row=row, image_id=image_id, reason=Reason.BAD_VALUE, detail=str(error))
     if columns.report is not None:
         report = parse_report(_cell(cells, columns.report))
     else:
         report = make_report(_cell(cells, columns.findings), _cell(cells, columns.impression))
     split = _cell(cells, columns.split).lower()
-    return Film(
-        film_id=film_id,
-        study_id=_cell(cells, columns.study_id) or _study_id(film_id, patient_id, report),
+    return Sample(
+        image_id=image_id,
+        study_id=_cell(cells, columns.study_id) or _study_id(image_id, patient_id, report),
         patient_id=patient_id,
         source=source,
         split=mapping.splits.get(split) or (cast(Split, split) if split else None),
@@ -159,13 +159,13 @@ def _cell(cells: Mapping[str, str], column: str | None) -> str:
     return "" if value.lower() in _BLANKS else value
 
 
-def _film_id(cells: Mapping[str, str], columns: Columns) -> str:
-    return _cell(cells, columns.film_id or columns.image)
+def _image_id(cells: Mapping[str, str], columns: Columns) -> str:
+    return _cell(cells, columns.image_id or columns.image)
 
 
-def _study_id(film_id: str, patient_id: str, report: Report) -> str:
+def _study_id(image_id: str, patient_id: str, report: Report) -> str:
     if report.text is None:
-        return film_id
+        return image_id
     return f"{patient_id}/{hashlib.sha256(report.text.encode()).hexdigest()[:12]}"
 
 
@@ -287,7 +287,7 @@ def _check_table(path: Path, mapping: CsvMapping) -> None:
         raise SourceError(several(str(path), problems))
     if never:
         logger.warning(
-            "%s: no label says %s; where [labels.closed] lists it, it is absent from every film",
+            "%s: no label says %s; where [labels.closed] lists it, it is absent from every image",
             path,
             ", ".join(map(repr, sorted(never))),
         )

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmclip.config import ConfigError, Frozen, parse
-from mmclip.data.records import ABSENT, PRESENT, UNCERTAIN, Split, View
-from mmclip.data.rows import SourceError
+from mmclip.data.csv_rows import SourceError
+from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Split, View
 
 KEY_LIKENESS = 0.75
 """A key as much like a known one (`difflib`, 1 is equal) is taken for a misspelling of it.
@@ -21,7 +21,7 @@ class Columns(Frozen):
     """Names of the table's columns. A column that is not named here is not read."""
 
     patient_id: str
-    film_id: str | None = None  # default: the image's
+    image_id: str | None = None  # default: the image's
     study_id: str | None = None  # default: see `read_csv`
     image: str | None = None  # path relative to the root folder
     report: str | None = None  # free text with or without headers; or the two sections below
@@ -38,8 +38,8 @@ class Columns(Frozen):
     def _enough(self) -> "Columns":
         if self.report is not None and (self.findings is not None or self.impression is not None):
             raise ValueError("name either report, or findings and impression")
-        if self.film_id is None and self.image is None:
-            raise ValueError("name film_id or image: without them a row has no id")
+        if self.image_id is None and self.image is None:
+            raise ValueError("name image_id or image: without them a row has no id")
         return self
 
 
@@ -64,12 +64,12 @@ class Labels(Frozen):
 
     Attributes:
         separator: Between the words of a cell.
-        unknown: Words such as "todo": the film is not labelled, or not to the end.
+        unknown: Words such as "todo": the image is not labelled, or not to the end.
         blank: What an empty cell says of the source's findings.
         map: Label word -> what it says. A word that is a finding's name in `closed`, in any case,
             needs no entry.
         closed: Source -> all the findings that its readers looked for: one of them that a labelled
-            film does not have is absent; any other finding is unknown. "*" stands for every source
+            image does not have is absent; any other finding is unknown. "*" stands for every source
             that is not named.
         columns: Table column -> finding, where each finding has its own column with 1 (present),
             0 (absent) or -1 (uncertain), as in CheXpert.
@@ -169,12 +169,13 @@ def check_mapping(values: dict[str, Any]) -> tuple[CsvMapping | None, dict[str, 
     if isinstance(columns, dict) and "patient_id" not in columns:
         problems.append(
             f"{'[columns] names no column patient_id' if columns else 'there is no [columns]'}, "
-            f"which says how the table calls what is read: patient_id, film_id or image, and more; "
+            f"which says how the table calls what is read: patient_id, image_id or image, and "
+            f"more; "
             f'add such lines as patient_id = "the name in the table" (docs/data.md shows them)'
         )
         meant["columns"] = {
             "patient_id": "",
-            **(columns or {"film_id": ""}),
+            **(columns or {"image_id": ""}),
         }  # told; `parse` goes on
     if isinstance(meant.get("labels"), dict):
         labels = meant["labels"] = dict(_known(meant["labels"], Labels, "[labels]", problems))

@@ -1,0 +1,187 @@
+"""The rows that a task reads from data folders, their images as tensors, and augmentation."""
+
+import hashlib
+import logging
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from mmclip.config import GREY_MEAN, GREY_STD, AugmentConfig
+from mmclip.data.cache import ImageCache
+from mmclip.data.folder import ManifestError, read_meta
+from mmclip.data.manifest import read_manifest
+from mmclip.data.sample import Sample
+from mmclip.data.versions import changed_since
+
+logger = logging.getLogger(__name__)
+
+
+def normalise(images: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b 1 h w"]:
+    """uint8 images in model space: (x / 255 - GREY_MEAN) / GREY_STD.
+
+    Source: what ViTImageProcessor computes from rescale_factor, image_mean and image_std.
+    """
+    return ((images.float() / 255 - GREY_MEAN) / GREY_STD).unsqueeze(1)
+
+
+def augment(
+    image: Float[Tensor, "b 1 h w"], uniforms: Float[Tensor, "b 6"], config: AugmentConfig
+) -> Float[Tensor, "b 1 h w"]:
+    """Rotates, shifts, scales and re-exposes images by uniform random numbers; 0.5 everywhere is no
+    change.
+
+    Never mirrored: a report says left and right. What comes from outside the image is black.
+
+    Source: ours; small ranges, as a patient can turn and an exposure can differ.
+    """
+    theta = affine_of(uniforms, config).to(image.device)
+    black = -GREY_MEAN / GREY_STD
+    u = 2 * uniforms.float() - 1  # -1..1
+    moved = warp(image - black, theta) + black
+    contrast = (1 + u[:, 4] * config.contrast).view(-1, 1, 1, 1).to(image.device)
+    brightness = (u[:, 5] * config.brightness / GREY_STD).view(-1, 1, 1, 1).to(image.device)
+    return moved * contrast + brightness
+
+
+def affine_of(uniforms: Float[Tensor, "b 6"], config: AugmentConfig) -> Float[Tensor, "b 2 3"]:
+    """Where each point of the augmented image comes from, in grid units (the side is 2 long)."""
+    u = 2 * uniforms.float() - 1  # -1..1
+    angle = torch.deg2rad(u[:, 0] * config.rotation_deg)
+    scale = 1 / (1 + u[:, 1] * config.scale_ratio)
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    shift = 2 * config.translate_ratio * u[:, 2:4]  # grid units: the side is 2 long
+    return torch.stack(
+        [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
+    )
+
+
+def warp(
+    image: Float[Tensor, "b 1 h w"], theta: Float[Tensor, "b 2 3"]
+) -> Float[Tensor, "b 1 h w"]:
+    """Moves images as `affine_of` says, bilinear; what comes from outside is 0."""
+    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+    return F.grid_sample(image, grid, padding_mode="zeros", align_corners=False)
+
+
+@dataclass(frozen=True)
+class ImageTextDataset:
+    """The rows of one or more data folders that a task reads, with their images at hand."""
+
+    samples: tuple[Sample, ...]
+    caches: tuple[ImageCache | None, ...]  # one a folder
+    where: np.ndarray  # int64 [n, 2]: folder, and row of its image cache (-1 without an image)
+    data_hash: str  # over the hashes of the folders
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def select(self, keep: Sequence[bool] | np.ndarray) -> "ImageTextDataset":
+        """The rows where `keep` is True."""
+        keep = np.asarray(keep, bool)
+        samples = tuple(sample for sample, k in zip(self.samples, keep, strict=True) if k)
+        return ImageTextDataset(samples, self.caches, self.where[keep], self.data_hash)
+
+    def pixels(self, rows: np.ndarray) -> UInt8[Tensor, "b h w"]:
+        """uint8 images, copied out of the memory map."""
+        out = []
+        for folder, row in self.where[rows]:
+            cache = self.caches[folder]
+            assert cache is not None and row >= 0, "a row without an image was asked for its image"
+            out.append(cache.images[row])
+        return torch.from_numpy(np.stack(out))
+
+    def augmented(
+        self,
+        rows: np.ndarray,
+        uniforms: Float[np.ndarray, "b 6"],
+        config: AugmentConfig,
+        device: torch.device,
+    ) -> Float[Tensor, "b 1 h w"]:
+        """Images in model space, augmented by uniform random numbers; made on the device, from its
+        bytes.
+
+        A GPU gets a quarter of what the finished images would be, and does the work in no time.
+        """
+        images = normalise(self.pixels(rows).to(device, non_blocking=True))
+        return augment(images, torch.from_numpy(uniforms).float(), config)
+
+    def labels(self, findings: Sequence[str]) -> np.ndarray:
+        """float64 [n, k]: 1 present, 0 absent, NaN unknown or uncertain."""
+        known = {1: 1.0, 0: 0.0}
+        return np.array(
+            [
+                [known.get(sample.labels.get(f, -1), np.nan) for f in findings]
+                for sample in self.samples
+            ]
+        ).reshape(len(self), len(findings))
+
+
+def open_dataset(
+    folders: Sequence[Path], image_size: int | None = None, px_key: str | None = None
+) -> ImageTextDataset:
+    """All rows of some data folders.
+
+    Args:
+        folders: As `mmclip data build` leaves them.
+        image_size: The image size that is needed, checked where a folder has images.
+        px_key: The key of the configuration that says `image_size`, where the user may change it.
+
+    Raises:
+        ManifestError: When a folder is unfinished, its images have another size, or an image id
+            occurs in two folders.
+    """
+    samples: list[Sample] = []
+    caches: list[ImageCache | None] = []
+    where: list[tuple[int, int]] = []
+    hashes = []
+    for number, folder in enumerate(folders):
+        meta = read_meta(folder)
+        if image_size is not None and meta["image_size"] not in (None, image_size):
+            instead = f", or take them as they are by --set {px_key}={meta['image_size']}"
+            raise ManifestError(
+                f"the images of {folder} have {meta['image_size']} px, {image_size} px are needed; "
+                f"build them anew by `{_build_command(meta, folder, image_size)}` and give that "
+                f"folder" + (instead if px_key else "")
+            )
+        if changed := changed_since(meta):
+            logger.warning(
+                "%s was made with other words than are installed (%s changed); its labels and "
+                "entities are those of then, until it is built again",
+                folder,
+                ", ".join(changed),
+            )
+        caches.append(ImageCache.open(folder) if meta["image_size"] is not None else None)
+        hashes.append(meta["data_hash"])
+        row = 0
+        for sample in read_manifest(folder):
+            samples.append(sample)
+            where.append((number, row if sample.image is not None else -1))
+            row += sample.image is not None
+    ids = {sample.image_id for sample in samples}
+    if len(ids) < len(samples):
+        raise ManifestError(
+            f"{len(samples) - len(ids)} image ids occur in more than one of the data folders "
+            f"{', '.join(map(str, folders))}; give each folder once"
+        )
+    joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return ImageTextDataset(
+        tuple(samples), tuple(caches), np.array(where, np.int64).reshape(-1, 2), joined
+    )
+
+
+def _build_command(meta: Mapping[str, Any], folder: Path, image_size: int) -> str:
+    """The command that made a data folder, for images of another size in a folder beside it."""
+    made_by = str(meta.get("command", ""))
+    if not made_by.startswith("mmclip data build"):
+        made_by = "mmclip data build ..."
+    same = re.sub(r" --(?:overwrite|(?:image-size|out)[ =](?:'[^']*'|\S)+)", "", made_by)
+    return f"{same} --image-size {image_size} --out {shlex.quote(f'{folder}-{image_size}px')}"
