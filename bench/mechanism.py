@@ -85,7 +85,7 @@ def whole_batch(
         "text_mask": config.text_mask.model_copy(update={"kinds": tuple(kinds)}),
         "loss": config.loss.model_copy(update={"text": config.loss.text or 1.0}),
         "train": config.train.model_copy(
-            update={"batch_size": len(dataset), "micro_batch_size": 1}
+            update={"batch_size": len(dataset), "micro_batch_size": None}
         ),
     }
     config = config.model_copy(update=changes)

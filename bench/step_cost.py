@@ -341,7 +341,7 @@ def parts_of(accelerator: Accelerator, arm: Arm, steps: int) -> dict[str, float]
         clock.watch(model.image_decoder, "forward", "image decoder")
         clock.watch(model, "_relevance", "score")
     if model.text_decoder is not None:
-        clock.watch(model.text_decoder, "read", "text decoder")
+        clock.watch(model.text_decoder, "decode", "text decoder")
         clock.watch(model.text_decoder, "predict", "text decoder")
     clock.watch(accelerator, "backward", "backward")
     clock.watch(arm.state.optimizer, "step", "optimiser")
@@ -396,7 +396,7 @@ def _alone(accelerator: Accelerator, arm: Arm, steps: int) -> dict[str, float]:
 
 
 def _whole_step(arm: Arm) -> BatchSlice:
-    return BatchSlice(0, arm.config.train.micro_batch_size)
+    return BatchSlice(0, arm.config.train.n_micro_batches)
 
 
 def ratio_of(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:

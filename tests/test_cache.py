@@ -249,17 +249,17 @@ from pathlib import Path
 
 from mmclip.data import cache
 from mmclip.data.build import build_data
-from mmclip.data.sample import Image
+from mmclip.data.sample import Sample
 
 if __name__ == "__main__":
     cache.CHUNK_IMAGES = 16
     root, out, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    images = [
-        Image(image_id=p.name, study_id=p.name, patient_id=p.name[:3], source="made", image=p.name)
+    samples = [
+        Sample(image_id=p.name, study_id=p.name, patient_id=p.name[:3], source="made", image=p.name)
         for p in sorted(root.glob("*.png"))
     ]
     print("begins", flush=True)
-    build_data(images, root, out, image_size=32, workers=workers, overwrite=True)
+    build_data(samples, root, out, image_size=32, workers=workers, overwrite=True)
 """
 
 

@@ -364,7 +364,8 @@ def test_a_damaged_table_of_scores_is_refused(tmp_path: Path, rows: list, messag
 def test_scores_of_another_model_are_judged_as_ours_would_be(made_data: Path, tmp_path: Path):
     rules = tmp_path / "small.toml"
     rules.write_text(
-        'id = "small"\nversion = 1\ntitle = "Small"\nabout = "Made."\nreaders = ["csv", "made"]\n'
+        'id = "small"\nversion = 1\ntitle = "Small"\n'
+        'description = "Made."\nreaders = ["csv", "made"]\n'
         'splits = ["built"]\nfindings = ["nodule", "mass"]\nprompt_sets = ["pair"]\nmin_count = 1\n'
     )
     reader = json.loads((made_data / "meta.json").read_text()).get("reader", "unknown")

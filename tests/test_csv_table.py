@@ -167,7 +167,7 @@ def test_all_that_does_not_fit_of_mapping_and_table_is_told_at_once(tmp_path: Pa
 
 
 def test_missing_columns_and_unexplained_words_are_told_at_once(tmp_path: Path):
-    text = "film,labels,view,split,image\na,Mass|Dragon,sideways,dev,b\n"
+    text = "film,labels,view,split,film\na,Mass|Dragon,sideways,dev,b\n"
     columns = {"labels": "labels", "view": "view", "split": "split", "report": "text"}
     closed = {"*": ["edema", "mass", "masss"]}
     with pytest.raises(SourceError) as caught:
@@ -176,7 +176,7 @@ def test_missing_columns_and_unexplained_words_are_told_at_once(tmp_path: Path):
     assert first == f"{tmp_path / 'studies.csv'} has 6 problems:"
     for part in (
         "no column 'patient' (patient_id), 'text' (report); its columns are film, labels, view",
-        "the column 'image' (image) is there twice",
+        "the column 'film' (image) is there twice",
         "[labels.map] does not explain 'Dragon' (1)",
         "[views] does not explain 'sideways' (1)",
         "[splits] does not explain 'dev' (1)",
@@ -290,7 +290,7 @@ def test_the_error_comes_before_the_first_record(tmp_path: Path):
     [
         ("", "is empty; name a table with a header and rows"),
         ("film,who\na,p\n", r"no column 'patient' \(patient_id\); its columns are film, who"),
-        ("film,patient,image\na,p,b\n", r"the column 'image' \(image\) is there twice"),
+        ("film,patient,film\na,p,b\n", r"the column 'film' \(image\) is there twice"),
         ('film,patient\n"a,p\nb,q\n', r"line 3: .*mend the quotes"),
         ('film,patient\n"a"b,q\n', r"line 2: .*mend the quotes"),
     ],

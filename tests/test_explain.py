@@ -198,8 +198,8 @@ def test_means_of_groups_and_of_groups_in_draws_that_they_share():
 
 def image_of(image_id: str, width: int = 64, height: int = 64) -> Sample:
     return Sample(
-        image_id=image_id, study_id=image_id, patient_id=image_id, source="synthetic", image="a.png",
-        view="PA", width_px=width, height_px=height,
+        image_id=image_id, study_id=image_id, patient_id=image_id, source="synthetic",
+        image="a.png", view="PA", width_px=width, height_px=height,
     )  # fmt: skip
 
 

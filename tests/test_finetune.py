@@ -114,15 +114,18 @@ def small_encoder(kind: str) -> ImageEncoder:
 
 def test_layers_of_a_vit_and_a_resnet_by_hand():
     vit = {
-        "images.encoder.embeddings.cls_token": 0, "images.encoder.layers.0.mlp.fc1.weight": 1,
-        "images.encoder.layers.11.norm.bias": 12, "images.encoder.layernorm.weight": 13,
-        "images.encoder.pooler.dense.weight": 13, "head.weight": 13,
+        "image_encoder.encoder.embeddings.cls_token": 0,
+        "image_encoder.encoder.layers.0.mlp.fc1.weight": 1,
+        "image_encoder.encoder.layers.11.norm.bias": 12,
+        "image_encoder.encoder.layernorm.weight": 13,
+        "image_encoder.encoder.pooler.dense.weight": 13, "head.weight": 13,
     }  # fmt: skip
     assert layer_numbers(list(vit)) == vit
     resnet = {
-        "images.encoder.embedder.embedder.convolution.weight": 0,
-        "images.encoder.encoder.stages.0.layers.1.layer.0.convolution.weight": 1,
-        "images.encoder.encoder.stages.3.layers.0.shortcut.convolution.weight": 4, "head.bias": 5,
+        "image_encoder.encoder.embedder.embedder.convolution.weight": 0,
+        "image_encoder.encoder.encoder.stages.0.layers.1.layer.0.convolution.weight": 1,
+        "image_encoder.encoder.encoder.stages.3.layers.0.shortcut.convolution.weight": 4,
+        "head.bias": 5,
     }  # fmt: skip
     assert layer_numbers(list(resnet)) == resnet
     assert list(lr_scales(list(resnet), 0.5).values()) == [1 / 32, 1 / 16, 1 / 2, 1]
@@ -243,7 +246,9 @@ def test_what_the_output_does_not_need_is_frozen_and_all_else_learns():
     encoder = small_encoder("vit")
     by_class = Classifier(ImageEncoder(encoder.encoder, "class"), 2)
     frozen = freeze_unused(by_class, image_of(IMAGE_SIZE))
-    assert sorted(frozen) == [f"images.encoder.pooler.dense.{end}" for end in ("bias", "weight")]
+    assert sorted(frozen) == [
+        f"image_encoder.encoder.pooler.dense.{end}" for end in ("bias", "weight")
+    ]
     assert freeze_unused(Classifier(small_encoder("resnet"), 2), image_of(IMAGE_SIZE)) == []
 
 
@@ -389,7 +394,7 @@ PROTOCOL = """\
 id = "few"
 version = 1
 title = "Few images"
-about = "For a test."
+description = "For a test."
 readers = ["unknown"]
 splits = ["built"]
 findings = ["pneumothorax", "pleural effusion"]

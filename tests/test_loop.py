@@ -7,8 +7,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from itertools import product
+from itertools import count, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState
 
 from mmclip.batch import Batch, BatchSlice
 from mmclip.config import TrainConfig
+from mmclip.training import loop
 from mmclip.training.loop import (
     NonFiniteLoss,
     TrainState,
@@ -155,7 +157,7 @@ def test_accumulation_divides_by_the_count_of_the_whole_batch():
     batches = MadeBatches(8, without_report=(4, 5, 6))
     accelerator = Accelerator(cpu=True)
     state = new_state(accelerator)
-    config = CONFIG.model_copy(update={"micro_batch_size": 2})
+    config = CONFIG.model_copy(update={"micro_batch_size": 4})
     with torch.no_grad():
         sums = [
             float(
@@ -314,3 +316,31 @@ def test_the_first_control_c_waits_for_the_step_and_the_second_does_not():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, theirs)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2, 4])
+def test_a_step_counts_every_image_that_it_reads(micro_batch_size: int | None):
+    # Four pairs a step, and four unpaired images on top, which are images read like any other.
+    config = CONFIG.model_copy(update={"batch_size": 4, "micro_batch_size": micro_batch_size})
+    assert config.n_micro_batches == 4 // (micro_batch_size or 4)
+    accelerator = Accelerator(cpu=True)
+    batches = MadeBatches(8, without_report=(4, 5, 6, 7))
+    terms = train_step(
+        accelerator, new_state(accelerator), batches.batch, CONTRASTIVE.sums, CONTRASTIVE.counts,
+        CONTRASTIVE.weights, config,
+    )  # fmt: skip
+    assert int(terms["n_images"]) == 8
+
+
+def test_the_speed_in_the_log_is_of_images_and_not_of_pairs(tmp_path: Path, monkeypatch):
+    ticks = count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    batches = MadeBatches(8, without_report=(4, 5, 6, 7))
+    accelerator = Accelerator(cpu=True)
+    config = CONFIG.model_copy(update={"steps": 1, "batch_size": 4, "log_every_steps": 1})
+    fit(
+        accelerator, new_state(accelerator, config), batches.batch, CONTRASTIVE.sums,
+        CONTRASTIVE.counts, CONTRASTIVE.weights, config, tmp_path, lambda s: None,
+    )  # fmt: skip
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["images_per_s"] == 8  # in the one second between two ticks

@@ -72,8 +72,8 @@ LAYOUTS = {
 def known(sample: Sample) -> tuple:
     """All of an image but where it lies."""
     return (
-        sample.image_id, sample.study_id, sample.patient_id, sample.split, sample.view, sample.age_years,
-        sample.sex, sample.labels, sample.source_labels,
+        sample.image_id, sample.study_id, sample.patient_id, sample.split, sample.view,
+        sample.age_years, sample.sex, sample.labels, sample.source_labels,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def bench():
 
 def table_of(bench, tmp_path: Path, **arm: bool) -> list[dict[str, str]]:
     (tmp_path / "studies.csv").write_text(
-        "image,source,split,report\n"
+        "film,source,split,report\n"
         'a.png,ieee8023,train,"COVID-19 by RT-PCR of a swab. Left opacity."\n'
         "b.png,hannover,train,\n"
         "c.png,openist,train,\n"

@@ -190,7 +190,8 @@ def test_panels_stand_beside_the_image_and_are_the_images_given(tmp_path, result
     page = body_of(page_with(tmp_path, results, table, picture()))
     found = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)"', page)
     assert [alt for _, alt in found] == [
-        "Image image-0", "Image image-0, relevance", "Image image-0, masked", "Image image-0, rebuilt"
+        "Image image-0", "Image image-0, relevance", "Image image-0, masked",
+        "Image image-0, rebuilt",
     ]  # fmt: skip
     image, relevance, masked, rebuilt = (
         np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, _ in found

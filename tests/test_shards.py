@@ -63,7 +63,7 @@ def built(samples: list[Sample], out: Path, **options) -> dict[str, bytes]:
 
 def test_every_report_has_the_entities_that_are_in_it(samples, tmp_path: Path):
     assert sorted(built(samples, tmp_path / "out")) == [
-        "excluded.jsonl", "images.npy", "samples.parquet", "meta.json",
+        "excluded.jsonl", "images.npy", "meta.json", "samples.parquet",
     ]  # fmt: skip
     kept = read_manifest(tmp_path / "out")
     assert len(kept) == N - 4
@@ -199,7 +199,7 @@ def run(tmp_path: Path, *options: str) -> Ended:
     return mmclip(tmp_path / "log", *words, *options)
 
 
-@pytest.mark.usefixtures("images")
+@pytest.mark.usefixtures("samples")
 def test_the_command_does_shards_and_then_joins_them(tmp_path: Path):
     for shard in ("1/2", "2/2"):
         ended = run(tmp_path, "--workers", "1", "--shard", shard)
@@ -212,7 +212,7 @@ def test_the_command_does_shards_and_then_joins_them(tmp_path: Path):
     assert len(read_manifest(tmp_path / "out")) == N - 4
 
 
-@pytest.mark.usefixtures("images")
+@pytest.mark.usefixtures("samples")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -33,7 +33,7 @@ def test_a_reader_says_that_patients_are_unknown_and_others_do_not(
     assert len(list(open_reader("chestxray14", lay_out(tmp_path / "b", nih), **NO_TABLE))) == 5
     assert not caplog.records
     assert len(list(open_reader("siim", siim, **NO_TABLE))) == 3
-    assert "siim: patients unknown, an image counts as one" in caplog.text
+    assert "siim: patients unknown, each image counts as one" in caplog.text
 
 
 NO_TABLE = {"mapping": None, "table": None}

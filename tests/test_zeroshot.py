@@ -248,8 +248,8 @@ def test_what_is_not_in_the_data_is_named_with_what_is(
 def test_the_files_hold_what_the_results_say(made_run: Path, made_data: Path, tmp_path: Path):
     results = evaluate(
         made_run, [made_data], tmp_path, split="test", sources=(), findings=("nodule", "mass"),
-        prompt_sets=("default", "pair"), protocol=None, n_resamples=10, seed=0, command="mmclip zeroshot",
-        device=torch.device("cpu"),
+        prompt_sets=("default", "pair"), protocol=None, n_resamples=10, seed=0,
+        command="mmclip zeroshot", device=torch.device("cpu"),
     )  # fmt: skip
     with np.load(tmp_path / "scores.npz") as stored:
         assert stored["findings"].tolist() == ["nodule", "mass"]

@@ -33,6 +33,9 @@ from mmclip.models.mmclip import MMCLIP, build_mmclip
 
 CHECKPOINTS = "checkpoints"
 
+FORMAT = 2
+"""Of a checkpoint, in meta.json: 2 has the configuration keys image_size and patch_size."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another run; the message names the next step."""
@@ -151,7 +154,7 @@ def write_checkpoint(
         tokenizer.save_pretrained(aside / "tokenizer")
     written = sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*") if p.is_file())
     sha256 = {name: file_sha256(aside / name) for name in written}
-    meta = {"step": step, **metadata, "sha256": sha256}
+    meta = {"format": FORMAT, "step": step, **metadata, "sha256": sha256}
     (aside / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n", "utf-8")
     for path in [*aside.rglob("*"), aside]:
         _sync(path)
@@ -264,15 +267,21 @@ def checkpoint_meta(folder: Path) -> dict[str, Any]:
     """What meta.json of a checkpoint says.
 
     Raises:
-        CheckpointError: When it is missing or no JSON.
+        CheckpointError: When it is missing, no JSON, or of another format.
     """
     path = folder / "meta.json"
     try:
-        return json.loads(path.read_text("utf-8"))
+        meta = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is missing or damaged ({error}); take an older checkpoint"
         ) from None
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {meta.get('format')}, and this version reads format {FORMAT}; "
+            f"train again into a new folder"
+        )
+    return meta
 
 
 def _is_intact(path: Path, sha256: str) -> bool:

@@ -187,9 +187,8 @@ class TrainConfig(Frozen):
     seed: int = 0
     steps: int = Field(default=1000, gt=0)  # optimiser steps
     batch_size: int = Field(default=64, gt=1)  # pairs a step, over all processes and micro-batches
-    micro_batch_size: int = Field(
-        default=1, gt=0
-    )  # gradient accumulation: negatives are the micro-batch's
+    # Gradient accumulation: pairs of a micro-batch, over all processes; negatives are its own.
+    micro_batch_size: int | None = Field(default=None, gt=1)  # None: the whole batch at once
     base_lr: float = Field(default=8e-3, gt=0)  # per 256 pairs; lr = base_lr * batch_size / 256
     weight_decay: float = Field(default=0.05, ge=0)
     beta2: float = Field(default=0.98, gt=0, lt=1)
@@ -203,12 +202,17 @@ class TrainConfig(Frozen):
 
     @model_validator(mode="after")
     def _batch_splits(self) -> "TrainConfig":
-        if self.batch_size % self.micro_batch_size:
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"micro_batch_size={self.micro_batch_size}"
             )
         return self
+
+    @property
+    def n_micro_batches(self) -> int:
+        """Micro-batches in a step."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size)
 
 
 class Config(Frozen):

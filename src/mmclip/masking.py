@@ -206,8 +206,8 @@ def policy_score(
         case "oracle":
             if lesion_ratio is None:
                 raise ValueError(
-                    'the mask policy "oracle" needs lesion masks, which only synthetic images have; '
-                    "choose another policy for this data"
+                    'the mask policy "oracle" needs lesion masks, which only synthetic images '
+                    "have; choose another policy for this data"
                 )
             return lesion_ratio
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="mmclip",
     help="Pre-train on chest X-rays and reports; classify zero-shot.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -34,20 +33,42 @@ app.add_typer(explain.app)
 app.add_typer(data.app, name="data")
 
 
+MAP = """\
+Pre-train on chest X-rays and reports; classify zero-shot. The commands, in order of use:
+
+  mmclip doctor       what is installed, and what of a folder is sound
+  mmclip demo         all of it on synthetic images, in a few minutes
+  mmclip data build   a data set as downloaded -> a data folder
+  mmclip data split   set a named split of a data folder
+  mmclip data check   what splits and data sets share
+  mmclip pretrain     data folders -> a run
+  mmclip zeroshot     a run, scored by text prompts
+  mmclip finetune     a run, fine-tuned on few labels
+  mmclip results      results side by side
+  mmclip retrieve     the nearest patients for an image or a phrase
+  mmclip explain      where an image answers to a phrase
+
+mmclip COMMAND --help says more of each."""
+
+
 def _version(value: bool) -> None:
     if value:
         print(__version__)
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and details.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     """Settings of every command."""
+    if context.invoked_subcommand is None:
+        print(MAP)
+        raise typer.Exit
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(message)s"
     )
@@ -59,7 +80,8 @@ def root(
 @app.command()
 def doctor(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="Data folders, runs and results to examine.")
+        list[Path] | None,
+        typer.Argument(help="Data folders, runs and results to examine.", metavar="PATH"),
     ] = None,
 ) -> None:
     """Says what is installed, which device is used, and what of the given folders is sound.
@@ -112,7 +134,7 @@ def main() -> None:
 
 def _say_usage_error(error: Any) -> int:
     """One line for what cannot be parsed, the help where nothing was given; the exit code."""
-    if type(error).__name__ == "NoArgsIsHelpError":  # `mmclip` or `mmclip data` alone
+    if type(error).__name__ == "NoArgsIsHelpError":  # `mmclip data` alone
         error.show()
         return error.exit_code
     said = " ".join(error.format_message().split()).rstrip(".")

@@ -21,25 +21,43 @@ app = typer.Typer(help="Build, split and check data folders.", no_args_is_help=T
 @app.command("build")
 def data_build(
     name: Annotated[
-        str, typer.Argument(help="Reader: csv, chestxray14, ...; docs/data.md lists them.")
+        str,
+        typer.Argument(
+            help="Reader: csv, chestxray14, ...; docs/data.md lists them.", metavar="NAME"
+        ),
     ],
-    root_: Annotated[Path, typer.Option("--root", help="The data set, as downloaded.")],
-    out: Annotated[Path, typer.Option(help="The data folder to make.")],
+    root_: Annotated[
+        Path, typer.Option("--root", help="The data set, as downloaded.", metavar="PATH")
+    ],
+    out: Annotated[Path, typer.Option(help="The data folder to make.", metavar="PATH")],
     image_size: Annotated[
-        int, typer.Option(help="Side of the cached images, in pixels.", min=8)
+        int, typer.Option(help="Side of the cached images, in pixels.", min=8, metavar="N")
     ] = 224,
     mapping: Annotated[
-        Path | None, typer.Option(help="For csv: TOML file that says what the columns mean.")
+        Path | None,
+        typer.Option(help="For csv: TOML file that says what the columns mean.", metavar="PATH"),
     ] = None,
     table: Annotated[
-        Path | None, typer.Option(help="For csv: the table, if it is not the mapping's.")
+        Path | None,
+        typer.Option(help="For csv: the table, if it is not the mapping's.", metavar="PATH"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the splits, where the source has none.")] = 0,
-    val_ratio: Annotated[float, typer.Option(help="Of patients without a split.")] = 0.1,
-    test_ratio: Annotated[float, typer.Option(help="Of patients without a split.")] = 0.1,
-    workers: Annotated[int, typer.Option(help="Processes; 0 takes all cores.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the splits, where the source has none.", metavar="N")
+    ] = 0,
+    val_ratio: Annotated[
+        float, typer.Option(help="Of patients without a split.", metavar="RATIO")
+    ] = 0.1,
+    test_ratio: Annotated[
+        float, typer.Option(help="Of patients without a split.", metavar="RATIO")
+    ] = 0.1,
+    workers: Annotated[
+        int, typer.Option(help="Processes; 0 takes all cores.", min=0, metavar="N")
+    ] = 0,
     entities: Annotated[
-        str, typer.Option(help="Finds entities in reports: lexicon, spacy:NAME or hf:NAME.")
+        str,
+        typer.Option(
+            help="Finds entities in reports: lexicon, spacy:NAME or hf:NAME.", metavar="NAME"
+        ),
     ] = "lexicon",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished build.")
@@ -57,8 +75,7 @@ def data_build(
 ) -> None:
     """Reads a data set and leaves a checked, hashed folder with images resized once.
 
-    Example: `mmclip data build csv --root images/ --mapping images.toml --image-size 64 --out
-        data/a`
+    Example: `mmclip data build csv --root raw/ --mapping raw.toml --image-size 64 --out data/a`
     """
     from mmclip.data.build import build_data, build_shard
     from mmclip.data.shards import Shard, n_cores
@@ -105,26 +122,38 @@ def data_build(
 
 @app.command("split")
 def data_split(
-    folder: Annotated[Path, typer.Argument(help="Data folder of `mmclip data build`.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Data folder of `mmclip data build`.", metavar="PATH")
+    ],
     name: Annotated[
-        str, typer.Option(help="clean, official, physician, benchx, legacy-mavl or legacy-mrm.")
+        str,
+        typer.Option(
+            help="clean, official, physician, benchx, legacy-mavl or legacy-mrm.", metavar="NAME"
+        ),
     ] = "clean",
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
-    val_ratio: Annotated[float, typer.Option(help="Of the patients, where they are drawn.")] = 0.1,
-    test_ratio: Annotated[float, typer.Option(help="Of the patients, where they are drawn.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.", metavar="N")] = 0,
+    val_ratio: Annotated[
+        float, typer.Option(help="Of the patients, where they are drawn.", metavar="RATIO")
+    ] = 0.1,
+    test_ratio: Annotated[
+        float, typer.Option(help="Of the patients, where they are drawn.", metavar="RATIO")
+    ] = 0.1,
     list_: Annotated[
         list[str] | None,
         typer.Option("--list", help="Published list of a split; once each.", metavar="SPLIT=FILE"),
     ] = None,
     patients: Annotated[
-        Path | None, typer.Option(help="CSV image_id,patient_id for data without patient ids.")
+        Path | None,
+        typer.Option(help="CSV image_id,patient_id for data without patient ids.", metavar="PATH"),
     ] = None,
     near_duplicates: Annotated[
         bool, typer.Option("--near-duplicates", help="For clean: keep these together, too.")
     ] = False,
     subset_seed: Annotated[
         list[int] | None,
-        typer.Option(help="Of the saved 1, 10 and 100 % of patients; may be repeated. [0, 1, 2]"),
+        typer.Option(
+            help="Of the saved 1, 10 and 100 % of patients; may be repeated. [0, 1, 2]", metavar="N"
+        ),
     ] = None,
 ) -> None:
     """Sets a named split of a data folder, and saves 1 %, 10 % and 100 % of its training patients.
@@ -149,7 +178,9 @@ def data_split(
 
 @app.command("check")
 def data_check(
-    folders: Annotated[list[Path], typer.Argument(help="Data folders, examined together.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Data folders, examined together.", metavar="PATH")
+    ],
     exact: Annotated[
         bool, typer.Option("--exact", help="Patients and equal files alone, no near-duplicates.")
     ] = False,
@@ -201,10 +232,12 @@ def _lists(given: "Sequence[str]") -> "dict[Split, Path]":
 
 
 def _print_split(split: dict, folder: Path) -> None:
-    for part, metadata in split.get("lists", {}).items():
-        known = "the published list" if metadata["is_known"] else "not known"
-        counts = f"{metadata['n_rows_found']:,} of {metadata['n_rows']:,} rows name {metadata['n_images']:,}"
-        line = f"list {part}: {metadata['file']}, SHA-256 {metadata['sha256'][:16]} ({known}); {counts}"
+    for part, listed in split.get("lists", {}).items():
+        known = "the published list" if listed["is_known"] else "not known"
+        counts = (
+            f"{listed['n_rows_found']:,} of {listed['n_rows']:,} rows name {listed['n_images']:,}"
+        )
+        line = f"list {part}: {listed['file']}, SHA-256 {listed['sha256'][:16]} ({known}); {counts}"
         console.print(f"{line} images of the folder", markup=False, soft_wrap=True)
     for warning in split["warnings"]:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)

@@ -22,29 +22,39 @@ app = typer.Typer()
 
 @app.command()
 def zeroshot(
-    run: Annotated[Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.")],
+    run: Annotated[
+        Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
+    ],
     data: FolderOption,
-    out: Annotated[Path, typer.Option(help="Folder for results.json, scores.npz and the page.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.json, scores.npz and the page.", metavar="PATH")
+    ],
     protocol: Annotated[
         str | None,
-        typer.Option(help="Images, findings and rules of a benchmark: a name or a path."),
+        typer.Option(
+            help="Images, findings and rules of a benchmark: a name or a path.", metavar="NAME"
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    source: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.", metavar="NAME")] = "test",
+    source: Annotated[
+        list[str] | None, typer.Option(help="Only these; may be repeated.", metavar="NAME")
+    ] = None,
     finding: Annotated[
-        list[str] | None, typer.Option(help="Only these, in order; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Only these, in order; may be repeated.", metavar="NAME"),
     ] = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
             help="Prompt set, by name or path; the first scores, others show the spread. "
-            "[the protocol's, or default, pair, sentence]"
+            "[the protocol's, or default, pair, sentence]",
+            metavar="NAME",
         ),
     ] = None,
     n_resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples of patients.", min=1)
+        int, typer.Option(help="Bootstrap resamples of patients.", min=1, metavar="N")
     ] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.", metavar="N")] = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:

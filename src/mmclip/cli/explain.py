@@ -25,41 +25,59 @@ app = typer.Typer()
 
 @app.command()
 def explain(
-    run: Annotated[Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.")],
+    run: Annotated[
+        Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
+    ],
     out: Annotated[
-        Path, typer.Option(help="The picture, .png, with an .npz beside it; a .json to evaluate.")
+        Path,
+        typer.Option(
+            help="The picture, .png, with an .npz beside it; a .json to evaluate.", metavar="PATH"
+        ),
     ],
     image: Annotated[
-        Path | None, typer.Option(help="An image: PNG, JPEG, DICOM or the like.")
+        Path | None, typer.Option(help="An image: PNG, JPEG, DICOM or the like.", metavar="PATH")
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Data folder of `mmclip data build`; may be repeated to evaluate."),
+        typer.Option(
+            help="Data folder of `mmclip data build`; may be repeated to evaluate.", metavar="PATH"
+        ),
     ] = None,
-    image_id: Annotated[str | None, typer.Option(help="An image of the data folder.")] = None,
-    phrase: Annotated[str | None, typer.Option(help="What to look for, as a report says.")] = None,
+    image_id: Annotated[
+        str | None, typer.Option(help="An image of the data folder.", metavar="NAME")
+    ] = None,
+    phrase: Annotated[
+        str | None, typer.Option(help="What to look for, as a report says.", metavar="TEXT")
+    ] = None,
     score: Annotated[
-        str, typer.Option(help="contribution, prompt_pair or decoder_attention.")
+        str, typer.Option(help="contribution, prompt_pair or decoder_attention.", metavar="NAME")
     ] = "contribution",
     prompts: Annotated[
-        str, typer.Option(help="Prompt set for findings and prompt_pair: a name or a path.")
+        str,
+        typer.Option(
+            help="Prompt set for findings and prompt_pair: a name or a path.", metavar="NAME"
+        ),
     ] = "default",
     boxes: Annotated[
         str | None,
         typer.Option(
-            help="Boxes or masks: chestxdet10, chestxray14, made, ms-cxr, rsna, siim or vindr, "
-            "and the folder that holds them.",
+            help="Boxes or masks: chestxdet10, chestxray14, ms-cxr, rsna, siim, synthetic or "
+            "vindr, and the folder that holds them.",
             metavar="NAME=FOLDER",
         ),
     ] = None,
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Measure the maps of all images with --boxes.")
     ] = False,
-    split: Annotated[str, typer.Option(help="To evaluate: train, val or test.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="To evaluate: train, val or test.", metavar="NAME")
+    ] = "test",
     n_resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples of patients.", min=1)
+        int, typer.Option(help="Bootstrap resamples of patients.", min=1, metavar="N")
     ] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap and the random weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the bootstrap and the random weights.", metavar="N")
+    ] = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
@@ -236,13 +254,13 @@ def _print_pointing(results: "dict[str, Any]") -> None:
         table.add_row(finding, f"{value['n']:,}", *cells)
     console.print(table)
     console.print(
-        f"{results['n_annotations']:,} places on {results['n_images']:,} images of "
+        f"{results['n_annotations']:,} annotations on {results['n_images']:,} images of "
         f"{results['n_patients']:,} patients; [95 % over patients]; macro over findings with at "
-        f"least {results['min_count']} places",
+        f"least {results['min_count']} annotations",
         style="dim",
     )
     for reason, n in results["left_out"].items():
-        console.print(f"left out: {n:,} places ({reason})", style="yellow")
+        console.print(f"left out: {n:,} annotations ({reason})", style="yellow")
     for control, found in results["sanity"].items():
         verdict = {True: "passed", False: "FAILED", None: "not decided"}[found["is_lost"]]
         console.print(

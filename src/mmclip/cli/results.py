@@ -31,31 +31,42 @@ def results(
     given: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders with results.json, or CSV files of scores; the first is the base."
+            help="Folders with results.json, or CSV files of scores; the first is the base.",
+            metavar="PATH",
         ),
     ],
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", help="For CSV files: data folder of the images; may be repeated."),
+        typer.Option(
+            "--data",
+            help="For CSV files: data folder of the images; may be repeated.",
+            metavar="PATH",
+        ),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="For CSV files: by whose rules; a name or a path.")
+        str | None,
+        typer.Option(help="For CSV files: by whose rules; a name or a path.", metavar="NAME"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="For CSV files: folder that gets their results.")
+        Path | None,
+        typer.Option(help="For CSV files: folder that gets their results.", metavar="PATH"),
     ] = None,
-    split: Annotated[str, typer.Option(help="For CSV files: val or test.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="For CSV files: val or test.", metavar="NAME")
+    ] = "test",
     n_resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples of patients.", min=1)
+        int, typer.Option(help="Bootstrap resamples of patients.", min=1, metavar="N")
     ] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.", metavar="N")] = 0,
     over_seeds: Annotated[
         bool,
         typer.Option(
             "--over-seeds", help="One row for the runs that differ by their training seed alone."
         ),
     ] = False,
-    save: Annotated[Path | None, typer.Option(help="Write the table as Markdown, too.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the table as Markdown, too.", metavar="PATH")
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compares results on the same images, pair by pair; refuses what does not compare.

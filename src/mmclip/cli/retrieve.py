@@ -36,30 +36,41 @@ REPORT_LEAST = 16
 
 @app.command()
 def retrieve(
-    run: Annotated[Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.")],
+    run: Annotated[
+        Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
+    ],
     data: FolderOption,
     image: Annotated[
-        str | None, typer.Option(help="Search: an image id of the data, or a PNG, JPEG or DICOM.")
+        str | None,
+        typer.Option(
+            help="Search: an image id of the data, or a PNG, JPEG or DICOM.", metavar="NAME"
+        ),
     ] = None,
     phrase: Annotated[
-        str | None, typer.Option(help="Search: what a report would say, in quotes.")
+        str | None, typer.Option(help="Search: what a report would say, in quotes.", metavar="TEXT")
     ] = None,
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Score how images and reports find one another.")
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for found.png; with --evaluate (needed) for retrieval.json."),
+        typer.Option(
+            help="Folder for found.png; with --evaluate (needed) for retrieval.json.",
+            metavar="PATH",
+        ),
     ] = None,
-    top: Annotated[int, typer.Option(help="Search: how many patients.", min=1)] = 10,
+    top: Annotated[int, typer.Option(help="Search: how many patients.", min=1, metavar="N")] = 10,
     split: Annotated[
-        str | None, typer.Option(help="train, val or test. [search: all; --evaluate: test]")
+        str | None,
+        typer.Option(help="train, val or test. [search: all; --evaluate: test]", metavar="NAME"),
     ] = None,
-    source: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Only these; may be repeated.", metavar="NAME")
+    ] = None,
     n_resamples: Annotated[
-        int, typer.Option(help="--evaluate: bootstrap resamples of patients.", min=1)
+        int, typer.Option(help="--evaluate: bootstrap resamples of patients.", min=1, metavar="N")
     ] = 1000,
-    seed: Annotated[int, typer.Option(help="--evaluate: of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="--evaluate: of the bootstrap.", metavar="N")] = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from mmclip.evaluation.results import RunResults
 
 FolderOption = Annotated[
-    list[Path], typer.Option("--data", help="Data folder of `mmclip data build`; may be repeated.")
+    list[Path],
+    typer.Option(
+        "--data", help="Data folder of `mmclip data build`; may be repeated.", metavar="PATH"
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

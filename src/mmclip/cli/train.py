@@ -23,11 +23,11 @@ app = typer.Typer()
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for data, run and results.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for data, run and results.", metavar="PATH")
+    ] = Path("runs/demo"),
     seed: Annotated[
-        int, typer.Option(help="Of the synthetic images, the weights and the order.")
+        int, typer.Option(help="Of the synthetic images, the weights and the order.", metavar="N")
     ] = 0,
     shuffle_pairs: Annotated[
         bool,
@@ -59,9 +59,10 @@ def demo(
 @app.command()
 def pretrain(
     data: FolderOption,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.", metavar="PATH")],
     config: Annotated[
-        str, typer.Option(help="Name (tiny, arms/whole, paper, ...) or path to a TOML.")
+        str,
+        typer.Option(help="Name (tiny, arms/whole, paper, ...) or path to a TOML.", metavar="NAME"),
     ] = "tiny",
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -71,7 +72,9 @@ def pretrain(
     lesion_masks: Annotated[
         Path | None,
         typer.Option(
-            "--lesion-masks", help="Folder of synthetic images, for image_mask.policy=oracle."
+            "--lesion-masks",
+            help="Folder of synthetic images, for image_mask.policy=oracle.",
+            metavar="PATH",
         ),
     ] = None,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too.")] = False,

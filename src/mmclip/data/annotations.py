@@ -1,4 +1,5 @@
-"""Places that readers of images marked, as boxes or masks, on the images of a data folder."""
+"""Annotations: places that readers of images marked, as boxes or masks, on the images of a data
+folder."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -75,19 +76,20 @@ _MASKS: dict[str, Callable[[Path], Iterator[tuple[str, str, np.ndarray]]]] = {
 }
 
 ANNOTATION_SETS = tuple(sorted({*_BOXES, *_MASKS}))
-"""The data sets whose places are read. "made" is a folder of synthetic images with masks.npz."""
+"""The data sets whose annotations are read. "synthetic" is a folder of synthetic images with
+masks.npz."""
 
 
 def read_annotations(
     name: str, root: Path, samples: Mapping[str, Sample], left_out: Counter[str]
 ) -> Iterator[Annotation]:
-    """The places of a data set that lie on some images, one per image, finding and phrase.
+    """The annotations of a data set on some images, one per image, finding and phrase.
 
     Args:
         name: One of PLACES.
         root: The data set's folder as downloaded.
         samples: By image id.
-        left_out: The number of places that are left out is added here, by reason.
+        left_out: The number of annotations that are left out is added here, by reason.
 
     Raises:
         SourceError: When the name is unknown, a table is missing or damaged, or a place does not

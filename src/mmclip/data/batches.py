@@ -1,6 +1,6 @@
 """Training batches: which images a step reads, with what texts, and what of them is masked.
 
-Every draw is keyed by (seed, purpose, epoch, image), so a row does not depend on its batch.
+Every random number is keyed by (seed, purpose, epoch, image): a row does not depend on its batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -266,13 +266,13 @@ class TrainingBatches:
         return self._batch(rows, epochs, step)
 
     def of_rows(self, rows: Int[np.ndarray, " b"]) -> Batch:
-        """Some rows as one batch, in this order, with the draws of the first epoch."""
+        """Some rows as one batch, in this order, with the random numbers of epoch 0."""
         return self._batch(rows, np.zeros_like(rows), step=0)
 
     def prompts(
         self, rows: Int[np.ndarray, " b"], epochs: Int[np.ndarray, " b"]
     ) -> list[DiseasePrompt | None]:
-        """What the labels of each row say, in the wording of its draws; None where nothing."""
+        """What the labels of each row say, by templates chosen at random; None where nothing."""
         uniforms = self._uniforms(
             Purpose.PROMPT, rows, epochs, PROMPT_UNIFORMS + 2 * self.n_findings
         )

@@ -127,8 +127,8 @@ def build_data(
         n_split_by_source=sum(sample.split is not None for sample in kept),
         entities=compress(found, is_kept),
     )
-    for parts in (SHARDS_FOLDER, ENTITY_SHARDS_FOLDER):
-        shutil.rmtree(out / parts, ignore_errors=True)  # what is left of them does no harm
+    for shards in (SHARDS_FOLDER, ENTITY_SHARDS_FOLDER):
+        shutil.rmtree(out / shards, ignore_errors=True)  # what is left of them does no harm
     return meta
 
 
@@ -203,7 +203,7 @@ def _do_all(
     workers: Workers,
     shard: Shard | None = None,
 ) -> None:
-    """Leaves the parts of all images and reports, or of a shard of them."""
+    """Leaves the shards of all images and reports, or some of them."""
     images = [sample.image for sample in samples if sample.image is not None]
     if images:
         decode_images(root, images, out, image_size, workers, shard)
@@ -238,8 +238,8 @@ def search_reports(
     if backend.startswith("hf:") and isinstance(workers, int):
         workers = 1  # such a model takes all cores by itself
     work = Work(partial(_fingerprint, backend=backend), partial(_find, backend=backend))
-    parts = out / ENTITY_SHARDS_FOLDER
-    do_chunks(parts, reports, CHUNK_REPORTS, work, "finding entities", workers, shard)
+    shards = out / ENTITY_SHARDS_FOLDER
+    do_chunks(shards, reports, CHUNK_REPORTS, work, "finding entities", workers, shard)
 
 
 def _distinct(reports: Iterable[str | None]) -> list[str]:

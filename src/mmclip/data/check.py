@@ -245,7 +245,7 @@ def near_keys(samples: Sequence[Sample], folders: Sequence[Path]) -> list[str | 
         for folder in folders
         if read_built_meta(folder)["image_size"]
     ]
-    ends = np.cumsum([len(samples) for samples in caches])
+    ends = np.cumsum([len(images) for images in caches])
 
     def image_of(number: int) -> np.ndarray:
         k = int(np.searchsorted(ends, number, side="right"))

@@ -68,12 +68,12 @@ class DiseasePromptSet(Frozen):
             None where the labels say nothing for sure.
 
         Raises:
-            ValueError: When there are too few draws.
+            ValueError: When there are too few random numbers.
         """
         looked_for = sorted(set(labels) - {NO_FINDING})
         if len(uniforms) < PROMPT_UNIFORMS + 2 * len(looked_for):
             raise ValueError(
-                f"{len(uniforms)} draws for {len(looked_for)} findings; give "
+                f"{len(uniforms)} random numbers for {len(looked_for)} findings; give "
                 f"{PROMPT_UNIFORMS + 2 * len(looked_for)}"
             )
         order, name_uniforms = np.split(uniforms[PROMPT_UNIFORMS:][: 2 * len(looked_for)], 2)

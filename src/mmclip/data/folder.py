@@ -20,8 +20,8 @@ from mmclip.data.sample import SPLITS, Sample, Split
 MANIFEST_FILE, EXCLUDED_FILE, META_FILE = "samples.parquet", "excluded.jsonl", "meta.json"
 SPLIT_FILE = "split.json"
 
-FORMAT = 2
-"""Of a data folder, in meta.json: 2 has the column `label_origin` and says what made it."""
+FORMAT = 3
+"""Of a data folder, in meta.json: 3 calls its files and columns samples and images."""
 
 
 class ManifestError(ValueError):
@@ -60,7 +60,7 @@ def read_built_meta(folder: Path) -> dict:
         raise ManifestError(
             f"{path} is damaged ({error}); build the folder again with `mmclip data build`"
         ) from None
-    if "image_size" not in meta:  # a checkpoint has a file of this name, too
+    if "step" in meta or "data_hash" not in meta:  # a checkpoint has a file of this name, too
         raise ManifestError(
             f"{folder} is no finished data folder ({path} describes something else); "
             f"{_next_step(folder)}"

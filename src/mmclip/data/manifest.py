@@ -73,20 +73,15 @@ SCHEMA = pa.schema(
 def data_hash(samples: Iterable[Sample], image_size: int | None) -> str:
     """SHA-256 over all records, in order, and the image size: equal data, equal hash.
 
-    An image of unknown `label_origin` hashes as before that field was there, in format 1 of the
-    folder, so that the same data keeps its hash.
-
     Source: ours; a number without the hash of its data cannot be compared with another.
     """
-    digest = hashlib.sha256(f"mmclip-manifest-1 image_size={image_size}\n".encode())
+    digest = hashlib.sha256(f"mmclip-manifest-2 image_size={image_size}\n".encode())
     encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
     names = [f.name for f in fields(Sample)]
     for sample in samples:
         known = {name: getattr(sample, name) for name in names}  # asdict: 4 times as long
         known["entities"] = [_entity_values(entity) for entity in sample.entities]
         known["labels"] = dict(sample.labels)
-        if sample.label_origin is None:
-            del known["label_origin"]
         digest.update(encode(known).encode())
         digest.update(b"\n")
     return digest.hexdigest()

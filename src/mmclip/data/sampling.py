@@ -1,4 +1,4 @@
-"""Random draws keyed by (seed, purpose, epoch, image), and the rows that each step reads.
+"""Counter-based random numbers by (seed, purpose, epoch, image), and what each step reads.
 
 Nothing here depends on the process, the worker, the batch, or what was drawn before. So a run can
 be resumed, or dealt out to more processes, without a change of what it sees.

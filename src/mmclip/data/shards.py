@@ -1,10 +1,10 @@
 """The work of a build in chunks: who does them, and how a build that was killed goes on.
 
-Each chunk that is done leaves a part in a folder: NUMBER.json with what was found, and NUMBER.npy
-where it makes an array. A part carries a fingerprint of what it was made of and a checksum of
-itself, so that nothing is done twice, and nothing old or damaged is taken up. As parts are all that
-passes between those who work, they may be processes, machines of a Dask cluster, or commands that
-do a shard each.
+Each chunk that is done leaves a shard in a folder: NUMBER.json with what was found, and NUMBER.npy
+where it makes an array. A shard carries a fingerprint of what it was made of and a checksum of
+itself, so that nothing is done twice, and nothing old or damaged is taken up. As shards are all
+that passes between those who work, they may be processes, machines of a Dask cluster, or commands
+that each make every n-th shard.
 """
 
 import hashlib
@@ -51,7 +51,8 @@ class WorkersError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One of `count` commands that each do their share of the chunks; `number` counts from 1."""
+    """Every `count`-th shard of a build from `number` on, counted from 1: the share of a
+    command."""
 
     number: int
     count: int
@@ -88,7 +89,7 @@ class Work:
 
     Attributes:
         fingerprint: Of a chunk's items: changes when `do` would give something else.
-        do: Makes the part of a chunk's items.
+        do: Makes the shard of a chunk's items.
     """
 
     fingerprint: Callable[[Sequence[Any]], str]
@@ -104,13 +105,13 @@ def do_chunks(
     workers: Workers = 1,
     shard: Shard | None = None,
 ) -> None:
-    """Does all chunks of which the folder holds no sound part, and shows how far it is.
+    """Does all chunks of which the folder holds no sound shard, and shows how far it is.
 
-    The parts do not depend on who works, nor on how often the work was killed and taken up. Several
-    commands may do shards in one folder at a time.
+    The shards do not depend on who works, nor on how often the work was killed and taken up.
+    Several commands may do shards in one folder at a time.
 
     Args:
-        folder: For the parts; made when absent. Dask workers must find it under the same path.
+        folder: For the shards; made when absent. Dask workers must find it under the same path.
         items: The work; chunk i holds the items from i * per_chunk on.
         per_chunk: Items a chunk.
         work: What to do.
@@ -192,7 +193,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def _do_chunk(folder: Path, number: int, chunk: Sequence[Any], work: Work) -> tuple[int, str]:
-    """Writes the part of a chunk, the array first, each aside and renamed.
+    """Writes the shard of a chunk, the array first, each aside and renamed.
 
     Two who do the same chunk do no harm: they write the same bytes under names of their own.
     """
@@ -319,7 +320,7 @@ def _on_dask(jobs: Iterator[_Job], address: str) -> Iterator[tuple[int, str]]:
         except (OSError, distributed.CancelledError) as error:
             if isinstance(error, OSError) and client.status == "running":
                 raise WorkersError(
-                    f"a worker of {address} cannot read the data or write its part ({error}); all "
+                    f"a worker of {address} cannot read the data or write its shard ({error}); all "
                     f"machines must see --root and --out at the same path, on a file system they "
                     f"share"
                 ) from None

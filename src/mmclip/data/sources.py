@@ -100,7 +100,7 @@ def open_reader(
     records = _PUBLISHED[name](root)
     if name in PATIENTS_UNKNOWN:
         logger.warning(
-            "%s: patients unknown, a %s counts as one; two of one patient can be in two splits",
+            "%s: patients unknown, each %s counts as one; two of one patient can be in two splits",
             name,
             PATIENTS_UNKNOWN[name],
         )

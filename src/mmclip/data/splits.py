@@ -103,7 +103,7 @@ def set_split(
                 f"train images are val, drawn by patient (seed {seed}, ratio {val_ratio:g})"
             )
     split = {
-        "format": 1,
+        "format": 2,
         "name": name,
         "seed": None,
         **metadata,

@@ -1,7 +1,7 @@
-"""Metrics of resampled patients, all draws at once.
+"""Metrics of resampled patients, all resamples at once.
 
 The bootstrap is ours, as resampling by a loop over scikit-learn takes hours where this takes
-seconds; tests hold it to scikit-learn's values in each draw.
+seconds; tests hold it to scikit-learn's values in each resample.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -14,16 +14,17 @@ from scipy.sparse import csr_array
 from mmclip.evaluation.metrics import f1_of_counts, known, mcc_of_counts
 
 _CHUNK_ELEMENTS = 2**22
-"""Weights held at once, images x draws: 32 MiB an array. [chosen: bounds memory at any size]"""
+"""Weights held at once, images x resamples: 32 MiB an array. [chosen: bounds memory at any size]"""
 
 
 class Resampled(NamedTuple):
-    """Metrics of each bootstrap draw and finding, [draws, k]; NaN where a draw lacks one class."""
+    """Metrics of each bootstrap resample and finding, [resamples, k]; NaN where a resample lacks
+    one class."""
 
-    auroc: Float[np.ndarray, "draws k"]
-    auprc: Float[np.ndarray, "draws k"]
-    f1: Float[np.ndarray, "draws k"]
-    mcc: Float[np.ndarray, "draws k"]
+    auroc: Float[np.ndarray, "resamples k"]
+    auprc: Float[np.ndarray, "resamples k"]
+    f1: Float[np.ndarray, "resamples k"]
+    mcc: Float[np.ndarray, "resamples k"]
 
 
 def bootstrap_metrics(
@@ -38,11 +39,11 @@ def bootstrap_metrics(
 ) -> Resampled:
     """AUROC, AUPRC, F1 and MCC of `n_resamples` resamples of whole patients with replacement.
 
-    Images of one patient are alike, so resampling images would make intervals too narrow. A draw
-    gives each patient a weight, how often it was drawn, and one draw serves all findings: columns
-    of a row belong together, so that a macro average per row is valid. Every metric is computed
-    for all draws at once from images sorted once: with weighted counts p_g, q_g of positives and
-    negatives in tie group g, highest scores first,
+    Images of one patient are alike, so resampling images would make intervals too narrow. A
+    resample gives each patient a weight, how often it was drawn, and one draw serves all findings:
+    columns of a row belong together, so that a macro average per row is valid. Every metric is
+    computed for all resamples at once from images sorted once: with weighted counts p_g, q_g of
+    positives and negatives in tie group g, highest scores first,
 
         AUROC = sum_g p_g (Q - sum_{h<=g} q_h + q_g / 2) / (P Q)
         AUPRC = sum_g (p_g / P) (sum_{h<=g} p_h / sum_{h<=g} (p_h + q_h))
@@ -52,13 +53,13 @@ def bootstrap_metrics(
         scores: Finite wherever the label is known.
         patients: The patient of each row.
         n_resamples: Number of resamples.
-        seed: Of the draws; the same patients and seed give the same draws for any model.
+        seed: Of the resamples; the same patients and seed give the same resamples for any model.
         thresholds: The threshold of each finding, for F1 and MCC; None for a finding without one.
         halves: Draw half of the patients, each once, in the place of as many with replacement.
 
     Returns:
-        Arrays [draws, k]. NaN where the draw holds no positive or no negative image of a finding;
-        F1 and MCC also where the finding has no threshold.
+        Arrays [resamples, k]. NaN where the resample holds no positive or no negative image of a
+        finding; F1 and MCC also where the finding has no threshold.
 
     Source: Mann-Whitney with case weights; equals scikit-learn's metrics with sample_weight.
     """
@@ -95,7 +96,7 @@ def patient_codes(
 def patient_weights(
     n_patients: int, n_resamples: int, seed: int, step: int
 ) -> Iterator[Float[np.ndarray, "patients some"]]:
-    """How often each draw, with replacement, takes each patient; `step` draws at a time.
+    """How often each resample, with replacement, takes each patient; `step` resamples at a time.
 
     Drawn one by one, so that `step` changes nothing.
     """
@@ -144,7 +145,7 @@ def auprc_bias(
         patients: The patient of each row.
         values: The AUPRC of each finding.
         n_resamples: Of halves.
-        seed: Of the draws.
+        seed: Of the resamples.
 
     Returns:
         To be taken away; 0 where no half has both classes.
@@ -180,12 +181,13 @@ def bootstrap_difference(
 
 
 def macro_of_resamples(
-    values: Float[np.ndarray, "draws k"], counted: Sequence[int]
-) -> Float[np.ndarray, " draws"]:
-    """The mean over the counted findings in each draw, left to those that the draw defines.
+    values: Float[np.ndarray, "resamples k"], counted: Sequence[int]
+) -> Float[np.ndarray, " resamples"]:
+    """The mean over the counted findings in each resample, left to those that the resample defines.
 
-    A draw that defines none of them is NaN. With ten images of each class, the rule of
-    `metrics_by_finding`, a finding is undefined in a draw only where few patients hold them all.
+    A resample that defines none of them is NaN. With ten images of each class, the rule of
+    `metrics_by_finding`, a finding is undefined in a resample only where few patients hold them
+    all.
     """
     chosen = values[:, list(counted)]
     is_defined = ~np.isnan(chosen)
@@ -242,7 +244,8 @@ def _count(
 def _weighted_metrics(
     counted: _Counted | None, weight: np.ndarray
 ) -> tuple[np.ndarray | float, np.ndarray | float, np.ndarray | float, np.ndarray | float]:
-    """AUROC, AUPRC, F1 and MCC under the patient weights of each draw, [patients, draws]."""
+    """AUROC, AUPRC, F1 and MCC under the patient weights of each resample, [patients,
+    resamples]."""
     if counted is None:
         return np.nan, np.nan, np.nan, np.nan
     p, q = counted.positive @ weight, counted.negative @ weight

@@ -132,8 +132,8 @@ def read_alike(folders: Sequence[Path]) -> list[Run]:
 def compare(folders: Sequence[Path], *, n_resamples: int = 1000, seed: int = 0) -> list[Compared]:
     """Runs side by side, with paired differences to the first.
 
-    Both runs of a pair are judged in each draw on the same resampled patients, so what is hard for
-    both cancels out.
+    Both runs of a pair are judged in each resample on the same resampled patients, so what is hard
+    for both cancels out.
 
     Args:
         folders: See `read_alike`.

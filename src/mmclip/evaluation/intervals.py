@@ -1,6 +1,6 @@
 """95 % intervals: of a finding, of a macro average, of a mean over seeds.
 
-They are made of the draws of `bootstrap` where draws can say, else of a formula.
+They are made of the resamples of `bootstrap` where resamples can say, else of a formula.
 """
 
 from collections.abc import Hashable, Sequence
@@ -29,18 +29,19 @@ _EDGE = 1e-4
 def finding_interval(
     metric: Literal["auroc", "auprc"],
     value: float,
-    values: Float[np.ndarray, " draws"],
+    values: Float[np.ndarray, " resamples"],
     images: tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]],
 ) -> Interval:
-    """The 95 % interval of one finding: `share_interval`, or a formula where draws cannot say.
+    """The 95 % interval of one finding: `share_interval`, or a formula where resamples cannot say.
 
     They cannot where fewer than five patients, by their images, have the rarer class, where half of
-    the draws are undefined, and at 0 and 1, where all draws may be equal and the truth is not.
+    the resamples are undefined, and at 0 and 1, where all resamples may be equal and the truth is
+    not.
 
     Args:
         metric: What is given.
         value: Of the images themselves.
-        values: Of the draws.
+        values: Of the resamples.
         images: See `images_of_patients`; both classes are there.
     """
     defined = values[~np.isnan(values)]
@@ -59,19 +60,19 @@ def finding_interval(
 def mean_interval(
     values: Float[np.ndarray, " k"],
     intervals: Sequence[Interval],
-    drawn: Float[np.ndarray, "draws k"],
+    drawn: Float[np.ndarray, "resamples k"],
     bias: Float[np.ndarray, " k"] | None = None,
 ) -> Interval:
     """The interval of a macro average, made of those of its findings.
 
-    Their reaches below and above add up as deviations do, with the correlations of the draws. The
-    draws of the mean alone would vary too little, as those of each finding do, and without the
-    corrections that each finding's interval has; where they all are equal, nothing at all.
+    Their reaches below and above add up as deviations do, with the correlations of the resamples.
+    The resamples of the mean alone would vary too little, as those of each finding do, and without
+    the corrections that each finding's interval has; where they all are equal, nothing at all.
 
     Args:
         values: Of the findings.
         intervals: Of each.
-        drawn: Of each, in the same draws; NaN where one is undefined.
+        drawn: Of each, in the same resamples; NaN where one is undefined.
         bias: Of the values, see `auprc_bias`: small for each finding, but the mean keeps it while
             its interval shrinks.
 
@@ -80,7 +81,7 @@ def mean_interval(
     """
     centred = np.nan_to_num(drawn - np.nanmean(drawn, axis=0))
     deviation = np.sqrt((centred**2).sum(0))
-    deviation[deviation < 1e-9] = 0.0  # all draws are equal, but for the last bit
+    deviation[deviation < 1e-9] = 0.0  # all resamples are equal, but for the last bit
     together = np.outer(deviation, deviation)
     correlation = np.divide(
         centred.T @ centred, together, out=np.zeros_like(together), where=together > 0
@@ -98,27 +99,27 @@ def mean_interval(
 
 def share_interval(
     value: float,
-    values: Float[np.ndarray, " draws"],
+    values: Float[np.ndarray, " resamples"],
     n_patients: int | float,
     level: float = 0.95,
 ) -> Interval | None:
     """The interval of a share such as AUROC or AUPRC, for findings that few patients have.
 
     On the scale of the logit, value -+ t s sqrt(m / (m - 1)): s is half the distance between the
-    draws' quantiles that stand a deviation from the middle of a normal distribution, t Student's
-    quantile with m - 1 degrees. The percentile interval errs with few patients: m resampled ones
-    vary by (m - 1) / m of what m new ones do, and near 1 a high share has a narrow interval, so
-    that it misses the truth below it far more often than above it.
+    resamples' quantiles that stand a deviation from the middle of a normal distribution, t
+    Student's quantile with m - 1 degrees. The percentile interval errs with few patients: m
+    resampled ones vary by (m - 1) / m of what m new ones do, and near 1 a high share has a narrow
+    interval, so that it misses the truth below it far more often than above it.
 
     Args:
         value: Of the images themselves, 0 to 1.
-        values: Of the draws; NaN where one is undefined.
+        values: Of the resamples; NaN where one is undefined.
         n_patients: m, the effective number of patients with images of the rarer class.
         level: Share of such intervals that should hold the truth.
 
     Returns:
-        Within 0 to 1; None when fewer than half of the draws are defined, all of them are equal,
-        or a single patient has all images of a class.
+        Within 0 to 1; None when fewer than half of the resamples are defined, all of them are
+        equal, or a single patient has all images of a class.
 
     Source: the logit for AUROC as Pepe 2003, The Statistical Evaluation of Medical Tests, 5.2;
         t and m / (m - 1) as Hesterberg 2015 (arXiv:1411.5279). bench/bootstrap.py measures it.
@@ -136,11 +137,11 @@ def share_interval(
 
 
 def percentile_interval(
-    values: Float[np.ndarray, " draws"], level: float = 0.95
+    values: Float[np.ndarray, " resamples"], level: float = 0.95
 ) -> Interval | None:
-    """The central share of the defined draws; None when fewer than half of them are defined.
+    """The central share of the defined resamples; None when fewer than half of them are defined.
 
-    Source: percentile bootstrap. [chosen: what a minority of the draws says is no interval]
+    Source: percentile bootstrap. [chosen: what a minority of the resamples says is no interval]
     """
     defined = values[~np.isnan(values)]
     if 2 * len(defined) < len(values) or not len(defined):
@@ -189,16 +190,16 @@ def wilson_interval(value: float, n: int | float) -> Interval:
 
 def interval_over_seeds(
     values: Float[np.ndarray, " seeds"],
-    drawn: Float[np.ndarray, "seeds draws"],
+    drawn: Float[np.ndarray, "seeds resamples"],
     level: float = 0.95,
 ) -> Interval | None:
     """The interval of a metric's mean over seeds, for other seeds and other patients.
 
     mean -+ t sqrt(s^2 / n + c), with s^2 the variance of the values over n seeds, and c the mean
-    covariance of two seeds' draws: what the patients do to all seeds alike. What they do to each
-    seed apart is in s^2 already. t is Student's quantile with (s^2 / n + c)^2 / ((s^2 / n)^2 /
+    covariance of two seeds' resamples: what the patients do to all seeds alike. What they do to
+    each seed apart is in s^2 already. t is Student's quantile with (s^2 / n + c)^2 / ((s^2 / n)^2 /
     (n - 1)) degrees, so that few seeds are paid for where they are what is uncertain. Of one seed
-    it is the `percentile_interval` of its draws, over patients alone.
+    it is the `percentile_interval` of its resamples, over patients alone.
 
     Resampling the seeds themselves is far too sure of few: where seeds alone differ, normally, 74 %
     of such 95 % intervals over 3 seeds hold the truth, 84 % over 5. Of these 94 to 96 % do from 3
@@ -207,11 +208,12 @@ def interval_over_seeds(
 
     Args:
         values: Of each seed, on all images; a metric, or a difference paired by seed.
-        drawn: The same in each draw of patients, the same draws for all seeds; NaN where undefined.
+        drawn: The same in each resample of patients, the same resamples for all seeds; NaN where
+            undefined.
         level: Share of such intervals that should hold the truth.
 
     Returns:
-        None where fewer than half of the draws are defined for all seeds.
+        None where fewer than half of the resamples are defined for all seeds.
 
     Source: variance components of two crossed factors (Owen 2007, "The pigeonhole bootstrap");
         degrees of freedom of their sum by Satterthwaite 1946.
@@ -235,7 +237,7 @@ def interval_over_seeds(
 
 
 def share_over_seeds(
-    values: Float[np.ndarray, " seeds"], drawn: Float[np.ndarray, "seeds draws"]
+    values: Float[np.ndarray, " seeds"], drawn: Float[np.ndarray, "seeds resamples"]
 ) -> Interval | None:
     """`interval_over_seeds` of a share such as AUROC, within 0 to 1: the same reach on the logit.
 

@@ -109,7 +109,7 @@ class _Aurocs(NamedTuple):
     """Of one run, macro AUROC and behind it the AUROC of each finding; NaN where there is none."""
 
     values: Float[np.ndarray, " columns"]
-    drawn: Float[np.ndarray, "draws columns"]
+    drawn: Float[np.ndarray, "resamples columns"]
 
 
 def _aurocs(run: Run, counted: Sequence[int], n_resamples: int, seed: int) -> _Aurocs:

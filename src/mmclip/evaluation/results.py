@@ -15,6 +15,9 @@ from mmclip.evaluation.metrics import ThresholdOrigin
 
 RESULTS_FILE = "results.json"
 
+FORMAT = 2
+"""Of results.json: 2 counts images and resamples."""
+
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Correlation = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
@@ -161,6 +164,7 @@ class Provenance(_Model):
 class RunResults(_Model):
     """results.json; `macro_*` to `undefined` and `subgroups` are what `compute_metrics` gives."""
 
+    format: Literal[2] = FORMAT
     title: str
     kind: Literal["demo", "zeroshot", "finetune", "scores"]
     summary: str  # one sentence: which model, scored on what
@@ -239,7 +243,8 @@ def read_results(folder: Path) -> RunResults:
     """
     path = folder / RESULTS_FILE
     try:
-        return checked(json.loads(path.read_text("utf-8")))
+        stored = dict(json.loads(path.read_text("utf-8")))
+        found = checked(stored) if stored.get("format") == FORMAT else None
     except OSError:
         raise ResultsError(
             f"{folder} holds no {RESULTS_FILE}; give the --out of `mmclip zeroshot` or the like"
@@ -249,6 +254,12 @@ def read_results(folder: Path) -> RunResults:
             f"{path} is damaged or of another version of mmclip ({error}); run the command that "
             f"made it again"
         ) from None
+    if found is None:
+        raise ResultsError(
+            f"{path} has format {stored.get('format')}, and this version reads format {FORMAT}; "
+            f"run the command that made it again"
+        )
+    return found
 
 
 def write_results(folder: Path, results: RunResults | Mapping[str, Any]) -> Path:

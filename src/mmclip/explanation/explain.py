@@ -234,7 +234,7 @@ def draw_explanation(found: Explanation, facts: dict[str, Any], caption: str) ->
 def image_of_folder(
     checkpoint: Checkpoint, folder: Path, image_id: str, boxes: tuple[str, Path] | None = None
 ) -> tuple[UInt8[np.ndarray, "s s"], tuple[int, int], list[Annotation]]:
-    """An image of a data folder as the model sees it, its published height and width, its places.
+    """An image of a data folder as the model sees it, its published size, its annotations.
 
     An image of a view that the run has not learnt gives a warning.
 
@@ -276,7 +276,7 @@ def image_of_folder(
 def write_explanation(out: Path, found: Explanation, facts: dict[str, Any], caption: str) -> None:
     """Writes the picture to `out`, and the numbers of the map beside it as .npz.
 
-    The .npz holds `map` (float32, of the image's height and width, NaN where the model did not
+    The .npz holds `saliency` (float32, of the image's height and width, NaN where the model did not
     look), `patches` (the map as the model gives it), `phrase` and `score`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)

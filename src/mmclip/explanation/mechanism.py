@@ -64,7 +64,7 @@ def patient_mean(
         count: Of each row, the number of elements.
         patients: The patient of each row.
         n_resamples: Resamples, each of as many patients as there are.
-        seed: The same rows and seed give the same draws, so that differences pair.
+        seed: The same rows and seed give the same resamples, so that differences pair.
     """
     if not count.sum():
         return PatientMean(None, None, 0)
@@ -122,8 +122,9 @@ def _resampled(
     patients: Sequence[Hashable],
     n_resamples: int,
     seed: int,
-) -> Float[np.ndarray, "draws g"]:
-    """sum(total) / sum(count) of each draw of patients and column; NaN where the draw has none."""
+) -> Float[np.ndarray, "resamples g"]:
+    """sum(total) / sum(count) of each resample of patients and column; NaN where the resample has
+    none."""
     _, code = np.unique([str(patient) for patient in patients], return_inverse=True)
     n_patients = int(code.max()) + 1
     by_patient = np.zeros((2, n_patients, total.shape[1]))

@@ -44,8 +44,8 @@ RANDOM_SEEDS = 3
 """Models of random weights in the sanity check. [chosen: one may point somewhere by luck]"""
 
 SANITY = {
-    "random weights": "they point as well as the trained ones, so that these maps show the image or "
-    "the network's shape, and nothing that was learnt",
+    "random weights": "they point as well as the trained ones, so that these maps show the image "
+    "or the network's shape, and nothing that was learnt",
     "another finding's phrase": "it points as well as the right one, so that these maps do not "
     "answer to the phrase",
 }
@@ -56,7 +56,7 @@ CHOSEN_ON: dict[Split, Split] = {"test": "val", "val": "train", "train": "val"}
 
 
 class Targets(NamedTuple):
-    """Marked places of some images, one per image, finding and phrase. m places, n patches."""
+    """Annotations of some images, one per image, finding and phrase: m of them, n patches."""
 
     dataset: ImageTextDataset
     image_rows: list[int]  # the row of each
@@ -89,13 +89,13 @@ class Targets(NamedTuple):
 def find_targets(
     dataset: ImageTextDataset, annotations: Iterable[Annotation], grid: Grid, left_out: Counter[str]
 ) -> Targets:
-    """The places on the frontal images of some rows, counted in patches.
+    """The annotations of the frontal images, counted in patches.
 
     Args:
         dataset: Each with an image.
         annotations: On these images.
         grid: The patches.
-        left_out: The number of places that are left out is added here, by reason.
+        left_out: The number of annotations that are left out is added here, by reason.
     """
     row_of = {sample.image_id: i for i, sample in enumerate(dataset.samples)}
     samples, findings, phrases, counted = [], [], [], []
@@ -189,7 +189,7 @@ def point_metrics(
 
     Args:
         score: A map a place.
-        targets: The places.
+        targets: The annotations.
         thresholds: For `iou_chosen`, by finding, as other images chose them.
     """
     inside, total = targets.inside, targets.total
@@ -279,7 +279,7 @@ def evaluate_explanations(
     def maps(model: MMCLIP, targets: Targets, phrases: Sequence[str], what: str) -> Tensor:
         return _maps(model, checkpoint, targets, phrases, score, prompts, what)
 
-    own = maps(model, scored, phrases, "saliency_maps")
+    own = maps(model, scored, phrases, "maps")
     there = asked_phrases(others.findings, others.phrases, score, prompts)
     chooses = {"model": maps(model, others, there, f"maps of split {CHOSEN_ON[split]}")}
     shown = {"model": own}
@@ -387,7 +387,8 @@ def _sanity(
     is_lost = None if interval is None else interval[0] > 0
     if interval is None:
         logger.warning(
-            "the sanity check by %s says nothing: no finding has %d places; hits %.3f against %.3f",
+            "the sanity check by %s says nothing: no finding has %d annotations; hits %.3f against "
+            "%.3f",
             control,
             min_count,
             hits["model"].mean(),

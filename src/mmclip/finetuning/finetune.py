@@ -327,8 +327,8 @@ def run_one(
     found |= {
         "title": f"{method.capitalize()}: {task.protocol.title}",
         "kind": "finetune",
-        "summary": f"{len(test):,} images, scored by {method} of {start.said}, on {fraction:.0%} of "
-        f"the training patients ({len(task.train):,} images), seed {seed}; it learnt the labels "
+        "summary": f"{len(test):,} images, scored by {method} of {start.said}, on {fraction:.0%} "
+        f"of the training patients ({len(task.train):,} images), seed {seed}; it learnt the labels "
         "of every finding, and `seen` says how pre-training named it",
         "controls": {"shortcut baseline": shortcut_baseline(task, test)},
         "leak_check": leak_check,
@@ -381,7 +381,7 @@ def gallery(task: Task, test: Predictions) -> list[GalleryItem]:
 def summary_line(method: Method, fraction: float, runs: Mapping[int, Path]) -> dict[str, Any]:
     """What a fraction reached under all seeds: mean, each seed, interval over patients and seeds.
 
-    Every seed is judged on the same draws of patients; see `intervals.interval_over_seeds`.
+    Every seed is judged on the same resamples of patients; see `intervals.interval_over_seeds`.
 
     Args:
         method: Of the runs.
@@ -411,5 +411,5 @@ def summary_line(method: Method, fraction: float, runs: Mapping[int, Path]) -> d
         "macro_auroc": reached,
         "mean": float(np.mean(by_seed)) if by_seed else None,
         "interval": interval,
-        "shortcut baseline": float(np.mean(known)) if known else None,
+        "shortcut_baseline": float(np.mean(known)) if known else None,
     }

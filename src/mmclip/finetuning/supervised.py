@@ -98,7 +98,7 @@ class LabelledBatch:
 
 @dataclass(frozen=True)
 class LabelledBatches:
-    """One endless stream of augmented images, every draw keyed by (seed, purpose, epoch, image)."""
+    """One endless stream of augmented images, by counter-based random numbers."""
 
     labelled: Labelled
     config: FineTuneConfig

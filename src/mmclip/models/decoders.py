@@ -236,7 +236,7 @@ class TextDecoder(nn.Module):
         is_masked: Bool[Tensor, "b t"],
         word_embeddings: Float[Tensor, "v dt"],
     ) -> Float[Tensor, "m v"]:
-        """Vocabulary logits of the masked tokens; see `read` and `predict`."""
+        """Vocabulary logits of the masked tokens; see `decode` and `predict`."""
         x, _ = self.decode(features, is_valid, image_features, is_masked)
         return self.predict(x, is_masked, word_embeddings)
 

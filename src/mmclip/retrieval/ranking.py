@@ -193,7 +193,7 @@ def score_direction(
         patients: The patient of each query: whole patients are resampled, and the candidates
             stay as they are, for the task would be another among fewer.
         ks: The columns of `found`.
-        n_resamples: Bootstrap resamples; the same patients and seed give the draws of
+        n_resamples: Bootstrap resamples; the same patients and seed give the resamples of
             `bootstrap.bootstrap_metrics`.
         seed: Of the resamples.
     """
@@ -224,7 +224,7 @@ def score_direction(
 
 def resampled(
     found: Retrieved, patients: Sequence[str], n_resamples: int, seed: int
-) -> tuple[Float[np.ndarray, "draws m"], Float[np.ndarray, " draws"]]:
+) -> tuple[Float[np.ndarray, "resamples m"], Float[np.ndarray, " resamples"]]:
     """Mean hits and recalls (hits first), and the median rank, of resamples of whole patients."""
     code, n_patients = patient_codes(patients)
     values = np.concatenate([found.hit, found.recall], axis=1)

@@ -197,7 +197,7 @@ def query_of_file(checkpoint: Checkpoint, dataset: ImageTextDataset, path: Path)
     if not path.exists():
         raise ValueError(
             f"{str(path)!r} is neither an image id of the data nor a file; give one of the ids in "
-            f"samples.parquet (of an image with an image), or the path of a PNG, JPEG or DICOM file"
+            f"samples.parquet (with an image), or the path of a PNG, JPEG or DICOM file"
         )
     try:
         content = read_bytes(path)

@@ -51,9 +51,9 @@ class AnyBatch(Protocol):
 B = TypeVar("B", bound=AnyBatch)
 
 ReadBatch = Callable[[int, BatchSlice], B]
-"""What the loop reads from: (step, share) -> that share of the batch of a step.
+"""What the loop reads from: (step, slice) -> that slice of the batch of a step.
 
-The same step and share give the same batch, whenever they are asked for."""
+The same step and slice give the same batch, whenever they are asked for."""
 
 LossSums = Callable[[nn.Module, B], dict[str, Tensor]]
 """Sums of each loss term over the elements of this process's rows."""
@@ -174,21 +174,22 @@ def train_step(
     the contrastive negatives, which are the micro-batch's.
 
     Returns:
-        The terms (means over the global batch), the gradient's norm and the learning rate.
+        The terms (means over the global batch), the gradient's norm, the learning rate, and the
+        number of images that the step read.
 
     Raises:
         NonFiniteLoss: Before the optimiser has moved, on every process alike.
     """
     micro = [
         read_batch(state.step, batch_slice).to(accelerator.device)
-        for batch_slice in batch_slices(config.micro_batch_size, accelerator)
+        for batch_slice in batch_slices(config.n_micro_batches, accelerator)
     ]
-    local = {k: float(sum(loss_counts(b)[k] for b in micro)) for k in weights}
-    counts = accelerator.reduce(
-        torch.tensor(list(local.values()), device=accelerator.device), reduction="sum"
-    )
+    local = [float(sum(loss_counts(b)[k] for b in micro)) for k in weights]
+    local.append(float(sum(len(b.image_ids) for b in micro)))
+    counts = accelerator.reduce(torch.tensor(local, device=accelerator.device), reduction="sum")
     assert isinstance(counts, Tensor)
-    count = dict(zip(weights, counts.clamp(min=1), strict=True))
+    *of_terms, n_images = counts
+    count = {k: n.clamp(min=1) for k, n in zip(weights, of_terms, strict=True)}
     sums = {k: torch.zeros((), device=accelerator.device) for k in weights}
     for m, batch in enumerate(micro):
         last = m == len(micro) - 1
@@ -217,7 +218,7 @@ def train_step(
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
-    return {**means, "grad_norm": grad_norm, "lr": torch.tensor(lr)}
+    return {**means, "grad_norm": grad_norm, "lr": torch.tensor(lr), "n_images": n_images}
 
 
 @contextmanager
@@ -323,7 +324,7 @@ def fit(
     log_path = run / "metrics.jsonl"
     if main:
         _cut_log(log_path, state.step)
-    began, since = time.monotonic(), state.step
+    began, n_images = time.monotonic(), 0
     with (
         progress("training", config.steps, state.step, show=main) as advance,
         interrupt_between_steps(accelerator.num_processes) as is_interrupted,
@@ -340,11 +341,12 @@ def fit(
                     f"{error}; this process's rows are in {where}; a lower train.base_lr or "
                     f"train.precision=fp32 is the usual remedy"
                 ) from None
+            n_images += int(values.pop("n_images"))
             note = None
             if state.step % config.log_every_steps == 0 or state.step == config.steps:
                 seconds = time.monotonic() - began
-                images_per_s = (state.step - since) * config.batch_size / seconds
-                began, since = time.monotonic(), state.step
+                images_per_s = n_images / seconds
+                began, n_images = time.monotonic(), 0
                 state.log = {k: float(v) for k, v in values.items()}
                 loss = sum(weights[k] * state.log[k] for k in weights)
                 line = {"step": state.step, "loss": loss, **state.log, "images_per_s": images_per_s}
@@ -397,7 +399,7 @@ def _save_failed(
     folder = run / f"nonfinite_step_{state.step:06d}_process_{rank}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for m, batch_slice in enumerate(batch_slices(config.micro_batch_size, accelerator)):
+    for m, batch_slice in enumerate(batch_slices(config.n_micro_batches, accelerator)):
         batch = read_batch(state.step, batch_slice)
         tensors = {k: v.contiguous() for k, v in batch.tensors().items()}
         save_file(tensors, folder / f"batch_{m}.safetensors")

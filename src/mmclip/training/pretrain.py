@@ -291,7 +291,6 @@ def _say_what_runs(
 ) -> None:
     train = request.config.train
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    per_micro = train.batch_size // train.micro_batch_size
     n_pairs = sum(map(is_pair, dataset.samples))
     unpaired = f" and {len(dataset) - n_pairs:,} unpaired images" if len(dataset) > n_pairs else ""
     n_threads = torch.get_num_threads()
@@ -301,10 +300,11 @@ def _say_what_runs(
         f"{accelerator.num_processes}, {train.precision}, "
         f"{n_threads} thread{'s' * (n_threads != 1)}"
     )
-    if train.micro_batch_size > 1:
+    if train.n_micro_batches > 1:
         console.print(
             f"gradient accumulation: the contrastive negatives (and a ResNet's batch statistics) "
-            f"are the {per_micro} rows of a micro-batch, not the {train.batch_size} of the batch"
+            f"are the {train.micro_batch_size} pairs of a micro-batch, not the "
+            f"{train.batch_size} of the batch"
         )
     for line in repeats(request.config, n_pairs, len(dataset) - n_pairs):
         console.print(line, style="yellow", soft_wrap=True)
