@@ -122,11 +122,12 @@ def masked_words(
     for index in chunks(len(texts), size):
         some = texts_of(texts, index).to(device)
         read = model.forward_text(some, model.encode_image(images[index].to(device)).features)
-        assert read.token_logits is not None
+        assert read.masked_features is not None
+        logits = model.token_logits(read.masked_features)
         target = some.ids[some.is_masked]
         row = index.numpy()[some.is_masked.nonzero()[:, 0].cpu().numpy()]
-        each = F.cross_entropy(read.token_logits.float(), target, reduction="none")
-        is_right = read.token_logits.argmax(-1) == target
+        each = F.cross_entropy(logits.float(), target, reduction="none")
+        is_right = logits.argmax(-1) == target
         np.add.at(loss, row, each.double().cpu().numpy())
         np.add.at(right, row, is_right.double().cpu().numpy())
     return loss, right

@@ -13,7 +13,6 @@ reports of common sentences cut to the wanted number of tokens. The arms are
     whole                    + unpaired images with prompts, which come on top of the pairs
 
 `time_ratio` and `memory_ratio` are whole : contrastive with all images, that is for one image;
-`read_ahead_ratio`, on a GPU, is whole : whole with each batch made while the device waits;
 `*_same_pairs` are whole : contrastive, where the whole method also reads more images; and
 `*_masked_terms` are + AttMIM : contrastive, the same pairs and nothing else. Of a pretrained text
 encoder only the size matters; it starts from random weights, so that nothing is downloaded.
@@ -29,12 +28,10 @@ import gc
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,16 +42,16 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
-from mmclip.batch import Batch, BatchSlice, TextBatch
+from mmclip.batch import BatchSlice, TextBatch
 from mmclip.config import Config, TextEncoderConfig, load_config
-from mmclip.data.batches import TrainingBatches, training_dataset
+from mmclip.data.batches import RawBatch, TrainingBatches, training_dataset
 from mmclip.data.build import build_data
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Sample
 from mmclip.data.text import train_tokenizer
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
-from mmclip.training.loop import ReadBatch, TrainState, make_optimizer, read_ahead, train_step
+from mmclip.training.loop import TrainState, make_optimizer, train_step
 from mmclip.training.objective import Objective
 
 OPENI_MEDIAN, OPENI_SIGMA = 42, 0.456
@@ -77,9 +74,6 @@ SENTENCES = (
     "Streaky opacity in the left lower lobe may represent atelectasis or scarring.",
     "The aorta is tortuous and calcified.", "There is a nodule in the left lung.",
 )  # fmt: skip
-
-NOT_AHEAD = "whole, not read ahead"
-"""The arm `whole` with each batch made while the device waits."""
 
 ARMS = ("contrastive", "contrastive, all images", "+ EntMLM", "+ AttMIM", "whole")
 
@@ -190,33 +184,23 @@ def build_arm(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     objective = Objective(config, model.vision_model.config.patch_size)
     batches = TrainingBatches(
-        training_dataset(dataset, config), tokenizer, config, objective.patch_size,
-        device=accelerator.device,
+        training_dataset(dataset, config), tokenizer, config, objective.patch_size
     )  # fmt: skip
     return Arm(config, model, TrainState(wrapped, optimizer), batches, objective)
 
 
-def run_step(
-    accelerator: Accelerator, arm: Arm, read_batch: ReadBatch[Batch] | None = None
-) -> float:
+def run_step(accelerator: Accelerator, arm: Arm, micro: list[RawBatch] | None = None) -> float:
     """One step of the training loop; returns its seconds.
 
     Args:
         accelerator: Of the arm.
         arm: Moves on by a step.
-        read_batch: Where its batch comes from, if it is not made on the spot.
+        micro: Its batch; None has it made on the spot.
     """
     synchronise(accelerator.device)
     began = time.perf_counter()
-    train_step(
-        accelerator,
-        arm.state,
-        read_batch or arm.batches.batch,
-        arm.objective.sums,
-        arm.objective.counts,
-        arm.objective.weights,
-        arm.config.train,
-    )
+    batch = micro or [arm.batches.read(arm.state.step, _whole_step(arm))]
+    train_step(accelerator, arm.state, batch, arm.objective, arm.config.train)
     synchronise(accelerator.device)
     return time.perf_counter() - began
 
@@ -230,29 +214,18 @@ def synchronise(device: torch.device) -> None:
 def time_steps(
     accelerator: Accelerator, arms: Mapping[str, Arm], steps: int
 ) -> dict[str, list[float]]:
-    """Seconds of each step of each arm, as the training loop reads its batches.
-
-    On a GPU it reads them ahead, but for the arm NOT_AHEAD.
-    """
+    """Seconds of each step of each arm, with the making of its batch."""
     seconds: dict[str, list[float]] = defaultdict(list)
     names = list(arms)
-    with ExitStack() as stack:
-        readers: dict[str, ReadBatch[Batch]] = {
-            name: stack.enter_context(
-                read_ahead(arm.batches.batch, sys.maxsize, accelerator.device)
-            )
-            for name, arm in arms.items()
-            if name != NOT_AHEAD
-        }
-        for turn in range(steps + 2):
-            for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
-                if accelerator.device.type != "cpu":
-                    # The last arm's blocks of memory do not fit; freeing them takes as long as a
-                    # step, so one goes by.
-                    run_step(accelerator, arms[name], readers.get(name))
-                took = run_step(accelerator, arms[name], readers.get(name))
-                if turn >= 2:  # the first steps make buffers, plans and the optimiser's state
-                    seconds[name].append(took)
+    for turn in range(steps + 2):
+        for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
+            if accelerator.device.type != "cpu":
+                # The last arm's blocks of memory do not fit; freeing them takes as long as a
+                # step, so one goes by.
+                run_step(accelerator, arms[name])
+            took = run_step(accelerator, arms[name])
+            if turn >= 2:  # the first steps make buffers, plans and the optimiser's state
+                seconds[name].append(took)
     return seconds
 
 
@@ -346,7 +319,7 @@ def parts_of(accelerator: Accelerator, arm: Arm, steps: int) -> dict[str, float]
     clock.watch(accelerator, "backward", "backward")
     clock.watch(arm.state.optimizer, "step", "optimiser")
     batches = arm.batches
-    clock.watch(batches, "batch", "data")
+    clock.watch(batches, "read", "data")
     try:
         run_step(accelerator, arm)  # as in `time_steps`
         clock.seconds.clear()
@@ -452,8 +425,6 @@ def main() -> None:
             gc.collect()
             print(f"{name:24}{memory[name]:10.1f} MiB", flush=True)
         arms = {name: build(name) for name in ARMS}
-        if args.device == "cuda":
-            arms[NOT_AHEAD] = build("whole")
         seconds = time_steps(accelerator, arms, args.steps)
         named = {"contrastive": ARMS[1], "whole": "whole"}
         parts = {
@@ -467,8 +438,6 @@ def main() -> None:
     print(f"\n{'':30}{'s a step':>10}{'MiB':>10}")
     for name in ARMS:
         print(f"{name:30}{statistics.median(seconds[name]):10.4f}{memory[name]:10.1f}")
-    if NOT_AHEAD in seconds:
-        print(f"{NOT_AHEAD:30}{statistics.median(seconds[NOT_AHEAD]):10.4f}")
     print(f"\n{'ms of a step':30}{'contrastive, all images':>24}{'whole':>10}")
     for part in dict.fromkeys([*parts["contrastive"], *parts["whole"]]):
         a, b = (1000 * parts[key].get(part, 0.0) for key in named)
@@ -479,8 +448,6 @@ def main() -> None:
         "_masked_terms": ("+ AttMIM", "contrastive"),
     }
     ratios: dict[str, Any] = {}
-    if NOT_AHEAD in seconds:
-        ratios["read_ahead_ratio"] = ratio_of(seconds["whole"], seconds[NOT_AHEAD])["median"]
     for suffix, (a, b) in compared.items():
         ratio = ratio_of(seconds[a], seconds[b])
         ratios[f"time_ratio{suffix}"] = ratio["median"]

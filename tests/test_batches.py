@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmclip.batch import Batch, BatchSlice
+from mmclip.batch import Batch, BatchSlice, cheapest_cuts, plan_encoding
 from mmclip.data.batches import TrainingBatches, label_names, training_dataset
 from mmclip.data.build import build_data
 from mmclip.data.corpus import MAX_SENTENCES, mark_concepts, sentences_read, tokenise_corpus
@@ -485,3 +486,44 @@ def test_without_pairs_rows_can_be_looked_at_and_not_trained_on(folder: Path):
     assert len(batches.of_rows(np.array([0])).prompts) == 1
     with pytest.raises(ValueError, match="there are no rows to read from"):
         batches.batch(0, BatchSlice())
+
+
+def test_texts_in_buckets_are_each_there_once_and_padded_least():
+    generator = torch.Generator().manual_seed(0)
+    n, t = 400, 64
+    lengths = torch.randint(3, t + 1, (n,), generator=generator)
+    is_valid = torch.arange(t)[None] < lengths[:, None]
+    ids = torch.randint(5, 40, (n, t), generator=generator).masked_fill(~is_valid, 0)
+    ids[7] = ids[3]
+    is_valid[7] = is_valid[3]
+    masked = ids.clone()
+    masked[::2, 1] = 4
+    is_masked = masked != ids
+    plan = plan_encoding(ids, masked, is_valid, is_valid, is_masked)
+    assert len(plan.buckets) > 1
+    texts = [
+        tuple(row[ok].tolist())
+        for b in plan.buckets
+        for row, ok in zip(b.ids, b.is_valid, strict=True)
+    ]
+    assert len(set(texts)) == len(texts)
+    for which, wanted in ((plan.as_it_is, ids), (plan.with_masks, masked)):
+        for place, row, ok in zip(which.tolist(), wanted, is_valid, strict=True):
+            assert texts[place] == tuple(row[ok].tolist())
+    assert torch.equal(masked.flatten()[plan.masked_places], torch.full((n // 2,), 4))
+    assert plan.most_masked == 1
+
+
+def test_buckets_are_cut_where_tokens_and_passes_cost_least():
+    widths, counts = [8, 16, 24, 64], [10, 1, 5, 2]
+    for cost in (0, 20, 100, 400, 10_000):
+        n = len(widths)
+        tried = {}
+        for inner in itertools.chain.from_iterable(
+            itertools.combinations(range(1, n), k) for k in range(n)
+        ):
+            cuts = [0, *inner, n]
+            spans = list(itertools.pairwise(cuts))
+            tried[tuple(cuts)] = sum(sum(counts[a:b]) * widths[b - 1] + cost for a, b in spans)
+        found = cheapest_cuts(widths, counts, cost)
+        assert tried[tuple(found)] == min(tried.values())

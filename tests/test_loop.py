@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from itertools import count, product
 from pathlib import Path
@@ -23,11 +22,12 @@ from mmclip.training import loop
 from mmclip.training.loop import (
     NonFiniteLoss,
     TrainState,
+    batch_slices,
     fit,
     interrupt_between_steps,
     learning_rate,
     make_optimizer,
-    read_ahead,
+    step_loader,
     train_step,
 )
 from mmclip.training.objective import Objective
@@ -68,10 +68,8 @@ def gradients(
                 kept[name] = p.grad.clone()
 
     state.optimizer = accelerator.prepare(Keep(state.model.parameters(), lr=1.0))
-    terms = train_step(
-        accelerator, state, batches.batch, objective.sums, objective.counts, objective.weights,
-        config,
-    )  # fmt: skip
+    micro = [batches.batch(0, share) for share in batch_slices(config.n_micro_batches, accelerator)]
+    terms = train_step(accelerator, state, micro, objective, config)
     return {name: float(terms[name]) for name in objective.weights}, kept
 
 
@@ -91,9 +89,17 @@ ARMS = {
 }  # fmt: skip
 
 
-def in_one_process(case: str, arm: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+CACHED = ("contrastive", "whole")
+"""Arms that two processes also train with a gradient cache."""
+
+
+def in_one_process(
+    case: str, arm: str, n_micro: int = 0
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """A step; with micro-batches, by a gradient cache."""
     n, without, prompted = CASES[case]
-    config = TrainConfig(batch_size=n, clip_norm=1e9)
+    cache = {"micro_batch_size": n // n_micro, "gradient_cache": True} if n_micro else {}
+    config = TrainConfig(batch_size=n, clip_norm=1e9).model_copy(update=cache)
     objective = Objective(small_config(*ARMS[arm]), PATCH_SIZE)
     return gradients(config, MadeBatches(n, without, prompted), objective)
 
@@ -105,6 +111,12 @@ def write_gradients_of_this_process(folder: Path) -> None:
         if os.environ["RANK"] == "0":
             torch.save({"losses": losses, "gradients": kept}, folder / f"{case}, {arm}.pt")
         AcceleratorState._reset_state(reset_partial_state=False)
+        if arm in CACHED:
+            losses, kept = in_one_process(case, arm, n_micro=2)
+            if os.environ["RANK"] == "0":
+                cached = folder / f"{case}, {arm}, cached.pt"
+                torch.save({"losses": losses, "gradients": kept}, cached)
+            AcceleratorState._reset_state(reset_partial_state=False)
     # torch aborts a process that ends while wrapped models still hold on to gloo's threads.
     gc.collect()
     dist.destroy_process_group()
@@ -123,16 +135,17 @@ def test_two_processes_give_loss_and_gradients_of_one_on_the_joined_batch(tmp_pa
     script.write_text(code)
     subprocess.run([*command, str(script)], check=True, env=environment, cwd=root, timeout=120)
     for case, arm in product(CASES, ARMS):
-        together = torch.load(tmp_path / f"{case}, {arm}.pt", weights_only=True)
         AcceleratorState._reset_state(reset_partial_state=True)
         losses, alone = in_one_process(case, arm)
-        assert together["losses"] == pytest.approx(losses, abs=1e-5), (case, arm)
-        assert together["gradients"].keys() == alone.keys()
-        for name, gradient in alone.items():
-            torch.testing.assert_close(
-                together["gradients"][name], gradient, atol=1e-5, rtol=1e-5,
-                msg=f"{case}, {arm}: {name}",
-            )  # fmt: skip
+        for how in ("", *([", cached"] if arm in CACHED else [])):
+            together = torch.load(tmp_path / f"{case}, {arm}{how}.pt", weights_only=True)
+            assert together["losses"] == pytest.approx(losses, abs=1e-5), (case, arm, how)
+            assert together["gradients"].keys() == alone.keys()
+            for name, gradient in alone.items():
+                torch.testing.assert_close(
+                    together["gradients"][name], gradient, atol=1e-5, rtol=1e-5,
+                    msg=f"{case}, {arm}{how}: {name}",
+                )  # fmt: skip
 
 
 def test_shares_of_a_batch_partition_it():
@@ -165,10 +178,8 @@ def test_accumulation_divides_by_the_count_of_the_whole_batch():
             )
             for half in (0, 1)
         ]
-    terms = train_step(
-        accelerator, state, batches.batch, CONTRASTIVE.sums, CONTRASTIVE.counts,
-        CONTRASTIVE.weights, config,
-    )  # fmt: skip
+    halves = [batches.batch(0, BatchSlice(half, 2)) for half in (0, 1)]
+    terms = train_step(accelerator, state, halves, CONTRASTIVE, config)
     assert float(terms["contrastive"]) == pytest.approx(sum(sums) / 5, rel=1e-5)
 
 
@@ -176,9 +187,26 @@ def fit_here(
     run: Path, batches: MadeBatches, state: TrainState, accelerator: Accelerator, saved: list[int]
 ) -> None:
     fit(
-        accelerator, state, batches.batch, CONTRASTIVE.sums, CONTRASTIVE.counts,
-        CONTRASTIVE.weights, CONFIG, run, lambda s: saved.append(s.step),
+        accelerator, state, batches.batch, CONTRASTIVE, CONFIG, run,
+        lambda s: saved.append(s.step),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", ["contrastive", "whole"])
+def test_a_gradient_cache_gives_loss_and_gradients_of_one_batch(arm: str):
+    batches = MadeBatches(8, without_report=(1, 5, 6), with_prompt=(1, 5))
+    objective = Objective(small_config(*ARMS[arm]), PATCH_SIZE)
+    config = TrainConfig(batch_size=8, clip_norm=1e9)
+    losses, wanted = gradients(config, batches, objective)
+    for n_micro in (1, 2, 4):
+        cached = config.model_copy(
+            update={"micro_batch_size": 8 // n_micro, "gradient_cache": True}
+        )
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found, kept = gradients(cached, batches, objective)
+        assert found == pytest.approx(losses, rel=1e-5)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(kept[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_one_batch_can_be_learnt_by_heart(tmp_path: Path):
@@ -189,10 +217,7 @@ def test_one_batch_can_be_learnt_by_heart(tmp_path: Path):
     accelerator = Accelerator(cpu=True)
     config = TrainConfig(steps=120, batch_size=8, base_lr=0.1, log_every_steps=120)
     state = new_state(accelerator, config)
-    fit(
-        accelerator, state, OneBatch().batch, CONTRASTIVE.sums, CONTRASTIVE.counts,
-        CONTRASTIVE.weights, config, tmp_path, lambda s: None,
-    )  # fmt: skip
+    fit(accelerator, state, OneBatch().batch, CONTRASTIVE, config, tmp_path, lambda s: None)
     # Texts are equal two by two, so the floor is log 2: the even split over two positives.
     assert state.log["contrastive"] == pytest.approx(math.log(2), abs=0.02)
 
@@ -229,24 +254,43 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path: Path)
     assert (folder / "batch_0.safetensors").is_file()
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(tmp_path: Path):
-    def with_a_root(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        terms = CONTRASTIVE.sums(model, batch)
+class WithARoot(Objective):
+    """A finite loss whose gradient is not: the root of 0 is 0, and its slope is infinite."""
+
+    def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        terms = super().sums(model, batch)
         weight = next(model.parameters())
-        # The root of 0 is 0, and its slope is not finite.
         return {"contrastive": terms["contrastive"] + (0 * weight).abs().sum().sqrt()}
 
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(tmp_path: Path):
     accelerator = Accelerator(cpu=True)
     state = new_state(accelerator)
     with pytest.raises(
         NonFiniteLoss, match="step 0: the gradient, of a finite loss, is not finite"
     ):
         fit(
-            accelerator, state, MadeBatches().batch, with_a_root, CONTRASTIVE.counts,
-            CONTRASTIVE.weights, CONFIG, tmp_path, lambda s: None,
+            accelerator, state, MadeBatches().batch, WithARoot(small_config(), PATCH_SIZE), CONFIG,
+            tmp_path, lambda s: None,
         )  # fmt: skip
     assert state.step == 0
     assert all(p.isfinite().all() for p in state.model.parameters())
+
+
+def test_the_fused_optimiser_leaves_out_a_step_that_the_device_found_not_finite():
+    # What the loop on a GPU counts on; torch has the same kernel for a CPU.
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    for found, moves in ((0.0, True), (1.0, False), (0.0, True)):
+        before = weight.detach().clone()
+        steps = [float(s["step"]) for s in optimizer.state.values()]
+        weight.grad = torch.ones(3) if moves else torch.full((3,), torch.nan)
+        optimizer.found_inf = torch.tensor(found)  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+        assert (not torch.equal(before, weight.detach())) == moves
+        if not moves:
+            assert steps == [float(s["step"]) for s in optimizer.state.values()]
+    assert weight.isfinite().all()
 
 
 def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path: Path):
@@ -257,46 +301,34 @@ def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path: Path):
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}
 
 
-GPU = torch.device("cuda")  # nothing is put there: what is read ahead goes by the name alone
+def test_a_worker_makes_the_batches_of_their_steps_ahead_and_in_order():
+    batches, of_this = MadeBatches(), [BatchSlice(half, 2) for half in (0, 1)]
+    for device, is_ahead in ((torch.device("cpu"), False), (torch.device("cuda"), True)):
+        loader = step_loader(batches.batch, of_this, 2, 6, device)
+        assert (loader.num_workers == 1) == is_ahead
+        loader.pin_memory = False  # no GPU is needed for what is asked here
+        for step, micro in zip(range(2, 6), loader, strict=True):
+            for batch_slice, batch in zip(of_this, micro, strict=True):
+                expected = batches.batch(step, batch_slice)
+                assert batch.step == step and batch.image_ids == expected.image_ids
+                torch.testing.assert_close(
+                    batch.tensors(), expected.tensors(), rtol=0, atol=0, equal_nan=True
+                )
 
 
-def test_batches_read_ahead_are_those_of_their_steps_and_made_in_a_thread():
-    batches, made = MadeBatches(), []
-
-    def read_batch(step: int, batch_slice: BatchSlice) -> Batch:
-        is_main = threading.current_thread() is threading.main_thread()
-        made.append((step, batch_slice.index, is_main))
-        return batches.batch(step, batch_slice)
-
-    asked = [(step, BatchSlice(half, 2)) for step in (1, 2, 3) for half in (0, 1)]
-    out_of_order = (0, BatchSlice(1, 2))
-    with read_ahead(read_batch, 4, GPU) as read:
-        for step, batch_slice in (*asked, out_of_order):
-            expected = batches.batch(step, batch_slice).tensors()
-            torch.testing.assert_close(
-                read(step, batch_slice).tensors(), expected, rtol=0, atol=0, equal_nan=True
-            )
-    assert [(step, half) for step, half, is_main in made if is_main] == [(1, 0), (1, 1), (0, 1)]
-    assert max(step for step, _, _ in made) == 3
-
-
-def test_a_batch_that_cannot_be_made_ahead_fails_at_its_own_step():
+def test_a_batch_that_cannot_be_made_fails_at_its_own_step():
     def read_batch(step: int, batch_slice: BatchSlice) -> Batch:
         if step == 2:
             raise OSError("no image")
         return MadeBatches().batch(step, batch_slice)
 
-    with read_ahead(read_batch, 9, GPU) as read:
-        assert [read(0, BatchSlice()).step, read(1, BatchSlice()).step] == [0, 1]
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        loader = step_loader(read_batch, [BatchSlice()], 0, 9, device)
+        loader.pin_memory = False
+        steps = iter(loader)
+        assert [next(steps)[0].step, next(steps)[0].step] == [0, 1]
         with pytest.raises(OSError, match="no image"):
-            read(2, BatchSlice())
-    assert not any(t.name.startswith("batches") for t in threading.enumerate())
-
-
-def test_on_a_cpu_nothing_is_read_ahead():
-    batches = MadeBatches()
-    with read_ahead(batches.batch, 9, torch.device("cpu")) as read:
-        assert read == batches.batch
+            next(steps)
 
 
 def test_the_first_control_c_waits_for_the_step_and_the_second_does_not():
@@ -325,10 +357,9 @@ def test_a_step_counts_every_image_that_it_reads(micro_batch_size: int | None):
     assert config.n_micro_batches == 4 // (micro_batch_size or 4)
     accelerator = Accelerator(cpu=True)
     batches = MadeBatches(8, without_report=(4, 5, 6, 7))
-    terms = train_step(
-        accelerator, new_state(accelerator), batches.batch, CONTRASTIVE.sums, CONTRASTIVE.counts,
-        CONTRASTIVE.weights, config,
-    )  # fmt: skip
+    slices = batch_slices(config.n_micro_batches, accelerator)
+    micro = [batches.batch(0, batch_slice) for batch_slice in slices]
+    terms = train_step(accelerator, new_state(accelerator), micro, CONTRASTIVE, config)
     assert int(terms["n_images"]) == 8
 
 
@@ -339,8 +370,8 @@ def test_the_speed_in_the_log_is_of_images_and_not_of_pairs(tmp_path: Path, monk
     accelerator = Accelerator(cpu=True)
     config = CONFIG.model_copy(update={"steps": 1, "batch_size": 4, "log_every_steps": 1})
     fit(
-        accelerator, new_state(accelerator, config), batches.batch, CONTRASTIVE.sums,
-        CONTRASTIVE.counts, CONTRASTIVE.weights, config, tmp_path, lambda s: None,
+        accelerator, new_state(accelerator, config), batches.batch, CONTRASTIVE, config,
+        tmp_path, lambda s: None,
     )  # fmt: skip
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["images_per_s"] == 8  # in the one second between two ticks

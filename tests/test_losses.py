@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmclip.losses import contrastive_sum, label_sum, positive_pairs
+from mmclip.losses import (
+    contrastive_sum,
+    contrastive_sum_in_blocks,
+    label_sum,
+    masked_token_sum,
+    masked_token_sum_in_blocks,
+    positive_pairs,
+)
 from tests.oracles import contrastive_sum_loop, positive_pairs_loop
 
 
@@ -128,3 +135,43 @@ def test_an_unknown_label_adds_neither_loss_nor_gradient():
     assert logits.grad is not None and logits.grad[0, :2].tolist() == [0.0, 0.0]
     assert logits.grad[0, 2] > 0
     assert label_sum(logits, torch.full((1, 3), torch.nan)).item() == 0
+
+
+def test_losses_in_blocks_are_those_at_once_with_their_gradients():
+    generator = torch.Generator().manual_seed(0)
+    query, others = (F.normalize(torch.randn(9, 4, generator=generator), dim=1) for _ in range(2))
+    keys = torch.randint(-1, 4, (9, 2), generator=generator)
+    keys[:, 0] = torch.arange(9)
+    is_candidate = torch.tensor([True] * 7 + [False, True])
+    found = []
+    for rows in (2, 4, 9, 100):
+        leaves = [x.clone().requires_grad_() for x in (query, others, torch.tensor(5.0))]
+        loss = contrastive_sum_in_blocks(
+            leaves[0], leaves[1], keys, keys, is_candidate, leaves[2], block_rows=rows
+        )
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    expected = contrastive_sum(
+        query, others, positive_pairs(keys, keys), is_candidate, torch.tensor(5.0)
+    )
+    torch.testing.assert_close(found[-1][0], expected, rtol=0, atol=0)
+    for some in found:
+        for a, b in zip(some, found[-1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_logits_of_masked_tokens_in_blocks_are_those_at_once_with_their_gradients():
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(n, 3, generator=generator) for n in (5, 0, 6)]
+    targets = [torch.randint(0, 7, (n,), generator=generator) for n in (5, 0, 6)]
+    found = []
+    for tokens in (2, 11):
+        layer = torch.nn.Linear(3, 7)
+        with torch.no_grad():
+            layer.weight.copy_(torch.arange(21.0).view(7, 3) / 10)
+            layer.bias.zero_()
+        loss = masked_token_sum_in_blocks(features, targets, layer, block_tokens=tokens)
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(layer.parameters()))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    logits = torch.cat(features) @ (torch.arange(21.0).view(7, 3) / 10).T
+    torch.testing.assert_close(found[0][0], masked_token_sum(logits, torch.cat(targets)))

@@ -1,6 +1,7 @@
 """What the model and the objective make of a batch: the step of every arm."""
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -130,7 +131,7 @@ def test_labels_without_unpaired_images_or_beside_prompts_are_refused():
 def test_rows_without_a_text_add_nothing_to_terms_of_texts():
     model, objective = made(*WHOLE)
     batch = MIXED.batch()
-    loud = Batch(**{**batch.__dict__, "image": batch.image.clone()})
+    loud = replace(batch, image=batch.image.clone())
     loud.image[7] += 10.0  # has neither report nor prompt
     with torch.no_grad():
         a, b = objective.sums(model, batch), objective.sums(model, loud)
@@ -142,7 +143,7 @@ def test_rows_without_a_text_add_nothing_to_terms_of_texts():
 def test_a_prompt_beside_a_report_is_no_text_of_its_row():
     model, objective = made(*WHOLE)
     batch = MIXED.batch(objective.config.train.steps - 1)
-    alone = Batch(**{**batch.__dict__, "prompts": batch.texts()[1]})
+    alone = replace(batch, prompts=batch.texts()[1])
     a, b = run(model, objective, batch), run(model, objective, alone)
     torch.testing.assert_close(a.text_embedding, b.text_embedding)
     # It guides what is masked of its image, and of no other.
@@ -172,7 +173,7 @@ def test_equal_texts_are_encoded_once():
     model.text_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    run(model, objective, Batch(**{**batch.__dict__, "reports": same, "prompts": no_texts()}))
+    run(model, objective, replace(batch, reports=same, prompts=no_texts()))
     assert rows == [2, 1]  # as it is and with masked words; and the stand-in for no prompts
 
 
@@ -229,7 +230,7 @@ def test_hidden_pixels_have_no_path_to_their_prediction_when_pixels_are_hidden()
     assert out.is_masked is not None and out.patches is not None
     masked = out.is_masked.view(8, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     noise = torch.randn(batch.image.shape, generator=torch.Generator().manual_seed(9))
-    other = Batch(**{**batch.__dict__, "image": torch.where(masked, noise, batch.image)})
+    other = replace(batch, image=torch.where(masked, noise, batch.image))
     again = run(model, objective, other)
     torch.testing.assert_close(out.patches, again.patches)
 
@@ -253,19 +254,20 @@ def test_hidden_words_have_no_path_to_their_prediction():
         batch.reports.is_masked, (batch.reports.ids - 5 + 7) % 45 + 5, batch.reports.ids
     )
     reports = TextBatch(**{**batch.reports.tensors(), "ids": ids})
-    other = Batch(**{**batch.__dict__, "reports": reports})
+    other = replace(batch, reports=reports)
     a, b = run(model, objective, batch), run(model, objective, other)
-    torch.testing.assert_close(a.token_logits, b.token_logits)
+    torch.testing.assert_close(a.masked_token_features, b.masked_token_features)
     assert not torch.allclose(a.text_embedding[2:5], b.text_embedding[2:5])  # unmasked there
 
 
 def test_words_are_recovered_with_the_own_image():
     model, objective = made("loss.text=1")
     batch = MIXED.batch()
-    turned = Batch(**{**batch.__dict__, "image": batch.image.roll(1, 0)})
+    turned = replace(batch, image=batch.image.roll(1, 0))
     a, b = run(model, objective, batch), run(model, objective, turned)
-    assert a.token_logits is not None and b.token_logits is not None
-    assert (a.token_logits != b.token_logits).any(1).all()
+    assert a.masked_token_features is not None and b.masked_token_features is not None
+    logits = [model.token_logits(out.masked_token_features) for out in (a, b)]
+    assert (logits[0] != logits[1]).any(1).all()
 
 
 def test_the_choice_is_random_before_the_annealing_and_guided_after_it():
@@ -345,10 +347,7 @@ def test_the_whole_method_can_learn_one_batch_by_heart(overrides: tuple[str, ...
     optimizer = make_optimizer(model, model.no_decay_names(), train)
     state = TrainState(*accelerator.prepare(model, optimizer))
     batches = OneBatch(8)
-    fit(
-        accelerator, state, batches.batch, objective.sums, objective.counts, objective.weights,
-        train, tmp_path, lambda s: None,
-    )  # fmt: skip
+    fit(accelerator, state, batches.batch, objective, train, tmp_path, lambda s: None)
     assert state.log["contrastive"] == pytest.approx(math.log(2), abs=0.05)
     assert state.log["text"] < 0.1  # log 50 by chance
     assert state.log["image"] < 0.7  # 1 for predicting grey

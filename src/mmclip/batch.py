@@ -1,6 +1,10 @@
 """A batch: some images with what is said of them, as tensors. Made by `data`, read by `models`."""
 
-from dataclasses import dataclass, fields
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +25,121 @@ class BatchSlice:
         return slice(self.index * n // self.of, (self.index + 1) * n // self.of)
 
 
+TEXTS_PER_BUCKET = 64
+"""Distinct texts below twice which there is one bucket. [chosen: on a CPU the padding of few texts
+costs less than a second pass of the encoder]"""
+
+BUCKET_COST = 4096
+"""What a pass of the encoder costs beside its tokens, in tokens. [chosen: a GPU needs 7 ms to start
+the kernels of 12 layers, forward and backward, and about 2 us a token of BERT-base]"""
+
+WIDTH_STEP = 8
+"""Tokens by which the widths of buckets differ at least: the multiple that matrix units want."""
+
+
+@dataclass(frozen=True)
+class TextBucket:
+    """Distinct texts of similar length, padded to the longest of them. d texts, t tokens."""
+
+    ids: Int[Tensor, "d t"]
+    is_valid: Bool[Tensor, "d t"]
+
+
+@dataclass(frozen=True)
+class EncodingPlan:
+    """How the texts of a batch pass the text encoder, and where their masked tokens are.
+
+    Everything that would ask a GPU for a number (which texts are equal, how many tokens are masked)
+    is known where the batch is made, so the plan is made there and the device is never waited for.
+    """
+
+    buckets: tuple[TextBucket, ...]  # each distinct text once, as it is or with [MASK]
+    as_it_is: Int[Tensor, " m"]  # where each text stands among the texts of all buckets
+    with_masks: Int[Tensor, " m"]  # where it stands with [MASK] in it
+    masked_places: Int[Tensor, " h"]  # of the m * t tokens, in reading order
+    most_masked: int  # tokens in the text that has most masked; at least 1
+    most_entities: int  # tokens of entities, likewise
+
+
+def plan_encoding(
+    ids: Int[Tensor, "m t"],
+    masked_ids: Int[Tensor, "m t"],
+    is_valid: Bool[Tensor, "m t"],
+    is_entity: Bool[Tensor, "m t"],
+    is_masked: Bool[Tensor, "m t"],
+) -> EncodingPlan:
+    """The plan of some texts; see `Texts` for the arguments.
+
+    Without texts, the plan holds one text that nobody asks for: BERT reads no empty batch, and
+    every process must use every parameter.
+    """
+    both, valid = torch.cat([ids, masked_ids]), is_valid.repeat(2, 1)
+    if not len(ids):
+        both, valid = ids.new_zeros(1, ids.shape[1]), is_valid.new_ones(1, ids.shape[1])
+    distinct, which = torch.unique(both, dim=0, return_inverse=True)
+    is_real = torch.zeros_like(valid[: len(distinct)]).index_copy(0, which, valid)
+    order, spans = _buckets(is_real.sum(1), ids.shape[1])
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return EncodingPlan(
+        tuple(TextBucket(distinct[rows, :width], is_real[rows, :width]) for rows, width in spans),
+        place[which][: len(ids)],
+        place[which][len(ids) : 2 * len(ids)],
+        is_masked.flatten().nonzero()[:, 0],
+        most_in_a_row(is_masked),
+        most_in_a_row(is_entity & is_valid),
+    )
+
+
+def _buckets(
+    lengths: Int[Tensor, " d"], longest: int
+) -> tuple[Int[Tensor, " d"], list[tuple[Int[Tensor, " rows"], int]]]:
+    """The order of some texts in their buckets, and the texts and the width of each bucket.
+
+    Of all ways to cut the texts, sorted by length, this one has the fewest tokens, padding
+    and BUCKET_COST for each bucket included. One bucket keeps their order.
+    """
+    n = len(lengths)
+    if n < 2 * TEXTS_PER_BUCKET:
+        order = torch.arange(n, device=lengths.device)
+        return order, [(order, longest)]
+    order = lengths.argsort(stable=True)
+    rounded = ((lengths + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP).clamp(max=longest)
+    widths, counts = rounded.unique(return_counts=True)
+    cuts = cheapest_cuts(widths.tolist(), counts.tolist(), BUCKET_COST)
+    ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])[cuts].tolist()
+    spans = zip(ends[:-1], ends[1:], widths[torch.tensor(cuts[1:]) - 1].tolist(), strict=True)
+    return order, [(order[start:end], width) for start, end, width in spans]
+
+
+def cheapest_cuts(widths: Sequence[int], counts: Sequence[int], cost_of_part: int) -> list[int]:
+    """Where to cut rising widths into parts that are each padded to their last width.
+
+    Args:
+        widths: Rising.
+        counts: Texts of each width.
+        cost_of_part: Tokens that a part costs beside its own.
+
+    Returns:
+        The first width of each part, then len(widths): the cuts of least cost, by dynamic
+        programming over the widths.
+    """
+    n_before = [0, *accumulate(counts)]
+    best: list[tuple[int, list[int]]] = [(0, [0])]  # cost and cuts of the first i widths
+    for end, width in enumerate(widths, start=1):
+        found = [
+            (cost + (n_before[end] - n_before[start]) * width + cost_of_part, [*cuts, end])
+            for start, (cost, cuts) in enumerate(best)
+        ]
+        best.append(min(found))
+    return best[-1][1]
+
+
+def most_in_a_row(is_asked: Bool[Tensor, "b s"]) -> int:
+    """How many places the row that asks for most asks for; at least 1."""
+    return max(is_asked.sum(1).tolist(), default=1) or 1
+
+
 @dataclass(frozen=True)
 class TextBatch:
     """Texts of some rows of a batch, at most one a row. m texts, t tokens.
@@ -34,6 +153,13 @@ class TextBatch:
     is_entity: Bool[Tensor, "m t"]  # words of a finding, an anatomy or a modifier
     is_masked: Bool[Tensor, "m t"]  # to be recovered by the text decoder
     masked_ids: Int[Tensor, "m t"]  # `ids` with [MASK] where `is_masked`
+    encoding: EncodingPlan = field(init=False)  # follows from the others
+
+    def __post_init__(self) -> None:
+        plan = plan_encoding(
+            self.ids, self.masked_ids, self.is_valid, self.is_entity, self.is_masked
+        )
+        object.__setattr__(self, "encoding", plan)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,19 +173,28 @@ class TextBatch:
         }
         return kinds[tokens]
 
+    def most_chosen(self, tokens: ScoreTokens | None) -> int:
+        """The most words of a text that are masked or of a kind, or a number above it."""
+        plan, t = self.encoding, self.ids.shape[1]
+        match tokens:
+            case None | "masked":
+                return plan.most_masked
+            case "entities":
+                return min(t, plan.most_masked + plan.most_entities)
+            case "all":
+                return t
+
     def take(self, keep: Bool[Tensor, " m"]) -> "TextBatch":
         """The texts where `keep` is True."""
         return TextBatch(*(tensor[keep] for tensor in self.tensors().values()))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, in the order of the fields."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
 
     def to(self, device: torch.device) -> "TextBatch":
         """The same texts on a device."""
-        return TextBatch(
-            *(tensor.to(device, non_blocking=True) for tensor in self.tensors().values())
-        )
+        return on_each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -80,6 +215,10 @@ class Batch:
     step: int
     # Labels of rows without a report: 1, 0, NaN unknown; None where no label loss is trained.
     labels: Float[Tensor, "b k"] | None = None
+    text_rows: Int[Tensor, " r"] = field(init=False)  # that have a text, in order
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text_rows", self.has_text.nonzero()[:, 0])
 
     def __len__(self) -> int:
         return len(self.image)
@@ -122,15 +261,35 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        lesion, labels = self.lesion_ratio, self.labels
-        return Batch(
-            image=self.image.to(device, non_blocking=True),
-            reports=self.reports.to(device),
-            prompts=self.prompts.to(device),
-            keys=self.keys.to(device, non_blocking=True),
-            patch_noise=self.patch_noise.to(device, non_blocking=True),
-            lesion_ratio=None if lesion is None else lesion.to(device, non_blocking=True),
-            image_ids=self.image_ids,
-            step=self.step,
-            labels=None if labels is None else labels.to(device, non_blocking=True),
-        )
+        return on_each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in memory that a GPU reads from while the CPU works."""
+        return on_each_tensor(self, Tensor.pin_memory)
+
+    def with_images(
+        self, image: Float[Tensor, "b 1 h w"], lesion_ratio: Float[Tensor, "b n"] | None
+    ) -> "Batch":
+        """The same rows with other pixels; nothing is derived anew."""
+        found = copy.copy(self)
+        object.__setattr__(found, "image", image)
+        object.__setattr__(found, "lesion_ratio", lesion_ratio)
+        return found
+
+
+T = TypeVar("T")
+
+
+def on_each_tensor(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """The same dataclass, tuple or tensor with each of its tensors changed, derived ones too."""
+    found: Any = value
+    if isinstance(value, Tensor):
+        found = change(value)
+    elif isinstance(value, tuple):
+        found = tuple(on_each_tensor(item, change) for item in value)
+    elif is_dataclass(value):
+        found = copy.copy(value)
+        for each in fields(value):
+            changed = on_each_tensor(getattr(value, each.name), change)
+            object.__setattr__(found, each.name, changed)
+    return found

@@ -189,6 +189,7 @@ class TrainConfig(Frozen):
     batch_size: int = Field(default=64, gt=1)  # pairs a step, over all processes and micro-batches
     # Gradient accumulation: pairs of a micro-batch, over all processes; negatives are its own.
     micro_batch_size: int | None = Field(default=None, gt=1)  # None: the whole batch at once
+    gradient_cache: bool = False  # the negatives of a micro-batch are those of the whole batch
     base_lr: float = Field(default=8e-3, gt=0)  # per 256 pairs; lr = base_lr * batch_size / 256
     weight_decay: float = Field(default=0.05, ge=0)
     beta2: float = Field(default=0.98, gt=0, lt=1)
@@ -196,6 +197,7 @@ class TrainConfig(Frozen):
     final_lr_ratio: float = Field(default=0.01, ge=0, le=1)  # of the peak, at the end of the cosine
     clip_norm: float = Field(default=1.0, gt=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False  # the layers of the transformers, by torch.compile: for a GPU
     log_every_steps: int = Field(default=10, gt=0)
     save_every_steps: int = Field(default=500, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
@@ -259,6 +261,16 @@ class Config(Frozen):
             raise ValueError(
                 f"loss.label={self.loss.label} is the control in which no label becomes a prompt, "
                 "and unpaired.prompt_pairs=true makes prompts; set one of the two to 0 or false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cache_needs_rows_apart(self) -> "Config":
+        image = self.model.image
+        if self.train.gradient_cache and image.pretrained is None and image.kind == "resnet":
+            raise ValueError(
+                "train.gradient_cache=true encodes each micro-batch apart, and a ResNet's batch "
+                "statistics are those of all rows it sees at once; set model.image.kind='vit'"
             )
         return self
 

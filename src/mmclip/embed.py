@@ -40,10 +40,16 @@ def embed_images(
     with progress("embedding images", len(dataset), show=show) as advance:
         for start in range(0, len(dataset), batch_size):
             part = np.arange(start, min(start + batch_size, len(dataset)))
-            image = normalise(dataset.pixels(part)).to(device)
-            out.append(model.encode_image(image).embedding.cpu())
+            image = normalise(dataset.pixels(part).to(device, non_blocking=True))
+            with half_on_gpu(device):
+                out.append(model.encode_image(image).embedding)
             advance(len(part))
-    return torch.cat(out)
+    return torch.cat(out).cpu()
+
+
+def half_on_gpu(device: torch.device) -> torch.autocast:
+    """bf16 for the matrix products of a GPU, which are many times faster so; nothing elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 MIN_PIECE_CHARS = 2.0
@@ -118,7 +124,8 @@ def embed_texts(
         tokens = tokenise(tokenizer, distinct[start : start + batch_size], max_tokens=max_tokens)
         ids = torch.from_numpy(tokens.ids).long().to(device)
         is_valid = torch.from_numpy(tokens.is_valid).to(device)
-        out.append(model.encode_text(ids, is_valid).embedding.cpu())
+        with half_on_gpu(device):
+            out.append(model.encode_text(ids, is_valid).embedding.cpu())
     number = {text: i for i, text in enumerate(distinct)}
     return torch.cat(out)[[number[text] for text in texts]]
 

@@ -77,6 +77,9 @@ def pretrain(
             metavar="PATH",
         ),
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to TensorBoard too.")
+    ] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too.")] = False,
     cpu: CpuOption = False,
 ) -> None:
@@ -104,6 +107,7 @@ def pretrain(
         shuffle_pairs=shuffle_pairs,
         lesions=lesion_masks,
         wandb=wandb,
+        tensorboard=tensorboard,
         cpu=cpu,
     )
     with resume_hint("the same command with --resume goes on"):

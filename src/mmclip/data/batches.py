@@ -9,11 +9,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mmclip.batch import Batch, BatchSlice, TextBatch
+from mmclip.batch import Batch, BatchSlice, TextBatch, on_each_tensor
 from mmclip.config import AugmentConfig, Config
 from mmclip.data.check import patient_key, study_key
 from mmclip.data.corpus import (
@@ -30,7 +30,7 @@ from mmclip.data.disease_prompts import (
     DiseasePrompt,
     load_disease_prompts,
 )
-from mmclip.data.image_text_dataset import ImageTextDataset, affine_of, warp
+from mmclip.data.image_text_dataset import ImageTextDataset, affine_of, augmented, warp
 from mmclip.data.sample import Entity, Sample
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
 from mmclip.data.text import tokenise
@@ -41,6 +41,8 @@ from mmclip.masking import (
     random_tokens_instead,
 )
 from mmclip.patches import lesion_ratio_of_patches
+
+CPU = torch.device("cpu")
 
 LesionMasks = Mapping[str, Bool[np.ndarray, "h w"]]
 """The pixels of all lesions of a synthetic image, by image id; an image without lesions is not in
@@ -165,6 +167,37 @@ class _TextRows:
     tokens: TokenRows
 
 
+@dataclass(frozen=True)
+class RawBatch:
+    """A batch whose images are bytes yet: they are augmented on the device that they go to."""
+
+    pixels: UInt8[Tensor, "b h w"]
+    n_resamples: Float[Tensor, "b 6"]  # of the augmentation, uniform
+    lesions: Bool[Tensor, "b h w"] | None
+    rest: Batch  # without pixels: its images are of 0 x 0
+    augment: AugmentConfig
+    patch_size: int
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        """The image of each row."""
+        return self.rest.image_ids
+
+    def pin_memory(self) -> "RawBatch":
+        """The same batch in memory that a GPU reads from while the CPU works."""
+        return on_each_tensor(self, Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The finished batch on a device."""
+        there = on_each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+        image = augmented(there.pixels, there.uniforms, self.augment)
+        if there.lesions is None:
+            return there.rest.with_images(image, None)
+        theta = affine_of(there.uniforms, self.augment)
+        moved = warp(there.lesions.float().unsqueeze(1), theta)
+        return there.rest.with_images(image, lesion_ratio_of_patches(moved, self.patch_size))
+
+
 class TrainingBatches:
     """The batches of a run. Pairs and unpaired images are two endless streams of their own.
 
@@ -179,7 +212,6 @@ class TrainingBatches:
         patch_size: int,
         shuffle_pairs: bool = False,
         lesions: LesionMasks | None = None,
-        device: torch.device | None = None,
     ) -> None:
         """Tokenises the reports once.
 
@@ -191,10 +223,7 @@ class TrainingBatches:
             shuffle_pairs: Deal each image the report of another, fixed for the run: the control
                 under which nothing can be learnt.
             lesions: For the oracle and for measuring; None where there are none.
-            device: Where images are augmented, and found in a batch; None is the CPU, where the
-                rest of a batch is.
         """
-        self.device = device or torch.device("cpu")
         self.dataset, self.tokenizer, self.config, self.patch_size = (
             dataset,
             tokenizer,
@@ -256,6 +285,10 @@ class TrainingBatches:
         values[order] = values[np.roll(order, 1)]
 
     def batch(self, step: int, batch_slice: BatchSlice) -> Batch:
+        """As `read` gives it, finished on the CPU."""
+        return self.read(step, batch_slice).to(CPU)
+
+    def read(self, step: int, batch_slice: BatchSlice) -> RawBatch:
         """A share of the batch of a step; the shares of all processes and micro-batches are it."""
         parts = []
         for stream, schedule in self.streams:
@@ -267,7 +300,7 @@ class TrainingBatches:
 
     def of_rows(self, rows: Int[np.ndarray, " b"]) -> Batch:
         """Some rows as one batch, in this order, with the random numbers of epoch 0."""
-        return self._batch(rows, np.zeros_like(rows), step=0)
+        return self._batch(rows, np.zeros_like(rows), step=0).to(CPU)
 
     def prompts(
         self, rows: Int[np.ndarray, " b"], epochs: Int[np.ndarray, " b"]
@@ -282,40 +315,38 @@ class TrainingBatches:
             for sample, own in zip(samples, uniforms, strict=True)
         ]
 
-    def _batch(self, rows: np.ndarray, epochs: np.ndarray, step: int) -> Batch:
+    def _batch(self, rows: np.ndarray, epochs: np.ndarray, step: int) -> RawBatch:
         reports, prompts = self._reports(rows, epochs), self._prompts(rows, epochs)
-        image, lesion_ratio, noise = self._images(rows, epochs)
-        return Batch(
-            image=image,
+        pixels = self.dataset.pixels(rows)
+        n_patches = (pixels.shape[-1] // self.patch_size) ** 2
+        rest = Batch(
+            image=torch.zeros(len(rows), 1, 0, 0),
             reports=self._mask(reports, rows, epochs, np.ones(len(reports.rows), bool)),
             prompts=self._mask(prompts, rows, epochs, self.report_of_row[rows[prompts.rows]] < 0),
             keys=self._keys(rows, reports, prompts),
-            patch_noise=noise,
-            lesion_ratio=lesion_ratio,
+            patch_noise=torch.from_numpy(
+                self._uniforms(Purpose.PATCHES, rows, epochs, n_patches)
+            ).float(),
+            lesion_ratio=None,
             image_ids=tuple(self.dataset.samples[r].image_id for r in rows),
             step=step,
             labels=None if self.labels is None else torch.from_numpy(self.labels[rows]),
         )
+        uniforms = torch.from_numpy(self._uniforms(Purpose.AUGMENT, rows, epochs, 6)).float()
+        lesions = self._lesions_of(rows, pixels.shape[-2:])
+        return RawBatch(pixels, uniforms, lesions, rest, self.config.augment, self.patch_size)
 
     def _uniforms(
         self, purpose: Purpose, rows: np.ndarray, epochs: np.ndarray, n: int
     ) -> np.ndarray:
         return keyed_uniform(self.seed, purpose, epochs, self.image_keys[rows], n)
 
-    def _images(
-        self, rows: np.ndarray, epochs: np.ndarray
-    ) -> tuple[Float[Tensor, "b 1 h w"], Float[Tensor, "b n"] | None, Float[Tensor, "b n"]]:
-        uniforms = self._uniforms(Purpose.AUGMENT, rows, epochs, 6)
-        image = self.dataset.augmented(rows, uniforms, self.config.augment, self.device)
-        n_patches = (image.shape[-1] // self.patch_size) ** 2
-        noise = torch.from_numpy(self._uniforms(Purpose.PATCHES, rows, epochs, n_patches)).float()
+    def _lesions_of(self, rows: np.ndarray, size: Sequence[int]) -> Bool[Tensor, "b h w"] | None:
         if self.lesions is None:
-            return image, None, noise
-        none = np.zeros(image.shape[-2:], bool)
+            return None
+        none = np.zeros(tuple(size), bool)
         masks = np.stack([self.lesions.get(self.dataset.samples[r].image_id, none) for r in rows])
-        theta = affine_of(torch.from_numpy(uniforms).float(), self.config.augment)
-        moved = warp(torch.from_numpy(masks).float().unsqueeze(1), theta)
-        return image, lesion_ratio_of_patches(moved, self.patch_size), noise
+        return torch.from_numpy(masks)
 
     def _reports(self, rows: np.ndarray, epochs: np.ndarray) -> _TextRows:
         here = np.flatnonzero(self.report_of_row[rows] >= 0)

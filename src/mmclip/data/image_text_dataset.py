@@ -52,6 +52,16 @@ def augment(
     return moved * contrast + brightness
 
 
+def augmented(
+    pixels: UInt8[Tensor, "b h w"], uniforms: Float[Tensor, "b 6"], config: AugmentConfig
+) -> Float[Tensor, "b 1 h w"]:
+    """Images in model space, augmented by uniform random numbers, where their bytes are.
+
+    A GPU gets a quarter of what the finished images would be, and does the work in no time.
+    """
+    return augment(normalise(pixels), uniforms, config)
+
+
 def affine_of(uniforms: Float[Tensor, "b 6"], config: AugmentConfig) -> Float[Tensor, "b 2 3"]:
     """Where each point of the augmented image comes from, in grid units (the side is 2 long)."""
     u = 2 * uniforms.float() - 1  # -1..1
@@ -98,21 +108,6 @@ class ImageTextDataset:
             assert cache is not None and row >= 0, "a row without an image was asked for its image"
             out.append(cache.images[row])
         return torch.from_numpy(np.stack(out))
-
-    def augmented(
-        self,
-        rows: np.ndarray,
-        uniforms: Float[np.ndarray, "b 6"],
-        config: AugmentConfig,
-        device: torch.device,
-    ) -> Float[Tensor, "b 1 h w"]:
-        """Images in model space, augmented by uniform random numbers; made on the device, from its
-        bytes.
-
-        A GPU gets a quarter of what the finished images would be, and does the work in no time.
-        """
-        images = normalise(self.pixels(rows).to(device, non_blocking=True))
-        return augment(images, torch.from_numpy(uniforms).float(), config)
 
     def labels(self, findings: Sequence[str]) -> np.ndarray:
         """float64 [n, k]: 1 present, 0 absent, NaN unknown or uncertain."""

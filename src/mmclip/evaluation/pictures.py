@@ -24,7 +24,7 @@ from mmclip.config import GREY_MEAN, GREY_STD
 from mmclip.data.batches import TrainingBatches, deterministic_config, is_pair, is_unpaired
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.sample import Entity
-from mmclip.models.mmclip import Outputs
+from mmclip.models.mmclip import MMCLIP, Outputs
 from mmclip.patches import Grid, patchify, rescale_patches, unpatchify
 from mmclip.training.objective import Objective
 
@@ -126,7 +126,7 @@ def make_pictures(checkpoint: Checkpoint, dataset: ImageTextDataset) -> dict[str
     if plan is not None:
         plan = None if plan.policy == "oracle" else plan._replace(mask_noise=0.0)
     out = model(batch.to(model.logit_scale.device), plan)
-    predicted = _predicted(batch, out)
+    predicted = _predicted(batch, _guesses(model, out))
     images = dataset.pixels(everyone)
     patches = _patches(batch, out, images, patch_size)
     prompts = batches.prompts(everyone, np.zeros_like(everyone))
@@ -318,11 +318,18 @@ def _filling(patches: np.ndarray) -> Grid:
     return Grid(len(patches), 1, len(patches))
 
 
-def _predicted(batch: Batch, out: Outputs) -> tuple[Int[Tensor, "m t"], Int[Tensor, "p q"]]:
+def _guesses(model: MMCLIP, out: Outputs) -> Int[Tensor, " h"] | None:
+    """The token that the model puts in each masked place; None without a text decoder."""
+    features = out.masked_token_features
+    return None if features is None else model.token_logits(features).argmax(-1).cpu()
+
+
+def _predicted(
+    batch: Batch, guess: Int[Tensor, " h"] | None
+) -> tuple[Int[Tensor, "m t"], Int[Tensor, "p q"]]:
     """The tokens of reports and of prompts, with the model's guess in the place of masked ones."""
     reports, prompts = batch.reports.ids.clone(), batch.prompts.ids.clone()
-    if out.token_logits is not None:
-        guess = out.token_logits.argmax(-1).cpu()
+    if guess is not None:
         n_reports = int(batch.reports.is_masked.sum())
         reports[batch.reports.is_masked] = guess[:n_reports]
         prompts[batch.prompts.is_masked] = guess[n_reports:]

@@ -3,7 +3,7 @@ it."""
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmclip.batch import BatchSlice
+from mmclip.batch import BatchSlice, on_each_tensor
 from mmclip.checkpoint import (
     CHECKPOINTS,
     CheckpointError,
@@ -28,7 +28,7 @@ from mmclip.checkpoint import (
 )
 from mmclip.config import AugmentConfig, Frozen, TrainConfig
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import ImageTextDataset, normalise
+from mmclip.data.image_text_dataset import ImageTextDataset, augmented, normalise
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
 from mmclip.evaluation.metrics import auroc
 from mmclip.finetuning.task import Labelled
@@ -76,6 +76,11 @@ class FineTuneConfig(Frozen):
             raise ValueError(
                 f"train.seed={self.train.seed}; a run's seed is that of its subset: --seed"
             )
+        if self.train.gradient_cache:
+            raise ValueError(
+                "train.gradient_cache=true is for the contrastive term, which fine-tuning does not "
+                "have; leave it out"
+            )
         return self
 
 
@@ -85,15 +90,46 @@ class LabelledBatch:
 
     image: Float[Tensor, "b 1 h w"]
     labels: Float[Tensor, "b k"]
-    image_ids: tuple[str, ...]
-
-    def to(self, device: torch.device) -> "LabelledBatch":
-        """The same batch on a device."""
-        return LabelledBatch(self.image.to(device), self.labels.to(device), self.image_ids)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
         return {"image": self.image, "labels": self.labels}
+
+
+@dataclass(frozen=True)
+class RawLabelledBatch:
+    """The same with images that are bytes yet: they are augmented on the device that they go to."""
+
+    pixels: UInt8[Tensor, "b h w"]
+    n_resamples: Float[Tensor, "b 6"]
+    labels: Float[Tensor, "b k"]
+    image_ids: tuple[str, ...]
+    augment: AugmentConfig
+
+    def pin_memory(self) -> "RawLabelledBatch":
+        """The same batch in memory that a GPU reads from while the CPU works."""
+        return on_each_tensor(self, Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        """The finished batch on a device."""
+        there = on_each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return LabelledBatch(augmented(there.pixels, there.uniforms, self.augment), there.labels)
+
+
+@dataclass(frozen=True)
+class LabelTerm:
+    """The one term of fine-tuning: the cross-entropy of known labels."""
+
+    positive_weight: Float[Tensor, " k"]
+    weights: Mapping[str, float] = field(default_factory=lambda: {"label": 1.0})
+
+    def sums(self, model: nn.Module, batch: LabelledBatch) -> dict[str, Tensor]:
+        """The term, summed over the known labels."""
+        return {"label": label_sum(model(batch.image), batch.labels, self.positive_weight)}
+
+    def counts(self, batch: "LabelledBatch | RawLabelledBatch") -> dict[str, int]:
+        """Known labels."""
+        return {"label": int((~batch.labels.isnan()).sum())}
 
 
 @dataclass(frozen=True)
@@ -103,7 +139,6 @@ class LabelledBatches:
     labelled: Labelled
     config: FineTuneConfig
     seed: int
-    device: torch.device  # where images are augmented
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -111,7 +146,7 @@ class LabelledBatches:
         keys = [image_key(sample.image_id) for sample in self.labelled.dataset.samples]
         return Schedule(np.array(keys, np.uint64), self.config.train.batch_size, self.seed)
 
-    def batch(self, step: int, batch_slice: BatchSlice) -> LabelledBatch:
+    def read(self, step: int, batch_slice: BatchSlice) -> RawLabelledBatch:
         """A share of the batch of a step; the shares of all processes and micro-batches are it."""
         rows, epochs = self.schedule.rows(step)
         cut = batch_slice.of_rows(len(rows))
@@ -120,9 +155,13 @@ class LabelledBatches:
             self.seed, Purpose.AUGMENT, epochs, self.schedule.image_keys[rows], 6
         )
         whole = self.labelled.dataset
-        image = whole.augmented(rows, uniforms, self.config.augment, self.device)
-        labels = torch.from_numpy(self.labelled.labels[rows]).float()
-        return LabelledBatch(image, labels, tuple(whole.samples[row].image_id for row in rows))
+        return RawLabelledBatch(
+            whole.pixels(rows),
+            torch.from_numpy(uniforms).float(),
+            torch.from_numpy(self.labelled.labels[rows]).float(),
+            tuple(whole.samples[row].image_id for row in rows),
+            self.config.augment,
+        )
 
 
 def positive_weights(labels: Float[np.ndarray, "n k"], most: float) -> Float[np.ndarray, " k"]:
@@ -252,12 +291,6 @@ def train_classifier(
     positive_weight = torch.from_numpy(weight).float().to(accelerator.device)
     batch_slice = BatchSlice(accelerator.process_index, accelerator.num_processes)
 
-    def loss_sums(wrapped: nn.Module, batch: LabelledBatch) -> dict[str, Tensor]:
-        return {"label": label_sum(wrapped(batch.image), batch.labels, positive_weight)}
-
-    def loss_counts(batch: LabelledBatch) -> dict[str, int]:
-        return {"label": int((~batch.labels.isnan()).sum())}
-
     def is_over(state: TrainState) -> bool:
         own = accelerator.unwrap_model(state.model)
         reached = macro_auroc(
@@ -284,10 +317,8 @@ def train_classifier(
         fit(
             accelerator,
             state,
-            LabelledBatches(train, config, seed, accelerator.device).batch,
-            loss_sums,
-            loss_counts,
-            {"label": 1.0},
+            LabelledBatches(train, config, seed).read,
+            LabelTerm(positive_weight),
             config.train,
             run,
             save,

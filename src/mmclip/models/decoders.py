@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mmclip.batch import most_in_a_row
 from mmclip.patches import first_positions, gather_tokens, scatter_tokens
 
 MLP_RATIO = 4
@@ -236,9 +237,9 @@ class TextDecoder(nn.Module):
         is_masked: Bool[Tensor, "b t"],
         word_embeddings: Float[Tensor, "v dt"],
     ) -> Float[Tensor, "m v"]:
-        """Vocabulary logits of the masked tokens; see `decode` and `predict`."""
+        """Vocabulary logits of the masked tokens, in reading order, row after row."""
         x, _ = self.decode(features, is_valid, image_features, is_masked)
-        return self.predict(x, is_masked, word_embeddings)
+        return self.predict(x[is_masked], word_embeddings)
 
     def decode(
         self,
@@ -247,6 +248,7 @@ class TextDecoder(nn.Module):
         image_features: Float[Tensor, "b i d"],
         is_asked: Bool[Tensor, "b t"],
         want_attention: bool = False,
+        most_asked: int | None = None,
     ) -> tuple[Float[Tensor, "b t w"], Float[Tensor, "b heads t i"] | None]:
         """Lets the tokens look at the image.
 
@@ -257,9 +259,11 @@ class TextDecoder(nn.Module):
             is_asked: The tokens whose features and attention are wanted; the others get 0.
             want_attention: Also give the weights with which each token looked at the image, the
                 heads of all blocks in a row, in float32 and without gradient.
+            most_asked: How many are asked for in a row, at most; None asks the device.
         """
         x = self.embed(features)
-        asked = first_positions(is_asked, most_in_a_row(is_asked))
+        most = most_in_a_row(is_asked) if most_asked is None else most_asked
+        asked = first_positions(is_asked, most)
         attention = []
         for block in self.blocks[:-1]:
             x, weights = block(x, is_valid, image_features, None, want_attention)
@@ -273,24 +277,15 @@ class TextDecoder(nn.Module):
         return x, torch.cat([*attention, heads], 1)
 
     def predict(
-        self,
-        x: Float[Tensor, "b t w"],
-        is_masked: Bool[Tensor, "b t"],
-        word_embeddings: Float[Tensor, "v dt"],
+        self, x: Float[Tensor, "m w"], word_embeddings: Float[Tensor, "v dt"]
     ) -> Float[Tensor, "m v"]:
-        """Vocabulary logits of the masked tokens only, in reading order, row after row.
+        """Vocabulary logits of some tokens.
 
         Args:
-            x: As `read` gives it.
-            is_masked: The m tokens to predict.
+            x: Of the tokens, as `read` gives them.
             word_embeddings: Of the text encoder, shared with the output.
         """
-        return F.linear(self.head(self.norm(x[is_masked])), word_embeddings, self.bias)
-
-
-def most_in_a_row(is_asked: Bool[Tensor, "b s"]) -> int:
-    """How many places the row that asks for most asks for; at least 1."""
-    return max(is_asked.sum(1).tolist(), default=1) or 1
+        return F.linear(self.head(self.norm(x)), word_embeddings, self.bias)
 
 
 def grid_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n w"]:

@@ -1,16 +1,19 @@
 """MMCLIP: two encoders, two projections, a learned temperature, and the decoders of training."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel, ResNetModel
 
 from mmclip.batch import Batch, TextBatch
 from mmclip.config import Config, MaskPolicy, MaskStage, ScoreKind, ScoreTokens
+from mmclip.losses import masked_token_sum_in_blocks
 from mmclip.masking import (
     blend_scores,
     choose_masked_patches,
@@ -21,6 +24,14 @@ from mmclip.masking import (
 from mmclip.models.decoders import ImageDecoder, TextDecoder
 from mmclip.models.encoders import encode_visible, no_decay_names, pooled, token_features
 from mmclip.patches import scatter_visible
+
+KERNELS_OF_TEXTS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Attention kernels for texts, whose shape changes with every batch. cuDNN's is not among them: it
+plans anew for each shape, on the host. [docs/performance.md]"""
 
 
 class EncoderOutput(NamedTuple):
@@ -51,7 +62,7 @@ class TextOutput(NamedTuple):
 
     features: Float[Tensor, "m t d"]
     embedding: Float[Tensor, "m e"]
-    token_logits: Float[Tensor, "h v"] | None  # None without a text decoder
+    masked_features: Float[Tensor, "h w"] | None  # of the decoder; None without one
     attention: Float[Tensor, "m heads t n"] | None  # to the patches; where it was asked for
 
 
@@ -61,7 +72,8 @@ class Outputs(NamedTuple):
     image_embedding: Float[Tensor, "b e"]
     text_embedding: Float[Tensor, "b e"]
     scale: Float[Tensor, ""]
-    token_logits: Float[Tensor, "h v"] | None  # of reports, then of prompts
+    masked_token_features: Float[Tensor, "h w"] | None  # of reports, then of prompts
+    masked_token_loss: Float[Tensor, ""] | None  # its sum over them, see `losses`
     patches: Float[Tensor, "b n p"] | None  # predicted pixels, see `ImageDecoder`
     is_masked: Bool[Tensor, "b n"] | None
     relevance: Float[Tensor, "b n"] | None  # what the choice went by, before policy and noise
@@ -120,7 +132,8 @@ class MMCLIP(nn.Module):
 
     def encode_text(self, ids: Int[Tensor, "b t"], is_valid: Bool[Tensor, "b t"]) -> EncoderOutput:
         """Encodes token ids; `is_valid` is False on padding."""
-        output = self.text_model(input_ids=ids, attention_mask=is_valid.long())
+        with sdpa_kernel(KERNELS_OF_TEXTS):
+            output = self.text_model(input_ids=ids, attention_mask=is_valid.long())
         projected = self.text_projection(pooled(output, self.text_model))
         return EncoderOutput(output.last_hidden_state, F.normalize(projected.float(), dim=-1))
 
@@ -128,7 +141,9 @@ class MMCLIP(nn.Module):
         """The inverse temperature; clamped, so that its gradient stops at the limit [CLIP 2.5]."""
         return self.logit_scale.exp().clamp(max=self.max_logit_scale)
 
-    def forward(self, batch: Batch, plan: MaskPlan | None = None) -> Outputs:
+    def forward(
+        self, batch: Batch, plan: MaskPlan | None = None, embeddings_only: bool = False
+    ) -> Outputs:
         """All that a training step needs, in one call, as DistributedDataParallel wants it.
 
         The image passes its encoder once (twice where `plan.mask` is "pixels"). Equal texts pass
@@ -137,24 +152,25 @@ class MMCLIP(nn.Module):
         Args:
             batch: On the model's device.
             plan: How to mask patches; None without an image decoder.
+            embeddings_only: Leave out whatever masked modelling needs.
         """
         image = self.encode_image(batch.image)
+        if embeddings_only:
+            texts = [
+                (each, self._encode_distinct(each)[1].index_select(0, each.encoding.as_it_is))
+                for each in (batch.prompts, batch.reports)
+            ]
+            text = self._texts_of_rows(image.embedding, texts)
+            nothing = dict.fromkeys(Outputs._fields[3:])
+            return Outputs(image.embedding, text, self.scale(), **nothing)
         wanted = None
         if plan is not None and plan.is_guided and plan.score == "decoder_attention":
             wanted = plan.score_tokens
         reports = self.forward_text(batch.reports, image.features, wanted)
         prompts = self.forward_text(batch.prompts, image.features, wanted)
-        # A row's text is its report, else its prompt: reports are put in place last.
-        both = ((batch.prompts, prompts), (batch.reports, reports))
-        text_embedding = image.embedding.new_zeros(image.embedding.shape)
-        for texts, text_output in both:
-            text_embedding = text_embedding.index_copy(0, texts.rows, text_output.embedding)
-        logits = [
-            text_output.token_logits
-            for text_output in (reports, prompts)
-            if text_output.token_logits is not None
-        ]
-        token_logits = torch.cat(logits) if logits else None
+        both = [(batch.prompts, prompts.embedding), (batch.reports, reports.embedding)]
+        text_embedding = self._texts_of_rows(image.embedding, both)
+        token_features, token_loss = self._masked_token_loss(batch, reports, prompts)
         patches = is_masked = relevance = None
         if self.image_decoder is not None and plan is not None:
             relevance = self._relevance(batch, image, reports, prompts, plan)
@@ -170,7 +186,8 @@ class MMCLIP(nn.Module):
                 visible = encode_visible(self.vision_model, batch.image, is_masked, n_masked)
                 features = scatter_visible(visible, is_masked)
             context, is_valid = _side_by_side(batch, prompts.features, reports.features)
-            patches = self.image_decoder(features, is_masked, context, is_valid, n_masked)
+            with sdpa_kernel(KERNELS_OF_TEXTS):
+                patches = self.image_decoder(features, is_masked, context, is_valid, n_masked)
         scale = self.scale()
         label_logits = None
         if self.label_head is not None:  # of every row: each process uses every parameter
@@ -179,7 +196,8 @@ class MMCLIP(nn.Module):
             image.embedding,
             text_embedding,
             scale,
-            token_logits,
+            token_features,
+            token_loss,
             patches,
             is_masked,
             relevance,
@@ -200,37 +218,69 @@ class MMCLIP(nn.Module):
             attention_of: Also give how these words, masked ones in their places, looked at the
                 patches; it costs the attention once more, as the fused kernel does not show it.
         """
-        ids, is_valid = texts.ids, texts.is_valid
-        if self.text_decoder is not None:
-            ids, is_valid = torch.cat([ids, texts.masked_ids]), is_valid.repeat(2, 1)
-        if not len(texts):
-            # BERT reads no empty batch, and every process must use every parameter: a text that
-            # nobody asks for.
-            width = ids.shape[1]
-            ids, is_valid = ids.new_zeros(1, width), is_valid.new_ones(1, width)
-        ids, which = torch.unique(ids, dim=0, return_inverse=True)
-        first = torch.zeros_like(is_valid[: len(ids)]).index_copy(0, which, is_valid)
-        encoded = self.encode_text(ids, first)
-        m = len(texts)
-        # Not encoded.features[which]: its gradient adds the rows of a text in the order in which
+        plan = texts.encoding
+        distinct, embeddings = self._encode_distinct(texts)
+        # Not distinct[plan.which]: its gradient adds the rows of a text in the order in which
         # threads come, so that the last bits would differ from run to run.
-        features = encoded.features.index_select(0, which[:m])
-        embedding = encoded.embedding.index_select(0, which[:m])
+        features = distinct.index_select(0, plan.as_it_is)
+        embedding = embeddings.index_select(0, plan.as_it_is)
         if self.text_decoder is None:
             return TextOutput(features, embedding, None, None)
-        x, attention = self.text_decoder.decode(
-            encoded.features.index_select(0, which[m : 2 * m]),
-            texts.is_valid,
-            image_features[texts.rows],
-            texts.is_masked | texts.chosen(attention_of) if attention_of else texts.is_masked,
-            attention_of is not None,
+        asked = texts.is_masked
+        with sdpa_kernel(KERNELS_OF_TEXTS):
+            x, attention = self.text_decoder.decode(
+                distinct.index_select(0, plan.with_masks),
+                texts.is_valid,
+                image_features.index_select(0, texts.rows),
+                asked | texts.chosen(attention_of) if attention_of else asked,
+                attention_of is not None,
+                texts.most_chosen(attention_of),
+            )
+        masked = x.flatten(0, 1).index_select(0, plan.masked_places)
+        return TextOutput(
+            features, embedding, masked, None if attention is None else attention[..., 1:]
         )
+
+    def _encode_distinct(
+        self, texts: TextBatch
+    ) -> tuple[Float[Tensor, "d t w"], Float[Tensor, "d e"]]:
+        """Features and embeddings of the distinct texts, bucket after bucket."""
+        parts = [self.encode_text(each.ids, each.is_valid) for each in texts.encoding.buckets]
+        features = [padded(part.features, texts.ids.shape[1]) for part in parts]
+        return joined(features), joined([part.embedding for part in parts])
+
+    def _texts_of_rows(
+        self, like: Float[Tensor, "b e"], texts: Sequence[tuple[TextBatch, Tensor]]
+    ) -> Float[Tensor, "b e"]:
+        """The embedding of each row's text, the last that it has of these; 0 without one."""
+        out = like.new_zeros(like.shape)
+        for each, embedding in texts:  # a row's text is its report, else its prompt
+            out = out.index_copy(0, each.dataset, embedding)
+        return out
+
+    def token_logits(self, masked_features: Float[Tensor, "h w"]) -> Float[Tensor, "h v"]:
+        """What the text decoder says of masked tokens: logits over the vocabulary."""
+        assert self.text_decoder is not None
         words = self.text_model.get_input_embeddings().weight
         assert isinstance(words, Tensor)
-        logits = self.text_decoder.predict(x, texts.is_masked, words)
-        return TextOutput(
-            features, embedding, logits, None if attention is None else attention[..., 1:]
-        )
+        return self.text_decoder.predict(masked_features, words)
+
+    def _masked_token_loss(
+        self, batch: Batch, reports: TextOutput, prompts: TextOutput
+    ) -> tuple[Float[Tensor, "h w"] | None, Float[Tensor, ""] | None]:
+        """Features of all masked tokens, and the sum of their cross-entropies.
+
+        The loss is computed here, as its logits would be the largest output of the model.
+        """
+        if reports.masked_features is None or prompts.masked_features is None:
+            return None, None
+        both = ((batch.reports, reports.masked_features), (batch.prompts, prompts.masked_features))
+        targets = [
+            texts.ids.flatten().index_select(0, texts.encoding.masked_places) for texts, _ in both
+        ]
+        features = [masked for _, masked in both]
+        loss = masked_token_sum_in_blocks(features, targets, self.token_logits)
+        return torch.cat(features), loss
 
     @torch.no_grad()
     def _relevance(
@@ -251,7 +301,7 @@ class MMCLIP(nn.Module):
         for texts, text_output in ((batch.reports, reports), (batch.prompts, prompts)):
             score = relevance_score(
                 plan.score,
-                joint[texts.rows],
+                joint.index_select(0, texts.rows),
                 text_output.embedding,
                 self.text_projection(text_output.features),
                 texts.chosen(plan.score_tokens),
@@ -266,6 +316,40 @@ class MMCLIP(nn.Module):
         return no_decay_names(self)
 
 
+def compile_layers(model: MMCLIP) -> None:
+    """Lets torch.compile make kernels for the layers of the transformers; weights keep their names.
+
+    Layer by layer, as equal layers share one compilation, which takes seconds where the whole model
+    takes minutes. Texts come in many shapes, images in one. A ResNet is left as it is: its batch
+    norm talks to other processes.
+    """
+    # Image and text decoder share the code of a block, with and without masks and places.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    is_vit = not isinstance(model.vision_model, ResNetModel)
+    parts: list[tuple[nn.Module | None, bool]] = [
+        (model.vision_model if is_vit else None, False),
+        (model.text_model, True),
+        (model.image_decoder, True),
+        (model.text_decoder, True),
+    ]
+    for part, is_dynamic in parts:
+        for stack in [] if part is None else part.modules():
+            if isinstance(stack, nn.ModuleList):
+                for layer in stack:
+                    layer.compile(dynamic=is_dynamic)
+
+
+def padded(features: Float[Tensor, "m t d"], width: int) -> Float[Tensor, "m u d"]:
+    """Features with zeros behind them, up to `width` tokens."""
+    missing = width - features.shape[1]
+    return F.pad(features, (0, 0, 0, missing)) if missing else features
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Tensors in a row; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _side_by_side(
     batch: Batch, prompts: Float[Tensor, "p s d"], reports: Float[Tensor, "r t d"]
 ) -> tuple[Float[Tensor, "b u d"], Bool[Tensor, "b u"]]:
@@ -274,9 +358,9 @@ def _side_by_side(
     context = prompts.new_zeros(len(batch), width, prompts.shape[2])
     is_valid = torch.zeros(len(batch), width, dtype=torch.bool, device=context.device)
     for texts, features in ((batch.prompts, prompts), (batch.reports, reports)):
-        pad = width - features.shape[1]
-        context = context.index_copy(0, texts.rows, F.pad(features, (0, 0, 0, pad)))
-        is_valid = is_valid.index_copy(0, texts.rows, F.pad(texts.is_valid, (0, pad)))
+        context = context.index_copy(0, texts.rows, padded(features, width))
+        missing = width - features.shape[1]
+        is_valid = is_valid.index_copy(0, texts.rows, F.pad(texts.is_valid, (0, missing)))
     return context, is_valid
 
 

@@ -2,22 +2,24 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from mmclip.batch import BatchSlice
 from mmclip.checkpoint import load_trainer_state
@@ -40,11 +42,11 @@ class AnyBatch(Protocol):
         ...
 
     def to(self, device: torch.device) -> Any:
-        """The same batch on a device."""
+        """The batch that the objective reads, on a device; images are augmented there."""
         ...
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name."""
+    def pin_memory(self) -> Any:
+        """The same batch in memory that a GPU reads from while the CPU works."""
         ...
 
 
@@ -55,11 +57,50 @@ ReadBatch = Callable[[int, BatchSlice], B]
 
 The same step and slice give the same batch, whenever they are asked for."""
 
-LossSums = Callable[[nn.Module, B], dict[str, Tensor]]
-"""Sums of each loss term over the elements of this process's rows."""
 
-LossCounts = Callable[[B], dict[str, int]]
-"""Elements of each loss term in these rows; known before the model has run."""
+@runtime_checkable
+class Terms(Protocol):
+    """What the loop trains: weighted terms, each a sum over the elements that it applies to."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weight of each term that is trained."""
+        ...
+
+    def sums(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Each term, summed over the elements of this process's rows."""
+        ...
+
+    def counts(self, batch: Any) -> dict[str, int]:
+        """Elements of each term in a batch as it is read; known before the model has run."""
+        ...
+
+
+class Embeddings(NamedTuple):
+    """What a contrastive term reads of the model."""
+
+    image: Float[Tensor, "b e"]
+    text: Float[Tensor, "b e"]  # 0 in rows without a text
+    scale: Float[Tensor, ""]
+
+
+@runtime_checkable
+class ContrastiveTerms(Terms, Protocol):
+    """Terms of which one, "contrastive", compares all rows of a step; for `_contrast_all`."""
+
+    def embed(self, model: nn.Module, batch: Any) -> Embeddings:
+        """The embeddings of a batch, without what a gradient needs."""
+        ...
+
+    def contrast(
+        self, embeddings: Embeddings, batches: Sequence[Any], weight: Tensor
+    ) -> tuple[Tensor, Embeddings]:
+        """The term over some batches as one, and the gradient of weight times it."""
+        ...
+
+    def sums_given(self, model: nn.Module, batch: Any, gradient: Embeddings) -> dict[str, Tensor]:
+        """As `sums`, but that the contrastive term is any that has this gradient."""
+        ...
 
 
 @dataclass
@@ -70,6 +111,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0  # optimiser steps done
     log: dict[str, float] = field(default_factory=dict)  # of the last step
+    unsettled: "Unsettled | None" = None  # the last step on a GPU, until it is known to be finite
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -114,7 +156,68 @@ def make_optimizer(
         for of in sorted({scale[n] for n, _ in named}, reverse=True)
         for spared in (False, True)
     ]
-    return torch.optim.AdamW(groups, lr=config.base_lr, betas=(0.9, config.beta2), eps=1e-6)
+    # The fused kernel can leave out a step on the device, see `Unsettled`; the one for CPUs rounds
+    # otherwise than the loop over tensors, with which the numbers of docs/ were made.
+    fused = all(p.is_cuda for _, p in named)
+    return torch.optim.AdamW(
+        groups, lr=config.base_lr, betas=(0.9, config.beta2), eps=1e-6, fused=fused
+    )
+
+
+@dataclass
+class Unsettled:
+    """A step on a GPU of which the host does not know yet whether all was finite.
+
+    To ask the device after each step is to wait for it. So it decides alone: the optimiser leaves
+    out a step that is not finite, and each step after it, until the host has read the flag, a step
+    later, and stops. The weights are then those before the step, as on a CPU.
+
+    Source: ours; the fused AdamW reads `found_inf`, made for torch's gradient scaler.
+    """
+
+    step: int
+    names: tuple[str, ...]  # of the terms
+    values: Tensor  # [terms + 1]: means of the terms, norm of the gradient; pinned, on its way
+    has_failed: Tensor  # on the device: not finite now or in an earlier step
+    arrived: torch.cuda.Event
+
+    def settle(self) -> None:
+        """Waits until the step's numbers are here.
+
+        Raises:
+            NonFiniteLoss: When one of them is not finite.
+        """
+        self.arrived.synchronize()
+        check_finite(self.step, self.names, self.values)
+
+
+def check_finite(step: int, names: Sequence[str], values: Tensor) -> None:
+    """Stops where a term or, last in `values`, the norm of the gradient is not finite.
+
+    Raises:
+        NonFiniteLoss: Names the terms.
+    """
+    if bool(torch.isfinite(values).all()):
+        return
+    bad = [name for name, value in zip(names, values, strict=False) if not torch.isfinite(value)]
+    what = f"the loss term {', '.join(bad)}" if bad else "the gradient, of a finite loss,"
+    raise NonFiniteLoss(f"step {step}: {what} is not finite")
+
+
+def settle(state: TrainState) -> None:
+    """Waits for the last step on a GPU; elsewhere each step is settled at once.
+
+    Raises:
+        NonFiniteLoss: When it was not finite; the state is then as before that step.
+    """
+    last, state.unsettled = state.unsettled, None
+    if last is None:
+        return
+    try:
+        last.settle()
+    except NonFiniteLoss:
+        state.step = last.step
+        raise
 
 
 class _AllGatherRows(torch.autograd.Function):
@@ -161,10 +264,8 @@ def batch_slices(n_micro: int, accelerator: Accelerator) -> list[BatchSlice]:
 def train_step(
     accelerator: Accelerator,
     state: TrainState,
-    read_batch: ReadBatch[B],
-    loss_sums: LossSums[B],
-    loss_counts: LossCounts[B],
-    weights: Mapping[str, float],
+    micro_batches: Sequence[AnyBatch],
+    objective: Terms,
     config: TrainConfig,
 ) -> dict[str, Tensor]:
     """One optimiser step.
@@ -173,45 +274,51 @@ def train_step(
     divided by their number: the gradient does not depend on how the rows are dealt out, but for
     the contrastive negatives, which are the micro-batch's.
 
+    Args:
+        accelerator: Prepared.
+        state: Moves on by a step.
+        micro_batches: What this process reads of the step.
+        objective: The terms.
+        config: The optimisation.
+
     Returns:
         The terms (means over the global batch), the gradient's norm, the learning rate, and the
         number of images that the step read.
 
     Raises:
-        NonFiniteLoss: Before the optimiser has moved, on every process alike.
+        NonFiniteLoss: Before the optimiser has moved, on every process alike; on a GPU one step
+            later, see `Unsettled`.
     """
-    micro = [
-        read_batch(state.step, batch_slice).to(accelerator.device)
-        for batch_slice in batch_slices(config.n_micro_batches, accelerator)
-    ]
-    local = [float(sum(loss_counts(b)[k] for b in micro)) for k in weights]
-    local.append(float(sum(len(b.image_ids) for b in micro)))
-    counts = accelerator.reduce(torch.tensor(local, device=accelerator.device), reduction="sum")
-    assert isinstance(counts, Tensor)
-    *of_terms, n_images = counts
-    count = {k: n.clamp(min=1) for k, n in zip(weights, of_terms, strict=True)}
-    sums = {k: torch.zeros((), device=accelerator.device) for k in weights}
-    for m, batch in enumerate(micro):
-        last = m == len(micro) - 1
+    weights, device = objective.weights, accelerator.device
+    count, n_images = _counts(accelerator, objective, micro_batches)
+    sums = {k: torch.zeros((), device=device) for k in weights}
+    contrasted = None
+    if config.gradient_cache:
+        assert isinstance(objective, ContrastiveTerms)
+        contrasted = _contrast_all(accelerator, state, micro_batches, objective, count)
+    for m, batch in enumerate(micro_batches):
+        last = m == len(micro_batches) - 1
         with torch.enable_grad() if last else accelerator.no_sync(state.model):
-            terms = loss_sums(state.model, batch)
-            loss = torch.stack([weights[k] * terms[k] / count[k] for k in weights]).sum()
+            here = batch.to(device)
+            if contrasted is None:
+                terms = objective.sums(state.model, here)
+                scaled = [weights[k] * terms[k] / count[k] for k in weights]
+            else:
+                terms = contrasted.objective.sums_given(state.model, here, contrasted.gradients[m])
+                others = [k for k in weights if k != "contrastive"]
+                scaled = [weights[k] * terms[k] / count[k] for k in others]
+                scaled.append(terms["contrastive"])  # weight and count are in the gradient
             # DistributedDataParallel averages over processes; the loss is a sum over them.
-            accelerator.backward(loss * accelerator.num_processes)
+            accelerator.backward(torch.stack(scaled).sum() * accelerator.num_processes)
         sums = {k: sums[k] + terms[k].detach() for k in weights}
+    if contrasted is not None:
+        sums["contrastive"] = contrasted.term
     stacked = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
     assert isinstance(stacked, Tensor)
     means = {k: s / count[k] for k, s in zip(weights, stacked, strict=True)}
     grad_norm = accelerator.clip_grad_norm_(state.model.parameters(), config.clip_norm)
-    grad_norm = torch.as_tensor(grad_norm, device=accelerator.device)
-    # fp16 scales gradients until they fit: the scaler leaves out a step in which they do not.
-    is_finite = torch.isfinite(stacked).all()
-    if accelerator.scaler is None:
-        is_finite &= torch.isfinite(grad_norm)
-    if not bool(is_finite):
-        bad = [k for k, v in means.items() if not torch.isfinite(v)]
-        what = f"the loss term {', '.join(bad)}" if bad else "the gradient, of a finite loss,"
-        raise NonFiniteLoss(f"step {state.step}: {what} is not finite")
+    grad_norm = torch.as_tensor(grad_norm, device=device)
+    _let_finite_pass(accelerator, state, means, grad_norm)
     lr = learning_rate(state.step, config)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)  # older checkpoints have no scale
@@ -221,40 +328,145 @@ def train_step(
     return {**means, "grad_norm": grad_norm, "lr": torch.tensor(lr), "n_images": n_images}
 
 
-@contextmanager
-def read_ahead(
-    read_batch: ReadBatch[B], steps: int, device: torch.device
-) -> Iterator[ReadBatch[B]]:
-    """Makes the batch of the next step in a thread while a GPU is at this one.
+@dataclass(frozen=True)
+class _Contrasted:
+    """A contrastive term over all micro-batches as one, and its gradient for each of them."""
 
-    It changes when a batch is made and nothing of what is in it. One thread will do where worker
-    processes are usual, as torch and NumPy leave the interpreter to others while they work on
-    images. On a CPU the same cores do both, so there batches are made when they are asked for.
+    objective: ContrastiveTerms
+    term: Tensor
+    gradients: list[Embeddings]
 
-    Source: ours; what it saves is in docs/log.md, "The reference sizes on a GPU".
+
+def _contrast_all(
+    accelerator: Accelerator,
+    state: TrainState,
+    micro_batches: Sequence[AnyBatch],
+    objective: ContrastiveTerms,
+    count: Mapping[str, Tensor],
+) -> _Contrasted:
+    """Embeds all micro-batches without a gradient, one at a time, and compares them as one batch.
+
+    The second pass then needs the memory of one micro-batch, whatever the number of negatives.
+
+    Source: gradient caching, GradCache (arXiv:2101.06983).
+    """
+    parts = [objective.embed(state.model, batch.to(accelerator.device)) for batch in micro_batches]
+    scale = parts[0].scale
+    whole = Embeddings(
+        torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts]), scale
+    )
+    weight = objective.weights["contrastive"] / count["contrastive"]
+    term, gradient = objective.contrast(whole, micro_batches, weight)
+    sizes = [len(part.image) for part in parts]
+    # The scale is one for all rows: its gradient is given once, by the last micro-batch.
+    scales = [*[torch.zeros_like(scale)] * (len(parts) - 1), gradient.scale]
+    pieces = zip(gradient.image.split(sizes), gradient.text.split(sizes), scales, strict=True)
+    return _Contrasted(objective, term, [Embeddings(*piece) for piece in pieces])
+
+
+def _counts(
+    accelerator: Accelerator, objective: Terms, micro_batches: Sequence[AnyBatch]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The elements of each term over all processes and micro-batches, at least 1; and the images."""
+    local = dict.fromkeys(objective.weights, 0.0)
+    for batch in micro_batches:
+        own = objective.counts(batch)
+        local = {k: local[k] + own[k] for k in local}
+    n_images = float(sum(len(batch.image_ids) for batch in micro_batches))
+    counts = torch.tensor([*local.values(), n_images])
+    if accelerator.device.type == "cuda":  # from pinned memory: no wait for the device
+        counts = counts.pin_memory().to(accelerator.device, non_blocking=True)
+    counts = accelerator.reduce(counts.to(accelerator.device), reduction="sum")
+    assert isinstance(counts, Tensor)
+    *of_terms, images = counts
+    return {k: n.clamp(min=1) for k, n in zip(local, of_terms, strict=True)}, images
+
+
+def _let_finite_pass(
+    accelerator: Accelerator, state: TrainState, means: Mapping[str, Tensor], grad_norm: Tensor
+) -> None:
+    """Lets the optimiser's step happen only where all is finite; see `Unsettled`."""
+    names, terms = tuple(means), list(means.values())
+    if accelerator.scaler is not None:
+        # fp16 scales gradients until they fit: the scaler leaves out a step in which they do not.
+        check_finite(state.step, names, torch.stack(terms))
+        return
+    values = torch.stack([*terms, grad_norm]).detach()
+    optimizer = getattr(state.optimizer, "optimizer", state.optimizer)  # Accelerate's wrapper
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    if values.device.type != "cuda" or not is_fused:
+        check_finite(state.step, names, values)
+        return
+    has_failed = ~torch.isfinite(values).all()
+    if state.unsettled is not None:
+        has_failed = has_failed | state.unsettled.has_failed
+    setattr(optimizer, "found_inf", has_failed.float())  # noqa: B010 (torch declares it nowhere)
+    here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    here.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    settle(state)  # the step before: long done
+    state.unsettled = Unsettled(state.step, names, here, has_failed, arrived)
+
+
+class StepData(Dataset[list[B]]):
+    """The steps of a training as a data set: item i is what a process reads of step start + i."""
+
+    def __init__(
+        self, read_batch: ReadBatch[B], batch_slices: Sequence[BatchSlice], start: int, end: int
+    ) -> None:
+        self.read_batch, self.slices, self.start, self.end = read_batch, batch_slices, start, end
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __getitem__(self, index: int) -> list[B]:
+        return [self.read_batch(self.start + index, batch_slice) for batch_slice in self.slices]
+
+
+STEPS_AHEAD = 3
+"""Steps whose batches a worker has ready. [chosen: masks a batch that takes three times as long]"""
+
+
+def step_loader(
+    read_batch: ReadBatch[B],
+    batch_slices: Sequence[BatchSlice],
+    start: int,
+    end: int,
+    device: torch.device,
+) -> DataLoader[list[B]]:
+    """The batches of the steps from `start` to `end`, in order, a list of micro-batches each.
+
+    A worker process makes them ahead while a GPU trains. On a CPU the same cores do both, so there
+    a batch is made when it is asked for. Either way the same step gives the same batch.
 
     Args:
-        read_batch: What it raises is raised where its batch is asked for.
-        steps: No step from this one on is read ahead.
+        read_batch: What it raises in a worker is raised where its step is asked for.
+        batch_slices: Of this process.
+        start: The first step.
+        end: The step after the last.
         device: Of the training.
     """
-    if device.type == "cpu":
-        yield read_batch
-        return
-    ahead: dict[tuple[int, BatchSlice], Future[B]] = {}
-    pool = ThreadPoolExecutor(1, "batches")
+    is_gpu = device.type == "cuda"
+    return DataLoader(
+        StepData(read_batch, batch_slices, start, end),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=int(is_gpu),
+        prefetch_factor=STEPS_AHEAD if is_gpu else None,
+        pin_memory=is_gpu,
+        worker_init_fn=_start_worker,
+    )
 
-    def read(step: int, batch_slice: BatchSlice) -> B:
-        made = ahead.pop((step, batch_slice), None)
-        batch = read_batch(step, batch_slice) if made is None else made.result()
-        if step + 1 < steps:
-            ahead[step + 1, batch_slice] = pool.submit(read_batch, step + 1, batch_slice)
-        return batch
 
-    try:
-        yield read
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _as_it_is(batches: list[B]) -> list[B]:
+    return batches
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C is for the training process, which ends its step first; tokenizers warn of forks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 @contextmanager
@@ -291,9 +503,7 @@ def fit(
     accelerator: Accelerator,
     state: TrainState,
     read_batch: ReadBatch[B],
-    loss_sums: LossSums[B],
-    loss_counts: LossCounts[B],
-    weights: Mapping[str, float],
+    objective: Terms,
     config: TrainConfig,
     run: Path,
     save: Callable[[TrainState], None],
@@ -307,9 +517,7 @@ def fit(
         accelerator: Prepared; it decides device, precision and processes.
         state: New or resumed; changed in place.
         read_batch: Where rows come from.
-        loss_sums: The model's loss terms on a batch.
-        loss_counts: The number of elements of each term in a batch.
-        weights: Of each term; the terms not named are not trained.
+        objective: The terms that are trained.
         config: The optimisation.
         run: Folder of metrics.jsonl and of what a failure leaves.
         save: Writes a checkpoint; called on the main process.
@@ -324,29 +532,34 @@ def fit(
     log_path = run / "metrics.jsonl"
     if main:
         _cut_log(log_path, state.step)
-    began, n_images = time.monotonic(), 0
+    began, n_images = time.monotonic(), torch.zeros((), device=accelerator.device)
+    weights = objective.weights
+    mine = batch_slices(config.n_micro_batches, accelerator)
+    steps = iter(step_loader(read_batch, mine, state.step, config.steps, accelerator.device))
     with (
         progress("training", config.steps, state.step, show=main) as advance,
         interrupt_between_steps(accelerator.num_processes) as is_interrupted,
-        read_ahead(read_batch, config.steps, accelerator.device) as read,
     ):
         while state.step < config.steps:
+            due = (state.step + 1) % config.save_every_steps == 0 or state.step + 1 == config.steps
+            logs = (state.step + 1) % config.log_every_steps == 0 or state.step + 1 == config.steps
             try:
-                values = train_step(
-                    accelerator, state, read, loss_sums, loss_counts, weights, config
-                )
+                values = train_step(accelerator, state, next(steps), objective, config)
+                stops_here = is_interrupted()
+                if due or logs or stops_here:
+                    settle(state)
             except NonFiniteLoss as error:
                 where = _save_failed(accelerator, state, read_batch, config, run)
                 raise NonFiniteLoss(
                     f"{error}; this process's rows are in {where}; a lower train.base_lr or "
                     f"train.precision=fp32 is the usual remedy"
                 ) from None
-            n_images += int(values.pop("n_images"))
+            n_images = n_images + values.pop("n_images")
             note = None
-            if state.step % config.log_every_steps == 0 or state.step == config.steps:
+            if logs:
                 seconds = time.monotonic() - began
-                images_per_s = n_images / seconds
-                began, n_images = time.monotonic(), 0
+                images_per_s = float(n_images) / seconds
+                began, n_images = time.monotonic(), torch.zeros_like(n_images)
                 state.log = {k: float(v) for k, v in values.items()}
                 loss = sum(weights[k] * state.log[k] for k in weights)
                 line = {"step": state.step, "loss": loss, **state.log, "images_per_s": images_per_s}
@@ -356,9 +569,7 @@ def fit(
                     with log_path.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
             advance(1, note)
-            due = state.step % config.save_every_steps == 0 or state.step == config.steps
             ends_here = due and is_over is not None and is_over(state)
-            stops_here = is_interrupted()
             if due or stops_here:
                 if main:
                     save(state)
@@ -401,7 +612,8 @@ def _save_failed(
     folder.mkdir(parents=True)
     for m, batch_slice in enumerate(batch_slices(config.n_micro_batches, accelerator)):
         batch = read_batch(state.step, batch_slice)
-        tensors = {k: v.contiguous() for k, v in batch.tensors().items()}
+        whole = batch.to(torch.device("cpu")).tensors()
+        tensors = {k: v.contiguous() for k, v in whole.items()}
         save_file(tensors, folder / f"batch_{m}.safetensors")
         (folder / f"batch_{m}_images.txt").write_text("\n".join(batch.image_ids) + "\n", "utf-8")
     return folder

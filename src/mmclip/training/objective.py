@@ -8,24 +8,25 @@ Every term is a sum over the elements it applies to, here; the training loop div
 number over all processes and micro-batches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from mmclip.batch import Batch
 from mmclip.config import Config
+from mmclip.data.batches import RawBatch
 from mmclip.losses import (
-    contrastive_sum,
+    contrastive_sum_in_blocks,
     label_sum,
     masked_patch_sum,
-    masked_token_sum,
-    positive_pairs,
 )
 from mmclip.masking import mask_noise_at, masked_patch_count
 from mmclip.models.mmclip import MaskPlan, Outputs
 from mmclip.patches import normalise_patches, patchify
-from mmclip.training.loop import all_gather_rows
+from mmclip.training.loop import Embeddings, all_gather_rows
 
 
 @dataclass(frozen=True)
@@ -64,44 +65,110 @@ class Objective:
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Runs the model on this process's rows and sums each term over them."""
         out: Outputs = model(batch, self.plan(batch.step))
-        terms = {"contrastive": contrastive_sums(out, batch)}
+        return {"contrastive": contrastive_sums(embeddings_of(out), batch)} | self._others(
+            out, batch
+        )
+
+    def sums_given(self, model: nn.Module, batch: Batch, gradient: Embeddings) -> dict[str, Tensor]:
+        """As `sums`, but that the contrastive term is linear in the embeddings, with a gradient
+        that `contrast` gave; its value is without meaning."""
+        out: Outputs = model(batch, self.plan(batch.step))
+        pulled = zip(embeddings_of(out), gradient, strict=True)
+        linear = torch.stack([(x * g).sum() for x, g in pulled]).sum()
+        return {"contrastive": linear} | self._others(out, batch)
+
+    def _others(self, out: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """The terms of masked modelling and labels."""
+        terms = {}
         if out.patches is not None and out.is_masked is not None:
             target = normalise_patches(patchify(batch.image, self.patch_size))
             terms["image"] = masked_patch_sum(out.patches, target, out.is_masked)
-        if out.token_logits is not None:
-            masked = [texts.ids[texts.is_masked] for texts in (batch.reports, batch.prompts)]
-            terms["text"] = masked_token_sum(out.token_logits, torch.cat(masked))
+        if out.masked_token_loss is not None:
+            terms["text"] = out.masked_token_loss
         if out.label_logits is not None and batch.labels is not None:
             terms["label"] = label_sum(out.label_logits, batch.labels)
         return terms
 
-    def counts(self, batch: Batch) -> dict[str, int]:
+    def embed(self, model: nn.Module, batch: Batch) -> Embeddings:
+        """The embeddings of a batch, and nothing that a gradient needs."""
+        with torch.no_grad():
+            return embeddings_of(model(batch, embeddings_only=True))
+
+    def contrast(
+        self, embeddings: Embeddings, batches: Sequence[Batch | RawBatch], weight: Tensor
+    ) -> tuple[Tensor, Embeddings]:
+        """The contrastive term over some batches as one, and its gradient.
+
+        Args:
+            embeddings: Of all rows of the batches, in their order.
+            batches: Wherever they are.
+            weight: Of the gradient.
+
+        Returns:
+            The sum over this process's rows, and the gradient of weight times it with respect to
+            the embeddings; the rows of other processes have their part in it.
+        """
+        leaves = Embeddings(*(x.detach().requires_grad_() for x in embeddings))
+        rows = [batch.rest if isinstance(batch, RawBatch) else batch for batch in batches]
+        device = leaves.image.device
+        keys = torch.cat([batch.keys for batch in rows]).to(device)
+        has_text = torch.cat([batch.has_text for batch in rows])
+        term = contrastive_sum_of(
+            leaves, keys, has_text.to(device), has_text.nonzero()[:, 0].to(device)
+        )
+        gradients = torch.autograd.grad(weight * term, list(leaves))
+        return term.detach(), Embeddings(*gradients)
+
+    def counts(self, batch: Batch | RawBatch) -> dict[str, int]:
         """The number of elements of each term.
 
         Rows with a text, masked patches, masked tokens, known labels of rows without a report.
         """
+        batch = batch.rest if isinstance(batch, RawBatch) else batch
         masked = masked_patch_count(batch.patch_noise.shape[1], self.config.image_mask.mask_ratio)
-        n_tokens = sum(int(texts.is_masked.sum()) for texts in (batch.reports, batch.prompts))
+        texts = (batch.reports, batch.prompts)
+        n_tokens = sum(len(each.encoding.masked_places) for each in texts)
         return {
-            "contrastive": int(batch.has_text.sum()),
+            "contrastive": len(batch.text_rows),
             "image": len(batch) * masked,
             "text": n_tokens,
             "label": 0 if batch.labels is None else int((~batch.labels.isnan()).sum()),
         }
 
 
-def contrastive_sums(out: Outputs, batch: Batch) -> Tensor:
+def embeddings_of(out: Outputs) -> Embeddings:
+    """What the contrastive term reads of a model's output."""
+    return Embeddings(out.image_embedding, out.text_embedding, out.scale)
+
+
+def contrastive_sums(embeddings: Embeddings, batch: Batch) -> Tensor:
+    """`contrastive_sum_of` the rows of a batch."""
+    return contrastive_sum_of(embeddings, batch.keys, batch.has_text, batch.text_rows)
+
+
+def contrastive_sum_of(
+    embeddings: Embeddings,
+    keys: Int[Tensor, "b m"],
+    has_text: Bool[Tensor, " b"],
+    text_rows: Int[Tensor, " r"],
+) -> Tensor:
     """The mean of the two directions, summed over this process's rows that have a text.
 
     Each row of this process is compared with the rows of all processes.
 
+    Args:
+        embeddings: Of this process's rows.
+        keys: See `Batch.keys`.
+        has_text: The rows that have a text.
+        text_rows: Their numbers.
+
     Source: paper, figure 1B; docs/method.md, row "contrastive term".
     """
-    all_image, all_text = all_gather_rows(out.image_embedding), all_gather_rows(out.text_embedding)
-    all_keys, all_has_text = all_gather_rows(batch.keys), all_gather_rows(batch.has_text)
-    rows = batch.has_text
-    is_positive = positive_pairs(batch.keys[rows], all_keys)
-    image, text = out.image_embedding[rows], out.text_embedding[rows]
-    to_text = contrastive_sum(image, all_text, is_positive, all_has_text, out.scale)
-    to_image = contrastive_sum(text, all_image, is_positive, all_has_text, out.scale)
+    all_image, all_text = all_gather_rows(embeddings.image), all_gather_rows(embeddings.text)
+    all_keys, all_has_text = all_gather_rows(keys), all_gather_rows(has_text)
+    own_keys = keys.index_select(0, text_rows)
+    image, text = (x.index_select(0, text_rows) for x in (embeddings.image, embeddings.text))
+    scale = embeddings.scale
+    to_text = contrastive_sum_in_blocks(image, all_text, own_keys, all_keys, all_has_text, scale)
+    to_image = contrastive_sum_in_blocks(text, all_image, own_keys, all_keys, all_has_text, scale)
     return (to_text + to_image) / 2
