@@ -1,12 +1,12 @@
 """Entities: the lexicon, the reach of cues, other models as backends, and damaged input."""
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
-import spacy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,10 +16,10 @@ import mmclip
 from mmclip.data.entities import (
     Entity,
     EntityFinder,
-    _expand,
     find_entities,
     is_entity_tokens,
 )
+from mmclip.data.lexicon import expand, flat_sets, insert, read_lexicon
 
 LEXICON = Path(mmclip.__file__).parent / "resources" / "lexicon"
 
@@ -225,14 +225,62 @@ def test_longer_forms_win(finder):
     ]
 
 
+SPANS = [  # by hand: every entity of a sentence, with its kind
+    (
+        "Small bilateral pleural effusions, left greater than right, with bibasilar atelectasis.",
+        "small/m bilateral pleural effusions/f left/m right/m bibasilar atelectasis/f",
+    ),
+    (
+        "The cardiac silhouette is mildly enlarged; the aorta is tortuous and calcified.",
+        "cardiac silhouette is mildly enlarged/f aorta is tortuous/f calcified/m",
+    ),
+    (
+        "Right internal jugular catheter tip in the mid SVC, no apical pneumothorax.",
+        "right/m jugular catheter/f tip in the mid svc/f apical pneumothorax/f",
+    ),
+    (
+        "Calcified left hilar lymph nodes and an old healed fracture of the right 7th rib.",
+        "calcified left hilar lymph nodes/f old/m healed/m fracture of the right 7th rib/f",
+    ),
+    ("COPD. T-spine osteophytes; 3.5-cm mass, left mid lung zone.",
+     "copd/f spine/a osteophytes/f mass/f left mid lung zone/a"),
+    ("Heart size is normal. Enlarged lymph nodes.",
+     "heart size/a normal/m enlarged lymph nodes/f"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "spans"), SPANS, ids=[text for text, _ in SPANS])
+def test_the_spans_of_a_sentence_are_those_written_by_hand(finder, text, spans):
+    (found,) = finder.find([text])
+    said = " ".join(f"{text[e.start : e.end].lower()}/{e.kind[0]}" for e in found)
+    assert said == spans
+
+
+@pytest.fixture(scope="module")
+def lexicon():
+    return read_lexicon()
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=st.lists(ASCII, max_size=30))
+def test_the_matcher_finds_what_a_slow_search_through_all_phrases_finds(lexicon, words):
+    slow = [
+        (start, end)
+        for start in range(len(words))
+        for end in range(start + 1, len(words) + 1)
+        if " ".join(words[start:end]).lower() in lexicon.phrases
+    ]
+    assert sorted(m[:2] for m in lexicon.matches([w.lower() for w in words])) == slow
+
+
 @pytest.mark.parametrize("path", sorted(LEXICON.glob("[!c]*.toml")), ids=lambda path: path.stem)
 def test_each_wording_belongs_to_one_concept_of_its_kind(path):
     entries = tomllib.loads(path.read_text("utf-8"))
-    sets = {name: f"({'|'.join(phrases)})" for name, phrases in entries.pop("sets", {}).items()}
+    sets = flat_sets(entries.pop("sets", {}))
     owner: dict[str, str] = {}
     for concept, entry in entries.items():
         for form in (form for form in entry["forms"] if "<" not in form):
-            for wording in _expand(re.sub(r"\{(\w+)\}", lambda m: sets[m[1]], form)):
+            for wording in expand(insert(sets, form)):
                 assert owner.setdefault(wording, concept) == concept, wording
 
 
@@ -259,6 +307,7 @@ def test_word_pieces_of_a_mention_are_all_hidden():
 
 @pytest.fixture(scope="module")
 def spacy_folder(tmp_path_factory) -> Path:
+    spacy = pytest.importorskip("spacy", reason="needs the extra mmclip[spacy]")
     folder = tmp_path_factory.mktemp("spacy") / "pipeline"
     nlp = spacy.blank("en")
     nlp.add_pipe("entity_ruler").add_patterns(
@@ -282,6 +331,12 @@ def test_a_spacy_pipeline_stands_in_for_the_lexicon(spacy_folder):
         ("mass", "finding", "mass", "present"),
         ("left lung", "anatomy", "left lung", "present"),
     ]
+
+
+def test_a_spacy_pipeline_without_spacy_is_one_line_that_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ValueError, match=r"'spacy:en_core_web_sm' needs .*mmclip\[spacy\]"):
+        EntityFinder("spacy:en_core_web_sm")
 
 
 @pytest.fixture(scope="module")

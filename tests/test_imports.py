@@ -113,7 +113,10 @@ def run_python(code: str, *arguments: str) -> str:
     return ended.stdout
 
 
-HEAVY = "print('heavy:', *sorted({'torch', 'transformers', 'numpy', 'spacy'} & set(sys.modules)))"
+HEAVY = (
+    "print('heavy:', *sorted({'torch', 'transformers', 'numpy', 'spacy', 'tensorboard'}"
+    " & set(sys.modules)))"
+)
 
 
 def test_the_package_imports_none_of_the_heavy_libraries():

@@ -1,5 +1,6 @@
 """Pre-training by the command line: what a run leaves, and that no kill changes it."""
 
+import importlib.util
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from mmclip.checkpoint import (
 from mmclip.config import load_config
 from mmclip.data.folder import read_meta
 from mmclip.data.text import train_tokenizer
-from mmclip.training.pretrain import repeats
+from mmclip.training.pretrain import PretrainRequest, pretrain, repeats
 from tests.commands import Running, mmclip, start
 from tests.conftest import build_made
 from tests.made import write_folder
@@ -58,8 +59,29 @@ def test_a_run_leaves_its_configuration_a_log_and_the_newest_checkpoints(
     assert steps_of(made_run) == [1, 2, 3, 4, 5, 6]
     kept = sorted(p.name for p in (made_run / CHECKPOINTS).iterdir())
     assert kept == ["step_000004", "step_000006"]
-    assert any((made_run / "tensorboard").rglob("events*"))
+    assert not (made_run / "tensorboard").exists()
     assert load_checkpoint(made_run).meta["step"] == 6
+
+
+def test_tensorboard_gets_the_log_where_it_is_asked_for(arguments: list, tmp_path: Path):
+    pytest.importorskip("tensorboard", reason="needs the extra mmclip[tensorboard]")
+    run = tmp_path / "run"
+    ended = mmclip(tmp_path, *arguments, "--out", run, "--tensorboard", "--set", "train.steps=1")
+    assert ended.code == 0
+    assert any((run / "tensorboard").rglob("events*"))
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_one_line_that_names_its_extra(
+    name: str, made_data: Path, small_config: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else 1)
+    request = PretrainRequest(
+        (made_data,), tmp_path / "run", load_config(str(small_config)), "", **{name: True}
+    )
+    with pytest.raises(ValueError, match=rf"--{name} .*mmclip\[{name}\]"):
+        pretrain(request)
+    assert not (tmp_path / "run").exists()
 
 
 def test_stdout_is_the_path_of_the_newest_checkpoint(arguments: list, tmp_path: Path):

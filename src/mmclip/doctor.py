@@ -34,8 +34,13 @@ from mmclip.finetuning.finetune import SUMMARY_FILE
 from mmclip.retrieval.ranking import RANKS_FILE, RETRIEVAL_FILE, RetrievalResults
 from mmclip.retrieval.retrieve import SHEET_FILE
 
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow", "spacy")
-OPTIONAL = {"wandb": "wandb", "distributed": "dask"}
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow")
+OPTIONAL = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "spacy": "spacy",
+    "distributed": "dask",
+}
 """Each package of the extras in pyproject.toml, and its extra."""
 
 DIGITS = 1e-5

@@ -74,6 +74,9 @@ def pretrain(
             "--lesion-masks", help="Folder of synthetic images, for image_mask.policy=oracle."
         ),
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to TensorBoard too.")
+    ] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too.")] = False,
     cpu: CpuOption = False,
 ) -> None:
@@ -101,6 +104,7 @@ def pretrain(
         shuffle_pairs=shuffle_pairs,
         lesions=lesion_masks,
         wandb=wandb,
+        tensorboard=tensorboard,
         cpu=cpu,
     )
     with resume_hint("the same command with --resume goes on"):

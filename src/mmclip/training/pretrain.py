@@ -3,6 +3,7 @@
 run/config.json, trained_on.npy, seen.json, metrics.jsonl, tensorboard/, checkpoints/step_000500/
 """
 
+import importlib.util
 import json
 import logging
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class PretrainRequest:
     shuffle_pairs: bool = False  # the control that must learn nothing
     lesions: Path | None = None  # folder of a synthetic data set, for policy "oracle"
     wandb: bool = False
+    tensorboard: bool = False
     cpu: bool = False
 
 
@@ -105,6 +107,24 @@ def make_tokenizer(config: Config, dataset: ImageTextDataset) -> PreTrainedToken
     return train_tokenizer(reports, vocab_size=config.model.text.vocab_size)
 
 
+def _trackers(request: PretrainRequest) -> list[str | LoggerType | GeneralTracker]:
+    """What a job logs to beside metrics.jsonl.
+
+    Raises:
+        ValueError: When the package of one is not installed.
+    """
+    trackers: list[str | LoggerType | GeneralTracker] = []
+    for name, is_wanted in (("tensorboard", request.tensorboard), ("wandb", request.wandb)):
+        if is_wanted and importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"--{name} needs the package {name}, which is not installed; "
+                f"pip install 'mmclip[{name}]', or leave it out: metrics.jsonl has the same numbers"
+            )
+        if is_wanted:
+            trackers.append(name)
+    return trackers
+
+
 def pretrain(request: PretrainRequest) -> Path:
     """Trains, or goes on training, and returns the newest checkpoint's folder.
 
@@ -114,9 +134,7 @@ def pretrain(request: PretrainRequest) -> Path:
         CheckpointError: When the run exists and `resume` is False, or differs from what resumes.
     """
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[request.config.train.precision]
-    trackers: list[str | LoggerType | GeneralTracker] = ["tensorboard"]
-    if request.wandb:
-        trackers.append("wandb")
+    trackers = _trackers(request)
     accelerator = Accelerator(
         mixed_precision=precision, cpu=request.cpu, log_with=trackers, project_dir=request.run
     )
