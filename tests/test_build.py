@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -460,3 +460,35 @@ def test_every_real_image_is_accounted_for(tmp_path: Path):
             assert sample.labels["pneumonia"] == (row["labels"] != "Normal")
             assert sample.split == "test"
     verify_cache(tmp_path, meta["images_sha256"])
+
+
+def of_reports(reports: Iterable[str]) -> list[Sample]:
+    return [
+        Sample(image_id=f"{i}", study_id=f"{i}", patient_id=f"{i}", source="x", report=report)
+        for i, report in enumerate(reports)
+    ]
+
+
+GERMAN = [
+    "Kein Pneumothorax.",
+    "Herz normal gross.",
+    "Lungen frei.",
+    "Kein Erguss.",
+    "Unauffällig.",
+]
+SPANISH = ["Sin derrame.", "Silueta normal.", "No se observa neumotórax.", "Campos claros."]
+ENGLISH = ["No effusion.", "The lungs are clear.", "Cardiomegaly.", "Normal."]
+
+
+@pytest.mark.parametrize(("reports", "n_known"), [(GERMAN, "1 of 5"), (SPANISH, "0 of 4")])
+def test_reports_in_another_language_are_said_with_figures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reports: list[str], n_known: str
+):
+    build_data(of_reports(reports), tmp_path, tmp_path / "out", image_size=8)
+    (line,) = (r.getMessage() for r in caplog.records if "English" in r.getMessage())
+    assert f"only {n_known} reports" in line and "--entities" in line
+
+
+def test_english_reports_are_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    build_data(of_reports(ENGLISH), tmp_path, tmp_path / "out", image_size=8)
+    assert "English" not in caplog.text

@@ -19,7 +19,7 @@ from mmclip.data.entities import (
     find_entities,
     is_entity_tokens,
 )
-from mmclip.data.lexicon import expand, read_lexicon
+from mmclip.data.lexicon import expand, flat_sets, insert, read_lexicon
 
 LEXICON = Path(mmclip.__file__).parent / "resources" / "lexicon"
 
@@ -270,17 +270,17 @@ def test_the_matcher_finds_what_a_slow_search_through_all_phrases_finds(lexicon,
         for end in range(start + 1, len(words) + 1)
         if " ".join(words[start:end]).lower() in lexicon.phrases
     ]
-    assert sorted(m[:2] for m in lexicon.matches(words)) == slow
+    assert sorted(m[:2] for m in lexicon.matches([w.lower() for w in words])) == slow
 
 
 @pytest.mark.parametrize("path", sorted(LEXICON.glob("[!c]*.toml")), ids=lambda path: path.stem)
 def test_each_wording_belongs_to_one_concept_of_its_kind(path):
     entries = tomllib.loads(path.read_text("utf-8"))
-    sets = {name: f"({'|'.join(phrases)})" for name, phrases in entries.pop("sets", {}).items()}
+    sets = flat_sets(entries.pop("sets", {}))
     owner: dict[str, str] = {}
     for concept, entry in entries.items():
         for form in (form for form in entry["forms"] if "<" not in form):
-            for wording in expand(re.sub(r"\{(\w+)\}", lambda m: sets[m[1]], form)):
+            for wording in expand(insert(sets, form)):
                 assert owner.setdefault(wording, concept) == concept, wording
 
 

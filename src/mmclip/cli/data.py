@@ -13,9 +13,10 @@ from mmclip.progress import console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mmclip.data.report_labels import Check
     from mmclip.data.sample import Split
 
-app = typer.Typer(help="Build, split and check data folders.", no_args_is_help=True)
+app = typer.Typer(help="Build, label, split and check data folders.", no_args_is_help=True)
 
 
 @app.command("build")
@@ -176,6 +177,62 @@ def data_split(
     _print_split(split, folder)
 
 
+@app.command("labels")
+def data_labels(
+    folder: Annotated[Path, typer.Argument(help="Data folder of `mmclip data build`.")],
+    findings: Annotated[
+        str, typer.Option(help="Which findings: chexpert, or a TOML file of rules.")
+    ] = "chexpert",
+    uncertain_as: Annotated[
+        str, typer.Option(help="How uncertain ones count: uncertain, present, absent or unknown.")
+    ] = "uncertain",
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Change nothing; score the labels against this CSV of people's labels."),
+    ] = None,
+) -> None:
+    """Labels images without labels by what their reports say, or checks how good such labels are.
+
+    The result goes to stdout as JSON.
+
+    Example: `mmclip data labels data/hospital --check gold.csv`
+    """
+    from typing import cast, get_args
+
+    from mmclip.data.report_labels import (
+        UncertainAs,
+        check_labels,
+        label_folder,
+        read_label_rules,
+    )
+
+    if uncertain_as not in get_args(UncertainAs):
+        raise ValueError(
+            f"--uncertain-as {uncertain_as} is none of {', '.join(get_args(UncertainAs))}"
+        )
+    rules = read_label_rules(findings)
+    if check is not None:
+        _print_agreement(check_labels(folder, rules, check))
+        return
+    done = label_folder(folder, rules, cast(UncertainAs, uncertain_as))
+    table = Table("finding", "present", "uncertain", "absent", box=None, pad_edge=False)
+    for finding, counts in sorted(done.counts.items()):
+        table.add_row(finding, *(f"{counts[value]:,}" for value in (1, -1, 0)))
+    console.print(table)
+    console.print(
+        f"{done.n_labelled:,} images labelled by their reports; {done.n_kept:,} keep the labels "
+        f"they had, {done.n_without_report:,} have no report; data hash {done.data_hash[:16]}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    counts = {f: {str(value): n for value, n in c.items()} for f, c in done.counts.items()}
+    metadata = {
+        "labelled": done.n_labelled,
+        "kept": done.n_kept,
+        "no_report": done.n_without_report,
+    }
+    print(json.dumps({**metadata, "data_hash": done.data_hash, "labels": counts}, indent=2))
+
+
 @app.command("check")
 def data_check(
     folders: Annotated[
@@ -217,6 +274,26 @@ def data_check(
     print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
     if found.leaks:
         raise typer.Exit(1)
+
+
+def _print_agreement(check: "Check") -> None:
+    table = Table("finding", "task", "gold", "precision", "recall", "F1", box=None, pad_edge=False)
+    out: dict[str, dict[str, dict[str, float | int | None]]] = {}
+    for task, of_finding in check.agreement.items():
+        for finding, scores in of_finding.items():
+            values = (scores.precision, scores.recall, scores.f1)
+            said = ("-" if value is None else f"{value:.3f}" for value in values)
+            table.add_row(finding, task, f"{scores.n_gold:,}", *said)
+            numbers = dict(zip(("precision", "recall", "f1"), values, strict=True))
+            out.setdefault(task, {})[finding] = {"n_gold": scores.n_gold, **numbers}
+    console.print(table)
+    console.print(
+        f"{check.n_rows:,} rows compared; {check.n_not_here:,} rows of images that are "
+        f"not here or have no report; columns left out: {', '.join(check.ignored) or 'none'}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    metadata = {"n_rows": check.n_rows, "n_not_here": check.n_not_here, "ignored": check.ignored}
+    print(json.dumps({**metadata, "agreement": out}, indent=2))
 
 
 def _lists(given: "Sequence[str]") -> "dict[Split, Path]":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -41,6 +42,11 @@ ENTITY_SHARDS_FOLDER = "entities.shards"
 CHUNK_REPORTS = 1024
 """Records a chunk whose reports are searched. [chosen: a second of work for the lexicon, a minute
 for a large model]"""
+
+logger = logging.getLogger(__name__)
+
+FEW_REPORTS_RATIO = 0.5
+"""Fewer reports than this with a finding or a place make a build warn. [chosen]"""
 
 
 def build_data(
@@ -118,6 +124,7 @@ def build_data(
         why = f"; {n} of {len(excluded)} rows: {reason}" if n else ": the source has no rows"
         raise ManifestError(f"nothing is left of {root}{why}")
     found = _entities_of([sample.report for _, sample in samples], out)
+    counts = Counter[str]()
     meta = write_manifest(
         out,
         assign_splits(kept, seed, val_ratio, test_ratio),
@@ -125,11 +132,34 @@ def build_data(
         image_size if n_images else None,
         {**(metadata or {}), "entities": entities, "images_sha256": checksum},
         n_split_by_source=sum(sample.split is not None for sample in kept),
-        entities=compress(found, is_kept),
+        entities=_counted(kept, compress(found, is_kept), counts),
     )
+    _warn_if_not_english(counts, entities)
     for shards in (SHARDS_FOLDER, ENTITY_SHARDS_FOLDER):
         shutil.rmtree(out / shards, ignore_errors=True)  # what is left of them does no harm
     return meta
+
+
+def _counted(
+    samples: Iterable[Sample], found: Iterable[tuple[Entity, ...]], counts: Counter[str]
+) -> Iterator[tuple[Entity, ...]]:
+    """The entities of each image, while reports and those with a finding or a place are counted."""
+    for sample, entities in zip(samples, found, strict=True):
+        counts["reports"] += sample.report is not None
+        counts["known"] += any(e.kind != "modifier" for e in entities)
+        yield entities
+
+
+def _warn_if_not_english(counts: Counter[str], backend: str) -> None:
+    """Warns where few reports have an entity, as reports in another language than English do."""
+    if counts["known"] < FEW_REPORTS_RATIO * counts["reports"]:
+        logger.warning(
+            "only %d of %d reports have a finding or a place that %r knows (%.0f %%); it reads "
+            "English radiology reports: for another language name a model by --entities hf:NAME, "
+            "and do not rely on what these reports deny or on labels derived from them",
+            counts["known"], counts["reports"], backend,
+            100 * counts["known"] / counts["reports"],
+        )  # fmt: skip
 
 
 def build_shard(
@@ -258,7 +288,9 @@ def _fingerprint(reports: Sequence[str | None], backend: str) -> str:
 @cache
 def _finder_version(backend: str) -> str:
     words = json.dumps(made_with(None, backend)["words"])
-    code = (resources.files("mmclip") / "data" / "entities.py").read_text("utf-8")
+    folder = resources.files("mmclip") / "data"
+    modules = ("entities.py", "lexicon.py", "negation.py")
+    code = "\n".join((folder / name).read_text("utf-8") for name in modules)
     return hashlib.sha256(f"{words}\n{code}".encode()).hexdigest()
 
 

@@ -12,8 +12,7 @@ from itertools import islice
 import numpy as np
 from jaxtyping import Int32, Integer
 
-from mmclip.data.lexicon import longest_disjoint, read_lexicon
-from mmclip.data.negation import with_status
+from mmclip.data.lexicon import Lexicon, longest_disjoint, read_lexicon
 from mmclip.data.sample import Entity, EntityKind
 
 
@@ -48,15 +47,26 @@ class EntityFinder:
         while some := list(islice(rest, 64)):  # [chosen: keeps a model busy and memory small]
             tagged = self._tag(some) if self._tag else [None] * len(some)
             for text, spans in zip(some, tagged, strict=True):
-                entities, marks = self._lexicon.scan(text)
-                if spans is not None:
-                    entities = [Entity(*span) for span in longest_disjoint(spans, set())]
-                yield with_status(entities, marks)
+                if spans is None:
+                    yield self._lexicon.find(text)
+                else:
+                    given = [Entity(*span) for span in longest_disjoint(spans, set())]
+                    yield self._lexicon.assess(text, given)
 
 
 def find_entities(texts: Iterable[str], backend: str = "lexicon") -> Iterator[list[Entity]]:
     """The entities of each text; EntityFinder says which backends there are."""
     return _finder(backend).find(texts)
+
+
+def find_statuses(text: str, entities: Sequence[Entity]) -> list[Entity]:
+    """Some spans of a text with the status that the cues around them say, whoever found them.
+
+    Args:
+        entities: In order and disjoint; only those of kind "finding" are ever denied or doubted. A
+            cue inside a span is part of its name.
+    """
+    return _cues().assess(text, entities)
 
 
 def is_entity_tokens(
@@ -79,6 +89,11 @@ def is_entity_tokens(
         touches = (start < entity.end) & (end > entity.start) & (end > start)
         groups[touches] = number.setdefault(entity.concept, len(number) + 1)
     return groups
+
+
+@cache
+def _cues() -> Lexicon:
+    return read_lexicon(cues_only=True)
 
 
 @cache

@@ -8,23 +8,31 @@ matches characters, so each word of the lexicon becomes one character of an alph
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from operator import itemgetter
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import ahocorasick
 
 from mmclip.config import read_toml
-from mmclip.data.negation import Mark
+from mmclip.data.negation import Heard, ListWords, Mark, Span, statuses
 from mmclip.data.sample import Entity, EntityKind, EntityStatus
 
-_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+|[^\w\s\-\u2010-\u2015]|\n(?=\s*(?:\n|[-*\u2022]|\d+[.)]))")
+# A line break is a word where a paragraph, an item of a list or a structured line begins behind it.
+_WORD = re.compile(
+    r"\d+(?:[.,]\d+)+|\w+|[^\w\s\-\u2010-\u2015]"
+    r"|\n(?=[ \t]*(?:\n|[-*\u2022]|\d+[.)]|[A-Z][\w /()-]{1,40}:))"
+)
+_ALIASES = {"\n": ".", ")": "]", "\u2019": "'"}
+"""Words of a text that stand for another one; forms cannot have a bracket or a line break."""
 _NO_LETTER = "\0"  # stands for a word that no phrase has
-_SENTENCE_ENDS = ".!?\n"
+_SENTENCE_ENDS = ".!?"
 _GAP = re.compile(r"\s*<(\d+)>\s*")
 _SET = re.compile(r"\{(\w+)\}")
 _GROUP = re.compile(r"\(([^()]*)\)")
+_WALL, _VOID = frozenset(("gap stop",)), frozenset(("void", "degree"))
 _KINDS: dict[str, EntityKind] = {
     "findings": "finding",
     "anatomy": "anatomy",
@@ -32,45 +40,68 @@ _KINDS: dict[str, EntityKind] = {
 }
 
 
+class _Concept(NamedTuple):
+    kind: EntityKind
+    name: str
+
+
 @dataclass(slots=True)
 class _Senses:
     """What a phrase may stand for; most phrases have one sense."""
 
-    whole: list[tuple[EntityKind, str]] = field(default_factory=list)
+    concepts: list[_Concept] = field(default_factory=list)
+    roles: frozenset[str] = frozenset()  # "negated before", "stop", "gap stop", ...
     left_of: list[int] = field(default_factory=list)  # numbers of forms
-    right_of: list[tuple[int, int, EntityKind, str]] = field(default_factory=list)  # form, gap, ...
-    roles: set[str] = field(default_factory=set)  # "negated before", "stop", "gap stop", ...
+    right_of: list[tuple[int, int, _Concept | str]] = field(default_factory=list)  # form, gap, ...
+
+
+class _Cue(NamedTuple):
+    """A cue from word `start` to `end`; its gap reaches from `left_end` to `right_start`."""
+
+    start: int
+    end: int
+    roles: frozenset[str]
+    left_end: int
+    right_start: int
+
+
+_Found = tuple[int, int, _Concept]
 
 
 class Lexicon:
     """All forms and cues, compiled into one matcher.
 
     Args:
-        forms: Kind, concept and form, in the syntax that findings.toml describes.
+        forms: Concept and form, in the syntax that findings.toml describes.
         cues: Role ("negated before", "stop", "pseudo", ...) and phrase, in the same syntax.
+        lists: The words by which a list of findings is seen to end.
     """
 
     def __init__(
-        self, forms: Iterable[tuple[EntityKind, str, str]], cues: Iterable[tuple[str, str]]
+        self,
+        forms: Iterable[tuple[_Concept, str]],
+        cues: Iterable[tuple[str, str]],
+        lists: ListWords,
     ):
         senses: dict[str, _Senses] = defaultdict(_Senses)
-        for number, (kind, concept, form) in enumerate(forms):
+        for number, (meaning, form) in enumerate((*forms, *cues)):
             match _GAP.split(form):
                 case [phrase]:
                     for words in expand(phrase):
-                        senses[words].whole.append((kind, concept))
+                        if isinstance(meaning, str):
+                            senses[words].roles |= {meaning}
+                        else:
+                            senses[words].concepts.append(meaning)
                 case [left, gap, right]:
                     for words in expand(left):
                         senses[words].left_of.append(number)
                     for words in expand(right):
-                        senses[words].right_of.append((number, int(gap), kind, concept))
+                        senses[words].right_of.append((number, int(gap), meaning))
                 case _:
-                    raise ValueError(f"form {form!r} of {concept!r} has more than one gap <n>")
-        for role, phrase in cues:
-            for words in expand(phrase):
-                senses[words].roles.add(role)
+                    raise ValueError(f"form {form!r} of {meaning!r} has more than one gap <n>")
         for word in _SENTENCE_ENDS:
             senses[word].roles |= {"stop", "gap stop"}
+        self._lists = lists
         self._most_words = max(len(words.split(" ")) for words in senses)
         self._letters: dict[str, str] = {}
         self._matcher = ahocorasick.Automaton()
@@ -80,67 +111,152 @@ class Lexicon:
             self._matcher.add_word("".join(letters), (len(words), sense))
         self._matcher.make_automaton()
         self.phrases = frozenset(senses)
+        self.senses = tuple(senses.values())
 
     def matches(self, words: Sequence[str]) -> list[tuple[int, int, _Senses]]:
         """Every phrase in some words, as start and end word and senses; in order of start."""
-        letters = "".join([self._letters.get(word.lower(), _NO_LETTER) for word in words])
+        letters = "".join([self._letters.get(word, _NO_LETTER) for word in words])
         found = [
             (last + 1 - length, last + 1, senses)
             for last, (length, senses) in self._matcher.iter(letters)
         ]
         return sorted(found, key=itemgetter(0))
 
-    def scan(self, text: str) -> tuple[list[Entity], list[Mark]]:
-        """The entities of a text, all "present" so far, and the marks; both in order, disjoint."""
-        spans = [m.span() for m in _WORD.finditer(text)]
-        found: list[
-            tuple[int, int, EntityKind, str]
-        ] = []  # start and end count words from here ...
-        cues: list[tuple[int, int, set[str]]] = []
+    def find(self, text: str) -> list[Entity]:
+        """The entities of a text, with the status of each finding: in order and disjoint."""
+        words, places = _words(text)
+        found, cues = self._candidates(words)
+        taken: set[int] = set()  # "left hilar enlargement" is a hilar enlargement, not a left hilum
+        chosen = longest_disjoint((f for f in found if f[2].kind == "finding"), taken)
+        findings = [Span(start, end) for start, end, _ in chosen]
+        marks, in_cue = _marks(words, cues, findings)
+        heard = dict(zip(findings, statuses(words, findings, marks, self._lists), strict=True))
+        taken |= in_cue
+        chosen += longest_disjoint((f for f in found if f[2].kind != "finding"), taken)
+        return [
+            _entity(
+                Entity(places[start][0], places[end - 1][1], concept.kind, concept.name),
+                heard.get(Span(start, end)) if concept.kind == "finding" else None,
+                places,
+            )
+            for start, end, concept in sorted(chosen, key=itemgetter(0))
+        ]
+
+    def assess(self, text: str, entities: Sequence[Entity]) -> list[Entity]:
+        """Entities that another program found, with the status of each finding.
+
+        Args:
+            entities: In order, disjoint and inside the text. A cue inside one belongs to it.
+        """
+        words, places = _words(text)
+        starts, ends = [a for a, _ in places], [b for _, b in places]
+        spans = [
+            Span(first, max(first, bisect_left(starts, e.end)))
+            for e in entities
+            for first in [bisect_left(ends, e.start + 1)]
+        ]
+        findings = [s for s, e in zip(spans, entities, strict=True) if e.kind == "finding"]
+        marks, _ = _marks(words, self._candidates(words)[1], findings)
+        heard = iter(statuses(words, findings, marks, self._lists, is_own_cue_heard=False))
+        return [_entity(e, next(heard) if e.kind == "finding" else None, places) for e in entities]
+
+    def _candidates(self, words: Sequence[str]) -> tuple[list[_Found], list[_Cue]]:
+        """Whatever the words may mean: concepts and cues, overlaps and all."""
+        found: list[_Found] = []
+        cues: list[_Cue] = []
         lefts: dict[int, list[tuple[int, int]]] = defaultdict(list)
         walls: list[int] = []  # where no gap may reach over
-        for start, end, senses in self.matches([text[a:b] for a, b in spans]):
-            found += [(start, end, *whole) for whole in senses.whole]
+        for start, end, senses in self.matches(words):
+            found += [(start, end, concept) for concept in senses.concepts]
             for number in senses.left_of:
                 lefts[number].append((start, end))
-            for number, gap, kind, concept in senses.right_of:
+            for number, gap, meaning in senses.right_of:
                 for left_start, left_end in reversed(lefts.get(number, ())):
                     if left_start < start - gap - self._most_words:
                         break
                     is_open = bisect_left(walls, left_end) == bisect_left(walls, start)
-                    if 0 <= start - left_end <= gap and is_open:
-                        found.append((left_start, end, kind, concept))
-            if "gap stop" in senses.roles:
-                walls.append(start)
-            if senses.roles - {"gap stop"}:
-                cues.append((start, end, senses.roles))
-
-        in_cue: set[int] = set()
-        marks = [
-            _mark(spans[start][0], spans[end - 1][1], roles)
-            for start, end, roles in longest_disjoint(cues, in_cue)
-            if "pseudo" not in roles
-        ]
-        taken: set[int] = set()  # "left hilar enlargement" is a hilar enlargement, not a left hilum
-        chosen = longest_disjoint((f for f in found if f[2] == "finding"), taken)
-        taken |= in_cue
-        chosen += longest_disjoint((f for f in found if f[2] != "finding"), taken)
-        entities = [
-            Entity(spans[start][0], spans[end - 1][1], kind, concept)
-            for start, end, kind, concept in sorted(chosen)
-        ]
-        return entities, marks  # ... and characters here
+                    if not (0 <= start - left_end <= gap and is_open):
+                        continue
+                    if isinstance(meaning, str):
+                        cues.append(_Cue(left_start, end, frozenset((meaning,)), left_end, start))
+                    else:
+                        found.append((left_start, end, meaning))
+            if senses.roles:
+                if "gap stop" in senses.roles:
+                    walls.append(start)
+                cues.append(_Cue(start, end, senses.roles, end, end))
+        return found, cues
 
 
-def _mark(start: int, end: int, roles: set[str]) -> Mark:
+def _words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The words of a text in lower case, with their characters; the last one is always a "."."""
+    places = [match.span() for match in _WORD.finditer(text)]
+    words = [text[start:end].lower() for start, end in places]
+    if any(sign in text for sign in _ALIASES):
+        words = [_ALIASES.get(word, word) for word in words]
+    if "?" in text:
+        for i, (_, end) in enumerate(places):
+            if words[i] == "?" and text[end : end + 1].isalpha():
+                words[i] = "\u00bf"  # of "?pneumonia"
+    words.append(".")
+    places.append((len(text), len(text)))
+    return words, places
+
+
+def _marks(
+    words: Sequence[str], cues: Sequence[_Cue], findings: Sequence[Span]
+) -> tuple[list[Mark], set[int]]:
+    """The cues that hold, in order and disjoint, and the words that any cue takes up."""
+    starts = [finding.start for finding in findings]
+    in_cue: set[int] = set()
+    rest: list[_Cue] = []
+    for cue in cues:
+        if bisect_left(starts, cue.left_end) < bisect_left(starts, cue.right_start):
+            continue  # a finding stands in the gap
+        if "degree" in cue.roles and not _denies_change(words, cue, findings, starts):
+            continue
+        if cue.roles == _WALL:
+            continue
+        if not _VOID.isdisjoint(cue.roles):
+            in_cue.update(range(cue.start, cue.end))
+        else:
+            rest.append(cue)
+    return [
+        Mark(cue.start, cue.end, *_meaning(cue.roles)[2:])
+        for cue in longest_disjoint(rest, in_cue)
+        if "pseudo" not in cue.roles
+    ], in_cue
+
+
+def _denies_change(
+    words: Sequence[str], cue: _Cue, findings: Sequence[Span], starts: Sequence[int]
+) -> bool:
+    """Whether a phrase such as "no relevant change" is about change, and about nothing else."""
+    i = bisect_left(starts, cue.end) - 1
+    is_part = i >= 0 and findings[i].end > cue.right_start
+    return not is_part and words[cue.end] not in ("or", "nor")
+
+
+@cache
+def _meaning(roles: frozenset[str]) -> Mark:
     """A mark of the roles that a phrase has in cues.toml; "stop" alone says nothing of findings."""
     said: dict[str, EntityStatus] = {}
     for status in ("negated", "uncertain"):
-        for place in ("before", "after", "between"):
+        for place in ("before", "after", "either", "between", "copula"):
             if f"{status} {place}" in roles:
                 said.setdefault(place, status)
-    after = said.get("after") or said.get("between")
-    return Mark(start, end, said.get("before") or said.get("between"), after, "after" not in said)
+    both = said.get("either") or said.get("between") or said.get("copula")
+    before, after = said.get("before") or both, said.get("after") or both
+    is_between = "between" in said and "after" not in said
+    return Mark(0, 0, before, after, "either" in said, is_between, "copula" in said)
+
+
+def _entity(entity: Entity, heard: Heard | None, places: Sequence[tuple[int, int]]) -> Entity:
+    """An entity with what was heard of it."""
+    if heard is None or heard.mark is None:
+        return entity
+    cue = places[heard.mark.start][0], places[heard.mark.end - 1][1]
+    return replace(entity, status=heard.status, cue=cue)
 
 
 def expand(form: str) -> list[str]:
@@ -177,13 +293,28 @@ def read_lexicon(cues_only: bool = False) -> Lexicon:
     def read(name: str) -> dict:
         return read_toml("lexicon", "lexicon", name)
 
-    forms: list[tuple[EntityKind, str, str]] = []
+    forms: list[tuple[_Concept, str]] = []
     kinds: dict[str, EntityKind] = {} if cues_only else _KINDS
     for name, kind in kinds.items():
         entries = read(name)
-        sets = {key: f"({'|'.join(some)})" for key, some in entries.pop("sets", {}).items()}
+        sets = flat_sets(entries.pop("sets", {}))
         for concept, entry in entries.items():
-            for form in entry["forms"]:
-                forms.append((kind, concept, _SET.sub(lambda m, sets=sets: sets[m[1]], form)))
-    cues = [(role, phrase) for role, phrases in read("cues").items() for phrase in phrases]
-    return Lexicon(forms, cues)
+            forms += [(_Concept(kind, concept), insert(sets, form)) for form in entry["forms"]]
+    cues = read("cues")
+    sets = flat_sets(cues["sets"])
+    phrases = [(role, insert(sets, form)) for role, some in cues["cues"].items() for form in some]
+    lists = ListWords(**{name: frozenset(some) for name, some in cues["lists"].items()})
+    return Lexicon(forms, phrases, lists)
+
+
+def flat_sets(sets: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Each named set as one group of all its wordings."""
+    return {
+        name: f"({'|'.join(words for form in forms for words in expand(form))})"
+        for name, forms in sets.items()
+    }
+
+
+def insert(sets: Mapping[str, str], form: str) -> str:
+    """A form with the sets that it names in their place."""
+    return _SET.sub(lambda match: sets[match[1]], form)

@@ -202,6 +202,29 @@ def write_manifest(
     return meta
 
 
+def replace_images(folder: Path, samples: Sequence[Sample], metadata: Mapping) -> dict:
+    """Writes other records of a finished folder's images, and says so in meta.json.
+
+    Args:
+        folder: The data folder.
+        samples: As many as before and in the same order; their images, reports and splits stay.
+        metadata: Further facts for meta.json.
+
+    Returns:
+        The contents of meta.json, with the new data hash.
+
+    Raises:
+        ManifestError: When the folder is unfinished.
+    """
+    meta = read_built_meta(folder)
+    parquet = folder / (MANIFEST_FILE + ".tmp")
+    digest = data_hash(_written(parquet, samples, None), meta["image_size"])
+    meta = {**meta, **metadata, "data_hash": digest}
+    parquet.replace(folder / MANIFEST_FILE)
+    write_text_atomic(folder / META_FILE, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+    return meta
+
+
 def _written(
     path: Path, samples: Iterable[Sample], entities: Iterable[tuple[Entity, ...]] | None
 ) -> Iterator[Sample]:

@@ -1,59 +1,238 @@
-"""What a cue such as "no" or "may represent" says of the findings around it."""
+"""What a cue such as "no" or "may represent" says of the findings around it.
 
-from bisect import bisect_left, bisect_right
+All places are numbers of words. Source: after NegEx (Chapman et al. 2001) and ConText (Harkema et
+al. 2009): cues with a direction, pseudo cues and terminating words; the nearest mark instead of a
+fixed window, and the ends of lists, are ours.
+"""
+
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
-from mmclip.data.sample import Entity, EntityStatus
+from mmclip.data.sample import EntityStatus
+
+_OR = frozenset(("or", "nor", "/"))
+_AND = frozenset(("and", "&"))
+_CLAUSE_ENDS = frozenset((*_OR, *_AND, ",", ".", ";", ":", "but", "which", "that", "with"))
+_SINGULAR, _PLURAL = frozenset(("is", "was", "has")), frozenset(("are", "were", "have", ":"))
+_LISTING = frozenset(("differential", "include", "includes", "including", "either"))
+_CONJUNCTION_WORDS = 8  # [chosen: "and a small left-sided layering ..." fits]
+_LIST_WORDS = 60  # [chosen: longer than any list of a report; keeps the time linear]
+_VERB_WORDS = 7  # [chosen: "opacity in the left lower lobe base is ..." fits]
 
 
-class Mark(NamedTuple):
-    """Words that are no entity but bear on one: a cue, or the end of a clause."""
+class Span(NamedTuple):
+    """A finding, from word `start` up to word `end`."""
 
     start: int
     end: int
-    before: EntityStatus | None = None  # what it says of the findings after it in the clause
-    after: EntityStatus | None = None  # of the findings before it in the clause
-    nearest: bool = False  # `after` holds for the last finding before it only
 
 
-def with_status(entities: Sequence[Entity], marks: Sequence[Mark]) -> list[Entity]:
-    """Gives each finding the status that the marks around it say.
+class Mark(NamedTuple):
+    """Words that bear on findings: a cue, or the end of a clause.
+
+    Attributes:
+        before: What it says of the findings after it in the clause.
+        after: What it says of the findings before it, from word `reach` on.
+        is_either: `before` holds only where the clause has no finding before the mark, `after`
+            only where it has one.
+        is_copula: `after` holds only where no finding follows the mark directly, else `before`.
+        is_between: `after` holds for one finding, and those that "or" joins to it.
+    """
+
+    start: int
+    end: int
+    before: EntityStatus | None = None
+    after: EntityStatus | None = None
+    is_either: bool = False
+    is_between: bool = False
+    is_copula: bool = False
+    reach: int = 0
+
+
+class Heard(NamedTuple):
+    """What a report says of a finding, and the mark that says so; None for "present"."""
+
+    status: EntityStatus
+    mark: Mark | None
+
+
+@dataclass(frozen=True)
+class ListWords:
+    """The words by which the end of a list is seen; cues.toml has them.
+
+    Attributes:
+        size: Adjectives with which a statement of its own begins ("mild", "stable").
+        verb: Verbs that a finding may have for itself.
+        seen: Participles that a list shares ("no effusion or pneumothorax is seen").
+    """
+
+    size: frozenset[str]
+    verb: frozenset[str]
+    seen: frozenset[str]
+
+
+def statuses(
+    words: Sequence[str],
+    findings: Sequence[Span],
+    marks: Sequence[Mark],
+    lists: ListWords,
+    *,
+    is_own_cue_heard: bool = True,
+) -> list[Heard]:
+    """The status of each finding that the marks around it say.
 
     A finding heeds the last mark before it and the first mark after it, and of these two the
-    nearer; every mark ends the reach of the one beyond it. A cue inside the finding goes first.
+    nearer, except that a denial outdoes a doubt ("no pneumonia is suspected").
+    Every mark ends the reach of the one beyond it.
 
     Args:
-        entities: In order and disjoint.
+        words: Of the text, in lower case.
+        findings: In order and disjoint.
         marks: In order and disjoint.
-
-    Source: after NegEx (Chapman et al. 2001) and ConText (Harkema et al. 2009): cues with a
-        direction, pseudo cues and terminating words; nearest mark instead of a fixed window [ours].
+        is_own_cue_heard: Whether a cue inside a finding ("heart is not enlarged") goes first, or is
+            part of its name.
     """
+    if not findings:
+        return []
+    marks = [_directed(mark, i, marks, findings, words) for i, mark in enumerate(marks)]
+    marks = _with_ends_of_lists(words, findings, marks, lists)
     starts, ends = [m.start for m in marks], [m.end for m in marks]
-    findings = [e for e in entities if e.kind == "finding"]
-    follower = {a.start: b.start for a, b in pairwise(findings)}
-    out = []
-    for entity in entities:
-        if entity.kind != "finding":
-            out.append(entity)
+    said = []
+    for finding in findings:
+        inner = marks[bisect_left(starts, finding.start) : bisect_right(ends, finding.end)]
+        own = [m for m in inner if m.before] if is_own_cue_heard else []
+        if own:
+            said.append(Heard(min(str(m.before) for m in own), own[0]))  # pyright: ignore
             continue
-        first, last = bisect_left(starts, entity.start), bisect_right(ends, entity.end)
-        heard: list[tuple[int, EntityStatus, Mark]] = [
-            (0, m.before, m) for m in marks[first:last] if m.before
-        ]
-        prior = bisect_right(ends, entity.start) - 1
-        if prior >= 0 and (said := marks[prior].before):
-            heard.append((entity.start - marks[prior].end, said, marks[prior]))
-        nxt = bisect_left(starts, entity.end)
-        if nxt < len(marks) and (said := marks[nxt].after):
-            between = follower.get(entity.start, marks[nxt].end) < marks[nxt].start
-            if not (marks[nxt].nearest and between):
-                heard.append((marks[nxt].start - entity.end, said, marks[nxt]))
-        if heard:
-            _, status, mark = min(heard, key=lambda h: (h[0], h[1]))
-            entity = replace(entity, status=status, cue=(mark.start, mark.end))
-        out.append(entity)
+        said.append(_heard(finding, marks, starts, ends))
+    return said
+
+
+def _heard(
+    finding: Span, marks: Sequence[Mark], starts: Sequence[int], ends: Sequence[int]
+) -> Heard:
+    """What the last mark before a finding and the first one after it say."""
+    last = bisect_right(ends, finding.start) - 1
+    following = bisect_left(starts, finding.end)
+    prior = marks[last] if last >= 0 and marks[last].before else None
+    behind = marks[following] if following < len(marks) else None
+    if behind is not None and (behind.after is None or finding.start < behind.reach):
+        behind = None
+    if prior is None or prior.before is None:
+        after = None if behind is None else behind.after
+        return Heard(after or "present", behind)
+    if behind is None or behind.after is None:
+        return Heard(prior.before, prior)
+    if prior.before == behind.after:
+        is_prior = finding.start - prior.end <= behind.start - finding.end
+    else:
+        is_prior = prior.before == "negated"
+    return Heard(prior.before, prior) if is_prior else Heard(behind.after, behind)
+
+
+def _directed(
+    mark: Mark, i: int, marks: Sequence[Mark], findings: Sequence[Span], words: Sequence[str]
+) -> Mark:
+    """A mark with its direction settled and its reach over a list before it."""
+    if mark.after is None:
+        return mark
+    if mark.is_copula:
+        follower = bisect_left(findings, mark.end, key=attrgetter("start"))
+        end = findings[follower].start if follower < len(findings) else len(words)
+        if end - mark.end <= _CONJUNCTION_WORDS and _CLAUSE_ENDS.isdisjoint(words[mark.end : end]):
+            return mark._replace(after=None)
+        mark = mark._replace(before=None)
+    clause = marks[i - 1].end if i else 0
+    at = bisect_right(findings, mark.start, key=attrgetter("end"))  # findings before the mark
+    if not at or findings[at - 1].start < clause:
+        return mark._replace(after=None) if mark.is_either else mark
+    verb = words[mark.start]
+    reach, is_list = findings[at - 1].start, False
+    for k in range(at - 2, -1, -1):
+        left, right = findings[k], findings[k + 1]
+        joint = words[left.end : right.start]
+        if left.start < clause:
+            break
+        if not _OR.isdisjoint(joint):
+            is_list = True
+        elif mark.is_between:
+            break
+        elif not _AND.isdisjoint(joint):
+            if verb in _SINGULAR:
+                break
+            is_list = True
+        elif joint and ("," not in joint or not (is_list or verb in _PLURAL)):
+            break
+        reach = left.start
+    before = None if mark.is_either else mark.before
+    return mark._replace(reach=reach, before=before)
+
+
+def _with_ends_of_lists(
+    words: Sequence[str], findings: Sequence[Span], marks: Sequence[Mark], lists: ListWords
+) -> list[Mark]:
+    """The marks, and a bare one wherever a list that is denied or doubted ends.
+
+    It ends at "and a/an"; at a finding with its own verb ("no effusion, the heart is enlarged");
+    and at a comma before a size ("no effusion, mild cardiomegaly") unless an "or" goes on with the
+    list. A doubt goes on over "and a" without a size: "includes pneumonia and a neoplasm".
+    """
+    out = list(marks)
+    previous = 0
+    for finding in findings:
+        last = bisect_right(out, finding.start, key=attrgetter("end")) - 1
+        begin, previous = max(out[last].end if last >= 0 else 0, previous), finding.end
+        if last < 0 or out[last].before is None:
+            continue
+        first = max(begin, finding.start - _CONJUNCTION_WORDS)
+        at = finding.start - 1
+        while at >= first and words[at] != "," and words[at] not in _AND and words[at] not in _OR:
+            at -= 1
+        if at < first or at <= out[last].end or words[at] in _OR:
+            continue
+        is_differential = any(word in _LISTING for word in words[out[last].start : out[last].end])
+        if is_differential and not _has_own_verb(words, finding, words[at], lists):
+            continue
+        if _begins_anew(words, finding, at, out, out[last].before == "negated", lists):
+            insort(out, Mark(at, at + 1), key=attrgetter("start"))
     return out
+
+
+def _begins_anew(
+    words: Sequence[str],
+    finding: Span,
+    at: int,
+    marks: Sequence[Mark],
+    is_denied: bool,
+    lists: ListWords,
+) -> bool:
+    """Whether a finding behind the "," or "and" at a word is no longer part of the list."""
+    if _has_own_verb(words, finding, words[at], lists):
+        return True
+    lead = words[at + 1 : max(finding.start, min(at + 5, finding.end))]
+    has_article = bool(lead) and lead[0] in ("a", "an")
+    is_sized = any(word in lists.size or word[0].isdigit() for word in lead)
+    if words[at] in _AND:
+        return has_article and (is_denied or is_sized)
+    if not is_sized:
+        return False
+    following = bisect_left(marks, finding.end, key=attrgetter("start"))
+    clause_end = marks[following].start + 1 if following < len(marks) else len(words)  # or a "nor"
+    return _OR.isdisjoint(words[finding.end : min(clause_end, finding.end + _LIST_WORDS)])
+
+
+def _has_own_verb(words: Sequence[str], finding: Span, joint: str, lists: ListWords) -> bool:
+    """Whether a finding has a verb of its own, and not one that it shares with a list before it."""
+    if not lists.verb.isdisjoint(words[finding.start : finding.end]):
+        return True
+    for at in range(finding.end, min(finding.end + _VERB_WORDS, len(words))):
+        if words[at] in _CLAUSE_ENDS:
+            return False
+        if words[at] in lists.verb:
+            rest = words[at + 1 : at + 4]
+            is_shared = not lists.seen.isdisjoint(rest) and "again" not in rest
+            return not is_shared or (joint == "," and words[at] in _SINGULAR)
+    return False

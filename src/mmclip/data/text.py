@@ -1,18 +1,30 @@
 """Reports: their sections, cleaning, sentences, and tokens with character offsets."""
 
-import html
+import logging
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int32
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mmclip.data.cleaning import clean, normalise
+from mmclip.data.entities import find_entities
+from mmclip.data.sections import (
+    Section,
+    mend_headings,
+    says_more_than_what_was_done,
+    split_blocks,
+    split_sections,
+)
 from mmclip.hub import why_unavailable
+
+logger = logging.getLogger(__name__)
+
+MAX_CHARACTERS = 50_000
+"""A report is cut here; those of Open-I have at most some 2,000 characters [chosen]."""
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """The special tokens of a vocabulary trained here; their ids are 0 to 4."""
@@ -30,164 +42,28 @@ class Report:
     text: str | None
 
 
-Kind = Literal["findings", "impression", "other"]
-
-_HEADERS: dict[Kind, tuple[str, ...]] = {
-    # A section that is both counts as findings, as in MIMIC-CXR's own section files.
-    "findings": (
-        r"findings? *(?:and|&|/) *impressions?",
-        r"impressions? *(?:and|&|/) *findings?",
-        r"(?:imaging|radiologic|radiological|radiographic|chest|cxr|x-?ray)? *findings?",
-        r"imaging notes?",
-    ),
-    "impression": (
-        r"impressions?(?: *(?:and|&|/) *recommendations?)?",
-        r"conclusions?",
-        r"interpretation",
-        r"opinion",
-        r"summary",
-    ),
-    # What was asked, done and discussed: nothing that is seen on this image.
-    "other": (
-        r"exam(?:ination)?",
-        r"type of exam(?:ination)?",
-        r"study",
-        r"procedure",
-        r"(?:clinical )?indications?(?: for (?:exam(?:ination)?|study))?",
-        r"reasons? for (?:the )?(?:exam(?:ination)?|study|test|request)",
-        r"(?:(?:past|clinical|medical|patient|social|family) )*history",
-        r"clinical (?:information|details|data|statement|diagnosis|presentation)",
-        r"presentation",
-        r"(?:case )?discussion",
-        r"comparisons?",
-        r"techniques?",
-        r"views?",
-        r"date",
-        r"wet read",
-        r"notifications?",
-        r"recommendations?",
-        r"addendum",
-    ),
-}
-_KIND_OF_GROUP: list[Kind] = list(_HEADERS)
-_HEADER = re.compile(
-    r"(?<![\w-])(?:"
-    + "|".join("(" + "|".join(names) + ")" for names in _HEADERS.values())
-    + r")[ \t]*(?::|(?=\n|$))",
-    re.IGNORECASE,
-)
 _BANNER = re.compile(
     r"^[ \t]*(?:final|preliminary) (?:report|addendum)[ \t]*:?[ \t]*$", re.I | re.M
 )
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
-
-_MARK = r"(?:\[\*\*.*?\*\*\]|_{2,}|(?<![A-Za-z])(?:X{4,}|(?:XXX|x{4,})(?![A-Za-z])))"
-# One or several marks with only separators between them, such as ___/___ or XXXX, XXXX.
-_MARKS = re.compile(rf"{_MARK}(?:[ \t]*[-/:,]?[ \t]*{_MARK})*", re.DOTALL)
-_MARKED_XRAY = re.compile(rf"\b(x)-{_MARK}", re.IGNORECASE)
-_GAP = "\0"  # stands for removed marks until the text around them is mended
-_MENDS = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (rf"[-/:]?{_GAP}(?:[-/:](?=\w)|'s\b)|[-/]{_GAP}", _GAP),  # ___-year-old, XXXX's, one-XXXX
-        (rf"[(\[][\s,;:{_GAP}]*{_GAP}[\s,;:{_GAP}]*[)\]]", " "),
-        (rf"(^|[.?!]\s|[\n(])[ ]*(?:{_GAP}[\s.,;:?!]*)+", r"\1"),
-        (rf"\s*[,;:]?\s*{_GAP}\s*(?=[.,;:?!)])", ""),
-        (rf"\s*{_GAP}\s*", " "),
-    )
-]
-_ITEM = re.compile(
-    r"(?:(?<=[.;:?!])[ \t]*|^[ \t]*)\(?(\d{1,2})[.)](?=\s|[A-Z])"  # 1. or (1)
-    r"|^[ \t]*[-*•·][ \t]+",
-    re.MULTILINE,
-)
-_TEMPLATE_MARKS = re.compile(r"\[<|>\]")
-_PARAGRAPH_WITHOUT_STOP = re.compile(r"(?<=[A-Za-z0-9)])[ \t]*\n[ \t]*\n\s*(?=[A-Z])")
-_DOUBLE_STOP = re.compile(r"(?<=[.?!])(?:\s*\.)+(?=\s|$)")
-_NOTHING = {"", "none", "n/a", "na", "nan", "null", "nil", "not available", "not applicable"}
-
-_CHARACTERS = str.maketrans(
-    {
-        **dict.fromkeys("‘’‛′`´", "'"),
-        **dict.fromkeys("“”„″", '"'),
-        **dict.fromkeys("‐‑‒–—―−", "-"),
-        "⁄": "/",
-        "\ufffd": " ",  # what an earlier, wrong decoding left
-        **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", None),
-    }
+_TELLS_WHO_WAS_CALLED = re.compile(
+    r"\b(?:told|called|notified|informed|paged|relayed|conveyed|communicat\w+|discuss\w+"
+    r"|report(?:ed)? (?:to|by)|telephon\w+|phoned?|verbal\w*|acknowledg\w+|read back|aware"
+    r"|dr|drs|physician|house ?staff|nurse|dictated|signed|emailed|alerted)\b",
+    re.IGNORECASE,
 )
 
 
-def _normalise(raw: str) -> str:
-    text = unicodedata.normalize("NFKC", html.unescape(raw)).translate(_CHARACTERS)
-    return "\n".join(text.splitlines())
-
-
-def _remove_numbering(text: str) -> str:
-    """Removes "1.", "(2)" and bullets of lists; an item always starts a new sentence.
-
-    A number is one of a list only if it is 1 or the last one's successor: "ribs 8 and 9.", broken
-    before the 9, keeps its 9.
-    """
-    kept, at, last = [], 0, 0
-    for match in _ITEM.finditer(text):
-        before = text[: match.start()].rstrip()
-        if match[1] is not None:
-            if int(match[1]) not in (1, last + 1) or before.endswith(("No.", "no.")):
-                continue
-            last = int(match[1])
-        ends_sentence = not before or before[-1] in ".,;:?!"
-        kept += [text[at : match.start()], " " if ends_sentence else ". "]
-        at = match.end()
-    return "".join([*kept, text[at:]])
-
-
-def _clean(text: str) -> str | None:
-    """One section as running text, or None when no words are left."""
-    text = _MARKED_XRAY.sub(r"\1-ray", text)  # Open-I hides the "ray" of most x-rays
-    text = _remove_numbering(text)
-    text = _MARKS.sub(_GAP, text)
-    text = _TEMPLATE_MARKS.sub(" ", text)
-    text = _PARAGRAPH_WITHOUT_STOP.sub(". ", text)
-    for pattern, new in _MENDS:
-        text = pattern.sub(new, text)
-    text = " ".join(text.split())
-    text = re.sub(r"\s+(?=[.,;:)](?:\s|$))", "", text)
-    text = _DOUBLE_STOP.sub("", text)
-    text = text.lstrip(" .,;:?!)/").rstrip(" ,;:(/")
-    if text.strip(" .").lower() in _NOTHING or not any(c.isalpha() for c in text):
-        return None
-    return text
-
-
-def _sections(text: str) -> tuple[str, list[tuple[Kind, str]]]:
-    """What comes before the first header, and each section's kind and text, in order."""
-    found: list[tuple[Kind, int, int]] = []
-    for match in _HEADER.finditer(text):
-        before = text[: match.start()].rstrip(" \t")
-        has_colon = match[0].endswith(":")
-        at_line_start = not before or before.endswith("\n")
-        if at_line_start or (
-            has_colon and (match[0].lstrip()[0].isupper() or before[-1] in ".;:!?")
-        ):
-            assert match.lastindex is not None
-            found.append((_KIND_OF_GROUP[match.lastindex - 1], match.start(), match.end()))
-    ends = [start for _, start, _ in found[1:]] + [len(text)]
-    parts: list[tuple[Kind, str]] = [
-        (kind, text[start:end]) for (kind, _, start), end in zip(found, ends, strict=False)
-    ]
-    return text[: found[0][1]] if found else text, parts
-
-
-def _body(text: str, prefix: str, sections: Sequence[tuple[Kind, str]]) -> str:
+def _body(text: str, prefix: str, sections: Sequence[Section]) -> str:
     """The prose under no header: before the first, or behind what a header of another kind owns.
 
     Such a header owns its paragraph; in a note of one paragraph without findings or impression,
     where nothing shows the end of "Presentation: ...", its sentence. Titles ("PORTABLE CHEST,
     5:21 A.M.") are no prose.
     """
-    is_note = not _PARAGRAPH.search(text.strip()) and all(kind == "other" for kind, _ in sections)
+    is_note = not _PARAGRAPH.search(text.strip()) and all(s.kind == "other" for s in sections)
+    is_shouted = text.isupper()
     loose = _PARAGRAPH.split(prefix)
     for kind, section in sections:
         if is_note:
@@ -197,9 +73,16 @@ def _body(text: str, prefix: str, sections: Sequence[tuple[Kind, str]]) -> str:
     return "\n\n".join(
         paragraph
         for paragraph in loose
-        if _SENTENCE_END.search(paragraph)
-        and (text.isupper() or any(c.islower() for c in paragraph))
+        if _SENTENCE_END.search(paragraph) and (is_shouted or any(c.islower() for c in paragraph))
     )
+
+
+def _under_exam(section: str) -> str:
+    """What a heading that names the examination heads, without lines that say what was done."""
+    paragraphs = _PARAGRAPH.split(section)
+    while paragraphs and not says_more_than_what_was_done(paragraphs[0]):
+        del paragraphs[0]
+    return "\n\n".join(paragraphs)
 
 
 def _join(parts: Iterable[str | None], end: str = "") -> str | None:
@@ -213,30 +96,79 @@ def parse_report(raw: str | None) -> Report:
     """The findings and the impression of a free report, cleaned.
 
     Section headers are found at the start of a line, after a sentence, or capitalised before a
-    colon. Sections that say what was asked, done or discussed (indication, technique, comparison,
-    history, ...) are left out. The fallbacks:
+    colon, misspelt ones too. Sections that say what was asked, done, advised or discussed
+    (indication, technique, comparison, recommendation, ...), wet reads, signatures and numbers are
+    left out. The fallbacks:
 
     1. `text` is findings, then impression, or the one there is.
-    2. No findings header: the prose outside all sections is the findings, if there is an
+    2. No findings header: the prose under a header that names the examination ("CHEST, TWO
+       VIEWS:") is the findings.
+    3. No such header either: the prose outside all sections is the findings, if there is an
        impression, else it is `text` alone. This includes the paragraphs behind a comparison or
        technique, where MIMIC-CXR's headerless bodies stand. MIMIC-CXR's own code takes the last
-       paragraph only; a body of two would lose its first.
-    3. No header at all: the whole text.
+       paragraph only; a body of two would lose its first. A comment is read only here.
+    4. No header at all: the whole text.
+
+    An addendum's sentences that state a finding are added to the impression, or to `text`; those
+    that tell who was called are left out. A report longer than MAX_CHARACTERS is cut, with a
+    warning.
     """
     if raw is None:
         return Report(None, None, None)
-    text = _BANNER.sub("\n", _normalise(raw))
-    prefix, sections = _sections(text)
+    report, addenda = split_blocks(mend_headings(_cut(normalise(_cut(raw)))))
+    text = _BANNER.sub("\n", report)
+    prefix, sections = split_sections(text)
+    added = [section for kind, section in sections if kind == "addendum"]
+    for addendum in addenda:
+        parts = split_sections(_BANNER.sub("\n", addendum))
+        added += [parts[0], *(s.text for s in parts[1] if s.kind not in ("other", "admin"))]
+    found = _parse_sections(text, prefix, sections)
+    return _with_addenda(found, [clean(part) for part in added])
+
+
+def _parse_sections(text: str, prefix: str, sections: Sequence[Section]) -> Report:
+    """The report that the sections of a text make, addenda aside."""
     if not sections:
-        return Report(None, None, _clean(text))
-    findings = _join(_clean(section) for kind, section in sections if kind == "findings")
-    impression = _join(_clean(section) for kind, section in sections if kind == "impression")
+        return Report(None, None, clean(text))
+    findings = _join(clean(s.text) for s in sections if s.kind == "findings")
+    impression = _join(clean(s.text) for s in sections if s.kind == "impression")
     if findings is None:
-        body = _clean(_body(text, prefix, sections))
+        findings = _join(clean(_under_exam(s.text)) for s in sections if s.kind == "exam")
+    if findings is None:
+        body = clean(_body(text, prefix, sections))
         if impression is None:
-            return Report(None, None, body)
+            comments = [clean(s.text) for s in sections if s.kind == "comment"]
+            return Report(None, None, _join((body, *comments)))
         findings = body
     return Report(findings, impression, _join((findings, impression)))
+
+
+def _with_addenda(report: Report, addenda: Sequence[str | None]) -> Report:
+    """A report with the sentences of its addenda that state a finding."""
+    stated = [
+        addendum[start:end]
+        for addendum in addenda
+        if addendum is not None
+        for start, end in split_sentences(addendum)
+        if not _TELLS_WHO_WAS_CALLED.search(addendum, start, end)
+    ]
+    found = [s for s, entities in zip(stated, find_entities(stated), strict=True)
+             if any(e.kind == "finding" for e in entities)] if stated else []  # fmt: skip
+    if not found:
+        return report
+    if report.impression is None and report.findings is None:
+        return Report(None, None, _join((report.text, *found)))
+    impression = _join((report.impression, *found))
+    return Report(report.findings, impression, _join((report.findings, impression)))
+
+
+def _cut(raw: str) -> str:
+    if len(raw) > MAX_CHARACTERS:
+        logger.warning(
+            "a report of %d characters, which begins %r, is cut at %d",
+            len(raw), raw[:40], MAX_CHARACTERS,
+        )  # fmt: skip
+    return raw[:MAX_CHARACTERS]
 
 
 def make_report(findings: str | None, impression: str | None) -> Report:
@@ -246,13 +178,13 @@ def make_report(findings: str | None, impression: str | None) -> Report:
     """
     parts = []
     for kind, raw in (("findings", findings), ("impression", impression)):
-        text = _normalise(raw or "")
-        if any(inner != "other" for inner, _ in _sections(text)[1]):
+        text = mend_headings(normalise(_cut(raw or "")))
+        if any(inner.kind not in ("other", "exam") for inner in split_sections(text)[1]):
             parts.append(parse_report(f"{kind}: {text}"))
         elif kind == "findings":
-            parts.append(Report(_clean(text), None, None))
+            parts.append(Report(clean(text), None, None))
         else:
-            parts.append(Report(None, _clean(text), None))
+            parts.append(Report(None, clean(text), None))
     found = _join(part.findings for part in parts)
     concluded = _join(part.impression for part in parts)
     return Report(found, concluded, _join((found, concluded)))
@@ -262,10 +194,11 @@ _NEVER_ENDS = {"dr", "drs", "mr", "mrs", "ms", "prof", "vs", "e.g", "i.e", "appr
 _ENDS_BEFORE_CAPITAL = {"a.m", "p.m", "etc", "cm", "mm", "ca", "al", "min", "max", "post", "lat"}
 _NUMBERED = {"no", "nos", "fig", "figs", "vol"}
 _BOUNDARY = re.compile(
-    r"[.!?]+[\"')\]]*(?=\s)"
+    r"(?<![.!?])[.!?]++[\"')\]]*+(?=\s)"
     r"|(?<=[a-z]{2})\.(?=[A-Z][a-z])"  # a forgotten space: "effusion.No pneumothorax"
     r"|\n[ \t]*(?=\n)"
 )
+_AFTER_SPACE = re.compile(r"\s*(\S?)")
 _LAST_WORD = re.compile(r"([A-Za-z](?:[A-Za-z.]*[A-Za-z])?)$")
 
 
@@ -299,7 +232,8 @@ def _ends_sentence(text: str, stop: int, end: int) -> bool:
     if word is None:
         return True
     name = word[1].lower()
-    after = text[end:].lstrip()[:1] if end - stop == 1 else ""
+    following = _AFTER_SPACE.match(text, end)
+    after = following[1] if following and end - stop == 1 else ""
     if name in _NEVER_ENDS:
         return False
     if name in _NUMBERED:
@@ -307,7 +241,7 @@ def _ends_sentence(text: str, stop: int, end: int) -> bool:
     if name in _ENDS_BEFORE_CAPITAL:
         return not after.islower()
     if len(name) == 1 and text[stop - 1].isupper():  # an initial, as in "Dr. J. Smith"
-        before = text[: word.start()].rstrip()
+        before = text[max(0, word.start() - 12) : word.start()].rstrip()
         return not before.endswith(("Dr.", "Mr.", "Mrs.", "Ms.", "Prof."))
     return True
 

@@ -40,7 +40,6 @@ _VIEWS: dict[str, View] = {
     "XTABLE LATERAL": "L",
 }  # others, such as "AP LLD", lie down or turn the patient: unknown
 _GROUP = re.compile(r"p\d\d")
-_RULE = re.compile(r"^[ \t]*_{20,}[ \t]*$", re.MULTILINE)  # addenda and wet reads stand above one
 
 logger = logging.getLogger(__name__)
 
@@ -324,16 +323,9 @@ def _report_reader(root: Path, tree: _Tree) -> Callable[[str], Report] | None:
 
     @lru_cache(maxsize=64)  # images of one study follow one another
     def report_of(folder: str) -> Report:
-        text = texts(folder)
-        return parse_report(None if text is None else without_addenda(text))
+        return parse_report(texts(folder))
 
     return report_of
-
-
-def without_addenda(text: str) -> str:
-    """A report without what stands above its last line of underscores: addenda and wet reads."""
-    last = _RULE.split(text)[-1]
-    return last if any(c.isalpha() for c in last) else text
 
 
 def _has_texts(root: Path, tree: _Tree) -> bool:

@@ -1,0 +1,121 @@
+"""A report's characters and marks: one way of writing for each, and what masks names taken out.
+
+Every step takes time in proportion to the text, whatever it says: runs of white space are shortened
+first, so that no pattern meets a long one, and the other repeats are bounded.
+"""
+
+import html
+import re
+import unicodedata
+
+_MARK = r"(?:\[\*\*[^\[\]]{0,200}\*\*\]|_{2,}|(?<![A-Za-z])(?:X{4,}|(?:XXX|x{4,})(?![A-Za-z])))"
+# One or several marks with only separators between them, such as ___/___ or XXXX, XXXX.
+_MARKS = re.compile(rf"{_MARK}(?:[ \t]*[-/:,]?[ \t]*{_MARK})*", re.DOTALL)
+_MARKED_XRAY = re.compile(rf"\b(x)-{_MARK}", re.IGNORECASE)
+_GAP = "\0"  # stands for removed marks until the text around them is mended
+_MENDS = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (rf"[-/:]?{_GAP}(?:[-/:](?=\w)|'s\b)|[-/]{_GAP}", _GAP),  # ___-year-old, XXXX's, one-XXXX
+        (rf"[(\[](?=[\s,;:]*{_GAP})[\s,;:{_GAP}]*[)\]]", " "),
+        (rf"(^|[.?!]\s|[\n(])[ ]*(?:{_GAP}[\s.,;:?!]*)+", r"\1"),
+        (rf"\s*[,;:]?\s*{_GAP}\s*(?=[.,;:?!)])", ""),
+        (rf"\s*{_GAP}\s*", " "),
+    )
+]
+_ITEM = re.compile(
+    r"(?:(?<=[.;:?!])[ \t]*|^[ \t]*)\(?(\d{1,2})[.)](?=\s|[A-Z])"  # 1. or (1)
+    r"|^[ \t]*[-*•·][ \t]+",
+    re.MULTILINE,
+)
+_TEMPLATE_MARKS = re.compile(r"\[<|>\]")
+_PARAGRAPH_WITHOUT_STOP = re.compile(r"(?<=[A-Za-z0-9)])[ \t]*\n[ \t]*\n\s*(?=[A-Z])")
+_DOUBLE_STOP = re.compile(r"(?<![.?!])([.?!])[.?!]*(?:\s*\.)+(?=\s|$)")
+_NOTHING = {"", "none", "n/a", "na", "nan", "null", "nil", "not available", "not applicable"}
+
+_CHARACTERS = str.maketrans(
+    {
+        **dict.fromkeys("‘’‛′`´", "'"),
+        **dict.fromkeys("“”„″", '"'),
+        **dict.fromkeys("‐‑‒–—―−", "-"),
+        "⁄": "/",
+        "\ufffd": " ",  # what an earlier, wrong decoding left
+        **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", None),
+    }
+)
+
+
+_HUGE_ENTITY = re.compile(r"&#(?:\d{8,}|[xX][0-9a-fA-F]{8,});?")  # no character has such a number
+_ACCENT = (
+    r"[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u064b-\u065f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]"
+)
+_ACCENTS = re.compile(rf"({_ACCENT}{{8}}){_ACCENT}+")  # NFKC sorts a run of them in quadratic time
+_SPACES = re.compile(r"[^\S\n]{2,}")
+_EMPTY_LINES = re.compile(r"\n(?: ?\n){2,}")
+_LABEL = r"(?:[-*\u2022] )?[A-Z][\w /()-]{2,40}:"
+_STRUCTURED_LINE = re.compile(
+    rf"^( ?{_LABEL} [^\n:]{{0,200}}[A-Za-z0-9)]) ?$(?=\n ?{_LABEL})", re.MULTILINE
+)
+_BOILERPLATE = re.compile(
+    r"this report has been anonymized\.?(?: all dates are offset[^.\n]{0,250}\.?)?"
+    r"|(?:\bas the attending[^.,\n]{0,60}, )?\bI,? ?(?:[^.,\n]{0,60}, )?(?:have )?(?:personally )?"
+    r"(?:reviewed|viewed|interpreted) (?:the|these|this) "
+    r"(?:images?|images?|stud(?:y|ies)|radiographs?)[^.\n]{0,250}(?:agree|report|findings|interpret)[^.\n]{0,150}\.?"
+    r"|(?:^|(?<=[.!?] )|(?<=[.!?])) ?(?:report )?(?:electronically |digitally )?"
+    r"(?:signed|dictated|approved|verified|transcribed|finali[sz]ed|authenticated)"
+    r"(?: electronically| and \w{4,12}){0,2} (?:by|on)\b[^\n]{0,300}",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def normalise(raw: str) -> str:
+    """A text with one sign for each of those that mean the same, short white space, no boilerplate.
+
+    Numbers of characters that do not exist become a space.
+    """
+    text = _ACCENTS.sub(r"\1", _HUGE_ENTITY.sub(" ", raw))
+    text = unicodedata.normalize("NFKC", html.unescape(text)).translate(_CHARACTERS)
+    text = _SPACES.sub(" ", "\n".join(text.splitlines()).replace("\t", " "))
+    text = _EMPTY_LINES.sub("\n\n", text)
+    return _BOILERPLATE.sub("", text)
+
+
+def _remove_numbering(text: str) -> str:
+    """Removes "1.", "(2)" and bullets of lists; an item always starts a new sentence.
+
+    A number is one of a list only if it is 1 or the last one's successor: "ribs 8 and 9.", broken
+    before the 9, keeps its 9.
+    """
+    kept, at, last = [], 0, 0
+    for match in _ITEM.finditer(text):
+        before = text[max(0, match.start() - 8) : match.start()].rstrip()
+        if match[1] is not None:
+            if int(match[1]) not in (1, last + 1) or before.endswith(("No.", "no.")):
+                continue
+            last = int(match[1])
+        ends_sentence = not before or before[-1] in ".,;:?!"
+        kept += [text[at : match.start()], " " if ends_sentence else ". "]
+        at = match.end()
+    return "".join([*kept, text[at:]])
+
+
+def clean(text: str) -> str | None:
+    """One section as running text, or None when no words are left.
+
+    A structured line ("Effusion: none") before another one ends as a sentence.
+    """
+    text = _STRUCTURED_LINE.sub(r"\1.", text)
+    text = _MARKED_XRAY.sub(r"\1-ray", text)  # Open-I hides the "ray" of most x-rays
+    text = _remove_numbering(text)
+    text = _MARKS.sub(_GAP, text)
+    text = _TEMPLATE_MARKS.sub(" ", text)
+    text = _PARAGRAPH_WITHOUT_STOP.sub(". ", text)
+    for pattern, new in _MENDS:
+        text = _SPACES.sub(" ", pattern.sub(new, text))
+    text = " ".join(text.split())
+    text = re.sub(r"\s+(?=[.,;:)](?:\s|$))", "", text)
+    text = _DOUBLE_STOP.sub(r"\1", text)
+    text = text.lstrip(" .,;:?!)/").rstrip(" ,;:(/")
+    if text.strip(" .").lower() in _NOTHING or not any(c.isalpha() for c in text):
+        return None
+    return text

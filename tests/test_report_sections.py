@@ -1,0 +1,175 @@
+"""Which parts of a report are read: headings of every kind, addenda, boilerplate, odd lengths."""
+
+import time
+
+import pytest
+
+from mmclip.data.text import make_report, parse_report, split_sentences
+
+RULE = "_" * 40
+
+CASES: dict[str, list[tuple[str, str | None, str | None]]] = {
+    "a heading that names the views heads findings": [
+        (
+            " HISTORY: Dyspnea.\n\n CHEST, TWO VIEWS:  Moderate right effusion.\n\n"
+            " IMPRESSION:  Cardiomegaly.\n",
+            "Moderate right effusion.",
+            "Cardiomegaly.",
+        ),
+        (
+            "HISTORY: Pain.\n\nCHEST, TWO VIEWS:\n Moderate right effusion.\n\nIMPRESSION: Edema.",
+            "Moderate right effusion.",
+            "Edema.",
+        ),
+        ("PA AND LATERAL CHEST RADIOGRAPHS: Clear lungs.", "Clear lungs.", None),
+        ("FRONTAL AND LATERAL VIEWS OF THE CHEST:\n\nClear lungs.\n", "Clear lungs.", None),
+        ("AP CHEST, 5:21 A.M., ___:\n Large effusion.\n\nIMPRESSION: A.", "Large effusion.", "A."),
+        ("INDICATION: Fall.\nCHEST X-RAY: No fracture.", "No fracture.", None),
+        ("Portable AP chest radiograph: Lungs clear.", "Lungs clear.", None),
+        ("SINGLE PORTABLE VIEW OF THE CHEST: The tube is low.", "The tube is low.", None),
+        ("HISTORY: Cough. CHEST, TWO VIEWS: Edema. IMPRESSION: Edema.", "Edema.", "Edema."),
+        ("CHEST (PA AND LAT): Clear.\nIMPRESSION: Normal.", "Clear.", "Normal."),
+        ("CHEST, TWO VIEWS: 3/4/2020\n\nFINDINGS: Clear.\nIMPRESSION: Ok.", "Clear.", "Ok."),
+        ("EXAM: CHEST, TWO VIEWS\n\nFINDINGS: Clear.", "Clear.", None),
+        ("CHEST, TWO VIEWS: PA and lateral views were obtained.\n\nIMPRESSION: Ok.", None, "Ok."),
+        ("TWO VIEWS OF THE CHEST: ___\n\nIMPRESSION: Clear.", None, "Clear."),
+        ("FINDINGS: CHEST: Clear lungs. IMPRESSION: Ok.", "CHEST: Clear lungs.", "Ok."),
+        ("CHEST, TWO VIEWS:\nCOMPARISON: ___.\n\nA nodule.\n\nIMPRESSION: Ok.", "A nodule.", "Ok."),
+        ("NARRATIVE:\nCHEST 1 VIEW: 3-26-2003\n\nFINDINGS: Clear.\n", "Clear.", None),
+    ],
+    "what is advised, told or commented is left out": [
+        (
+            "IMPRESSION: 8 mm nodule.\n\nRECOMMENDATION(S): CT to exclude malignancy.",
+            None,
+            "8 mm nodule.",
+        ),
+        ("IMPRESSION: Ok.\n\nRECOMMENDATIONS: CT.\n\nTo exclude malignancy.", None, "Ok."),
+        ("IMPRESSION: Ok.\nNOTIFICATION(S): Mass told to Dr. ___.", None, "Ok."),
+        ("WETREAD: Pneumothorax.\n\nFINDINGS: Clear.\nIMPRESSION: Ok.", "Clear.", "Ok."),
+        ("WET READ: ___ 9 PM\n Edema.\n\nIMPRESSION: Ok.", None, "Ok."),
+        ("FINDINGS: A.\nIMPRESSION: B.\nCOMMENT: Mass not excluded.", "A.", "B."),
+        ("IMPRESSION: B.\nCOMMENTS: CT may help.", None, "B."),
+        ("IMPRESSION AND RECOMMENDATION(S): Clear.", None, "Clear."),
+        ("IMPRESSION: Ok.\nCRITICAL RESULT(S): Told.", None, "Ok."),
+        ("IMPRESSION: Ok.\nRECOMMENDATION(S) AND NOTIFICATION(S): CT.", None, "Ok."),
+    ],
+    "boilerplate and numbers are left out": [
+        (
+            "IMPRESSION:\n\n1. LEFT EFFUSION.\n\nEND OF IMPRESSION:\n\nSUMMARY: 2-ABNORMAL, "
+            "PREVIOUSLY REPORTED\n\nACCESSION NUMBER:\n7654321\nThis report has been anonymized.",
+            None,
+            "LEFT EFFUSION.",
+        ),
+        ("IMPRESSION: Ok.\nSigned by: Jane Doe 3/4", None, "Ok."),
+        ("IMPRESSION: Ok.\nElectronically signed by Jane Doe, M.D. at 5 PM", None, "Ok."),
+        ("IMPRESSION: Ok. Electronically signed by: J. Doe", None, "Ok."),
+        ("IMPRESSION: Ok.\nSUMMARY:1-NO SIGNIFICANT ABNORMALITY", None, "Ok."),
+        (
+            "IMPRESSION: Edema.\n\nI have personally reviewed the images for this examination and "
+            "agreed with the report transcribed above.",
+            None,
+            "Edema.",
+        ),
+        (
+            "FINDINGS: Clear. This report has been anonymized. All dates are offset from the "
+            "actual dates by a fixed interval associated with the patient.",
+            "Clear.",
+            None,
+        ),
+        ("FINDINGS: Clear.\nDictated by: X\nApproved by: Y", "Clear.", None),
+        ("SUMMARY: Clear lungs.", None, "Clear lungs."),
+    ],
+    "an addendum that states a finding is added, another is dropped": [
+        (f"IMPRESSION: Normal.\n{RULE}\nADDENDUM: Told Dr. ___.", None, "Normal."),
+        ("IMPRESSION: Normal.\nADDENDUM: Told Dr. ___.", None, "Normal."),
+        (
+            f"FINDINGS: Clear.\nIMPRESSION: Normal.\n{RULE}\nADDENDUM: A 5 mm nodule.",
+            "Clear.",
+            "Normal. A 5 mm nodule.",
+        ),
+        ("IMPRESSION: Normal.\n\nADDENDUM: Small effusion.", None, "Normal. Small effusion."),
+        (f"FINDINGS: Clear.\nIMPRESSION: Normal.\n{RULE}\nJane Doe, M.D.", "Clear.", "Normal."),
+        (f"FINDINGS: Clear.\n{RULE}\nIMPRESSION: Normal.", "Clear.", "Normal."),
+        (
+            f"FINAL ADDENDUM\n ADDENDUM: Dr. ___ was called with a pneumothorax.\n{RULE}\n"
+            f"WET READ: ___\nNo acute process.\n{RULE}\nFINAL REPORT\nFINDINGS: Cardiomegaly.",
+            "Cardiomegaly.",
+            None,
+        ),
+        (
+            f"ADDENDUM: On review there is a rib fracture. Dr. ___ was told.\n{RULE}\n"
+            "FINAL REPORT\nFINDINGS: Clear.\nIMPRESSION: Ok.",
+            "Clear.",
+            "Ok. On review there is a rib fracture.",
+        ),
+    ],
+    "a misspelt heading is a heading": [
+        ("FINIDNGS: Clear.\nIMPRESSON: Normal.", "Clear.", "Normal."),
+        ("COMPARISION: None.\nFINDINGS: Clear.", "Clear.", None),
+        ("FINDIGS: Clear.\nIMPRESION: Normal.", "Clear.", "Normal."),
+        ("INDICAITON: Mass.\n\nFINDNGS:\nClear.\n\nIMPRESSSION:\nOk.", "Clear.", "Ok."),
+        ("Findngs: Clear.\nImpresssion: Normal.", "Clear.", "Normal."),
+        ("TECHINQUE: AP.\nFINDINGS: Clear.\nCONCLUSON: Ok.", "Clear.", "Ok."),
+        ("FINDINGS: Clear.\nRECOMENDATION: CT.", "Clear.", None),
+        ("FINDINGS: Impressive: a mass.", "Impressive: a mass.", None),
+        ("FINDINGS: The expression:\nDepression: none.", "The expression: Depression: none.", None),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("raw", "findings", "impression"),
+    [pytest.param(*case, id=case[0][:60]) for cases in CASES.values() for case in cases],
+)
+def test_the_sections_that_are_read(raw, findings, impression):
+    report = parse_report(raw)
+    assert (report.findings, report.impression) == (findings, impression)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ("COMMENT: Clear lungs.", "Clear lungs."),
+        ("HISTORY: Cough.\n\nCOMMENTS: Small effusion.", "Small effusion."),
+        (f"Clear lungs. No effusion.\n{RULE}\nSigned by: Dr. ___", "Clear lungs. No effusion."),
+        ("ADDENDUM: Small pneumothorax.", "Small pneumothorax."),
+        ("Pneumothorax: None\nPleural effusion: No", "Pneumothorax: None. Pleural effusion: No"),
+    ],
+)
+def test_the_text_where_there_are_no_such_sections(raw, text):
+    assert parse_report(raw).text == text
+
+
+def test_a_section_that_the_source_parted_loses_its_boilerplate_too():
+    impression = "1. LEFT EFFUSION.\nEND OF IMPRESSION:\nSUMMARY: 2-ABNORMAL\nACCESSION NUMBER: 1"
+    assert make_report(None, impression).impression == "LEFT EFFUSION."
+    assert make_report("Clear.", "Ok.\nADDENDUM: Told Dr. ___.").text == "Clear. Ok."
+    assert make_report("Chest: Clear. Heart: Big.", None).findings == "Chest: Clear. Heart: Big."
+
+
+ADVERSARIAL = {
+    "spaces": "No effusion." + " " * 4_000 + "Heart normal.",
+    "open marks": "[**" * 33_000,
+    "past": "past " * 3_200,
+    "a huge character number": "&#" + "9" * 5_000 + ";",
+    "a huge hexadecimal number": "&#x" + "f" * 5_000 + ";",
+    "blank lines": "a\n \n" * 20_000,
+    "marks in brackets": "(___;" + "___;" * 20_000,
+    "stops": ". " * 20_000 + "a",
+}
+
+
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_no_text_takes_long(kind):
+    begin = time.process_time()
+    report = parse_report(ADVERSARIAL[kind])
+    split_sentences(ADVERSARIAL[kind])
+    assert time.process_time() - begin < 2  # a linear pass takes 0.1 s, the old ones 3 to 60 s
+    if kind == "spaces":
+        assert report.text == "No effusion. Heart normal."
+
+
+def test_a_report_over_the_longest_length_is_cut_and_said(caplog):
+    report = parse_report("No effusion. " * 20_000)
+    assert report.text is not None and len(report.text) < 50_001
+    assert "260000 characters" in caplog.text and "50000" in caplog.text
