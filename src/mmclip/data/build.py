@@ -12,6 +12,7 @@ from importlib import resources
 from itertools import compress
 from pathlib import Path
 
+from mmclip.config import ResizeMode
 from mmclip.data.cache import IMAGES_FILE, SHARDS_FOLDER, ImageFacts, decode_images, join_images
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import (
@@ -23,7 +24,7 @@ from mmclip.data.folder import (
     check_place,
     read_meta,
 )
-from mmclip.data.manifest import write_manifest
+from mmclip.data.manifest import write_excluded, write_manifest
 from mmclip.data.sample import (
     Entity,
     Excluded,
@@ -56,6 +57,8 @@ def build_data(
     entities: str = "lexicon",
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    hides_paths: bool = False,
+    resize: ResizeMode = "squash",
 ) -> dict:
     """Builds a data folder; what was left out stands in excluded.jsonl, and the counts add up.
 
@@ -74,6 +77,8 @@ def build_data(
         entities: What finds the entities of the reports; see `entities.EntityFinder`.
         metadata: Further facts for meta.json (reader, command).
         overwrite: Replace a finished build.
+        hides_paths: Write each image's id in place of its path, which may name a patient.
+        resize: How images become squares.
 
     Returns:
         The contents of meta.json.
@@ -88,10 +93,14 @@ def build_data(
         raise ManifestError(
             f"{_finished(out)}; add --overwrite to build it again, or choose another --out"
         )
-    samples, excluded = _readable(records, root)  # first: a source that fails replaces no build
+    samples, excluded = _readable(
+        records, root, hides_paths
+    )  # first: a source that fails replaces no build
     (out / META_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished
     (out / SPLIT_FILE).unlink(missing_ok=True)  # of the build that is replaced
-    _do_all([sample for _, sample in samples], root, out, image_size, entities, workers)
+    _do_all(
+        [sample for _, sample in samples], root, out, image_size, entities, workers, None, resize
+    )
     n_images = sum(sample.image is not None for _, sample in samples)
     facts: Sequence[ImageFacts] = ()
     checksum = None
@@ -111,25 +120,34 @@ def build_data(
             kept.append(sample)
         else:
             size = {"width_px": fact.width_px, "height_px": fact.height_px}
-            kept.append(replace(sample, **size, image_sha256=fact.sha256))
+            image = f"{sample.image_id}.dcm" if hides_paths else sample.image
+            kept.append(replace(sample, **size, image=image, image_sha256=fact.sha256))
     excluded.sort(key=lambda e: e.row)
     if not kept:
-        reason, n = Counter(e.reason for e in excluded).most_common(1)[0] if excluded else ("", 0)
-        why = f"; {n} of {len(excluded)} rows: {reason}" if n else ": the source has no rows"
-        raise ManifestError(f"nothing is left of {root}{why}")
+        write_excluded(out, excluded)
+        raise ManifestError(f"nothing is left of {root}{_why_nothing(excluded, out)}")
     found = _entities_of([sample.report for _, sample in samples], out)
     meta = write_manifest(
         out,
         assign_splits(kept, seed, val_ratio, test_ratio),
         excluded,
         image_size if n_images else None,
-        {**(metadata or {}), "entities": entities, "images_sha256": checksum},
+        {**(metadata or {}), "resize": resize, "entities": entities, "images_sha256": checksum},
         n_split_by_source=sum(sample.split is not None for sample in kept),
         entities=compress(found, is_kept),
     )
     for parts in (SHARDS_FOLDER, ENTITY_SHARDS_FOLDER):
         shutil.rmtree(out / parts, ignore_errors=True)  # what is left of them does no harm
     return meta
+
+
+def _why_nothing(excluded: Sequence[Excluded], out: Path) -> str:
+    if not excluded:
+        return ": the source has no rows"
+    reason, n = Counter(e.reason for e in excluded).most_common(1)[0]
+    detail = next((e.detail for e in excluded if e.reason == reason and e.detail), "")
+    example = f" (such as: {detail})" if detail else ""
+    return f"; {n} of {len(excluded)} rows: {reason}{example}; all are in {out / EXCLUDED_FILE}"
 
 
 def build_shard(
@@ -141,6 +159,7 @@ def build_shard(
     image_size: int,
     workers: Workers = 1,
     entities: str = "lexicon",
+    resize: ResizeMode = "squash",
 ) -> None:
     """Does a share of the decoding and searching of `build_data`, which then takes it up.
 
@@ -162,7 +181,9 @@ def build_shard(
             f"{_finished(out)}, which a shard never replaces; remove it, or choose another --out"
         )
     samples, _ = _readable(records, root)
-    _do_all([sample for _, sample in samples], root, out, image_size, entities, workers, shard)
+    _do_all(
+        [sample for _, sample in samples], root, out, image_size, entities, workers, shard, resize
+    )
 
 
 def _check_is_ours(out: Path) -> None:
@@ -180,7 +201,7 @@ def _finished(out: Path) -> str:
 
 
 def _readable(
-    records: Iterable[Record], root: Path
+    records: Iterable[Record], root: Path, hides_paths: bool = False
 ) -> tuple[list[tuple[int, Sample]], list[Excluded]]:
     """The sound records with an image inside the root or with none, and the others."""
     sound, excluded = validate(records)
@@ -190,7 +211,8 @@ def _readable(
         if sample.image is None or is_inside(sample.image):
             samples.append((row, sample))
         else:
-            excluded.append(_left_out(row, sample, Reason.IMAGE_OUTSIDE_ROOT, sample.image))
+            where = "" if hides_paths else sample.image
+            excluded.append(_left_out(row, sample, Reason.IMAGE_OUTSIDE_ROOT, where))
     return samples, excluded
 
 
@@ -202,11 +224,12 @@ def _do_all(
     entities: str,
     workers: Workers,
     shard: Shard | None = None,
+    resize: ResizeMode = "squash",
 ) -> None:
     """Leaves the parts of all images and reports, or of a shard of them."""
     images = [sample.image for sample in samples if sample.image is not None]
     if images:
-        decode_images(root, images, out, image_size, workers, shard)
+        decode_images(root, images, out, image_size, workers, shard, resize)
     search_reports([sample.report for sample in samples], out, entities, workers, shard)
 
 
