@@ -1,11 +1,16 @@
+import datetime
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from mmclip.config import ConfigError
+from mmclip.data.build import build_data
 from mmclip.data.csv_mapping import CsvMapping, load_mapping
+from mmclip.data.csv_rows import read_rows
 from mmclip.data.csv_table import SourceError, parse_age, read_csv
+from mmclip.data.folder import ManifestError
 from mmclip.data.sample import Excluded, Reason, Sample
 from mmclip.data.sources import open_reader
 
@@ -253,7 +258,7 @@ def test_readers_say_what_they_lack(tmp_path: Path):
         with pytest.raises(SourceError, match=match):
             open_reader(name, root, **{"mapping": None, "table": None, **options})
 
-    fails("the readers are csv, chestxray14", name="mimic")
+    fails("the readers are csv, dicom, chestxray14", name="mimic")
     fails("there is no folder", root=tmp_path / "no")
     fails("give it by --mapping")
     fails("leave --mapping and --table out", name="openi", table=tmp_path)
@@ -517,11 +522,137 @@ def test_a_column_for_each_finding_is_read_as_in_chexpert(tmp_path, cells, blank
     assert sample.labels == labels
 
 
-@pytest.mark.parametrize("value", ["2", "yes", "0.5", "inf"])
+@pytest.mark.parametrize("value", ["2", "perhaps", "0.5", "inf"])
 def test_a_value_that_is_no_label_excludes_the_row_and_is_named(tmp_path: Path, value: str):
     (out,) = read(tmp_path, f"film,patient,Mass,Pleural Effusion\na,p,1,{value}\n", labels=CHEXPERT)
     assert isinstance(out, Excluded)
-    assert out.detail == f"Pleural Effusion is {value!r}, not 1, 0, -1 or blank"
+    assert out.detail.startswith(
+        f"Pleural Effusion is {value!r}, not 1, 0, -1 or blank, nor a word of true, yes, "
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ("TRUE", 1), ("false", 0), ("ja", 1), ("Nein", 0), ("WAHR", 1), ("FALSCH", 0), ("oui", 1),
+        ("No", 0), ("vorhanden", 1), ("KEIN", 0), ("evtl", -1),
+    ],
+)  # fmt: skip
+def test_a_word_for_yes_or_no_is_a_label_and_more_can_be_named(tmp_path: Path, value, label):
+    words = {"yes": ["Vorhanden"], "no": ["kein"], "maybe": ["evtl"]}
+    text = f"film,patient,Mass,Pleural Effusion\na,p,1,{value}\n"
+    (sample,) = samples(read(tmp_path, text, labels=CHEXPERT | words))
+    assert sample.labels == {"mass": 1, "pleural effusion": label}
+
+
+def test_a_word_of_the_mapping_wins_and_may_not_say_two_things(tmp_path: Path):
+    text = "film,patient,Mass,Pleural Effusion\na,p,no,si\n"  # "no": not done, somewhere
+    (sample,) = samples(read(tmp_path, text, labels=CHEXPERT | {"maybe": ["no"], "no": ["si"]}))
+    assert sample.labels == {"mass": -1, "pleural effusion": 0}
+    with pytest.raises(ValueError, match=r"\['x'\] stand twice"):
+        read(tmp_path, text, labels=CHEXPERT | {"yes": ["x"], "no": ["X"]})
+
+
+def test_a_build_that_leaves_nothing_says_why_and_lists_the_rows(tmp_path: Path):
+    records = read(tmp_path, "film,patient,Mass,Pleural Effusion\na,p,evtl,1\n", labels=CHEXPERT)
+    with pytest.raises(ManifestError, match=r"Mass is 'evtl', not 1.*excluded\.jsonl"):
+        build_data(records, tmp_path, tmp_path / "out", image_size=8)
+    assert "Mass is 'evtl'" in (tmp_path / "out" / "excluded.jsonl").read_text()
+    with pytest.raises(ManifestError, match="Mass is 'evtl'"):  # and the folder is not in the way
+        build_data(records, tmp_path, tmp_path / "out", image_size=8)
+
+
+# Tables as spreadsheets leave them.
+
+TEXT = "image;patient;report\na.png;Müller;Kein Erguß.\n"
+WITH_REPORT = {"report": "report"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+def test_a_table_is_read_in_the_encoding_and_by_the_delimiter_of_the_mapping(tmp_path, encoding):
+    (tmp_path / "studies.csv").write_bytes(TEXT.encode(encoding))
+    mapping = {"encoding": encoding, "delimiter": ";", "columns": IDS | WITH_REPORT}
+    (sample,) = read_csv(tmp_path, CsvMapping.model_validate(mapping))
+    assert (sample.image_id, sample.patient_id, sample.report) == ("a.png", "Müller", "Kein Erguß.")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [("utf-16", "utf-16"), ("utf-16-le", "utf-16-le"), ("utf-16-be", "utf-16-be"),
+     ("latin-1", "cp1252"), ("cp1252", "cp1252")],
+)  # fmt: skip
+def test_a_table_in_another_encoding_is_refused_with_the_one_to_say(tmp_path, encoding, said):
+    (tmp_path / "studies.csv").write_bytes(TEXT.encode(encoding))
+    with pytest.raises(SourceError, match=rf'Excel.* say encoding = "{said}" in the mapping'):
+        read_csv(tmp_path, CsvMapping.model_validate({"columns": IDS, "delimiter": ";"}))
+    mapping = {"columns": IDS, "delimiter": ";", "encoding": said}
+    assert len(list(read_csv(tmp_path, CsvMapping.model_validate(mapping)))) == 1
+
+
+def test_a_wrong_encoding_of_the_mapping_is_told_with_the_right_one(tmp_path: Path):
+    (tmp_path / "studies.csv").write_text(TEXT, "utf-8")
+    mapping = {"columns": IDS, "delimiter": ";", "encoding": "utf-16"}
+    with pytest.raises(SourceError, match=r'not utf-16; .*say encoding = "utf-8"'):
+        read_csv(tmp_path, CsvMapping.model_validate(mapping))
+    with pytest.raises(ValueError, match="no encoding 'utf8bom'"):
+        CsvMapping.model_validate(mapping | {"encoding": "utf8bom"})
+
+
+@pytest.mark.parametrize(("delimiter", "said"), [(";", '";"'), ("\t", r'"\\t"'), ("|", r'"\|"')])
+def test_a_wrong_delimiter_is_told_with_the_right_one(tmp_path: Path, delimiter, said):
+    with pytest.raises(SourceError, match=rf"say delimiter = {said} in the mapping"):
+        read(tmp_path, TEXT.replace(";", delimiter))
+    text = TEXT.replace(";", ",").replace("report", '"re, port"')
+    with pytest.raises(SourceError, match=r'parted by commas, not by .*say delimiter = ","'):
+        read(tmp_path, text, delimiter=";")
+
+
+def test_the_line_by_which_excel_names_its_delimiter_is_obeyed(tmp_path: Path):
+    (sample,) = samples(read(tmp_path, "sep=;\n" + TEXT, columns=WITH_REPORT))
+    assert sample.patient_id == "Müller"
+
+
+def test_an_excel_file_is_read_with_zeros_dates_and_booleans(tmp_path: Path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    sheet = book.active
+    sheet.append(["film", "patient", "Mass", "Pleural Effusion", "day", None])
+    sheet.append(["a.png", 42, True, False, datetime.date(2024, 5, 1), None])
+    sheet["B2"].number_format = "00000000"
+    sheet.append(["b.png", "0007", "ja", 1.0, None, None])
+    sheet.append([None] * 6)
+    book.save(tmp_path / "studies.xlsx")
+    mapping = {"table": "studies.xlsx", "columns": IDS, "labels": CHEXPERT}
+    one, two = read_csv(tmp_path, CsvMapping.model_validate(mapping))
+    assert (one.patient_id, one.labels) == ("00000042", {"mass": 1, "pleural effusion": 0})
+    assert (two.patient_id, two.labels) == ("0007", {"mass": 1, "pleural effusion": 1})
+    rows = list(read_rows(tmp_path / "studies.xlsx", ["day"]))
+    assert [row.cells["day"] for row in rows] == ["2024-05-01", ""]
+    (tmp_path / "studies.xlsx").write_text("film,patient\n")
+    with pytest.raises(SourceError, match="cannot be read as an Excel file"):
+        read_csv(tmp_path, CsvMapping.model_validate(mapping))
+
+
+def test_without_the_extra_an_excel_file_is_told_how(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "t.xlsx").write_bytes(b"PK")
+    with pytest.raises(SourceError, match=r"pip install 'mmclip\[xlsx\]', or save .* CSV UTF-8"):
+        read_csv(tmp_path, CsvMapping.model_validate({"table": "t.xlsx", "columns": IDS}))
+
+
+def test_both_ways_to_name_a_table_start_from_the_same_folders(tmp_path: Path, monkeypatch):
+    root, here = tmp_path / "root", tmp_path / "here"
+    root.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (root / "below.csv").write_text("film,patient\nroot.png,p\n")
+    (here / "below.csv").write_text("film,patient\nhere.png,p\n")
+    (here / "beside.csv").write_text("film,patient\nbeside.png,p\n")
+    for name, image_id in (("below.csv", "root.png"), ("beside.csv", "beside.png")):
+        named = CsvMapping.model_validate({"columns": IDS, "table": name})
+        given = CsvMapping.model_validate({"columns": IDS})
+        for records in (read_csv(root, named), read_csv(root, given, Path(name))):
+            assert [sample.image_id for sample in samples(list(records))] == [image_id]
 
 
 def test_two_columns_that_contradict_one_another_are_named(tmp_path: Path):

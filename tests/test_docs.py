@@ -19,6 +19,7 @@ from mmclip.config import WHOLE_TEXT_SCORES, Config, config_names, load_config, 
 from mmclip.data.csv_mapping import CsvMapping
 from mmclip.data.csv_table import read_csv
 from mmclip.data.manifest import SCHEMA
+from mmclip.data.report_table import ReportMapping
 from mmclip.data.sample import Reason, Sample
 from mmclip.data.sources import READERS
 from mmclip.evaluation.pages import CARD_FILE
@@ -196,7 +197,9 @@ def test_every_toml_block_is_valid(document: Path):
     for block in blocks(document):
         if block.language == "toml":
             values = tomllib.loads(block.text)
-            if "columns" in values:
+            if "date_format" in values:
+                assert parse(ReportMapping, values, document.name).columns
+            elif "columns" in values:
                 assert parse(CsvMapping, values, document.name).columns
             else:
                 values.pop("extends", None)
@@ -225,7 +228,7 @@ def test_the_example_table_is_read_as_the_document_says(tmp_path: Path):
 
 def test_every_reader_is_in_the_tables_and_has_its_command():
     named = [spans_of(name)[0] for name, *_ in rows(DATA, "reader")]
-    assert ["csv", *named] == list(READERS)
+    assert ["csv", "dicom", *named] == list(READERS)
     assert {line.split()[2] for line in commands(DATA) if "data build" in line} == set(READERS)
     (row,) = (cells for cells in rows(README, "command") if "data build" in cells[0])
     assert set(spans_of(row[1])) == set(READERS)

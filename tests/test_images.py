@@ -505,3 +505,18 @@ def test_resizing_averages_what_it_shrinks_and_scales_each_side_on_its_own():
 def test_resizing_to_the_same_size_changes_nothing():
     image = ramp(32, 32)
     np.testing.assert_array_equal(resize_image(image, 32), image)
+
+
+def test_padding_keeps_the_shape_and_cropping_takes_the_middle():
+    image = np.full((8, 16), 200, np.uint8)
+    image[:, :4] = image[:, 12:] = 100
+    assert resize_image(image, 8, "crop").tolist() == [[200] * 8] * 8
+    padded = resize_image(image, 8, "pad")
+    assert padded.shape == (8, 8)
+    assert not padded[:2].any() and not padded[6:].any() and padded[2:6].min() >= 100
+    np.testing.assert_array_equal(resize_image(image.T, 8, "pad"), padded.T)
+    np.testing.assert_array_equal(resize_image(image, 8, "squash"), resize_image(image, 8))
+    for how in ("pad", "crop"):
+        assert resize_image(np.full((3, 4000), 9, np.uint8), 16, how).shape == (16, 16)
+        square = ramp(32, 32)
+        np.testing.assert_array_equal(resize_image(square, 16, how), resize_image(square, 16))

@@ -314,3 +314,8 @@ def test_the_ratios_are_those_asked_for():
 def test_ratios_that_leave_nothing_to_train_on_are_refused(ratios):
     with pytest.raises(ValueError, match="less than 1"):
         assign_splits([sample(0)], 0, *ratios)
+
+
+def test_images_resized_otherwise_are_other_data():
+    assert data_hash([FULL], 64, "squash") == data_hash([FULL], 64)
+    assert len({data_hash([FULL], 64, how) for how in ("squash", "pad", "crop")}) == 3

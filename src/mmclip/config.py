@@ -160,11 +160,17 @@ class UnpairedConfig(Frozen):
     shuffle: bool = False  # control: every unpaired image has the labels of another
 
 
+ResizeMode = Literal["squash", "pad", "crop"]
+"""How an image becomes a square: each side scaled on its own; the longer side scaled and the rest
+padded with background; or the middle square cut out and scaled."""
+
+
 class DataConfig(Frozen):
     """What a step reads."""
 
     # side of the cached images; must equal the data folder's
     image_size: int = Field(default=64, gt=0)
+    resize: ResizeMode = "squash"  # how they became squares; must equal the data folder's
     max_tokens: int = Field(default=128, gt=2)
     views: tuple[Literal["PA", "AP", "L", "unknown"], ...] = ("PA", "AP", "unknown")
     impression_prob: float = Field(default=0.0, ge=0, le=1)  # of reading the impression alone

@@ -24,6 +24,7 @@ from mmclip.checkpoint import (
 )
 from mmclip.data.cache import CacheError, verify_cache
 from mmclip.data.check import find_overlaps, patient_key
+from mmclip.data.dicom import decoders_installed
 from mmclip.data.folder import MANIFEST_FILE, META_FILE, ManifestError, read_meta
 from mmclip.data.manifest import read_manifest
 from mmclip.data.versions import changed_since
@@ -34,12 +35,16 @@ from mmclip.finetuning.finetune import SUMMARY_FILE
 from mmclip.retrieval.ranking import RANKS_FILE, RETRIEVAL_FILE, RetrievalResults
 from mmclip.retrieval.retrieve import SHEET_FILE
 
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow")
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow", "python-gdcm",
+    "pyjpegls", "pylibjpeg-openjpeg",
+)  # fmt: skip
 OPTIONAL = {
     "wandb": "wandb",
     "tensorboard": "tensorboard",
     "spacy": "spacy",
     "distributed": "dask",
+    "openpyxl": "xlsx",
 }
 """Each package of the extras in pyproject.toml, and its extra."""
 
@@ -67,6 +72,10 @@ def examine_machine() -> Iterator[HealthCheck]:
             yield HealthCheck(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             yield HealthCheck(name, f"not installed (optional; pip install 'mmclip[{extra}]')")
+    for syntax, names in decoders_installed().items():
+        yield HealthCheck(
+            "DICOM", f"{syntax}: {' or '.join(names) or 'no decoder is installed'}", bool(names)
+        )
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(i)

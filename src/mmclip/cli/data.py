@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.table import Table
@@ -13,6 +13,7 @@ from mmclip.progress import console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mmclip.config import ResizeMode
     from mmclip.data.report_labels import Check
     from mmclip.data.sample import Split
 
@@ -34,14 +35,32 @@ def data_build(
     image_size: Annotated[
         int, typer.Option(help="Side of the cached images, in pixels.", min=8, metavar="N")
     ] = 224,
+    resize: Annotated[
+        str, typer.Option(help="How images become squares: squash, pad or crop.", metavar="NAME")
+    ] = "squash",
     mapping: Annotated[
         Path | None,
-        typer.Option(help="For csv: TOML file that says what the columns mean.", metavar="PATH"),
+        typer.Option(
+            help="For csv or dicom: TOML file that says what the columns mean.", metavar="PATH"
+        ),
     ] = None,
     table: Annotated[
         Path | None,
         typer.Option(help="For csv: the table, if it is not the mapping's.", metavar="PATH"),
     ] = None,
+    reports: Annotated[
+        Path | None,
+        typer.Option(help="For dicom: table of reports, if not the mapping's.", metavar="PATH"),
+    ] = None,
+    id_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="For dicom: key that hashes ids; made if absent. [OUT.id-key]", metavar="PATH"
+        ),
+    ] = None,
+    keep_age_sex: Annotated[
+        bool, typer.Option("--keep-age-sex", help="For dicom: keep age and sex of patients.")
+    ] = False,
     seed: Annotated[
         int, typer.Option(help="Of the splits, where the source has none.", metavar="N")
     ] = 0,
@@ -80,8 +99,14 @@ def data_build(
     """
     from mmclip.data.build import build_data, build_shard
     from mmclip.data.shards import Shard, n_cores
-    from mmclip.data.sources import open_reader
+    from mmclip.data.sources import DicomOptions, open_reader
 
+    how = _resize_mode(resize)
+    dicom = None
+    if name == "dicom" or reports is not None or id_key is not None or keep_age_sex:
+        dicom = DicomOptions(
+            id_key or out.with_name(f"{out.resolve().name}.id-key"), reports, keep_age_sex
+        )
     if scheduler is not None and workers:
         raise ValueError(
             f"--workers {workers} and --scheduler {scheduler} both say who works; give one of them"
@@ -94,11 +119,12 @@ def data_build(
                 f"a shard never replaces a build; leave --overwrite out, and remove {out} first if "
                 f"it holds an old one"
             )
-        records = open_reader(name, root_, mapping=mapping, table=table)
+        records = open_reader(name, root_, mapping=mapping, table=table, dicom=dicom)
         with resume_hint():
             build_shard(
-                records, root_, out, share, image_size=image_size, workers=who, entities=entities
-            )
+                records, root_, out, share, image_size=image_size, workers=who, entities=entities,
+                resize=how,
+            )  # fmt: skip
         console.print(
             f"shard {shard} is done; when all are, run the same command without --shard",
             markup=False, soft_wrap=True,
@@ -106,7 +132,7 @@ def data_build(
         return
     with resume_hint():
         meta = build_data(
-            open_reader(name, root_, mapping=mapping, table=table),
+            open_reader(name, root_, mapping=mapping, table=table, dicom=dicom),
             root_,
             out,
             image_size=image_size,
@@ -117,6 +143,8 @@ def data_build(
             entities=entities,
             metadata={"reader": name, "command": command_line()},
             overwrite=overwrite,
+            hides_paths=name == "dicom",
+            resize=how,
         )
     _print_meta(meta, out)
 
@@ -294,6 +322,15 @@ def _print_agreement(check: "Check") -> None:
     )  # fmt: skip
     metadata = {"n_rows": check.n_rows, "n_not_here": check.n_not_here, "ignored": check.ignored}
     print(json.dumps({**metadata, "agreement": out}, indent=2))
+
+
+def _resize_mode(name: str) -> "ResizeMode":
+    from mmclip.config import ResizeMode
+
+    for known in get_args(ResizeMode):
+        if name == known:
+            return known
+    raise ValueError(f"--resize {name!r} is none of {', '.join(get_args(ResizeMode))}")
 
 
 def _lists(given: "Sequence[str]") -> "dict[Split, Path]":

@@ -107,7 +107,9 @@ def explain(
         from mmclip.explanation.pointing_game import evaluate_explanations
 
         assert data and marked
-        dataset = open_dataset(data, checkpoint.config.data.image_size)
+        dataset = open_dataset(
+            data, checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
+        )
         _check_free(files, overwrite)
         results = evaluate_explanations(
             checkpoint,

@@ -13,6 +13,7 @@ from importlib import resources
 from itertools import compress
 from pathlib import Path
 
+from mmclip.config import ResizeMode
 from mmclip.data.cache import IMAGES_FILE, SHARDS_FOLDER, ImageFacts, decode_images, join_images
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import (
@@ -24,7 +25,7 @@ from mmclip.data.folder import (
     check_place,
     read_meta,
 )
-from mmclip.data.manifest import write_manifest
+from mmclip.data.manifest import write_excluded, write_manifest
 from mmclip.data.sample import (
     Entity,
     Excluded,
@@ -62,6 +63,8 @@ def build_data(
     entities: str = "lexicon",
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    hides_paths: bool = False,
+    resize: ResizeMode = "squash",
 ) -> dict:
     """Builds a data folder; what was left out stands in excluded.jsonl, and the counts add up.
 
@@ -80,6 +83,8 @@ def build_data(
         entities: What finds the entities of the reports; see `entities.EntityFinder`.
         metadata: Further facts for meta.json (reader, command).
         overwrite: Replace a finished build.
+        hides_paths: Write each image's id in place of its path, which may name a patient.
+        resize: How images become squares.
 
     Returns:
         The contents of meta.json.
@@ -94,10 +99,14 @@ def build_data(
         raise ManifestError(
             f"{_finished(out)}; add --overwrite to build it again, or choose another --out"
         )
-    samples, excluded = _readable(records, root)  # first: a source that fails replaces no build
+    samples, excluded = _readable(
+        records, root, hides_paths
+    )  # first: a source that fails replaces no build
     (out / META_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished
     (out / SPLIT_FILE).unlink(missing_ok=True)  # of the build that is replaced
-    _do_all([sample for _, sample in samples], root, out, image_size, entities, workers)
+    _do_all(
+        [sample for _, sample in samples], root, out, image_size, entities, workers, None, resize
+    )
     n_images = sum(sample.image is not None for _, sample in samples)
     facts: Sequence[ImageFacts] = ()
     checksum = None
@@ -117,12 +126,12 @@ def build_data(
             kept.append(sample)
         else:
             size = {"width_px": fact.width_px, "height_px": fact.height_px}
-            kept.append(replace(sample, **size, image_sha256=fact.sha256))
+            image = f"{sample.image_id}.dcm" if hides_paths else sample.image
+            kept.append(replace(sample, **size, image=image, image_sha256=fact.sha256))
     excluded.sort(key=lambda e: e.row)
     if not kept:
-        reason, n = Counter(e.reason for e in excluded).most_common(1)[0] if excluded else ("", 0)
-        why = f"; {n} of {len(excluded)} rows: {reason}" if n else ": the source has no rows"
-        raise ManifestError(f"nothing is left of {root}{why}")
+        write_excluded(out, excluded)
+        raise ManifestError(f"nothing is left of {root}{_why_nothing(excluded, out)}")
     found = _entities_of([sample.report for _, sample in samples], out)
     counts = Counter[str]()
     meta = write_manifest(
@@ -130,7 +139,7 @@ def build_data(
         assign_splits(kept, seed, val_ratio, test_ratio),
         excluded,
         image_size if n_images else None,
-        {**(metadata or {}), "entities": entities, "images_sha256": checksum},
+        {**(metadata or {}), "resize": resize, "entities": entities, "images_sha256": checksum},
         n_split_by_source=sum(sample.split is not None for sample in kept),
         entities=_counted(kept, compress(found, is_kept), counts),
     )
@@ -162,6 +171,15 @@ def _warn_if_not_english(counts: Counter[str], backend: str) -> None:
         )  # fmt: skip
 
 
+def _why_nothing(excluded: Sequence[Excluded], out: Path) -> str:
+    if not excluded:
+        return ": the source has no rows"
+    reason, n = Counter(e.reason for e in excluded).most_common(1)[0]
+    detail = next((e.detail for e in excluded if e.reason == reason and e.detail), "")
+    example = f" (such as: {detail})" if detail else ""
+    return f"; {n} of {len(excluded)} rows: {reason}{example}; all are in {out / EXCLUDED_FILE}"
+
+
 def build_shard(
     records: Iterable[Record],
     root: Path,
@@ -171,6 +189,7 @@ def build_shard(
     image_size: int,
     workers: Workers = 1,
     entities: str = "lexicon",
+    resize: ResizeMode = "squash",
 ) -> None:
     """Does a share of the decoding and searching of `build_data`, which then takes it up.
 
@@ -192,7 +211,9 @@ def build_shard(
             f"{_finished(out)}, which a shard never replaces; remove it, or choose another --out"
         )
     samples, _ = _readable(records, root)
-    _do_all([sample for _, sample in samples], root, out, image_size, entities, workers, shard)
+    _do_all(
+        [sample for _, sample in samples], root, out, image_size, entities, workers, shard, resize
+    )
 
 
 def _check_is_ours(out: Path) -> None:
@@ -210,7 +231,7 @@ def _finished(out: Path) -> str:
 
 
 def _readable(
-    records: Iterable[Record], root: Path
+    records: Iterable[Record], root: Path, hides_paths: bool = False
 ) -> tuple[list[tuple[int, Sample]], list[Excluded]]:
     """The sound records with an image inside the root or with none, and the others."""
     sound, excluded = validate(records)
@@ -220,7 +241,8 @@ def _readable(
         if sample.image is None or is_inside(sample.image):
             samples.append((row, sample))
         else:
-            excluded.append(_left_out(row, sample, Reason.IMAGE_OUTSIDE_ROOT, sample.image))
+            where = "" if hides_paths else sample.image
+            excluded.append(_left_out(row, sample, Reason.IMAGE_OUTSIDE_ROOT, where))
     return samples, excluded
 
 
@@ -232,11 +254,12 @@ def _do_all(
     entities: str,
     workers: Workers,
     shard: Shard | None = None,
+    resize: ResizeMode = "squash",
 ) -> None:
     """Leaves the shards of all images and reports, or some of them."""
     images = [sample.image for sample in samples if sample.image is not None]
     if images:
-        decode_images(root, images, out, image_size, workers, shard)
+        decode_images(root, images, out, image_size, workers, shard, resize)
     search_reports([sample.report for sample in samples], out, entities, workers, shard)
 
 

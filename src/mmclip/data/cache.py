@@ -5,15 +5,18 @@ While it is built, finished chunks lie in images.shards/; a build that was kille
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import write_array_header_1_0
 
+from mmclip.config import ResizeMode
+from mmclip.data.dicom import decoders_installed
 from mmclip.data.images import ImageError, decode_image, read_bytes, resize_image
 from mmclip.data.sample import Reason
 from mmclip.data.shards import Shard, ShardContent, Work, Workers, do_chunks, read_array, read_facts
@@ -23,7 +26,7 @@ IMAGES_FILE, SHARDS_FOLDER = "images.npy", "images.shards"
 CHUNK_IMAGES = 256
 """Images a chunk: what a kill can lose, a process. [chosen: seconds of work, 13 MB at 224 px]"""
 
-DECODER_VERSION = 2
+DECODER_VERSION = 3
 """Raised with every change of what a file becomes, so that old chunks are not taken up."""
 
 
@@ -49,6 +52,7 @@ def decode_images(
     image_size: int,
     workers: Workers = 1,
     shard: Shard | None = None,
+    resize: ResizeMode = "squash",
 ) -> None:
     """Decodes and resizes images in chunks, into folder/images.shards; `join_images` makes them
     one.
@@ -63,22 +67,23 @@ def decode_images(
         image_size: Side of the cached images.
         workers: Processes, or the address of a Dask scheduler.
         shard: Decode only this share of the chunks.
+        resize: How they become squares.
 
     Raises:
         WorkersError: When the workers cannot be had, or died.
     """
     root = root.absolute()  # those who work may stand in another folder
     work = Work(
-        partial(_fingerprint, root=root, image_size=image_size),
-        partial(_decode, root=root, image_size=image_size),
+        partial(_fingerprint, root=root, image_size=image_size, resize=resize),
+        partial(_decode, root=root, image_size=image_size, resize=resize),
     )
     shards = folder / SHARDS_FOLDER
     do_chunks(shards, images, CHUNK_IMAGES, work, "reading images", workers, shard)
 
 
-def _fingerprint(images: Sequence[str], root: Path, image_size: int) -> str:
+def _fingerprint(images: Sequence[str], root: Path, image_size: int, resize: ResizeMode) -> str:
     """Changes when a file of the chunk is replaced, or would be decoded or resized otherwise."""
-    digest = hashlib.sha256(f"{DECODER_VERSION} {image_size}".encode())
+    digest = hashlib.sha256(f"{DECODER_VERSION} {image_size} {resize} {_decoders()}".encode())
     for image in images:
         path = os.path.join(root, image)
         try:
@@ -89,7 +94,13 @@ def _fingerprint(images: Sequence[str], root: Path, image_size: int) -> str:
     return digest.hexdigest()
 
 
-def _decode(images: Sequence[str], root: Path, image_size: int) -> ShardContent:
+@cache
+def _decoders() -> str:
+    """Of this installation: what a missing one refused is decoded once it is there."""
+    return json.dumps(decoders_installed())
+
+
+def _decode(images: Sequence[str], root: Path, image_size: int, resize: ResizeMode) -> ShardContent:
     arrays, facts = [], []
     for image in images:
         try:
@@ -98,7 +109,7 @@ def _decode(images: Sequence[str], root: Path, image_size: int) -> ShardContent:
         except ImageError as error:
             facts.append(ImageFacts(reason=error.reason, detail=error.detail))
             continue
-        arrays.append(resize_image(pixels, image_size))
+        arrays.append(resize_image(pixels, image_size, resize))
         height, width = pixels.shape
         facts.append(ImageFacts(width, height, hashlib.sha256(content).hexdigest()))
     array = np.stack(arrays) if arrays else np.zeros((0, image_size, image_size), np.uint8)

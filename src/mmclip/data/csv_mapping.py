@@ -1,5 +1,6 @@
 """The mapping of a CSV table: a TOML file that says what its columns and words mean."""
 
+import codecs
 import difflib
 import tomllib
 from collections.abc import Sequence
@@ -15,6 +16,26 @@ from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Split, View
 KEY_LIKENESS = 0.75
 """A key as much like a known one (`difflib`, 1 is equal) is taken for a misspelling of it.
 [chosen: "imgae" and "reprot" are]"""
+
+
+YES_WORDS = ("true", "yes", "y", "wahr", "ja", "j", "vrai", "oui", "si", "sí", "verdadero")
+NO_WORDS = ("false", "no", "n", "falsch", "nein", "faux", "non", "falso")
+"""Words of spreadsheets for yes and no, in lower case: Excel writes TRUE in the user's language."""
+
+
+def known_encoding(name: str) -> str:
+    """The name of an encoding, as it is.
+
+    Raises:
+        ValueError: When Python knows none of this name.
+    """
+    try:
+        codecs.lookup(name)
+    except LookupError:
+        raise ValueError(
+            f"there is no encoding {name!r}; say utf-8, utf-16, cp1252 or latin-1"
+        ) from None
+    return name
 
 
 class Columns(Frozen):
@@ -72,7 +93,10 @@ class Labels(Frozen):
             image does not have is absent; any other finding is unknown. "*" stands for every source
             that is not named.
         columns: Table column -> finding, where each finding has its own column with 1 (present),
-            0 (absent) or -1 (uncertain), as in CheXpert.
+            0 (absent) or -1 (uncertain), as in CheXpert, or a word for yes or no.
+        yes: Further words for present in those columns, in any case; YES_WORDS are known.
+        no: The same of absent; NO_WORDS are known.
+        maybe: Words for uncertain.
     """
 
     separator: str = Field(default="|", min_length=1)
@@ -81,6 +105,23 @@ class Labels(Frozen):
     map: dict[str, Meaning] = Field(default_factory=dict)
     closed: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     columns: dict[str, str] = Field(default_factory=dict)
+    yes: tuple[str, ...] = ()
+    no: tuple[str, ...] = ()
+    maybe: tuple[str, ...] = ()
+
+    def label_of_word(self) -> dict[str, int]:
+        """What each word of a cell of `columns` says, in lower case."""
+        known = dict.fromkeys(YES_WORDS, PRESENT) | dict.fromkeys(NO_WORDS, ABSENT)
+        for words, label in ((self.yes, PRESENT), (self.no, ABSENT), (self.maybe, UNCERTAIN)):
+            known |= dict.fromkeys((word.strip().lower() for word in words), label)
+        return known
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> "Labels":
+        said = [word.strip().lower() for word in (*self.yes, *self.no, *self.maybe)]
+        if doubled := sorted({word for word in said if said.count(word) > 1}):
+            raise ValueError(f"{doubled} stand twice among the words yes, no and maybe")
+        return self
 
     @model_validator(mode="after")
     def _canonical(self) -> "Labels":
@@ -97,8 +138,9 @@ class Labels(Frozen):
 class CsvMapping(Frozen):
     """What the columns and words of a CSV table mean."""
 
-    table: str = "studies.csv"  # relative to the root folder
+    table: str = "studies.csv"  # below the root folder, or else from where the command is run
     delimiter: str = Field(default=",", min_length=1, max_length=1)
+    encoding: str = "utf-8"  # as Python names it: utf-8, utf-16, cp1252 (Excel's), latin-1
     source: str = "csv"  # of every row, where no column names it
     columns: Columns
     # The table's word -> ours, in any case. PA, AP, L, lateral, "?" and blank need no entry,
@@ -106,6 +148,11 @@ class CsvMapping(Frozen):
     views: dict[str, View] = Field(default_factory=dict)
     splits: dict[str, Split] = Field(default_factory=dict)
     labels: Labels = Labels()
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return known_encoding(name)
 
     @field_validator("views", "splits")
     @classmethod

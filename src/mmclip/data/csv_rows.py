@@ -1,16 +1,24 @@
-"""Tables of values apart by commas, plain or packed, as rows that say what is wrong with them."""
+"""Tables of values, CSV or Excel, plain or packed, as rows that say what is wrong with them."""
 
+import codecs
 import csv
+import datetime
 import gzip
 import io
+import re
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 DOWNLOAD_AGAIN = "download it again"
+
+EXCEL_SUFFIXES = (".xlsx", ".xlsm")
+
+_PEEK_BYTES = 1 << 16
+"""Looked at to tell what a table that cannot be read was written in."""
 
 
 class SourceError(ValueError):
@@ -24,7 +32,9 @@ class Row(NamedTuple):
     problem: str
 
 
-def header_of(path: Path, *, delimiter: str = ",", remedy: str = DOWNLOAD_AGAIN) -> list[str]:
+def header_of(
+    path: Path, *, delimiter: str = ",", encoding: str = "utf-8", remedy: str = DOWNLOAD_AGAIN
+) -> list[str]:
     """The column names of a table, without the white space around them.
 
     Args:
@@ -33,52 +43,55 @@ def header_of(path: Path, *, delimiter: str = ",", remedy: str = DOWNLOAD_AGAIN)
     Raises:
         SourceError: When the table cannot be read.
     """
-    with _opened(path, remedy) as file:
-        return _names(next(csv.reader(file, delimiter=delimiter), []))
+    with _lines(path, delimiter, encoding, remedy, strict=False) as lines:
+        return _names(next(lines, []))
 
 
 def read_rows(
-    path: Path, columns: Collection[str], *, delimiter: str = ",", remedy: str = DOWNLOAD_AGAIN
+    path: Path,
+    columns: Collection[str],
+    *,
+    delimiter: str = ",",
+    encoding: str = "utf-8",
+    remedy: str = DOWNLOAD_AGAIN,
 ) -> Iterator[Row]:
     """The rows of a table, as they stream by; blank lines are no rows.
 
     A row has a problem when its number of fields is not the header's: a comma too many moves what
-    stands behind it, even where the last field is empty.
+    stands behind it, even where the last field is empty. A first line "sep=;", which Excel writes
+    and obeys, names the delimiter.
 
     Args:
-        path: The table, plain, as .gz, or alone in a .zip.
+        path: The table, plain, as .gz, or alone in a .zip; or an Excel file, whose first sheet is
+            read.
         columns: Must be there, once each; the others are read as well.
         delimiter: Between the fields.
+        encoding: As Python names it.
         remedy: The next step where the table cannot be read.
 
     Raises:
         SourceError: When the table cannot be read, or lacks a column or has it twice.
     """
-    with _opened(path, remedy) as file:
-        # strict: else an unclosed quote swallows all rows behind it in silence.
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            first = next(reader, [])
-            header = _names(first)
-            if not first:
-                raise SourceError(f"{path} is empty; name a table with a header and rows")
-            if missing := [name for name in columns if name not in header]:
-                raise SourceError(
-                    f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
-                    f"{', '.join(header)}; {remedy}"
-                )
-            if doubled := sorted(name for name in set(columns) if header.count(name) > 1):
-                raise SourceError(f"{path} has {', '.join(doubled)} twice; {remedy}")
-            for values in reader:
-                if len(values) <= 1 and not "".join(values).strip():
-                    continue
-                problem = ""
-                if len(values) not in (len(first), len(header)):
-                    problem = f"the row has {len(values)} fields, the header {len(header)}"
-                cells = {k: v.strip() for k, v in zip(header, values, strict=False)}
-                yield Row(cells, problem)
-        except csv.Error as error:
-            raise SourceError(f"{path}, line {reader.line_num}: {error}; {remedy}") from None
+    with _lines(path, delimiter, encoding, remedy) as lines:
+        first = next(lines, [])
+        header = _names(first)
+        if not first:
+            raise SourceError(f"{path} is empty; name a table with a header and rows")
+        if missing := [name for name in columns if name not in header]:
+            raise SourceError(
+                f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
+                f"{', '.join(header)}; {remedy}"
+            )
+        if doubled := sorted(name for name in set(columns) if header.count(name) > 1):
+            raise SourceError(f"{path} has {', '.join(doubled)} twice; {remedy}")
+        for values in lines:
+            if len(values) <= 1 and not "".join(values).strip():
+                continue
+            problem = ""
+            if len(values) not in (len(first), len(header)):
+                problem = f"the row has {len(values)} fields, the header {len(header)}"
+            cells = {k: v.strip() for k, v in zip(header, values, strict=False)}
+            yield Row(cells, problem)
 
 
 def _names(first: list[str]) -> list[str]:
@@ -90,20 +103,43 @@ def _names(first: list[str]) -> list[str]:
 
 
 @contextmanager
-def _opened(path: Path, remedy: str) -> Iterator[IO[str]]:
-    """The text of a table; what a damaged one raises becomes one line."""
+def _lines(
+    path: Path, delimiter: str, encoding: str, remedy: str, *, strict: bool = True
+) -> Iterator[Iterator[list[str]]]:
+    """The lines of a table as lists of cells; what a damaged one raises becomes one line."""
+    if path.suffix.lower() in EXCEL_SUFFIXES:
+        with _excel_lines(path, remedy) as lines:
+            yield lines
+        return
+    reader = None
     try:
-        # utf-8-sig: spreadsheets write a byte order mark, which would hide the first column.
-        with _unpacked(path) as file:
-            yield io.TextIOWrapper(file, "utf-8-sig", newline="")
-    except UnicodeDecodeError:
-        raise SourceError(
-            f"{path}, line {_first_bad_line(path)}: not UTF-8; save the table as UTF-8 (for "
-            f"example by iconv -f latin1 -t utf-8), or {remedy}"
-        ) from None
-    except (OSError, EOFError, csv.Error, zlib.error, zipfile.BadZipFile) as error:
+        # -sig: spreadsheets write a byte order mark, which would hide the first column.
+        is_utf_8 = codecs.lookup(encoding).name == "utf-8"
+        _refuse_nulls(path, encoding, remedy)
+        with (
+            _unpacked(path) as file,
+            io.TextIOWrapper(file, "utf-8-sig" if is_utf_8 else encoding, newline="") as text,
+        ):
+            first = text.readline()
+            if said := re.fullmatch(r'"?sep=(.)"?[,;\t]*\s*', first.removeprefix("\ufeff")):
+                delimiter, first = said[1], ""
+            # strict: else an unclosed quote swallows all rows behind it in silence.
+            reader = csv.reader(_chained(first, text), delimiter=delimiter, strict=strict)
+            yield reader
+    except UnicodeError:
+        raise SourceError(_not_in(path, encoding, remedy)) from None
+    except csv.Error as error:
+        line = f", line {reader.line_num}" if reader is not None else ""
+        raise SourceError(f"{path}{line}: {error}; {remedy}") from None
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         why = getattr(error, "strerror", None) or error
         raise SourceError(f"{path} cannot be read: {why}; {remedy}") from None
+
+
+def _chained(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
+    if first:
+        yield first
+    yield from rest
 
 
 @contextmanager
@@ -120,11 +156,127 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
             yield cast(IO[bytes], file)
 
 
-def _first_bad_line(path: Path) -> int:
+# -- what a table was written in --
+
+
+def _refuse_nulls(path: Path, encoding: str, remedy: str) -> None:
+    """UTF-16 without a mark is valid UTF-8 with a zero beside each letter."""
+    if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):
+        return
+    with _unpacked(path) as file:
+        if _is_of_two_bytes(file.read(_PEEK_BYTES)):
+            raise SourceError(_not_in(path, encoding, remedy))
+
+
+def _is_of_two_bytes(start: bytes) -> bool:
+    """Whether a quarter of the bytes are zeros, as in UTF-16; one alone is a row's own fault."""
+    return start.count(0) > len(start) / 4
+
+
+def _not_in(path: Path, encoding: str, remedy: str) -> str:
+    """That a table is not in its encoding, with the one that it looks like and what to do."""
+    name = "UTF-8" if codecs.lookup(encoding).name == "utf-8" else encoding
+    line, guess = _first_bad_line(path, encoding), _guess(path)
+    said = f"{path}, line {line}: not {name}; save the table as UTF-8 (in Excel: Save As, CSV UTF-8"
+    said += f"; or iconv -f {guess} -t utf-8)"
+    if remedy == DOWNLOAD_AGAIN:
+        return f"{said}, or {remedy}"
+    return f'{said}, or say encoding = "{guess}" in the mapping, as it looks like that'
+
+
+def _guess(path: Path) -> str:
+    """The encoding that a table's first bytes look like."""
+    with _unpacked(path) as file:
+        start = file.read(_PEEK_BYTES)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if _is_of_two_bytes(start):
+        return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(start) - 4:  # not a letter that the peek has cut
+            return "cp1252"  # Excel's on Windows, and all of Latin-1 that is a letter
+    else:
+        return "utf-8"
+    return "cp1252"
+
+
+def _first_bad_line(path: Path, encoding: str) -> int:
+    """The first line that is not in an encoding; 1 where lines cannot be told apart."""
+    if codecs.lookup(encoding).name != "utf-8":
+        return 1
     with _unpacked(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode()
             except UnicodeDecodeError:
                 return number
-    raise AssertionError("only called for a table that is not UTF-8")
+    return 1
+
+
+def parted_by(header: list[str], delimiter: str, used: Collection[str]) -> str | None:
+    """The delimiter by which a header would have more of the columns that a mapping names."""
+    line = delimiter.join(header)
+    found = {
+        other: len(set(used) & {name.strip().strip('"') for name in line.split(other)})
+        for other in (";", ",", "\t", "|")
+        if other != delimiter
+    }
+    best = max(found, key=lambda other: found[other])
+    return best if found[best] > len(set(used) & set(header)) else None
+
+
+# -- Excel --
+
+
+@contextmanager
+def _excel_lines(path: Path, remedy: str) -> Iterator[Iterator[list[str]]]:
+    try:
+        import openpyxl
+        from openpyxl.utils.exceptions import InvalidFileException
+    except ModuleNotFoundError:
+        raise SourceError(
+            f"{path} is an Excel file, and the package that reads one is not installed: "
+            f"pip install 'mmclip[xlsx]', or save the table as CSV UTF-8"
+        ) from None
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, InvalidFileException) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise SourceError(f"{path} cannot be read as an Excel file: {why}; {remedy}") from None
+    try:
+        yield _excel_rows(book.worksheets[0])
+    finally:
+        book.close()
+
+
+def _excel_rows(sheet: Any) -> Iterator[list[str]]:
+    """Rows of the header's length: a sheet may hold empty cells behind or below its table."""
+    n_columns = 0
+    for cells in sheet.iter_rows():
+        values = [_excel_text(cell) for cell in cells]
+        while values and not values[-1]:
+            values.pop()
+        n_columns = n_columns or len(values)
+        if values:
+            yield values + [""] * (n_columns - len(values))
+
+
+def _excel_text(cell: Any) -> str:
+    """A cell as text: dates by ISO 8601, whole numbers without a point, booleans as TRUE and FALSE.
+
+    A number that Excel shows with leading zeros (format 00000000) keeps them.
+    """
+    value = cell.value
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, datetime.datetime):
+        return value.date().isoformat() if value.time() == datetime.time() else value.isoformat()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and re.fullmatch("0+", str(cell.number_format)):
+        return str(value).zfill(len(cell.number_format))
+    return str(value)

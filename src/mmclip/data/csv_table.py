@@ -1,7 +1,9 @@
 """CSV tables of images, read by a mapping that says what their columns and words mean."""
 
+import codecs
 import difflib
 import hashlib
+import json
 import logging
 import math
 import re
@@ -19,7 +21,7 @@ from mmclip.data.csv_mapping import (
     mapping_values,
     several,
 )
-from mmclip.data.csv_rows import Row, SourceError, header_of, read_rows
+from mmclip.data.csv_rows import Row, SourceError, header_of, parted_by, read_rows
 from mmclip.data.sample import (
     ABSENT,
     PRESENT,
@@ -60,14 +62,16 @@ def read_mapped(root: Path, mapping: Path, table: Path | None = None) -> Iterato
     if found is not None:
         return read_csv(root, found, table)
     try:
-        path = _find_table(root, str(meant.get("table", "studies.csv")), table)
+        path = find_table(root, str(meant.get("table", "studies.csv")), table)
         delimiter = meant.get("delimiter", ",")
-        if isinstance(delimiter, str) and len(delimiter) == 1:
-            header = header_of(path, delimiter=delimiter, remedy=REMEDY)
+        encoding = meant.get("encoding", "utf-8")
+        if isinstance(delimiter, str) and len(delimiter) == 1 and _is_encoding(encoding):
+            header = header_of(path, delimiter=delimiter, encoding=encoding, remedy=REMEDY)
             labels = meant.get("labels")
             of_findings = labels.get("columns") if isinstance(labels, dict) else None
             used = _used(meant["columns"], of_findings)
-            problems += [f"{path}: {said}" for said in _column_problems(header, used)]
+            found = _column_problems(header, used, delimiter)
+            problems += [f"{path}: {said}" for said in found]
     except SourceError as error:
         problems.append(str(error))
     raise ConfigError(several(f"mapping {mapping}", problems))
@@ -91,22 +95,34 @@ def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iter
             has no rows, lacks columns, or holds label, view or split words that the mapping does
             not explain; or when `labels.closed` lists what looks like a misspelt finding.
     """
-    path = _find_table(root, mapping.table, table)
+    path = find_table(root, mapping.table, table)
     _check_table(path, mapping)
     return _csv_records(path, mapping)
 
 
-def _find_table(root: Path, name: str, table: Path | None) -> Path:
-    """The table's path: of the mapping's name below the root, or as it is given."""
-    path = root / name if table is None else table
-    if path.is_file():
-        return path
+def _is_encoding(name: object) -> bool:
+    try:
+        return isinstance(name, str) and bool(codecs.lookup(name))
+    except LookupError:
+        return False
+
+
+def find_table(root: Path, name: str, table: Path | None) -> Path:
+    """The table's path: the mapping's, or the one that is given, below the root or else from here.
+
+    Raises:
+        SourceError: When there is none.
+    """
+    given = Path(name) if table is None else table
+    for path in (root / given, given):
+        if path.is_file():
+            return path
     where = (
         f"name it in the mapping (table = ..., below --root; now {name!r}), or give it by --table"
         if table is None
-        else "give another one by --table (a path from here, not below --root)"
+        else "give another one by --table (a path below --root, or else from here)"
     )
-    raise SourceError(f"there is no table {path}; {where}")
+    raise SourceError(f"there is no table {root / given}; {where}")
 
 
 def _csv_records(path: Path, mapping: CsvMapping) -> Iterator[Record]:
@@ -220,7 +236,7 @@ def _said_by_columns(cells: Mapping[str, str], rules: Labels) -> list[tuple[str,
     said: list[tuple[str, int]] = []
     for column, finding in rules.columns.items():
         if value := _cell(cells, column):
-            said.append((finding, _value(value, column)))
+            said.append((finding, _value(value, column, rules)))
         elif rules.blank == "absent":
             said.append((finding, ABSENT))
     return said
@@ -230,22 +246,31 @@ def _words(cell: str, rules: Labels) -> tuple[str, ...]:
     return tuple(word for part in cell.split(rules.separator) if (word := part.strip()))
 
 
-def _value(text: str, column: str) -> int:
+def _value(text: str, column: str, rules: Labels) -> int:
+    words = rules.label_of_word()
+    if text.lower() in words:
+        return words[text.lower()]
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if number not in (PRESENT, ABSENT, UNCERTAIN):
-        raise ValueError(f"{column} is {text!r}, not 1, 0, -1 or blank")
+        raise ValueError(
+            f"{column} is {text!r}, not 1, 0, -1 or blank, nor a word of {', '.join(words)}; "
+            f"add it to yes, no or maybe in [labels]"
+        )
     return int(number)
 
 
 def _check_table(path: Path, mapping: CsvMapping) -> None:
     """Refuses a table that the mapping does not fit, with all problems at once."""
     rules, columns = mapping.labels, mapping.columns
-    header = header_of(path, delimiter=mapping.delimiter, remedy=REMEDY)
+    how = {"delimiter": mapping.delimiter, "encoding": mapping.encoding, "remedy": REMEDY}
+    header = header_of(path, **how)
     used = _used(dict(columns), rules.columns)
-    problems = _column_problems(header, used) if header else []  # `read_rows` tells of an empty one
+    problems = (
+        _column_problems(header, used, mapping.delimiter) if header else []
+    )  # `read_rows` tells of an empty one
     said = {finding for meaning in rules.map.values() for finding, _ in meaning.labels()}
     known_labels = {*rules.map, *rules.unknown}
     names = {name for listed in rules.closed.values() for name in listed}
@@ -254,7 +279,7 @@ def _check_table(path: Path, mapping: CsvMapping) -> None:
     unmapped["splits"] = Counter()
     n_rows = n_sound = 0
     try:
-        for cells, problem in read_rows(path, (), delimiter=mapping.delimiter, remedy=REMEDY):
+        for cells, problem in read_rows(path, (), **how):
             n_rows += 1
             if problem:
                 continue
@@ -304,14 +329,23 @@ def _used(columns: object, of_findings: object) -> dict[str, list[str]]:
     return used
 
 
-def _column_problems(header: Sequence[str], used: Mapping[str, Sequence[str]]) -> list[str]:
+def _column_problems(
+    header: Sequence[str], used: Mapping[str, Sequence[str]], delimiter: str
+) -> list[str]:
     """What keeps a table from being read by the columns that its mapping names."""
 
     def listed(names: Sequence[str]) -> str:
         return ", ".join(f"{name!r} ({', '.join(used[name])})" for name in names)
 
     problems = []
-    if missing := [name for name in used if name not in header]:
+    missing = [name for name in used if name not in header]
+    if missing and (other := parted_by(list(header), delimiter, used)) is not None:
+        what = {";": "semicolons", ",": "commas", "\t": "tabs", "|": "bars"}[other]
+        problems.append(
+            f"its cells are parted by {what}, not by {delimiter!r}; say delimiter = "
+            f"{json.dumps(other)} in the mapping"
+        )
+    elif missing:
         problems.append(
             f"no column {listed(missing)}; its columns are {', '.join(header)}; name them in the "
             f"mapping as the table does"
@@ -344,4 +378,6 @@ def _never_said(closed: Mapping[str, Sequence[str]], said: Set[str]) -> tuple[li
 def _rows(path: Path, mapping: CsvMapping) -> Iterator[Row]:
     """The rows of a user's table, with the columns that the mapping names."""
     used = _used(dict(mapping.columns), mapping.labels.columns)
-    return read_rows(path, list(used), delimiter=mapping.delimiter, remedy=REMEDY)
+    return read_rows(
+        path, list(used), delimiter=mapping.delimiter, encoding=mapping.encoding, remedy=REMEDY
+    )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from mmclip.config import GREY_MEAN, GREY_STD, AugmentConfig
+from mmclip.config import GREY_MEAN, GREY_STD, AugmentConfig, ResizeMode
 from mmclip.data.cache import ImageCache
 from mmclip.data.folder import ManifestError, read_meta
 from mmclip.data.manifest import read_manifest
@@ -121,7 +121,10 @@ class ImageTextDataset:
 
 
 def open_dataset(
-    folders: Sequence[Path], image_size: int | None = None, px_key: str | None = None
+    folders: Sequence[Path],
+    image_size: int | None = None,
+    px_key: str | None = None,
+    resize: ResizeMode | None = None,
 ) -> ImageTextDataset:
     """All rows of some data folders.
 
@@ -129,6 +132,7 @@ def open_dataset(
         folders: As `mmclip data build` leaves them.
         image_size: The image size that is needed, checked where a folder has images.
         px_key: The key of the configuration that says `image_size`, where the user may change it.
+        resize: How the images must have become squares, checked likewise.
 
     Raises:
         ManifestError: When a folder is unfinished, its images have another size, or an image id
@@ -146,6 +150,13 @@ def open_dataset(
                 f"the images of {folder} have {meta['image_size']} px, {image_size} px are needed; "
                 f"build them anew by `{_build_command(meta, folder, image_size)}` and give that "
                 f"folder" + (instead if px_key else "")
+            )
+        made = meta.get("resize", "squash")  # folders of older builds have no other
+        if resize is not None and meta["image_size"] is not None and made != resize:
+            raise ManifestError(
+                f"the images of {folder} became squares by {made}, {resize} is needed; build them "
+                f"anew with --resize {resize} and give that folder"
+                + (f", or take them as they are by --set data.resize={made}" if px_key else "")
             )
         if changed := changed_since(meta):
             logger.warning(

@@ -70,12 +70,13 @@ SCHEMA = pa.schema(
 )
 
 
-def data_hash(samples: Iterable[Sample], image_size: int | None) -> str:
-    """SHA-256 over all records, in order, and the image size: equal data, equal hash.
+def data_hash(samples: Iterable[Sample], image_size: int | None, resize: str = "squash") -> str:
+    """SHA-256 over all records, in order, image size and resizing: equal data, equal hash.
 
     Source: ours; a number without the hash of its data cannot be compared with another.
     """
-    digest = hashlib.sha256(f"mmclip-manifest-2 image_size={image_size}\n".encode())
+    how = "" if resize == "squash" else f" resize={resize}"  # as before there was a choice
+    digest = hashlib.sha256(f"mmclip-manifest-2 image_size={image_size}{how}\n".encode())
     encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
     names = [f.name for f in fields(Sample)]
     for sample in samples:
@@ -180,7 +181,9 @@ def write_manifest(
             metadata.get("reader"), metadata.get("entities") if n_with_report else None
         ),
         "image_size": image_size,
-        "data_hash": data_hash(_written(parquet, samples, entities), image_size),
+        "data_hash": data_hash(
+            _written(parquet, samples, entities), image_size, metadata.get("resize", "squash")
+        ),
         "n_rows": len(samples) + len(excluded),
         "n_samples": len(samples),
         "n_excluded": len(excluded),
@@ -196,8 +199,7 @@ def write_manifest(
         "excluded": {str(r): n for r, n in Counter(e.reason for e in excluded).most_common()},
     }
     parquet.replace(folder / MANIFEST_FILE)
-    lines = "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in excluded)
-    write_text_atomic(folder / EXCLUDED_FILE, lines)
+    write_excluded(folder, excluded)
     write_text_atomic(folder / META_FILE, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
     return meta
 
@@ -218,11 +220,20 @@ def replace_images(folder: Path, samples: Sequence[Sample], metadata: Mapping) -
     """
     meta = read_built_meta(folder)
     parquet = folder / (MANIFEST_FILE + ".tmp")
-    digest = data_hash(_written(parquet, samples, None), meta["image_size"])
+    digest = data_hash(
+        _written(parquet, samples, None), meta["image_size"], meta.get("resize", "squash")
+    )
     meta = {**meta, **metadata, "data_hash": digest}
     parquet.replace(folder / MANIFEST_FILE)
     write_text_atomic(folder / META_FILE, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
     return meta
+
+
+def write_excluded(folder: Path, excluded: Iterable[Excluded]) -> None:
+    """Writes excluded.jsonl alone: what a build without a sound row leaves."""
+    lines = "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in excluded)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / EXCLUDED_FILE, lines)
 
 
 def _written(
@@ -264,7 +275,7 @@ def read_built(folder: Path) -> list[Sample]:
             f"{folder / MANIFEST_FILE} is missing or damaged ({error}); build the folder again "
             f"with `mmclip data build`"
         ) from None
-    if data_hash(samples, meta["image_size"]) != meta["data_hash"]:
+    if data_hash(samples, meta["image_size"], meta.get("resize", "squash")) != meta["data_hash"]:
         raise ManifestError(
             f"{folder / MANIFEST_FILE} is not the manifest that {META_FILE} describes (the data "
             f"hash differs); build the data folder again with `mmclip data build`"

@@ -10,6 +10,7 @@ from mmclip.data.csv_table import SourceError, read_csv, read_mapped
 from mmclip.data.readers.chestxray14 import read_chestxray14
 from mmclip.data.readers.chexpert import read_chexpert, read_chexpert_plus
 from mmclip.data.readers.covidx import read_covidx
+from mmclip.data.readers.dicom_folder import DicomOptions, read_dicom_folder
 from mmclip.data.readers.mimic import read_mimic_cxr, read_mimic_cxr_jpg
 from mmclip.data.readers.nlm_tb import read_montgomery, read_shenzhen
 from mmclip.data.readers.openi import read_openi
@@ -24,6 +25,7 @@ __all__ = [
     "PATIENTS_UNKNOWN",
     "READERS",
     "CsvMapping",
+    "DicomOptions",
     "SourceError",
     "load_mapping",
     "open_reader",
@@ -50,7 +52,7 @@ _PUBLISHED: dict[str, Callable[[Path], Iterator[Record]]] = {
     "vindr": read_vindr,
 }
 
-READERS = ("csv", *_PUBLISHED)
+READERS = ("csv", "dicom", *_PUBLISHED)
 """The names that `open_reader` knows."""
 
 PATIENTS_UNKNOWN = {
@@ -67,15 +69,21 @@ PATIENTS_UNKNOWN = {
 
 
 def open_reader(
-    name: str, root: Path, *, mapping: Path | None, table: Path | None
+    name: str,
+    root: Path,
+    *,
+    mapping: Path | None,
+    table: Path | None,
+    dicom: DicomOptions | None = None,
 ) -> Iterator[Record]:
     """The records of a data set.
 
     Args:
         name: One of READERS.
         root: Its folder as downloaded; for openi also the archive itself.
-        mapping: TOML file of a `CsvMapping`; csv only.
+        mapping: TOML file of a `CsvMapping`, or of a `ReportMapping` for dicom; for no other.
         table: Read in place of the table that the mapping names; csv only.
+        dicom: What the reader dicom needs; for it only.
 
     Raises:
         SourceError: When the name is unknown, an argument is missing or has no use here, or a
@@ -86,13 +94,21 @@ def open_reader(
         raise SourceError(f"there is no reader {name!r}; the readers are {', '.join(READERS)}")
     if not root.exists():
         raise SourceError(f"there is no folder {root}; give the data set's by --root")
-    if name == "csv":
+    if name == "csv" and dicom is None:
         if mapping is None:
             raise SourceError(
                 "csv needs a file that says what the columns mean; write one after "
                 "examples/mixed_images.toml and give it by --mapping"
             )
         return read_mapped(root, mapping, table)
+    if name == "dicom":
+        if not root.is_dir() or not any(root.iterdir()):
+            raise SourceError(f"{root} holds no files; give the folder of a PACS export by --root")
+        if dicom is None or table is not None:
+            raise SourceError("dicom takes --reports in place of --table, and --id-key")
+        return read_dicom_folder(root, mapping, dicom)
+    if dicom is not None:
+        raise SourceError(f"{name} takes no --reports, --id-key or --keep-age-sex; leave them out")
     if mapping is not None or table is not None:
         raise SourceError(f"{name} has a layout of its own; leave --mapping and --table out")
     if name != "openi" and not root.is_dir():

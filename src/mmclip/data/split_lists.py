@@ -80,7 +80,7 @@ def read_lists(
             raise ManifestError(f"--list {part}={path} cannot be read ({error})") from None
         sha256 = list_sha256(content)
         is_known = _is_known(name, part, path, sha256, {sample.source for sample in samples})
-        found, n_rows = match_list(content.decode("utf-8", "replace"), samples)
+        found, n_rows = match_list(content.decode("utf-8-sig", "replace"), samples)
         n_images = len(set(found))
         if not n_images:
             raise ManifestError(

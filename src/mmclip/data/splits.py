@@ -73,7 +73,8 @@ def set_split(
             if name in LISTED
             else f"split {name} needs no list; leave --list out, or name one of {', '.join(LISTED)}"
         )
-    image_size = read_built_meta(folder)["image_size"]
+    meta = read_built_meta(folder)
+    image_size, resize = meta["image_size"], meta.get("resize", "squash")
     built = read_built(folder)
     mapped = {} if patients is None else read_patients(patients, built)
     samples = [replace(f, patient_id=mapped.get(f.image_id, f.patient_id)) for f in built]
@@ -107,14 +108,14 @@ def set_split(
         "name": name,
         "seed": None,
         **metadata,
-        "built_hash": data_hash(built, image_size),
+        "built_hash": data_hash(built, image_size, resize),
         "patients": mapped,
         "images": chosen,
         "split_hash": ids_hash(*(chosen.get(part, []) for part in SPLITS)),
         "warnings": said + _warnings(name, samples, chosen, bool(mapped)),
     }
     read = with_split(built, split)
-    split["data_hash"] = data_hash(read, image_size)
+    split["data_hash"] = data_hash(read, image_size, resize)
     split["n_patients"] = len({sample.patient_id for sample in read})
     split["splits"] = dict(sorted(Counter(f.split for f in read if f.split).items()))
     split["n_in_no_split"] = sum(sample.split is None for sample in read)

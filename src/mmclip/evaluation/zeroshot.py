@@ -346,7 +346,9 @@ def evaluate(
     checkpoint.model.to(device)
     asked = prompt_sets or (DEFAULT_PROMPT_SETS if rules is None else rules.prompt_sets)
     prompts, *other_prompt_sets = [load_prompts(name) for name in asked]
-    dataset = open_dataset(folders, checkpoint.config.data.image_size)
+    dataset = open_dataset(
+        folders, checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
+    )
     leak_check = check_trained(checkpoint, select_samples(dataset, split, sources, rules), split)
     result = zeroshot(
         checkpoint,

@@ -152,7 +152,11 @@ def explain_image(
         raise ValueError("the phrase is empty; say what to look for, such as 'pleural effusion'")
     model = checkpoint.model
     warn_of_unread(checkpoint.tokenizer, phrase, checkpoint.config.data.max_tokens)
-    seen = torch.from_numpy(resize_image(pixels, checkpoint.config.data.image_size).copy())[None]
+    seen = torch.from_numpy(
+        resize_image(
+            pixels, checkpoint.config.data.image_size, checkpoint.config.data.resize
+        ).copy()
+    )[None]
     image = normalise(seen)
     patches = saliency_maps(model, checkpoint, image, [phrase], [0], score, prompts)[0]
     with torch.inference_mode():
@@ -248,7 +252,9 @@ def image_of_folder(
         ManifestError: When there is no such image, or it is a report alone.
         SourceError: See `annotations.read_annotations`.
     """
-    dataset = open_dataset([folder], checkpoint.config.data.image_size)
+    dataset = open_dataset(
+        [folder], checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
+    )
     ids = [sample.image_id for sample in dataset.samples]
     if image_id not in ids:
         some = ", ".join(ids[:3])

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint
-from mmclip.config import ImageEncoderConfig
+from mmclip.config import ImageEncoderConfig, ResizeMode
 from mmclip.data.folder import read_meta
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.embedding_store import stored
@@ -33,6 +33,7 @@ class Start:
     init: str
     features: Features
     image_size: int
+    resize: ResizeMode = "squash"
 
     @property
     def is_random(self) -> bool:
@@ -78,7 +79,10 @@ def start_of(init: str, run: Path | None, folder: Path, features: Features | Non
             f"--init {init}; take pooled or class"
         )
     if is_hub:
-        return Start(init, None, init, features or "class", read_meta(folder)["image_size"])
+        meta = read_meta(folder)
+        return Start(
+            init, None, init, features or "class", meta["image_size"], meta.get("resize", "squash")
+        )
     if run is None:
         raise ValueError(
             f"--init {init} needs --run, the run of pre-training "
@@ -88,7 +92,8 @@ def start_of(init: str, run: Path | None, folder: Path, features: Features | Non
     said = f"run {run.name}, step {checkpoint.meta['step']}"
     if init == "random":
         said = f"random weights, architecture of {said}"
-    return Start(said, checkpoint, init, features or "pooled", checkpoint.config.data.image_size)
+    data = checkpoint.config.data
+    return Start(said, checkpoint, init, features or "pooled", data.image_size, data.resize)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -179,7 +179,7 @@ def finetune(request: FinetuneRequest) -> Path:
     else:
         protocol = load_protocol(request.protocol)
     rules = rules_of(protocol)
-    task = open_task(request.folder, protocol, start.image_size)
+    task = open_task(request.folder, protocol, start.image_size, start.resize)
     if start.init == "run":
         assert start.checkpoint is not None
         leak_check = [check_trained(start.checkpoint, task.val.dataset, "val")]

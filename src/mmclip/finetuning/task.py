@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+from mmclip.config import ResizeMode
 from mmclip.data.check import refuse_leaks
 from mmclip.data.folder import ManifestError, read_meta, read_split
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
@@ -115,7 +116,9 @@ def training_labels(protocol: Protocol, samples: Sequence[Sample]) -> Float[np.n
     return labels
 
 
-def open_task(folder: Path, protocol: Protocol, image_size: int | None) -> Task:
+def open_task(
+    folder: Path, protocol: Protocol, image_size: int | None, resize: ResizeMode | None = None
+) -> Task:
     """The images of a data folder as a protocol reads them.
 
     Raises:
@@ -124,7 +127,7 @@ def open_task(folder: Path, protocol: Protocol, image_size: int | None) -> Task:
         ValueError: When the folder does not fit the protocol.
     """
     split = split_of([folder], protocol)
-    dataset = open_dataset([folder], image_size)
+    dataset = open_dataset([folder], image_size, resize=resize)
     if not any(sample.split == "val" for sample in dataset.samples):
         raise ManifestError(
             f"{folder} has no validation images, and nothing else may choose; draw some from the "

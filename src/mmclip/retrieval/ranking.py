@@ -275,7 +275,9 @@ def evaluate_retrieval(
     began = time.monotonic()
     checkpoint = load_checkpoint(run)
     checkpoint.model.to(device)
-    dataset = open_dataset(folders, checkpoint.config.data.image_size)
+    dataset = open_dataset(
+        folders, checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
+    )
     dataset = select_pairs(dataset, split, sources)
     leak_check = check_trained(checkpoint, dataset, split)
     patients = [sample.patient_id for sample in dataset.samples]

@@ -143,7 +143,9 @@ def search(
     """
     checkpoint = load_checkpoint(run)
     checkpoint.model.to(device)
-    dataset = open_dataset(folders, checkpoint.config.data.image_size)
+    dataset = open_dataset(
+        folders, checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
+    )
     dataset = dataset.select([f.image is not None for f in dataset.samples])
     is_searched = _searched(dataset, split, sources)
     # Asked before images are embedded, which can take hours: a mistyped path must not wait for it.
@@ -204,7 +206,9 @@ def query_of_file(checkpoint: Checkpoint, dataset: ImageTextDataset, path: Path)
         radiograph = decode_image(content)
     except ImageError as error:
         raise ValueError(f"{path} gives no image: {error}; give another file") from None
-    pixels = resize_image(radiograph, checkpoint.config.data.image_size)
+    pixels = resize_image(
+        radiograph, checkpoint.config.data.image_size, checkpoint.config.data.resize
+    )
     image = normalise(torch.from_numpy(pixels.copy())[None])
     embedding = checkpoint.model.encode_image(image.to(checkpoint.model.logit_scale.device))
     sha256 = hashlib.sha256(content).hexdigest()

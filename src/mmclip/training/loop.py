@@ -367,7 +367,7 @@ def _contrast_all(
 def _counts(
     accelerator: Accelerator, objective: Terms, micro_batches: Sequence[AnyBatch]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The elements of each term over all processes and micro-batches (at least 1), and the images."""
+    """Elements of each term over all processes and micro-batches, at least 1; and the images."""
     local = dict.fromkeys(objective.weights, 0.0)
     for batch in micro_batches:
         own = objective.counts(batch)

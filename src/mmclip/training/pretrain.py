@@ -140,7 +140,10 @@ def pretrain(request: PretrainRequest) -> Path:
     )
     set_seed(request.config.train.seed)
     dataset = open_dataset(
-        request.folders, request.config.data.image_size, px_key="data.image_size"
+        request.folders,
+        request.config.data.image_size,
+        "data.image_size",
+        resize=request.config.data.resize,
     )
     refuse_leaks(dataset.samples)
     chosen = training_dataset(dataset, request.config)

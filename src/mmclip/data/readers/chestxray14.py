@@ -97,7 +97,7 @@ def _official_splits(root: Path) -> dict[str, Split]:
         )
     splits: dict[str, Split] = {}
     for name, split in _LISTS.items():
-        for image_id in (root / name).read_text("utf-8").split():
+        for image_id in (root / name).read_text("utf-8-sig").split():
             if splits.setdefault(image_id, split) != split:
                 raise SourceError(f"{root}: {image_id} is in both lists; download them again")
     return splits

@@ -58,7 +58,7 @@ def _csv_rows(path: Path) -> Iterator[_MsCxrRow]:
 
 def _coco_rows(path: Path) -> Iterator[_MsCxrRow]:
     try:
-        said = json.loads(path.read_text("utf-8"))
+        said = json.loads(path.read_text("utf-8-sig"))
         images = {image["id"]: Path(image["file_name"]).stem for image in said["images"]}
         names = {category["id"]: category["name"] for category in said["categories"]}
         for mark in said["annotations"]:
@@ -87,7 +87,7 @@ def read_chestxdet10_boxes(root: Path, split: Literal["train", "test"]) -> Itera
     path = find_table(root, (f"{split}.json",), WHERE_DET10)
     words = load_words("chestxdet10")
     try:
-        for image in json.loads(path.read_text("utf-8")):
+        for image in json.loads(path.read_text("utf-8-sig")):
             for word, box in zip(image["syms"], image["boxes"], strict=True):
                 left, top, right, bottom = map(float, box)
                 finding = words.finding(word)

@@ -340,7 +340,7 @@ def _has_texts(root: Path, tree: _Tree) -> bool:
 def _file_reader(root: Path, tree: _Tree) -> Callable[[str], str | None]:
     def text_of(folder: str) -> str | None:
         path = _first_there(root, tree.places(f"{folder}.txt"))
-        return (root / path).read_text("utf-8", "replace") if path else None
+        return (root / path).read_text("utf-8-sig", "replace") if path else None
 
     return text_of
 

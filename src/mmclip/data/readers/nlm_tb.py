@@ -100,7 +100,7 @@ def _records(
         except ValueError as error:
             yield bad_value(row, name, str(error))
             continue
-        text = (root / readings[name]).read_text("utf-8", "replace") if name in readings else ""
+        text = (root / readings[name]).read_text("utf-8-sig", "replace") if name in readings else ""
         said = facts.match(text)
         sex, age, unit = said.groups() if said else ("", "", "")
         reading = " ".join(text[said.end() if said else 0 :].split())

@@ -151,7 +151,7 @@ def read_openi_r2gen(root: Path) -> Iterator[Record]:
     """
     path = find_table(root, _ANNOTATIONS, WHERE_R2GEN)
     try:
-        annotations = json.loads(path.read_text("utf-8"))
+        annotations = json.loads(path.read_text("utf-8-sig"))
         studies = [study for dealt in annotations.values() for study in dealt]
     except (ValueError, TypeError, AttributeError) as error:
         raise SourceError(f"{path} is no annotation file ({error}); download it again") from None

@@ -1,0 +1,63 @@
+"""What every decoder of images shares: its errors, the limit of size, and the step to 8 bits."""
+
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+from pydicom.errors import BytesLengthException, InvalidDicomError
+
+from mmclip.data.sample import Reason
+
+MAX_PX = 100_000_000
+"""Pixels of the largest image that is read. [chosen: detectors have up to 20 million]"""
+
+FAULTS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    OSError,
+    EOFError,
+    SyntaxError,
+    RuntimeError,  # with NotImplementedError and RecursionError
+    struct.error,
+    zlib.error,
+    InvalidDicomError,
+    BytesLengthException,
+    Image.DecompressionBombError,
+)
+"""What pydicom and Pillow raise on files that break their standards."""
+
+
+class ImageError(ValueError):
+    """A file gives no image; `reason` says why in a word of the manifest."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
+        self.reason, self.detail = reason, detail
+
+
+def check_size(width: int, height: int, max_px: int) -> None:
+    """Refuses an image of more than max_px pixels.
+
+    Raises:
+        ImageError: When it is larger.
+    """
+    if width * height > max_px:
+        raise ImageError(Reason.IMAGE_TOO_LARGE, f"{width} x {height}, at most {max_px:,} pixels")
+
+
+def stretch(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
+    """Maps low..high (by default the extremes) to 0..255 uint8; what lies outside is clipped.
+
+    Raises:
+        ImageError: When a value or a limit is not finite.
+    """
+    low = float(values.min()) if low is None else low
+    high = float(values.max()) if high is None else high
+    if not (np.isfinite(high - low) and np.isfinite(values).all()):
+        raise ImageError(Reason.IMAGE_UNREADABLE, "pixel values that are not finite")
+    scaled = (values.astype(np.float32) - low) * (255 / max(high - low, 1e-6))
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)

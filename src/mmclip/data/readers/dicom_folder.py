@@ -1,0 +1,304 @@
+"""A tree of DICOM files as a PACS exports it, joined with a table of reports.
+
+What is known of a patient stays in the files: ids become keyed hashes, and no path, number, name or
+date reaches a record.
+"""
+
+import hmac
+import logging
+import os
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydicom
+
+from mmclip.data.csv_rows import SourceError
+from mmclip.data.csv_table import find_table, parse_age
+from mmclip.data.dicom import read_header
+from mmclip.data.pixels import ImageError
+from mmclip.data.report_table import (
+    ReportMapping,
+    Reports,
+    join_reports,
+    load_report_mapping,
+    read_reports,
+)
+from mmclip.data.sample import Excluded, Reason, Record, Sample, Sex, View
+from mmclip.data.text import Report
+
+logger = logging.getLogger(__name__)
+
+MODALITIES = ("CR", "DX", "DR", "RG", "XR")
+"""Computed, digital and other radiography. DR and XR are in files, and not in the standard."""
+
+OLDEST_YEARS = 90.0
+"""An age above it is told as this one: higher ones are rare enough to name a person. [HIPAA]"""
+
+_KEYWORDS = (
+    "SOPInstanceUID", "StudyInstanceUID", "AccessionNumber", "PatientID", "PatientAge",
+    "PatientSex", "Modality", "BodyPartExamined", "ViewPosition", "ViewCodeSequence",
+    "SeriesDescription", "ProtocolName", "StudyDescription", "PatientOrientation",
+)  # fmt: skip
+
+_CHEST = re.compile(r"chest|thora|tora[xk]|tórax|lung|pulm|brust|\bcxr\b|\brib", re.IGNORECASE)
+_OTHER_PART = re.compile(
+    r"abdom|pelvi|becken|knee|knie|hand|finger|wrist|elbow|hip\b|hüft|foot|fuß|fuss|ankle|spine|"
+    r"wirbel|lws\b|bws\b|hws\b|skull|schädel|head|shoulder|schulter|femur|tibia|humerus|forearm|"
+    r"dental|mamm|breast",
+    re.IGNORECASE,
+)
+_VIEW_WORDS: tuple[tuple[re.Pattern[str], View], ...] = (
+    (re.compile(r"(?<![a-z])(p\.?a\.?|post(ero)?[ -]?ant(erior)?)(?![a-z])", re.IGNORECASE), "PA"),
+    (re.compile(r"(?<![a-z])(a\.?p\.?|ant(ero)?[ -]?post(erior)?)(?![a-z])", re.IGNORECASE), "AP"),
+    (
+        re.compile(
+            r"(?<![a-z])(ll|rl|lat|later\w*|latéral\w*|seitlich\w*|profil\w*)(?![a-z])",
+            re.IGNORECASE,
+        ),
+        "L",
+    ),
+)  # fmt: skip
+_VIEW_CODES: dict[str, View] = {
+    "R-10206": "AP", "R-10214": "PA", "R-10228": "L", "R-10232": "L", "R-10236": "L",
+}  # fmt: skip
+"""SNOMED RT codes of DICOM PS3.16 CID 4010; other codes are read by their meaning."""
+
+_SEXES: dict[str, Sex] = {"M": "M", "F": "F"}
+
+
+@dataclass(frozen=True)
+class DicomOptions:
+    """What the reader `dicom` is told beside its folder.
+
+    Attributes:
+        id_key: File of the key by which ids are hashed.
+        reports: Table of reports, in place of the mapping's.
+        keep_age_and_sex: Whether records hold them.
+    """
+
+    id_key: Path
+    reports: Path | None = None
+    keep_age_and_sex: bool = False
+
+
+def load_or_make_key(path: Path) -> bytes:
+    """The key of a file, which is made of random bytes, for its owner alone, where it is not there.
+
+    Raises:
+        SourceError: When it cannot be read or made, or is shorter than 16 bytes.
+    """
+    try:
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            pass
+        else:
+            with os.fdopen(handle, "w") as file:
+                file.write(secrets.token_hex(32) + "\n")
+            logger.warning(
+                "ids are hashed by the new key %s: keep it apart from the data; with the same key "
+                "the same patient gets the same id",
+                path,
+            )
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise SourceError(
+            f"the key {path} cannot be read: {error.strerror}; give a file of 16 bytes or more by "
+            f"--id-key"
+        ) from None
+    if len(key) < 16:
+        raise SourceError(
+            f"the key {path} has {len(key)} bytes; give 16 or more, best 32 at random"
+        )
+    return key
+
+
+def read_dicom_folder(root: Path, mapping: Path | None, options: DicomOptions) -> Iterator[Record]:
+    """The radiographs of the chest below a folder, one record a file, in the order of their paths.
+
+    A file that is no DICOM, another modality or another part of the body is excluded by reason.
+    Then follow the reports that belong to no image that is read, each excluded. Row i is the i-th
+    file in the order of paths, so whoever has the folder finds it.
+
+    Args:
+        root: The folder.
+        mapping: TOML file of a `ReportMapping`; None reads images alone.
+        options: The rest.
+
+    Raises:
+        SourceError: At once, when the table or the key cannot be read.
+        ConfigError: When the mapping breaks a rule.
+    """
+    key = load_or_make_key(options.id_key)
+    meant = None if mapping is None else load_report_mapping(mapping)
+    if meant is None and options.reports is not None:
+        raise SourceError("--reports needs a file that says what its columns mean; give --mapping")
+    table = None if meant is None else find_table(root, meant.table, options.reports)
+    reports = Reports() if meant is None or table is None else read_reports(table, meant)
+    ours = {p.resolve() for p in (mapping, table, options.id_key) if p is not None}
+    return _records(root, meant, reports, key, options.keep_age_and_sex, ours)
+
+
+# -- files --
+
+
+def _records(
+    root: Path, mapping: ReportMapping | None, reports: Reports, key: bytes, keeps: bool,
+    ours: set[Path],
+) -> Iterator[Record]:  # fmt: skip
+    counts: Counter[str] = Counter()
+    row = 0
+    for path in _files(root):
+        if path.resolve() in ours:
+            continue
+        record = _record(row, path, root, mapping, reports, key, keeps)
+        if isinstance(record, Sample):
+            counts["images"] += 1
+            counts["without"] += record.report is None
+        yield record
+        row += 1
+    for number, said in enumerate(reports.ids):
+        if number not in reports.found:
+            counts["reports"] += 1
+            yield Excluded(
+                row=row, image_id=_hash(key, "report", said), reason=Reason.REPORT_WITHOUT_IMAGE
+            )
+            row += 1
+    if mapping is not None:
+        logger.warning(
+            "%d of %d images have no report; %d of %d reports have no image that is read",
+            counts["without"], counts["images"], counts["reports"], len(reports.ids),
+        )  # fmt: skip
+        _warn_of_zeros(reports)
+
+
+def _warn_of_zeros(reports: Reports) -> None:
+    """Excel takes leading zeros away: then no accession number has one, and few are found."""
+    n = len(reports.by_accession)
+    if n and not reports.found and not any(name.startswith("0") for name in reports.by_accession):
+        logger.warning(
+            "none of %d accession numbers is in the files; if theirs have leading zeros, save the "
+            "column as text", n,
+        )  # fmt: skip
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        yield from (Path(folder) / name for name in sorted(names))
+
+
+def _record(
+    row: int, path: Path, root: Path, mapping: ReportMapping | None, reports: Reports, key: bytes,
+    keeps: bool,
+) -> Record:  # fmt: skip
+    image = path.relative_to(root).as_posix()
+    try:
+        data = read_header(path, _KEYWORDS)
+    except ImageError as error:
+        image_id = _hash(key, "file", image)
+        return Excluded(row=row, image_id=image_id, reason=error.reason, detail=error.detail)
+    instance = _text(data, "SOPInstanceUID")
+    image_id = _hash(key, "image", instance) if instance else _hash(key, "file", image)
+    if (why := _not_ours(data)) is not None:
+        return Excluded(row=row, image_id=image_id, reason=why[0], detail=why[1])
+    study, accession = _text(data, "StudyInstanceUID"), _text(data, "AccessionNumber")
+    patient = _text(data, "PatientID")
+    numbers = reports.of(accession, study)
+    reports.found.update(numbers)
+    report = (
+        join_reports([reports.texts[n][1] for n in numbers])
+        if numbers
+        else Report(None, None, None)
+    )
+    age = parse_age(_text(data, "PatientAge")) if keeps else None
+    return Sample(
+        image_id=image_id,
+        study_id=_hash(key, "study", study or accession) if study or accession else image_id,
+        patient_id=_hash(key, "patient", patient) if patient else "",
+        source=mapping.source if mapping is not None else "dicom",
+        image=image,
+        view=view_of(data, mapping.views if mapping is not None else {}),
+        findings=report.findings,
+        impression=report.impression,
+        report=report.text,
+        age_years=None if age is None else min(age, OLDEST_YEARS),
+        sex=_SEXES.get(_text(data, "PatientSex").upper()) if keeps else None,
+    )
+
+
+def _hash(key: bytes, kind: str, value: str) -> str:
+    """A keyed hash: without the key, nobody who guesses an id can tell whether it is the one."""
+    return hmac.digest(key, f"{kind}\0{value}".encode(), "sha256").hex()[:24]
+
+
+def _text(data: pydicom.Dataset, keyword: str) -> str:
+    try:
+        value = data.get(keyword)
+    except (ValueError, TypeError, LookupError, NotImplementedError):  # a value of a broken file
+        return ""
+    return "" if value is None else str(value).strip().strip("\0")
+
+
+def _not_ours(data: pydicom.Dataset) -> tuple[Reason, str] | None:
+    """Why an image is no radiograph of the chest; the detail holds a code and never free text."""
+    modality = _text(data, "Modality").upper()
+    if modality not in MODALITIES:
+        is_code = re.fullmatch(r"[A-Z]{2,8}", modality) and modality in _KNOWN_MODALITIES
+        return Reason.OTHER_MODALITY, f"modality {modality if is_code else 'missing or unknown'}"
+    part = _text(data, "BodyPartExamined")
+    if part:
+        return None if _CHEST.search(part) else (Reason.OTHER_BODY_PART, _part_of(part))
+    described = " ".join(
+        _text(data, word) for word in ("SeriesDescription", "ProtocolName", "StudyDescription")
+    )
+    if _OTHER_PART.search(described) and not _CHEST.search(described):
+        return Reason.OTHER_BODY_PART, _part_of(described)
+    return None
+
+
+_KNOWN_MODALITIES = {
+    "CT", "MR", "US", "NM", "PT", "XA", "RF", "MG", "OT", "SC", "SR", "PR", "KO", "ES", "IO", "PX",
+    "DOC", "SEG", "RTPLAN", "RTSTRUCT", "RTDOSE", "RTIMAGE", "ECG", "OP", "SM", "XC", "BMD",
+}  # fmt: skip
+
+
+def _part_of(text: str) -> str:
+    found = _OTHER_PART.search(text)
+    return f"{found[0].lower()}" if found else "not the chest"
+
+
+def view_of(data: pydicom.Dataset, words: dict[str, View]) -> View:
+    """The view of an image: by ViewPosition, then DICOM's codes, descriptions, and orientation.
+
+    Args:
+        data: Its header.
+        words: Of the mapping, in lower case; they win.
+
+    Returns:
+        "unknown" where nothing tells it, or a description names two.
+    """
+    position, series = _text(data, "ViewPosition"), _text(data, "SeriesDescription")
+    for text in (position, series, _text(data, "ProtocolName")):
+        if text.lower() in words:
+            return words[text.lower()]
+    if (view := _view_in(position)) != "unknown":
+        return view
+    for item in data.get("ViewCodeSequence") or ():
+        code = _VIEW_CODES.get(_text(item, "CodeValue")) or _view_in(_text(item, "CodeMeaning"))
+        if code != "unknown":
+            return code
+    for text in (series, _text(data, "ProtocolName")):
+        if (view := _view_in(text)) != "unknown":
+            return view
+    orientation = _text(data, "PatientOrientation").strip("[]'\" ").upper()
+    return "L" if orientation[:1] in ("A", "P") else "unknown"
+
+
+def _view_in(text: str) -> View:
+    found: list[View] = [view for pattern, view in _VIEW_WORDS if pattern.search(text)]
+    return found[0] if len(found) == 1 else "unknown"

@@ -1,0 +1,160 @@
+"""A table of reports by the studies that they belong to, and several reports of a study as one."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import Field, field_validator, model_validator
+
+from mmclip.config import Frozen, parse
+from mmclip.data.csv_mapping import known_encoding, mapping_values
+from mmclip.data.csv_rows import read_rows
+from mmclip.data.csv_table import REMEDY
+from mmclip.data.sample import View
+from mmclip.data.text import Report, parse_report
+
+logger = logging.getLogger(__name__)
+
+
+class ReportColumns(Frozen):
+    """Names of the columns of a table of reports. A column that is not named is not read."""
+
+    accession: str | None = None  # AccessionNumber of the study
+    study_id: str | None = None  # StudyInstanceUID of the study
+    report: str | None = None
+    findings: str | None = None
+    impression: str | None = None
+    date: str | None = None  # several reports of a study are joined in its order
+
+    @model_validator(mode="after")
+    def _enough(self) -> "ReportColumns":
+        if self.accession is None and self.study_id is None:
+            raise ValueError("name accession or study_id: by one of them a report finds its images")
+        if (self.report is None) == (self.findings is None and self.impression is None):
+            raise ValueError("name either report, or findings and impression")
+        return self
+
+
+class ReportMapping(Frozen):
+    """What the columns of a table of reports mean, and the words by which files name views."""
+
+    table: str = "reports.csv"  # below the root folder, or else from where the command is run
+    delimiter: str = Field(default=",", min_length=1, max_length=1)
+    encoding: str = "utf-8"
+    date_format: str = "%Y-%m-%d"  # of columns.date, as Python's strptime reads it
+    source: str = "dicom"
+    columns: ReportColumns
+    views: dict[str, View] = Field(default_factory=dict)  # word of ViewPosition or a description
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return known_encoding(name)
+
+    @field_validator("views")
+    @classmethod
+    def _lower(cls, words: dict[str, View]) -> dict[str, View]:
+        return {word.strip().lower(): view for word, view in words.items()}
+
+
+@dataclass
+class Reports:
+    """The reports of a table by what they name, and which of them an image was found for."""
+
+    texts: list[tuple[datetime | None, str]] = field(default_factory=list)  # with their dates
+    ids: list[str] = field(default_factory=list)  # what is hashed where a report is excluded
+    by_accession: dict[str, list[int]] = field(default_factory=dict)
+    by_study: dict[str, list[int]] = field(default_factory=dict)
+    found: set[int] = field(default_factory=set)
+
+    def of(self, accession: str, study: str) -> list[int]:
+        """The numbers of a study's reports, in order of date, then of the table."""
+        numbers = {*self.by_accession.get(accession, ()), *self.by_study.get(study, ())}
+        last = datetime.max
+        return sorted(numbers, key=lambda n: (self.texts[n][0] or last, n))
+
+
+def load_report_mapping(path: Path) -> ReportMapping:
+    """Reads the mapping of a table of reports from its TOML file.
+
+    Raises:
+        SourceError: When the file cannot be read, or is no TOML.
+        ConfigError: When keys are unknown or missing, or values break a rule.
+    """
+    return parse(ReportMapping, mapping_values(path), f"mapping {path}")
+
+
+def read_reports(table: Path, mapping: ReportMapping) -> Reports:
+    """All reports of a table; a row without an id or without a text is told in a warning."""
+    columns, found = mapping.columns, Reports()
+    used = [name for name in dict(columns).values() if name is not None]
+    n_bad_dates = n_no_id = n_empty = n_broken = 0
+    for cells, problem in read_rows(
+        table, used, delimiter=mapping.delimiter, encoding=mapping.encoding, remedy=REMEDY
+    ):
+
+        def cell(name: str | None, cells: dict[str, str] = cells) -> str:
+            return "" if name is None else cells.get(name, "").strip()
+
+        accession, study = cell(columns.accession), cell(columns.study_id)
+        whole = cell(columns.report)
+        parts = [
+            f"{k}: {t}" for k in ("FINDINGS", "IMPRESSION") if (t := cell(dict(columns)[k.lower()]))
+        ]
+        text = whole or "\n".join(parts)
+        n_broken += bool(problem)
+        n_no_id += not (accession or study)
+        n_empty += not text
+        if problem or not text or not (accession or study):
+            continue
+        date = _date(cell(columns.date), mapping.date_format)
+        n_bad_dates += date is None and bool(cell(columns.date))
+        number = len(found.texts)
+        found.texts.append((date, text))
+        found.ids.append(accession or study)
+        if accession:
+            found.by_accession.setdefault(accession, []).append(number)
+        if study:
+            found.by_study.setdefault(study, []).append(number)
+    for n, what in (
+        (n_broken, "have another number of fields than the header, and are not read"),
+        (n_no_id, "name no study, and are not read"),
+        (n_empty, "hold no report, and are not read"),
+        (n_bad_dates, f"have a date that is not {mapping.date_format!r}, and stand last"),
+    ):  # fmt: skip
+        if n:
+            logger.warning("%s: %d rows %s", table, n, what)
+    return found
+
+
+def _date(text: str, form: str) -> datetime | None:
+    for known in (form, "%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"):
+        try:
+            return datetime.strptime(text, known)
+        except ValueError:
+            continue
+    return None
+
+
+def join_reports(texts: Sequence[str]) -> Report:
+    """One report of several of a study: their findings, then their impressions, in the order given.
+
+    A text that stands twice is read once. Prose without headings counts as findings where another
+    report has an impression.
+    """
+    parts = [parse_report(text) for text in dict.fromkeys(texts)]
+    if len(parts) == 1:
+        return parts[0]
+    has_sections = any(part.impression is not None for part in parts)
+    findings = _joined([p.findings or (p.text if p.impression is None else None) for p in parts])
+    impression = _joined([part.impression for part in parts])
+    text = _joined([findings, impression])
+    return Report(
+        findings if has_sections or any(p.findings for p in parts) else None, impression, text
+    )
+
+
+def _joined(parts: Sequence[str | None]) -> str | None:
+    return " ".join(dict.fromkeys(part for part in parts if part)) or None

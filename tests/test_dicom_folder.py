@@ -1,0 +1,272 @@
+"""A hospital's tree of DICOM files and its table of reports, as one data folder."""
+
+import json
+import logging
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+
+from mmclip.config import ConfigError
+from mmclip.data.build import build_data
+from mmclip.data.csv_table import SourceError
+from mmclip.data.manifest import read_manifest
+from mmclip.data.readers.dicom_folder import DicomOptions, view_of
+from mmclip.data.report_table import join_reports
+from mmclip.data.sample import Excluded, Reason, Sample
+from mmclip.data.sources import open_reader
+from tests.commands import mmclip
+from tests.made_files import dicom
+
+MAPPING = """
+source = "our hospital"
+delimiter = ";"
+encoding = "cp1252"
+date_format = "%d.%m.%Y"
+[columns]
+accession = "Auftragsnummer"
+study_id = "StudyUID"
+report = "Befund"
+date = "Datum"
+[views]
+"Thorax Liegendaufnahme" = "AP"
+"""
+REPORTS = """Auftragsnummer;StudyUID;Befund;Datum
+00081507;;"FINDINGS: Small left effusion. IMPRESSION: Effusion.";02.01.2024
+00081507;;"FINDINGS: Effusion is larger. IMPRESSION: Progress.";10.12.2023
+;1.2.20;"FINDINGS: Clear lungs. IMPRESSION: Normal, Müller.";
+0009;;"FINDINGS: Nodule.";01.01.2024
+"""
+
+
+def image(i: int, **tags) -> bytes:
+    pixels = np.random.default_rng(i).integers(0, 4096, (24, 32), dtype=np.uint16)
+    facts = {
+        "SOPInstanceUID": f"1.2.3.{i}", "Modality": "DX", "PatientID": "P-4711",
+        "PatientName": "Müller^Änne", "StudyInstanceUID": "1.2.10", "AccessionNumber": "00081507",
+        "PatientAge": "097Y", "PatientSex": "F", "SpecificCharacterSet": "ISO_IR 100",
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dicom(pixels, **(facts | tags))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Eight files in folders that name a patient, one of them without a suffix."""
+    files = {
+        "Müller Änne/1/IM 1": image(1, ViewPosition="PA"),
+        "Müller Änne/1/IM 2.dcm": image(2, ViewPosition="LL"),
+        "Müller Änne/2/a.dcm": image(3, StudyInstanceUID="1.2.20", AccessionNumber="",
+                                    SeriesDescription="Thorax Liegendaufnahme"),
+        "x/ct": image(4, Modality="CT"),
+        "x/knee": image(5, BodyPartExamined="KNEE"),
+        "x/note.txt": b"Mueller, 4711",
+        "y/none": image(6, PatientID="P-2", StudyInstanceUID="1.2.30", AccessionNumber="0003"),
+        "y/twice": image(1),
+    }  # fmt: skip
+    for name, content in files.items():
+        path = tmp_path / "PACS" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (tmp_path / "m.toml").write_text(MAPPING, "utf-8")
+    (tmp_path / "reports.csv").write_text(REPORTS, "cp1252")
+    (tmp_path / "id.key").write_text("0123456789abcdef" * 2)
+    return tmp_path / "PACS"
+
+
+def records(root: Path, **options) -> list:
+    options = {"id_key": root.parent / "id.key", "reports": root.parent / "reports.csv"} | options
+    return list(
+        open_reader(
+            "dicom", root, mapping=root.parent / "m.toml", table=None, dicom=DicomOptions(**options)
+        )
+    )
+
+
+def test_images_find_their_reports_and_everything_else_its_reason(root: Path):
+    found = records(root)
+    samples = {f.image: f for f in found if isinstance(f, Sample)}
+    pa, lateral = samples["Müller Änne/1/IM 1"], samples["Müller Änne/1/IM 2.dcm"]
+    assert (pa.view, lateral.view) == ("PA", "L")
+    assert pa.study_id == lateral.study_id and pa.report == lateral.report
+    assert pa.findings == "Effusion is larger. Small left effusion."  # in order of date
+    assert pa.impression == "Progress. Effusion."
+    by_uid = samples["Müller Änne/2/a.dcm"]
+    assert (by_uid.view, by_uid.impression) == ("AP", "Normal, Müller.")
+    assert by_uid.patient_id == pa.patient_id and by_uid.study_id != pa.study_id
+    assert samples["y/none"].report is None
+    assert samples["y/none"].patient_id != pa.patient_id
+    assert [(e.row, e.reason, e.detail) for e in found if isinstance(e, Excluded)] == [
+        (3, Reason.OTHER_MODALITY, "modality CT"),
+        (4, Reason.OTHER_BODY_PART, "knee"),
+        (5, Reason.IMAGE_UNREADABLE, "no DICOM file"),
+        (8, Reason.REPORT_WITHOUT_IMAGE, ""),
+    ]
+    assert pa.age_years is None and pa.sex is None
+    kept = records(root, keep_age_and_sex=True)[0]
+    assert (kept.age_years, kept.sex) == (90.0, "F")
+
+
+def test_the_same_key_gives_the_same_ids_and_another_one_others(root: Path):
+    first, again = records(root), records(root)
+    assert first == again
+    (root.parent / "other.key").write_text("f" * 32)
+    other = records(root, id_key=root.parent / "other.key")
+    ids = [
+        {(f.image_id, f.patient_id) for f in some if isinstance(f, Sample)}
+        for some in (first, other)
+    ]
+    assert not ids[0] & ids[1]
+
+
+def test_a_key_is_made_for_its_owner_alone_and_a_short_one_is_refused(root: Path):
+    key = root.parent / "new.key"
+    first = records(root, id_key=key)
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert records(root, id_key=key) == first
+    key.write_text("short")
+    with pytest.raises(SourceError, match="has 5 bytes; give 16 or more"):
+        records(root, id_key=key)
+
+
+def test_no_identifier_is_in_anything_that_a_build_leaves_or_says(root: Path):
+    out = root.parent / "out"
+    ended = mmclip(
+        root.parent,
+        "data", "build", "dicom", "--root", root, "--reports", root.parent / "reports.csv",
+        "--mapping", str(root.parent / "m.toml"), "--image-size", "16", "--out", str(out),
+        "--workers", "1",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    meta = json.loads((out / "meta.json").read_text())
+    assert (meta["n_rows"], meta["n_samples"], meta["n_paired"]) == (9, 4, 3)
+    assert meta["excluded"][str(Reason.DUPLICATE_ID)] == 1
+    left = b"".join(p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file())
+    left = left.replace(str(root.parent).encode(), b"").replace(b"Normal, M\xc3\xbcller", b"")
+    said = (ended.out + ended.err).encode()
+    said_in_one_line = " ".join(ended.err.split())
+    for secret in ("4711", "Müller", "Änne", "1.2.10", "1.2.3.1", "00081507", "IM 1"):
+        assert secret.encode() not in left, secret
+        assert secret.encode() not in said.replace(str(root.parent).encode(), b""), secret
+    assert "1 of 5 images have no report; 1 of 4 reports have no image" in said_in_one_line
+    assert (root.parent / "out.id-key").is_file()
+    assert {sample.image for sample in read_manifest(out)} == {
+        f"{sample.image_id}.dcm" for sample in read_manifest(out)
+    }
+
+
+def test_a_build_that_was_cut_off_goes_on_to_the_same_bytes(root: Path):
+    outs = [root.parent / "a", root.parent / "b"]
+    for out in outs:
+        build_data(records(root), root, out, image_size=16, hides_paths=True)
+    assert (outs[0] / "samples.parquet").read_bytes() == (outs[1] / "samples.parquet").read_bytes()
+
+
+def test_accession_numbers_keep_their_zeros_and_lost_ones_are_told(root: Path, caplog):
+    (root.parent / "reports.csv").write_text(REPORTS.replace("00081507", "81507"), "cp1252")
+    samples = [f for f in records(root) if isinstance(f, Sample)]
+    assert samples[0].report is None  # 00081507 is not 1
+    only = "Auftragsnummer;StudyUID;Befund;Datum\n1;;Clear.;\n"
+    (root.parent / "reports.csv").write_text(only, "cp1252")
+    with caplog.at_level(logging.WARNING):
+        records(root)
+    assert "if theirs have leading zeros, save the column as text" in caplog.text
+
+
+def test_what_a_table_of_reports_lacks_is_counted(root: Path, caplog):
+    text = REPORTS + '00081507;;"Third.";31/12/23\n;;"Whose?";\n00081507;;;\n00081507;;x;y;z\n'
+    (root.parent / "reports.csv").write_text(text, "cp1252")
+    with caplog.at_level(logging.WARNING):
+        first = records(root)[0]
+    assert first.report.endswith("Third.") or "Third." in first.report
+    for said in ("1 rows name no study", "1 rows hold no report", "1 rows have a date that is not",
+                 "1 rows have another number of fields"):  # fmt: skip
+        assert said in caplog.text
+
+
+def test_a_mapping_of_reports_says_what_it_lacks(root: Path):
+    mapping = root.parent / "m.toml"
+    for toml, message in (
+        ('[columns]\nreport = "r"\n', "name accession or study_id"),
+        ('[columns]\naccession = "a"\n', "name either report, or findings and impression"),
+        ('encoding = "utf9"\n[columns]\naccession = "a"\nreport = "r"\n', "no encoding 'utf9'"),
+        ('[columns]\naccesion = "a"\nreport = "r"\n', "accesion"),
+    ):
+        mapping.write_text(toml)
+        with pytest.raises(ConfigError, match=message):
+            records(root)
+    mapping.unlink()
+    with pytest.raises(SourceError, match="cannot be read"):
+        records(root)
+
+
+def test_without_a_table_images_are_read_alone(root: Path):
+    options = DicomOptions(root.parent / "id.key")
+    found = open_reader("dicom", root, mapping=None, table=None, dicom=options)
+    assert sum(isinstance(f, Sample) and f.report is None for f in found) == 5  # with its double
+
+
+@pytest.mark.parametrize(
+    ("tags", "view"),
+    [
+        ({"ViewPosition": "PA"}, "PA"), ({"ViewPosition": "AP"}, "AP"),
+        ({"ViewPosition": "LL"}, "L"),
+        ({"ViewPosition": "LATERAL"}, "L"), ({"ViewPosition": "rl"}, "L"),
+        ({"SeriesDescription": "Thorax p.a."}, "PA"), ({"SeriesDescription": "W Chest Lat."}, "L"),
+        ({"SeriesDescription": "Thorax seitlich"}, "L"),
+        ({"SeriesDescription": "CHEST_AP_PORT"}, "AP"),
+        ({"SeriesDescription": "PA and lateral"}, "unknown"),
+        ({"SeriesDescription": "Patient"}, "unknown"),
+        ({"SeriesDescription": "Chapel lateralisation"}, "L"),
+        ({"PatientOrientation": ["A", "F"]}, "L"),
+        ({"PatientOrientation": ["L", "F"]}, "unknown"), ({}, "unknown"),
+        ({"ViewPosition": "unbekannt", "SeriesDescription": "Liegend"}, "AP"),
+    ],
+)  # fmt: skip
+def test_a_view_is_told_by_position_description_or_orientation(tags, view):
+    data = Dataset()
+    for keyword, value in tags.items():
+        setattr(data, keyword, value)
+    assert view_of(data, {"liegend": "AP"}) == view
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning", "view"),
+    [("R-10214", "", "PA"), ("R-10206", "", "AP"), ("x", "left lateral", "L"),
+     ("399348003", "antero-posterior", "AP"), ("x", "postero-anterior", "PA")],
+)  # fmt: skip
+def test_a_view_is_told_by_dicoms_codes(value, meaning, view):
+    item, data = Dataset(), Dataset()
+    item.CodeValue, item.CodeMeaning = value, meaning
+    data.ViewCodeSequence = [item]
+    assert view_of(data, {}) == view
+
+
+def test_reports_of_a_study_are_joined_and_none_is_lost():
+    assert join_reports(["Clear lungs."]).text == "Clear lungs."
+    both = join_reports(["Clear lungs.", "IMPRESSION: New nodule.", "Clear lungs."])
+    assert both.text == "Clear lungs. New nodule."
+    assert join_reports(["First.", "Second."]).text == "First. Second."
+
+
+def test_a_real_radiograph_without_a_preamble_is_found(tmp_path: Path):
+    real = Path(__file__).parents[2] / "shared" / "data" / "cxr2" / "dicom"
+    if not real.is_dir():
+        pytest.skip("needs the four DICOM files of shared/data/cxr2/dicom")
+    options = DicomOptions(tmp_path / "key")
+    found = list(open_reader("dicom", real, mapping=None, table=None, dicom=options))
+    assert len(found) == 4 and all(isinstance(record, Sample) for record in found), found
+
+
+def test_headers_are_read_without_the_pixels(root: Path):
+    path = next(root.rglob("IM 1"))
+    data = pydicom.dcmread(path)
+    shutil.copy(path, root / "cut")
+    content = path.read_bytes()
+    (root / "cut").write_bytes(content[: len(content) - len(data.PixelData) + 8])
+    assert sum(isinstance(record, Sample) for record in records(root)) == 6
