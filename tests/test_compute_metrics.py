@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
-from mmclip.data.image_text_dataset import open_dataset
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Sample
 from mmclip.evaluation.comparison import compare, compute_metrics_of_csv, published
 from mmclip.evaluation.compute_metrics import compute_metrics, subgroups
@@ -21,7 +21,9 @@ from mmclip.evaluation.results import RunResults, read_results
 from mmclip.evaluation.scores import (
     Predictions,
     ScoresError,
+    images_hash,
     load_scores,
+    make_predictions,
     protocol_labels,
     read_scores_csv,
     scores_of_images,
@@ -246,6 +248,55 @@ def test_results_of_other_data_or_split_do_not_compare(
         compare([tmp_path / "a", tmp_path / "b"])
 
 
+def test_one_test_set_of_two_folders_compares_and_what_differs_is_said(tmp_path: Path):
+    test = made()
+    same = "i" * 64
+    leave(tmp_path / "a", test, split="clean 12ab", images_hash=same)
+    turned = test.where(np.arange(len(test))[::-1])
+    leave(tmp_path / "b", turned, data_hash="e" * 64, split="clean 34cd", images_hash=same)
+    _, found = compare([tmp_path / "a", tmp_path / "b"], n_resamples=5)
+    assert found.macro is not None and found.macro.value == 0
+    assert found.differs == (
+        "data folder eeeeeeeeeeee, split clean 34cd, the first: data folder dddddddddddd, "
+        "split clean 12ab",
+    )
+    leave(tmp_path / "c", test, split="clean 12ab", images_hash="j" * 64)
+    with pytest.raises(ScoresError, match=r"content of images.*build both data folders of one"):
+        compare([tmp_path / "a", tmp_path / "c"])
+    leave(tmp_path / "old", test, data_hash="e" * 64)
+    with pytest.raises(ScoresError, match=r"data hash.*older version.*score again"):
+        compare([tmp_path / "a", tmp_path / "old"])
+
+
+def test_results_by_two_versions_of_a_protocol_say_so(tmp_path: Path):
+    leave(tmp_path / "a", made(), protocol=small_protocol())
+    leave(tmp_path / "b", made(), protocol=small_protocol(version=2))
+    with pytest.raises(ScoresError, match=r"small version 1 and small version 2\)"):
+        compare([tmp_path / "a", tmp_path / "b"])
+
+
+def test_the_hash_of_images_is_of_ids_and_bytes_in_any_order():
+    images = [sample(image_id="a", image_sha256="1"), sample(image_id="b", image_sha256="2")]
+    known = images_hash(images)
+    assert images_hash(images[::-1]) == known
+    assert images_hash([replace(f, split="test", labels={"mass": 1}) for f in images]) == known
+    assert images_hash([images[0], replace(images[1], image_sha256="3")]) != known
+    assert images_hash(images[:1]) != known
+
+
+def test_patients_of_two_sources_with_one_number_are_two():
+    images = (
+        sample(image_id="a", patient_id="1"),
+        sample(image_id="b", patient_id="1", source="other"),
+    )
+    dataset = ImageTextDataset(images, (), np.full(2, -1), "d" * 64)
+    one_each = np.zeros((2, 1))
+    found = make_predictions(dataset, ["mass"], one_each, one_each)
+    assert len(set(found.patients())) == 2
+    of_one = replace(dataset, samples=(images[0], replace(images[1], source="made")))
+    assert len(set(make_predictions(of_one, ["mass"], one_each, one_each).patients())) == 1
+
+
 def test_results_of_other_images_or_labels_do_not_compare(tmp_path: Path):
     test = made()
     leave(tmp_path / "a", test)
@@ -261,6 +312,10 @@ def test_every_published_number_names_a_protocol_and_what_differs():
     rows = [row for name in protocol_names() for row in published(name)]
     assert len(rows) == 173
     assert all(row.differs and row.source.startswith("http") for row in rows)
+    unfit = [r for name in protocol_names() for r in published(name)
+             if r.setting == "fine-tuned" and load_protocol(name).finetune is None]  # fmt: skip
+    assert not unfit  # a number with nothing of ours beside it
+    assert len(published("vindr-benchx")) == 30
     mavl = next(r for r in published("siim") if r.method == "MAVL")
     assert (mavl.auroc, mavl.f1, mavl.accuracy) == (92.04, 77.95, 87.14)
 

@@ -367,9 +367,11 @@ def test_splits_are_known_in_any_case_and_by_the_mapping(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "years"),
     [
-        ("54", 54.0), ("54.5", 54.5), ("063Y", 63.0), ("018M", 1.5), ("0", 0.0), ("120", 120.0),
+        ("54", 54.0), ("54.5", 54.5), ("063Y", 63.0), ("018M", 1.5), ("120", 120.0),
         ("010d", 10 / 365.25), ("26W", 26 / 52.18), ("121", None), ("-5", None), ("148Y", None),
         ("abc", None), ("", None), ("inf", None), ("1e1", None), ("5-10", None), ("Y", None),
+        ("000Y", None), ("0", None), ("0.0", None), ("000", None), ("000D", None), ("000M", None),
+        ("058Y", 58.0), ("12M", 1.0), ("411", None), ("411Y", None), ("058y ", 58.0),
     ],
 )  # fmt: skip
 def test_ages_are_years_and_unlikely_ones_unknown(text: str, years: float | None):
@@ -664,3 +666,21 @@ def test_two_columns_that_contradict_one_another_are_named(tmp_path: Path):
 
 def test_the_example_mapping_is_valid():
     assert load_mapping(EXAMPLE).columns.image == "film"
+
+
+def test_a_word_that_is_a_sign_of_a_finding_leaves_it_unknown(tmp_path: Path):
+    labels = {
+        "map": {"blunting": {"present": ["blunting"], "unknown": ["pleural effusion"]}},
+        "closed": {"*": ["mass", "pleural effusion"]},
+    }
+    text = "film,patient,words\na,p,blunting\nb,p,Mass|blunting\nc,p,blunting|pleural effusion\n"
+    one, two, three = samples(read(tmp_path, text, columns={"labels": "words"}, labels=labels))
+    assert one.labels == {"blunting": 1, "mass": 0}
+    assert two.labels == {"blunting": 1, "mass": 1}
+    assert three.labels == {"blunting": 1, "mass": 0, "pleural effusion": 1}
+
+
+def test_a_word_that_says_two_things_of_a_finding_is_refused(tmp_path: Path):
+    labels = {"map": {"sign": {"present": ["mass"], "unknown": ["mass"]}}}
+    with pytest.raises(ValueError, match="says one thing of a finding, and names mass twice"):
+        read(tmp_path, "film,patient,words\n", columns={"labels": "words"}, labels=labels)

@@ -27,7 +27,7 @@ from mmclip.data.image_text_dataset import ImageTextDataset, normalise, open_dat
 from mmclip.data.sample import Sample
 from mmclip.data.splits import set_split, subsets_of
 from mmclip.data.synthetic import FINDINGS
-from mmclip.evaluation.protocols import FineTuning, Protocol
+from mmclip.evaluation.protocols import FineTuning, Protocol, load_protocol
 from mmclip.evaluation.results import read_results
 from mmclip.evaluation.scores import load_scores
 from mmclip.finetuning.features import start_of, stored_features
@@ -197,6 +197,41 @@ def test_uncertain_labels_train_as_the_protocol_says():
     assert np.isnan(training_labels(protocol, [sample])[0, 3])
     ignore = protocol.model_copy(update={"finetune": FineTuning()})
     assert np.isnan(training_labels(ignore, [sample])).all()
+
+
+def test_blank_labels_and_no_finding_train_as_in_irvin_et_al():
+    facts = {"study_id": "s", "patient_id": "p", "source": "chexpert", "split": "train"}
+    labels = (
+        {"no finding": 1, "support devices": 1},
+        {"atelectasis": -1, "edema": 1, "cardiomegaly": -1},
+        {"pleural effusion": 0, "consolidation": -1},
+        {},
+    )
+    samples = [Sample(image_id=str(i), image="f", labels=x, **facts) for i, x in enumerate(labels)]
+    protocol = load_protocol("chexpert-5")
+    assert training_labels(protocol, samples)[:3].tolist() == [
+        [0, 0, 0, 0, 0], [1, 0, 0, 1, 0], [0, 0, 0, 0, 0],
+    ]  # fmt: skip
+    assert np.isnan(training_labels(protocol, samples)[3]).all()  # nobody labelled it
+    unknown = protocol.model_copy(update={"finetune": FineTuning(blank="unknown")})
+    found = training_labels(unknown, samples)
+    assert found[0].tolist() == [0, 0, 0, 0, 0]  # "No Finding" says that much
+    assert np.isnan(found[1:3]).sum() == 4 + 4
+    devices = protocol.model_copy(update={"findings": ("support devices", "no finding")})
+    assert training_labels(devices, samples)[:3].tolist() == [[1, 1], [0, 0], [0, 0]]
+
+
+def test_policies_of_uncertain_labels_go_by_their_names_in_the_paper():
+    by_name = {"U-Ignore": "ignore", "U-Ones": "positive", "U-zeros": "negative"}
+    for name, policy in by_name.items():
+        assert FineTuning(uncertain=name, uncertain_of={"mass": name}).uncertain == policy
+    with pytest.raises(ValueError, match="U-MultiClass is not supported: heads have one number"):
+        FineTuning(uncertain="U-MultiClass")
+    rules = load_protocol("chexpert-5").finetune
+    assert rules is not None
+    assert rules.label_rules(["edema", "cardiomegaly"]) == {
+        "blank labels": "absent", "uncertain labels": "edema positive, cardiomegaly negative",
+    }  # fmt: skip
 
 
 def test_subsets_are_the_saved_ones_and_an_error_names_the_command(made_data: Path, tmp_path: Path):

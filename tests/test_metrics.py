@@ -477,6 +477,45 @@ def test_collapsed_scores_are_at_chance_with_no_width():
     assert results["macro_auroc"] == 0.5
 
 
+def test_no_interval_of_scores_that_vary_is_without_width():
+    # Five images of one patient: every resample is the same five.
+    labels = np.array([1.0, 1.0, 0.0, 0.0, 0.0])[:, None]
+    scores = np.array([0.9, 0.2, 0.1, 0.3, 0.1])[:, None]
+    found = metrics_by_finding(labels, scores, ["p"] * 5, ["a"], n_resamples=50, min_count=1)
+    (row,) = found["findings"]
+    assert row["auroc"] == pytest.approx(5 / 6)
+    for metric in ("auroc", "auprc"):
+        low, high = row[f"{metric}_ci"]
+        assert 0 <= low < row[metric] - 0.1 and row[metric] <= high <= 1 and high - low > 0.3
+        low, high = found[f"macro_{metric}_ci"]
+        assert low < row[metric] - 0.1 and high - low > 0.3
+    # Six patients, each with both classes and AUROC 0.5: all resamples are equal.
+    labels = np.tile([1.0, 0.0, 0.0], 6)[:, None]
+    scores = np.tile([0.5, 0.2, 0.8], 6)[:, None]
+    found = metrics_by_finding(
+        labels, scores, np.repeat(np.arange(6), 3), ["a"], n_resamples=50, min_count=1
+    )
+    low, high = found["findings"][0]["auroc_ci"]
+    assert low < 0.4 and high > 0.6
+    # Three patients: A with the finding, B and C without.
+    labels, scores = np.array([[1.0], [0.0], [0.0]]), np.array([[0.5], [0.2], [0.8]])
+    found = metrics_by_finding(labels, scores, list("ABC"), ["a"], n_resamples=50, min_count=1)
+    low, high = found["findings"][0]["auroc_ci"]
+    assert low < 0.3 and high > 0.7
+
+
+def test_one_patient_gives_no_percentile_interval():
+    assert percentile_interval(np.full(9, 0.5), n_patients=1) is None
+    assert percentile_interval(np.full(9, 0.5), n_patients=2) == (0.5, 0.5)
+    threshold = {"a": Threshold(0.5, "f1", "")}
+    labels, scores = np.array([[1.0], [0.0], [0.0]]), np.array([[0.6], [0.2], [0.8]])
+    found = metrics_by_finding(
+        labels, scores, ["p"] * 3, ["a"], thresholds=threshold, n_resamples=9, min_count=1
+    )
+    assert found["findings"][0]["f1"] > 0 and found["findings"][0]["f1_ci"] is None
+    assert found["macro_f1"] > 0 and found["macro_f1_ci"] is None
+
+
 def test_one_class_findings_are_listed_with_reason_and_counts():
     labels, scores, patients = made()
     labels[:, 1] = np.where(np.isnan(labels[:, 1]), np.nan, 0.0)

@@ -1,10 +1,12 @@
 """Prompt sets: every shipped text reads as English, and a faulty set is refused by name."""
 
+import itertools
 import re
 
 import pytest
 
 from mmclip.config import ConfigError
+from mmclip.evaluation.protocols import load_protocol, protocol_names
 from mmclip.prompts import known_prompt_sets, load_prompts
 
 NAMES = [
@@ -87,6 +89,56 @@ def test_phrases_give_articles_and_plurals():
     assert sentence.texts("nodule") == (("There is a nodule.",), ("There is no nodule.",))
     assert sentence.texts("support devices").positives == ("There are support devices.",)
     assert sentence.texts("support devices").negatives == ("There are no support devices.",)
+
+
+SINGULAR = (
+    "pacemaker",
+    "catheter",
+    "calcified granuloma",
+    "aortic aneurysm",
+    "pleural mass",
+    "cyst",
+)
+PLURAL = ("multiple nodules", "calcified densities", "COPD signs", "pleural plaques", "bullas")
+MASS_NOUNS = ("kyphosis", "suture material", "obesity", "volume loss", "scoliosis")
+
+
+@pytest.mark.parametrize("name", ["default", "sentence"])
+def test_articles_and_number_go_by_the_finding(name: str):
+    prompts = load_prompts(name)
+    for finding in SINGULAR:
+        article = "an" if finding[0] in "aeiou" else "a"
+        positives, negatives = prompts.texts(finding)
+        assert positives[0] == f"There is {article} {finding}."
+        assert negatives[0] == f"There is no {finding}."
+    for finding in PLURAL:
+        positives, negatives = prompts.texts(finding)
+        assert positives[0].startswith("There are "), positives
+        assert negatives[0].startswith("There are no ")
+        assert not any(" is " in text for text in positives + negatives)
+    for finding in MASS_NOUNS:
+        assert prompts.texts(finding).positives[0] == f"There is {finding}."
+
+
+@pytest.mark.parametrize("name", ["default", "sentence"])
+def test_what_a_protocol_asks_for_reads_as_english(name: str):
+    prompts = load_prompts(name)
+    plural = r"There is [\w -]*(nodules|opacities|signs|changes|lines|densities)\."
+    bare = r"There is (?!an? |another )[\w -]*(pacemaker|catheter|mass|tube|device|lesion|hernia)\."
+    for protocol in protocol_names():
+        for finding in load_protocol(protocol).findings:
+            for text in itertools.chain(*prompts.texts(finding)):
+                assert not re.search(plural, text), text
+                assert not re.search(bare, text) or "There is no " in text, text
+
+
+@pytest.mark.parametrize("cause", ["bacterial pneumonia", "viral pneumonia", "covid-19"])
+def test_no_side_or_extent_stands_for_a_cause(cause: str):
+    side = r"\b(right|left|bilateral|lobe|lobar|focal|diffuse|multifocal|peripheral|perihilar)\b"
+    word = cause.split()[0]
+    for text in itertools.chain(*load_prompts("default").texts(cause)):
+        assert not re.search(side, text, re.I), text
+        assert word in text.lower(), text
 
 
 def test_own_wording_stands_in_place_of_the_templates():

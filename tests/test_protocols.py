@@ -23,7 +23,7 @@ from mmclip.evaluation.metrics import auroc
 from mmclip.evaluation.plots import curves_figure
 from mmclip.evaluation.protocols import BUILT, Protocol, load_protocol, protocol_names
 from mmclip.evaluation.results import Undefined, read_results
-from mmclip.evaluation.scores import ScoresError, load_scores, select_samples
+from mmclip.evaluation.scores import ScoresError, load_scores, select_samples, unknown_views
 from mmclip.finetuning.task import open_task
 from tests import made_layouts as made
 from tests.commands import Ended, mmclip
@@ -64,6 +64,7 @@ CASES = {
     "siim": Case("siim", made.of_siim, "1.2.826.{}"),
     "siim-benchx": Case("csv", made.of_siim_reupload, "{}_train"),
     "vindr": Case("vindr", made.of_vindr, "f{}", has_open=True),
+    "vindr-benchx": Case("vindr", made.of_vindr, "f{}", has_open=True),
 }
 
 
@@ -255,6 +256,17 @@ def test_where_laterals_must_be_told_a_folder_without_any_is_refused(made_data: 
     )
     kept = select_samples(replace(dataset, samples=samples), "test", protocol=rules)
     assert len(kept) == len(test) - 1
+    # A second folder that knows no view is refused, though the first one has laterals.
+    where = dataset.where.copy()
+    where[len(where) // 2 :, 0] += 1
+    samples = tuple(
+        replace(f, view="unknown" if k else "L" if i == 0 else f.view)
+        for i, (f, k) in enumerate(zip(dataset.samples, where[:, 0], strict=True))
+    )
+    two = replace(dataset, samples=samples, where=where)
+    with pytest.raises(ManifestError, match=r"known as a lateral in folder 2 \("):
+        select_samples(two, "test", protocol=rules)
+    assert "of folder 2 (" in unknown_views(two)
 
 
 # Commands.

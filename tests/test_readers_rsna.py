@@ -55,6 +55,17 @@ def test_view_age_and_sex_come_from_the_header_and_nothing_else_does(tmp_path: P
     assert NAME not in repr(samples) and NUMBER not in repr(samples)
 
 
+@pytest.mark.parametrize(
+    ("age", "years"), [("000Y", None), ("058Y", 58.0), ("012M", 1.0), ("411Y", None), ("", None)]
+)
+def test_an_age_of_a_header_that_is_none_is_unknown(tmp_path: Path, age: str, years: float | None):
+    sample = dicom(ramp(), ViewPosition="AP", PatientAge=age, PatientSex="F")
+    samples, _ = parted(
+        read_rsna(lay_out(tmp_path, {**FILES, "stage_2_train_images/a.dcm": sample}))
+    )
+    assert samples[0].age_years == years
+
+
 def test_without_classes_an_image_without_a_box_is_only_known_to_have_no_pneumonia(tmp_path: Path):
     files = {name: content for name, content in FILES.items() if name != CLASSES}
     samples, _ = parted(read_rsna(lay_out(tmp_path, files)))

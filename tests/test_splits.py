@@ -18,12 +18,14 @@ from mmclip.data.split_lists import list_sha256, match_list
 from mmclip.data.splits import (
     clean_split,
     group_of,
+    linked_apart,
     official_with_val,
     read_subset,
     set_split,
     stratified,
     subsets_of,
 )
+from mmclip.evaluation.protocols import FineTuning, load_protocol, protocol_names
 from tests.commands import mmclip
 
 
@@ -98,6 +100,43 @@ def test_equal_images_of_two_patients_are_in_one_split(tmp_path: Path):
     set_split(tmp_path, "clean")
     parts = splits_of(tmp_path)
     assert all(parts[f"f{i}"] == parts[f"f{i + 50}"] for i in range(50))
+
+
+def test_splits_of_one_collection_agree_or_it_is_said_why_they_cannot(tmp_path: Path):
+    # Patients 20 and 500 share one file of ChestX-ray14; RSNA holds 500 alone.
+    nih = [
+        sample(0, "20", 7777, source="chestxray14"),
+        sample(1, "500", 7777, source="chestxray14"),
+    ]
+    nih += [sample(i, str(1000 + i), source="chestxray14") for i in range(2, 40)]
+    part = [sample(100, "500", source="rsna"), sample(101, "1002", source="rsna")]
+    n_apart = 0
+    for seed in range(60):
+        whole, some = (clean_split(samples, seed, 0.1, 0.1) for samples in (nih, part))
+        first, other = ({i: p for p, ids in c.items() for i in ids} for c in (whole, some))
+        is_apart = first["f1"] != other["f100"]
+        n_apart += is_apart
+        found = linked_apart(nih, (), seed, 0.1, 0.1)
+        assert found in ([], [("20", "500")]) and (not is_apart or found)
+        assert first["f2"] == other["f101"]
+    assert n_apart
+    seed = next(s for s in range(60) if linked_apart(nih, (), s, 0.1, 0.1))
+    folder = folder_of(tmp_path / "nih", nih)
+    (said,) = (w for w in set_split(folder, "clean", seed=seed)["warnings"] if "one id by" in w)
+    assert "20 and 500" in said and "rsna" in said and "siim" in said
+    table = tmp_path / "patients.csv"
+    rows = [f"{f.image_id},{'20' if f.patient_id == '500' else f.patient_id}" for f in nih + part]
+    table.write_text("image_id,patient_id\n" + "\n".join(rows) + "\n")
+    mapped = set_split(folder, "clean", seed=seed, patients=table)
+    assert not any("one id by" in w for w in mapped["warnings"])
+    set_split(folder_of(tmp_path / "rsna", part), "clean", seed=seed, patients=table)
+    assert splits_of(tmp_path / "nih")["f1"] == splits_of(tmp_path / "rsna")["f100"]
+
+
+def test_near_duplicates_that_link_patients_are_said_too():
+    samples = [sample(0, "20", source="chestxray14"), sample(1, "500", source="chestxray14")]
+    seeds = [s for s in range(60) if linked_apart(samples, ["near 1", "near 1"], s, 0.1, 0.1)]
+    assert seeds and not any(linked_apart(samples, (), s, 0.1, 0.1) for s in seeds)
 
 
 def test_a_mapping_gives_patients_and_two_data_sets_of_them_agree(tmp_path: Path):
@@ -341,6 +380,17 @@ def test_exactly_as_many_patients_stay_as_asked_for(findings, n_kept):
     n_kept = min(n_kept, len(findings))
     kept = stratified(findings, n_kept, 0)
     assert len(kept) == n_kept and kept <= findings.keys()
+
+
+def test_a_split_saves_the_subsets_that_protocols_ask_for(tmp_path: Path):
+    folder_of(tmp_path, [labelled(i) for i in range(60)])
+    split = set_split(tmp_path, "clean")
+    for name in protocol_names():
+        rules = load_protocol(name).finetune
+        seeds = rules.seeds if rules else FineTuning().seeds
+        assert [str(seed) for seed in seeds] == list(split["subsets"])
+        for seed in seeds:
+            assert read_subset(tmp_path, 10, seed)
 
 
 def test_a_saved_subset_is_read_back_and_a_missing_one_names_those_there_are(tmp_path: Path):

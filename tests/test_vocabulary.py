@@ -74,3 +74,11 @@ def test_words_that_contradict_one_another_are_an_error():
         WORDS.labels(["TB", "No TB"])
     with pytest.raises(ValueError, match="on fracture"):
         WORDS.labels(["broken", "normal"])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_a_word_leaves_open_is_among_what_the_readers_looked_for(source: str):
+    words = load_words(source)
+    left_open = {name for meaning in words.words.values() for name in meaning.unknown}
+    assert left_open <= set(words.closed)  # else it is unknown without being said
+    assert set(words.closed_by) <= set(words.unfinished)

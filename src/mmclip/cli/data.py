@@ -189,7 +189,7 @@ def data_split(
 
     Example: `mmclip data split data/images --name clean --seed 0`
     """
-    from mmclip.data.splits import set_split
+    from mmclip.data.splits import SUBSET_SEEDS, set_split
 
     split = set_split(
         folder,
@@ -200,7 +200,7 @@ def data_split(
         lists=_lists(list_ or ()),
         patients=patients,
         near_duplicates=near_duplicates,
-        subset_seeds=tuple(subset_seed or (0, 1, 2)),
+        subset_seeds=tuple(subset_seed or SUBSET_SEEDS),
     )
     _print_split(split, folder)
 

@@ -65,11 +65,26 @@ class Columns(Frozen):
 
 
 class Meaning(Frozen):
-    """What one label word of a source says of findings."""
+    """What one label word of a source says of findings.
+
+    Attributes:
+        unknown: What the word leaves open, though the readers looked for it: a sign of a finding
+            ("costophrenic angle blunting") neither names the finding nor rules it out.
+    """
 
     present: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     uncertain: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _says_one_thing_of_a_finding(self) -> "Meaning":
+        listed = [*self.present, *self.absent, *self.uncertain, *self.unknown]
+        if twice := sorted({finding for finding in listed if listed.count(finding) > 1}):
+            raise ValueError(
+                f"a word says one thing of a finding, and names {', '.join(twice)} twice"
+            )
+        return self
 
     def labels(self) -> list[tuple[str, int]]:
         """Each finding that it speaks of, and the label."""
@@ -128,7 +143,7 @@ class Labels(Frozen):
         names = {name for listed in self.closed.values() for name in listed}
         names |= set(self.columns.values())
         for meaning in self.map.values():
-            names |= {*meaning.present, *meaning.absent, *meaning.uncertain}
+            names |= {*meaning.present, *meaning.absent, *meaning.uncertain, *meaning.unknown}
         bad = sorted(name for name in names if name != " ".join(name.lower().split()) or not name)
         if bad:
             raise ValueError(f"finding names are lower case, single-spaced words; {bad} are not")

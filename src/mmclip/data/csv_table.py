@@ -45,6 +45,9 @@ LIKENESS = 0.85
 REMEDY = "mend the quotes of the table, the names of its columns, or the mapping"
 """The next step where a user's table cannot be read."""
 
+MAX_AGE_YEARS = 120
+"""[chosen: nobody was older than 122; tables hold 155 and 414]"""
+
 _VIEWS: dict[str, View] = {"": "unknown", "?": "unknown", "unknown": "unknown", "lateral": "L"}
 _VIEWS |= {view.lower(): view for view in get_args(View)}
 _SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}
@@ -190,12 +193,21 @@ def _view(word: str, mapping: CsvMapping) -> View:
 
 
 def parse_age(text: str) -> float | None:
-    """An age in years from "54", "54.0" or DICOM's "063Y", "018M"; None when it is unknown."""
+    """An age in years from "54", "54.0" or DICOM's "063Y", "018M"; see `known_age`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([YMWD]?)", text.strip().upper())
     if match is None:
         return None
     age = float(match[1]) / {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}[match[2]]
-    return age if age <= 120 else None
+    return known_age(float(age))
+
+
+def known_age(years: float) -> float | None:
+    """An age as it was read, or None where it is none: 0, below it, or over 120 years.
+
+    0 stands where nobody gave an age ("000Y" in DICOM headers, 0 in CheXpert); infants have ages in
+    days, weeks or months.
+    """
+    return float(years) if 0 < years <= MAX_AGE_YEARS else None
 
 
 def _labels(
@@ -213,8 +225,10 @@ def _labels(
         said.setdefault(finding, set()).add(label)
     is_labelled = bool(words) or rules.blank == "absent"
     if is_labelled and not set(words) & set(rules.unknown):
+        left_open = {f for word in words if word in rules.map for f in rules.map[word].unknown}
         for finding in rules.closed.get(source, rules.closed.get("*", ())):
-            said.setdefault(finding, {ABSENT})
+            if finding not in left_open:
+                said.setdefault(finding, {ABSENT})
     torn = sorted(finding for finding, labels in said.items() if len(labels) > 1)
     if torn:
         names = words or [column for column, finding in rules.columns.items() if finding in torn]

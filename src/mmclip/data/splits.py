@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mmclip.data.check import CHEAP, find_overlaps, near_keys
+from mmclip.data.check import CHEAP, COLLECTIONS, find_overlaps, near_keys
 from mmclip.data.folder import (
     ManifestError,
     last_split,
@@ -32,6 +32,11 @@ PERCENTS = (100, 10, 1)
 """Of the training patients. Source: the fine-tuning protocol of GLoRIA, MedKLIP, MRM and BenchX."""
 
 
+SUBSET_SEEDS = (0, 1, 2)
+"""The seeds of the subsets that a split saves, and of the runs of a protocol.
+[chosen: one list for both, so that what a protocol asks for is there; three seeds show a spread]"""
+
+
 def set_split(
     folder: Path,
     name: str,
@@ -42,7 +47,7 @@ def set_split(
     lists: Mapping[Split, Path] | None = None,
     patients: Path | None = None,
     near_duplicates: bool = False,
-    subset_seeds: Sequence[int] = (0, 1, 2),
+    subset_seeds: Sequence[int] = SUBSET_SEEDS,
 ) -> dict:
     """Sets a named split of a data folder; every command reads it from then on.
 
@@ -114,6 +119,9 @@ def set_split(
         "split_hash": ids_hash(*(chosen.get(part, []) for part in SPLITS)),
         "warnings": said + _warnings(name, samples, chosen, bool(mapped)),
     }
+    if name not in LISTED:
+        ratios = (val_ratio, test_ratio if name == "clean" else 0.0)
+        split["warnings"] += _said_of_links(samples, linked_apart(samples, alike, seed, *ratios))
     read = with_split(built, split)
     split["data_hash"] = data_hash(read, image_size, resize)
     split["n_patients"] = len({sample.patient_id for sample in read})
@@ -148,6 +156,49 @@ def group_of(samples: Sequence[Sample], alike: Sequence[str | None] = ()) -> dic
     return {patient: root(patient) for patient in parent}
 
 
+def linked_apart(
+    samples: Sequence[Sample],
+    alike: Sequence[str | None],
+    seed: int,
+    val_ratio: float,
+    test_ratio: float,
+) -> list[tuple[str, ...]]:
+    """Patients who share an image, and whom the draw would part if each were drawn alone.
+
+    A data set that holds some of them, and not the image, draws those alone.
+
+    Args:
+        samples: Of a data folder.
+        alike: As for `group_of`.
+        seed: Of the draw, as for `clean_split`.
+        val_ratio: As for `clean_split`.
+        test_ratio: As for `clean_split`.
+    """
+    members: dict[str, list[str]] = defaultdict(list)
+    for patient, name in group_of(samples, alike).items():
+        members[name].append(patient)
+    return [
+        tuple(sorted(group))
+        for group in members.values()
+        if len({draw_split(patient, seed, val_ratio, test_ratio) for patient in group}) > 1
+    ]
+
+
+def _said_of_links(samples: Sequence[Sample], apart: Sequence[tuple[str, ...]]) -> list[str]:
+    """What keeps the splits of two data sets of one collection from agreeing."""
+    sources = {sample.source for sample in samples}
+    collections = {COLLECTIONS.get(source, source) for source in sources}
+    others = {s for pair in COLLECTIONS.items() if pair[1] in collections for s in pair} - sources
+    if not apart or not others:
+        return []
+    return [
+        f"{len(apart):,} groups of patients share an image and are drawn as one, such as "
+        f"{' and '.join(apart[0])}; a folder of {' or '.join(sorted(others))} that holds some of "
+        f"them alone may put those into another split, as no table of such patients is published: "
+        f"give each group one id by --patients in all of these folders"
+    ]
+
+
 def clean_split(
     samples: Sequence[Sample],
     seed: int,
@@ -158,7 +209,8 @@ def clean_split(
     """Image ids by split: neither a patient nor the content of an image is in two.
 
     The draw depends on the seed and the group's name alone. So data sets of the same patients, with
-    the same patient ids and seed, put each patient into the same split.
+    the same patient ids and seed, put each patient into the same split, but for patients who share
+    an image that not all of the data sets hold: see `linked_apart`.
 
     Args:
         samples: Of a data folder.

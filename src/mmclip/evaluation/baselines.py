@@ -11,6 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from mmclip.data.check import patient_key
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.evaluation.metrics import auroc
 
@@ -123,7 +124,7 @@ def shortcut_scores(
     are left out; a finding that a fold cannot learn scores 0.5 there.
     """
     facts = shortcut_features(dataset)
-    patients = [sample.patient_id for sample in dataset.samples]
+    patients = [patient_key(sample) for sample in dataset.samples]
     scores = np.full(labels.shape, 0.5)
     n_folds = min(FOLDS, len(set(patients)))
     if n_folds < 2:

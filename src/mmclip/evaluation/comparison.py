@@ -29,6 +29,7 @@ from mmclip.evaluation.scores import (
     SCORES_FILE,
     Predictions,
     ScoresError,
+    images_hash,
     load_scores,
     make_predictions,
     protocol_labels,
@@ -122,7 +123,7 @@ def read_alike(folders: Sequence[Path]) -> list[Run]:
         results, scores = read_results(folder), load_scores(folder / SCORES_FILE)
         first = runs[0] if runs else None
         if first is not None:
-            scores = scores.in_order(first.scores.names())
+            scores = _in_image_order(scores.in_order(first.scores.names()), first.scores)
         runs.append(Run(_name(folder, folders), folder, results, scores))
         if first is not None:
             _check_alike(first, runs[-1])
@@ -148,6 +149,7 @@ def compare(folders: Sequence[Path], *, n_resamples: int = 1000, seed: int = 0) 
     out = [Compared(first.name, base, None, {})]
     names = first.scores.names()
     counted = [names.index(name) for name in base.macro_findings]
+    n = len(set(first.scores.patients()))
     for run in others:
         drawn = bootstrap_difference(
             run.scores.labels,
@@ -161,7 +163,7 @@ def compare(folders: Sequence[Path], *, n_resamples: int = 1000, seed: int = 0) 
         by_finding = {
             name: Difference(
                 ours[name] - theirs[name],
-                percentile_interval(drawn[:, k]) if k in counted else None,
+                percentile_interval(drawn[:, k], n_patients=n) if k in counted else None,
             )
             for k, name in enumerate(names)
             if name in ours
@@ -170,10 +172,19 @@ def compare(folders: Sequence[Path], *, n_resamples: int = 1000, seed: int = 0) 
         if run.results.macro_auroc is not None and base.macro_auroc is not None:
             macro = Difference(
                 run.results.macro_auroc - base.macro_auroc,
-                percentile_interval(macro_of_resamples(drawn, counted)),
+                percentile_interval(macro_of_resamples(drawn, counted), n_patients=n),
             )
         out.append(Compared(run.name, run.results, macro, by_finding, differs(base, run.results)))
     return out
+
+
+def _in_image_order(scores: Predictions, first: Predictions) -> Predictions:
+    """The rows in the order of those of other scores; as they are where the images are others."""
+    ids = scores.image_id.tolist()
+    if ids == first.image_id.tolist() or sorted(ids) != sorted(first.image_id.tolist()):
+        return scores
+    at = {image_id: row for row, image_id in enumerate(ids)}
+    return scores.where(np.array([at[image_id] for image_id in first.image_id.tolist()]))
 
 
 def _name(folder: Path, folders: Sequence[Path]) -> str:
@@ -198,8 +209,12 @@ def differs(base: RunResults, results: RunResults) -> tuple[str, ...]:
     def rules(of: RunResults) -> str:
         return "no protocol" if of.protocol is None else f"protocol {of.protocol.title!r}"
 
+    def data(of: RunResults) -> str:
+        return f"data folder {of.provenance.data_hash[:12]}, split {of.provenance.split}"
+
     facts = (
         (base.kind, results.kind),
+        (data(base), data(results)),
         (rules(base), rules(results)),
         (f"prompts {base.provenance.prompt_set}", f"prompts {results.provenance.prompt_set}"),
         (f"macro from {base.min_count} images", f"macro from {results.min_count} images"),
@@ -207,25 +222,55 @@ def differs(base: RunResults, results: RunResults) -> tuple[str, ...]:
     return tuple(f"{other}, the first: {one}" for one, other in facts if one != other)
 
 
+def _split_names(results: RunResults) -> list[str]:
+    """The names of the splits alone: their hashes are of training images, too."""
+    return sorted({said.split(" ")[0] for said in results.provenance.split.split(", ")})
+
+
+def _rules(results: RunResults) -> str:
+    rules = results.protocol
+    return "no protocol" if rules is None else f"{rules.id} version {rules.version}"
+
+
+def _content(first: RunResults, other: RunResults) -> tuple[str, list[str], str]:
+    """What two results say of their images' content: what it is called, of both, the next step."""
+    of_both = first.provenance, other.provenance
+    known = [made.images_hash for made in of_both if made.images_hash is not None]
+    if len(known) == len(of_both):
+        return (
+            "content of images",
+            known,
+            "the files of the same image ids differ; build both data folders of one download",
+        )
+    return (
+        "data hash",
+        [made.data_hash for made in of_both],
+        "at least one is of an older version and does not say which images it is of; score again",
+    )
+
+
 def _check_alike(first: Run, other: Run) -> None:
-    of_both = first, other
-    facts = {
-        "data hash": [run.results.provenance.data_hash for run in of_both],
-        "split": [run.results.provenance.split for run in of_both],
-        "protocol": [_benchmark(run.results) for run in of_both],
-        "findings": [run.scores.names() for run in of_both],
-        "images": [run.scores.image_id.tolist() for run in of_both],
-        "macro findings": [sorted(run.results.macro_findings) for run in of_both],
-    }
-    for what, (one, two) in facts.items():
-        if one != two:
-            said = ""
-            if what not in ("images", "findings", "macro findings"):
-                said = f" ({str(one)[:16]} and {str(two)[:16]})"
+    one, two = first.results, other.results
+    by_protocol = f"{_rules(one)} and {_rules(two)}"
+    content, hashes, mend = _content(one, two)
+    facts = (
+        ("images", [sorted(run.scores.image_id.tolist()) for run in (first, other)], "",
+         "score both on the same split of the same images"),
+        (content, hashes, f"{hashes[0][:16]} and {hashes[1][:16]}", mend),
+        ("split", [_split_names(one), _split_names(two)],
+         f"{one.provenance.split} and {two.provenance.split}", "set both folders to one split"),
+        ("protocol", [_benchmark(one), _benchmark(two)], by_protocol,
+         "score both by one version of one protocol, as labels or rules of another may differ"),
+        ("findings", [first.scores.names(), other.scores.names()], "", "score the same findings"),
+        ("macro findings", [sorted(one.macro_findings), sorted(two.macro_findings)], "",
+         "score both by one protocol"),
+    )  # fmt: skip
+    for what, (ours, theirs), shown, mend in facts:
+        if ours != theirs:
+            said = f" ({shown})" if shown else ""
             raise ScoresError(
                 f"{first.folder} and {other.folder} are not of the same {what}{said}; numbers of "
-                f"different {what} do not compare. Score both on the same data folder, split and "
-                f"protocol"
+                f"different {what} do not compare: {mend}"
             )
     if not np.array_equal(first.scores.labels, other.scores.labels, equal_nan=True):
         raise ScoresError(
@@ -298,6 +343,7 @@ def compute_metrics_of_csv(
         "command": command,
         "seed": seed,
         "data_hash": dataset.data_hash,
+        "images_hash": images_hash(selected.samples),
         "split": named,
         "device": torch.device("cpu"),
         "wall_s": time.monotonic() - began,

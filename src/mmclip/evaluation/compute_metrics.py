@@ -162,6 +162,12 @@ SHARES: tuple[Literal["auroc", "auprc"], ...] = ("auroc", "auprc")
 """Metrics whose intervals are `finding_interval`; those of the others are percentiles."""
 
 
+def is_constant(labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> bool:
+    """Whether all images whose label is known have one score."""
+    known = scores[~np.isnan(labels)]
+    return len(known) > 0 and bool((known == known[0]).all())
+
+
 def _macro_auroc(
     labels: Float[np.ndarray, "n k"],
     scores: Float[np.ndarray, "n k"],
@@ -175,7 +181,13 @@ def _macro_auroc(
     found = [auroc(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]
     values = np.array(found, float)
     intervals = [
-        finding_interval("auroc", value, drawn[:, k], images_of_patients(labels[:, k], patients))
+        finding_interval(
+            "auroc",
+            value,
+            drawn[:, k],
+            images_of_patients(labels[:, k], patients),
+            is_constant=is_constant(labels[:, k], scores[:, k]),
+        )
         for k, value in enumerate(values.tolist())
     ]
     return float(values.mean()), mean_interval(values, intervals, drawn)
@@ -223,6 +235,7 @@ def metrics_by_finding(
         labels, scores, patients, n_resamples=n_resamples, seed=seed, thresholds=chosen_thresholds
     )
     resampled_of = dict(zip(Resampled._fields, resampled, strict=True))
+    n_patients = len(set(patients))
     scored, undefined = [], []
     for i, name in enumerate(findings):
         counts = count_labels(labels[:, i])
@@ -248,11 +261,12 @@ def metrics_by_finding(
             else tuned._asdict(),
         }
         images = images_of_patients(labels[:, i], patients)
+        is_flat = is_constant(labels[:, i], scores[:, i])
         for metric, values in resampled_of.items():
             row[f"{metric}_ci"] = (
-                finding_interval(metric, row[metric], values[:, i], images)
+                finding_interval(metric, row[metric], values[:, i], images, is_constant=is_flat)
                 if metric in SHARES
-                else percentile_interval(values[:, i])
+                else percentile_interval(values[:, i], n_patients=n_patients)
             )
         scored.append(row)
     counted = [row for row in scored if row["in_macro"]]
@@ -271,14 +285,16 @@ def metrics_by_finding(
             bias = auprc_bias(*of, seed=seed) if metric == "auprc" else None
             interval = mean_interval(known, intervals, values[:, columns], bias)
         elif complete:
-            interval = percentile_interval(macro_of_resamples(values, columns))
+            interval = percentile_interval(
+                macro_of_resamples(values, columns), n_patients=n_patients
+            )
         macro[f"macro_{metric}_ci"] = interval
     return {
         **macro,
         "macro_findings": [row["finding"] for row in counted],
         "min_count": min_count,
         "n_images": len(labels),
-        "n_patients": len(set(map(str, patients))),
+        "n_patients": n_patients,
         "n_resamples": n_resamples,
         "findings": scored,
         "undefined": undefined,

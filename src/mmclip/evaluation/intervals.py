@@ -26,27 +26,34 @@ _EDGE = 1e-4
 """As near to 0 and 1 as a logit is taken. [chosen: a pair of images in 10,000]"""
 
 
+_EQUAL = 1e-12
+"""Draws that differ by less are equal, but for the last bits."""
+
+
 def finding_interval(
     metric: Literal["auroc", "auprc"],
     value: float,
     values: Float[np.ndarray, " resamples"],
     images: tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]],
+    *,
+    is_constant: bool = False,
 ) -> Interval:
     """The 95 % interval of one finding: `share_interval`, or a formula where resamples cannot say.
 
     They cannot where fewer than five patients, by their images, have the rarer class, where half of
-    the resamples are undefined, and at 0 and 1, where all resamples may be equal and the truth is
-    not.
+    the resamples are undefined, and where all resamples are equal, as at 0 and 1: the truth need
+    not be.
 
     Args:
         metric: What is given.
         value: Of the images themselves.
         values: Of the resamples.
         images: See `images_of_patients`; both classes are there.
+        is_constant: Whether all scores are one number: the AUROC of such scores is 0.5 on any
+            images, so its interval has no width. Equal draws of other scores prove nothing.
     """
-    defined = values[~np.isnan(values)]
-    if 0 < value < 1 and len(defined) and np.ptp(defined) < 1e-12:
-        return value, value  # scores that all are alike: no other images would change that
+    if is_constant and metric == "auroc":
+        return value, value
     n = effective_number(rarer_class(images))
     if n >= FEW_PATIENTS and 0 < value < 1:
         found = share_interval(value, values, n)
@@ -128,7 +135,7 @@ def share_interval(
     if 2 * len(defined) < len(values) or not len(defined) or n_patients <= 1:
         return None
     low, high = logit(np.clip(np.quantile(defined, norm.cdf([-1, 1])), _EDGE, 1 - _EDGE))
-    if low == high:
+    if high - low < _EQUAL:
         return None
     middle = logit(np.clip(value, _EDGE, 1 - _EDGE))
     t = student.ppf((1 + level) / 2, n_patients - 1) * np.sqrt(n_patients / (n_patients - 1))
@@ -137,14 +144,26 @@ def share_interval(
 
 
 def percentile_interval(
-    values: Float[np.ndarray, " resamples"], level: float = 0.95
+    values: Float[np.ndarray, " resamples"],
+    level: float = 0.95,
+    *,
+    n_patients: int | None = None,
 ) -> Interval | None:
-    """The central share of the defined resamples; None when fewer than half of them are defined.
+    """The central share of the defined resamples.
+
+    Args:
+        values: Of the resamples; NaN where one is undefined.
+        level: The share.
+        n_patients: How many were resampled, where that is known: all resamples of a single one are
+            equal, and say nothing of others.
+
+    Returns:
+        None when fewer than half of the resamples are defined, or one patient was resampled.
 
     Source: percentile bootstrap. [chosen: what a minority of the resamples says is no interval]
     """
     defined = values[~np.isnan(values)]
-    if 2 * len(defined) < len(values) or not len(defined):
+    if 2 * len(defined) < len(values) or not len(defined) or n_patients == 1:
         return None
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -7,9 +7,10 @@ Two results are comparable when protocol, version and data hash are equal.
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from mmclip.config import Frozen, config_hash, packaged_names, parse, read_toml
+from mmclip.data.splits import SUBSET_SEEDS
 from mmclip.evaluation.metrics import ThresholdRule
 
 BUILT = "built"
@@ -22,6 +23,33 @@ Uncertain = Literal["ignore", "positive", "negative"]
 """What a label that the source calls uncertain trains as. Source: U-Ignore, U-Ones and U-Zeros of
 Irvin et al. 2019 (arXiv:1901.07031), section 3."""
 
+Blank = Literal["absent", "unknown"]
+"""What a training label means that a labelled image does not have: a program that reads reports
+leaves blank what the report does not mention. Source: Irvin et al. 2019 train such blanks as
+negative (table 1 counts them so), for labels of their own kind."""
+
+_UNCERTAIN_BY_IRVIN: dict[str, Uncertain] = {
+    "u-ignore": "ignore", "u-ones": "positive", "u-zeros": "negative",
+}  # fmt: skip
+
+
+def _by_its_name(value: object) -> object:
+    """The names of the paper, in any case, stand for ours.
+
+    Raises:
+        ValueError: For its other two, which a head of one number a finding cannot learn.
+    """
+    name = value.lower() if isinstance(value, str) else ""
+    if name in ("u-multiclass", "u-selftrained"):
+        raise ValueError(
+            f"{value} is not supported: heads have one number a finding, and no class of its own "
+            f"for uncertain; take U-Ignore, U-Ones or U-Zeros"
+        )
+    return _UNCERTAIN_BY_IRVIN.get(name, value)
+
+
+UncertainPolicy = Annotated[Uncertain, BeforeValidator(_by_its_name)]
+
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -30,15 +58,23 @@ class FineTuning(Frozen):
 
     Attributes:
         fractions: Of the training patients; those of 1, 10 and 100 % are saved with a split.
-        seeds: Of subset, weights and order.
-        uncertain: What uncertain training labels count as, for findings not in `uncertain_of`.
+        seeds: Of subset, weights and order; those that a split saves, see `SUBSET_SEEDS`.
+        uncertain: What uncertain training labels count as, for findings not in `uncertain_of`;
+            "U-Ignore", "U-Ones" and "U-Zeros" stand for ignore, positive and negative.
         uncertain_of: The same for single findings.
+        blank: What a training label counts as that a labelled image does not have.
     """
 
     fractions: tuple[Fraction, ...] = (0.01, 0.1, 1.0)
-    seeds: tuple[int, ...] = (42, 0, 1)
-    uncertain: Uncertain = "ignore"
-    uncertain_of: dict[str, Uncertain] = Field(default_factory=dict)
+    seeds: tuple[int, ...] = SUBSET_SEEDS
+    uncertain: UncertainPolicy = "ignore"
+    uncertain_of: dict[str, UncertainPolicy] = Field(default_factory=dict)
+    blank: Blank = "unknown"
+
+    def label_rules(self, findings: Sequence[str]) -> dict[str, str]:
+        """How training labels are read, for results."""
+        policies = ", ".join(f"{f} {self.uncertain_of.get(f, self.uncertain)}" for f in findings)
+        return {"blank labels": self.blank, "uncertain labels": policies}
 
 
 class Protocol(Frozen):
@@ -58,6 +94,7 @@ class Protocol(Frozen):
             first "/": present where an image has the word, absent where it has others.
         words: For `own_words`: the words of a finding, where they are not its name.
         unfinished: Label words that leave what an image does not name unknown.
+        closed_by: Word of `unfinished` -> words beside which it leaves nothing open.
         prompt_sets: For zero-shot; the first gives the result, the others its spread.
         threshold: Rule by which a threshold is chosen on validation images.
         min_count: Images of either kind that a finding needs to count in the macro average.
@@ -77,6 +114,7 @@ class Protocol(Frozen):
     own_words: bool = False
     words: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     unfinished: tuple[str, ...] = ()
+    closed_by: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     prompt_sets: tuple[str, ...] = Field(default=("default", "pair", "sentence"), min_length=1)
     threshold: ThresholdRule = "f1"
     min_count: int = Field(default=10, ge=1)
@@ -94,6 +132,10 @@ class Protocol(Frozen):
                 raise ValueError(f"{key} names {', '.join(sorted(other))}, which findings does not")
         if self.words and not self.own_words:
             raise ValueError("words is for own_words = true")
+        if other := set(self.closed_by) - set(self.unfinished):
+            raise ValueError(
+                f"closed_by names {', '.join(sorted(other))}, which unfinished does not"
+            )
         return self
 
     @property

@@ -151,6 +151,7 @@ class Provenance(_Model):
     train_seed: int | None = None  # of the weights, or of fine-tuning them; None where not known
     recipe_hash: str | None = None  # of what they follow from but that seed: config.recipe_hash
     data_hash: str
+    images_hash: str | None = None  # of the images that were scored, see `scores.images_hash`
     split: str = "built"  # name of the split, and where it has one, its hash
     prompt_set: str | None = None
     prompt_hash: str | None = None

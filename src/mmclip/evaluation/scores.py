@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from mmclip.data.check import content_key, patient_key
 from mmclip.data.folder import ManifestError, read_meta
 from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.data.readers.vocabulary import is_unfinished
 from mmclip.data.sample import ABSENT, PRESENT, Sample, Split
+from mmclip.data.splits import ids_hash
 from mmclip.evaluation.protocols import BUILT, Protocol
 
 SCORES_FILE = "scores.npz"
@@ -30,7 +33,7 @@ class Predictions:
     """Images, what they are labelled with, and what a model says of them; one row per image."""
 
     image_id: np.ndarray
-    patient_id: np.ndarray
+    patient_id: np.ndarray  # with the source, see `check.patient_key`: "1" of two is two people
     sex: np.ndarray  # F, M or "" for unknown
     age_years: Float[np.ndarray, " n"]  # NaN for unknown
     view: np.ndarray
@@ -94,7 +97,7 @@ def make_predictions(
     samples = dataset.samples
     return Predictions(
         image_id=np.array([sample.image_id for sample in samples], str),
-        patient_id=np.array([sample.patient_id for sample in samples], str),
+        patient_id=np.array([patient_key(sample) for sample in samples], str),
         sex=np.array([sample.sex or "" for sample in samples], str),
         age_years=np.array(
             [np.nan if sample.age_years is None else sample.age_years for sample in samples], float
@@ -104,6 +107,15 @@ def make_predictions(
         labels=labels,
         scores=scores,
     )
+
+
+def images_hash(samples: Sequence[Sample]) -> str:
+    """SHA-256 over the ids of some images and the bytes of their files, in any order.
+
+    It is equal for one test set in two data folders: one of another image size, one with other
+    training rows.
+    """
+    return ids_hash([f"{sample.image_id} {content_key(sample)}" for sample in samples])
 
 
 def load_scores(path: Path) -> Predictions:
@@ -127,7 +139,7 @@ def protocol_labels(protocol: Protocol, samples: Sequence[Sample]) -> Float[np.n
     uncertain.
 
     Where the protocol has `own_words`, a finding is present in an image with the word, and absent
-    in one that has words, none of which is `unfinished`.
+    in one that has words, none of which is `unfinished` but for what `closed_by` says.
     """
     known = {PRESENT: 1.0, ABSENT: 0.0}
     if not protocol.own_words:
@@ -140,11 +152,15 @@ def protocol_labels(protocol: Protocol, samples: Sequence[Sample]) -> Float[np.n
         {word.lower() for word in protocol.words.get(name, (name,))} for name in protocol.findings
     ]
     unfinished = {word.lower() for word in protocol.unfinished}
+    closed_by = {
+        word.lower(): {other.lower() for other in others}
+        for word, others in protocol.closed_by.items()
+    }
     labels = np.full((len(samples), len(protocol.findings)), np.nan)
     for row, sample in zip(labels, samples, strict=True):
         words = {word.lower() for word in sample.source_labels}
         words |= {word.split("/")[0].strip() for word in words}
-        if words and not words & unfinished:
+        if words and not is_unfinished(words, unfinished, closed_by):
             row[:] = 0.0
         row[[bool(words & of_finding) for of_finding in asked]] = 1.0
     return labels
@@ -183,11 +199,13 @@ def select_samples(
     """
     if protocol is not None:
         sources = protocol.sources_of(split)
-        if protocol.needs_laterals and all(sample.view != "L" for sample in dataset.samples):
+        blind = folders_without_laterals(dataset)
+        if protocol.needs_laterals and blind:
+            which = ", ".join(f"folder {k + 1} ({said})" for k, said in blind.items())
             raise ManifestError(
-                f"no image of this data is known as a lateral, and protocol {protocol.id} scores "
-                f"frontal images alone; add the table of views that the reader takes "
-                f"(docs/data.md), and build the folder again"
+                f"no image of this data is known as a lateral in {which}, and protocol "
+                f"{protocol.id} scores frontal images alone; add the table of views that the "
+                f"reader takes (docs/data.md), and build the folder again"
             )
     check_sources(dataset, sources)
     is_labelled = (
@@ -214,6 +232,34 @@ def select_samples(
             f"sources {', '.join(known_sources)}"
         )
     return kept
+
+
+def folders_without_laterals(dataset: ImageTextDataset) -> dict[int, str]:
+    """The data folders that know no lateral, by number, with their sources.
+
+    Laterals pass for frontal images there.
+    """
+    found = {}
+    for k in np.unique(dataset.where[:, 0]).tolist():
+        samples = [f for f, at in zip(dataset.samples, dataset.where[:, 0], strict=True) if at == k]
+        if all(sample.view != "L" for sample in samples):
+            found[k] = ", ".join(sorted({sample.source for sample in samples}))
+    return found
+
+
+def unknown_views(dataset: ImageTextDataset) -> str:
+    """How many images of each data folder have no known view, for results; "none" where all have.
+
+    They count as frontal, so laterals may be among them.
+    """
+    said = []
+    for k in np.unique(dataset.where[:, 0]).tolist():
+        samples = [f for f, at in zip(dataset.samples, dataset.where[:, 0], strict=True) if at == k]
+        n = sum(sample.view == "unknown" for sample in samples)
+        if n:
+            sources = ", ".join(sorted({sample.source for sample in samples}))
+            said.append(f"{n:,} of {len(samples):,} of folder {k + 1} ({sources})")
+    return "; ".join(said) or "none"
 
 
 def findings_of(dataset: ImageTextDataset) -> list[str]:

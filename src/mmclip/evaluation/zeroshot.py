@@ -36,10 +36,12 @@ from mmclip.evaluation.results import RunResults
 from mmclip.evaluation.scores import (
     Predictions,
     findings_of,
+    images_hash,
     make_predictions,
     protocol_labels,
     select_samples,
     split_of,
+    unknown_views,
 )
 from mmclip.prompts import PromptSet, load_prompts
 
@@ -290,6 +292,7 @@ def write_zeroshot(
         "train_seed": checkpoint.config.train.seed,
         "recipe_hash": recipe_of(checkpoint),
         "data_hash": result.dataset.data_hash,
+        "images_hash": images_hash(result.dataset.samples),
         "split": split,
         "prompt_set": f"{prompts.id} version {prompts.version}",
         "prompt_hash": prompts.hash,
@@ -389,6 +392,7 @@ def evaluate(
         split=named,
         leak_check=leak_check,
         facts={
+            "images of unknown view": unknown_views(result.dataset),
             "training pairs": checkpoint.meta["n_pairs"],
             "training data": checkpoint.meta["data_hash"][:12],
             "step": checkpoint.meta["step"],

@@ -70,7 +70,9 @@ def patient_mean(
         return PatientMean(None, None, 0)
     values = _resampled(total[:, None], count[:, None], patients, n_resamples, seed)[:, 0]
     mean = float(total.sum() / count.sum())
-    return PatientMean(mean, percentile_interval(values), int((count > 0).sum()))
+    return PatientMean(
+        mean, percentile_interval(values, n_patients=len(set(patients))), int((count > 0).sum())
+    )
 
 
 def patient_means(
@@ -102,8 +104,13 @@ def patient_means(
     total = np.where(count > 0, values[:, None], 0.0)
     resampled = _resampled(total, count, patients, n_resamples, seed)
     n, sums = count.sum(0), total.sum(0)
+    n_patients = len(set(patients))
     found = {
-        name: PatientMean(float(sums[i] / n[i]), percentile_interval(resampled[:, i]), int(n[i]))
+        name: PatientMean(
+            float(sums[i] / n[i]),
+            percentile_interval(resampled[:, i], n_patients=n_patients),
+            int(n[i]),
+        )
         if n[i]
         else PatientMean(None, None, 0)
         for i, name in enumerate(names)
@@ -112,7 +119,9 @@ def patient_means(
     if not len(counted):
         return found, PatientMean(None, None, 0)
     macro = float((sums[counted] / n[counted]).mean())
-    interval = percentile_interval(macro_of_resamples(resampled, counted.tolist()))
+    interval = percentile_interval(
+        macro_of_resamples(resampled, counted.tolist()), n_patients=n_patients
+    )
     return found, PatientMean(macro, interval, len(counted))
 
 

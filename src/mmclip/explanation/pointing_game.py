@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmclip.checkpoint import Checkpoint, code_version
 from mmclip.data.annotations import EMPTY, Annotation, read_annotations
+from mmclip.data.check import patient_key
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.sample import SPLITS, Split
@@ -67,7 +68,7 @@ class Targets(NamedTuple):
 
     def patients(self) -> list[str]:
         """The patient of each."""
-        return [self.dataset.samples[i].patient_id for i in self.image_rows]
+        return [patient_key(self.dataset.samples[i]) for i in self.image_rows]
 
     def of(self, splits: Collection[Split]) -> "Targets":
         """Those on images of some splits."""

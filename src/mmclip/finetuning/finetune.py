@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from jaxtyping import Float
 
 from mmclip.config import config_hash, recipe_hash
+from mmclip.data.check import patient_key
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.splits import ids_hash
@@ -33,7 +34,14 @@ from mmclip.evaluation.intervals import share_over_seeds
 from mmclip.evaluation.pages import GalleryItem, extreme_cases, write_evaluation
 from mmclip.evaluation.protocols import load_protocol
 from mmclip.evaluation.results import RESULTS_FILE, read_results
-from mmclip.evaluation.scores import SCORES_FILE, Predictions, load_scores, make_predictions
+from mmclip.evaluation.scores import (
+    SCORES_FILE,
+    Predictions,
+    images_hash,
+    load_scores,
+    make_predictions,
+    unknown_views,
+)
 from mmclip.evaluation.zeroshot import check_trained, findings_seen, run_folder
 from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
 from mmclip.finetuning.supervised import (
@@ -255,8 +263,10 @@ def run_one(
     facts: dict[str, str | int | float] = {
         "run": this, "start": start.said, "method": request.method, "features": start.features,
         "fraction": fraction, "training images": len(task.train),
-        "training patients": len({sample.patient_id for sample in task.train.dataset.samples}),
+        "training patients": len({patient_key(sample) for sample in task.train.dataset.samples}),
     }  # fmt: skip
+    facts["images of unknown view"] = unknown_views(task.test.dataset)
+    facts |= rules_of(task.protocol).label_rules(task.protocol.findings)
     one_class = [
         name
         for k, name in enumerate(task.protocol.findings)
@@ -341,6 +351,7 @@ def run_one(
         "train_seed": seed,
         "recipe_hash": recipe_of(request, start, task, weights, fraction),
         "data_hash": dataset.data_hash,
+        "images_hash": images_hash(task.test.dataset.samples),
         "split": task.split,
         "device": device,
         "wall_s": time.monotonic() - began,

@@ -9,13 +9,16 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from mmclip.config import ResizeMode
+from mmclip.config import ResizeMode, packaged_names
 from mmclip.data.check import refuse_leaks
+from mmclip.data.disease_prompts import NO_FINDING
 from mmclip.data.folder import ManifestError, read_meta, read_split
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.manifest import read_manifest
-from mmclip.data.sample import UNCERTAIN, Sample
+from mmclip.data.readers.vocabulary import load_words
+from mmclip.data.sample import PRESENT, UNCERTAIN, Sample
 from mmclip.data.splits import PERCENTS, read_subset, subsets_of
+from mmclip.data.versions import WORDS_OF
 from mmclip.evaluation.protocols import (
     BUILT,
     OWN_PROTOCOL,
@@ -75,6 +78,8 @@ def own_protocol(folder: Path, findings: Sequence[str], sources: Sequence[str]) 
     if not findings:
         raise ManifestError("name a --protocol, or the findings to learn by --finding")
     meta = read_meta(folder)
+    words = WORDS_OF.get(meta.get("reader", ""), meta.get("reader", ""))
+    blank = load_words(words).blank if words in packaged_names("findings") else "unknown"
     return Protocol(
         id=OWN_PROTOCOL,
         version=1,
@@ -84,7 +89,7 @@ def own_protocol(folder: Path, findings: Sequence[str], sources: Sequence[str]) 
         sources=tuple(sources),
         splits=(meta.get("split", {"name": BUILT})["name"],),
         findings=tuple(findings),
-        finetune=FineTuning(),
+        finetune=FineTuning(blank=blank),
     )
 
 
@@ -103,10 +108,27 @@ def rules_of(protocol: Protocol) -> FineTuning:
     return protocol.finetune
 
 
+NO_PATHOLOGY = (NO_FINDING, "support devices", "pacemaker", "catheter")
+"""What an image without a finding may show: CheXpert's "No Finding" stands beside devices.
+Source: Irvin et al. 2019, section 2."""
+
+
 def training_labels(protocol: Protocol, samples: Sequence[Sample]) -> Float[np.ndarray, "n k"]:
-    """Labels to learn from: those of the protocol, uncertain ones as it says."""
+    """Labels to learn from: those of the protocol, uncertain and blank ones as it says.
+
+    An image without a finding has no pathology, whatever else its labels leave blank. A blank is
+    read as the protocol says where the image has any label.
+    """
     labels = protocol_labels(protocol, samples)
     rules = rules_of(protocol)
+    if not protocol.own_words:
+        for row, sample in zip(labels, samples, strict=True):
+            is_normal = sample.labels.get(NO_FINDING) == PRESENT
+            for k, finding in enumerate(protocol.findings):
+                is_ruled_out = is_normal and finding not in NO_PATHOLOGY
+                is_blank_absent = rules.blank == "absent" and bool(sample.labels)
+                if finding not in sample.labels and (is_ruled_out or is_blank_absent):
+                    row[k] = 0.0
     for k, finding in enumerate(protocol.findings):
         policy = rules.uncertain_of.get(finding, rules.uncertain)
         if policy == "ignore" or protocol.own_words:
@@ -147,12 +169,13 @@ def open_task(
     train = Labelled(candidates, training_labels(protocol, candidates.samples))
     train = train.select([not np.isnan(row).all() for row in train.labels])
 
+    named = {finding for sample in candidates.samples for finding in sample.labels}
     if missing := [
         finding
         for finding, column in zip(protocol.findings, train.labels.T, strict=True)
-        if np.isnan(column).all()
+        if np.isnan(column).all() or not (protocol.own_words or finding in named)
     ]:
-        there = sorted({finding for sample in candidates.samples for finding in sample.labels})
+        there = sorted(named)
         raise ManifestError(
             f"no frontal training image of {folder} is labelled with {', '.join(missing)}; they "
             f"are labelled with {', '.join(there) or 'nothing'}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import Frozen
-from mmclip.data.check import study_key
+from mmclip.data.check import patient_key, study_key
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Sample, Split
@@ -26,7 +26,7 @@ from mmclip.evaluation.bootstrap import patient_codes, patient_weights
 from mmclip.evaluation.intervals import percentile_interval
 from mmclip.evaluation.metrics import Retrieved, retrieved, retrieved_by_chance
 from mmclip.evaluation.results import Count, Provenance, Ratio, RatioInterval, provenance
-from mmclip.evaluation.scores import FRONTAL, check_sources, split_of
+from mmclip.evaluation.scores import FRONTAL, check_sources, split_of, unknown_views
 from mmclip.evaluation.zeroshot import check_trained
 from mmclip.losses import positive_pairs
 
@@ -199,15 +199,15 @@ def score_direction(
     """
     chance = retrieved_by_chance(n_positive, n_candidates, ks)
     means, medians = resampled(found, patients, n_resamples, seed)
-    n = len(ks)
+    n, n_patients = len(ks), len(set(patients))
     at = [
         AtK(
             k=k,
             hit=_rounded(found.hit[:, i].mean()),
-            hit_ci=_interval(means[:, i]),
+            hit_ci=_interval(means[:, i], n_patients),
             hit_chance=_rounded(chance.hit[:, i].mean()),
             recall=_rounded(found.recall[:, i].mean()),
-            recall_ci=_interval(means[:, n + i]),
+            recall_ci=_interval(means[:, n + i], n_patients),
             recall_chance=_rounded(chance.recall[:, i].mean()),
         )
         for i, k in enumerate(ks)
@@ -217,7 +217,7 @@ def score_direction(
         n_candidates=n_candidates,
         at=at,
         median_rank=_rounded(float(np.median(found.rank))),
-        median_rank_ci=_interval(medians),
+        median_rank_ci=_interval(medians, n_patients),
         median_rank_chance=_rounded(float(np.median(chance.rank))),
     )
 
@@ -250,8 +250,8 @@ def _rounded(value: float | np.floating) -> float:
     return float(f"{value:.6g}")
 
 
-def _interval(values: np.ndarray) -> tuple[float, float] | None:
-    found = percentile_interval(values)
+def _interval(values: np.ndarray, n_patients: int) -> tuple[float, float] | None:
+    found = percentile_interval(values, n_patients=n_patients)
     return None if found is None else (_rounded(found[0]), _rounded(found[1]))
 
 
@@ -279,8 +279,11 @@ def evaluate_retrieval(
         folders, checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
     )
     dataset = select_pairs(dataset, split, sources)
+    views = unknown_views(dataset)
+    if views != "none":
+        logger.warning("views are unknown, and laterals may be ranked as frontal: %s", views)
     leak_check = check_trained(checkpoint, dataset, split)
-    patients = [sample.patient_id for sample in dataset.samples]
+    patients = [patient_key(sample) for sample in dataset.samples]
     keys = report_keys(checkpoint, dataset.samples)
     images = image_embeddings(checkpoint, dataset, folders)
     reports = text_embeddings(checkpoint, [str(sample.report) for sample in dataset.samples])
@@ -322,6 +325,7 @@ def evaluate_retrieval(
             }
         ),
         facts={
+            "images of unknown view": views,
             "training pairs": checkpoint.meta["n_pairs"],
             "training data": checkpoint.meta["data_hash"][:12],
             "step": checkpoint.meta["step"],

@@ -35,7 +35,7 @@ from mmclip.data.batches import (
     seen_in_training,
     training_dataset,
 )
-from mmclip.data.check import TRAINED_FILE, refuse_leaks, trained_keys
+from mmclip.data.check import TRAINED_FILE, patient_key, refuse_leaks, trained_keys
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.synthetic import read_masks
@@ -315,7 +315,7 @@ def _say_what_runs(
     unpaired = f" and {len(dataset) - n_pairs:,} unpaired images" if len(dataset) > n_pairs else ""
     n_threads = torch.get_num_threads()
     console.print(
-        f"{n_pairs:,} pairs{unpaired} of {len({f.patient_id for f in dataset.samples}):,} "
+        f"{n_pairs:,} pairs{unpaired} of {len({patient_key(f) for f in dataset.samples}):,} "
         f"patients, {millions:.1f} million parameters, {accelerator.device.type} x "
         f"{accelerator.num_processes}, {train.precision}, "
         f"{n_threads} thread{'s' * (n_threads != 1)}"

@@ -165,7 +165,6 @@ def _image(
     except ValueError as error:
         return bad_value(row, image_id, str(error))
     patient, study, name = path.split("/")
-    age = parse_age(cells.get("Age", ""))
     return Sample(
         image_id=image_id,
         study_id=f"{patient}/{study}",
@@ -177,7 +176,7 @@ def _image(
         labels={columns[column]: value for column, value in values.items()},
         source_labels=tuple(f"{column}={value}" for column, value in values.items()),
         label_origin="report-program" if split == "train" else "image-reader",
-        age_years=age or None,  # adults only: 0 is no age
+        age_years=parse_age(cells.get("Age", "")),
         sex=SEXES.get(cells.get("Sex", "").lower()),
     )
 
@@ -264,7 +263,7 @@ def _plus_records(
             labels={words.finding(column): value for column, value in values.items()},
             source_labels=tuple(f"{column}={value}" for column, value in values.items()),
             label_origin="report-program" if image_id in labels else None,
-            age_years=parse_age(cells.get("age", "")) or None,
+            age_years=parse_age(cells.get("age", "")),
             sex=SEXES.get(cells.get("sex", "").lower()),
         )
 

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from mmclip.data.csv_rows import read_rows
+from mmclip.data.csv_table import known_age
 from mmclip.data.disease_prompts import NO_FINDING
 from mmclip.data.readers.files import (
     SEXES,
@@ -31,6 +32,8 @@ _TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
 _VIEWS: dict[str, View] = {
     "PA": "PA", "AP": "AP", "AP_horizontal": "AP", "L": "L", "COSTAL": "unknown", "UNK": "unknown",
 }  # fmt: skip
+_INFANT_YEARS = 0.5
+"""The age of who was born in the year of the study. [chosen: between 0 and 1; 0 is no age]"""
 _NOT_FOR_USE = "EXCLUDE"
 _METHODS: dict[str, tuple[str, LabelOrigin]] = {
     "Physician": ("padchest-physician", "report-reader"),
@@ -146,9 +149,12 @@ def _report(cell: str) -> str | None:
 
 
 def _age_years(born: str, studied: str) -> float | None:
-    """The age from a year ("1930.0") and a day ("20140915"); None where one is not given."""
+    """The age from a year ("1930.0") and a day ("20140915"); see `known_age`.
+
+    None where either is not given.
+    """
     try:
-        age = int(studied[:4]) - int(float(born))
-    except ValueError:
+        years = int(studied[:4]) - int(float(born))
+        return known_age(float(years) or _INFANT_YEARS)
+    except (ValueError, OverflowError):
         return None
-    return float(age) if 0 <= age <= 120 else None

@@ -4,8 +4,8 @@
 file of its own: what its readers looked for (`closed`), and what its words mean.
 """
 
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Collection, Iterable, Mapping
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -37,6 +37,10 @@ class SourceWords(Frozen):
             other finding that they do not name is unknown.
         unfinished: Words that leave what an image's other labels do not name unknown, such as
             "unchanged".
+        closed_by: Word of `unfinished` -> words beside which it leaves nothing open: "unchanged"
+            beside "normal" says that the earlier image was normal.
+        blank: What a finding that a training image's labels do not name is taken for where labels
+            are mined from reports, unless a protocol says otherwise. The manifest keeps it unknown.
         left_out: Words by which the source says that an image is not for use.
         words: Word -> what it says.
     """
@@ -46,6 +50,8 @@ class SourceWords(Frozen):
     description: str
     closed: tuple[str, ...] = ()
     unfinished: tuple[str, ...] = ()
+    closed_by: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    blank: Literal["absent", "unknown"] = "unknown"
     left_out: tuple[str, ...] = ()
     words: dict[str, Annotated[Meaning, BeforeValidator(_short)]]
 
@@ -63,22 +69,25 @@ class SourceWords(Frozen):
         Raises:
             ValueError: When a word is unknown, or words contradict one another.
         """
+        words = tuple(words)
         said: dict[str, int] = {}
-        is_finished, torn = True, set[str]()
+        torn, left_open = set[str](), set[str]()
         for word in words:
             if word in self.unfinished:
-                is_finished = False
                 continue
-            for finding, label in self._meaning(word).labels():
+            meaning = self._meaning(word)
+            left_open.update(meaning.unknown)
+            for finding, label in meaning.labels():
                 if said.setdefault(finding, label) != label:
                     torn.add(finding)
         if torn:
             raise ValueError(
                 f"the labels {', '.join(words)} contradict one another on {', '.join(sorted(torn))}"
             )
-        if is_finished:
+        if not is_unfinished(words, self.unfinished, self.closed_by):
             for finding in self.closed:
-                said.setdefault(finding, ABSENT)
+                if finding not in left_open:
+                    said.setdefault(finding, ABSENT)
         return {finding: said[finding] for finding in sorted(said)}
 
     def _meaning(self, word: str) -> Meaning:
@@ -88,6 +97,22 @@ class SourceWords(Frozen):
                 f"add it to findings/{self.id}.toml"
             )
         return self.words[word]
+
+
+def is_unfinished(
+    words: Collection[str],
+    unfinished: Collection[str],
+    closed_by: Mapping[str, Collection[str]],
+) -> bool:
+    """Whether some label words leave what they do not name unknown.
+
+    Args:
+        words: Of an image.
+        unfinished: As in `SourceWords`.
+        closed_by: As in `SourceWords`.
+    """
+    left = [word for word in words if word in unfinished]
+    return not all(set(closed_by.get(word, ())) & set(words) for word in left)
 
 
 def load_vocabulary() -> Vocabulary:
