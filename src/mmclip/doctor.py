@@ -35,7 +35,12 @@ from mmclip.retrieval.ranking import RANKS_FILE, RETRIEVAL_FILE, RetrievalResult
 from mmclip.retrieval.retrieve import SHEET_FILE
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "pydicom", "pillow", "spacy")
-OPTIONAL = {"wandb": "wandb", "distributed": "dask"}
+OPTIONAL = {
+    "wandb": "wandb",
+    "distributed": "dask",
+    "sentencepiece": "sentencepiece",
+    "protobuf": "sentencepiece",
+}
 """Each package of the extras in pyproject.toml, and its extra."""
 
 DIGITS = 1e-5

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +22,6 @@ from mmclip.data.corpus import (
     TokenRows,
     mark_concepts,
     sentences_read,
-    special_ids,
     tokenise_corpus,
 )
 from mmclip.data.disease_prompts import (
@@ -311,10 +311,14 @@ class TrainingBatches:
         noise = torch.from_numpy(self._uniforms(Purpose.PATCHES, rows, epochs, n_patches)).float()
         if self.lesions is None:
             return image, None, noise
-        none = np.zeros(image.shape[-2:], bool)
+        none = np.zeros(next(iter(self.lesions.values()), np.zeros(image.shape[-2:])).shape, bool)
         masks = np.stack([self.lesions.get(self.dataset.samples[r].image_id, none) for r in rows])
+        inside = torch.from_numpy(masks).float().unsqueeze(1)
+        # of images that are made smaller as they are read
+        if inside.shape[-2:] != image.shape[-2:]:
+            inside = F.interpolate(inside, size=image.shape[-2:], mode="area")
         theta = affine_of(torch.from_numpy(uniforms).float(), self.config.augment)
-        moved = warp(torch.from_numpy(masks).float().unsqueeze(1), theta)
+        moved = warp(inside, theta)
         return image, lesion_ratio_of_patches(moved, self.patch_size), noise
 
     def _reports(self, rows: np.ndarray, epochs: np.ndarray) -> _TextRows:
@@ -395,14 +399,13 @@ class TrainingBatches:
             if mask.policy == "random":
                 is_masked = random_tokens_instead(is_masked, is_maskable, token_noise)
             is_masked &= torch.from_numpy(may_mask)[:, None]
-        mask_id = special_ids(self.tokenizer)[3]
         return TextBatch(
             rows=torch.from_numpy(said.rows),
             ids=ids,
             is_valid=is_valid,
             is_entity=concepts > 0,
             is_masked=is_masked,
-            masked_ids=ids.masked_fill(is_masked, mask_id),
+            masked_ids=ids.masked_fill(is_masked, self.corpus.frame.mask),
         )
 
     def _keys(self, rows: np.ndarray, reports: _TextRows, prompts: _TextRows) -> Int[Tensor, "b 3"]:
