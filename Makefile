@@ -1,4 +1,4 @@
-# make demo: the main job on synthetic images. make test: all tests. Both set up .venv first.
+# make demo: the main job on synthetic images. make test: all tests but the slow ones, which make test-all adds. They set up .venv first.
 # They need Python 3.11 or newer, git and make.
 
 PYTHON ?= python3
@@ -6,13 +6,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup
+# One thread a worker: tests run on all cores at once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+.PHONY: demo test test-all test-slow lint setup
 
 demo: setup
 	$(BIN)/mmclip demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -31,6 +31,7 @@ from mmclip.checkpoint import load_checkpoint
 from mmclip.config import Config, MaskStage
 from mmclip.data.batches import TrainingBatches, training_dataset
 from mmclip.data.image_text_dataset import open_dataset
+from mmclip.models.encoders import image_layout
 from mmclip.models.mmclip import MMCLIP
 from mmclip.training.objective import Objective
 from mmclip.training.pretrain import build_model
@@ -62,7 +63,7 @@ def measure(
     model: MMCLIP, batches: TrainingBatches, config: Config, first_step: int, n_batches: int
 ) -> dict[str, dict[str, Pull]]:
     """The pull of each term that the configuration trains, by encoder."""
-    objective = Objective(config, model.vision_model.config.patch_size)
+    objective = Objective(config, image_layout(model.vision_model).patch_size)
     model.train()
     found: dict[str, dict[str, list[Tensor]]] = {name: defaultdict(list) for name in ENCODERS}
     for i in range(n_batches):
@@ -110,7 +111,7 @@ def main() -> None:
         masked = config.image_mask.model_copy(update={"mask": args.mask_stage})
         config = config.model_copy(update={"image_mask": masked})
     dataset = training_dataset(open_dataset([args.data], config.data.image_size), config)
-    patch_size = checkpoint.model.vision_model.config.patch_size
+    patch_size = image_layout(checkpoint.model.vision_model).patch_size
     batches = TrainingBatches(dataset, checkpoint.tokenizer, config, patch_size)
     last = max(config.train.steps - args.batches, 0)
     set_seed(config.train.seed)

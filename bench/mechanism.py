@@ -57,6 +57,7 @@ from mmclip.explanation.saliency import (
     random_weights,
     saliency_by_score,
 )
+from mmclip.models.encoders import image_layout
 from mmclip.models.mmclip import MMCLIP, MaskPlan
 from mmclip.patches import lesion_ratio_of_patches, normalise_patches, patchify
 from mmclip.prompts import load_prompts
@@ -89,7 +90,7 @@ def whole_batch(
         ),
     }
     config = config.model_copy(update=changes)
-    patch_size = checkpoint.model.vision_model.config.patch_size
+    patch_size = image_layout(checkpoint.model.vision_model).patch_size
     batches = TrainingBatches(dataset, checkpoint.tokenizer, config, patch_size, lesions=lesions)
     return batches.batch(0, BatchSlice())
 
@@ -186,7 +187,7 @@ def masked_patches(
 ) -> tuple[Tensor, Tensor]:
     """Squared error of each patch, and which are masked, [b, n] both; `texts` one a row or none."""
     device = model.logit_scale.device
-    patch_size = model.vision_model.config.patch_size
+    patch_size = image_layout(model.vision_model).patch_size
     errors, masked = [], []
     for index in chunks(len(batch), size):
         lesion = batch.lesion_ratio
@@ -330,7 +331,7 @@ def measure_pointing(
 ) -> dict[str, Any]:
     """Part 3: hits of each score and baseline, all lesions and small ones, by finding and size."""
     masks = read_masks(raw)
-    patch_size = checkpoint.model.vision_model.config.patch_size
+    patch_size = image_layout(checkpoint.model.vision_model).patch_size
     asked = asked_of(dataset, masks, raw)
     ids = [sample.image_id for sample in dataset.samples]
     touched = lesion_ratio_of_patches(

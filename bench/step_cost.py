@@ -49,7 +49,7 @@ from mmclip.data.build import build_data
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Sample
 from mmclip.data.text import train_tokenizer
-from mmclip.models.encoders import build_image_encoder, build_text_encoder
+from mmclip.models.encoders import build_image_encoder, build_text_encoder, image_layout
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 from mmclip.training.loop import TrainState, make_optimizer, train_step
 from mmclip.training.objective import Objective
@@ -182,7 +182,7 @@ def build_arm(
     model = build_mmclip(config, image, text).train()
     optimizer = make_optimizer(model, model.no_decay_names(), config.train)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    objective = Objective(config, model.vision_model.config.patch_size)
+    objective = Objective(config, image_layout(model.vision_model).patch_size)
     batches = TrainingBatches(
         training_dataset(dataset, config), tokenizer, config, objective.patch_size
     )  # fmt: skip

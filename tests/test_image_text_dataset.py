@@ -8,6 +8,7 @@ import torch
 from mmclip.config import AugmentConfig
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import augment, normalise, open_dataset
+from mmclip.data.images import resize_image
 from tests.made import write_folder
 
 
@@ -44,7 +45,27 @@ def test_labels_tell_unknown_from_absent(folder: Path):
     assert np.isnan(labels[:, 1:]).all()
 
 
-def test_images_of_another_size_are_refused_with_both_remedies(folder: Path):
+@pytest.mark.parametrize("px", [8, 16, 24])
+def test_larger_images_are_made_smaller_as_they_are_read(folder: Path, px: int):
+    whole, smaller = open_dataset([folder]), open_dataset([folder], px)
+    rows = np.array([2, 0])
+    images = smaller.pixels(rows)
+    assert images.shape == (2, px, px) and images.dtype == torch.uint8
+    for pixels, cached in zip(images, whole.pixels(rows), strict=True):
+        assert np.array_equal(pixels, resize_image(cached.numpy(), px))
+    kept = smaller.select([i in (0, 2) for i in range(len(smaller))])
+    assert torch.equal(kept.pixels(np.array([1, 0])), images)
+    image = smaller.augmented(rows, np.full((2, 6), 0.5), AugmentConfig(), torch.device("cpu"))
+    torch.testing.assert_close(image, normalise(images), atol=1e-5, rtol=0)
+
+
+def test_images_of_their_own_size_are_read_bit_for_bit(folder: Path):
+    assert torch.equal(
+        open_dataset([folder], 32).pixels(np.arange(4)), open_dataset([folder]).pixels(np.arange(4))
+    )
+
+
+def test_smaller_images_are_refused_with_both_remedies(folder: Path):
     with pytest.raises(ManifestError, match=r"data build .* --image-size 64 --out .*-64px"):
         open_dataset([folder], 64)
 

@@ -37,7 +37,7 @@ from mmclip.models.encoders import (
 )
 from mmclip.models.norm import GlobalBatchNorm2d
 from mmclip.training.pretrain import build_model
-from tests.made import REPORTS, small_config, small_model
+from tests.made import REPORTS, WHOLE, small_config, small_model
 
 IMAGE = ImageEncoderConfig(kind="vit", width=32, depth=2, heads=2, patch_size=8)
 
@@ -183,20 +183,19 @@ def test_a_pretrained_encoder_takes_other_image_sizes_and_keeps_its_grid_in_betw
     torch.testing.assert_close(embeddings.position_embeddings, interpolated)
 
 
-def test_an_encoder_without_a_feature_for_each_patch_is_refused_where_they_are_read(
-    tmp_path: Path,
-):
+def test_register_tokens_are_no_patches(tmp_path: Path):
     registers = Dinov2WithRegistersConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
         num_register_tokens=4,
     )  # fmt: skip
     Dinov2WithRegistersModel(registers).save_pretrained(tmp_path)
     named = f"model.image.pretrained='{tmp_path}'"
-    alone = small_model(small_config(named))
-    assert alone.encode_image(some_images()).features.shape == (4, 1 + 4 + 16, 32)
-    for decoder in ("loss.image=1", "loss.text=1"):
-        with pytest.raises(EncoderError, match=r"gives 21 features .* 4 x 4 patches.* 1 \+ 16"):
-            build_model(small_config(named, decoder), train_tokenizer(REPORTS))
+    model = build_model(small_config(named, *WHOLE), train_tokenizer(REPORTS))
+    images = some_images()
+    features = model.encode_image(images).features
+    output = model.vision_model(pixel_values=images).last_hidden_state
+    assert features.shape == (4, 1 + 16, 32) and output.shape == (4, 1 + 4 + 16, 32)
+    assert torch.equal(features, torch.cat([output[:, :1], output[:, 5:]], 1))
 
 
 def test_what_a_foreign_file_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, processors
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from mmclip.data.text import (
     SPECIAL_TOKENS,
-    load_tokenizer,
     make_report,
     parse_report,
     split_sentences,
     tokenise,
     train_tokenizer,
 )
+from mmclip.data.tokenizer import Frame, frame_of, load_tokenizer
 
 OPENI = Path(__file__).resolve().parents[2] / "shared" / "data" / "openi" / "NLMCXR_reports.tgz"
 
@@ -287,16 +288,33 @@ def test_a_folder_without_a_tokenizer_is_one_clear_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_without_a_mask_is_refused(tmp_path):
-    plain = PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(CORPUS).backend_tokenizer,
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-    )
+def test_a_tokenizer_without_a_mask_gets_one_as_its_last_token(tmp_path):
+    made = Tokenizer(models.WordPiece({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}))
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    plain = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
     plain.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="mask_token"):
+    loaded = load_tokenizer(str(tmp_path))
+    assert (loaded.mask_token, loaded.mask_token_id, len(loaded)) == ("[MASK]", 5, 6)
+    assert frame_of(loaded) == Frame(begin=(2,), end=(3,), pad=0, mask=5)
+    loaded.save_pretrained(tmp_path / "again")
+    assert frame_of(load_tokenizer(str(tmp_path / "again"))) == frame_of(loaded)
+
+
+@pytest.mark.parametrize(
+    ("pads", "frames", "words"),
+    [(False, True, "pad_token"), (True, False, "no special token before or after")],
+)
+def test_a_tokenizer_that_cannot_frame_or_pad_a_text_is_refused(
+    tmp_path, pads: bool, frames: bool, words: str
+):
+    made = Tokenizer(models.WordPiece({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}))
+    if frames:
+        made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    plain = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]" if pads else None)
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words) as caught:
         load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(not OPENI.is_file(), reason="needs the Open-I report archive")

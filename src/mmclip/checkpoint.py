@@ -145,7 +145,8 @@ def write_checkpoint(
     for left in final.parent.glob("*.tmp"):
         shutil.rmtree(left)
     aside.mkdir(parents=True)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    shared = shared_names(model)
+    weights = {n: t.contiguous() for n, t in model.state_dict().items() if n not in shared}
     save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
     torch.save(trainer, aside / "trainer.pt")
     # safetensors lets only the owner read its files; colleagues may read what the folder lets them.
@@ -234,6 +235,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(folder, model.eval(), tokenizer, config, meta)
 
 
+def shared_names(model: nn.Module) -> dict[str, str]:
+    """Further names of weights, with the first: T5 has its word embeddings under two.
+
+    A checkpoint holds each weight once.
+    """
+    first: dict[int, str] = {}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: of for name, p in parameters if (of := first.setdefault(id(p), name)) != name}
+
+
 def read_weights(folder: Path, meta: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of a checkpoint, once its files are found as they were written.
 
@@ -255,8 +266,10 @@ def put_weights(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> N
     Raises:
         CheckpointError: When they do not fit.
     """
+    shared = shared_names(model)
+    whole = {**tensors, **{n: tensors[of] for n, of in shared.items() if of in tensors}}
     try:
-        model.load_state_dict(tensors, strict=True)
+        model.load_state_dict(whole, strict=True)
     except RuntimeError as error:
         raise CheckpointError(
             f"{folder / 'model.safetensors'} does not fit this version of the model: {error}"

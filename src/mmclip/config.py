@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -41,6 +41,15 @@ MaskStage = Literal["features", "pixels"]
 """Where patches are masked: after the image encoder has seen the image, or before it."""
 
 
+Pooling = Literal["auto", "cls", "mean", "pooler"]
+"""What of an encoder becomes the embedding: its pooled output, its first token, or the mean of its
+patches or words. auto: the first of these three that the encoder has."""
+
+FreezeLayers = Annotated[int, Field(ge=0)] | Literal["all"]
+"""The layers of a pretrained encoder that keep their weights: none for 0, what embeds and the first
+n blocks for n, and all of it."""
+
+
 class ConfigError(ValueError):
     """A configuration breaks a rule; the message names the key, the rule and the known keys."""
 
@@ -58,12 +67,15 @@ class ImageEncoderConfig(Frozen):
     encodes visible patches alone at their share of the cost [docs/log.md].
     """
 
-    pretrained: str | None = None  # folder or hub id; then the keys below are not used
+    pretrained: str | None = None  # folder or hub id; then its kind and sizes count
     kind: Literal["resnet", "vit"] = "resnet"
     width: int = Field(default=64, gt=0)  # of a feature; a ResNet's earlier stages halve it
     depth: int = Field(default=2, gt=0)  # layers of a ViT, blocks a stage of a ResNet
     heads: int = Field(default=4, gt=0)  # of a ViT
     patch_size: int = Field(default=8, gt=0)  # side of a feature's patch; a ResNet's stride
+    pooling: Pooling = "auto"
+    freeze_layers: FreezeLayers = 0
+    gradient_checkpointing: bool = False  # less memory for a second forward pass
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "ImageEncoderConfig":
@@ -85,13 +97,16 @@ class ImageEncoderConfig(Frozen):
 class TextEncoderConfig(Frozen):
     """The text encoder: a BERT of these sizes, or a pretrained one with its own tokenizer."""
 
-    pretrained: str | None = None  # folder or hub id; then the sizes below are not used
+    pretrained: str | None = None  # folder or hub id; then its sizes and vocabulary count
     width: int = Field(default=64, gt=0)
     depth: int = Field(default=2, gt=0)
     heads: int = Field(default=2, gt=0)
     vocab_size: int = Field(
         default=8192, gt=5
     )  # upper bound of the WordPiece vocabulary trained here
+    pooling: Pooling = "auto"
+    freeze_layers: FreezeLayers = 0
+    gradient_checkpointing: bool = False  # less memory for a second forward pass
 
 
 class DecoderConfig(Frozen):
@@ -168,7 +183,7 @@ padded with background; or the middle square cut out and scaled."""
 class DataConfig(Frozen):
     """What a step reads."""
 
-    # side of the cached images; must equal the data folder's
+    # Side of what the model reads; a folder's images may be larger.
     image_size: int = Field(default=64, gt=0)
     resize: ResizeMode = "squash"  # how they became squares; must equal the data folder's
     max_tokens: int = Field(default=128, gt=2)
@@ -197,6 +212,7 @@ class TrainConfig(Frozen):
     micro_batch_size: int | None = Field(default=None, gt=1)  # None: the whole batch at once
     gradient_cache: bool = False  # the negatives of a micro-batch are those of the whole batch
     base_lr: float = Field(default=8e-3, gt=0)  # per 256 pairs; lr = base_lr * batch_size / 256
+    pretrained_lr_ratio: float = Field(default=1.0, gt=0, le=1)  # of it, for pretrained encoders
     weight_decay: float = Field(default=0.05, ge=0)
     beta2: float = Field(default=0.98, gt=0, lt=1)
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)  # of all steps
@@ -277,6 +293,25 @@ class Config(Frozen):
             raise ValueError(
                 "train.gradient_cache=true encodes each micro-batch apart, and a ResNet's batch "
                 "statistics are those of all rows it sees at once; set model.image.kind='vit'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_pretrained(self) -> "Config":
+        encoders = {"image": self.model.image, "text": self.model.text}
+        new = [name for name, encoder in encoders.items() if encoder.pretrained is None]
+        for name in new:
+            if encoders[name].freeze_layers:
+                raise ValueError(
+                    f"model.{name}.freeze_layers={encoders[name].freeze_layers!r} keeps weights, "
+                    f"and the {name} encoder is new; name weights by model.{name}.pretrained, or "
+                    f"set it to 0"
+                )
+        if self.train.pretrained_lr_ratio != 1 and len(new) == len(encoders):
+            raise ValueError(
+                f"train.pretrained_lr_ratio={self.train.pretrained_lr_ratio} is for pretrained "
+                "encoders, and both are new; name one by model.image.pretrained or "
+                "model.text.pretrained, or set it to 1"
             )
         return self
 

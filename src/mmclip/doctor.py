@@ -45,6 +45,8 @@ OPTIONAL = {
     "spacy": "spacy",
     "distributed": "dask",
     "openpyxl": "xlsx",
+    "sentencepiece": "sentencepiece",
+    "protobuf": "sentencepiece",
 }
 """Each package of the extras in pyproject.toml, and its extra."""
 

@@ -89,7 +89,7 @@ def warn_of_unread(tokenizer: PreTrainedTokenizerFast, phrase: str, max_tokens: 
         ValueError: When it can read no word of it.
     """
     tokens = tokenise(tokenizer, [phrase], max_tokens=max_tokens)
-    words = tokens.ids[0][tokens.is_valid[0]][1:-1]
+    words = tokens.ids[0][tokens.offsets[0, :, 1] > tokens.offsets[0, :, 0]]
     n_unknown = int((words == tokenizer.unk_token_id).sum())
     if n_unknown == len(words):
         raise ValueError(

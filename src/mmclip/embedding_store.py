@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,7 @@ def image_embeddings(
         with progress("embedding images", len(dataset)) as advance:
             for start in range(0, len(dataset), _CHUNK):
                 cut = slice(start, start + _CHUNK)
-                part = ImageTextDataset(
-                    dataset.samples[cut], dataset.caches, dataset.where[cut], dataset.data_hash
-                )
+                part = replace(dataset, samples=dataset.samples[cut], where=dataset.where[cut])
                 yield embed_images(checkpoint.model, part, show=False)
                 advance(len(part))
 

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +22,6 @@ from mmclip.data.corpus import (
     TokenRows,
     mark_concepts,
     sentences_read,
-    special_ids,
     tokenise_corpus,
 )
 from mmclip.data.disease_prompts import (
@@ -173,7 +173,7 @@ class RawBatch:
 
     pixels: UInt8[Tensor, "b h w"]
     n_resamples: Float[Tensor, "b 6"]  # of the augmentation, uniform
-    lesions: Bool[Tensor, "b h w"] | None
+    lesions: Bool[Tensor, "b lh lw"] | None  # of the folder's images, which may be larger
     rest: Batch  # without pixels: its images are of 0 x 0
     augment: AugmentConfig
     patch_size: int
@@ -194,7 +194,10 @@ class RawBatch:
         if there.lesions is None:
             return there.rest.with_images(image, None)
         theta = affine_of(there.uniforms, self.augment)
-        moved = warp(there.lesions.float().unsqueeze(1), theta)
+        inside = there.lesions.float().unsqueeze(1)
+        if inside.shape != image.shape:  # of images that are made smaller as they are read
+            inside = F.interpolate(inside, size=image.shape[-2:], mode="area")
+        moved = warp(inside, theta)
         return there.rest.with_images(image, lesion_ratio_of_patches(moved, self.patch_size))
 
 
@@ -344,7 +347,7 @@ class TrainingBatches:
     def _lesions_of(self, rows: np.ndarray, size: Sequence[int]) -> Bool[Tensor, "b h w"] | None:
         if self.lesions is None:
             return None
-        none = np.zeros(tuple(size), bool)
+        none = np.zeros(next(iter(self.lesions.values()), np.zeros(tuple(size))).shape, bool)
         masks = np.stack([self.lesions.get(self.dataset.samples[r].image_id, none) for r in rows])
         return torch.from_numpy(masks)
 
@@ -426,14 +429,13 @@ class TrainingBatches:
             if mask.policy == "random":
                 is_masked = random_tokens_instead(is_masked, is_maskable, token_noise)
             is_masked &= torch.from_numpy(may_mask)[:, None]
-        mask_id = special_ids(self.tokenizer)[3]
         return TextBatch(
             rows=torch.from_numpy(said.rows),
             ids=ids,
             is_valid=is_valid,
             is_entity=concepts > 0,
             is_masked=is_masked,
-            masked_ids=ids.masked_fill(is_masked, mask_id),
+            masked_ids=ids.masked_fill(is_masked, self.corpus.frame.mask),
         )
 
     def _keys(self, rows: np.ndarray, reports: _TextRows, prompts: _TextRows) -> Int[Tensor, "b 3"]:

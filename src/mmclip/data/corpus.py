@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from mmclip.data.entities import is_entity_tokens
 from mmclip.data.sample import Entity
 from mmclip.data.text import split_sentences, tokenise
+from mmclip.data.tokenizer import Frame, frame_of
 
 CHUNK = 2048
 """Reports tokenised at once: what bounds the memory. [chosen: some megabytes]"""
@@ -38,7 +39,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All reports as one flat array of tokens, without [CLS] and [SEP].
+    """All reports as one flat array of tokens, without the special tokens around a text.
 
     Report r is the tokens `start[r] : start[r + 1]`; `sentence` numbers the sentence of each token
     from 0 within its report, `concept` and `cue` as in `TokenRows`.
@@ -51,7 +52,7 @@ class Corpus:
     start: Int[np.ndarray, " starts"]  # one more than reports
     n_sentences: Int[np.ndarray, " reports"]
     impression: Int[np.ndarray, " reports"]  # its first sentence; n_sentences where there is none
-    special: tuple[int, int, int]  # ids of [CLS], [SEP] and padding
+    frame: Frame  # of the tokenizer: what stands around a text, and padding
 
     def assemble(
         self,
@@ -59,7 +60,7 @@ class Corpus:
         max_tokens: int,
         keep: Sequence[Bool[np.ndarray, " _"]] | None = None,
     ) -> TokenRows:
-        """Some reports, whole or in part, with [CLS] first and [SEP] last.
+        """Some reports, whole or in part, in the frame of the tokenizer: [CLS] ... [SEP] of BERT.
 
         Args:
             reports: Report numbers.
@@ -72,17 +73,18 @@ class Corpus:
             tokens = np.arange(int(self.start[report]), int(self.start[report + 1]))
             if keep is not None:
                 tokens = tokens[keep[i][self.sentence[tokens]]]
-            spans.append(tokens[: max_tokens - 2])
-        width = max((len(tokens) for tokens in spans), default=0) + 2
-        cls_id, sep_id, pad_id = self.special
-        ids = np.full((len(spans), width), pad_id, np.int64)
+            spans.append(tokens[: max_tokens - self.frame.size])
+        width = max((len(tokens) for tokens in spans), default=0) + self.frame.size
+        begin, end_ids = self.frame.begin, self.frame.end
+        ids = np.full((len(spans), width), self.frame.pad, np.int64)
         concepts, cues = np.zeros_like(ids), np.zeros_like(ids)
         is_valid = np.zeros(ids.shape, bool)
         for i, tokens in enumerate(spans):
-            end = len(tokens) + 1
-            ids[i, 0], ids[i, 1:end], ids[i, end] = cls_id, self.ids[tokens], sep_id
-            concepts[i, 1:end], cues[i, 1:end] = self.concept[tokens], self.cue[tokens]
-            is_valid[i, : end + 1] = True
+            here = slice(len(begin), len(begin) + len(tokens))
+            ids[i, : here.start], ids[i, here] = begin, self.ids[tokens]
+            ids[i, here.stop : here.stop + len(end_ids)] = end_ids
+            concepts[i, here], cues[i, here] = self.concept[tokens], self.cue[tokens]
+            is_valid[i, : here.stop + len(end_ids)] = True
         return TokenRows(ids, is_valid, concepts, cues)
 
 
@@ -178,7 +180,7 @@ def tokenise_corpus(
         start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         n_sentences=np.array(n_sentences, np.int32),
         impression=np.array(first, np.int32),
-        special=special_ids(tokenizer)[:3],
+        frame=frame_of(tokenizer),
     )
 
 
@@ -189,11 +191,3 @@ def _tokens_of(
     for start in range(0, len(reports), CHUNK):
         tokens = tokenise(tokenizer, reports[start : start + CHUNK], max_tokens=UNCUT)
         yield from zip(tokens.ids, tokens.offsets, tokens.is_valid, strict=True)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int, int, int]:
-    """The ids of [CLS], [SEP], padding and [MASK]; `text.load_tokenizer` requires them."""
-    t = tokenizer
-    ids = (t.cls_token_id, t.sep_token_id, t.pad_token_id, t.mask_token_id)
-    cls_id, sep_id, pad_id, mask_id = (int(i) for i in ids)  # pyright: ignore[reportArgumentType]
-    return cls_id, sep_id, pad_id, mask_id

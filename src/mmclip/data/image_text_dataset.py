@@ -5,7 +5,7 @@ import logging
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from mmclip.config import GREY_MEAN, GREY_STD, AugmentConfig, ResizeMode
 from mmclip.data.cache import ImageCache
 from mmclip.data.folder import ManifestError, read_meta
+from mmclip.data.images import resize_image
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import Sample
 from mmclip.data.versions import changed_since
@@ -90,6 +91,7 @@ class ImageTextDataset:
     caches: tuple[ImageCache | None, ...]  # one a folder
     where: np.ndarray  # int64 [n, 2]: folder, and row of its image cache (-1 without an image)
     data_hash: str  # over the hashes of the folders
+    image_size: int | None = None  # side of what is read of an image; None as it is cached
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -98,15 +100,20 @@ class ImageTextDataset:
         """The rows where `keep` is True."""
         keep = np.asarray(keep, bool)
         samples = tuple(sample for sample, k in zip(self.samples, keep, strict=True) if k)
-        return ImageTextDataset(samples, self.caches, self.where[keep], self.data_hash)
+        return replace(self, samples=samples, where=self.where[keep])
 
     def pixels(self, rows: np.ndarray) -> UInt8[Tensor, "b h w"]:
-        """uint8 images, copied out of the memory map."""
+        """uint8 images, copied out of the memory map; larger ones are made smaller on the way.
+
+        Resized as `images.resize_image` does, so nearly as a folder of that size holds them: what
+        is resized twice is a little softer.
+        """
         out = []
         for folder, row in self.where[rows]:
             cache = self.caches[folder]
             assert cache is not None and row >= 0, "a row without an image was asked for its image"
-            out.append(cache.images[row])
+            sample = cache.images[row]
+            out.append(sample if self.image_size is None else resize_image(sample, self.image_size))
         return torch.from_numpy(np.stack(out))
 
     def labels(self, findings: Sequence[str]) -> np.ndarray:
@@ -130,13 +137,14 @@ def open_dataset(
 
     Args:
         folders: As `mmclip data build` leaves them.
-        image_size: The image size that is needed, checked where a folder has images.
+        image_size: The image size that is needed. A folder's images may be larger, and are made
+            smaller as they are read.
         px_key: The key of the configuration that says `image_size`, where the user may change it.
         resize: How the images must have become squares, checked likewise.
 
     Raises:
-        ManifestError: When a folder is unfinished, its images have another size, or an image id
-            occurs in two folders.
+        ManifestError: When a folder is unfinished, its images are smaller, or an image id occurs in
+            two folders.
     """
     samples: list[Sample] = []
     caches: list[ImageCache | None] = []
@@ -144,7 +152,19 @@ def open_dataset(
     hashes = []
     for number, folder in enumerate(folders):
         meta = read_meta(folder)
-        if image_size is not None and meta["image_size"] not in (None, image_size):
+        if (
+            image_size is not None
+            and meta["image_size"] is not None
+            and meta["image_size"] > image_size
+        ):
+            logger.info(
+                "the images of %s, %d px, are read at %d px", folder, meta["image_size"], image_size
+            )
+        if (
+            image_size is not None
+            and meta["image_size"] is not None
+            and meta["image_size"] < image_size
+        ):
             instead = f", or take them as they are by --set {px_key}={meta['image_size']}"
             raise ManifestError(
                 f"the images of {folder} have {meta['image_size']} px, {image_size} px are needed; "
@@ -179,9 +199,8 @@ def open_dataset(
             f"{', '.join(map(str, folders))}; give each folder once"
         )
     joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return ImageTextDataset(
-        tuple(samples), tuple(caches), np.array(where, np.int64).reshape(-1, 2), joined
-    )
+    table = np.array(where, np.int64).reshape(-1, 2)
+    return ImageTextDataset(tuple(samples), tuple(caches), table, joined, image_size)
 
 
 def _build_command(meta: Mapping[str, Any], folder: Path, image_size: int) -> str:

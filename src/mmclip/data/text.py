@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int32
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from mmclip.data.cleaning import clean, normalise
 from mmclip.data.entities import find_entities
@@ -19,7 +19,6 @@ from mmclip.data.sections import (
     split_blocks,
     split_sections,
 )
-from mmclip.hub import why_unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -298,38 +297,6 @@ def train_tokenizer(
     )
 
 
-def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a text encoder, from a folder or a hub id.
-
-    Raises:
-        ValueError: When there is none, it has no character offsets, or it lacks one of the special
-            tokens for classification, separation, padding and masking.
-    """
-    remedy = "give a folder that holds tokenizer.json, or the id of a model on the hub"
-    if reason := why_unavailable(name_or_folder):
-        raise ValueError(f"no tokenizer can be loaded from {name_or_folder!r} ({reason}); {remedy}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"no tokenizer can be loaded from {name_or_folder!r} ({reason}); {remedy}"
-        ) from None
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(
-            f"the tokenizer of {name_or_folder!r} is a {type(tokenizer).__name__}, which gives no "
-            f"character offsets; use an encoder with a fast tokenizer (tokenizer.json)"
-        )
-    roles = ("cls_token", "sep_token", "pad_token", "mask_token")
-    missing = [role for role in roles if getattr(tokenizer, role) is None]
-    if missing:
-        raise ValueError(
-            f"the tokenizer of {name_or_folder!r} has no {', '.join(missing)}; use a BERT-like "
-            f"text encoder"
-        )
-    return tokenizer
-
-
 @dataclass(frozen=True)
 class Tokens:
     """Some texts as tokens, padded at the end to the longest. n texts, t tokens.
@@ -350,7 +317,9 @@ class Tokens:
 def tokenise(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_tokens: int
 ) -> Tokens:
-    """Tokenises texts as [CLS] ... [SEP], cut at `max_tokens` (special tokens included).
+    """Tokenises texts in the tokenizer's frame, such as [CLS] ... [SEP], cut at `max_tokens`.
+
+    The special tokens of the frame count among `max_tokens`.
 
     Raises:
         ValueError: When `max_tokens` leaves no room for a word.

@@ -24,6 +24,8 @@ from mmclip.config import GREY_MEAN, GREY_STD
 from mmclip.data.batches import TrainingBatches, deterministic_config, is_pair, is_unpaired
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.sample import Entity
+from mmclip.data.tokenizer import frame_of
+from mmclip.models.encoders import image_layout
 from mmclip.models.mmclip import MMCLIP, Outputs
 from mmclip.patches import Grid, patchify, rescale_patches, unpatchify
 from mmclip.training.objective import Objective
@@ -118,7 +120,7 @@ def make_pictures(checkpoint: Checkpoint, dataset: ImageTextDataset) -> dict[str
     dataset = dataset.select([is_pair(sample) or is_unpaired(sample) for sample in dataset.samples])
     if not len(dataset):
         return {}
-    patch_size = model.vision_model.config.patch_size
+    patch_size = image_layout(model.vision_model).patch_size
     batches = TrainingBatches(dataset, checkpoint.tokenizer, config, patch_size)
     everyone = np.arange(len(dataset))
     batch = batches.of_rows(everyone)
@@ -169,7 +171,7 @@ def spans_of(
         tokenizer: That made the tokens.
         text: What was read, in its own spelling.
         entities: Spans of it, disjoint and in order.
-        ids: What was read of the text, [CLS] and [SEP] included.
+        ids: What was read of the text, with the special tokens around it.
         is_masked: Which of them were masked.
         predicted: `ids` with the model's guess in the place of each masked one.
     """
@@ -177,11 +179,13 @@ def spans_of(
     assert encoding is not None
     pieces = list(zip(encoding[0].ids, encoding[0].offsets, encoding[0].word_ids, strict=True))
     pieces = [piece for piece in pieces if piece[1][1] > piece[1][0]]
-    n_read = len(ids) - 2  # without [CLS] and [SEP]
-    assert [piece[0] for piece in pieces[:n_read]] == ids[1:-1].tolist(), "the tokens of the text"
+    frame = frame_of(tokenizer)
+    n_before, n_read = len(frame.begin), len(ids) - frame.size
+    words = ids[n_before : n_before + n_read].tolist()
+    assert [piece[0] for piece in pieces[:n_read]] == words, "the tokens of the text"
     end_read = pieces[n_read - 1][1][1] if n_read < len(pieces) else len(text)
     masked: dict[tuple[int, int], tuple[str, bool]] = {}
-    for _, group in groupby(enumerate(pieces[:n_read], 1), lambda item: item[1][2]):
+    for _, group in groupby(enumerate(pieces[:n_read], n_before), lambda item: item[1][2]):
         word = list(group)
         at = [place for place, _ in word]
         if is_masked[at].any():

@@ -13,13 +13,14 @@ from torch import Tensor
 from mmclip.batch import TextBatch
 from mmclip.checkpoint import Checkpoint
 from mmclip.config import WHOLE_TEXT_SCORES, ScoreKind, ScoreTokens
-from mmclip.data.corpus import mark_concepts, special_ids
+from mmclip.data.corpus import mark_concepts
 from mmclip.data.entities import find_entities
 from mmclip.data.sample import Entity
 from mmclip.data.text import tokenise
+from mmclip.data.tokenizer import frame_of
 from mmclip.embed import embed_prompts
 from mmclip.masking import contribution_score, relevance_score
-from mmclip.models.encoders import rebuild_encoder
+from mmclip.models.encoders import image_layout, rebuild_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet
@@ -53,7 +54,7 @@ def phrase_texts(
     )
     ids, is_valid = torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.is_valid)
     is_name = torch.from_numpy(concepts > 0) & is_valid
-    masked_ids = ids.masked_fill(is_name, special_ids(checkpoint.tokenizer)[3])
+    masked_ids = ids.masked_fill(is_name, frame_of(checkpoint.tokenizer).mask)
     return TextBatch(torch.tensor(rows), ids, is_valid, is_name, is_name, masked_ids)
 
 
@@ -216,4 +217,4 @@ def grid_of(checkpoint: Checkpoint) -> Grid:
     model, image_size = checkpoint.model, checkpoint.config.data.image_size
     blank = torch.zeros(1, 1, image_size, image_size, device=model.logit_scale.device)
     n_patches = model.encode_image(blank).features.shape[1] - 1
-    return Grid(math.isqrt(n_patches), model.vision_model.config.patch_size, image_size)
+    return Grid(math.isqrt(n_patches), image_layout(model.vision_model).patch_size, image_size)

@@ -45,8 +45,6 @@ class Start:
         if self.init.startswith("hf:"):
             name = self.init.removeprefix("hf:")
             encoder = build_image_encoder(ImageEncoderConfig(pretrained=name), self.image_size)
-            if hasattr(encoder.config, "mask_ratio"):  # MAE's model masks patches as it reads
-                encoder.config.mask_ratio = 0.0
             return ImageEncoder(encoder, self.features)
         assert self.checkpoint is not None
         if self.is_random:

@@ -83,6 +83,15 @@ class FineTuneConfig(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rate_falls_by_layer(self) -> "FineTuneConfig":
+        if self.train.pretrained_lr_ratio != 1:
+            raise ValueError(
+                f"train.pretrained_lr_ratio={self.train.pretrained_lr_ratio} is for pre-training; "
+                f"here the rate falls by layer: set lr_decay"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class LabelledBatch:

@@ -61,7 +61,7 @@ class Task:
         parts = [part.dataset for part in (self.train, self.val, self.test)]
         samples = tuple(sample for part in parts for sample in part.samples)
         where = np.concatenate([part.where for part in parts])
-        return ImageTextDataset(samples, parts[0].caches, where, parts[0].data_hash)
+        return replace(parts[0], samples=samples, where=where)
 
     def with_train(self, ids: set[str]) -> "Task":
         """The same task with some of its training images."""

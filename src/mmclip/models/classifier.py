@@ -1,6 +1,5 @@
 """A classifier of images: an image encoder, a vector of its output, and a logit a finding."""
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,12 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mmclip.models.encoders import pooled, token_features
+from mmclip.models.encoders import image_layout, pooled, token_features
+from mmclip.models.trainable import layer_numbers
 
 Features = Literal["pooled", "class", "embedding"]
 """The vector of an image: the pooled output; the class token of the last layer (the pooled output
-of a ResNet), for encoders whose pooler was never trained; the normalised embedding in joint
-space."""
+of a ResNet and of others without one), for encoders whose pooler was never trained; the normalised
+embedding in joint space."""
 
 
 class ImageEncoder(nn.Module):
@@ -39,7 +39,7 @@ class ImageEncoder(nn.Module):
     def width(self) -> int:
         """Of the vector."""
         return (
-            self.encoder.config.hidden_size
+            image_layout(self.encoder).width
             if self.projection is None
             else self.projection.out_features
         )
@@ -48,7 +48,7 @@ class ImageEncoder(nn.Module):
         """The vectors of images in model space (see data.image_text_dataset.normalise)."""
         output = self.encoder(pixel_values=image)
         if self.features == "class":
-            return token_features(output)[:, 0]
+            return token_features(output, self.encoder)[:, 0]
         vector = pooled(output, self.encoder)
         if self.projection is None:
             return vector
@@ -92,27 +92,6 @@ def freeze_unused(model: nn.Module, image: Float[Tensor, "b 1 h w"]) -> list[str
             p.requires_grad_(False)
     model.train(was_training)
     return unused
-
-
-_BLOCK = re.compile(r"(?:^|\.)(?:layer|layers|blocks|stages)\.(\d+)\.")
-_BEFORE = re.compile(r"(?:^|\.)embed")
-
-
-def layer_numbers(names: Sequence[str]) -> dict[str, int]:
-    """The layer of each parameter: 0 for what embeds pixels, then blocks, last what stands on them.
-
-    A block is one of a transformer's, or a stage of a ResNet. Norm and pooler behind the last
-    block, and the head, are one layer above it.
-
-    Args:
-        names: Of the parameters.
-    """
-    block = {name: int(found[1]) for name in names if (found := _BLOCK.search(name))}
-    last = max(block.values(), default=-1)
-    return {
-        name: block[name] + 1 if name in block else 0 if _BEFORE.search(name) else last + 2
-        for name in names
-    }
 
 
 def lr_scales(names: Sequence[str], decay: float) -> dict[str, float]:

@@ -200,12 +200,13 @@ class TextDecoder(nn.Module):
     places. These carry position and context, and no trace of what is masked.
 
     Args:
-        feature_width: Of the text features and of the word embeddings.
+        feature_width: Of the text features.
         image_width: Of the image features.
         width: Of the decoder; a multiple of `heads`.
         depth: Blocks.
         heads: Of each attention.
         vocab_size: Tokens to choose from.
+        word_width: Of the word embeddings; None is as wide as the features.
 
     Source: paper, figure 1B; the head is that of BERT's masked language model.
     """
@@ -218,14 +219,14 @@ class TextDecoder(nn.Module):
         depth: int,
         heads: int,
         vocab_size: int,
+        word_width: int | None = None,
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(feature_width, width)
         self.blocks = nn.ModuleList(Block(width, heads, image_width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Sequential(
-            nn.Linear(width, feature_width), nn.GELU(), nn.LayerNorm(feature_width)
-        )
+        word_width = word_width or feature_width
+        self.head = nn.Sequential(nn.Linear(width, word_width), nn.GELU(), nn.LayerNorm(word_width))
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.apply(_init_linear)
 
@@ -235,7 +236,7 @@ class TextDecoder(nn.Module):
         is_valid: Bool[Tensor, "b t"],
         image_features: Float[Tensor, "b i d"],
         is_masked: Bool[Tensor, "b t"],
-        word_embeddings: Float[Tensor, "v dt"],
+        word_embeddings: Float[Tensor, "v dw"],
     ) -> Float[Tensor, "m v"]:
         """Vocabulary logits of the masked tokens, in reading order, row after row."""
         x, _ = self.decode(features, is_valid, image_features, is_masked)
@@ -277,7 +278,7 @@ class TextDecoder(nn.Module):
         return x, torch.cat([*attention, heads], 1)
 
     def predict(
-        self, x: Float[Tensor, "m w"], word_embeddings: Float[Tensor, "v dt"]
+        self, x: Float[Tensor, "m w"], word_embeddings: Float[Tensor, "v dw"]
     ) -> Float[Tensor, "m v"]:
         """Vocabulary logits of some tokens.
 

@@ -22,7 +22,15 @@ from mmclip.masking import (
     relevance_score,
 )
 from mmclip.models.decoders import ImageDecoder, TextDecoder
-from mmclip.models.encoders import encode_visible, no_decay_names, pooled, token_features
+from mmclip.models.encoders import (
+    encode_visible,
+    forward_text,
+    image_layout,
+    no_decay_names,
+    pooled,
+    text_layout,
+    token_features,
+)
 from mmclip.patches import scatter_visible
 
 KERNELS_OF_TEXTS = [
@@ -111,8 +119,8 @@ class MMCLIP(nn.Module):
         super().__init__()
         self.vision_model = image_encoder
         self.text_model = text_encoder
-        self.visual_projection = nn.Linear(image_encoder.config.hidden_size, embed_dim, bias=False)
-        self.text_projection = nn.Linear(text_encoder.config.hidden_size, embed_dim, bias=False)
+        self.visual_projection = nn.Linear(image_layout(image_encoder).width, embed_dim, bias=False)
+        self.text_projection = nn.Linear(text_layout(text_encoder).width, embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.max_logit_scale = max_logit_scale
         for layer in (self.visual_projection, self.text_projection):
@@ -128,13 +136,14 @@ class MMCLIP(nn.Module):
         """Encodes images in model space (see data.image_text_dataset.normalise)."""
         output = self.vision_model(pixel_values=image)
         projected = self.visual_projection(pooled(output, self.vision_model))
-        return EncoderOutput(token_features(output), F.normalize(projected.float(), dim=-1))
+        features = token_features(output, self.vision_model)
+        return EncoderOutput(features, F.normalize(projected.float(), dim=-1))
 
     def encode_text(self, ids: Int[Tensor, "b t"], is_valid: Bool[Tensor, "b t"]) -> EncoderOutput:
         """Encodes token ids; `is_valid` is False on padding."""
         with sdpa_kernel(KERNELS_OF_TEXTS):
-            output = self.text_model(input_ids=ids, attention_mask=is_valid.long())
-        projected = self.text_projection(pooled(output, self.text_model))
+            output = forward_text(self.text_model, ids, is_valid)
+        projected = self.text_projection(pooled(output, self.text_model, is_valid))
         return EncoderOutput(output.last_hidden_state, F.normalize(projected.float(), dim=-1))
 
     def scale(self) -> Float[Tensor, ""]:
@@ -378,14 +387,16 @@ def build_mmclip(
         text_encoder: Keeps its weights.
         n_label_findings: Columns of the label loss; without that loss there is no head.
     """
-    vision, text = image_encoder.config, text_encoder.config
+    vision, text = image_layout(image_encoder), text_layout(text_encoder)
+    words = text_encoder.get_input_embeddings().weight
+    assert isinstance(words, Tensor)
     image_decoder = text_decoder = None
     if config.loss.image:
         side = vision.image_size // vision.patch_size
         sizes = config.model.image_decoder
         image_decoder = ImageDecoder(
-            vision.hidden_size,
-            text.hidden_size,
+            vision.width,
+            text.width,
             sizes.width,
             sizes.depth,
             sizes.heads,
@@ -395,12 +406,12 @@ def build_mmclip(
     if config.loss.text:
         sizes = config.model.text_decoder
         text_decoder = TextDecoder(
-            text.hidden_size,
-            vision.hidden_size,
+            text.width,
+            vision.width,
             sizes.width,
             sizes.depth,
             sizes.heads,
-            text.vocab_size,
+            *words.shape,
         )
     return MMCLIP(
         image_encoder,

@@ -22,10 +22,16 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     tracks = True
     """Whether a pass in training mode moves the running statistics; see `no_tracking`."""
 
+    is_frozen = False
+    """Whether it normalises by the running statistics in training mode, too."""
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalises [b, c, h, w] per channel; processes may hold different numbers of rows."""
         if not self.training:
             return super().forward(input)
+        if self.is_frozen:
+            mean, var = self.running_mean, self.running_var
+            return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             if self.tracks:
                 return super().forward(input)

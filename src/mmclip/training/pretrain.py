@@ -39,9 +39,17 @@ from mmclip.data.check import TRAINED_FILE, patient_key, refuse_leaks, trained_k
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.synthetic import read_masks
-from mmclip.data.text import load_tokenizer, train_tokenizer
-from mmclip.models.encoders import build_image_encoder, build_text_encoder, check_patches
+from mmclip.data.text import train_tokenizer
+from mmclip.data.tokenizer import frame_of, load_tokenizer
+from mmclip.models.encoders import (
+    build_image_encoder,
+    build_text_encoder,
+    check_hides_pixels,
+    check_named_encoders,
+    image_layout,
+)
 from mmclip.models.mmclip import MMCLIP, build_mmclip, compile_layers
+from mmclip.models.trainable import lr_ratios, set_trainable
 from mmclip.progress import console
 from mmclip.training.loop import (
     TrainState,
@@ -83,20 +91,22 @@ def build_model(
     """A model as configured, with pretrained encoders where they are named.
 
     Raises:
-        EncoderError: When an encoder cannot be had, or a pretrained image encoder gives other
-            features than the decoders read.
+        EncoderError: When an encoder cannot be had, or cannot do what the configuration asks for.
     """
-    pad = tokenizer.pad_token_id
-    assert isinstance(pad, int)
+    frame = frame_of(tokenizer)
     image = build_image_encoder(config.model.image, config.data.image_size)
-    if config.model.image.pretrained is not None and (config.loss.image or config.loss.text):
-        check_patches(image)
-    return build_mmclip(
-        config,
-        image,
-        build_text_encoder(config.model.text, len(tokenizer), config.data.max_tokens, pad),
-        n_label_findings,
+    if config.loss.image and config.image_mask.mask_stage == "pixels":
+        check_hides_pixels(image)
+    text = build_text_encoder(
+        config.model.text,
+        len(tokenizer),
+        config.data.max_tokens,
+        frame.pad,
+        has_class_token=bool(frame.begin) and tokenizer.cls_token is not None,
+        end_token_id=frame.end[-1] if frame.end else None,
+        mask_token_id=frame.mask,
     )
+    return build_mmclip(config, image, text, n_label_findings)
 
 
 def make_tokenizer(config: Config, dataset: ImageTextDataset) -> PreTrainedTokenizerFast:
@@ -131,6 +141,7 @@ def pretrain(request: PretrainRequest) -> Path:
     Raises:
         ManifestError: When the data folders hold no pairs to train on, or images of another size,
             or a patient or image is in train and in val or test.
+        EncoderError: When a named encoder cannot be had or used.
         CheckpointError: When the run exists and `resume` is False, or differs from what resumes.
     """
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[request.config.train.precision]
@@ -170,6 +181,7 @@ def pretrain(request: PretrainRequest) -> Path:
     }
     found = _resumable(request, facts)
     if found is None:
+        check_named_encoders(request.config.model)
         tokenizer = make_tokenizer(request.config, dataset)
         model = build_model(request.config, tokenizer, len(label_names(chosen)))
     else:
@@ -177,7 +189,8 @@ def pretrain(request: PretrainRequest) -> Path:
         began, since = checkpoint.meta["command"], checkpoint.meta.get("resumed_by", [])
         facts |= {"command": began, "resumed_by": [*since, request.command]}
         tokenizer, model = checkpoint.tokenizer, checkpoint.model.train()
-    objective = Objective(request.config, model.vision_model.config.patch_size)
+    set_trainable(model, request.config.model)
+    objective = Objective(request.config, image_layout(model.vision_model).patch_size)
     batches = TrainingBatches(
         chosen,
         tokenizer,
@@ -186,7 +199,9 @@ def pretrain(request: PretrainRequest) -> Path:
         request.shuffle_pairs,
         None if request.lesions is None else read_lesions(request.lesions),
     )
-    optimizer = make_optimizer(model, model.no_decay_names(), request.config.train)
+    optimizer = make_optimizer(
+        model, model.no_decay_names(), request.config.train, lr_ratios(model, request.config)
+    )
     if request.config.train.compile:
         compile_layers(model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)

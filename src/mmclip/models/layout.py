@@ -1,0 +1,208 @@
+"""What an encoder's output holds: where its patches or words lie, and what of it is pooled.
+
+An encoder of transformers says this of itself nowhere, so it is found once, by a look at one
+output, and kept in the encoder's own configuration, which a checkpoint saves and rebuilds from. An
+encoder without such an entry is one that is built here with its defaults: a ViT, a ResNet or a
+BERT, whose pooler pools.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+LAYOUT_KEY = "mmclip_layout"
+"""The entry of an encoder's configuration."""
+
+Pooled = Literal["cls", "mean", "pooler"]
+"""How features become one vector: the first token, the mean over patches or valid tokens, or the
+encoder's own pooled output."""
+
+CORNER_STRIDES = ("resnet", "regnet")
+"""Models whose strided convolutions are centred on the first pixel; see `at_patch_centres`."""
+
+
+class EncoderError(ValueError):
+    """Weights or a configuration that cannot serve as an encoder here; names the next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLayout:
+    """The output of an image encoder for images of one size.
+
+    Attributes:
+        width: Of a feature, and of the pooled vector.
+        image_size: Side of the images.
+        patch_size: Side of the part of an image that a feature is of.
+        n_prefix: Tokens in front of the patches: class, distillation and register tokens.
+        pooling: What `pooled` gives.
+        rgb: Mean and deviation of each of three channels, where the first convolution still has
+            three, see `image_towers.GreyConv2d`; None where it has one.
+        unused: Parameters that the pooled vector does not depend on; they take no gradient.
+    """
+
+    width: int
+    image_size: int
+    patch_size: int
+    n_prefix: int = 1
+    pooling: Pooled = "pooler"
+    rgb: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextLayout:
+    """The output of a text encoder.
+
+    Attributes:
+        width: Of a feature, and of the pooled vector.
+        pooling: What `pooled` gives.
+        reads: Tokens that every text is padded to, without a mask, as SigLIP was trained; None
+            where padding is masked.
+        pad_id: The padding token.
+        unused: As in `ImageLayout`.
+    """
+
+    width: int
+    pooling: Pooled = "pooler"
+    reads: int | None = None
+    pad_id: int = 0
+    unused: tuple[str, ...] = ()
+
+
+def keep_layout(encoder: PreTrainedModel, layout: ImageLayout | TextLayout) -> None:
+    """Writes a layout into an encoder's configuration, and stops the gradient of what is unused."""
+    encoder.config.update({LAYOUT_KEY: asdict(layout)})
+    stop_unused(encoder, layout.unused)
+
+
+def stop_unused(encoder: PreTrainedModel, unused: tuple[str, ...]) -> None:
+    """Turns off the gradient of parameters: processes that train together wait for each one."""
+    for name in unused:
+        encoder.get_parameter(name).requires_grad_(False)
+
+
+def image_layout(encoder: PreTrainedModel) -> ImageLayout:
+    """The layout of an image encoder of this package."""
+    config = encoder.config
+    held = vars(config).get(LAYOUT_KEY)
+    if held is None:
+        return ImageLayout(config.hidden_size, config.image_size, config.patch_size)
+    rgb = held["rgb"]
+    tuples = {
+        "rgb": None if rgb is None else (tuple(rgb[0]), tuple(rgb[1])),
+        "unused": tuple(held["unused"]),
+    }
+    return ImageLayout(**{**held, **tuples})
+
+
+def text_layout(encoder: PreTrainedModel) -> TextLayout:
+    """The layout of a text encoder of this package."""
+    held = vars(encoder.config).get(LAYOUT_KEY)
+    if held is None:
+        return TextLayout(encoder.config.hidden_size)
+    return TextLayout(**{**held, "unused": tuple(held["unused"])})
+
+
+def image_features(output: Any, layout: ImageLayout) -> Float[Tensor, "b n d"]:
+    """The features of the patches, in reading order and as the encoder gives them."""
+    features = output.last_hidden_state
+    if features.ndim == 4:
+        return features.flatten(2).mT
+    return features[:, layout.n_prefix :]
+
+
+def pooled(
+    output: Any, encoder: PreTrainedModel, is_valid: Bool[Tensor, "b t"] | None = None
+) -> Tensor:
+    """The pooled output [b, d], which the projection reads.
+
+    Args:
+        output: Of the encoder.
+        encoder: Says how it pools; see `ImageLayout` and `TextLayout`.
+        is_valid: False on padding of texts; None for images.
+
+    Raises:
+        EncoderError: When the encoder pools nothing.
+    """
+    layout = image_layout(encoder) if is_valid is None else text_layout(encoder)
+    if layout.pooling == "cls":
+        return output.last_hidden_state[:, 0]
+    if layout.pooling == "mean":
+        if isinstance(layout, ImageLayout):
+            return image_features(output, layout).mean(1)
+        assert is_valid is not None
+        weight = is_valid.to(output.last_hidden_state.dtype)[..., None]
+        return (output.last_hidden_state * weight).sum(1) / weight.sum(1).clamp(min=1)
+    value = getattr(output, "pooler_output", None)
+    if value is None:
+        raise EncoderError(
+            f"{encoder.config.model_type!r} gives no pooler_output; take a ViT- or BERT-like "
+            f"encoder with a pooling layer, or pooling='cls' or 'mean'"
+        )
+    return value.flatten(1)
+
+
+def token_features(output: Any, encoder: PreTrainedModel | None = None) -> Float[Tensor, "b n d"]:
+    """The features of an image encoder's output: the image's own first, then one a patch.
+
+    The image's own is the class token; an encoder without one gives its pooled vector there. What
+    else stands before the patches, as register tokens, is left out. The features of a ResNet are
+    those of the patches, see `at_patch_centres`.
+
+    Args:
+        output: Of the encoder.
+        encoder: Says where its patches lie; None is a ViT or a ResNet that is built here.
+    """
+    features = output.last_hidden_state
+    layout = None if encoder is None else image_layout(encoder)
+    if features.ndim == 3:
+        if layout is None or layout.n_prefix == 1:
+            return features
+        patches = features[:, layout.n_prefix :]
+        own = pooled(output, encoder) if layout.n_prefix == 0 and encoder else features[:, 0]
+        return torch.cat([own[:, None], patches], 1)
+    if encoder is None or encoder.config.model_type in CORNER_STRIDES:
+        features = at_patch_centres(features)
+    own = output.pooler_output.flatten(1) if encoder is None else pooled(output, encoder)
+    return torch.cat([own[:, None], features.flatten(2).mT], 1)
+
+
+def at_patch_centres(features: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
+    """A ResNet's features half a patch further down and right, between four of them, linearly.
+
+    Each convolution of stride 2 takes its first place on the first pixel, so that feature (0, 0) of
+    a ResNet looks at the corner of the image, and feature k at pixel k * stride: the corner of its
+    patch, not its middle. Left as they are, they point at the patch beside the lesion as often as
+    at the lesion's. The last row and column keep their place: there is nothing beyond.
+
+    Source: ours; what it changes is in docs/log.md, "Where a ResNet's features look".
+    """
+    for dim in (2, 3):
+        last = features.shape[dim] - 1
+        following = torch.cat([features.narrow(dim, 1, last), features.narrow(dim, last, 1)], dim)
+        features = torch.lerp(features, following, 0.5)
+    return features
+
+
+def no_decay_names(model: nn.Module) -> set[str]:
+    """Parameters that weight decay would pull away from where they mean something.
+
+    Biases and norms (one-dimensional), a temperature, class token and position tables.
+    Source: usual practice of ViT and BERT training (timm's `no_weight_decay`).
+    """
+    tables = (
+        "position_embedding",
+        "cls_token",
+        "token_type_embedding",
+        "register_tokens",
+        "relative_position_bias",
+    )
+    return {
+        name
+        for name, p in model.named_parameters()
+        if p.ndim <= 1 or any(table in name for table in tables)
+    }
