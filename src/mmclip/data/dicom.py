@@ -478,5 +478,4 @@ def _first(value: object) -> float | None:
     """The first of one or several windows, or None where the tag is absent or empty."""
     if value is None or value == "":
         return None
-    # pyright: ignore[reportArgumentType]
-    return float(value[0] if isinstance(value, MultiValue) else value)
+    return float(str(value[0] if isinstance(value, MultiValue) else value))
