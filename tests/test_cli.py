@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +44,25 @@ NAMES = {" ".join(path[:2]) for path in COMMANDS}
 """The commands as a reader of the documents knows them: `data build` is one."""
 
 
+@pytest.fixture(scope="module")
+def help_text(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """What a command prints with --help, each asked once; 80 columns wide, as it is no terminal."""
+    folder = tmp_path_factory.mktemp("help")
+
+    @cache
+    def text(*path: str) -> str:
+        shown = mmclip(folder, *path, "--help")
+        assert shown.code == 0, shown.err
+        return shown.out
+
+    return text
+
+
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_the_help_of_every_command_has_an_example_that_parses(
-    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: tuple[str, ...], help_text: Callable[..., str]
 ):
-    assert "Example: mmclip" in help_text(path, monkeypatch, capsys)
+    assert "Example: mmclip" in help_text(*path)
     command = COMMANDS[path]
     examples = re.findall(r"Example: `mmclip (.+)`", command.help or "")
     assert examples
@@ -215,7 +230,7 @@ ERRORS = {
     "unknown finding": (score("--finding", "gout"), ["labelled with gout", "nodule"]),
     "a finding named twice": (score(*["--finding", "mass"] * 2), ["name each column once"]),
     "unknown prompts": (score("--prompts", "rare"), ["no prompt set 'rare'", "default"]),
-    "unknown reader": (build("mimic"), ["no reader 'mimic'", "csv, chestxray14"]),
+    "unknown reader": (build("mimic"), ["no reader 'mimic'", "csv, dicom, chestxray14"]),
     "nothing to build from": (build("openi"), ["no folder", "--root"]),
 }
 
@@ -603,21 +618,11 @@ def test_no_help_shows_a_type_of_the_code():
     "path", [(), ("data",), ("data", "build"), *COMMANDS], ids=lambda path: " ".join(path)
 )
 def test_help_at_80_columns_has_plain_metavars_and_lines_of_80(
-    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: tuple[str, ...], help_text: Callable[..., str]
 ):
-    shown = help_text(path, monkeypatch, capsys)
+    shown = help_text(*path)
     assert not re.search(r"<\w+", shown), shown
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
-
-
-def help_text(
-    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> str:
-    """What --help prints on a terminal of 80 columns."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
-    get_command(app).main([*path, "--help"], prog_name="mmclip", standalone_mode=False)
-    return capsys.readouterr().out
 
 
 def options_in(shown: str) -> set[str]:
@@ -636,9 +641,9 @@ OPTIONS_OF_ONE = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_the_help_of_a_reader_shows_its_options_and_no_others(
-    reader: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    reader: str, help_text: Callable[..., str]
 ):
-    shown = help_text(("data", "build", reader), monkeypatch, capsys)
+    shown = help_text("data", "build", reader)
     assert options_in(shown) == OPTIONS_OF_EVERY_READER | OPTIONS_OF_ONE.get(reader, set())
     assert READERS[reader] in shown and f"Usage: mmclip data build {reader} [OPTIONS]" in shown
 
@@ -658,9 +663,8 @@ def raw_of(folder: Path) -> Path:
 
 
 def test_data_build_alone_lists_every_reader_in_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ):
-    monkeypatch.setenv("COLUMNS", "80")
     ended = mmclip(tmp_path, "data", "build")
     listed = dict(re.findall(r"^│ ([a-z][\w-]+)  +(\S.*?) *│$", ended.out, re.MULTILINE))
     assert ended.code == 2 and listed == READERS and "error:" not in ended.err
@@ -677,9 +681,9 @@ LONG = ("pretrain", "zeroshot", "finetune", "retrieve", "explain", "results")
 
 @pytest.mark.parametrize("path", [*((name,) for name in LONG), ("data", "build", "csv")], ids=str)
 def test_long_lists_of_options_are_grouped_by_purpose(
-    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: tuple[str, ...], help_text: Callable[..., str]
 ):
-    shown = help_text(path, monkeypatch, capsys)
+    shown = help_text(*path)
     panels = re.findall(r"^╭─ (.+?) ─+╮\n(.*?)^╰", shown, re.MULTILINE | re.DOTALL)
     of_options = {title: options_in(lines) for title, lines in panels if title != "Arguments"}
     assert len(of_options) >= 4 and "Options" not in of_options

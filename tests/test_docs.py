@@ -271,11 +271,23 @@ def anchors(document: Path) -> set[str]:
     return {heading.replace(" ", "-") for heading in plain}
 
 
+def ledger_marks(path: Path) -> list[tuple[str, str]]:
+    """The tests of a file that hold a row of the ledger: name of the row, name of the test."""
+    found = []
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.ledger":
+                    found += [(ast.literal_eval(row), node.name) for row in mark.args]
+    return found
+
+
 def test_every_row_of_the_ledger_is_held_by_a_test_and_code_names_rows_that_exist():
     names = [cells[0] for cells in rows(METHOD, "row")]
-    assert len(set(names)) == len(names)
-    held = re.findall(r"^- ([^:`\n]+): `tests/", METHOD.read_text("utf-8"), re.MULTILINE)
-    assert held == names
+    assert names and len(set(names)) == len(names)
+    marks = [mark for file in FILES for mark in ledger_marks(ROOT / file)]
+    assert {row for row, _ in marks} == set(names)
+    assert all(test.startswith("test_") for _, test in marks)
     code = "".join(p.read_text("utf-8") for p in sorted((ROOT / "src").rglob("*.py")))
     assert set(re.findall(r'docs/method\.md, row "([^"]+)"', code)) <= set(names)
 
