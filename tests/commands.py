@@ -94,6 +94,7 @@ def _run(log: Path, arguments: list[str]) -> None:
         handle = os.open(log.with_suffix(ending), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, stream)
     torch.set_num_threads(1)
+    os.environ.pop("COLUMNS", None)  # 80 columns, whatever the terminal of the tests
     sys.argv = ["mmclip", *arguments]
     from mmclip.cli import main
 

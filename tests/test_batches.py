@@ -51,6 +51,7 @@ def texts_of(batch: Batch) -> dict[str, str]:
     return out
 
 
+@pytest.mark.ledger("views")
 def test_pairs_have_image_report_split_and_view_and_unpaired_images_come_where_asked(folder: Path):
     dataset = open_dataset([folder], 32)
     paired = training_dataset(dataset, small_config())
@@ -89,6 +90,7 @@ def test_a_batch_holds_the_images_and_reports_of_its_rows(folder: Path):
         assert ids == TOKENIZER(sample.report)["input_ids"]
 
 
+@pytest.mark.ledger("mixing")
 def test_a_share_of_a_batch_is_that_share_of_each_stream(folder: Path):
     batches = make_batches(folder, *UNPAIRED, "loss.text=1", "augment.rotation_deg=9")
     whole = batches.batch(2, BatchSlice())
@@ -108,6 +110,7 @@ def test_a_share_of_a_batch_is_that_share_of_each_stream(folder: Path):
             )
 
 
+@pytest.mark.ledger("mixing")
 def test_a_step_reads_the_same_pairs_with_and_without_unpaired_images(folder: Path):
     alone, mixed = make_batches(folder), make_batches(folder, *UNPAIRED)
     for step in range(5):
@@ -116,6 +119,7 @@ def test_a_step_reads_the_same_pairs_with_and_without_unpaired_images(folder: Pa
         assert torch.equal(a.image, b.image[:4])
 
 
+@pytest.mark.ledger("prompt in the report's place")
 def test_an_unpaired_image_has_a_prompt_of_its_certain_labels_in_the_reports_place(folder: Path):
     batches = make_batches(folder, *UNPAIRED, "unpaired.absent_prob=1")
     batch = batches.batch(0, BatchSlice())
@@ -125,6 +129,7 @@ def test_an_unpaired_image_has_a_prompt_of_its_certain_labels_in_the_reports_pla
     assert batch.has_text.all() and batch.prompts.rows.tolist() == [4, 5]
 
 
+@pytest.mark.ledger("equal texts")
 def test_equal_reports_have_equal_text_keys_and_others_not(folder: Path):
     batches = make_batches(folder)
     report_of = {sample.image_id: sample.report for sample in batches.dataset.samples}
@@ -148,6 +153,7 @@ def unpaired_folder(root: Path, *labels: dict[str, int]) -> Path:
     return root / "data"
 
 
+@pytest.mark.ledger("label sets")
 def test_images_that_are_labelled_alike_are_positives_whatever_the_wording(tmp_path: Path):
     folder = unpaired_folder(
         tmp_path, {"cardiomegaly": 1}, {"cardiomegaly": 1, "mass": -1}, {"cardiomegaly": 0},
@@ -178,6 +184,7 @@ def test_studies_of_two_patients_or_sources_are_two_even_of_one_number(tmp_path:
     assert len(set(keys)) == 8 - 2
 
 
+@pytest.mark.ledger("reading in part")
 def test_reports_read_in_part_are_whole_sentences_of_the_report(folder: Path):
     batches = make_batches(folder, "data.sentence_drop_prob=1")
     report_of = {sample.image_id: sample.report for sample in batches.dataset.samples}
@@ -194,6 +201,7 @@ def test_reports_read_in_part_are_whole_sentences_of_the_report(folder: Path):
     assert lengths == {1, 2, 3}
 
 
+@pytest.mark.ledger("reading in part")
 def test_the_number_of_kept_sentences_is_uniform():
     rng = np.random.default_rng(0)
     counts = np.bincount(
@@ -204,6 +212,7 @@ def test_the_number_of_kept_sentences_is_uniform():
     assert (abs(counts[1:] - 1000) < 4 * np.sqrt(750)).all()
 
 
+@pytest.mark.ledger("reading in part")
 def test_what_is_read_of_a_report_by_hand():
     def read(impression: int, choice: float, dropped: float, number: float = 0.5) -> list[int]:
         uniforms = np.array([choice, dropped, number, 0.3, 0.1, 0.2, 0.4, *[0.9] * MAX_SENTENCES])
@@ -217,6 +226,7 @@ def test_what_is_read_of_a_report_by_hand():
     assert read(impression=3, choice=0.6, dropped=0.0, number=0.0) == [1]
 
 
+@pytest.mark.ledger("reading in part")
 def test_the_impression_is_read_alone_as_often_as_the_configuration_says(tmp_path: Path):
     samples = [
         replace(sample, findings="There is cardiomegaly.", impression=impression, report=report)
@@ -236,6 +246,7 @@ def test_the_impression_is_read_alone_as_often_as_the_configuration_says(tmp_pat
     assert count["there is cardiomegaly . large nodule ."] == 880 - 80 - count["large nodule ."]
 
 
+@pytest.mark.ledger("shuffled controls")
 def test_shuffled_pairs_give_each_image_the_report_of_another(tmp_path: Path):
     samples = [replace(f, report=f"Nodule {i}.") for i, f in enumerate(write_images(tmp_path, 8))]
     build_data(samples, tmp_path, tmp_path / "data", image_size=32)
@@ -246,6 +257,7 @@ def test_shuffled_pairs_give_each_image_the_report_of_another(tmp_path: Path):
     assert len(set(shuffled.study_keys)) == len(shuffled.dataset)
 
 
+@pytest.mark.ledger("shuffled controls")
 def test_shuffled_prompts_are_the_labels_of_another_image(tmp_path: Path):
     folder = unpaired_folder(tmp_path, *({"mass": i % 2} for i in range(5)))
     batches = make_batches(folder, *UNPAIRED, "unpaired.shuffle=true")
@@ -255,6 +267,7 @@ def test_shuffled_prompts_are_the_labels_of_another_image(tmp_path: Path):
     assert (batches.labels_of_row[batches.pairs] == batches.pairs).all()
 
 
+@pytest.mark.ledger("labels in place of prompts")
 def test_in_the_label_loss_unpaired_images_have_labels_and_no_prompts(folder: Path):
     batches = make_batches(folder, *UNPAIRED, "loss.label=1")
     assert label_names(batches.dataset) == ["cardiomegaly"]  # whether there is a mass is uncertain
@@ -288,6 +301,7 @@ def test_without_a_text_loss_nothing_is_hidden(folder: Path):
     assert torch.equal(batch.reports.ids, batch.reports.masked_ids)
 
 
+@pytest.mark.ledger("EntMLM on the prompt")
 def test_hidden_words_are_words_of_entities_and_show_the_mask_token(folder: Path):
     batches = make_batches(folder, *UNPAIRED, "loss.text=1", "text_mask.cue_prob=0")
     for step in range(6):
@@ -302,6 +316,7 @@ def test_hidden_words_are_words_of_entities_and_show_the_mask_token(folder: Path
             assert not torch.isin(texts.ids[texts.is_masked], torch.tensor([0, 2, 3])).any()
 
 
+@pytest.mark.ledger("entity kinds")
 def test_the_kinds_of_entities_that_are_hidden_are_those_of_the_configuration(folder: Path):
     batches = make_batches(
         folder, "loss.text=1", "text_mask.kinds=['finding']", "text_mask.mask_ratio=1",
@@ -380,6 +395,7 @@ def test_a_cue_whose_finding_was_cut_off_goes_with_no_other(tmp_path: Path):
     assert texts.is_masked.any(1).all()
 
 
+@pytest.mark.ledger("prompt beside a report")
 def test_a_pair_with_labels_gets_a_prompt_that_guides_and_is_not_learnt_from(folder: Path):
     batches = make_batches(folder, "unpaired.prompt_pairs=true", "loss.text=1")
     batch = batches.batch(0, BatchSlice())
@@ -390,6 +406,7 @@ def test_a_pair_with_labels_gets_a_prompt_that_guides_and_is_not_learnt_from(fol
     assert (batch.keys[:, 2] == -1).all()
 
 
+@pytest.mark.ledger("augmentation")
 def test_lesions_move_with_their_image(folder: Path):
     lesion = np.zeros((32, 32), bool)
     lesion[8:16, 16:24] = True  # the patch in row 1, column 2
@@ -442,6 +459,7 @@ def test_no_reports_are_an_empty_corpus_of_empty_rows():
     assert rows.ids.shape == (0, 2)
 
 
+@pytest.mark.ledger("negated entities")
 def test_concepts_and_cues_by_hand():
     #       0         1         2
     #       0123456789012345678901234

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import mmclip as package
 from mmclip import doctor
 from mmclip.cli import app
 from mmclip.cli.shared import check_results
+from mmclip.data.sources import READERS
 from mmclip.data.synthetic import FINDINGS, PRESETS
 from mmclip.demo import _make_room
 from mmclip.doctor import OPTIONAL
@@ -31,20 +33,36 @@ def all_commands(command, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], T
     if not isinstance(command, TyperGroup):
         return {path: command}
     found = {}
-    for name, inner in command.commands.items():
-        found |= all_commands(inner, (*path, name))
+    for name in command.list_commands(NO_CONTEXT):
+        found |= all_commands(command.get_command(NO_CONTEXT, name), (*path, name))
     return found
 
 
+NO_CONTEXT = get_command(app).make_context("mmclip", [], resilient_parsing=True)
 COMMANDS = all_commands(get_command(app))
+NAMES = {" ".join(path[:2]) for path in COMMANDS}
+"""The commands as a reader of the documents knows them: `data build` is one."""
+
+
+@pytest.fixture(scope="module")
+def help_text(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """What a command prints with --help, each asked once; 80 columns wide, as it is no terminal."""
+    folder = tmp_path_factory.mktemp("help")
+
+    @cache
+    def text(*path: str) -> str:
+        shown = mmclip(folder, *path, "--help")
+        assert shown.code == 0, shown.err
+        return shown.out
+
+    return text
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_the_help_of_every_command_has_an_example_that_parses(
-    path: tuple[str, ...], tmp_path: Path
+    path: tuple[str, ...], help_text: Callable[..., str]
 ):
-    shown = mmclip(tmp_path, *path, "--help")
-    assert shown.code == 0 and "Example: mmclip" in shown.out
+    assert "Example: mmclip" in help_text(*path)
     command = COMMANDS[path]
     examples = re.findall(r"Example: `mmclip (.+)`", command.help or "")
     assert examples
@@ -362,7 +380,7 @@ def test_an_option_that_is_missing_or_unknown_is_one_line_that_names_the_help(tm
     for arguments, said in (
         (["pretrain", "--data", "a"], "error: missing option '--out'; see mmclip pretrain --help"),
         (["zeroshot", "--ru", "a"], "error: no such option: --ru"),
-        (["data", "build", "csv", "--image-size", "x"], "see mmclip data build --help"),
+        (["data", "build", "csv", "--image-size", "x"], "see mmclip data build csv --help"),
         (["train"], "error: no such command 'train'"),
     ):
         ended = mmclip(tmp_path, *arguments)
@@ -578,13 +596,97 @@ def test_the_same_demo_again_keeps_its_images_and_another_one_replaces_them(
 def test_mmclip_alone_shows_every_command_in_order_of_use(tmp_path: Path):
     ended = mmclip(tmp_path)
     shown = re.findall(r"^  mmclip ((?:data )?\w+) ", ended.out, re.MULTILINE)
-    assert ended.code == 0 and sorted(shown) == sorted(map(" ".join, COMMANDS))
+    assert ended.code == 0 and sorted(shown) == sorted(NAMES)
     used = ["data build", "pretrain", "zeroshot", "results"]
     assert [name for name in shown if name in used] == used
+    assert list(dict.fromkeys(" ".join(path[:2]) for path in COMMANDS)) == shown
+
+
+METAVARS = {
+    "PATH", "NAME", "N", "RATIO", "TEXT", "KEY=V", "ADDRESS", "I/N", "NAME=FOLDER", "SPLIT=FILE",
+}  # fmt: skip
 
 
 def test_no_help_shows_a_type_of_the_code():
     for name, command in COMMANDS.items():
         for parameter in command.params:
             if parameter.name != "help" and not getattr(parameter, "is_flag", False):
-                assert parameter.metavar is not None, (name, parameter.name)
+                assert parameter.metavar in METAVARS, (name, parameter.name)
+
+
+@pytest.mark.parametrize(
+    "path", [(), ("data",), ("data", "build"), *COMMANDS], ids=lambda path: " ".join(path)
+)
+def test_help_at_80_columns_has_plain_metavars_and_lines_of_80(
+    path: tuple[str, ...], help_text: Callable[..., str]
+):
+    shown = help_text(*path)
+    assert not re.search(r"<\w+", shown), shown
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def options_in(shown: str) -> set[str]:
+    return set(re.findall(r"^│ (?:\* )? *(--[a-z-]+)", shown, re.MULTILINE))
+
+
+OPTIONS_OF_EVERY_READER = {
+    "--root", "--out", "--image-size", "--resize", "--entities", "--seed", "--val-ratio",
+    "--test-ratio", "--workers", "--scheduler", "--shard", "--overwrite", "--help",
+}  # fmt: skip
+OPTIONS_OF_ONE = {
+    "csv": {"--mapping", "--table"},
+    "dicom": {"--mapping", "--reports", "--id-key", "--keep-age-sex"},
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_help_of_a_reader_shows_its_options_and_no_others(
+    reader: str, help_text: Callable[..., str]
+):
+    shown = help_text("data", "build", reader)
+    assert options_in(shown) == OPTIONS_OF_EVERY_READER | OPTIONS_OF_ONE.get(reader, set())
+    assert READERS[reader] in shown and f"Usage: mmclip data build {reader} [OPTIONS]" in shown
+
+
+@pytest.mark.parametrize("reader", ["openi", "siim", "csv"])
+def test_an_option_of_another_reader_is_refused_and_says_why(tmp_path: Path, reader: str):
+    error = build(reader, "--reports", "a.csv")({}, raw_of(tmp_path)).error()
+    assert f"{reader} takes no --reports, --id-key or --keep-age-sex" in error
+    if reader != "csv":
+        error = build(reader, "--mapping", "a.toml")({}, tmp_path).error()
+        assert f"{reader} has a layout of its own; leave --mapping" in error
+
+
+def raw_of(folder: Path) -> Path:
+    (folder / "raw").mkdir()
+    return folder
+
+
+def test_data_build_alone_lists_every_reader_in_a_line(
+    tmp_path: Path,
+):
+    ended = mmclip(tmp_path, "data", "build")
+    listed = dict(re.findall(r"^│ ([a-z][\w-]+)  +(\S.*?) *│$", ended.out, re.MULTILINE))
+    assert ended.code == 2 and listed == READERS and "error:" not in ended.err
+    assert "Usage: mmclip data build READER [OPTIONS]" in ended.out
+
+
+def test_an_option_before_the_reader_is_told_to_stand_behind_it(tmp_path: Path):
+    error = mmclip(tmp_path, "data", "build", "--root", tmp_path, "csv").error()
+    assert "--root stands before the reader; write `mmclip data build READER --root`" in error
+
+
+LONG = ("pretrain", "zeroshot", "finetune", "retrieve", "explain", "results")
+
+
+@pytest.mark.parametrize("path", [*((name,) for name in LONG), ("data", "build", "csv")], ids=str)
+def test_long_lists_of_options_are_grouped_by_purpose(
+    path: tuple[str, ...], help_text: Callable[..., str]
+):
+    shown = help_text(*path)
+    panels = re.findall(r"^╭─ (.+?) ─+╮\n(.*?)^╰", shown, re.MULTILINE | re.DOTALL)
+    of_options = {title: options_in(lines) for title, lines in panels if title != "Arguments"}
+    assert len(of_options) >= 4 and "Options" not in of_options
+    assert "--help" in of_options["Other options"] and all(map(len, of_options.values()))
+    given = {o for p in COMMANDS[path].params if not p.hidden for o in p.opts if o[:2] == "--"}
+    assert set().union(*of_options.values()) == given | {"--help"}

@@ -406,6 +406,7 @@ def labelled(folder: Path, source: str, cell: str, **rules) -> Sample | Excluded
     return record
 
 
+@pytest.mark.ledger("unknown never absent")
 @pytest.mark.parametrize(
     ("source", "cell", "labels"),
     [

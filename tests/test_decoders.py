@@ -44,6 +44,7 @@ def some_text(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 # -- attention --
 
 
+@pytest.mark.ledger("relevance score")
 @pytest.mark.parametrize("seed", range(5))
 def test_the_weights_are_those_that_the_fused_kernel_uses(seed: int):
     torch.manual_seed(seed)
@@ -123,6 +124,7 @@ def test_a_width_that_cannot_hold_positions_is_refused():
 # -- the image decoder --
 
 
+@pytest.mark.ledger("image decoder")
 def test_no_prediction_of_pixels_depends_on_a_hidden_feature():
     decoder = image_decoder()
     features, is_masked = some_image()
@@ -141,6 +143,7 @@ def test_hidden_patches_of_one_image_differ_by_their_place():
     assert torch.pdist(pred[0]).min() > 1e-3
 
 
+@pytest.mark.ledger("image decoder")
 def test_the_text_reaches_every_predicted_patch_and_its_padding_none():
     decoder = image_decoder()
     features, is_masked = some_image()
@@ -155,6 +158,7 @@ def test_the_text_reaches_every_predicted_patch_and_its_padding_none():
     assert ((other - pred).abs().amax(-1)[is_masked] > 1e-5).all()
 
 
+@pytest.mark.ledger("image decoder")
 def test_an_image_without_a_text_is_decoded_from_its_patches_alone():
     decoder = image_decoder()
     features, is_masked = some_image()
@@ -218,6 +222,7 @@ def word_embeddings() -> torch.Tensor:
     return made(7, 20, 6)
 
 
+@pytest.mark.ledger("text decoder")
 def test_logits_are_those_of_the_hidden_positions_in_reading_order():
     decoder = text_decoder()
     text, is_valid = some_text()
@@ -266,6 +271,7 @@ def test_padding_of_the_report_changes_no_logit():
     torch.testing.assert_close(short, logits[:1])
 
 
+@pytest.mark.ledger("text decoder")
 def test_the_image_reaches_every_predicted_word():
     decoder = text_decoder()
     text, is_valid = some_text()

@@ -35,6 +35,7 @@ def text(labels: dict[str, int], absent_prob: float = 0.0, seed: int = 0) -> str
     return None if prompt is None else prompt.text
 
 
+@pytest.mark.ledger("prompts wording")
 def test_prompts_by_hand():
     assert text({"mass": 1, "edema": 0}) == "There is mass."
     assert text({"edema": 1}) == "There is an edema."
@@ -44,6 +45,7 @@ def test_prompts_by_hand():
     assert "There is a, b and c." in three and len(three) == 6
 
 
+@pytest.mark.ledger("unknown never absent")
 def test_an_image_is_called_normal_by_its_label_or_where_enough_was_looked_for():
     assert text({NO_FINDING: 1, "mass": 0}) == "Normal image."
     assert text({"a": 0, "b": 0, "c": 0}) == "Normal image."
@@ -52,12 +54,14 @@ def test_an_image_is_called_normal_by_its_label_or_where_enough_was_looked_for()
     assert text({"a": 0, "b": 0, "c": 0, "d": -1}) != "Normal image."  # perhaps there is d
 
 
+@pytest.mark.ledger("unknown never absent")
 def test_what_is_not_known_for_sure_is_not_said():
     assert text({"mass": -1}) is None
     assert text({}) is None
     assert text({NO_FINDING: 0}) is None  # something is there; what, nobody says
 
 
+@pytest.mark.ledger("unknown never absent")
 @given(
     labels=st.dictionaries(st.sampled_from(sorted(DEFAULT.names)), st.sampled_from([1, 0, -1])),
     absent_prob=st.sampled_from([0.0, 0.5, 1.0]),
@@ -83,6 +87,7 @@ def test_every_present_finding_is_named_and_no_other_status_is_claimed(labels, a
     assert prompt.text[0].isupper() and prompt.text.endswith(".")
 
 
+@pytest.mark.ledger("prompts wording")
 def test_wordings_names_and_order_vary_with_the_draws():
     labels = {"cardiomegaly": 1, "pleural effusion": 1, "mass": 0}
     said = {p.text for s in range(60) if (p := write(labels, 0.5, DEFAULT, s))}

@@ -23,7 +23,7 @@ from mmclip.data.report_table import ReportMapping
 from mmclip.data.sample import Reason, Sample
 from mmclip.data.sources import READERS
 from mmclip.evaluation.pages import CARD_FILE
-from tests.test_cli import COMMANDS
+from tests.test_cli import COMMANDS, NAMES
 
 ROOT = Path(__file__).parents[1]
 README, METHOD, DATA, TRAINING = (
@@ -134,7 +134,8 @@ def test_every_command_and_option_that_is_named_exists(document: Path):
     for span in spans(document):
         if span.startswith("mmclip "):
             words = tuple(w for w in span.split()[1:] if not w.startswith("-"))
-            assert any(words[: len(path)] == path for path in COMMANDS), span
+            names = {tuple(name.split()) for name in NAMES}
+            assert any(words[: len(path)] == path for path in names), span
 
 
 def test_every_command_is_in_the_readme():
@@ -143,7 +144,7 @@ def test_every_command_is_in_the_readme():
         for cells in rows(README, "command")
         for span in spans_of(cells[0])
     }
-    assert named == {" ".join(path) for path in COMMANDS}
+    assert named == NAMES
 
 
 def spans_of(text: str) -> list[str]:
@@ -270,11 +271,23 @@ def anchors(document: Path) -> set[str]:
     return {heading.replace(" ", "-") for heading in plain}
 
 
+def ledger_marks(path: Path) -> list[tuple[str, str]]:
+    """The tests of a file that hold a row of the ledger: name of the row, name of the test."""
+    found = []
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.ledger":
+                    found += [(ast.literal_eval(row), node.name) for row in mark.args]
+    return found
+
+
 def test_every_row_of_the_ledger_is_held_by_a_test_and_code_names_rows_that_exist():
     names = [cells[0] for cells in rows(METHOD, "row")]
-    assert len(set(names)) == len(names)
-    held = re.findall(r"^- ([^:`\n]+): `tests/", METHOD.read_text("utf-8"), re.MULTILINE)
-    assert held == names
+    assert names and len(set(names)) == len(names)
+    marks = [mark for file in FILES for mark in ledger_marks(ROOT / file)]
+    assert {row for row, _ in marks} == set(names)
+    assert all(test.startswith("test_") for _, test in marks)
     code = "".join(p.read_text("utf-8") for p in sorted((ROOT / "src").rglob("*.py")))
     assert set(re.findall(r'docs/method\.md, row "([^"]+)"', code)) <= set(names)
 

@@ -3,6 +3,7 @@
 The rows are in `tests/towers.py`. What is marked slow runs the commands on each of them.
 """
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -131,19 +132,43 @@ class Made(NamedTuple):
         return objective.sums(self.model, self.batch)
 
 
+MODELS: dict[tuple, Made] = {}
+"""What `make` built: each model once."""
+TOKENIZERS_MADE: dict[Path | None, Any] = {}
+BATCHES: dict[tuple, Batch] = {}
+"""One of a tokenizer (None: the new one, which every image encoder meets) serves many models."""
+
+
 def make(dataset: ImageTextDataset, folder: Path | None, modality: str, *overrides: str) -> Made:
-    """A model with one pretrained encoder, and a batch of all training rows."""
+    """A model with one pretrained encoder, and a batch of all training rows.
+
+    A model is built once and copied, as there are hundreds of tests and few models. The data set is
+    the same in all of them.
+    """
+    key = (folder, modality, overrides)
+    if key not in MODELS:
+        MODELS[key] = build(dataset, folder, modality, *overrides)
+    return MODELS[key]._replace(model=copy.deepcopy(MODELS[key].model))
+
+
+def build(dataset: ImageTextDataset, folder: Path | None, modality: str, *overrides: str) -> Made:
+    """The same without the shelf."""
     named = [] if folder is None else [f"model.{modality}.pretrained='{folder}'"]
     config = small_config(*named, "data.max_tokens=32", "unpaired.rows_per_pair=1", *overrides)
+    of_texts = folder if modality == "text" else None
+    if of_texts not in TOKENIZERS_MADE:
+        TOKENIZERS_MADE[of_texts] = make_tokenizer(config, dataset)
+    tokenizer = TOKENIZERS_MADE[of_texts]
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(config, dataset)
     model = build_model(config, tokenizer)
     set_trainable(model, config.model)
-    chosen = training_dataset(dataset, config)
-    batches = TrainingBatches(
-        chosen, tokenizer, config, image_layout(model.vision_model).patch_size
-    )
-    return Made(config, model.train(), tokenizer, batches.of_rows(np.arange(len(chosen))))
+    patch_size = image_layout(model.vision_model).patch_size
+    key = (of_texts, patch_size, *(o for o in overrides if not o.startswith("model.")))
+    if key not in BATCHES:
+        chosen = training_dataset(dataset, config)
+        batches = TrainingBatches(chosen, tokenizer, config, patch_size)
+        BATCHES[key] = batches.of_rows(np.arange(len(chosen)))
+    return Made(config, model.train(), tokenizer, BATCHES[key])
 
 
 # What each row promises
@@ -163,7 +188,7 @@ def test_a_row_learns_the_whole_method_with_a_gradient_for_every_parameter(
     optimizer = torch.optim.AdamW([named[key] for key in wanted], lr=1e-3)
     first: dict[str, float] = {}
     terms: dict[str, Tensor] = {}
-    for step in range(8):
+    for step in range(4):
         terms = made.losses()
         assert terms.keys() == {"contrastive", "image", "text"}
         torch.stack(list(terms.values())).sum().backward()
@@ -344,7 +369,7 @@ def test_hiding_pixels_works_or_is_refused_before_training(
         terms = make(dataset, folders["image", name], "image", *overrides).losses()
         assert torch.isfinite(terms["image"])
     else:
-        with pytest.raises(EncoderError, match=r"set image_mask\.mask='features'"):
+        with pytest.raises(EncoderError, match=r"set image_mask\.mask_stage='features'"):
             make(dataset, folders["image", name], "image", *overrides)
 
 

@@ -90,6 +90,7 @@ CONCEPTS = [  # one wording a line: variants, plurals, hyphens, words apart
 ]
 
 
+@pytest.mark.ledger("entities")
 @pytest.mark.parametrize(("text", "concept"), CONCEPTS, ids=[text for text, _ in CONCEPTS])
 def test_a_wording_gives_its_concept_and_nothing_else(finder, text, concept):
     assert findings(finder, text) == [concept]
@@ -138,6 +139,7 @@ SCOPES = [
 ]
 
 
+@pytest.mark.ledger("entities")
 @pytest.mark.parametrize(("text", "expected"), SCOPES, ids=[repr(text) for text, _ in SCOPES])
 def test_a_cue_governs_the_findings_of_its_clause(finder, text, expected):
     assert findings(finder, text) == expected
@@ -284,6 +286,7 @@ def test_each_wording_belongs_to_one_concept_of_its_kind(path):
                 assert owner.setdefault(wording, concept) == concept, wording
 
 
+@pytest.mark.ledger("all mentions")
 def test_tokens_of_one_concept_share_a_number():
     text = "Effusion. No effusion in lung"
     entities = [
@@ -298,6 +301,7 @@ def test_tokens_of_one_concept_share_a_number():
     assert groups.dtype == np.int32
 
 
+@pytest.mark.ledger("whole entities")
 def test_word_pieces_of_a_mention_are_all_hidden():
     offsets = np.array([(0, 0), (0, 6), (6, 12), (13, 15), (0, 0)])
     entities = [Entity(0, 12, "finding", "cardiomegaly")]
@@ -322,6 +326,7 @@ def spacy_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.ledger("entities")
 def test_a_spacy_pipeline_stands_in_for_the_lexicon(spacy_folder):
     text = "No effusion but a large mass in the left lung and a nodule."
     (found,) = find_entities([text], f"spacy:{spacy_folder}")
@@ -371,6 +376,7 @@ def hf_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.ledger("entities")
 def test_a_hugging_face_model_stands_in_for_the_lexicon(hf_folder):
     texts = ["No mass in lung.", " ", "A mass in a lung."]
     found = list(find_entities(texts, f"hf:{hf_folder}"))

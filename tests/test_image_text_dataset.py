@@ -17,17 +17,20 @@ def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path)
 
 
+@pytest.mark.ledger("grey normalisation")
 def test_images_of_every_source_are_normalised_by_one_pair_of_numbers():
     image = torch.tensor([[[0, 51], [204, 255]]], dtype=torch.uint8)
     torch.testing.assert_close(normalise(image), torch.tensor([[[[-2.0, -1.2], [1.2, 2.0]]]]))
 
 
+@pytest.mark.ledger("augmentation")
 def test_augmentation_by_one_half_everywhere_changes_nothing():
     image = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     same = augment(image, torch.full((2, 6), 0.5), AugmentConfig())
     torch.testing.assert_close(same, image, atol=1e-5, rtol=0)
 
 
+@pytest.mark.ledger("augmentation")
 def test_a_shift_by_whole_pixels_moves_the_image_and_fills_with_black():
     image = normalise(torch.randint(0, 256, (1, 16, 16), dtype=torch.uint8))
     config = AugmentConfig(

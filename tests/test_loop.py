@@ -122,6 +122,7 @@ def write_gradients_of_this_process(folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.ledger("batch statistics", "contrastive term")
 def test_two_processes_give_loss_and_gradients_of_one_on_the_joined_batch(tmp_path: Path):
     code = (
         "from pathlib import Path; import tests.test_loop as t;"
@@ -154,6 +155,7 @@ def test_shares_of_a_batch_partition_it():
         assert rows == list(range(n))
 
 
+@pytest.mark.ledger("optimiser")
 def test_learning_rate_warms_up_to_the_peak_and_ends_at_its_floor():
     config = TrainConfig(
         steps=100, batch_size=128, base_lr=1.0, warmup_ratio=0.1, final_lr_ratio=0.02
@@ -165,6 +167,7 @@ def test_learning_rate_warms_up_to_the_peak_and_ends_at_its_floor():
     assert learning_rate(100, config) == pytest.approx(0.5 * 0.02)
 
 
+@pytest.mark.ledger("sums over elements")
 def test_accumulation_divides_by_the_count_of_the_whole_batch():
     # Micro-batches of one study each: their mean is not weighted by micro-batch but by row.
     batches = MadeBatches(8, without_report=(4, 5, 6))

@@ -26,6 +26,7 @@ def all_candidates(n: int) -> torch.Tensor:
     return torch.ones(n, dtype=torch.bool)
 
 
+@pytest.mark.ledger("contrastive term")
 def test_two_orthogonal_pairs_by_hand():
     e = torch.eye(2)
     loss = contrastive_sum(
@@ -34,6 +35,7 @@ def test_two_orthogonal_pairs_by_hand():
     assert loss.item() == pytest.approx(2 * (math.log(math.e + 1) - 1), rel=1e-6)
 
 
+@pytest.mark.ledger("contrastive term")
 def test_collapsed_embeddings_score_chance():
     e = F.normalize(torch.ones(4, 8), dim=1)
     loss = contrastive_sum(
@@ -42,6 +44,7 @@ def test_collapsed_embeddings_score_chance():
     assert loss.item() / 4 == pytest.approx(math.log(4), rel=1e-5)
 
 
+@pytest.mark.ledger("contrastive term")
 def test_one_positive_a_row_is_the_cross_entropy_of_clip():
     image, text, scale = unit(6, 8, 0), unit(6, 8, 1), torch.tensor(10.0)
     eye = torch.eye(6, dtype=torch.bool)
@@ -56,6 +59,7 @@ def test_one_positive_a_row_is_the_cross_entropy_of_clip():
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
+@pytest.mark.ledger("contrastive term")
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 10_000))
 def test_loss_equals_the_slow_loop(n_query: int, n_candidates: int, seed: int):
@@ -69,6 +73,7 @@ def test_loss_equals_the_slow_loop(n_query: int, n_candidates: int, seed: int):
     assert ours.item() == pytest.approx(slow, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.ledger("equal texts")
 def test_equal_texts_are_never_negatives():
     # Images 0 and 1 have the same report. The best embedding puts both on it: nothing is lost
     # against each other, which single-positive targets would punish without end.
@@ -85,6 +90,7 @@ def test_equal_texts_are_never_negatives():
     assert single.item() == pytest.approx(loss.item(), abs=1e-4)
 
 
+@pytest.mark.ledger("rows without a text")
 def test_a_row_that_is_no_candidate_changes_nothing():
     image, text, scale = unit(4, 8, 0), unit(4, 8, 1), torch.tensor(9.0)
     eye = torch.eye(4, dtype=torch.bool)
@@ -107,6 +113,7 @@ def test_no_rows_give_zero_that_still_carries_a_gradient_path():
     assert loss.item() == 0 and text.grad is not None and not text.grad.any()
 
 
+@pytest.mark.ledger("equal texts")
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(-1, 3), st.integers(-1, 3)), min_size=1, max_size=6))
 def test_positives_equal_the_slow_loop_and_are_symmetric(rows: list[tuple[int, int]]):
@@ -116,6 +123,7 @@ def test_positives_equal_the_slow_loop_and_are_symmetric(rows: list[tuple[int, i
     assert torch.equal(ours, ours.T)
 
 
+@pytest.mark.ledger("label sets")
 def test_a_negative_key_is_no_key():
     keys = torch.tensor([[-1, 4], [-1, 5]])
     assert positive_pairs(keys, keys).tolist() == [[True, False], [False, True]]

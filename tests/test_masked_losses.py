@@ -99,6 +99,7 @@ def test_placing_passes_each_gradient_to_its_own_patch():
 # -- the image term --
 
 
+@pytest.mark.ledger("image target")
 def test_masked_patch_sum_ignores_visible_patches():
     pred, target = torch.zeros(1, 2, 1), torch.tensor([[[3.0], [100.0]]])
     assert masked_patch_sum(pred, target, torch.tensor([[True, False]])).item() == 9.0
@@ -117,6 +118,7 @@ def test_masked_patch_sum_equals_the_slow_loop(b: int, n: int, p: int, seed: int
     assert masked_patch_sum(pred, target, is_masked).item() == pytest.approx(slow, rel=1e-4)
 
 
+@pytest.mark.ledger("image target")
 def test_image_target_and_loss_equal_those_of_transformers_mae():
     config = ViTMAEConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
@@ -154,6 +156,7 @@ def test_masked_token_sum_equals_the_slow_loop(m: int, v: int, seed: int):
     assert masked_token_sum(logits, targets).item() == pytest.approx(slow, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.ledger("text loss")
 def test_text_loss_equals_that_of_transformers_masked_language_model():
     config = BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -182,6 +185,7 @@ def test_nothing_hidden_costs_nothing_and_keeps_the_graph():
     assert logits.grad is not None and logits.grad.shape == (0, 5)
 
 
+@pytest.mark.ledger("sums over elements")
 def test_sums_of_parts_add_up_to_the_sum_of_the_whole():
     pred, target, is_masked = made(0, 4, 3, 2), made(1, 4, 3, 2), made(2, 4, 3) > 0
     parts = [masked_patch_sum(pred[s], target[s], is_masked[s]) for s in (slice(1), slice(1, 4))]

@@ -50,18 +50,21 @@ def uniform(seed: int, *shape: int) -> torch.Tensor:
 # -- relevance scores --
 
 
+@pytest.mark.ledger("relevance score")
 def test_contribution_score_by_hand():
     patches = torch.tensor([[[2.0, 0.0], [0.0, 5.0], [1.0, 1.0]]])
     score = contribution_score(patches, torch.tensor([[3.0, 1.0]]))
     assert score.tolist() == [[6.0, 5.0, 4.0]]
 
 
+@pytest.mark.ledger("relevance score")
 def test_embedding_score_by_hand():
     patches = torch.tensor([[[2.0, 0.0], [0.0, 5.0], [1.0, 1.0]]])
     score = embedding_score(patches, torch.tensor([[3.0, 0.0]]))
     torch.testing.assert_close(score, torch.tensor([[1.0, 0.0, math.sqrt(0.5)]]))
 
 
+@pytest.mark.ledger("attention extraction")
 def test_attended_and_logsumexp_scores_by_hand():
     # One token: A_i is that token, and the log-sum-exp is its scaled logit.
     patches = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
@@ -71,6 +74,7 @@ def test_attended_and_logsumexp_scores_by_hand():
     torch.testing.assert_close(score, torch.tensor([[0.0, 6 / math.sqrt(2)]]))
 
 
+@pytest.mark.ledger("relevance score")
 def test_attention_share_by_hand_counts_chosen_tokens_and_all_heads():
     attention = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]], [[0.1, 0.1], [0.0, 1.0]]]])  # 1 2 2 2
     chosen = torch.tensor([[True, False]])
@@ -79,6 +83,7 @@ def test_attention_share_by_hand_counts_chosen_tokens_and_all_heads():
     torch.testing.assert_close(both, torch.tensor([[0.4, 0.4]]))
 
 
+@pytest.mark.ledger("relevance score")
 @quick
 @given(st.sampled_from(KINDS), st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), seeds)
 def test_every_score_equals_the_slow_loop(kind: ScoreKind, b: int, n: int, t: int, seed: int):
@@ -90,6 +95,7 @@ def test_every_score_equals_the_slow_loop(kind: ScoreKind, b: int, n: int, t: in
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.ledger("no gradient")
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_stop_the_gradient_and_stay_in_float32_under_autocast(kind: ScoreKind):
     patches = made(0, 2, 5, 8).requires_grad_()
@@ -107,6 +113,7 @@ def test_scores_stop_the_gradient_and_stay_in_float32_under_autocast(kind: Score
     assert halves.dtype == torch.float32
 
 
+@pytest.mark.ledger("score tokens")
 @pytest.mark.parametrize("kind", ["attended", "logsumexp", "token_attention", "decoder_attention"])
 def test_tokens_that_are_not_chosen_change_nothing_and_none_gives_no_order(kind: ScoreKind):
     patches, tokens = made(0, 2, 5, 8), made(1, 2, 4, 8)
@@ -135,6 +142,7 @@ def test_the_decoder_score_without_a_decoder_is_one_clear_error():
         )
 
 
+@pytest.mark.ledger("blending")
 def test_blend_by_hand():
     report = torch.tensor([[0.0, 2.0]] * 4)
     prompt = torch.tensor([[300.0, 100.0], [300.0, 100.0], [100.0, 300.0], [100.0, 300.0]])
@@ -145,6 +153,7 @@ def test_blend_by_hand():
     torch.testing.assert_close(blend, want)
 
 
+@pytest.mark.ledger("blending")
 @quick
 @given(st.floats(0.01, 100), st.floats(-10, 10), seeds)
 def test_neither_scale_nor_offset_of_a_score_changes_the_blend(
@@ -156,6 +165,7 @@ def test_neither_scale_nor_offset_of_a_score_changes_the_blend(
     torch.testing.assert_close(blend, moved, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.ledger("blending")
 def test_what_a_missing_text_scores_never_reaches_the_blend():
     poison = torch.full((2, 4), torch.nan)
     neither = torch.tensor([False, False])
@@ -168,6 +178,7 @@ def test_what_a_missing_text_scores_never_reaches_the_blend():
 # -- patches --
 
 
+@pytest.mark.ledger("randomness")
 def test_masked_patches_by_hand():
     score, noise = torch.tensor([[5.0, 1.0, 900.0, 2.0]]), torch.tensor([[0.1, 0.9, 0.2, 0.3]])
     assert choose_masked_patches(score, noise, 0.5, 0.0).tolist() == [[True, False, True, False]]
@@ -176,6 +187,7 @@ def test_masked_patches_by_hand():
     assert choose_masked_patches(score, noise, 0.5, 0.5).tolist() == [[False, True, True, False]]
 
 
+@pytest.mark.ledger("mask ratio")
 @quick
 @given(
     st.integers(1, 3), st.integers(1, 12), st.floats(0, 1), st.floats(0, 1), st.booleans(), seeds
@@ -190,6 +202,7 @@ def test_masked_patches_equal_the_slow_loop_and_are_exactly_the_share(
     assert fast.sum(1).tolist() == [round(ratio * n)] * b == [masked_patch_count(n, ratio)] * b
 
 
+@pytest.mark.ledger("randomness")
 @quick
 @given(st.integers(1, 10), st.floats(0, 1), seeds)
 def test_masked_patches_follow_a_permutation_and_no_rescaling(n: int, mask_noise: float, seed: int):
@@ -201,6 +214,7 @@ def test_masked_patches_follow_a_permutation_and_no_rescaling(n: int, mask_noise
     assert torch.equal(masked, choose_masked_patches(3 * score.exp(), noise, 0.5, mask_noise))
 
 
+@pytest.mark.ledger("randomness")
 def test_a_row_masks_the_same_patches_in_every_batch():
     score, noise = made(0, 4, 9), uniform(1, 4, 9)
     together = choose_masked_patches(score, noise, 0.4, 0.3)
@@ -208,6 +222,7 @@ def test_a_row_masks_the_same_patches_in_every_batch():
     assert torch.equal(together, torch.cat(apart))
 
 
+@pytest.mark.ledger("controls")
 def test_each_policy_hides_what_it_names():
     relevance = torch.tensor([[0.1, 0.9, 0.5, 0.3]])
     lesion = torch.tensor([[0.0, 0.0, 0.2, 0.9]])
@@ -226,6 +241,7 @@ def test_each_policy_hides_what_it_names():
     }
 
 
+@pytest.mark.ledger("controls")
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("mask_noise", [0.0, 0.4, 1.0])
 def test_an_image_that_no_text_guides_is_masked_by_noise_under_every_policy(
@@ -248,6 +264,7 @@ def test_a_ratio_that_is_none_is_refused(ratio: float):
         masked_patch_count(10, ratio)
 
 
+@pytest.mark.ledger("annealing")
 def test_chance_gives_way_to_guidance_linearly():
     at = [mask_noise_at(p, 0.1, 0.5, 0.2) for p in (0.0, 0.1, 0.3, 0.5, 1.0)]
     assert at == pytest.approx([1.0, 1.0, 0.6, 0.2, 0.2])
@@ -266,6 +283,7 @@ def test_special_tokens_and_padding_are_not_maskable():
     ]
 
 
+@pytest.mark.ledger("all mentions")
 def test_masked_entities_by_hand():
     # "[CLS] right effusion with nodule , effusion [SEP] [PAD]"
     groups = torch.tensor([[0, 1, 2, 0, 3, 0, 2, 0, 0]])
@@ -291,6 +309,7 @@ def texts(draw: st.DrawFn) -> tuple[torch.Tensor, ...]:
     return groups, is_maskable, uniform(seed + 2, b, g), uniform(seed + 3, b, t)
 
 
+@pytest.mark.ledger("text mask ratio", "no entities")
 @settings(deadline=None, max_examples=60)
 @given(texts(), st.floats(0.01, 1))
 def test_masked_entities_equal_the_slow_loop(made_texts: tuple[torch.Tensor, ...], ratio: float):
@@ -298,6 +317,7 @@ def test_masked_entities_equal_the_slow_loop(made_texts: tuple[torch.Tensor, ...
     assert torch.equal(fast, masked_entities_loop(*made_texts, mask_ratio=ratio))
 
 
+@pytest.mark.ledger("whole entities")
 @settings(deadline=None, max_examples=60)
 @given(texts(), st.floats(0.01, 1))
 def test_concepts_are_hidden_whole_and_nothing_else_with_them(
@@ -320,6 +340,7 @@ def test_concepts_are_hidden_whole_and_nothing_else_with_them(
             assert int(masked[row].sum()) == min(n, max(1, round(0.15 * n)))
 
 
+@pytest.mark.ledger("random words")
 @settings(deadline=None, max_examples=60)
 @given(texts(), st.floats(0.01, 1))
 def test_random_tokens_hide_as_many_and_never_special_ones(
@@ -335,6 +356,7 @@ def test_random_tokens_hide_as_many_and_never_special_ones(
     assert (chosen < left).all()
 
 
+@pytest.mark.ledger("negated entities")
 @settings(deadline=None, max_examples=60)
 @given(texts(), seeds, st.sampled_from([0.0, 0.5, 1.0]))
 def test_cues_equal_the_slow_loop(
@@ -352,6 +374,7 @@ def test_cues_equal_the_slow_loop(
     assert mask_prob > 0 or torch.equal(fast, masked)
 
 
+@pytest.mark.ledger("negated entities")
 def test_cues_by_hand():
     # "[CLS] no effusion . heart is not enlarged . without nodule [SEP]"
     groups = torch.tensor([[0, 0, 1, 0, 2, 2, 2, 2, 0, 0, 3, 0]])
@@ -369,6 +392,7 @@ def test_cues_by_hand():
     assert hidden(3, 0.5) == [9, 10]
 
 
+@pytest.mark.ledger("no entities")
 def test_a_fallback_text_has_no_cue_to_hide():
     groups, cues = torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)
     masked, every = uniform(0, 1, 8) < 0.5, torch.ones(1, 8, dtype=torch.bool)
@@ -400,6 +424,7 @@ def test_a_concept_without_a_draw_is_one_clear_error():
         )
 
 
+@pytest.mark.ledger("text mask ratio")
 def test_shares_are_rounded_as_python_rounds_them():
     # 0.15 * 190 is 28.5 and is rounded to 28; in single precision it is a little more.
     every = torch.ones(1, 190, dtype=torch.bool)

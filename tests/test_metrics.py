@@ -152,6 +152,7 @@ def test_a_cut_that_calls_nothing_has_f1_and_mcc_zero():
     assert (at.f1, at.mcc, at.sensitivity, at.specificity) == (0, 0, 0, 1)
 
 
+@pytest.mark.ledger("intervals")
 @pytest.mark.parametrize("levels", [0, 2])
 def test_bootstrap_equals_sklearn_on_resampled_rows_in_each_draw(levels):
     labels, scores, patients = made(levels=levels)
@@ -281,6 +282,7 @@ def test_intervals_of_results_know_how_few_patients_have_the_finding():
     assert alone["macro_auroc_ci"] == pytest.approx(alone["findings"][0]["auroc_ci"])
 
 
+@pytest.mark.ledger("intervals")
 def test_intervals_hold_the_truth_where_few_patients_have_several_images_each():
     truth = 0.5 * (1 + math.erf(1.0 / 2))
     trials, hits, by_percentile = 400, 0, 0
@@ -516,6 +518,7 @@ def test_one_patient_gives_no_percentile_interval():
     assert found["macro_f1"] > 0 and found["macro_f1_ci"] is None
 
 
+@pytest.mark.ledger("intervals")
 def test_one_class_findings_are_listed_with_reason_and_counts():
     labels, scores, patients = made()
     labels[:, 1] = np.where(np.isnan(labels[:, 1]), np.nan, 0.0)

@@ -73,6 +73,7 @@ def resnet_config(*overrides: str) -> Config:
     return small_config("model.image.kind='resnet'", *overrides)
 
 
+@pytest.mark.ledger("exporting a ResNet", "pooling and projection")
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_embeddings_and_loss_equal_transformers_dual_encoder(kind: str):
     model = small_model(small_config(f"model.image.kind={kind}"))
@@ -113,6 +114,7 @@ def test_embeddings_and_loss_equal_transformers_dual_encoder(kind: str):
     assert ours.item() == pytest.approx(out.loss.item(), rel=1e-5)
 
 
+@pytest.mark.ledger("text encoder")
 def test_padding_does_not_change_a_text_embedding():
     model = small_model().eval()
     ids, is_valid = some_text(1)
@@ -125,6 +127,7 @@ def test_padding_does_not_change_a_text_embedding():
     torch.testing.assert_close(short, long, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.ledger("initialisation")
 @pytest.mark.parametrize("width", [96, 128, 256])
 def test_untrained_encoders_of_any_width_tell_inputs_apart(width: int):
     torch.manual_seed(0)
@@ -142,6 +145,7 @@ def test_untrained_encoders_of_any_width_tell_inputs_apart(width: int):
         assert distances.mean() > 0.01  # with transformers' initializer_range: 0.0001 for texts
 
 
+@pytest.mark.ledger("temperature")
 def test_the_temperature_stays_under_its_clamp():
     model = small_model()
     with torch.no_grad():
@@ -149,6 +153,7 @@ def test_the_temperature_stays_under_its_clamp():
     assert model.scale().item() == pytest.approx(100.0)
 
 
+@pytest.mark.ledger("optimiser")
 def test_weight_decay_spares_biases_norms_positions_and_the_temperature():
     names = small_model().no_decay_names()
     assert "logit_scale" in names
@@ -159,6 +164,7 @@ def test_weight_decay_spares_biases_norms_positions_and_the_temperature():
     assert all(not n.endswith("bias") or n in names for n, _ in small_model().named_parameters())
 
 
+@pytest.mark.ledger("one channel")
 def test_a_folded_rgb_encoder_gives_what_it_gave_for_the_image_three_times(tmp_path: Path):
     rgb = saved_rgb_vit(tmp_path)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
@@ -173,6 +179,7 @@ def test_a_folded_rgb_encoder_gives_what_it_gave_for_the_image_three_times(tmp_p
     torch.testing.assert_close(got.pooler_output, want.pooler_output, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.ledger("one channel")
 def test_a_pretrained_encoder_takes_other_image_sizes_and_keeps_its_grid_in_between(tmp_path: Path):
     rgb = saved_rgb_vit(tmp_path)
     ours = build_image_encoder(ImageEncoderConfig(pretrained=str(tmp_path)), 64).eval()
@@ -198,6 +205,7 @@ def test_register_tokens_are_no_patches(tmp_path: Path):
     assert torch.equal(features, torch.cat([output[:, :1], output[:, 5:]], 1))
 
 
+@pytest.mark.ledger("initialisation")
 def test_what_a_foreign_file_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
@@ -209,6 +217,7 @@ def test_what_a_foreign_file_lacks_is_said(tmp_path: Path, caplog: pytest.LogCap
     assert "missing and newly initialised 2 (pooler.dense.bias, pooler.dense.weight)" in caplog.text
 
 
+@pytest.mark.ledger("dropout")
 def test_a_pretrained_text_encoder_keeps_its_weights_and_loses_its_dropout(tmp_path: Path):
     config = BertConfig(
         vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -296,6 +305,7 @@ def test_an_image_size_that_patches_do_not_fill_is_refused(tmp_path: Path):
         build_image_encoder(ImageEncoderConfig(pretrained=str(tmp_path)), 36)
 
 
+@pytest.mark.ledger("image encoder")
 def test_a_resnet_has_a_feature_for_each_patch_and_halves_its_width_towards_the_image():
     for patch_size, widths in [(4, [32]), (8, [16, 32]), (16, [8, 16, 32]), (32, [4, 8, 16, 32])]:
         config = ImageEncoderConfig(width=32, depth=1, patch_size=patch_size)
@@ -356,6 +366,7 @@ def test_a_rebuilt_resnet_has_the_same_names_and_gives_the_same():
     assert torch.equal(got, want)
 
 
+@pytest.mark.ledger("batch statistics")
 def test_visible_features_of_a_resnet_know_nothing_of_hidden_pixels():
     encoder = small_model(resnet_config()).vision_model.train()
     encoder(pixel_values=some_images())
@@ -373,6 +384,7 @@ def test_visible_features_of_a_resnet_know_nothing_of_hidden_pixels():
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
+@pytest.mark.ledger("batch statistics")
 def test_batch_norm_over_processes_has_the_names_and_values_of_torch():
     ours, theirs = GlobalBatchNorm2d(3), torch.nn.BatchNorm2d(3)
     theirs.load_state_dict(ours.state_dict())

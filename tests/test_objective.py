@@ -41,6 +41,7 @@ def run(model: MMCLIP, objective: Objective, batch: Batch) -> Outputs:
         return model(batch, objective.plan(batch.step))
 
 
+@pytest.mark.ledger("loss weights")
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -58,6 +59,7 @@ def test_every_parameter_gets_a_gradient_in_every_arm(overrides: tuple[str, ...]
     assert without == []
 
 
+@pytest.mark.ledger("loss weights")
 def test_arms_have_the_terms_and_decoders_of_their_weights_and_no_more():
     assert made()[1].weights == {"contrastive": 1.0}
     assert made("loss.image=0.5", "loss.text=2")[1].weights == {
@@ -68,6 +70,7 @@ def test_arms_have_the_terms_and_decoders_of_their_weights_and_no_more():
     assert made()[0].state_dict().keys() < model.state_dict().keys()
 
 
+@pytest.mark.ledger("sums over elements")
 @pytest.mark.parametrize("overrides", [WHOLE, PIXELS])
 def test_masked_terms_of_a_mixed_batch_are_the_sums_of_its_parts(overrides: tuple[str, ...]):
     model, objective = made(*overrides)
@@ -128,6 +131,7 @@ def test_labels_without_unpaired_images_or_beside_prompts_are_refused():
         small_config(*LABELS, "unpaired.prompt_pairs=true")
 
 
+@pytest.mark.ledger("rows without a text")
 def test_rows_without_a_text_add_nothing_to_terms_of_texts():
     model, objective = made(*WHOLE)
     batch = MIXED.batch()
@@ -140,6 +144,7 @@ def test_rows_without_a_text_add_nothing_to_terms_of_texts():
     assert float(a["image"]) != pytest.approx(float(b["image"]), rel=1e-4)
 
 
+@pytest.mark.ledger("prompt beside a report")
 def test_a_prompt_beside_a_report_is_no_text_of_its_row():
     model, objective = made(*WHOLE)
     batch = MIXED.batch(objective.config.train.steps - 1)
@@ -152,6 +157,7 @@ def test_a_prompt_beside_a_report_is_no_text_of_its_row():
     assert differs.tolist() == [True, *[False] * 7]
 
 
+@pytest.mark.ledger("image encoder")
 def test_embeddings_are_those_of_the_encoders_alone():
     model, objective = made(*WHOLE)
     batch = MIXED.batch()
@@ -164,6 +170,7 @@ def test_embeddings_are_those_of_the_encoders_alone():
     assert not out.text_embedding[7].any()
 
 
+@pytest.mark.ledger("text encoder")
 def test_equal_texts_are_encoded_once():
     model, objective = made(*WHOLE)
     batch = MIXED.batch()
@@ -206,6 +213,7 @@ def test_gradients_of_equal_texts_do_not_change_with_the_order_of_threads():
     assert all(torch.equal(grad, found[0]) for grad in found)
 
 
+@pytest.mark.ledger("image encoder")
 def test_the_image_passes_its_encoder_once_or_twice():
     for overrides, passes in ((WHOLE, 1), (PIXELS, 2)):
         model, objective = made(*overrides)
@@ -215,6 +223,7 @@ def test_the_image_passes_its_encoder_once_or_twice():
         assert len(calls) == passes
 
 
+@pytest.mark.ledger("mask ratio")
 def test_exactly_the_share_is_hidden_in_every_image():
     for ratio, n in ((0.5, 8), (0.25, 4), (0.8, 13)):
         model, objective = made(*WHOLE, f"image_mask.mask_ratio={ratio}")
@@ -223,6 +232,7 @@ def test_exactly_the_share_is_hidden_in_every_image():
         assert objective.counts(MIXED.batch())["image"] == 8 * n == 8 * round(ratio * N_PATCHES)
 
 
+@pytest.mark.ledger("features or pixels")
 def test_hidden_pixels_have_no_path_to_their_prediction_when_pixels_are_hidden():
     model, objective = made(*RANDOM, "image_mask.mask_stage='pixels'")
     batch = MIXED.batch()
@@ -235,6 +245,7 @@ def test_hidden_pixels_have_no_path_to_their_prediction_when_pixels_are_hidden()
     torch.testing.assert_close(out.patches, again.patches)
 
 
+@pytest.mark.ledger("features or pixels")
 def test_hidden_features_have_seen_the_hidden_pixels_and_so_leak():
     # The paper's reading: the encoder has mixed masked pixels into the visible features.
     model, objective = made(*RANDOM)
@@ -247,6 +258,7 @@ def test_hidden_features_have_seen_the_hidden_pixels_and_so_leak():
     assert batch.image.grad[0, 0][masked].abs().max() > 0
 
 
+@pytest.mark.ledger("text decoder")
 def test_hidden_words_have_no_path_to_their_prediction():
     model, objective = made(*WHOLE)
     batch = MIXED.batch()
@@ -260,6 +272,7 @@ def test_hidden_words_have_no_path_to_their_prediction():
     assert not torch.allclose(a.text_embedding[2:5], b.text_embedding[2:5])  # unmasked there
 
 
+@pytest.mark.ledger("text decoder")
 def test_words_are_recovered_with_the_own_image():
     model, objective = made("loss.text=1")
     batch = MIXED.batch()
@@ -270,6 +283,7 @@ def test_words_are_recovered_with_the_own_image():
     assert (logits[0] != logits[1]).any(1).all()
 
 
+@pytest.mark.ledger("annealing")
 def test_the_choice_is_random_before_the_annealing_and_guided_after_it():
     model, objective = made(*WHOLE, "image_mask.final_mask_noise=0")
     batch = MIXED.batch()
@@ -286,6 +300,7 @@ def test_the_choice_is_random_before_the_annealing_and_guided_after_it():
     assert torch.equal(late.is_masked[7].nonzero()[:, 0], by_noise[7])  # no text, no guide
 
 
+@pytest.mark.ledger("annealing")
 def test_annealing_follows_the_step():
     _, objective = made(
         *WHOLE, "train.steps=100", "image_mask.anneal_from=0.2", "image_mask.anneal_to=0.6",
@@ -296,6 +311,7 @@ def test_annealing_follows_the_step():
     assert mask_noise == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
 
 
+@pytest.mark.ledger("controls")
 def test_the_oracle_hides_the_lesion_first():
     model, objective = made(*WHOLE, "image_mask.policy='oracle'", "image_mask.final_mask_noise=0")
     batch = MIXED.batch()
@@ -305,6 +321,7 @@ def test_the_oracle_hides_the_lesion_first():
     assert torch.equal(masked, batch.lesion_ratio.topk(8, 1).indices.sort(1).values)
 
 
+@pytest.mark.ledger("score tokens")
 @pytest.mark.parametrize("score", get_args(ScoreKind))
 @pytest.mark.parametrize("tokens", ["entities", "masked", "all"])
 def test_every_score_guides_the_rows_that_have_a_text(score: str, tokens: str):
@@ -316,6 +333,7 @@ def test_every_score_guides_the_rows_that_have_a_text(score: str, tokens: str):
     assert out.relevance[:7].std(1).min() > 0 and not out.relevance[7].any()
 
 
+@pytest.mark.ledger("relevance score")
 def test_an_untrained_score_without_its_decoder_is_refused():
     with pytest.raises(ConfigError, match=r"give loss\.text a weight or choose another score"):
         small_config(
@@ -333,6 +351,7 @@ def test_a_plan_is_only_made_where_patches_are_hidden():
     assert isinstance(made(*WHOLE)[1].plan(0), MaskPlan)
 
 
+@pytest.mark.ledger("loss weights")
 @pytest.mark.parametrize("overrides", [WHOLE, PIXELS])
 def test_the_whole_method_can_learn_one_batch_by_heart(overrides: tuple[str, ...], tmp_path):
     class OneBatch(MadeBatches):

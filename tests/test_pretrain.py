@@ -122,6 +122,7 @@ def until(happened: Callable[[], bool], running: Running, timeout_s: float = 60)
         time.sleep(0.0005)
 
 
+@pytest.mark.ledger("random draws")
 @pytest.mark.parametrize("seed", [0])
 def test_ten_kills_change_neither_weights_nor_log(arguments: list, tmp_path: Path, seed: int):
     long = [*arguments, "--set", "train.steps=160"]
@@ -274,6 +275,7 @@ def test_a_run_on_true_pairs_does_not_resume_on_shuffled_ones(
     assert "shuffle" in ended.error()
 
 
+@pytest.mark.ledger("shuffled controls")
 def test_shuffled_pairs_are_said_recorded_and_trained_on(
     arguments: list, made_run: Path, tmp_path: Path
 ):
@@ -325,6 +327,7 @@ def bert(tmp_path: Path) -> Path:
     return tmp_path / "bert"
 
 
+@pytest.mark.ledger("initialisation")
 def test_a_run_from_a_pretrained_text_encoder_needs_its_folder_only_once(
     arguments: list, bert: Path, made_data: Path, tmp_path: Path
 ):

@@ -153,6 +153,7 @@ def test_a_finding_without_own_wording_falls_back_on_the_templates(write):
     assert prompts.texts("cyst") == (("There is cyst.",), ("There is no cyst.",))
 
 
+@pytest.mark.ledger("prompt pair")
 def test_the_hash_follows_the_content_not_the_layout(write):
     plain = load_prompts(write(MINIMAL)).hash
     assert load_prompts(write("# a comment\n" + MINIMAL)).hash == plain

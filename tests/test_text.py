@@ -48,6 +48,7 @@ MIMIC_LIKE = """\
 """
 
 
+@pytest.mark.ledger("report text")
 def test_sections_of_a_full_report_are_found_and_others_left_out():
     report = parse_report(MIMIC_LIKE)
     assert report.findings == (
@@ -57,6 +58,7 @@ def test_sections_of_a_full_report_are_found_and_others_left_out():
     assert report.text == f"{report.findings} {report.impression}"
 
 
+@pytest.mark.ledger("report text")
 @pytest.mark.parametrize(
     ("raw", "findings", "impression", "text"),
     [
@@ -118,6 +120,7 @@ def test_cleaning_removes_marks_and_nothing_else(raw, cleaned):
     assert make_report(raw, None).findings == cleaned
 
 
+@pytest.mark.ledger("report text")
 @pytest.mark.parametrize(
     "raw", [None, "", " \n ", ".", "None.", "N/A", "nan", "NaN", "XXXX", "___.", "1. 2.", "(XXXX)"]
 )
@@ -192,6 +195,7 @@ def test_special_tokens_have_the_ids_0_to_4_and_frame_a_text():
     assert tokenizer.mask_token_id == 4 and tokenizer.pad_token_id == 0
 
 
+@pytest.mark.ledger("text encoder")
 def test_equal_texts_give_an_equal_vocabulary():
     texts = [f"word{i} lung{i % 7} opacity" for i in range(300)]
     made = [train_tokenizer(iter(texts), vocab_size=120) for _ in range(5)]

@@ -49,6 +49,7 @@ def by_finding(result: ZeroShot) -> dict[str, dict]:
     return {row["finding"]: row for row in result.summary["findings"]}
 
 
+@pytest.mark.ledger("prompt pair")
 def test_probabilities_of_two_images_by_hand():
     images = torch.eye(2)
     prompts = PromptEmbeddings(
@@ -71,6 +72,7 @@ def test_probabilities_are_the_softmax_over_the_pair(scored: ZeroShot):
     assert ((scored.test.scores > 0) & (scored.test.scores < 1)).all()
 
 
+@pytest.mark.ledger("prompt pair")
 def test_collapsed_embeddings_score_one_half(
     made_run: Path, dataset: ImageTextDataset, prompts: PromptSet
 ):
@@ -105,6 +107,7 @@ def test_findings_are_scored_alone_as_among_others(
     np.testing.assert_allclose(result.test.scores[:, 0], scored.test.scores[:, column], rtol=1e-9)
 
 
+@pytest.mark.ledger("thresholds")
 def test_labels_of_test_images_change_neither_scores_nor_thresholds(
     trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
@@ -122,6 +125,7 @@ def test_labels_of_test_images_change_neither_scores_nor_thresholds(
         assert theirs["auroc"] == pytest.approx(1 - row["auroc"])
 
 
+@pytest.mark.ledger("thresholds")
 def test_thresholds_come_from_the_validation_images(
     trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
@@ -182,6 +186,7 @@ def test_results_of_images_without_any_finding_are_written_with_no_score(
     assert (tmp_path / "page.html").is_file()
 
 
+@pytest.mark.ledger("views")
 def test_lateral_and_unlabelled_images_and_images_of_other_splits_are_not_scored(
     dataset: ImageTextDataset,
 ):

@@ -12,6 +12,7 @@ import typer
 
 from mmclip import __version__
 from mmclip.cli import data, evaluate, explain, finetune, results, retrieve, train
+from mmclip.cli.plain import PlainCommand, PlainGroup
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="mmclip",
+    cls=PlainGroup,
     help="Pre-train on chest X-rays and reports; classify zero-shot.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,6 +41,7 @@ Pre-train on chest X-rays and reports; classify zero-shot. The commands, in orde
   mmclip doctor       what is installed, and what of a folder is sound
   mmclip demo         all of it on synthetic images, in a few minutes
   mmclip data build   a data set as downloaded -> a data folder
+  mmclip data labels  label images by what their reports say
   mmclip data split   set a named split of a data folder
   mmclip data check   what splits and data sets share
   mmclip pretrain     data folders -> a run
@@ -77,7 +80,7 @@ def root(
     logging.getLogger("mmclip").setLevel(logging.DEBUG if debug else logging.INFO)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def doctor(
     folders: Annotated[
         list[Path] | None,

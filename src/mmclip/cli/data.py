@@ -1,155 +1,30 @@
-"""`mmclip data`: build, split and check data folders."""
+"""`mmclip data`: build, label, split and check data folders."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from mmclip.cli.shared import command_line, resume_hint, split_name
+from mmclip.cli import build
+from mmclip.cli.plain import PlainCommand, PlainGroup
+from mmclip.cli.shared import split_name
 from mmclip.progress import console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmclip.config import ResizeMode
     from mmclip.data.report_labels import Check
     from mmclip.data.sample import Split
 
-app = typer.Typer(help="Build, label, split and check data folders.", no_args_is_help=True)
+app = typer.Typer(
+    cls=PlainGroup, help="Build, label, split and check data folders.", no_args_is_help=True
+)
+app.add_typer(build.app, name="build")
 
 
-@app.command("build")
-def data_build(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="Reader: csv, chestxray14, ...; docs/data.md lists them.", metavar="NAME"
-        ),
-    ],
-    root_: Annotated[
-        Path, typer.Option("--root", help="The data set, as downloaded.", metavar="PATH")
-    ],
-    out: Annotated[Path, typer.Option(help="The data folder to make.", metavar="PATH")],
-    image_size: Annotated[
-        int, typer.Option(help="Side of the cached images, in pixels.", min=8, metavar="N")
-    ] = 224,
-    resize: Annotated[
-        str, typer.Option(help="How images become squares: squash, pad or crop.", metavar="NAME")
-    ] = "squash",
-    mapping: Annotated[
-        Path | None,
-        typer.Option(
-            help="For csv or dicom: TOML file that says what the columns mean.", metavar="PATH"
-        ),
-    ] = None,
-    table: Annotated[
-        Path | None,
-        typer.Option(help="For csv: the table, if it is not the mapping's.", metavar="PATH"),
-    ] = None,
-    reports: Annotated[
-        Path | None,
-        typer.Option(help="For dicom: table of reports, if not the mapping's.", metavar="PATH"),
-    ] = None,
-    id_key: Annotated[
-        Path | None,
-        typer.Option(
-            help="For dicom: key that hashes ids; made if absent. [OUT.id-key]", metavar="PATH"
-        ),
-    ] = None,
-    keep_age_sex: Annotated[
-        bool, typer.Option("--keep-age-sex", help="For dicom: keep age and sex of patients.")
-    ] = False,
-    seed: Annotated[
-        int, typer.Option(help="Of the splits, where the source has none.", metavar="N")
-    ] = 0,
-    val_ratio: Annotated[
-        float, typer.Option(help="Of patients without a split.", metavar="RATIO")
-    ] = 0.1,
-    test_ratio: Annotated[
-        float, typer.Option(help="Of patients without a split.", metavar="RATIO")
-    ] = 0.1,
-    workers: Annotated[
-        int, typer.Option(help="Processes; 0 takes all cores.", min=0, metavar="N")
-    ] = 0,
-    entities: Annotated[
-        str,
-        typer.Option(
-            help="Finds entities in reports: lexicon, spacy:NAME or hf:NAME.", metavar="NAME"
-        ),
-    ] = "lexicon",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a finished build.")
-    ] = False,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="Dask scheduler whose workers do it: tcp://host:port.", metavar="ADDRESS"
-        ),
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(help="Do this share only, 1/8 to 8/8; then run it without.", metavar="I/N"),
-    ] = None,
-) -> None:
-    """Reads a data set and leaves a checked, hashed folder with images resized once.
-
-    Example: `mmclip data build csv --root raw/ --mapping raw.toml --image-size 64 --out data/a`
-    """
-    from mmclip.data.build import build_data, build_shard
-    from mmclip.data.shards import Shard, n_cores
-    from mmclip.data.sources import DicomOptions, open_reader
-
-    how = _resize_mode(resize)
-    dicom = None
-    if name == "dicom" or reports is not None or id_key is not None or keep_age_sex:
-        dicom = DicomOptions(
-            id_key or out.with_name(f"{out.resolve().name}.id-key"), reports, keep_age_sex
-        )
-    if scheduler is not None and workers:
-        raise ValueError(
-            f"--workers {workers} and --scheduler {scheduler} both say who works; give one of them"
-        )
-    who = scheduler or workers or n_cores()
-    if shard is not None:
-        share = Shard.parse(shard)
-        if overwrite:
-            raise ValueError(
-                f"a shard never replaces a build; leave --overwrite out, and remove {out} first if "
-                f"it holds an old one"
-            )
-        records = open_reader(name, root_, mapping=mapping, table=table, dicom=dicom)
-        with resume_hint():
-            build_shard(
-                records, root_, out, share, image_size=image_size, workers=who, entities=entities,
-                resize=how,
-            )  # fmt: skip
-        console.print(
-            f"shard {shard} is done; when all are, run the same command without --shard",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
-        return
-    with resume_hint():
-        meta = build_data(
-            open_reader(name, root_, mapping=mapping, table=table, dicom=dicom),
-            root_,
-            out,
-            image_size=image_size,
-            seed=seed,
-            val_ratio=val_ratio,
-            test_ratio=test_ratio,
-            workers=who,
-            entities=entities,
-            metadata={"reader": name, "command": command_line()},
-            overwrite=overwrite,
-            hides_paths=name == "dicom",
-            resize=how,
-        )
-    _print_meta(meta, out)
-
-
-@app.command("split")
+@app.command("split", cls=PlainCommand)
 def data_split(
     folder: Annotated[
         Path, typer.Argument(help="Data folder of `mmclip data build`.", metavar="PATH")
@@ -205,18 +80,27 @@ def data_split(
     _print_split(split, folder)
 
 
-@app.command("labels")
+@app.command("labels", cls=PlainCommand)
 def data_labels(
-    folder: Annotated[Path, typer.Argument(help="Data folder of `mmclip data build`.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Data folder of `mmclip data build`.", metavar="PATH")
+    ],
     findings: Annotated[
-        str, typer.Option(help="Which findings: chexpert, or a TOML file of rules.")
+        str,
+        typer.Option(help="Which findings: chexpert, or a TOML file of rules.", metavar="NAME"),
     ] = "chexpert",
     uncertain_as: Annotated[
-        str, typer.Option(help="How uncertain ones count: uncertain, present, absent or unknown.")
+        str,
+        typer.Option(
+            help="How uncertain ones count: uncertain, present, absent or unknown.", metavar="NAME"
+        ),
     ] = "uncertain",
     check: Annotated[
         Path | None,
-        typer.Option(help="Change nothing; score the labels against this CSV of people's labels."),
+        typer.Option(
+            help="Change nothing; score the labels against this CSV of people's labels.",
+            metavar="PATH",
+        ),
     ] = None,
 ) -> None:
     """Labels images without labels by what their reports say, or checks how good such labels are.
@@ -261,7 +145,7 @@ def data_labels(
     print(json.dumps({**metadata, "data_hash": done.data_hash, "labels": counts}, indent=2))
 
 
-@app.command("check")
+@app.command("check", cls=PlainCommand)
 def data_check(
     folders: Annotated[
         list[Path], typer.Argument(help="Data folders, examined together.", metavar="PATH")
@@ -324,15 +208,6 @@ def _print_agreement(check: "Check") -> None:
     print(json.dumps({**metadata, "agreement": out}, indent=2))
 
 
-def _resize_mode(name: str) -> "ResizeMode":
-    from mmclip.config import ResizeMode
-
-    for known in get_args(ResizeMode):
-        if name == known:
-            return known
-    raise ValueError(f"--resize {name!r} is none of {', '.join(get_args(ResizeMode))}")
-
-
 def _lists(given: "Sequence[str]") -> "dict[Split, Path]":
     lists: dict[Split, Path] = {}
     for item in given:
@@ -363,31 +238,3 @@ def _print_split(split: dict, folder: Path) -> None:
         console.print(f"training patients, seed {seed}: {', '.join(sizes)}", soft_wrap=True)
     console.print(f"split hash {split['split_hash'][:16]}, data hash {split['data_hash'][:16]}")
     print(folder)
-
-
-def _print_meta(meta: dict, out: Path) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    rows = [
-        ("rows read", meta["n_rows"]),
-        ("kept", meta["n_samples"]),
-        ("  with an image", meta["n_with_image"]),
-        ("  with a report", meta["n_with_report"]),
-        ("  with both", meta["n_paired"]),
-        ("excluded", meta["n_excluded"]),
-        *((f"  {reason}", n) for reason, n in meta["excluded"].items()),
-        ("studies", meta["n_studies"]),
-        ("patients", meta["n_patients"]),
-        *((f"split {name}", n) for name, n in meta["splits"].items()),
-    ]
-    for what, n in rows:
-        table.add_row(what, f"{n:,}", style="yellow" if what == "excluded" and n else "")
-    console.print(table)
-    if meta["n_excluded"]:
-        said = (
-            f"{meta['n_excluded'] / meta['n_rows']:.0%} of the rows are excluded; which and why: "
-        )
-        console.print(
-            f"{said}{out / 'excluded.jsonl'}", style="yellow", markup=False, soft_wrap=True
-        )
-    console.print(f"data hash {meta['data_hash'][:16]}")
-    print(out)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mmclip.cli.plain import IN_OUT, INTERVALS, SELECTION, PlainCommand
 from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
@@ -20,41 +21,67 @@ from mmclip.cli.shared import (
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def zeroshot(
     run: Annotated[
-        Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
+        Path,
+        typer.Option(
+            "--run",
+            rich_help_panel=IN_OUT,
+            help="Run or checkpoint of `mmclip pretrain`.",
+            metavar="PATH",
+        ),
     ],
     data: FolderOption,
     out: Annotated[
-        Path, typer.Option(help="Folder for results.json, scores.npz and the page.", metavar="PATH")
+        Path,
+        typer.Option(
+            rich_help_panel=IN_OUT,
+            help="Folder for results.json, scores.npz and the page.",
+            metavar="PATH",
+        ),
     ],
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Images, findings and rules of a benchmark: a name or a path.", metavar="NAME"
+            rich_help_panel=SELECTION,
+            help="Images, findings and rules of a benchmark: a name or a path.",
+            metavar="NAME",
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.", metavar="NAME")] = "test",
+    split: Annotated[
+        str, typer.Option(rich_help_panel=SELECTION, help="train, val or test.", metavar="NAME")
+    ] = "test",
     source: Annotated[
-        list[str] | None, typer.Option(help="Only these; may be repeated.", metavar="NAME")
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=SELECTION, help="Only these; may be repeated.", metavar="NAME"
+        ),
     ] = None,
     finding: Annotated[
         list[str] | None,
-        typer.Option(help="Only these, in order; may be repeated.", metavar="NAME"),
+        typer.Option(
+            rich_help_panel=SELECTION, help="Only these, in order; may be repeated.", metavar="NAME"
+        ),
     ] = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
+            rich_help_panel=SELECTION,
             help="Prompt set, by name or path; the first scores, others show the spread. "
             "[the protocol's, or default, pair, sentence]",
             metavar="NAME",
         ),
     ] = None,
     n_resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples of patients.", min=1, metavar="N")
+        int,
+        typer.Option(
+            rich_help_panel=INTERVALS, help="Bootstrap resamples of patients.", min=1, metavar="N"
+        ),
     ] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.", metavar="N")] = 0,
+    seed: Annotated[
+        int, typer.Option(rich_help_panel=INTERVALS, help="Of the bootstrap.", metavar="N")
+    ] = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:

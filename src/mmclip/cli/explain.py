@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from mmclip.cli.plain import EVALUATION, IN_OUT, PlainCommand
 from mmclip.cli.shared import (
     CpuOption,
     OverwriteOption,
@@ -22,61 +23,105 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+ONE_IMAGE = "One image"
+MAPS = "Maps and boxes"
+"""Titles of panels of the help."""
 
-@app.command()
+
+@app.command(cls=PlainCommand)
 def explain(
     run: Annotated[
-        Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
+        Path,
+        typer.Option(
+            "--run",
+            rich_help_panel=IN_OUT,
+            help="Run or checkpoint of `mmclip pretrain`.",
+            metavar="PATH",
+        ),
     ],
     out: Annotated[
         Path,
         typer.Option(
-            help="The picture, .png, with an .npz beside it; a .json to evaluate.", metavar="PATH"
+            rich_help_panel=IN_OUT,
+            help="The picture, .png, with an .npz beside it; a .json to evaluate.",
+            metavar="PATH",
         ),
     ],
     image: Annotated[
-        Path | None, typer.Option(help="An image: PNG, JPEG, DICOM or the like.", metavar="PATH")
+        Path | None,
+        typer.Option(
+            rich_help_panel=ONE_IMAGE,
+            help="An image: PNG, JPEG, DICOM or the like.",
+            metavar="PATH",
+        ),
     ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Data folder of `mmclip data build`; may be repeated to evaluate.", metavar="PATH"
+            rich_help_panel=IN_OUT,
+            help="Data folder of `mmclip data build`; may be repeated to evaluate.",
+            metavar="PATH",
         ),
     ] = None,
     image_id: Annotated[
-        str | None, typer.Option(help="An image of the data folder.", metavar="NAME")
+        str | None,
+        typer.Option(
+            rich_help_panel=ONE_IMAGE, help="An image of the data folder.", metavar="NAME"
+        ),
     ] = None,
     phrase: Annotated[
-        str | None, typer.Option(help="What to look for, as a report says.", metavar="TEXT")
+        str | None,
+        typer.Option(
+            rich_help_panel=ONE_IMAGE, help="What to look for, as a report says.", metavar="TEXT"
+        ),
     ] = None,
     score: Annotated[
-        str, typer.Option(help="contribution, prompt_pair or decoder_attention.", metavar="NAME")
+        str,
+        typer.Option(
+            rich_help_panel=MAPS,
+            help="contribution, prompt_pair or decoder_attention.",
+            metavar="NAME",
+        ),
     ] = "contribution",
     prompts: Annotated[
         str,
         typer.Option(
-            help="Prompt set for findings and prompt_pair: a name or a path.", metavar="NAME"
+            rich_help_panel=MAPS,
+            help="Prompt set for findings and prompt_pair: a name or a path.",
+            metavar="NAME",
         ),
     ] = "default",
     boxes: Annotated[
         str | None,
         typer.Option(
+            rich_help_panel=MAPS,
             help="Boxes or masks: chestxdet10, chestxray14, ms-cxr, rsna, siim, synthetic or "
             "vindr, and the folder that holds them.",
             metavar="NAME=FOLDER",
         ),
     ] = None,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Measure the maps of all images with --boxes.")
+        bool,
+        typer.Option(
+            "--evaluate",
+            rich_help_panel=EVALUATION,
+            help="Measure the maps of all images with --boxes.",
+        ),
     ] = False,
     split: Annotated[
-        str, typer.Option(help="To evaluate: train, val or test.", metavar="NAME")
+        str, typer.Option(rich_help_panel=EVALUATION, help="train, val or test.", metavar="NAME")
     ] = "test",
     n_resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples of patients.", min=1, metavar="N")
+        int,
+        typer.Option(
+            rich_help_panel=EVALUATION, help="Bootstrap resamples of patients.", min=1, metavar="N"
+        ),
     ] = 1000,
     seed: Annotated[
-        int, typer.Option(help="Of the bootstrap and the random weights.", metavar="N")
+        int,
+        typer.Option(
+            rich_help_panel=EVALUATION, help="Of the bootstrap and the random weights.", metavar="N"
+        ),
     ] = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,

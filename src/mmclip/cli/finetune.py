@@ -8,27 +8,45 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from mmclip.cli.plain import IN_OUT, INTERVALS, SELECTION, TRAINING, PlainCommand
 from mmclip.cli.shared import CpuOption, SetOption, command_line, resume_hint
 from mmclip.progress import console
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def finetune(
     data: Annotated[
-        Path, typer.Option("--data", help="Data folder of `mmclip data build`.", metavar="PATH")
+        Path,
+        typer.Option(
+            "--data",
+            rich_help_panel=IN_OUT,
+            help="Data folder of `mmclip data build`.",
+            metavar="PATH",
+        ),
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder of the results, one folder a run in it.", metavar="PATH")
+        Path,
+        typer.Option(
+            rich_help_panel=IN_OUT,
+            help="Folder of the results, one folder a run in it.",
+            metavar="PATH",
+        ),
     ],
     run: Annotated[
         Path | None,
-        typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH"),
+        typer.Option(
+            "--run",
+            rich_help_panel=IN_OUT,
+            help="Run or checkpoint of `mmclip pretrain`.",
+            metavar="PATH",
+        ),
     ] = None,
     init: Annotated[
         str,
         typer.Option(
+            rich_help_panel=TRAINING,
             help="Weights: run, random (the run's architecture) or hf:FOLDER_OR_NAME.",
             metavar="NAME",
         ),
@@ -36,42 +54,65 @@ def finetune(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Findings, images and rules of a benchmark: name or path.", metavar="NAME"
+            rich_help_panel=SELECTION,
+            help="Findings, images and rules of a benchmark: name or path.",
+            metavar="NAME",
         ),
     ] = None,
     finding: Annotated[
         list[str] | None,
-        typer.Option(help="Without a protocol: learn these; may be repeated.", metavar="NAME"),
+        typer.Option(
+            rich_help_panel=SELECTION,
+            help="Without a protocol: learn these; may be repeated.",
+            metavar="NAME",
+        ),
     ] = None,
     source: Annotated[
         list[str] | None,
-        typer.Option(help="Without a protocol: only these; may be repeated.", metavar="NAME"),
+        typer.Option(
+            rich_help_panel=SELECTION,
+            help="Without a protocol: only these; may be repeated.",
+            metavar="NAME",
+        ),
     ] = None,
     method: Annotated[
         str,
         typer.Option(
-            help="probe (linear, encoder as it is) or full (encoder and head).", metavar="NAME"
+            rich_help_panel=TRAINING,
+            help="probe (linear, encoder as it is) or full (encoder and head).",
+            metavar="NAME",
         ),
     ] = "probe",
     fraction: Annotated[
         list[float] | None,
         typer.Option(
-            help="Of the training patients: 0.01, 0.1 or 1; may be repeated.", metavar="RATIO"
+            rich_help_panel=TRAINING,
+            help="Of the training patients: 0.01, 0.1 or 1; may be repeated.",
+            metavar="RATIO",
         ),
     ] = None,
     seed: Annotated[
         list[int] | None,
         typer.Option(
-            help="Of subset, weights and order; may be repeated. [the protocol's]", metavar="N"
+            rich_help_panel=TRAINING,
+            help="Of subset, weights and order; may be repeated. [the protocol's]",
+            metavar="N",
         ),
     ] = None,
     config: Annotated[
         str,
-        typer.Option(help="Of full fine-tuning: tiny, vit_b, or a path to a TOML.", metavar="NAME"),
+        typer.Option(
+            rich_help_panel=TRAINING,
+            help="Of full fine-tuning: tiny, vit_b, or a path to a TOML.",
+            metavar="NAME",
+        ),
     ] = "tiny",
     overrides: SetOption = None,
     n_resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples of patients.", min=1, metavar="N")
+        int,
+        typer.Option(
+            rich_help_panel=INTERVALS, help="Bootstrap resamples of patients.", min=1, metavar="N"
+        ),
     ] = 1000,
     cpu: CpuOption = False,
 ) -> None:

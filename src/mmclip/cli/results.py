@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from mmclip.cli.plain import INTERVALS, PlainCommand
 from mmclip.cli.shared import (
     OverwriteOption,
     check_inputs,
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+OF_SCORES = "CSV files of scores"
+COMPARISON = "Comparison"
+"""Titles of panels of the help."""
 
-@app.command()
+
+@app.command(cls=PlainCommand)
 def results(
     given: Annotated[
         list[Path],
@@ -39,33 +44,48 @@ def results(
         list[Path] | None,
         typer.Option(
             "--data",
-            help="For CSV files: data folder of the images; may be repeated.",
+            rich_help_panel=OF_SCORES,
+            help="Data folder of the images; may be repeated.",
             metavar="PATH",
         ),
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(help="For CSV files: by whose rules; a name or a path.", metavar="NAME"),
+        typer.Option(
+            rich_help_panel=OF_SCORES, help="By whose rules; a name or a path.", metavar="NAME"
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="For CSV files: folder that gets their results.", metavar="PATH"),
+        typer.Option(
+            rich_help_panel=OF_SCORES, help="Folder that gets their results.", metavar="PATH"
+        ),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="For CSV files: val or test.", metavar="NAME")
+        str, typer.Option(rich_help_panel=OF_SCORES, help="val or test.", metavar="NAME")
     ] = "test",
     n_resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples of patients.", min=1, metavar="N")
+        int,
+        typer.Option(
+            rich_help_panel=INTERVALS, help="Bootstrap resamples of patients.", min=1, metavar="N"
+        ),
     ] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.", metavar="N")] = 0,
+    seed: Annotated[
+        int, typer.Option(rich_help_panel=INTERVALS, help="Of the bootstrap.", metavar="N")
+    ] = 0,
     over_seeds: Annotated[
         bool,
         typer.Option(
-            "--over-seeds", help="One row for the runs that differ by their training seed alone."
+            "--over-seeds",
+            rich_help_panel=COMPARISON,
+            help="One row for the runs that differ by their training seed alone.",
         ),
     ] = False,
     save: Annotated[
-        Path | None, typer.Option(help="Write the table as Markdown, too.", metavar="PATH")
+        Path | None,
+        typer.Option(
+            rich_help_panel=COMPARISON, help="Write the table as Markdown, too.", metavar="PATH"
+        ),
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:

@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from mmclip.cli.plain import EVALUATION, IN_OUT, SELECTION, PlainCommand
 from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+SEARCH = "Search"
+"""Title of a panel of the help."""
+
 REPORT_CHARS = 120
 """Of a report in the table. [chosen: two sentences; the lines on stdout hold it whole]"""
 
@@ -34,43 +38,74 @@ REPORT_LEAST = 16
 """Columns of the terminal under which no report is shown. [chosen: two words]"""
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def retrieve(
     run: Annotated[
-        Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
+        Path,
+        typer.Option(
+            "--run",
+            rich_help_panel=IN_OUT,
+            help="Run or checkpoint of `mmclip pretrain`.",
+            metavar="PATH",
+        ),
     ],
     data: FolderOption,
     image: Annotated[
         str | None,
         typer.Option(
-            help="Search: an image id of the data, or a PNG, JPEG or DICOM.", metavar="NAME"
+            rich_help_panel=SEARCH,
+            help="An image id of the data, or a PNG, JPEG or DICOM.",
+            metavar="NAME",
         ),
     ] = None,
     phrase: Annotated[
-        str | None, typer.Option(help="Search: what a report would say, in quotes.", metavar="TEXT")
+        str | None,
+        typer.Option(
+            rich_help_panel=SEARCH, help="What a report would say, in quotes.", metavar="TEXT"
+        ),
     ] = None,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Score how images and reports find one another.")
+        bool,
+        typer.Option(
+            "--evaluate",
+            rich_help_panel=EVALUATION,
+            help="Score how images and reports find one another.",
+        ),
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
+            rich_help_panel=IN_OUT,
             help="Folder for found.png; with --evaluate (needed) for retrieval.json.",
             metavar="PATH",
         ),
     ] = None,
-    top: Annotated[int, typer.Option(help="Search: how many patients.", min=1, metavar="N")] = 10,
+    top: Annotated[
+        int, typer.Option(rich_help_panel=SEARCH, help="How many patients.", min=1, metavar="N")
+    ] = 10,
     split: Annotated[
         str | None,
-        typer.Option(help="train, val or test. [search: all; --evaluate: test]", metavar="NAME"),
+        typer.Option(
+            rich_help_panel=SELECTION,
+            help="train, val or test. [search: all; --evaluate: test]",
+            metavar="NAME",
+        ),
     ] = None,
     source: Annotated[
-        list[str] | None, typer.Option(help="Only these; may be repeated.", metavar="NAME")
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=SELECTION, help="Only these; may be repeated.", metavar="NAME"
+        ),
     ] = None,
     n_resamples: Annotated[
-        int, typer.Option(help="--evaluate: bootstrap resamples of patients.", min=1, metavar="N")
+        int,
+        typer.Option(
+            rich_help_panel=EVALUATION, help="Bootstrap resamples of patients.", min=1, metavar="N"
+        ),
     ] = 1000,
-    seed: Annotated[int, typer.Option(help="--evaluate: of the bootstrap.", metavar="N")] = 0,
+    seed: Annotated[
+        int, typer.Option(rich_help_panel=EVALUATION, help="Of the bootstrap.", metavar="N")
+    ] = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:

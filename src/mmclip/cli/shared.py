@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from mmclip.cli.plain import IN_OUT, OTHER, TRAINING
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -22,16 +23,27 @@ if TYPE_CHECKING:
 FolderOption = Annotated[
     list[Path],
     typer.Option(
-        "--data", help="Data folder of `mmclip data build`; may be repeated.", metavar="PATH"
+        "--data",
+        rich_help_panel=IN_OUT,
+        help="Data folder of `mmclip data build`; may be repeated.",
+        metavar="PATH",
     ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override, e.g. train.steps=200; may be repeated.", metavar="KEY=V"),
+    typer.Option(
+        "--set",
+        rich_help_panel=TRAINING,
+        help="Override, e.g. train.steps=200; may be repeated.",
+        metavar="KEY=V",
+    ),
 ]
-CpuOption = Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")]
+CpuOption = Annotated[bool, typer.Option("--cpu", rich_help_panel=OTHER, help="Do not use a GPU.")]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace results of another command in --out.")
+    bool,
+    typer.Option(
+        "--overwrite", rich_help_panel=OTHER, help="Replace results of another command in --out."
+    ),
 ]
 
 

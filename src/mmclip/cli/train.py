@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mmclip.cli.plain import IN_OUT, TRAINING, PlainCommand
 from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
@@ -20,19 +21,33 @@ from mmclip.cli.shared import (
 
 app = typer.Typer()
 
+CONTROLS = "Controls"
+LOGGING = "Logging"
+"""Titles of panels of the help."""
 
-@app.command()
+
+@app.command(cls=PlainCommand)
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for data, run and results.", metavar="PATH")
+        Path,
+        typer.Option(
+            rich_help_panel=IN_OUT, help="Folder for data, run and results.", metavar="PATH"
+        ),
     ] = Path("runs/demo"),
     seed: Annotated[
-        int, typer.Option(help="Of the synthetic images, the weights and the order.", metavar="N")
+        int,
+        typer.Option(
+            rich_help_panel=TRAINING,
+            help="Of the synthetic images, the weights and the order.",
+            metavar="N",
+        ),
     ] = 0,
     shuffle_pairs: Annotated[
         bool,
         typer.Option(
-            "--shuffle-pairs", help="Control: deal images the reports and labels of others."
+            "--shuffle-pairs",
+            rich_help_panel=CONTROLS,
+            help="Control: deal images the reports and labels of others.",
         ),
     ] = False,
     set_: SetOption = None,
@@ -56,31 +71,48 @@ def demo(
     print_results(results, out)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def pretrain(
     data: FolderOption,
-    out: Annotated[Path, typer.Option(help="Folder of the run.", metavar="PATH")],
+    out: Annotated[
+        Path, typer.Option(rich_help_panel=IN_OUT, help="Folder of the run.", metavar="PATH")
+    ],
     config: Annotated[
         str,
-        typer.Option(help="Name (tiny, arms/whole, paper, ...) or path to a TOML.", metavar="NAME"),
+        typer.Option(
+            rich_help_panel=TRAINING,
+            help="Name (tiny, arms/whole, paper, ...) or path to a TOML.",
+            metavar="NAME",
+        ),
     ] = "tiny",
     set_: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", rich_help_panel=TRAINING, help="Go on with the run in --out."),
+    ] = False,
     shuffle_pairs: Annotated[
-        bool, typer.Option("--shuffle-pairs", help="Control: deal images the reports of others.")
+        bool,
+        typer.Option(
+            "--shuffle-pairs",
+            rich_help_panel=CONTROLS,
+            help="Control: deal images the reports of others.",
+        ),
     ] = False,
     lesion_masks: Annotated[
         Path | None,
         typer.Option(
             "--lesion-masks",
+            rich_help_panel=CONTROLS,
             help="Folder of synthetic images, for image_mask.policy=oracle.",
             metavar="PATH",
         ),
     ] = None,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Log to TensorBoard too.")
+        bool, typer.Option("--tensorboard", rich_help_panel=LOGGING, help="Log to TensorBoard too.")
     ] = False,
-    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too.")] = False,
+    wandb: Annotated[
+        bool, typer.Option("--wandb", rich_help_panel=LOGGING, help="Log to Weights & Biases too.")
+    ] = False,
     cpu: CpuOption = False,
 ) -> None:
     """Pre-trains image and text encoder on images with reports.

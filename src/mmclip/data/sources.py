@@ -27,6 +27,7 @@ __all__ = [
     "CsvMapping",
     "DicomOptions",
     "SourceError",
+    "check_reader",
     "load_mapping",
     "open_reader",
     "read_csv",
@@ -52,8 +53,26 @@ _PUBLISHED: dict[str, Callable[[Path], Iterator[Record]]] = {
     "vindr": read_vindr,
 }
 
-READERS = ("csv", "dicom", *_PUBLISHED)
-"""The names that `open_reader` knows."""
+READERS = {
+    "csv": "A table of your own, by a mapping of its columns.",
+    "dicom": "A folder of DICOM files, with a table of reports or without.",
+    "chestxray14": "ChestX-ray14 of the NIH: 14 findings, text-mined.",
+    "chexpert": "CheXpert: 14 observations, text-mined; valid by radiologists.",
+    "chexpert-plus": "CheXpert Plus: the images of CheXpert with reports.",
+    "covidx": "COVIDx CXR-2, -3 or -4: COVID-19.",
+    "mimic-cxr": "MIMIC-CXR as DICOM, with reports.",
+    "mimic-cxr-jpg": "MIMIC-CXR-JPG, with reports and 14 observations.",
+    "montgomery": "Montgomery of the NLM: tuberculosis.",
+    "openi": "Open-I (Indiana University) as the NLM has it: reports.",
+    "openi-kaggle": "Open-I as on Kaggle: reports.",
+    "openi-r2gen": "Open-I as R2Gen has it: reports and splits.",
+    "padchest": "PadChest: 193 labels, by physicians or a network.",
+    "rsna": "RSNA Pneumonia Detection Challenge: pneumonia, with boxes.",
+    "shenzhen": "Shenzhen of the NLM: tuberculosis.",
+    "siim": "SIIM-ACR Pneumothorax Segmentation: pneumothorax.",
+    "vindr": "VinDr-CXR: 28 or 15 labels, by three radiologists each.",
+}
+"""The names that `open_reader` knows, each with a line of what it reads."""
 
 PATIENTS_UNKNOWN = {
     "montgomery": "image",
@@ -66,6 +85,16 @@ PATIENTS_UNKNOWN = {
     "vindr": "image",
 }
 """Data sets that publish no patient ids, and what counts as a patient instead."""
+
+
+def check_reader(name: str) -> None:
+    """Refuses a name that no reader has.
+
+    Raises:
+        SourceError: With the names that there are.
+    """
+    if name not in READERS:
+        raise SourceError(f"there is no reader {name!r}; the readers are {', '.join(READERS)}")
 
 
 def open_reader(
@@ -90,8 +119,7 @@ def open_reader(
             piece of the data set is missing.
         ConfigError: When the mapping breaks a rule.
     """
-    if name not in READERS:
-        raise SourceError(f"there is no reader {name!r}; the readers are {', '.join(READERS)}")
+    check_reader(name)
     if not root.exists():
         raise SourceError(f"there is no folder {root}; give the data set's by --root")
     if name == "csv" and dicom is None:
