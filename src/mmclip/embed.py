@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
+from scipy.special import expit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -216,7 +217,12 @@ def probabilities(
     """
     difference = (prompts.positive - prompts.negative).double()
     logits = torch.stack([row_products(images, each) for each in difference], 1)
-    return torch.sigmoid(scale * logits).numpy()
+    return sigmoid(scale * logits)
+
+
+def sigmoid(logits: Float[Tensor, "n k"]) -> Float[np.ndarray, "n k"]:
+    """Probabilities in float64. torch's own differ in the last digit with an element's place."""
+    return expit(logits.double().cpu().numpy())
 
 
 def row_products(rows: Float[Tensor, "n d"], vector: Float[Tensor, " d"]) -> Float[Tensor, " n"]:

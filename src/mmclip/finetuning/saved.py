@@ -24,6 +24,7 @@ from mmclip.checkpoint import (
     write_checkpoint,
 )
 from mmclip.config import ResizeMode
+from mmclip.embed import sigmoid
 from mmclip.evaluation.baselines import LogisticFit
 from mmclip.models.classifier import Classifier, Features, ImageEncoder
 from mmclip.models.encoders import image_layout, rebuild_encoder
@@ -88,7 +89,7 @@ class FineTuned:
     def probabilities(self, encoded: Float[Tensor, "n d"]) -> Float[np.ndarray, "n k"]:
         """The probability of each finding."""
         if isinstance(self.model, Classifier):
-            return torch.sigmoid(encoded.double()).numpy()
+            return sigmoid(encoded)
         return self.model.fit().scores(encoded.numpy())
 
 

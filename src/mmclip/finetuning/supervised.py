@@ -30,7 +30,7 @@ from mmclip.config import AugmentConfig, Frozen, TrainConfig
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, augmented
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
-from mmclip.embed import batch_size_of, encode_batch
+from mmclip.embed import batch_size_of, encode_batch, sigmoid
 from mmclip.evaluation.metrics import auroc
 from mmclip.finetuning.task import Labelled
 from mmclip.losses import label_sum
@@ -228,7 +228,7 @@ def predict(
     logits = torch.cat(parts).to(device)
     if batch_slice is not None:
         logits = all_gather_rows(logits)
-    return torch.sigmoid(logits.double()).cpu().numpy()
+    return sigmoid(logits)
 
 
 @dataclass(frozen=True)
