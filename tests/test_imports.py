@@ -18,11 +18,11 @@ MODULES = {
 
 LAYERS = (
     {"mmclip.cli", "mmclip.__main__"},
-    {"mmclip.demo", "mmclip.doctor"},
+    {"mmclip.api", "mmclip.demo", "mmclip.doctor", "mmclip.prediction"},
     {"mmclip.explanation", "mmclip.finetuning", "mmclip.retrieval"},
     {"mmclip.evaluation"},
     {"mmclip.training"},
-    {"mmclip.checkpoint", "mmclip.embed", "mmclip.embedding_store"},
+    {"mmclip.checkpoint", "mmclip.embed", "mmclip.embedding_store", "mmclip.prompt_check"},
     {"mmclip.data", "mmclip.models"},
     {
         "mmclip", "mmclip.batch", "mmclip.config", "mmclip.hub", "mmclip.losses", "mmclip.masking",

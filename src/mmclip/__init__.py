@@ -1,3 +1,24 @@
-"""MMCLIP: masked medical contrastive language-image pre-training for chest X-rays and reports."""
+"""MMCLIP: masked medical contrastive language-image pre-training for chest X-rays and reports.
+
+`mmclip.load(path)` opens a trained model; docs/python.md shows what it does. Importing this package
+imports nothing else: torch and the rest come with the first use of `load` or `Model`.
+"""
+
+from importlib import import_module
 
 __version__ = "0.1.0.dev0"
+__all__ = ["Model", "__version__", "load"]
+
+_LAZY = ("Model", "load")
+
+
+def __getattr__(name: str) -> object:
+    """The names of `mmclip.api`, when they are asked for. Types: __init__.pyi."""
+    if name in _LAZY:
+        return vars(import_module("mmclip.api"))[name]
+    raise AttributeError(f"module 'mmclip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """With the names that are not imported yet."""
+    return sorted({*globals(), *_LAZY})

@@ -3,13 +3,14 @@ prompt."""
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from scipy.special import expit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -30,21 +31,76 @@ class PromptEmbeddings:
     negative: Float[Tensor, "k e"]
 
 
+PIXELS_AT_ONCE = {"cuda": 256 * 224**2, "cpu": 8 * 224**2}
+"""Pixels of a batch by device. [chosen: a ViT-B fits any GPU so; on a CPU one image alone takes
+the time of a batch, and more at once are no faster]"""
+
+MOST_IMAGES = {"cuda": 256, "cpu": 32}
+"""Images of a batch by device, however small they are."""
+
+
+def images_at_once(device: torch.device, image_size: int) -> int:
+    """How many images are encoded together, a power of two; it follows from these two alone."""
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    fits = max(1, PIXELS_AT_ONCE[kind] // image_size**2)
+    return min(MOST_IMAGES[kind], 1 << (fits.bit_length() - 1))
+
+
+def batch_size_of(dataset: ImageTextDataset, device: torch.device) -> int:
+    """See `images_at_once`."""
+    return images_at_once(device, dataset.pixels(np.zeros(1, np.int64)).shape[-1])
+
+
 @torch.inference_mode()
+def encode_batch(
+    encode: Callable[[Float[Tensor, "b 1 h w"]], Float[Tensor, "b d"]],
+    pixels: UInt8[Tensor, "n h w"],
+    device: torch.device,
+    batch_size: int,
+) -> Float[Tensor, "n d"]:
+    """Vectors of up to `batch_size` images, on the CPU.
+
+    A batch is filled up with its first image: kernels of matrix products add in an order that
+    depends on the size of the batch, and an image must have the same numbers to the last digit
+    whatever stands beside it.
+
+    Args:
+        encode: Of images in model space, on the device.
+        pixels: 0..255; 1 to `batch_size` images.
+        device: Where the model is.
+        batch_size: See `images_at_once`.
+    """
+    n = len(pixels)
+    if n < batch_size:
+        pixels = torch.cat([pixels, pixels[:1].expand(batch_size - n, -1, -1)])
+    return encode(normalise(pixels.to(device, non_blocking=True)))[:n].float().cpu()
+
+
 def embed_images(
-    model: MMCLIP, dataset: ImageTextDataset, batch_size: int = 256, show: bool = True
+    model: MMCLIP, dataset: ImageTextDataset, batch_size: int | None = None, show: bool = True
 ) -> Float[Tensor, "n e"]:
     """The embeddings of all images, on the CPU, in the order of the rows."""
-    device = model.logit_scale.device
-    out = []
+    out: list[Tensor] = []
     with progress("embedding images", len(dataset), show=show) as advance:
-        for start in range(0, len(dataset), batch_size):
-            part = np.arange(start, min(start + batch_size, len(dataset)))
-            image = normalise(dataset.pixels(part).to(device, non_blocking=True))
-            with half_on_gpu(device):
-                out.append(model.encode_image(image).embedding)
+        size = batch_size or batch_size_of(dataset, model.logit_scale.device)
+        for start in range(0, len(dataset), size):
+            part = np.arange(start, min(start + size, len(dataset)))
+            out.append(embed_batch(model, dataset.pixels(part), size))
             advance(len(part))
-    return torch.cat(out).cpu()
+    return torch.cat(out)
+
+
+def embed_batch(
+    model: MMCLIP, pixels: UInt8[Tensor, "n h w"], batch_size: int
+) -> Float[Tensor, "n e"]:
+    """The embeddings of up to `batch_size` images, on the CPU; see `encode_batch`."""
+    device = model.logit_scale.device
+
+    def encode(image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b e"]:
+        with half_on_gpu(device):
+            return model.encode_image(image).embedding
+
+    return encode_batch(encode, pixels, device, batch_size)
 
 
 def half_on_gpu(device: torch.device) -> torch.autocast:
@@ -159,5 +215,19 @@ def probabilities(
 
     Source: CheXzero (Tiu et al. 2022), methods, "softmax evaluation".
     """
-    difference = images.double() @ (prompts.positive - prompts.negative).double().T
-    return torch.sigmoid(scale * difference).numpy()
+    difference = (prompts.positive - prompts.negative).double()
+    logits = torch.stack([row_products(images, each) for each in difference], 1)
+    return sigmoid(scale * logits)
+
+
+def sigmoid(logits: Float[Tensor, "n k"]) -> Float[np.ndarray, "n k"]:
+    """Probabilities in float64. torch's own differ in the last digit with an element's place."""
+    return expit(logits.double().cpu().numpy())
+
+
+def row_products(rows: Float[Tensor, "n d"], vector: Float[Tensor, " d"]) -> Float[Tensor, " n"]:
+    """The product of each row with a vector, in float64: the same whatever stands in other rows.
+
+    A matrix product would add in an order that depends on the number of rows.
+    """
+    return (rows.double() * vector.double()).sum(1)

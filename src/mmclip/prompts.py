@@ -21,9 +21,10 @@ A prompt set is a TOML file. Templates serve any finding; a finding may have its
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator
 
@@ -116,6 +117,11 @@ class PromptSet(Frozen):
         )
         return Prompts(positives, negatives)
 
+    def names(self, finding: str) -> tuple[str, ...]:
+        """What the prompts of a finding may call it: as templates name it, and as it was given."""
+        name = plain_name(finding)
+        return tuple(dict.fromkeys((self.phrases.get(name, Phrase()).finding or name, name)))
+
     @property
     def hash(self) -> str:
         """SHA-256 of the content; comments and layout of the file do not change it."""
@@ -131,6 +137,38 @@ def plain_name(finding: str) -> str:
 def known_prompt_sets() -> list[str]:
     """Names of the prompt sets that come with the package."""
     return packaged_names("prompt_sets")
+
+
+def own_prompts(content: Mapping[str, Any]) -> PromptSet:
+    """A prompt set from plain values, for those who write it in Python.
+
+    Args:
+        content: `positive` and `negative` templates for any finding, a text or several each; or a
+            finding's own texts by its name, likewise; or all that a prompt set's file holds.
+
+    Raises:
+        ConfigError: When a key or value breaks a rule.
+    """
+    head = {"id": "own", "version": 1, "description": "Given in Python."}
+    if content.keys() & {"templates", "findings", "phrases"}:
+        known = {"templates": _default_templates(), **head, **content}
+    elif content.keys() == {"positive", "negative"}:
+        known = {**head, "templates": _sides(content)}
+    else:
+        own = {plain_name(name): _sides(sides) for name, sides in content.items()}
+        known = {**head, "templates": _default_templates(), "findings": own}
+    return parse(PromptSet, known, "prompts=")
+
+
+def _default_templates() -> dict[str, Any]:
+    return load_prompts("default").templates.model_dump()
+
+
+def _sides(content: Any) -> Any:
+    """Both sides as lists of texts; what is no pair of sides is left for `parse` to refuse."""
+    if not isinstance(content, Mapping):
+        return content
+    return {side: [said] if isinstance(said, str) else said for side, said in content.items()}
 
 
 def load_prompts(name_or_path: str | Path) -> PromptSet:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from mmclip import __version__
-from mmclip.cli import data, evaluate, explain, finetune, results, retrieve, train
+from mmclip.cli import data, evaluate, explain, finetune, predict, results, retrieve, train
 from mmclip.cli.plain import PlainCommand, PlainGroup
 from mmclip.progress import console
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(train.app)
 app.add_typer(evaluate.app)
+app.add_typer(predict.app)
 app.add_typer(finetune.app)
 app.add_typer(results.app)
 app.add_typer(retrieve.app)
@@ -46,6 +47,7 @@ Pre-train on chest X-rays and reports; classify zero-shot. The commands, in orde
   mmclip data check   what splits and data sets share
   mmclip pretrain     data folders -> a run
   mmclip zeroshot     a run, scored by text prompts
+  mmclip predict      images without labels, scored by a run or a fine-tuned result
   mmclip finetune     a run, fine-tuned on few labels
   mmclip results      results side by side
   mmclip retrieve     the nearest patients for an image or a phrase

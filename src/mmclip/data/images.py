@@ -76,6 +76,15 @@ def decode_image(content: bytes, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w
         image = decode_dicom(content, max_px)
     else:
         image = decode_apart(content, max_px)
+    return refuse_blank(image)
+
+
+def refuse_blank(image: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
+    """The image itself.
+
+    Raises:
+        ImageError: When its pixels are (nearly) equal; see BLANK_RANGE.
+    """
     darker = np.cumsum(Image.fromarray(image).histogram())  # 50 times as fast as np.quantile
     low, high = np.searchsorted(darker, [0.01 * image.size, 0.99 * image.size])
     if high - low < BLANK_RANGE:
@@ -93,22 +102,33 @@ def _decode_raster(content: bytes, max_px: int) -> np.ndarray:
         except FAULTS:
             raise ImageError(Reason.IMAGE_UNREADABLE, "not PNG, JPEG, DICOM or the like") from None
         with image:
-            check_size(*image.size, max_px)
-            try:
-                frames = getattr(image, "n_frames", 1)
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-            except FAULTS as error:
-                detail = str(error).split("(")[0].strip()
-                is_cut = isinstance(error, EOFError) or "truncated" in detail
-                reason = Reason.IMAGE_TRUNCATED if is_cut else Reason.IMAGE_UNREADABLE
-                raise ImageError(reason, detail) from None
-            if frames > 1:
-                raise ImageError(
-                    Reason.IMAGE_UNREADABLE, "several frames: an animation, not an image"
-                )
-            pixels = _to_grey(upright)
-            return 255 - pixels if _is_white_at_zero(image) else pixels
+            return grey_of(image, max_px)
+
+
+def grey_of(image: Image.Image, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w"]:
+    """The grey pixels of an image that Pillow has opened or made, upright, air dark.
+
+    Args:
+        image: Of any mode: 8 bits as they are, more bits by their own range, colour by luminance.
+        max_px: A larger one is refused before its pixels are decoded.
+
+    Raises:
+        ImageError: When it is truncated, too large, an animation, or of a mode without grey.
+    """
+    check_size(*image.size, max_px)
+    try:
+        frames = getattr(image, "n_frames", 1)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except FAULTS as error:
+        detail = str(error).split("(")[0].strip()
+        is_cut = isinstance(error, EOFError) or "truncated" in detail
+        reason = Reason.IMAGE_TRUNCATED if is_cut else Reason.IMAGE_UNREADABLE
+        raise ImageError(reason, detail) from None
+    if frames > 1:
+        raise ImageError(Reason.IMAGE_UNREADABLE, "several frames: an animation, not an image")
+    pixels = _to_grey(upright)
+    return 255 - pixels if _is_white_at_zero(image) else pixels
 
 
 def _is_white_at_zero(image: Image.Image) -> bool:

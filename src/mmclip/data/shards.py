@@ -235,7 +235,7 @@ def _run(jobs: Iterator[_Job], n_jobs: int, workers: Workers) -> Iterator[tuple[
 def _in_processes(jobs: Iterator[_Job], workers: int) -> Iterator[tuple[int, str]]:
     # Not fork: the caller may already run threads, which a forked child would lack.
     pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_end_with_parent
+        workers, mp_context=get_context("spawn"), initializer=end_with_parent
     )
     try:
         for done in as_completed([pool.submit(_do_chunk, *job) for job in jobs]):
@@ -249,7 +249,7 @@ def _in_processes(jobs: Iterator[_Job], workers: int) -> Iterator[tuple[int, str
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this worker when its parent is killed: else it would wait for work for ever."""
     parent = parent_process()
     assert parent is not None  # true of a worker

@@ -1,10 +1,12 @@
 """What an image tells without being read: scores that a result must exceed to mean anything."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
@@ -30,19 +32,40 @@ def shrunk(pixels: UInt8[Tensor, "n h w"], side: int = 8) -> Float[np.ndarray, "
     return small.flatten(1).double().numpy()
 
 
-def logistic_scores(
+@dataclass(frozen=True)
+class LogisticFit:
+    """A logistic regression for each of k findings, on standardised features."""
+
+    mean: Float[np.ndarray, "k d"]
+    std: Float[np.ndarray, "k d"]
+    weight: Float[np.ndarray, "k d"]
+    bias: Float[np.ndarray, " k"]
+
+    def scores(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n k"]:
+        """The probability of each finding; that of a row does not depend on the other rows."""
+        x = features.astype(np.float64)
+        columns = [
+            ((x - mean) / std * weight).sum(1) + bias
+            for mean, std, weight, bias in zip(
+                self.mean, self.std, self.weight, self.bias, strict=True
+            )
+        ]
+        return expit(np.stack(columns, 1))
+
+
+def fit_logistic(
     train: Float[np.ndarray, "n d"],
     train_labels: Float[np.ndarray, "n k"],
     val: Float[np.ndarray, "v d"],
     val_labels: Float[np.ndarray, "v k"],
-    test: Float[np.ndarray, "t d"],
-) -> Float[np.ndarray, "t k"]:
-    """Scores of a logistic regression a finding; its strength is chosen on the validation rows.
+) -> LogisticFit:
+    """A logistic regression a finding; its strength is chosen on the validation rows.
 
     Unknown labels (NaN) are left out. A finding with one class in the training rows scores 0.5
     throughout; without both classes in the validation rows the strongest regularisation is taken.
     """
-    scores = np.full((len(test), train_labels.shape[1]), 0.5)
+    shape = (train_labels.shape[1], train.shape[1])
+    fit = LogisticFit(np.zeros(shape), np.ones(shape), np.zeros(shape), np.zeros(shape[0]))
     for k in range(train_labels.shape[1]):
         is_known = ~np.isnan(train_labels[:, k])
         y = train_labels[is_known, k]
@@ -50,13 +73,29 @@ def logistic_scores(
             continue
         best = -1.0
         for strength in STRENGTHS:
-            model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
-            model.fit(train[is_known], y)
-            val_scores = model.predict_proba(val)[:, 1] if len(val) else np.zeros(0)
+            scaler = StandardScaler().fit(train[is_known])
+            model = LogisticRegression(C=strength, max_iter=2000)
+            model.fit(scaler.transform(train[is_known]), y)
+            val_scores = (
+                model.predict_proba(scaler.transform(val))[:, 1] if len(val) else np.zeros(0)
+            )
             reached = auroc(val_labels[:, k], val_scores) or 0.0
             if reached > best:
-                best, scores[:, k] = reached, model.predict_proba(test)[:, 1]
-    return scores
+                best = reached
+                fit.mean[k], fit.std[k] = scaler.mean_, scaler.scale_
+                fit.weight[k], fit.bias[k] = model.coef_[0], model.intercept_[0]
+    return fit
+
+
+def logistic_scores(
+    train: Float[np.ndarray, "n d"],
+    train_labels: Float[np.ndarray, "n k"],
+    val: Float[np.ndarray, "v d"],
+    val_labels: Float[np.ndarray, "v k"],
+    test: Float[np.ndarray, "t d"],
+) -> Float[np.ndarray, "t k"]:
+    """Scores of the test rows by `fit_logistic`."""
+    return fit_logistic(train, train_labels, val, val_labels).scores(test)
 
 
 def thumbnail_scores(

@@ -229,7 +229,8 @@ def select_samples(
         raise ManifestError(
             f"no labelled frontal image in split {split!r} of source "
             f"{', '.join(sources) or 'any'}; the data has the splits {', '.join(splits)} and the "
-            f"sources {', '.join(known_sources)}"
+            f"sources {', '.join(known_sources)}. Images without labels are scored by `mmclip "
+            f"predict`"
         )
     return kept
 

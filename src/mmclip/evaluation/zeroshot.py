@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from mmclip.evaluation.scores import (
     split_of,
     unknown_views,
 )
+from mmclip.prompt_check import check_prompts
 from mmclip.prompts import PromptSet, load_prompts
 
 logger = logging.getLogger(__name__)
@@ -120,6 +122,7 @@ def zeroshot(
 
     Raises:
         ManifestError: When there is nothing to score, or a finding is labelled in no image.
+        PromptError: When the prompts of a finding cannot stand for it.
     """
     selected = select_samples(dataset, split, sources, protocol)
     if protocol is not None:
@@ -127,9 +130,11 @@ def zeroshot(
     else:
         there = findings_of(selected)
         if missing := [f for f in findings if f not in there]:
+            asked = " ".join(f"--finding {shlex.quote(name)}" for name in findings)
             raise ManifestError(
                 f"no image is labelled with {', '.join(missing)}; these images are labelled with "
-                f"{', '.join(there)}"
+                f"{', '.join(there)}. To score images without labels: `mmclip predict --model RUN "
+                f"DATA {asked} --out predictions.csv`"
             )
         names = list(findings) or there
 
@@ -138,6 +143,7 @@ def zeroshot(
 
     model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
     scale = float(model.scale().detach())
+    check_prompts(checkpoint.tokenizer, (prompts, *other_prompt_sets), names, max_tokens)
     pair = embed_prompts(model, checkpoint.tokenizer, prompts, names, max_tokens)
     embeddings = embed_images(model, selected)
     test = make_predictions(

@@ -14,15 +14,12 @@ from torch import Tensor, nn
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import ImageEncoderConfig, ResizeMode
 from mmclip.data.folder import read_meta
-from mmclip.data.image_text_dataset import ImageTextDataset, normalise
+from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.embed import batch_size_of, encode_batch
 from mmclip.embedding_store import stored
 from mmclip.models.classifier import Features, ImageEncoder
 from mmclip.models.encoders import build_image_encoder, rebuild_encoder
 from mmclip.progress import progress
-
-BATCH_IMAGES = 256
-"""Images encoded at once. [chosen: as `embed.embed_images`]"""
-
 
 @dataclass(frozen=True)
 class Start:
@@ -121,15 +118,12 @@ def stored_features(
     """
     encoder.eval()
 
-    @torch.inference_mode()
-    def encoded(part: np.ndarray) -> Tensor:
-        return encoder(normalise(dataset.pixels(part)).to(device)).float().cpu()
-
     def parts() -> Iterator[Tensor]:
+        size = batch_size_of(dataset, device)
         with progress("encoding images", len(dataset)) as advance:
-            for start in range(0, len(dataset), BATCH_IMAGES):
-                part = np.arange(start, min(start + BATCH_IMAGES, len(dataset)))
-                yield encoded(part)
+            for start in range(0, len(dataset), size):
+                part = np.arange(start, min(start + size, len(dataset)))
+                yield encode_batch(encoder, dataset.pixels(part), device, size)
                 advance(len(part))
 
     weights = weights_hash(encoder)

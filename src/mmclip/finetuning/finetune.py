@@ -27,7 +27,7 @@ from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.splits import ids_hash
 from mmclip.embedding_store import STORE_FOLDER, store_folder
-from mmclip.evaluation.baselines import logistic_scores, shortcut_features
+from mmclip.evaluation.baselines import LogisticFit, fit_logistic, shortcut_features
 from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_of_resamples
 from mmclip.evaluation.compute_metrics import compute_metrics, control_of
 from mmclip.evaluation.intervals import share_over_seeds
@@ -44,6 +44,7 @@ from mmclip.evaluation.scores import (
 )
 from mmclip.evaluation.zeroshot import check_trained, findings_seen, run_folder
 from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
+from mmclip.finetuning.saved import save_probe
 from mmclip.finetuning.supervised import (
     FineTuneConfig,
     keep_only,
@@ -52,7 +53,7 @@ from mmclip.finetuning.supervised import (
     train_classifier,
 )
 from mmclip.finetuning.task import Labelled, Task, open_task, own_protocol, rules_of, training_ids
-from mmclip.models.classifier import Classifier
+from mmclip.models.classifier import Classifier, ImageEncoder
 from mmclip.progress import console
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,14 @@ class FinetuneRequest:
 def probe(
     task: Task, features: Float[np.ndarray, "n d"], dataset: ImageTextDataset
 ) -> tuple[Float[np.ndarray, "v k"], Float[np.ndarray, "t k"]]:
-    """Validation and test scores of a logistic regression a finding; see `logistic_scores`.
+    """Validation and test scores of `fit_probe`."""
+    return fit_probe(task, features, dataset)[1:]
+
+
+def fit_probe(
+    task: Task, features: Float[np.ndarray, "n d"], dataset: ImageTextDataset
+) -> tuple[LogisticFit, Float[np.ndarray, "v k"], Float[np.ndarray, "t k"]]:
+    """A logistic regression a finding, with its scores of the validation and the test images.
 
     Args:
         task: With the images that train. Labels of its test images are not looked at.
@@ -115,9 +123,8 @@ def probe(
         return features[[at[sample.image_id] for sample in part.dataset.samples]].astype(np.float64)
 
     train, val, test = map(of, (task.train, task.val, task.test))
-    both = np.concatenate([val, test])
-    scores = logistic_scores(train, task.train.labels, val, task.val.labels, both)
-    return scores[: len(val)], scores[len(val) :]
+    fit = fit_logistic(train, task.train.labels, val, task.val.labels)
+    return fit, fit.scores(val), fit.scores(test)
 
 
 def run_hash(request: FinetuneRequest, start: Start, task: Task, weights: str, seed: int) -> str:
@@ -287,7 +294,8 @@ def run_one(
             else store_folder(start.checkpoint)
         )
         features = stored_features(encoder.to(device), dataset, request.folder, home, device)
-        val_scores, test_scores = probe(task, features, dataset)
+        fit, val_scores, test_scores = fit_probe(task, features, dataset)
+        save_probe(folder, encoder, fit, described(request, start, task, this, encoder))
     else:
         precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[request.config.train.precision]
         accelerator = Accelerator(mixed_precision=precision, cpu=request.cpu)
@@ -301,14 +309,7 @@ def run_one(
             request.config,
             seed,
             folder,
-            {
-                "run": this,
-                "findings": list(task.protocol.findings),
-                "features": start.features,
-                "vision_config": encoder.encoder.config.to_dict(),
-                "config": request.config.model_dump(mode="json"),
-                "command": request.command,
-            },
+            described(request, start, task, this, encoder),
             1.0 if start.is_random else request.config.lr_decay,
         )
         facts |= {"step": trained.step, "steps": trained.history[-1][0]}
@@ -361,6 +362,24 @@ def run_one(
     )
     if request.method == "full":
         keep_only(folder, int(facts["step"]))
+
+
+def described(
+    request: FinetuneRequest, start: Start, task: Task, run: str, encoder: ImageEncoder
+) -> dict[str, Any]:
+    """What meta.json says of fine-tuned weights: all that it takes to score images by them."""
+    return {
+        "run": run,
+        "method": request.method,
+        "findings": list(task.protocol.findings),
+        "features": start.features,
+        "image_size": task.dataset.pixels(np.zeros(1, np.int64)).shape[-1],
+        "resize": start.resize,
+        "embed_dim": None if encoder.projection is None else encoder.projection.out_features,
+        "vision_config": encoder.encoder.config.to_dict(),
+        "config": request.config.model_dump(mode="json"),
+        "command": request.command,
+    }
 
 
 def shortcut_baseline(task: Task, test: Predictions) -> dict:

@@ -28,8 +28,9 @@ from mmclip.checkpoint import (
 )
 from mmclip.config import AugmentConfig, Frozen, TrainConfig
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import ImageTextDataset, augmented, normalise
+from mmclip.data.image_text_dataset import ImageTextDataset, augmented
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
+from mmclip.embed import batch_size_of, encode_batch, sigmoid
 from mmclip.evaluation.metrics import auroc
 from mmclip.finetuning.task import Labelled
 from mmclip.losses import label_sum
@@ -43,10 +44,6 @@ from mmclip.training.loop import (
     restore_trainer_state,
     trainer_state,
 )
-
-SCORED_AT_ONCE = 256
-"""Images. [chosen: as `embed.embed_images`]"""
-
 
 class FineTuneConfig(Frozen):
     """How fine-tuning learns; docs/finetuning.md explains each key.
@@ -222,15 +219,16 @@ def predict(
     was_training = model.training
     model.eval()
     cut = (batch_slice or BatchSlice()).of_rows(len(dataset))
-    parts = [torch.zeros(0, model.head.out_features, device=device)]  # pyright: ignore
-    for start in range(cut.start, cut.stop, SCORED_AT_ONCE):
-        part = np.arange(start, min(start + SCORED_AT_ONCE, cut.stop))
-        parts.append(model(normalise(dataset.pixels(part)).to(device)).float())
+    parts = [torch.zeros(0, model.head.out_features)]  # pyright: ignore
+    size = batch_size_of(dataset, device) if len(dataset) else 1
+    for start in range(cut.start, cut.stop, size):
+        part = np.arange(start, min(start + size, cut.stop))
+        parts.append(encode_batch(model, dataset.pixels(part), device, size))
     model.train(was_training)
-    logits = torch.cat(parts)
+    logits = torch.cat(parts).to(device)
     if batch_slice is not None:
         logits = all_gather_rows(logits)
-    return torch.sigmoid(logits.double()).cpu().numpy()
+    return sigmoid(logits)
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,14 @@ MODALITIES = ("CR", "DX", "DR", "RG", "XR")
 OLDEST_YEARS = 90.0
 """An age above it is told as this one: higher ones are rare enough to name a person. [HIPAA]"""
 
+VIEW_KEYWORDS = (
+    "ViewPosition", "ViewCodeSequence", "SeriesDescription", "ProtocolName", "PatientOrientation",
+)  # fmt: skip
+"""What `view_of` reads."""
+
 _KEYWORDS = (
     "SOPInstanceUID", "StudyInstanceUID", "AccessionNumber", "PatientID", "PatientAge",
-    "PatientSex", "Modality", "BodyPartExamined", "ViewPosition", "ViewCodeSequence",
-    "SeriesDescription", "ProtocolName", "StudyDescription", "PatientOrientation",
+    "PatientSex", "Modality", "BodyPartExamined", "StudyDescription", *VIEW_KEYWORDS,
 )  # fmt: skip
 
 _CHEST = re.compile(r"chest|thora|tora[xk]|tórax|lung|pulm|brust|\bcxr\b|\brib", re.IGNORECASE)

@@ -1,0 +1,371 @@
+"""MMCLIP from Python: `mmclip.load(path)` gives a `Model` that embeds, classifies and explains.
+
+    import mmclip
+
+    model = mmclip.load("runs/first")
+    images = model.encode_images(["a.png", "b.dcm", pil_image, uint16_array])
+    texts = model.encode_texts(["Small left pleural effusion."])
+    model.similarity(images, texts)
+    result = model.classify(["a.png"], findings=["pleural effusion"])
+    saliency = model.explain("a.png", "pneumothorax")
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from mmclip.checkpoint import Checkpoint
+from mmclip.data.inputs import ImageInput, ImageInputs, name_of, read_input
+from mmclip.data.pixels import ImageError
+from mmclip.embed import embed_texts
+from mmclip.finetuning.saved import FineTuned
+from mmclip.prediction.model import (
+    Encoded,
+    ImageInputError,
+    OnError,
+    Skipped,
+    device_named,
+    encode_inputs,
+    encoder_of,
+    open_model,
+    prompt_set_of,
+    scorer_of,
+)
+from mmclip.prediction.tables import PredictionTable
+from mmclip.prediction.thresholds import decide, read_thresholds
+from mmclip.prompts import PromptSet
+
+if TYPE_CHECKING:
+    from mmclip.explanation.explain import Explanation
+    from mmclip.explanation.saliency import ExplainScore
+
+__all__ = [
+    "Classification",
+    "ImageEmbeddings",
+    "ImageInput",
+    "ImageInputError",
+    "ImageInputs",
+    "Model",
+    "Saliency",
+    "Skipped",
+    "load",
+]
+
+logger = logging.getLogger(__name__)
+
+Prompts = str | Path | PromptSet | Mapping[str, Any]
+"""A prompt set by name, by the path of its file, or by its content; see `prompts.own_prompts`."""
+
+
+class ImageEmbeddings(np.ndarray):
+    """float32 [n, e], L2-normalised: an array that also knows what it is of.
+
+    Attributes:
+        image_ids: Of the rows; None of an array that was made of this one.
+        skipped: The images that could not be read, with `errors="skip"`.
+    """
+
+    image_ids: tuple[str, ...] | None
+    skipped: tuple[Skipped, ...]
+
+    def __array_finalize__(self, other: object) -> None:
+        """Of numpy: a part or a sum of these is of other rows."""
+        self.image_ids, self.skipped = None, ()
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What a model says of some images.
+
+    Attributes:
+        probabilities: float64 [n, k].
+        findings: Of the columns.
+        image_ids: Of the rows: a path as it was given, else "image" and its number from 0.
+        thresholds: By finding; None where no results were given, and of a finding for which they
+            hold none.
+        skipped: The images that could not be read, with `errors="skip"`.
+    """
+
+    probabilities: Float[np.ndarray, "n k"]
+    findings: tuple[str, ...]
+    image_ids: tuple[str, ...]
+    thresholds: dict[str, float | None] | None = None
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def decisions(self) -> list[list[bool | None]] | None:
+        """Whether each probability reaches its threshold; None without thresholds."""
+        if self.thresholds is None:
+            return None
+        return decide(self.probabilities, [self.thresholds[name] for name in self.findings])
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Writes the table that `mmclip predict` writes, and returns its path."""
+        with PredictionTable(Path(path), self.findings, self.thresholds) as table:
+            for image_id, row in zip(self.image_ids, self.probabilities, strict=True):
+                table.write([image_id], row)
+        return Path(path)
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Where an image answers to a phrase.
+
+    Attributes:
+        image_id: What the image is called in the picture.
+        phrase: That was asked.
+        similarity: Cosine of the embeddings of image and phrase.
+    """
+
+    image_id: str
+    phrase: str
+    similarity: float
+    _found: "Explanation" = field(repr=False)
+
+    @property
+    def values(self) -> Float32[np.ndarray, "h w"]:
+        """The score of each pixel of the image; NaN where the model did not look."""
+        return self._found.saliency.astype(np.float32)
+
+    def facts(self) -> dict[str, Any]:
+        """What the map says in numbers; docs/explanation.md explains each."""
+        return self._found.facts()
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the picture (.png), or the values (.npy), and returns the path.
+
+        Raises:
+            ValueError: When the path ends otherwise.
+        """
+        from mmclip.explanation.explain import draw_explanation
+
+        out = Path(path)
+        if out.suffix not in (".png", ".npy"):
+            raise ValueError(f"{out} ends in neither .png nor .npy; name a picture or an array")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".npy":
+            np.save(out, self.values)
+            return out
+        figure = draw_explanation(self._found, self.facts(), self.image_id)
+        figure.savefig(out, format="png", dpi=160, facecolor=figure.get_facecolor())
+        return out
+
+
+class Model:
+    """A trained model: of a run, of a checkpoint, or fine-tuned."""
+
+    def __init__(self, model: Checkpoint | FineTuned, batch_size: int | None = None) -> None:
+        """Takes a model that is read and on its device; `load` does both.
+
+        Args:
+            model: See `prediction.model.open_model`.
+            batch_size: Images that are encoded together; by default what fits.
+        """
+        self._model, self._batch_size = model, batch_size
+        self._encoder = encoder_of(model, batch_size)
+
+    def __repr__(self) -> str:
+        """Folder, kind and device."""
+        kind = "run" if isinstance(self._model, Checkpoint) else f"{self._model.method} fine-tuned"
+        return f"Model({str(self._model.folder)!r}, {kind}, {self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._encoder.device
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that an image becomes, px."""
+        return self._encoder.image_size
+
+    @property
+    def findings(self) -> tuple[str, ...] | None:
+        """What a fine-tuned model scores; None of a run, which scores any finding by prompts."""
+        return self._model.findings if isinstance(self._model, FineTuned) else None
+
+    @property
+    def logit_scale(self) -> float:
+        """The inverse temperature that multiplies similarities in training and classification."""
+        return float(self._run("logit_scale").model.scale().detach())
+
+    def encode_images(self, images: ImageInputs, errors: OnError = "raise") -> ImageEmbeddings:
+        """The embeddings of images.
+
+        Args:
+            images: One, several, or a generator; `ImageInput` says of what kinds and ranges.
+            errors: "raise" stops at an image that cannot be read, and names it; "skip" leaves it
+                out, with its reason in `.skipped`.
+
+        Returns:
+            float32 [n, e], L2-normalised, in the order given.
+
+        Raises:
+            ImageInputError: With errors="raise".
+            ValueError: Of a fine-tuned model, which has no space that images share with texts.
+        """
+        self._run("encode_images")
+        found = encode_inputs(self._encoder, images, errors)
+        _say_skipped(found)
+        embeddings = found.vectors.numpy().view(ImageEmbeddings)
+        embeddings.image_ids, embeddings.skipped = found.image_ids, found.skipped
+        return embeddings
+
+    def encode_texts(self, texts: str | Iterable[str]) -> Float32[np.ndarray, "m e"]:
+        """The embeddings of texts: float32 [m, e], L2-normalised, in the order given.
+
+        Raises:
+            ValueError: Of a fine-tuned model, which has no text encoder, and of a text that is
+                empty.
+        """
+        run = self._run("encode_texts")
+        several = [texts] if isinstance(texts, str) else list(texts)
+        for number, text in enumerate(several):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"text {number} is {text!r}; give texts with words in them")
+        if not several:
+            return np.zeros((0, run.config.model.embed_dim), np.float32)
+        max_tokens = run.config.data.max_tokens
+        return embed_texts(run.model, run.tokenizer, several, max_tokens).numpy()
+
+    def similarity(
+        self, images: np.ndarray | Tensor, texts: np.ndarray | Tensor
+    ) -> Float32[np.ndarray, "n m"]:
+        """The cosine of each image with each text, -1..1; times `logit_scale` it is a logit.
+
+        Args:
+            images: Of `encode_images`.
+            texts: Of `encode_texts`.
+        """
+        left, right = (np.atleast_2d(np.asarray(each, np.float32)) for each in (images, texts))
+        if left.shape[1] != right.shape[1]:
+            raise ValueError(
+                f"embeddings of {left.shape[1]} and {right.shape[1]} numbers do not compare; give "
+                f"those of one model"
+            )
+        return left @ right.T
+
+    def classify(
+        self,
+        images: ImageInputs,
+        findings: str | Sequence[str] | None = None,
+        prompts: Prompts = "default",
+        thresholds: str | Path | None = None,
+        errors: OnError = "raise",
+    ) -> Classification:
+        """How probable findings are in images, by the numbers of `mmclip zeroshot` and `predict`.
+
+        Args:
+            images: As for `encode_images`.
+            findings: In order; None takes all that a fine-tuned model has learnt.
+            prompts: What stands for a finding; of no use to a fine-tuned model.
+            thresholds: Results (results.json) of the same model, whose validation images chose
+                thresholds.
+            errors: As for `encode_images`.
+
+        Raises:
+            ImageInputError: With errors="raise".
+            ValueError: When no finding is named, or a fine-tuned model has not learnt it.
+            PromptError: When the prompts of a finding cannot stand for it.
+            ResultsError: When the thresholds are of another model or other prompts.
+        """
+        named = [findings] if isinstance(findings, str) else list(findings or ())
+        prompt_set = prompt_set_of(prompts)
+        scorer = scorer_of(self._model, named, prompt_set, self._batch_size)
+        chosen = None
+        if thresholds is not None:
+            chosen = read_thresholds(Path(thresholds), self._model, prompt_set, scorer.findings)
+        found = encode_inputs(scorer.encoder, images, errors)
+        _say_skipped(found)
+        return Classification(
+            scorer.probabilities(found.vectors),
+            scorer.findings,
+            found.image_ids,
+            chosen,
+            found.skipped,
+        )
+
+    def explain(
+        self,
+        image: ImageInput,
+        phrase: str,
+        score: "ExplainScore" = "contribution",
+        prompts: Prompts = "default",
+    ) -> Saliency:
+        """Where an image answers to a phrase, in the image's own pixels.
+
+        Args:
+            image: One image.
+            phrase: In a report's words.
+            score: What the map shows: "contribution", "prompt_pair" or "decoder_attention".
+            prompts: For "prompt_pair", which puts the phrase in a finding's place.
+
+        Raises:
+            ImageInputError: When the image cannot be read.
+            ValueError: When the model can read no word of the phrase, or has no text encoder.
+        """
+        from mmclip.explanation.explain import UNITS, explain_image
+
+        run = self._run("explain")
+        if score not in UNITS:
+            raise ValueError(f"score={score!r} is none of {', '.join(UNITS)}")
+        image_id = name_of(image, 0)
+        try:
+            pixels = read_input(image)
+        except ImageError as error:
+            raise ImageInputError(f"{image_id}: {error}; give another image") from None
+        found = explain_image(run, pixels, phrase, score, prompt_set_of(prompts))
+        return Saliency(image_id, phrase, found.similarity, found)
+
+    def _run(self, asked: str) -> Checkpoint:
+        """The run, for what needs its text encoder or its joint space.
+
+        Raises:
+            ValueError: When the model is fine-tuned.
+        """
+        if isinstance(self._model, Checkpoint):
+            return self._model
+        raise ValueError(
+            f"{asked} needs image and text encoder of a run, and {self._model.folder} is a "
+            f"fine-tuned classifier without a text encoder; load the run that it was made of, or "
+            f"use classify"
+        )
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    batch_size: int | None = None,
+) -> Model:
+    """Loads a model.
+
+    Args:
+        path: Folder of a run of `mmclip pretrain`, of one of its checkpoints, or of a result of
+            `mmclip finetune`.
+        device: "auto" takes the GPU that torch sees, else the CPU; or a name such as "cpu".
+        batch_size: Images that are encoded together; by default what fits. The numbers of one
+            batch size are equal to the last digit, those of two are equal to rounding.
+
+    Raises:
+        CheckpointError: When the folder holds no weights, or damaged ones.
+        ValueError: When there is no such device.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} encodes nothing; give 1 or more")
+    return Model(open_model(Path(path), device_named(device)), batch_size)
+
+
+def _say_skipped(found: Encoded) -> None:
+    """One warning for all images that were left out."""
+    if found.skipped:
+        some = "; ".join(map(str, found.skipped[:3]))
+        more = len(found.skipped) - 3
+        rest = f"; and {more} more" if more > 0 else ""
+        logger.warning("%d images are skipped: %s%s", len(found.skipped), some, rest)

@@ -1,0 +1,116 @@
+"""`mmclip predict`: probabilities of findings for images without labels."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmclip.cli.shared import CpuOption, check_inputs, device_of
+from mmclip.progress import console
+
+app = typer.Typer()
+
+
+@app.command()
+def predict(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Image files, folders that are searched through, and data folders.", metavar="PATH"
+        ),
+    ],
+    model: Annotated[
+        Path,
+        typer.Option(help="Run, checkpoint or fine-tuned result.", metavar="PATH"),
+    ],
+    out: Annotated[Path, typer.Option(help="The table to write, .csv.", metavar="PATH")],
+    finding: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to look for; may be repeated. [a fine-tuned model: all it has learnt]",
+            metavar="NAME",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option(help="Prompt set that words the findings: name or path.", metavar="NAME")
+    ] = "default",
+    by: Annotated[
+        str,
+        typer.Option(
+            help="A line for each image, or for each study: the mean of its frontal images.",
+            metavar="NAME",
+        ),
+    ] = "image",
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            help="Validated results whose thresholds decide: results.json.", metavar="PATH"
+        ),
+    ] = None,
+    explain: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a saliency map of each image and finding.", metavar="PATH"),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that decode. [all cores]", min=0, metavar="N")
+    ] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the table and maps that are there.")
+    ] = False,
+    cpu: CpuOption = False,
+) -> None:
+    """Scores images by what a report would say of them, without labels, into a CSV.
+
+    Images that cannot be read are listed in a second CSV beside it, with the reason.
+
+    Example: `mmclip predict --model runs/a images/ --finding pneumothorax --out predictions.csv`
+
+    Example: `mmclip predict --model runs/a/ft/full-100-0 study/ --by study --out studies.csv`
+    """
+    from mmclip.data.shards import n_cores
+    from mmclip.prediction.predict import PredictRequest, skipped_file
+    from mmclip.prediction.predict import predict as score
+
+    if by not in ("image", "study"):
+        raise ValueError(f"--by {by!r} is neither image nor study")
+    check_inputs(model, prompts=[prompts])
+    if out.suffix != ".csv":
+        raise ValueError(f"--out {out} does not end in .csv; name the table to write")
+    there = [path for path in (out, skipped_file(out)) if path.exists()]
+    if explain is not None and explain.exists() and (explain.is_file() or any(explain.iterdir())):
+        there.append(explain)
+    if there and not overwrite:
+        raise ValueError(f"{there[0]} is there; add --overwrite to replace it, or name another")
+    done = score(
+        PredictRequest(
+            model=model,
+            inputs=tuple(inputs),
+            out=out,
+            findings=tuple(finding or ()),
+            prompts=prompts,
+            by="study" if by == "study" else "image",
+            thresholds=thresholds,
+            explain=explain,
+            workers=workers or n_cores(),
+            device=device_of(cpu),
+        )
+    )
+    said = f"{done.n_images:,} images scored"
+    if by == "study":
+        said += f", {done.n_lines:,} studies"
+    if done.n_others:
+        said += f"; {done.n_others:,} other files passed over"
+    console.print(said, markup=False, soft_wrap=True)
+    if done.n_alone:
+        _warn(
+            f"{done.n_alone:,} images tell no study (only DICOM and data folders do), and each "
+            f"counts as one"
+        )
+    if done.skipped is not None:
+        laterals = f", {done.n_laterals:,} of them laterals" if done.n_laterals else ""
+        _warn(f"{done.n_skipped:,} images have no numbers{laterals}; {done.skipped} says why")
+    print(out)
+
+
+def _warn(text: str) -> None:
+    console.print(f"WARNING {text}", style="yellow", markup=False, soft_wrap=True)

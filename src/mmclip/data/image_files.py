@@ -1,0 +1,212 @@
+"""Image files that stand in no data folder: found below folders, and decoded some at a time."""
+
+import os
+import stat
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from mmclip.config import ResizeMode
+from mmclip.data.dicom import is_dicom, read_header
+from mmclip.data.images import decode_image, read_bytes, resize_image
+from mmclip.data.pixels import ImageError
+from mmclip.data.readers.dicom_folder import VIEW_KEYWORDS, view_of
+from mmclip.data.sample import View
+from mmclip.data.shards import WorkersError, end_with_parent
+
+IMAGE_SUFFIXES = frozenset(
+    ".bmp .dcm .dic .dicom .gif .ima .j2k .jp2 .jpeg .jpg .pgm .png .pnm .ppm .tga .tif .tiff .webp"
+    .split()
+)  # fmt: skip
+"""A file of such a name counts as an image, whatever it holds: one that is damaged is told of."""
+
+_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*")  # PNG, JPEG, TIFF of either byte order
+_START_BYTES = 144  # the preamble of DICOM and what follows it
+
+_NO_IMAGES = ("DICOMDIR",)
+"""Names of DICOM files that hold no pixels: the index of a disc."""
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """What a search found.
+
+    Attributes:
+        images: In the order given, those of a folder in the order of their paths; each once.
+        n_others: Files in the folders that are no images.
+        n_again: Images that were named more than once.
+    """
+
+    images: tuple[Path, ...]
+    n_others: int
+    n_again: int
+
+
+def find_image_files(paths: Sequence[Path]) -> FoundFiles:
+    """Files as they are named, and all images in and below folders.
+
+    A file without an image's ending counts where it begins as DICOM, PNG, JPEG or TIFF. Names that
+    begin with a dot are passed over.
+
+    Raises:
+        ValueError: When a path is not there.
+    """
+    images: dict[Path, None] = {}
+    n_others = n_again = 0
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"there is no file or folder {path}; check the path")
+        if not path.is_dir():
+            n_again += path in images
+            images[path] = None
+            continue
+        for file in _files(path):
+            if not _is_image(file):
+                n_others += 1
+            else:
+                n_again += file in images
+                images[file] = None
+    return FoundFiles(tuple(images), n_others, n_again)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """All files below a folder; a link to a folder is followed, a folder is read once."""
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(folder, name) for name in sorted(names))
+
+
+def _is_image(path: Path) -> bool:
+    if path.name.startswith(".") or path.name.upper() in _NO_IMAGES:
+        return False
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # asked first: a pipe would wait for ever
+            return False
+        with path.open("rb") as file:
+            start = file.read(_START_BYTES)
+    except OSError:
+        return False
+    return is_dicom(start) or start.startswith(_STARTS)
+
+
+# -- decoding --
+
+CHUNKS_AHEAD = 2
+"""Chunks that each process may have decoded before they are taken: memory stays flat. [chosen]"""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedFile:
+    """One file that was decoded, or why it was not.
+
+    Attributes:
+        path: Of the file.
+        fault: Reason and detail; None of a sound image.
+        study: Its StudyInstanceUID; None unless asked for, and where the file has none.
+        view: As the header of DICOM tells it, where asked for.
+    """
+
+    path: Path
+    fault: tuple[str, str] | None = None
+    study: str | None = None
+    view: View = "unknown"
+
+
+@dataclass(frozen=True)
+class DecodedChunk:
+    """Some files in order, and the squares of those without a fault."""
+
+    files: tuple[DecodedFile, ...]
+    squares: UInt8[np.ndarray, "n s s"]
+
+
+def decode_files(
+    chunks: Sequence[Sequence[Path]],
+    image_size: int,
+    resize: ResizeMode,
+    *,
+    with_study: bool = False,
+    workers: int = 1,
+) -> Iterator[DecodedChunk]:
+    """Decodes and resizes files as `mmclip data build` does, chunk after chunk.
+
+    Args:
+        chunks: Paths.
+        image_size: Side of the squares, px.
+        resize: How images become squares.
+        with_study: Also read study and view, of DICOM.
+        workers: Processes; 1 is this one.
+
+    Raises:
+        WorkersError: When a process was killed.
+    """
+    decode = partial(
+        decode_chunk, image_size=image_size, resize=resize, with_study=with_study
+    )
+    workers = min(workers, len(chunks))
+    if workers <= 1:
+        yield from map(decode, chunks)
+        return
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=end_with_parent
+    )
+    waiting: deque[Future[DecodedChunk]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(decode, chunk))
+            if len(waiting) > CHUNKS_AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise WorkersError(
+            f"a worker process was killed, usually for want of memory; run the command again with "
+            f"fewer --workers (now {workers})"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def decode_chunk(
+    paths: Sequence[Path], image_size: int, resize: ResizeMode, with_study: bool
+) -> DecodedChunk:
+    """One chunk of `decode_files`, in this process."""
+    files: list[DecodedFile] = []
+    squares: list[np.ndarray] = []
+    for path in paths:
+        try:
+            square = resize_image(decode_image(read_bytes(path)), image_size, resize)
+        except ImageError as error:
+            files.append(DecodedFile(path, (str(error.reason), error.detail)))
+            continue
+        squares.append(square)
+        study, view = _study_of(path) if with_study else (None, "unknown")
+        files.append(DecodedFile(path, None, study, view))
+    empty = np.zeros((0, image_size, image_size), np.uint8)
+    return DecodedChunk(tuple(files), np.stack(squares) if squares else empty)
+
+
+def _study_of(path: Path) -> tuple[str | None, View]:
+    """Study and view of a DICOM file; a raster file tells neither."""
+    try:
+        header = read_header(path, ("StudyInstanceUID", *VIEW_KEYWORDS))
+    except ImageError:
+        return None, "unknown"
+    study = str(header.get("StudyInstanceUID") or "").strip().strip("\0")
+    return study or None, view_of(header, {})

@@ -1,0 +1,153 @@
+"""Images in whatever form people have them, to one uint8 grey image, air dark.
+
+A file, a Pillow image and an array of the same pixels give the same image: each takes the way that
+`mmclip data build` takes a file, so what is scored here equals what is scored in a data folder.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from mmclip.data.images import decode_image, grey_of, read_bytes, refuse_blank
+from mmclip.data.pixels import MAX_PX, ImageError, check_size, stretch
+from mmclip.data.sample import Reason
+
+ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+"""One image: the path of a PNG, JPEG, TIFF, DICOM or the like, a Pillow image, or pixels.
+
+Pixels are [h, w], [h, w, c] or [c, h, w] with c 1, 3 or 4, air dark:
+
+    uint8                   0..255, taken as they are
+    bool                    False is 0, True is 255
+    other whole numbers     their own darkest and brightest value become 0 and 255, as in a file of
+                            more than 8 bits, which does not say how many of them are used
+    float                   0..1; other values are refused
+"""
+
+ImageInputs = ImageInput | Iterable[ImageInput]
+"""One image, or several: a list, a generator, or an array [n, c, h, w] or [n, h, w, c]."""
+
+KINDS = "the path of a file, a Pillow image, a numpy array or a torch tensor"
+
+FLOAT_SLACK = 1e-6
+"""How far a float may lie outside 0..1. [chosen: the rounding of float32]"""
+
+
+def each_input(images: ImageInputs) -> Iterator[ImageInput]:
+    """The images of what was given, one at a time; a generator is read as it goes.
+
+    Raises:
+        TypeError: When it is neither an image nor several.
+    """
+    if isinstance(images, str | os.PathLike | Image.Image):
+        yield images
+    elif isinstance(images, Tensor):
+        yield from ([images] if images.ndim < 4 else images)
+    elif isinstance(images, np.ndarray):
+        is_pixels = images.dtype.kind in "buif" and images.ndim < 4
+        yield from ([images] if is_pixels else images)
+    elif isinstance(images, Iterable):
+        yield from images
+    else:
+        raise TypeError(
+            f"{type(images).__name__} is neither an image nor several; give {KINDS}, or a list or "
+            f"generator of them"
+        )
+
+
+def name_of(image: object, number: int) -> str:
+    """What an image is called in results and errors: its path, else its number, from 0."""
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image) if isinstance(image, str) else str(image)
+    return f"image {number}"
+
+
+def read_input(image: object, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w"]:
+    """One grey image.
+
+    Args:
+        image: An `ImageInput`.
+        max_px: A larger image is refused.
+
+    Returns:
+        0..255, air dark.
+
+    Raises:
+        ImageError: When it is missing, no image, of a range or shape that is not told, or blank.
+    """
+    if isinstance(image, str | os.PathLike):
+        try:
+            return decode_image(read_bytes(Path(image)), max_px)
+        except ImageError:
+            raise
+        except ValueError as error:  # such as a null byte in a path
+            raise ImageError(Reason.IMAGE_MISSING, str(error)) from None
+    if isinstance(image, Image.Image):
+        return refuse_blank(grey_of(image, max_px))
+    if isinstance(image, Tensor):
+        plain = image.detach().cpu()
+        plain = plain.float() if plain.dtype in (torch.bfloat16, torch.float16) else plain
+        return _of_array(plain.resolve_conj().resolve_neg().numpy(), max_px, False)
+    if isinstance(image, np.ndarray):
+        return _of_array(image, max_px, True)
+    raise ImageError(Reason.IMAGE_UNREADABLE, f"a {type(image).__name__}; give {KINDS}")
+
+
+def _of_array(pixels: np.ndarray, max_px: int, channels_last: bool) -> UInt8[np.ndarray, "h w"]:
+    pixels = _with_channels_last(pixels, channels_last)
+    if pixels.size == 0:
+        raise ImageError(Reason.IMAGE_EMPTY, f"an array of shape {_shape(pixels)}")
+    check_size(pixels.shape[1], pixels.shape[0], max_px)
+    grey = grey_of(Image.fromarray(np.ascontiguousarray(_to_8_bits(pixels))), max_px)
+    return refuse_blank(grey)
+
+
+def _with_channels_last(pixels: np.ndarray, channels_last: bool) -> np.ndarray:
+    """[h, w] or [h, w, c]; where both ends may be channels, numpy has them last, torch first."""
+    if pixels.ndim == 2:
+        return pixels
+    if pixels.ndim == 3:
+        ends = (-1, 0) if channels_last else (0, -1)
+        for end in ends:
+            if pixels.shape[end] in (1, 3, 4):
+                moved = np.moveaxis(pixels, end, -1)
+                return moved[..., 0] if moved.shape[-1] == 1 else moved
+    raise ImageError(
+        Reason.IMAGE_UNREADABLE,
+        f"an array of shape {_shape(pixels)}; one image is [h, w], [h, w, c] or [c, h, w] with c 1, "
+        f"3 or 4, and several are a list, or an array of four dimensions",
+    )
+
+
+def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    kind = pixels.dtype.kind
+    if pixels.dtype == np.uint8:
+        return pixels
+    if kind == "b":
+        return pixels.astype(np.uint8) * np.uint8(255)
+    if kind in "ui":
+        return stretch(pixels)
+    if kind == "f":
+        low, high = float(pixels.min()), float(pixels.max())
+        if np.isfinite(high - low) and not (low >= -FLOAT_SLACK and high <= 1 + FLOAT_SLACK):
+            raise ImageError(
+                Reason.IMAGE_UNREADABLE,
+                f"float pixels from {low:g} to {high:g}; floats must lie in 0..1: scale them, or "
+                f"give whole numbers",
+            )
+        return stretch(pixels, 0.0, 1.0)
+    raise ImageError(
+        Reason.IMAGE_UNREADABLE,
+        f"pixels of type {pixels.dtype}; give uint8, uint16 or another whole number, or floats in "
+        f"0..1",
+    )
+
+
+def _shape(pixels: np.ndarray) -> str:
+    return f"[{', '.join(map(str, pixels.shape))}]"

@@ -1,0 +1,157 @@
+"""Fine-tuned weights: written with all that it takes to score images by them, and read again.
+
+A result holds checkpoints/step_.../ with model.safetensors and meta.json: of full fine-tuning the
+encoder and its head, of a probe the encoder and its logistic regressions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmclip.checkpoint import (
+    CHECKPOINTS,
+    CheckpointError,
+    checkpoint_meta,
+    find_checkpoint,
+    put_weights,
+    read_weights,
+    write_checkpoint,
+)
+from mmclip.config import ResizeMode
+from mmclip.embed import sigmoid
+from mmclip.evaluation.baselines import LogisticFit
+from mmclip.models.classifier import Classifier, Features, ImageEncoder
+from mmclip.models.encoders import image_layout, rebuild_encoder
+
+PROBE_STEP = 0
+"""A probe is fitted at once: its one checkpoint is that of no step."""
+
+
+class Probe(nn.Module):
+    """An image encoder as it was, and a logistic regression a finding on its standardised vector."""
+
+    def __init__(self, image_encoder: ImageEncoder, n_findings: int) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        shape = (n_findings, image_encoder.width)
+        for name in ("mean", "std", "weight"):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("bias", torch.zeros(n_findings, dtype=torch.float64))
+
+    def fit(self) -> LogisticFit:
+        """The regressions, in float64, as they were fitted."""
+        mean, std, weight, bias = (
+            self.get_buffer(name).cpu().numpy() for name in ("mean", "std", "weight", "bias")
+        )
+        return LogisticFit(mean, std, weight, bias)
+
+    def put(self, fit: LogisticFit) -> None:
+        """Takes the regressions over."""
+        values = {"mean": fit.mean, "std": fit.std, "weight": fit.weight, "bias": fit.bias}
+        for name, value in values.items():
+            self.get_buffer(name).copy_(torch.from_numpy(value))
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned model as read.
+
+    Attributes:
+        folder: Its checkpoint.
+        model: In evaluation mode, on the CPU.
+        method: Full fine-tuning, or a probe.
+        findings: The columns of its scores.
+        image_size: Side of the images that it reads, px.
+        resize: How they become squares.
+        meta: What meta.json says.
+    """
+
+    folder: Path
+    model: Classifier | Probe
+    method: Literal["full", "probe"]
+    findings: tuple[str, ...]
+    image_size: int
+    resize: ResizeMode
+    meta: dict[str, Any]
+
+    def encode(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b d"]:
+        """What `probabilities` reads: logits, or of a probe the vectors of its encoder."""
+        if isinstance(self.model, Classifier):
+            return self.model(image)
+        return self.model.image_encoder(image)
+
+    def probabilities(self, encoded: Float[Tensor, "n d"]) -> Float[np.ndarray, "n k"]:
+        """The probability of each finding."""
+        if isinstance(self.model, Classifier):
+            return sigmoid(encoded)
+        return self.model.fit().scores(encoded.numpy())
+
+
+def save_probe(
+    folder: Path, encoder: ImageEncoder, fit: LogisticFit, metadata: Mapping[str, Any]
+) -> Path:
+    """Writes a probe's weights into the folder of its result.
+
+    Args:
+        folder: Of the result.
+        encoder: Whose vectors were read.
+        fit: On them.
+        metadata: Entries of meta.json; see `load_fine_tuned` for those that are needed.
+    """
+    probe = Probe(encoder, len(fit.bias)).cpu()
+    probe.put(fit)
+    written = write_checkpoint(folder, PROBE_STEP, probe, {}, metadata, keep=1)
+    (written / "trainer.pt").unlink()  # nothing goes on from a probe
+    return written
+
+
+def is_fine_tuned(meta: Mapping[str, Any]) -> bool:
+    """Whether meta.json of a checkpoint is of fine-tuned weights, which have no text encoder."""
+    return "text_config" not in meta and "findings" in meta
+
+
+def load_fine_tuned(path: Path) -> FineTuned:
+    """Reads the weights that `mmclip finetune` left in a result's folder. Executes no pickle.
+
+    Raises:
+        CheckpointError: When there are none, files were changed, or an older version wrote them,
+            which did not say all that scoring needs.
+    """
+    folder = find_checkpoint(path)
+    meta = checkpoint_meta(folder)
+    needed = ("method", "findings", "features", "image_size", "resize", "embed_dim", "vision_config")
+    if missing := [key for key in needed if key not in meta]:
+        raise CheckpointError(
+            f"{folder} does not say {', '.join(missing)}, which scoring needs; run `mmclip "
+            f"finetune` again into a new folder"
+        )
+    features: Features = meta["features"]
+    backbone = rebuild_encoder(meta["vision_config"])
+    projection = None
+    if meta["embed_dim"] is not None:
+        projection = nn.Linear(image_layout(backbone).width, meta["embed_dim"], bias=False)
+    encoder = ImageEncoder(backbone, features, projection)
+    n_findings = len(meta["findings"])
+    is_probe = meta["method"] == "probe"
+    model = Probe(encoder, n_findings) if is_probe else Classifier(encoder, n_findings)
+    put_weights(model, read_weights(folder, meta), folder)
+    return FineTuned(
+        folder=folder,
+        model=model.eval(),
+        method="probe" if is_probe else "full",
+        findings=tuple(meta["findings"]),
+        image_size=meta["image_size"],
+        resize=meta["resize"],
+        meta=meta,
+    )
+
+
+def result_folder(folder: Path) -> Path:
+    """The folder of the result that a checkpoint is in; the checkpoint itself where it is in none."""
+    return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder

@@ -1,0 +1,1 @@
+"""Scoring images without labels: what `mmclip predict` and the Python API share."""
