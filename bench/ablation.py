@@ -33,7 +33,7 @@ from PIL import Image
 from ceiling import with_knobs
 from compare import Runs, Scores, table
 from contrastive import make_data
-from mmclip.checkpoint import Checkpoint, code_version, load_checkpoint
+from mmclip.checkpoint import Checkpoint, code_version
 from mmclip.config import Config, config_hash, config_names, load_config
 from mmclip.data.cache import ImageCache
 from mmclip.data.folder import read_meta, write_text_atomic
@@ -44,6 +44,7 @@ from mmclip.data.synthetic import FINDINGS, PRESETS
 from mmclip.evaluation.scores import select_samples
 from mmclip.evaluation.zeroshot import ZeroShot, zeroshot
 from mmclip.prompts import load_prompts
+from mmclip.run import open_run
 from mmclip.training.pretrain import PretrainRequest, pretrain
 
 SHUFFLED = "+shuffled_pairs"
@@ -278,10 +279,10 @@ def run_all(
     for key, config in configs.items():
         run = out / "runs" / run_name(key)
         cost = train(key.arm, config, out / "data", run)
-        checkpoint = load_checkpoint(run)
+        trained = open_run(run)
         plain, shifted = (
             zeroshot(
-                checkpoint, selected, prompts, split=split, findings=FINDINGS, n_resamples=1,
+                trained, selected, prompts, split=split, findings=FINDINGS, n_resamples=1,
                 thresholds=False,
             )
             for selected in both
@@ -294,8 +295,8 @@ def run_all(
         )
         prompt_set = f"{prompts.id} version {prompts.version}"
         line = {
-            **key._asdict(), **figures(checkpoint, plain, shifted), "loss_end": losses_at_end(run),
-            **cost, "prompt_set": prompt_set, **facts[key],
+            **key._asdict(), **figures(trained.checkpoint, plain, shifted),
+            "loss_end": losses_at_end(run), **cost, "prompt_set": prompt_set, **facts[key],
         }  # fmt: skip
         with jsonl.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

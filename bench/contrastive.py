@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from ceiling import with_knobs
-from mmclip.checkpoint import load_checkpoint
 from mmclip.config import config_hash, load_config
 from mmclip.data.build import build_data
 from mmclip.data.folder import META_FILE, read_meta
@@ -26,6 +25,7 @@ from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.evaluation.zeroshot import zeroshot
 from mmclip.prompts import load_prompts
+from mmclip.run import open_run
 from mmclip.training.pretrain import PretrainRequest, pretrain
 
 
@@ -78,9 +78,9 @@ def main() -> None:
     by_step: dict[int, float] = {}
     summary: dict = {}
     for folder in sorted(newest.parent.glob("step_*")):
-        checkpoint = load_checkpoint(folder)
+        opened = open_run(folder)
         summary = zeroshot(
-            checkpoint,
+            opened,
             dataset,
             prompts,
             split="val",
@@ -88,9 +88,9 @@ def main() -> None:
             n_resamples=200,
             thresholds=False,
         ).summary
-        by_step[checkpoint.meta["step"]] = round(summary["macro_auroc"], 4)
+        by_step[opened.step] = round(summary["macro_auroc"], 4)
         found = {row["finding"]: round(row["auroc"], 3) for row in summary["findings"]}
-        print(folder.name, by_step[checkpoint.meta["step"]], found, flush=True)
+        print(folder.name, by_step[opened.step], found, flush=True)
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     results = {
         "preset": preset.name,

@@ -33,7 +33,7 @@ import numpy as np
 
 from ablation import Key, losses_at_end, read_lines, run_name, train, unfinished
 from compare import markdown
-from mmclip.checkpoint import code_version, load_checkpoint
+from mmclip.checkpoint import code_version
 from mmclip.config import Config, config_hash, load_config
 from mmclip.data.build import build_data
 from mmclip.data.folder import META_FILE, read_meta
@@ -44,6 +44,7 @@ from mmclip.evaluation.compute_metrics import metrics_by_finding, shortcut_basel
 from mmclip.evaluation.metrics import known
 from mmclip.evaluation.zeroshot import ZeroShot, abnormality_score, zeroshot
 from mmclip.prompts import load_prompts
+from mmclip.run import open_run
 
 MAPPING = Path("examples/mixed_images.toml")
 
@@ -160,24 +161,24 @@ def run(key: Key, config: Config, folder: Path, out: Path) -> dict:
     """Trains and scores one run, and returns its line."""
     where = out / "runs" / run_name(key)
     cost = train(key.arm, config, folder, where)
-    checkpoint, prompts = load_checkpoint(where), load_prompts("default")
+    trained, prompts = open_run(where), load_prompts("default")
     dataset = open_dataset([folder], config.data.image_size)
     scored = {}
     for source, split in SCORED:
         result = zeroshot(
-            checkpoint, dataset, prompts, split=split, sources=[source], n_resamples=1000
+            trained, dataset, prompts, split=split, sources=[source], n_resamples=1000
         )
         beside = {
             "shortcut_baseline": shortcut_baseline(result.dataset, result.test),
-            "abnormality_score": abnormality_score(checkpoint, result, prompts),
+            "abnormality_score": abnormality_score(trained, result, prompts),
         }
         scored[source] = figures(result, beside)
     return {
         **key._asdict(),
-        "commit": checkpoint.meta["versions"]["commit"],
+        "commit": trained.checkpoint.meta["versions"]["commit"],
         "scored_at_commit": code_version()["commit"],
-        "n_pairs": checkpoint.meta["n_pairs"],
-        "n_unpaired": checkpoint.meta["n_unpaired"],
+        "n_pairs": trained.checkpoint.meta["n_pairs"],
+        "n_unpaired": trained.checkpoint.meta["n_unpaired"],
         "scored": scored,
         "loss_end": losses_at_end(where),
         **cost,

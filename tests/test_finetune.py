@@ -526,7 +526,7 @@ def test_random_weights_have_the_architecture_of_the_run_and_follow_the_seed(
     finetune_request: FinetuneRequest,
 ):
     start = start_of("random", finetune_request.run, finetune_request.folder)
-    run = load_checkpoint(find_checkpoint(start.checkpoint.folder)).model  # pyright: ignore
+    run = load_checkpoint(find_checkpoint(start.run.folder)).model  # pyright: ignore
     one, same, other = (start.encoder(seed).encoder.state_dict() for seed in (1, 1, 2))
     trained = run.vision_model.state_dict()
     assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in trained.items()}

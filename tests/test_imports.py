@@ -22,7 +22,7 @@ LAYERS = (
     {"mmclip.explanation", "mmclip.finetuning", "mmclip.retrieval"},
     {"mmclip.evaluation"},
     {"mmclip.training"},
-    {"mmclip.checkpoint", "mmclip.embed", "mmclip.embedding_store"},
+    {"mmclip.checkpoint", "mmclip.embed", "mmclip.embedding_store", "mmclip.run"},
     {"mmclip.data", "mmclip.models"},
     {
         "mmclip", "mmclip.batch", "mmclip.config", "mmclip.hub", "mmclip.losses", "mmclip.masking",

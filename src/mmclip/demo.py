@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mmclip.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from mmclip.checkpoint import CheckpointError
 from mmclip.config import Config, load_config
 from mmclip.data.build import build_data
 from mmclip.data.folder import is_built
@@ -28,12 +28,12 @@ from mmclip.evaluation.zeroshot import (
     DEFAULT_PROMPT_SETS,
     GALLERY_SIZE,
     ZeroShot,
-    check_trained,
     write_zeroshot,
     zeroshot,
 )
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet, load_prompts
+from mmclip.run import Run, open_run
 from mmclip.training.pretrain import PretrainRequest, build_model, pretrain
 
 UNTRAINED_SEEDS = range(10)
@@ -81,7 +81,7 @@ def run_demo(
         shuffle_pairs=shuffle_pairs,
     )
     try:
-        checkpoint = load_checkpoint(pretrain(request))
+        run = open_run(pretrain(request))
     except CheckpointError as error:
         raise CheckpointError(
             f"{out} holds a demo that does not go on with this command ({error}); add --overwrite "
@@ -91,7 +91,7 @@ def run_demo(
     held_out = _held_out(out / "raw")
     ordinary = dataset.select([sample.image_id not in held_out for sample in dataset.samples])
     result = zeroshot(
-        checkpoint,
+        run,
         ordinary,
         prompts,
         other_prompt_sets=other_prompt_sets,
@@ -100,12 +100,12 @@ def run_demo(
     )
     controls = {
         "thumbnails": _thumbnails(ordinary, result),
-        "untrained": _untrained(config, checkpoint.tokenizer, result),
+        "untrained": _untrained(config, run.tokenizer, result),
     }
     return write_zeroshot(
         out,
         result,
-        checkpoint,
+        run,
         prompts,
         title="Demo: synthetic images, tiny model",
         kind="demo",
@@ -124,12 +124,12 @@ def run_demo(
         seed=seed,
         wall_s=time.monotonic() - began,
         controls=controls,
-        combinations=_combinations(dataset, held_out, checkpoint, prompts, seed),
+        combinations=_combinations(dataset, held_out, run, prompts, seed),
         gallery=_gallery(result),
-        leak_check=check_trained(checkpoint, result.dataset, "test"),
+        leak_check=run.check_unseen(result.dataset.samples, "test"),
         facts={
-            "training pairs": checkpoint.meta["n_pairs"],
-            "unpaired images": checkpoint.meta["n_unpaired"],
+            "training pairs": run.checkpoint.meta["n_pairs"],
+            "unpaired images": run.checkpoint.meta["n_unpaired"],
             "steps": config.train.steps,
             "images": f"{config.data.image_size} px, made (preset demo, version {preset.version})",
         },
@@ -222,7 +222,7 @@ def _untrained(config: Config, tokenizer: PreTrainedTokenizerFast, result: ZeroS
 def _combinations(
     dataset: ImageTextDataset,
     held_out: dict[str, str],
-    checkpoint: Checkpoint,
+    run: Run,
     prompts: PromptSet,
     seed: int,
 ) -> list[dict]:
@@ -240,7 +240,7 @@ def _combinations(
             for sample in dataset.samples
         ]
         found = zeroshot(
-            checkpoint,
+            run,
             dataset.select(keep),
             prompts,
             findings=[finding],

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from mmclip.checkpoint import code_version
 from mmclip.data.folder import write_text_atomic
 from mmclip.evaluation.metrics import ThresholdOrigin
+from mmclip.run import Seen
 
 RESULTS_FILE = "results.json"
 
@@ -48,11 +49,6 @@ class AtTestThreshold(_Model):
     f1: Ratio
     accuracy: Ratio
     mcc: Correlation
-
-
-Seen = Literal["report", "prompt", "label", "none"]
-"""How a finding was named in training: in reports, in prompts made of labels, as a label of its
-own, or not at all. Only the first and the last make a score zero-shot."""
 
 
 class _Counted(_Model):

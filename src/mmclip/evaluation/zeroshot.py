@@ -1,7 +1,5 @@
 """Zero-shot classification: an image is compared with what a report would say of it."""
 
-import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmclip.checkpoint import Checkpoint, load_checkpoint
-from mmclip.config import recipe_hash
-from mmclip.data.batches import SEEN_FILE
-from mmclip.data.check import TRAINED_FILE, refuse_trained
-from mmclip.data.entities import find_entities
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.sample import Split
 from mmclip.embed import PromptEmbeddings, embed_images, embed_prompts, probabilities
 from mmclip.evaluation.compute_metrics import (
@@ -44,8 +37,7 @@ from mmclip.evaluation.scores import (
     unknown_views,
 )
 from mmclip.prompts import PromptSet, load_prompts
-
-logger = logging.getLogger(__name__)
+from mmclip.run import Run, open_run
 
 GALLERY_SIZE = 12
 """Images on the page, evenly spaced over the rows: not chosen by how well they came out."""
@@ -65,8 +57,8 @@ class ZeroShot:
     val: Predictions | None  # those that chose the thresholds
     summary: dict
 
-    def gallery(self, checkpoint: Checkpoint, rows: Sequence[int]) -> list[GalleryItem]:
-        """Some rows as the page shows them, with pictures where the checkpoint has decoders.
+    def gallery(self, run: Run, rows: Sequence[int]) -> list[GalleryItem]:
+        """Some rows as the page shows them, with pictures where the run has decoders.
 
         Behind them stand the images that the model is most right and most wrong about.
         """
@@ -75,7 +67,7 @@ class ZeroShot:
         pixels = self.dataset.pixels(np.array(rows, np.int64)).numpy()
         samples = [self.dataset.samples[row] for row in rows]
         shown = self.dataset.select(np.isin(np.arange(len(self.dataset)), rows))
-        pictures = make_pictures(checkpoint, shown)
+        pictures = make_pictures(run.checkpoint, shown)
         return [
             GalleryItem(
                 row,
@@ -90,7 +82,7 @@ class ZeroShot:
 
 
 def zeroshot(
-    checkpoint: Checkpoint,
+    run: Run,
     dataset: ImageTextDataset,
     prompts: PromptSet,
     *,
@@ -106,7 +98,7 @@ def zeroshot(
     """Scores the images of a split for each finding, with intervals over patients.
 
     Args:
-        checkpoint: The model.
+        run: Its model scores.
         dataset: Of the data folders.
         prompts: What stands for a finding.
         other_prompt_sets: Other prompt sets, scored beside it to show how much hangs on the words.
@@ -136,9 +128,9 @@ def zeroshot(
     def labels_of(some: ImageTextDataset) -> np.ndarray:
         return some.labels(names) if protocol is None else protocol_labels(protocol, some.samples)
 
-    model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
+    model, max_tokens = run.model, run.config.data.max_tokens
     scale = float(model.scale().detach())
-    pair = embed_prompts(model, checkpoint.tokenizer, prompts, names, max_tokens)
+    pair = embed_prompts(model, run.tokenizer, prompts, names, max_tokens)
     embeddings = embed_images(model, selected)
     test = make_predictions(
         selected, names, labels_of(selected), probabilities(embeddings, pair, scale)
@@ -171,7 +163,7 @@ def zeroshot(
     )
     one_sided(summary, test, embeddings, pair)
     summary["other_prompt_sets"] = [
-        _other_prompt_set(checkpoint, prompt_set, test, embeddings, summary["macro_findings"])
+        _other_prompt_set(run, prompt_set, test, embeddings, summary["macro_findings"])
         for prompt_set in other_prompt_sets
     ]
     return ZeroShot(selected, embeddings, test, val, summary)
@@ -198,15 +190,15 @@ def one_sided(
 
 
 def _other_prompt_set(
-    checkpoint: Checkpoint,
+    run: Run,
     prompts: PromptSet,
     test: Predictions,
     embeddings: Float[Tensor, "n e"],
     counted: Sequence[str],
 ) -> dict:
     """What another prompt set reaches on images that are embedded; see `results.Wording`."""
-    model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
-    pair = embed_prompts(model, checkpoint.tokenizer, prompts, test.names(), max_tokens)
+    model, max_tokens = run.model, run.config.data.max_tokens
+    pair = embed_prompts(model, run.tokenizer, prompts, test.names(), max_tokens)
     scores = probabilities(embeddings, pair, float(model.scale().detach()))
     values = {name: auroc(test.labels[:, k], scores[:, k]) for k, name in enumerate(test.names())}
     known = {name: value for name, value in values.items() if value is not None}
@@ -218,38 +210,10 @@ def _other_prompt_set(
     }
 
 
-def findings_seen(run: Path, findings: Sequence[str]) -> dict[str, str]:
-    """How each finding was named while a run trained; see `results.Seen`.
-
-    A finding was seen in reports when they name it, or a concept that the lexicon finds in its
-    name. What prompts or labels named outweighs reports. Empty where the run does not say.
-
-    Args:
-        run: The run's folder.
-        findings: That are scored.
-    """
-    path = run / SEEN_FILE
-    if not path.is_file():
-        logger.warning("%s is missing: how findings were named in training is not known", path)
-        return {}
-    seen = json.loads(path.read_text("utf-8"))
-    names = [name.lower() for name in findings]
-    concepts = [
-        {name, *(entity.concept for entity in entities)}
-        for name, entities in zip(names, find_entities(names), strict=True)
-    ]
-    return {
-        finding: next(
-            (how for how in ("label", "prompt", "report") if of_finding & set(seen[how])), "none"
-        )
-        for finding, of_finding in zip(findings, concepts, strict=True)
-    }
-
-
 def write_zeroshot(
     out: Path,
     result: ZeroShot,
-    checkpoint: Checkpoint,
+    run: Run,
     prompts: PromptSet,
     *,
     title: str,
@@ -271,7 +235,7 @@ def write_zeroshot(
     `gallery` has the numbers of the rows that the page shows; the other arguments are parts of
     `RunResults`.
     """
-    seen = findings_seen(run_folder(checkpoint), result.test.names())
+    seen = run.seen(result.test.names())
     found = {
         **result.summary,
         "findings": [
@@ -288,15 +252,15 @@ def write_zeroshot(
     made = {
         "command": command,
         "seed": seed,
-        "config_hash": checkpoint.meta["config_hash"],
-        "train_seed": checkpoint.config.train.seed,
-        "recipe_hash": recipe_of(checkpoint),
+        "config_hash": run.config_hash,
+        "train_seed": run.config.train.seed,
+        "recipe_hash": run.recipe_hash,
         "data_hash": result.dataset.data_hash,
         "images_hash": images_hash(result.dataset.samples),
         "split": split,
         "prompt_set": f"{prompts.id} version {prompts.version}",
         "prompt_hash": prompts.hash,
-        "device": checkpoint.model.logit_scale.device,
+        "device": run.device,
         "wall_s": wall_s,
     }
     return write_evaluation(
@@ -306,24 +270,13 @@ def write_zeroshot(
         result.test,
         val=result.val,
         protocol=protocol,
-        gallery=result.gallery(checkpoint, gallery),
+        gallery=result.gallery(run, gallery),
         prompts={finding: prompts.texts(finding) for finding in result.test.names()},
     )
 
 
-def recipe_of(checkpoint: Checkpoint) -> str:
-    """The hash of what the weights of a checkpoint follow from, all but the seed."""
-    given = {key: checkpoint.meta[key] for key in ("data_hash", "shuffle_pairs", "step")}
-    return recipe_hash(checkpoint.config, given)
-
-
-def run_folder(checkpoint: Checkpoint) -> Path:
-    """The folder of the run that a checkpoint is of."""
-    return checkpoint.folder.resolve().parent.parent
-
-
 def evaluate(
-    run: Path,
+    path: Path,
     folders: Sequence[Path],
     out: Path,
     *,
@@ -345,16 +298,14 @@ def evaluate(
     began = time.monotonic()
     rules = None if protocol is None else load_protocol(protocol)
     named = split_of(folders, rules)
-    checkpoint = load_checkpoint(run)
-    checkpoint.model.to(device)
+    run = open_run(path, device)
     asked = prompt_sets or (DEFAULT_PROMPT_SETS if rules is None else rules.prompt_sets)
     prompts, *other_prompt_sets = [load_prompts(name) for name in asked]
-    dataset = open_dataset(
-        folders, checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
-    )
-    leak_check = check_trained(checkpoint, select_samples(dataset, split, sources, rules), split)
+    dataset = run.open_data(folders)
+    selected = select_samples(dataset, split, sources, rules)
+    leak_check = run.check_unseen(selected.samples, split)
     result = zeroshot(
-        checkpoint,
+        run,
         dataset,
         prompts,
         other_prompt_sets=other_prompt_sets,
@@ -372,12 +323,11 @@ def evaluate(
     return write_zeroshot(
         out,
         result,
-        checkpoint,
+        run,
         prompts,
         title=f"Scored by prompts: {where if rules is None else rules.title}",
         kind="zeroshot",
-        summary=f"{len(result.dataset):,} images, {where}, scored by {run.name}"
-        f" at step {checkpoint.meta['step']}",
+        summary=f"{len(result.dataset):,} images, {where}, scored by {run.name} at step {run.step}",
         command=command,
         seed=seed,
         wall_s=time.monotonic() - began,
@@ -386,47 +336,22 @@ def evaluate(
             "shortcut baseline": shortcut_baseline(
                 result.dataset, result.test, result.summary["min_count"]
             ),
-            "abnormality score": abnormality_score(checkpoint, result, prompts),
+            "abnormality score": abnormality_score(run, result, prompts),
         },
         protocol=rules,
         split=named,
         leak_check=leak_check,
         facts={
             "images of unknown view": unknown_views(result.dataset),
-            "training pairs": checkpoint.meta["n_pairs"],
-            "training data": checkpoint.meta["data_hash"][:12],
-            "step": checkpoint.meta["step"],
+            **run.facts(),
         },
     )
 
 
-def check_trained(checkpoint: Checkpoint, selected: ImageTextDataset, split: Split) -> str:
-    """Stops before images are scored that the run was trained on; of split train it says so alone.
-
-    Returns:
-        What was found, for results.
-
-    Raises:
-        ManifestError: When the content of an image of val or test, or its patient, has trained.
-    """
-    path = run_folder(checkpoint) / TRAINED_FILE
-    if not path.is_file():
-        logger.warning("%s is missing: whether the run saw these images is not checked", path)
-        return f"not made: the run has no {TRAINED_FILE}"
-    try:
-        refuse_trained(selected.samples, np.load(path))
-    except ManifestError as error:
-        if split != "train":
-            raise
-        logger.warning("split train: %s", error)
-        return f"split train: {error}"
-    return "no image and no patient of these was trained on (by patient id and content of the file)"
-
-
-def abnormality_score(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) -> dict:
+def abnormality_score(run: Run, result: ZeroShot, prompts: PromptSet) -> dict:
     """One score for every finding: how little the model thinks the image normal."""
-    model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
-    pair = embed_prompts(model, checkpoint.tokenizer, prompts, ["no finding"], max_tokens)
+    model, max_tokens = run.model, run.config.data.max_tokens
+    pair = embed_prompts(model, run.tokenizer, prompts, ["no finding"], max_tokens)
     normal = probabilities(result.embeddings, pair, float(model.scale().detach()))
     sick = np.repeat(1 - normal, len(result.test.findings), axis=1)
     is_normal = np.array([name == "no finding" for name in result.test.names()])

@@ -42,7 +42,6 @@ from mmclip.evaluation.scores import (
     make_predictions,
     unknown_views,
 )
-from mmclip.evaluation.zeroshot import check_trained, findings_seen, run_folder
 from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
 from mmclip.finetuning.supervised import (
     FineTuneConfig,
@@ -150,7 +149,7 @@ def recipe_of(
     another seed are another recipe, as seeds of fine-tuning say nothing of how they differ. Random
     weights are drawn by the seed, so that of them the architecture alone is part of it.
     """
-    random_of = start.checkpoint.meta["vision_config"] if start.checkpoint else None
+    random_of = start.run.checkpoint.meta["vision_config"] if start.run else None
     given = {
         "method": request.method,
         "start": {"random": random_of} if start.is_random else weights,
@@ -189,11 +188,11 @@ def finetune(request: FinetuneRequest) -> Path:
     rules = rules_of(protocol)
     task = open_task(request.folder, protocol, start.image_size, start.resize)
     if start.init == "run":
-        assert start.checkpoint is not None
-        leak_check = [check_trained(start.checkpoint, task.val.dataset, "val")]
-        leak_check += [check_trained(start.checkpoint, task.test.dataset, "test")]
+        assert start.run is not None
+        leak_check = [start.run.check_unseen(task.val.dataset.samples, "val")]
+        leak_check += [start.run.check_unseen(task.test.dataset.samples, "test")]
         said = "; ".join(dict.fromkeys(leak_check))
-        seen = findings_seen(run_folder(start.checkpoint), protocol.findings)
+        seen = start.run.seen(protocol.findings)
     else:
         seen = dict.fromkeys(protocol.findings, "none") if start.is_random else {}
         said = "no image of train is in val or test, nor its patient" + (
@@ -283,8 +282,8 @@ def run_one(
         device = torch.device("cpu" if request.cpu or not torch.cuda.is_available() else "cuda")
         home = (
             request.out / STORE_FOLDER
-            if start.checkpoint is None or start.is_random
-            else store_folder(start.checkpoint)
+            if start.run is None or start.is_random
+            else store_folder(start.run.checkpoint)
         )
         features = stored_features(encoder.to(device), dataset, request.folder, home, device)
         val_scores, test_scores = probe(task, features, dataset)
