@@ -42,7 +42,8 @@ from mmclip.data.sample import Split
 from mmclip.data.sources import open_reader
 from mmclip.evaluation.compute_metrics import metrics_by_finding, shortcut_baseline
 from mmclip.evaluation.metrics import known
-from mmclip.evaluation.zeroshot import ZeroShot, abnormality_score, zeroshot
+from mmclip.evaluation.results import Control
+from mmclip.evaluation.zeroshot import Selection, ZeroShot, abnormality_score, zeroshot
 from mmclip.prompts import load_prompts
 from mmclip.run import open_run
 
@@ -118,15 +119,15 @@ def config_of(arm: str, seed: int, overrides: Sequence[str]) -> Config:
     return load_config("tiny", ["train.steps=600", *own, *overrides, f"train.seed={seed}"])
 
 
-def figures(result: ZeroShot, beside: Mapping[str, dict]) -> dict:
+def figures(result: ZeroShot, beside: Mapping[str, Control]) -> dict:
     """The macro AUROC of a scored source with its interval, and what stands beside it."""
     return {
         "n_images": len(result.dataset),
-        "macro_findings": result.summary["macro_findings"],
-        "auroc": result.summary["macro_auroc"],
-        "ci": result.summary["macro_auroc_ci"],
-        "by_finding": {row["finding"]: row["auroc"] for row in result.summary["findings"]},
-        **{name: control["macro_auroc"] for name, control in beside.items()},
+        "macro_findings": result.evaluation.macro_findings,
+        "auroc": result.evaluation.macro_auroc,
+        "ci": result.evaluation.macro_auroc_ci,
+        "by_finding": result.evaluation.aurocs(),
+        **{name: control.macro_auroc for name, control in beside.items()},
         "sick": among_the_sick(result),
     }
 
@@ -152,9 +153,7 @@ def among_the_sick(result: ZeroShot) -> dict[str, float] | None:
         [test.names()[columns[i]] for i in kept],
         n_resamples=1,
     )
-    return {row["finding"]: row["auroc"] for row in found["findings"]} | (
-        {"macro": found["macro_auroc"]} if found["macro_auroc"] is not None else {}
-    )
+    return found.aurocs() | ({"macro": found.macro_auroc} if found.macro_auroc is not None else {})
 
 
 def run(key: Key, config: Config, folder: Path, out: Path) -> dict:
@@ -165,12 +164,10 @@ def run(key: Key, config: Config, folder: Path, out: Path) -> dict:
     dataset = open_dataset([folder], config.data.image_size)
     scored = {}
     for source, split in SCORED:
-        result = zeroshot(
-            trained, dataset, prompts, split=split, sources=[source], n_resamples=1000
-        )
+        result = zeroshot(trained, dataset, prompts, Selection(split, (source,)), n_resamples=1000)
         beside = {
             "shortcut_baseline": shortcut_baseline(result.dataset, result.test),
-            "abnormality_score": abnormality_score(trained, result, prompts),
+            "abnormality_score": abnormality_score(result),
         }
         scored[source] = figures(result, beside)
     return {

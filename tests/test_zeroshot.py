@@ -16,8 +16,17 @@ from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Sample
 from mmclip.data.synthetic import FINDINGS
 from mmclip.embed import PromptEmbeddings, embed_texts, probabilities
+from mmclip.evaluation.results import About, FindingScores
 from mmclip.evaluation.scores import select_samples
-from mmclip.evaluation.zeroshot import ZeroShot, evaluate, write_zeroshot, zeroshot
+from mmclip.evaluation.zeroshot import (
+    Selection,
+    ZeroShot,
+    ZeroshotRequest,
+    evaluate,
+    made_now,
+    write_zeroshot,
+    zeroshot,
+)
 from mmclip.prompts import PromptSet, load_prompts
 from mmclip.run import Run, open_run
 
@@ -46,8 +55,8 @@ def changed(dataset: ImageTextDataset, change: Callable[[Sample], Sample]) -> Im
     return replace(dataset, samples=tuple(change(sample) for sample in dataset.samples))
 
 
-def by_finding(result: ZeroShot) -> dict[str, dict]:
-    return {row["finding"]: row for row in result.summary["findings"]}
+def by_finding(result: ZeroShot) -> dict[str, FindingScores]:
+    return {row.finding: row for row in result.evaluation.findings}
 
 
 def test_probabilities_of_two_images_by_hand():
@@ -80,7 +89,7 @@ def test_collapsed_embeddings_score_one_half(
         collapsed.model.visual_projection.weight.zero_()
     result = zeroshot(collapsed, dataset, prompts, n_resamples=5)
     assert (result.test.scores == 0.5).all()
-    assert [row["auroc"] for row in result.summary["findings"]] == [0.5] * len(FINDINGS)
+    assert [row.auroc for row in result.evaluation.findings] == [0.5] * len(FINDINGS)
 
 
 def test_the_order_of_the_findings_is_the_order_of_the_results(
@@ -88,20 +97,23 @@ def test_the_order_of_the_findings_is_the_order_of_the_results(
 ):
     order = np.random.default_rng(0).permutation(len(scored.test.names()))
     names = [scored.test.names()[i] for i in order]
-    result = zeroshot(trained, dataset, prompts, findings=names, n_resamples=20)
+    result = zeroshot(trained, dataset, prompts, Selection(findings=tuple(names)), n_resamples=20)
     assert result.test.names() == names
-    assert [row["finding"] for row in result.summary["findings"]] == names
+    assert [row.finding for row in result.evaluation.findings] == names
     np.testing.assert_allclose(result.test.scores, scored.test.scores[:, order], rtol=1e-9)
     for name, row in by_finding(scored).items():
         theirs = by_finding(result)[name]
         for metric in ("auroc", "auroc_ci", "auprc", "f1", "mcc", "n_positive", "n_negative"):
-            assert theirs[metric] == pytest.approx(row[metric], abs=1e-9), (name, metric)
+            assert getattr(theirs, metric) == pytest.approx(getattr(row, metric), abs=1e-9), (
+                name,
+                metric,
+            )
 
 
 def test_findings_are_scored_alone_as_among_others(
     trained: Run, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
-    result = zeroshot(trained, dataset, prompts, findings=["nodule"], n_resamples=20)
+    result = zeroshot(trained, dataset, prompts, Selection(findings=("nodule",)), n_resamples=20)
     column = scored.test.names().index("nodule")
     np.testing.assert_allclose(result.test.scores[:, 0], scored.test.scores[:, column], rtol=1e-9)
 
@@ -119,31 +131,31 @@ def test_labels_of_test_images_change_neither_scores_nor_thresholds(
     assert np.array_equal(result.test.scores, scored.test.scores)
     for name, row in by_finding(scored).items():
         theirs = by_finding(result)[name]
-        assert theirs["threshold"] == row["threshold"]
-        assert theirs["auroc"] == pytest.approx(1 - row["auroc"])
+        assert theirs.threshold == row.threshold
+        assert theirs.auroc == pytest.approx(1 - row.auroc)
 
 
 def test_thresholds_come_from_the_validation_images(
     trained: Run, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
-    val = zeroshot(trained, dataset, prompts, split="val", n_resamples=5)
+    val = zeroshot(trained, dataset, prompts, Selection("val"), n_resamples=5)
     for name, row in by_finding(scored).items():
         column = val.test.names().index(name)
         if 0 < val.test.labels[:, column].sum() < len(val.dataset):
-            assert (row["threshold"]["rule"], row["threshold"]["chosen_on"]) == ("f1", "val")
-            assert row["threshold"]["value"] in val.test.scores[:, column]
+            assert (row.threshold.rule, row.threshold.chosen_on) == ("f1", "val")
+            assert row.threshold.value in val.test.scores[:, column]
         else:
-            assert (row["threshold"]["rule"], row["threshold"]["value"]) == ("equal_prompts", 0.5)
-    assert {row["threshold"]["rule"] for row in by_finding(val).values()} == {"equal_prompts"}
+            assert (row.threshold.rule, row.threshold.value) == ("equal_prompts", 0.5)
+    assert {row.threshold.rule for row in by_finding(val).values()} == {"equal_prompts"}
 
 
 def test_without_validation_images_the_threshold_is_the_tie(
     trained: Run, dataset: ImageTextDataset, prompts: PromptSet
 ):
     no_val = dataset.select([sample.split != "val" for sample in dataset.samples])
-    for row in zeroshot(trained, no_val, prompts, n_resamples=5).summary["findings"]:
-        assert row["threshold"]["value"] == 0.5
-        assert row["threshold"]["chosen_on"].startswith("where both prompts fit equally well")
+    for row in zeroshot(trained, no_val, prompts, n_resamples=5).evaluation.findings:
+        assert row.threshold.value == 0.5
+        assert row.threshold.chosen_on.startswith("where both prompts fit equally well")
 
 
 def test_findings_that_lack_a_class_are_listed_and_have_no_score(
@@ -154,7 +166,7 @@ def test_findings_that_lack_a_class_are_listed_and_have_no_score(
 
     result = zeroshot(trained, changed(dataset, one_sided), prompts, n_resamples=5)
     n = len(result.dataset)
-    assert result.summary["undefined"] == [
+    assert [row.model_dump() for row in result.evaluation.undefined] == [
         {"finding": "edema", "n_positive": n, "n_negative": 0, "n_unknown": 0,
          "reason": "no negative image"},
         {"finding": "mass", "n_positive": 0, "n_negative": n, "n_unknown": 0,
@@ -163,7 +175,7 @@ def test_findings_that_lack_a_class_are_listed_and_have_no_score(
          "reason": "no positive and no negative image"},
     ]  # fmt: skip
     assert len(by_finding(result)) == len(FINDINGS) - 3
-    assert not {"edema", "mass", "nodule"} & set(result.summary["macro_findings"])
+    assert not {"edema", "mass", "nodule"} & set(result.evaluation.macro_findings)
 
 
 def test_results_of_images_without_any_finding_are_written_with_no_score(
@@ -174,9 +186,12 @@ def test_results_of_images_without_any_finding_are_written_with_no_score(
     )
     result = zeroshot(trained, healthy, prompts, n_resamples=5)
     write_zeroshot(
-        tmp_path, result, trained, prompts, title="t", kind="zeroshot", summary="s", command="c",
-        seed=0, wall_s=0.0, gallery=[0],
-    )  # fmt: skip
+        tmp_path,
+        result,
+        About(title="t", kind="zeroshot", summary="s"),
+        made_now(result, "c", 0, split="built", wall_s=0.0),
+        gallery=[0],
+    )
     left = json.loads((tmp_path / "results.json").read_text())
     assert left["findings"] == [] and left["macro_auroc"] is None
     assert [row["finding"] for row in left["undefined"]] == sorted(FINDINGS)
@@ -240,7 +255,7 @@ def test_what_is_not_in_the_data_is_named_with_what_is(
     with pytest.raises(
         ManifestError, match="labelled with gout; these images are labelled with at"
     ):
-        zeroshot(trained, dataset, prompts, findings=["gout"])
+        zeroshot(trained, dataset, prompts, Selection(findings=("gout",)))
     no_test = dataset.select([sample.split != "test" for sample in dataset.samples])
     with pytest.raises(ManifestError, match="no labelled frontal image in split 'test'"):
         select_samples(no_test, "test")
@@ -248,10 +263,16 @@ def test_what_is_not_in_the_data_is_named_with_what_is(
 
 def test_the_files_hold_what_the_results_say(made_run: Path, made_data: Path, tmp_path: Path):
     results = evaluate(
-        made_run, [made_data], tmp_path, split="test", sources=(), findings=("nodule", "mass"),
-        prompt_sets=("default", "pair"), protocol=None, n_resamples=10, seed=0,
-        command="mmclip zeroshot", device=torch.device("cpu"),
-    )  # fmt: skip
+        ZeroshotRequest(
+            made_run,
+            (made_data,),
+            tmp_path,
+            "mmclip zeroshot",
+            findings=("nodule", "mass"),
+            prompt_sets=("default", "pair"),
+            n_resamples=10,
+        )
+    )
     with np.load(tmp_path / "scores.npz") as stored:
         assert stored["findings"].tolist() == ["nodule", "mass"]
         assert len(set(stored["image_id"])) == results.n_images == len(stored["scores"])

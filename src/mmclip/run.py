@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,18 @@ logger = logging.getLogger(__name__)
 Seen = Literal["report", "prompt", "label", "none"]
 """How a finding was named in training: in reports, in prompts made of labels, as a label of its
 own, or not at all. Only the first and the last make a score zero-shot."""
+
+
+class Weights(NamedTuple):
+    """What weights follow from, for results; None where it is not known."""
+
+    config_hash: str | None = None
+    train_seed: int | None = None
+    recipe_hash: str | None = None  # of all that they follow from but that seed
+
+
+UNKNOWN_WEIGHTS = Weights()
+"""Those of a model that is not ours."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,11 @@ class Run:
         """SHA-256 of all that the weights follow from but the seed."""
         given = {k: self.checkpoint.meta[k] for k in ("data_hash", "shuffle_pairs", "step")}
         return recipe_hash(self.config, given)
+
+    @property
+    def weights(self) -> Weights:
+        """What the weights follow from."""
+        return Weights(self.config_hash, self.config.train.seed, self.recipe_hash)
 
     def open_data(self, folders: Sequence[Path]) -> ImageTextDataset:
         """Data folders, with images at the size and by the resizing that the model reads.

@@ -66,7 +66,7 @@ def zeroshot(
     """
     from mmclip.data.folder import check_place
     from mmclip.evaluation.pages import RESULT_FILES
-    from mmclip.evaluation.zeroshot import evaluate
+    from mmclip.evaluation.zeroshot import ZeroshotRequest, evaluate
 
     if protocol is not None and (source or finding):
         raise ValueError(
@@ -77,10 +77,11 @@ def zeroshot(
     check_place(out, RESULT_FILES)
     if not overwrite:
         check_results(out)
-    results = evaluate(
-        run,
-        tuple(data),
-        out,
+    request = ZeroshotRequest(
+        run=run,
+        folders=tuple(data),
+        out=out,
+        command=command_line(),
         protocol=protocol,
         split=of_split,
         sources=tuple(source or ()),
@@ -88,7 +89,6 @@ def zeroshot(
         prompt_sets=tuple(prompts or ()),
         n_resamples=n_resamples,
         seed=seed,
-        command=command_line(),
         device=device_of(cpu),
     )
-    print_results(results, out)
+    print_results(evaluate(request), out)

@@ -24,10 +24,17 @@ from mmclip.embedding_store import image_embeddings, text_embeddings
 from mmclip.evaluation.bootstrap import patient_codes, patient_weights
 from mmclip.evaluation.intervals import percentile_interval
 from mmclip.evaluation.metrics import Retrieved, retrieved, retrieved_by_chance
-from mmclip.evaluation.results import Count, Provenance, Ratio, RatioInterval, provenance
+from mmclip.evaluation.results import (
+    Count,
+    Provenance,
+    Ratio,
+    RatioInterval,
+    ScoredImages,
+    provenance,
+)
 from mmclip.evaluation.scores import FRONTAL, check_sources, split_of, unknown_views
 from mmclip.losses import positive_pairs
-from mmclip.run import Run, open_run
+from mmclip.run import Run, Weights, open_run
 
 logger = logging.getLogger(__name__)
 
@@ -309,15 +316,12 @@ def evaluate_retrieval(
         n_resamples=n_resamples,
         leak_check=leak_check,
         provenance=provenance(
-            {
-                "command": command,
-                "seed": seed,
-                "config_hash": run.config_hash,
-                "data_hash": dataset.data_hash,
-                "split": split_of(folders),
-                "device": device,
-                "wall_s": round(time.monotonic() - began, 1),
-            }
+            command,
+            seed,
+            ScoredImages(dataset.data_hash, split_of(folders)),
+            device=device,
+            wall_s=round(time.monotonic() - began, 1),
+            weights=Weights(run.config_hash),
         ),
         facts={
             "images of unknown view": views,
