@@ -33,7 +33,7 @@ from PIL import Image
 from ceiling import with_knobs
 from compare import Runs, Scores, table
 from contrastive import make_data
-from mmclip.checkpoint import Checkpoint, code_version, load_checkpoint
+from mmclip.checkpoint import Checkpoint, code_version
 from mmclip.config import Config, config_hash, config_names, load_config
 from mmclip.data.cache import ImageCache
 from mmclip.data.folder import read_meta, write_text_atomic
@@ -41,9 +41,12 @@ from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Split
 from mmclip.data.sampling import image_key
 from mmclip.data.synthetic import FINDINGS, PRESETS
-from mmclip.evaluation.scores import select_samples
-from mmclip.evaluation.zeroshot import ZeroShot, zeroshot
+from mmclip.evaluation.compute_metrics import metrics_by_finding
+from mmclip.evaluation.results import Evaluation
+from mmclip.evaluation.scores import Predictions, select_samples
+from mmclip.evaluation.zeroshot import Selection, score_images
 from mmclip.prompts import load_prompts
+from mmclip.run import open_run
 from mmclip.training.pretrain import PretrainRequest, pretrain
 
 SHUFFLED = "+shuffled_pairs"
@@ -196,26 +199,33 @@ def losses_at_end(run: Path) -> dict[str, float]:
     return {t: round(float(np.mean([line[t] for line in lines[-5:]])), 4) for t in sorted(terms)}
 
 
-def figures(checkpoint: Checkpoint, plain: ZeroShot, shifted: ZeroShot) -> dict:
+def judged(test: Predictions) -> Evaluation:
+    """What scores are worth, without intervals."""
+    return metrics_by_finding(
+        test.labels, test.scores, test.patients(), test.names(), n_resamples=1
+    )
+
+
+def figures(checkpoint: Checkpoint, n_images: int, plain: Evaluation, shifted: Evaluation) -> dict:
     """What a line says of a checkpoint and its scores."""
     made_with = dict(checkpoint.meta["versions"])
     config = checkpoint.config
     n_pairs = config.train.batch_size
     rows_per_step = n_pairs + round(config.unpaired.rows_per_pair * n_pairs)
 
-    def per_finding(result: ZeroShot) -> dict[str, float]:
-        return {row["finding"]: round(row["auroc"], 5) for row in result.summary["findings"]}
+    def per_finding(result: Evaluation) -> dict[str, float]:
+        return {row.finding: round(row.auroc, 5) for row in result.findings}
 
     return {
         "commit": made_with.pop("commit"),
         "scored_at_commit": code_version()["commit"],
         "versions": made_with,
-        "macro_auroc": plain.summary["macro_auroc"],
-        "macro_findings": plain.summary["macro_findings"],
+        "macro_auroc": plain.macro_auroc,
+        "macro_findings": plain.macro_findings,
         "auroc": per_finding(plain),
-        "shift_macro_auroc": shifted.summary["macro_auroc"],
+        "shift_macro_auroc": shifted.macro_auroc,
         "shift_auroc": per_finding(shifted),
-        "n_images": len(plain.dataset),
+        "n_images": n_images,
         "steps": checkpoint.meta["step"],
         "images_seen": checkpoint.meta["step"] * rows_per_step,
     }
@@ -278,24 +288,22 @@ def run_all(
     for key, config in configs.items():
         run = out / "runs" / run_name(key)
         cost = train(key.arm, config, out / "data", run)
-        checkpoint = load_checkpoint(run)
+        trained = open_run(run)
         plain, shifted = (
-            zeroshot(
-                checkpoint, selected, prompts, split=split, findings=FINDINGS, n_resamples=1,
-                thresholds=False,
-            )
+            score_images(trained, selected, prompts, Selection(split, findings=FINDINGS)).test
             for selected in both
-        )  # fmt: skip
-        plain.test.save(
+        )
+        plain.save(
             scores_path(out, key),
-            shifted=shifted.test.scores,
+            shifted=shifted.scores,
             config_hash=np.array(key.config_hash),
             data_hash=np.array(key.data_hash),
         )
         prompt_set = f"{prompts.id} version {prompts.version}"
         line = {
-            **key._asdict(), **figures(checkpoint, plain, shifted), "loss_end": losses_at_end(run),
-            **cost, "prompt_set": prompt_set, **facts[key],
+            **key._asdict(),
+            **figures(trained.checkpoint, len(plain), judged(plain), judged(shifted)),
+            "loss_end": losses_at_end(run), **cost, "prompt_set": prompt_set, **facts[key],
         }  # fmt: skip
         with jsonl.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from ceiling import with_knobs
-from mmclip.checkpoint import load_checkpoint
 from mmclip.config import config_hash, load_config
 from mmclip.data.build import build_data
 from mmclip.data.folder import META_FILE, read_meta
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
-from mmclip.evaluation.zeroshot import zeroshot
+from mmclip.evaluation.compute_metrics import metrics_by_finding
+from mmclip.evaluation.zeroshot import Selection, score_images
 from mmclip.prompts import load_prompts
+from mmclip.run import open_run
 from mmclip.training.pretrain import PretrainRequest, pretrain
 
 
@@ -76,21 +77,17 @@ def main() -> None:
     dataset = open_dataset([args.out / "data"], config.data.image_size)
     prompts = load_prompts("default")
     by_step: dict[int, float] = {}
-    summary: dict = {}
+    interval: tuple[float, float] | None = None
     for folder in sorted(newest.parent.glob("step_*")):
-        checkpoint = load_checkpoint(folder)
-        summary = zeroshot(
-            checkpoint,
-            dataset,
-            prompts,
-            split="val",
-            findings=FINDINGS,
-            n_resamples=200,
-            thresholds=False,
-        ).summary
-        by_step[checkpoint.meta["step"]] = round(summary["macro_auroc"], 4)
-        found = {row["finding"]: round(row["auroc"], 3) for row in summary["findings"]}
-        print(folder.name, by_step[checkpoint.meta["step"]], found, flush=True)
+        opened = open_run(folder)
+        test = score_images(opened, dataset, prompts, Selection("val", findings=FINDINGS)).test
+        found = metrics_by_finding(
+            test.labels, test.scores, test.patients(), test.names(), n_resamples=200
+        )
+        interval = found.macro_auroc_ci
+        by_step[opened.step] = round(found.macro_auroc, 4)
+        each = {name: round(value, 3) for name, value in found.aurocs().items()}
+        print(folder.name, by_step[opened.step], each, flush=True)
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     results = {
         "preset": preset.name,
@@ -100,7 +97,7 @@ def main() -> None:
         "seed": args.seed,
         "data_hash": read_meta(args.out / "data")["data_hash"],
         "macro_auroc": by_step[max(by_step)],
-        "ci": [round(x, 4) for x in summary["macro_auroc_ci"]],
+        "ci": [round(x, 4) for x in interval or ()],
         "by_step": by_step,
         "loss_end": round(float(np.mean([line["loss"] for line in logged[-5:]])), 3),
         "times": {name: round(value, 1) for name, value in times.items()},

@@ -33,7 +33,7 @@ import numpy as np
 
 from ablation import Key, losses_at_end, read_lines, run_name, train, unfinished
 from compare import markdown
-from mmclip.checkpoint import code_version, load_checkpoint
+from mmclip.checkpoint import code_version
 from mmclip.config import Config, config_hash, load_config
 from mmclip.data.build import build_data
 from mmclip.data.folder import META_FILE, read_meta
@@ -42,8 +42,10 @@ from mmclip.data.sample import Split
 from mmclip.data.sources import open_reader
 from mmclip.evaluation.compute_metrics import metrics_by_finding, shortcut_baseline
 from mmclip.evaluation.metrics import known
-from mmclip.evaluation.zeroshot import ZeroShot, abnormality_score, zeroshot
+from mmclip.evaluation.results import Control
+from mmclip.evaluation.zeroshot import Selection, ZeroShot, abnormality_score, zeroshot
 from mmclip.prompts import load_prompts
+from mmclip.run import open_run
 
 MAPPING = Path("examples/mixed_images.toml")
 
@@ -117,15 +119,15 @@ def config_of(arm: str, seed: int, overrides: Sequence[str]) -> Config:
     return load_config("tiny", ["train.steps=600", *own, *overrides, f"train.seed={seed}"])
 
 
-def figures(result: ZeroShot, beside: Mapping[str, dict]) -> dict:
+def figures(result: ZeroShot, beside: Mapping[str, Control]) -> dict:
     """The macro AUROC of a scored source with its interval, and what stands beside it."""
     return {
         "n_images": len(result.dataset),
-        "macro_findings": result.summary["macro_findings"],
-        "auroc": result.summary["macro_auroc"],
-        "ci": result.summary["macro_auroc_ci"],
-        "by_finding": {row["finding"]: row["auroc"] for row in result.summary["findings"]},
-        **{name: control["macro_auroc"] for name, control in beside.items()},
+        "macro_findings": result.evaluation.macro_findings,
+        "auroc": result.evaluation.macro_auroc,
+        "ci": result.evaluation.macro_auroc_ci,
+        "by_finding": result.evaluation.aurocs(),
+        **{name: control.macro_auroc for name, control in beside.items()},
         "sick": among_the_sick(result),
     }
 
@@ -151,33 +153,29 @@ def among_the_sick(result: ZeroShot) -> dict[str, float] | None:
         [test.names()[columns[i]] for i in kept],
         n_resamples=1,
     )
-    return {row["finding"]: row["auroc"] for row in found["findings"]} | (
-        {"macro": found["macro_auroc"]} if found["macro_auroc"] is not None else {}
-    )
+    return found.aurocs() | ({"macro": found.macro_auroc} if found.macro_auroc is not None else {})
 
 
 def run(key: Key, config: Config, folder: Path, out: Path) -> dict:
     """Trains and scores one run, and returns its line."""
     where = out / "runs" / run_name(key)
     cost = train(key.arm, config, folder, where)
-    checkpoint, prompts = load_checkpoint(where), load_prompts("default")
+    trained, prompts = open_run(where), load_prompts("default")
     dataset = open_dataset([folder], config.data.image_size)
     scored = {}
     for source, split in SCORED:
-        result = zeroshot(
-            checkpoint, dataset, prompts, split=split, sources=[source], n_resamples=1000
-        )
+        result = zeroshot(trained, dataset, prompts, Selection(split, (source,)), n_resamples=1000)
         beside = {
             "shortcut_baseline": shortcut_baseline(result.dataset, result.test),
-            "abnormality_score": abnormality_score(checkpoint, result, prompts),
+            "abnormality_score": abnormality_score(result),
         }
         scored[source] = figures(result, beside)
     return {
         **key._asdict(),
-        "commit": checkpoint.meta["versions"]["commit"],
+        "commit": trained.checkpoint.meta["versions"]["commit"],
         "scored_at_commit": code_version()["commit"],
-        "n_pairs": checkpoint.meta["n_pairs"],
-        "n_unpaired": checkpoint.meta["n_unpaired"],
+        "n_pairs": trained.checkpoint.meta["n_pairs"],
+        "n_unpaired": trained.checkpoint.meta["n_unpaired"],
         "scored": scored,
         "loss_end": losses_at_end(where),
         **cost,

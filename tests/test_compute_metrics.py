@@ -17,7 +17,14 @@ from mmclip.evaluation.compute_metrics import compute_metrics, subgroups
 from mmclip.evaluation.metrics import best_on_these, calibration_error
 from mmclip.evaluation.pages import extreme_cases, write_evaluation
 from mmclip.evaluation.protocols import Protocol, load_protocol, protocol_names
-from mmclip.evaluation.results import RunResults, read_results
+from mmclip.evaluation.results import (
+    About,
+    RunResults,
+    ScoredImages,
+    provenance,
+    read_results,
+    run_results,
+)
 from mmclip.evaluation.scores import (
     Predictions,
     ScoresError,
@@ -61,13 +68,16 @@ def leave(
     **changes: str,
 ) -> RunResults:
     """Results of some scores in a folder, as a command leaves them."""
-    text = {"title": "t", "kind": "scores", "summary": "s"}
-    facts = {
-        "command": "c", "seed": 0, "data_hash": "d" * 64, "split": "built",
-        "device": torch.device("cpu"), "wall_s": 1.0, **changes,
-    }  # fmt: skip
-    found = {**compute_metrics(test, val, n_resamples=50), **text}
-    return write_evaluation(folder, found, facts, test, val=val, protocol=protocol)
+    made = provenance(
+        "c", 0, ScoredImages("d" * 64), device=torch.device("cpu"), wall_s=1.0
+    ).model_copy(update=changes)
+    results = run_results(
+        compute_metrics(test, val, n_resamples=50),
+        About(title="t", kind="scores", summary="s"),
+        made,
+        protocol=protocol,
+    )
+    return write_evaluation(folder, results, test, val=val, protocol=protocol)
 
 
 def test_calibration_error_by_hand():
@@ -106,8 +116,8 @@ def test_test_labels_choose_no_cut():
     test, val = made(), made(seed=1)
     found = compute_metrics(test, val, n_resamples=5)
     other = compute_metrics(replace(test, labels=1 - test.labels), val, n_resamples=5)
-    thresholds, theirs = ([row["threshold"] for row in r["findings"]] for r in (found, other))
-    assert thresholds == theirs and all(threshold["chosen_on"] == "val" for threshold in thresholds)
+    thresholds, theirs = ([row.threshold for row in r.findings] for r in (found, other))
+    assert thresholds == theirs and all(threshold.chosen_on == "val" for threshold in thresholds)
 
 
 def test_validation_scores_of_other_findings_are_refused():
@@ -120,7 +130,7 @@ def test_validation_scores_of_other_findings_are_refused():
 def test_subgroups_compare_the_same_findings_and_equal_the_part_alone():
     test = made()
     groups = subgroups(test, n_resamples=20)
-    by = {(g["kind"], g["group"]): g for g in groups}
+    by = {(g.kind, g.group): g for g in groups}
     assert set(by) == {
         ("sex", "F"), ("sex", "M"), ("age", "under 40"), ("age", "40 to 59"), ("age", "60 to 79"),
         ("age", "80 and over"), ("view", "PA"), ("view", "AP"),
@@ -129,22 +139,22 @@ def test_subgroups_compare_the_same_findings_and_equal_the_part_alone():
     expected = np.mean(
         [roc_auc_score(test.labels[women, k], test.scores[women, k]) for k in range(2)]
     )
-    assert by["sex", "F"]["macro_auroc"] == pytest.approx(expected, abs=1e-12)
-    assert by["sex", "F"]["n_images"] == women.sum()
+    assert by["sex", "F"].macro_auroc == pytest.approx(expected, abs=1e-12)
+    assert by["sex", "F"].n_images == women.sum()
     rare = test.labels.copy()
     rare[(test.sex == "M"), 1] = 0.0  # no man has a mass: it counts for neither
-    by = {(g["kind"], g["group"]): g for g in subgroups(replace(test, labels=rare), n_resamples=5)}
-    assert by["sex", "F"]["findings"] == by["sex", "M"]["findings"] == ["edema"]
+    by = {(g.kind, g.group): g for g in subgroups(replace(test, labels=rare), n_resamples=5)}
+    assert by["sex", "F"].findings == by["sex", "M"].findings == ["edema"]
 
 
 def test_ages_at_the_edge_of_a_band_and_unknown_ones():
     test = made()
     ages = np.where(np.arange(len(test)) % 2 == 0, 40.0, NAN)
     assert not [
-        g for g in subgroups(replace(test, age_years=ages), n_resamples=5) if g["kind"] == "age"
+        g for g in subgroups(replace(test, age_years=ages), n_resamples=5) if g.kind == "age"
     ]
     ages[1::2] = 39.99
-    found = [g["group"] for g in subgroups(replace(test, age_years=ages), n_resamples=5)]
+    found = [g.group for g in subgroups(replace(test, age_years=ages), n_resamples=5)]
     assert found[2:4] == ["under 40", "40 to 59"]
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmclip.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mmclip.checkpoint import Checkpoint, save_checkpoint
 from mmclip.data.annotations import EMPTY, FOREIGN, read_annotations
 from mmclip.data.build import build_data
 from mmclip.data.csv_table import SourceError
@@ -46,6 +46,7 @@ from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import build_mmclip
 from mmclip.patches import Grid
 from mmclip.prompts import load_prompts
+from mmclip.run import Run, open_run
 from tests.commands import mmclip
 
 from . import made
@@ -300,7 +301,7 @@ def test_a_shifted_finding_shifts_the_map(grey: Checkpoint, score):
     for phrase, level in ((BRIGHT, 220), (DARK, 10)):
         for row, column in ((0, 0), (1, 2), (3, 1)):
             sample = image_with(row, column, level)
-            found = explain_image(grey, sample, phrase, score, PROMPTS)
+            found = explain_image(Run("made", grey), sample, phrase, score, PROMPTS)
             assert found.saliency.shape == (HEIGHT, WIDTH)
             assert ((found.saliency == found.saliency.max()) == (sample == level)).all()
             facts = found.facts()
@@ -311,19 +312,25 @@ def test_a_shifted_finding_shifts_the_map(grey: Checkpoint, score):
 def test_the_map_depends_on_the_phrase(grey: Checkpoint):
     sample = image_with(1, 1, 220)
     sample[24:36, 18:27] = 10
-    bright, dark = (explain_image(grey, sample, p, "contribution", PROMPTS) for p in (BRIGHT, DARK))
+    bright, dark = (
+        explain_image(Run("made", grey), sample, p, "contribution", PROMPTS) for p in (BRIGHT, DARK)
+    )
     assert bright.facts()["highest_at_px"] == {"x": 13.5, "y": 18.0}
     assert dark.facts()["highest_at_px"] == {"x": 22.5, "y": 30.0}
     np.testing.assert_allclose(bright.patches, -dark.patches, atol=1e-5)
 
 
 def test_masses_of_halves_and_thirds_by_hand(grey: Checkpoint):
-    mass = explain_image(grey, image_with(0, 3), BRIGHT, "contribution", PROMPTS).facts()["mass"]
+    mass = explain_image(
+        Run("made", grey), image_with(0, 3), BRIGHT, "contribution", PROMPTS
+    ).facts()["mass"]
     assert mass["image left"] + mass["image right"] == pytest.approx(1, abs=1e-4)
     thirds = [mass[f"{name} third"] for name in ("upper", "middle", "lower")]
     assert sum(thirds) == pytest.approx(1, abs=1e-4)
     assert mass["image right"] > 0.7 and thirds[0] > 0.7
-    flat = explain_image(grey, np.full((40, 30), 99, np.uint8), BRIGHT, "contribution", PROMPTS)
+    flat = explain_image(
+        Run("made", grey), np.full((40, 30), 99, np.uint8), BRIGHT, "contribution", PROMPTS
+    )
     assert set(flat.facts()["mass"].values()) == {None}
     assert flat.facts()["highest_at_px"] is None
 
@@ -332,8 +339,8 @@ def test_a_resized_copy_gives_the_map_of_the_published_image(grey: Checkpoint):
     sample = image_with(2, 2)
     copy = resize_image(sample, made.IMAGE_SIZE)
     size = (HEIGHT, WIDTH)
-    found = explain_image(grey, copy, BRIGHT, "contribution", PROMPTS, size_px=size)
-    whole = explain_image(grey, sample, BRIGHT, "contribution", PROMPTS)
+    found = explain_image(Run("made", grey), copy, BRIGHT, "contribution", PROMPTS, size_px=size)
+    whole = explain_image(Run("made", grey), sample, BRIGHT, "contribution", PROMPTS)
     np.testing.assert_array_equal(found.saliency, whole.saliency)
     assert found.image.shape == size and stretched(sample, *size) is sample
 
@@ -344,9 +351,11 @@ def test_attention_is_the_decoders_and_needs_one(grey: Checkpoint):
     maps = saliency_maps(grey.model, grey, images, phrases, [0, 0], "decoder_attention", PROMPTS)
     assert maps.shape == (2, 16) and (maps > 0).all() and (maps.sum(1) < 1).all()
     with pytest.raises(ValueError, match="this run has none; choose contribution"):
-        explain_image(grey_checkpoint(), image_with(0, 0), BRIGHT, "decoder_attention", PROMPTS)
+        explain_image(
+            Run("made", grey_checkpoint()), image_with(0, 0), BRIGHT, "decoder_attention", PROMPTS
+        )
     with pytest.raises(ValueError, match="the phrase is empty"):
-        explain_image(grey, image_with(0, 0), "  ", "contribution", PROMPTS)
+        explain_image(Run("made", grey), image_with(0, 0), "  ", "contribution", PROMPTS)
 
 
 # -- evaluation --
@@ -398,15 +407,15 @@ def dataset(marked: Path) -> ImageTextDataset:
     return open_dataset([marked / "data"])
 
 
-def evaluated(checkpoint: Checkpoint, dataset: ImageTextDataset, root: Path, **more) -> dict:
+def evaluated(run: Run, dataset: ImageTextDataset, root: Path, **more) -> dict:
     return evaluate_explanations(
-        checkpoint, dataset, "ms-cxr", root, "contribution", PROMPTS, n_resamples=200, **more
+        run, dataset, "ms-cxr", root, "contribution", PROMPTS, n_resamples=200, **more
     )
 
 
 @pytest.fixture(scope="module")
 def results(run: Path, dataset: ImageTextDataset, marked: Path) -> dict:
-    return evaluated(load_checkpoint(run), dataset, marked)
+    return evaluated(open_run(run), dataset, marked)
 
 
 def test_a_model_that_finds_every_place_is_scored_so_and_random_weights_lose(results: dict):
@@ -440,9 +449,9 @@ def test_a_model_that_finds_every_place_is_scored_so_and_random_weights_lose(res
 def test_a_model_that_learnt_nothing_fails_the_sanity_check_and_is_warned_of(
     run: Path, dataset: ImageTextDataset, marked: Path, caplog: pytest.LogCaptureFixture
 ):
-    checkpoint = load_checkpoint(run)
-    torch.nn.init.zeros_(checkpoint.model.visual_projection.weight)
-    found = evaluated(checkpoint, dataset, marked)
+    opened = open_run(run)
+    torch.nn.init.zeros_(opened.model.visual_projection.weight)
+    found = evaluated(opened, dataset, marked)
     for name in ("random weights", "another finding's phrase"):
         assert found["sanity"][name]["is_lost"] is False
         assert f"the sanity check by {name} fails" in caplog.text
@@ -457,7 +466,7 @@ def test_places_of_the_scored_images_choose_nothing(
     # The places of test images become those of other images, and their classes change.
     moved = [line if line[0] not in in_test else (*line[:3], 0, 0, 36, 30) for line in lines]
     write_boxes(tmp_path, moved)
-    found = evaluated(load_checkpoint(run), dataset, tmp_path)
+    found = evaluated(open_run(run), dataset, tmp_path)
     assert found["thresholds"] == results["thresholds"] != {}
     assert found["thresholds_chosen_on"] == "val"
     assert found["saliency_maps"]["model"]["hit"] != results["saliency_maps"]["model"]["hit"]
@@ -466,27 +475,27 @@ def test_places_of_the_scored_images_choose_nothing(
     write_boxes(
         tmp_path, [line if line[0] not in in_val else (*line[:3], 0, 0, 36, 48) for line in lines]
     )
-    assert evaluated(load_checkpoint(run), dataset, tmp_path)["thresholds"] != results["thresholds"]
+    assert evaluated(open_run(run), dataset, tmp_path)["thresholds"] != results["thresholds"]
 
 
 def test_without_places_on_other_images_nothing_is_chosen_and_no_prior_is_made(
     run: Path, dataset: ImageTextDataset, marked: Path
 ):
     only_test = dataset.select([sample.split == "test" for sample in dataset.samples])
-    found = evaluated(load_checkpoint(run), only_test, marked)
+    found = evaluated(open_run(run), only_test, marked)
     assert "location prior" not in found["saliency_maps"] and found["thresholds"] == {}
     assert found["thresholds_chosen_on"] is None
     assert found["saliency_maps"]["model"]["iou_chosen"]["macro"]["mean"] is None
     assert found["left_out"] == {FOREIGN: 40}
     with pytest.raises(ManifestError, match=r"ms-cxr marks no image of split 'val'.*32 of test"):
-        evaluated(load_checkpoint(run), only_test, marked, split="val")
+        evaluated(open_run(run), only_test, marked, split="val")
 
 
 def test_places_on_laterals_are_left_out_and_counted(
     run: Path, dataset: ImageTextDataset, marked: Path
 ):
     samples = tuple(replace(f, view="L" if f.image_id == "f71" else "PA") for f in dataset.samples)
-    found = evaluated(load_checkpoint(run), replace(dataset, samples=samples), marked)
+    found = evaluated(open_run(run), replace(dataset, samples=samples), marked)
     assert found["n_annotations"] == 31 and found["left_out"] == {"the image is a lateral": 1}
 
 
@@ -599,12 +608,12 @@ def test_a_lateral_of_a_folder_is_mapped_with_one_warning_and_a_frontal_without(
     views = [replace(f, view=v) for f, v in zip(samples, ("PA", "L", "unknown"), strict=True)]
     build_data(views, tmp_path, tmp_path / "data", image_size=made.IMAGE_SIZE)
     for sample in views:
-        image_of_folder(grey, tmp_path / "data", sample.image_id)
+        image_of_folder(Run("made", grey), tmp_path / "data", sample.image_id)
     (said,) = caplog.messages
     assert "image b of" in said and "lateral" in said and "PA, AP, unknown" in said
     caplog.clear()
     laterals = replace(grey, config=made.small_config('data.views=["PA", "L"]'))
-    image_of_folder(laterals, tmp_path / "data", "b")  # a run that has learnt them
+    image_of_folder(Run("made", laterals), tmp_path / "data", "b")  # a run that has learnt them
     assert caplog.messages == []
 
 

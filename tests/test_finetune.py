@@ -33,7 +33,9 @@ from mmclip.evaluation.scores import load_scores
 from mmclip.finetuning.features import start_of, stored_features
 from mmclip.finetuning.finetune import (
     SUMMARY_FILE,
+    Common,
     FinetuneRequest,
+    Part,
     finetune,
     probe,
     recipe_of,
@@ -298,23 +300,17 @@ def test_test_labels_choose_neither_scores_nor_cut_step_or_weights(
 ):
     left: list[dict] = []
 
-    def keep(out, found, made, test, *, val, protocol, gallery):
-        cuts = {row["finding"]: row["threshold"] for row in found["findings"]}
-        left.append({"cuts": cuts, "facts": found["facts"], "test": test.scores, "val": val.scores})
+    def keep(out, results, test, *, val, protocol, gallery):
+        cuts = {row.finding: row.threshold for row in results.findings}
+        left.append({"cuts": cuts, "facts": results.facts, "test": test.scores, "val": val.scores})
 
     monkeypatch.setattr("mmclip.finetuning.finetune.write_evaluation", keep)
     finetune_request = replace(finetune_request, method=method)
     for name, given in (("a", task), ("b", opposite(task))):
+        start = start_of("run", finetune_request.run, finetune_request.folder)
         run_one(
-            finetune_request,
-            start_of("run", finetune_request.run, finetune_request.folder),
-            given,
-            1.0,
-            0,
-            finetune_request.out / name,
-            given.dataset,
-            "none",
-            {},
+            Common(finetune_request, start, given, "none", {}),
+            Part(given, 1.0, 0, finetune_request.out / name),
         )
     straight, turned = left
     assert straight["cuts"] == turned["cuts"] and straight["cuts"].keys() == set(ASKED)
@@ -346,8 +342,8 @@ def full(task: Task, run: Path, *overrides: str, metadata: str = "a"):
     model = Classifier(small_encoder("resnet"), len(ASKED))
     AcceleratorState._reset_state(reset_partial_state=True)
     return train_classifier(
-        Accelerator(cpu=True), model, task.train, task.val, short(*overrides), 0, run,
-        {"run": metadata}, 0.5,
+        Accelerator(cpu=True), model, task.train, task.val, short(*overrides, "lr_decay=0.5"),
+        0, run, {"run": metadata},
     )  # fmt: skip
 
 
@@ -526,7 +522,7 @@ def test_random_weights_have_the_architecture_of_the_run_and_follow_the_seed(
     finetune_request: FinetuneRequest,
 ):
     start = start_of("random", finetune_request.run, finetune_request.folder)
-    run = load_checkpoint(find_checkpoint(start.checkpoint.folder)).model  # pyright: ignore
+    run = load_checkpoint(find_checkpoint(start.run.folder)).model  # pyright: ignore
     one, same, other = (start.encoder(seed).encoder.state_dict() for seed in (1, 1, 2))
     trained = run.vision_model.state_dict()
     assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in trained.items()}
@@ -555,7 +551,7 @@ def test_a_vit_of_the_hub_is_fine_tuned_as_ours_is(
         model = Classifier(encoder, len(ASKED))
         trained = train_classifier(
             Accelerator(cpu=True), model, task.train, task.val, short("train.steps=2"), 0,
-            tmp_path / f"{name}-run", {"run": name}, 0.75,
+            tmp_path / f"{name}-run", {"run": name},
         )  # fmt: skip
         assert trained.step == 2
 

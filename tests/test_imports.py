@@ -22,7 +22,10 @@ LAYERS = (
     {"mmclip.explanation", "mmclip.finetuning", "mmclip.retrieval"},
     {"mmclip.evaluation"},
     {"mmclip.training"},
-    {"mmclip.checkpoint", "mmclip.embed", "mmclip.embedding_store", "mmclip.prompt_check"},
+    {
+        "mmclip.checkpoint", "mmclip.embed", "mmclip.embedding_store", "mmclip.prompt_check",
+        "mmclip.run",
+    },
     {"mmclip.data", "mmclip.models"},
     {
         "mmclip", "mmclip.batch", "mmclip.config", "mmclip.hub", "mmclip.losses", "mmclip.masking",

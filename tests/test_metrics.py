@@ -123,7 +123,7 @@ def test_point_metrics_equal_scikit_learns_and_the_slow_loop(levels):
     rows = metrics_by_finding(
         labels, scores, patients, list("abcd"), thresholds=thresholds, n_resamples=2
     )
-    for k, row in enumerate(rows["findings"]):
+    for k, row in enumerate(rows.findings):
         is_known = ~np.isnan(labels[:, k])
         y, s = labels[is_known, k] == 1, scores[is_known, k]
         called = s >= 0.5
@@ -134,17 +134,17 @@ def test_point_metrics_equal_scikit_learns_and_the_slow_loop(levels):
             "mcc": matthews_corrcoef(y, called),
             "accuracy": accuracy_score(y, called),
         }
-        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+        assert {name: getattr(row, name) for name in expected} == pytest.approx(expected, abs=1e-12)
         wins = [(p > q) + 0.5 * (p == q) for p in s[y] for q in s[~y]]
-        assert row["auroc"] == pytest.approx(np.mean(wins), abs=1e-12)
+        assert row.auroc == pytest.approx(np.mean(wins), abs=1e-12)
         precision = [y[s >= threshold].mean() for threshold in s[y]]
-        assert row["auprc"] == pytest.approx(np.mean(precision), abs=1e-12)
+        assert row.auprc == pytest.approx(np.mean(precision), abs=1e-12)
         tp, fp = (y & called).sum(), (~y & called).sum()
         fn, tn = (y & ~called).sum(), (~y & ~called).sum()
-        assert row["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn), abs=1e-12)
+        assert row.f1 == pytest.approx(2 * tp / (2 * tp + fp + fn), abs=1e-12)
         product = float(tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-        assert row["mcc"] == pytest.approx((tp * tn - fp * fn) / math.sqrt(product), abs=1e-12)
-        assert row["accuracy"] == pytest.approx((tp + tn) / len(y), abs=1e-12)
+        assert row.mcc == pytest.approx((tp * tn - fp * fn) / math.sqrt(product), abs=1e-12)
+        assert row.accuracy == pytest.approx((tp + tn) / len(y), abs=1e-12)
 
 
 def test_a_cut_that_calls_nothing_has_f1_and_mcc_zero():
@@ -269,17 +269,19 @@ def test_intervals_of_results_know_how_few_patients_have_the_finding():
     labels[np.isin(patients, range(3, 11)), 0] = 1.0
     results = metrics_by_finding(labels, scores, patients, list("abcd"), n_resamples=50)
     drawn = bootstrap_metrics(labels, scores, patients, n_resamples=50)
-    row = results["findings"][0]
+    row = results.findings[0]
     images = np.bincount(patients, weights=labels[:, 0])
     effective = images.sum() ** 2 / (images**2).sum()  # of images that patients share unequally
     assert 5 <= effective <= 8
     for metric in ("auroc", "auprc"):
         values = getattr(drawn, metric)[:, 0]
-        assert row[f"{metric}_ci"] == share_interval(row[metric], values, effective)
+        assert getattr(row, f"{metric}_ci") == share_interval(
+            getattr(row, metric), values, effective
+        )
     alone = metrics_by_finding(
         labels[:, :1], scores[:, :1], patients, ["a"], n_resamples=50, min_count=3
     )
-    assert alone["macro_auroc_ci"] == pytest.approx(alone["findings"][0]["auroc_ci"])
+    assert alone.macro_auroc_ci == pytest.approx(alone.findings[0].auroc_ci)
 
 
 @pytest.mark.ledger("intervals")
@@ -312,8 +314,8 @@ def test_the_interval_of_separated_images_says_what_few_patients_can():
     assert newcombe_interval(1.0, 50, 500)[0] > 0.9 > newcombe_interval(1.0, 2, 20)[0]
     assert wilson_interval(1.0, 4) == pytest.approx((4 / (4 + norm.ppf(0.975) ** 2), 1.0))
     labels = np.array([1.0, 1, 0, 0])[:, None]
-    row = metrics_by_finding(labels, labels, list("pqrs"), ["a"], n_resamples=50)["findings"][0]
-    assert row["auroc_ci"] == pytest.approx((low, 1.0)) and row["auprc_ci"][0] < 0.5
+    row = metrics_by_finding(labels, labels, list("pqrs"), ["a"], n_resamples=50).findings[0]
+    assert row.auroc_ci == pytest.approx((low, 1.0)) and row.auprc_ci[0] < 0.5
 
 
 @pytest.mark.parametrize("n_positive", [2, 3, 4, 5])
@@ -472,11 +474,11 @@ def test_collapsed_scores_are_at_chance_with_no_width():
     results = metrics_by_finding(
         labels, np.zeros_like(scores), patients, list("abcd"), n_resamples=20
     )
-    for row in results["findings"]:
-        assert row["auroc"] == 0.5 and row["auroc_ci"] == (0.5, 0.5)
-        share = row["n_positive"] / (row["n_positive"] + row["n_negative"])
-        assert row["auprc"] == pytest.approx(share)
-    assert results["macro_auroc"] == 0.5
+    for row in results.findings:
+        assert row.auroc == 0.5 and row.auroc_ci == (0.5, 0.5)
+        share = row.n_positive / (row.n_positive + row.n_negative)
+        assert row.auprc == pytest.approx(share)
+    assert results.macro_auroc == 0.5
 
 
 def test_no_interval_of_scores_that_vary_is_without_width():
@@ -484,25 +486,25 @@ def test_no_interval_of_scores_that_vary_is_without_width():
     labels = np.array([1.0, 1.0, 0.0, 0.0, 0.0])[:, None]
     scores = np.array([0.9, 0.2, 0.1, 0.3, 0.1])[:, None]
     found = metrics_by_finding(labels, scores, ["p"] * 5, ["a"], n_resamples=50, min_count=1)
-    (row,) = found["findings"]
-    assert row["auroc"] == pytest.approx(5 / 6)
+    (row,) = found.findings
+    assert row.auroc == pytest.approx(5 / 6)
     for metric in ("auroc", "auprc"):
-        low, high = row[f"{metric}_ci"]
-        assert 0 <= low < row[metric] - 0.1 and row[metric] <= high <= 1 and high - low > 0.3
-        low, high = found[f"macro_{metric}_ci"]
-        assert low < row[metric] - 0.1 and high - low > 0.3
+        value, (low, high) = getattr(row, metric), getattr(row, f"{metric}_ci")
+        assert 0 <= low < value - 0.1 and value <= high <= 1 and high - low > 0.3
+        low, high = getattr(found, f"macro_{metric}_ci")
+        assert low < value - 0.1 and high - low > 0.3
     # Six patients, each with both classes and AUROC 0.5: all resamples are equal.
     labels = np.tile([1.0, 0.0, 0.0], 6)[:, None]
     scores = np.tile([0.5, 0.2, 0.8], 6)[:, None]
     found = metrics_by_finding(
         labels, scores, np.repeat(np.arange(6), 3), ["a"], n_resamples=50, min_count=1
     )
-    low, high = found["findings"][0]["auroc_ci"]
+    low, high = found.findings[0].auroc_ci
     assert low < 0.4 and high > 0.6
     # Three patients: A with the finding, B and C without.
     labels, scores = np.array([[1.0], [0.0], [0.0]]), np.array([[0.5], [0.2], [0.8]])
     found = metrics_by_finding(labels, scores, list("ABC"), ["a"], n_resamples=50, min_count=1)
-    low, high = found["findings"][0]["auroc_ci"]
+    low, high = found.findings[0].auroc_ci
     assert low < 0.3 and high > 0.7
 
 
@@ -514,8 +516,8 @@ def test_one_patient_gives_no_percentile_interval():
     found = metrics_by_finding(
         labels, scores, ["p"] * 3, ["a"], thresholds=threshold, n_resamples=9, min_count=1
     )
-    assert found["findings"][0]["f1"] > 0 and found["findings"][0]["f1_ci"] is None
-    assert found["macro_f1"] > 0 and found["macro_f1_ci"] is None
+    assert found.findings[0].f1 > 0 and found.findings[0].f1_ci is None
+    assert found.macro_f1 > 0 and found.macro_f1_ci is None
 
 
 @pytest.mark.ledger("intervals")
@@ -524,13 +526,13 @@ def test_one_class_findings_are_listed_with_reason_and_counts():
     labels[:, 1] = np.where(np.isnan(labels[:, 1]), np.nan, 0.0)
     labels[:, 2] = np.nan
     results = metrics_by_finding(labels, scores, patients, list("abcd"), n_resamples=20)
-    assert [row["finding"] for row in results["findings"]] == ["a", "d"]
-    assert [(u["finding"], u["reason"]) for u in results["undefined"]] == [
+    assert [row.finding for row in results.findings] == ["a", "d"]
+    assert [(u.finding, u.reason) for u in results.undefined] == [
         ("b", "no positive image"),
         ("c", "no positive and no negative image"),
     ]
-    assert results["undefined"][1]["n_unknown"] == len(labels)
-    assert results["macro_findings"] == ["a", "d"]
+    assert results.undefined[1].n_unknown == len(labels)
+    assert results.macro_findings == ["a", "d"]
 
 
 def test_permuted_findings_permute_the_results():
@@ -542,9 +544,9 @@ def test_permuted_findings_permute_the_results():
     moved = metrics_by_finding(
         labels[:, order], scores[:, order], patients, [names[i] for i in order], **arguments
     )
-    assert moved["findings"] == [plain["findings"][i] for i in order]
-    assert moved["macro_auroc"] == pytest.approx(plain["macro_auroc"], abs=1e-12)
-    assert moved["macro_auroc_ci"] == pytest.approx(plain["macro_auroc_ci"], abs=1e-12)
+    assert moved.findings == [plain.findings[i] for i in order]
+    assert moved.macro_auroc == pytest.approx(plain.macro_auroc, abs=1e-12)
+    assert moved.macro_auroc_ci == pytest.approx(plain.macro_auroc_ci, abs=1e-12)
 
 
 def test_a_rare_finding_is_scored_but_left_out_of_the_macro():
@@ -552,13 +554,13 @@ def test_a_rare_finding_is_scored_but_left_out_of_the_macro():
     labels[:, 0] = 0.0
     labels[:3, 0] = 1.0
     results = metrics_by_finding(labels, scores, patients, list("abcd"), n_resamples=20)
-    rare = results["findings"][0]
-    assert rare["auroc"] is not None and not rare["in_macro"]
-    assert results["macro_findings"] == ["b", "c", "d"]
-    mean = np.mean([row["auroc"] for row in results["findings"][1:]])
-    assert results["macro_auroc"] == pytest.approx(mean)
+    rare = results.findings[0]
+    assert rare.auroc is not None and not rare.in_macro
+    assert results.macro_findings == ["b", "c", "d"]
+    mean = np.mean([row.auroc for row in results.findings[1:]])
+    assert results.macro_auroc == pytest.approx(mean)
     every = metrics_by_finding(labels, scores, patients, list("abcd"), n_resamples=20, min_count=3)
-    assert every["macro_findings"] == ["a", "b", "c", "d"]
+    assert every.macro_findings == ["a", "b", "c", "d"]
 
 
 def test_threshold_metrics_say_where_the_cut_was_chosen_and_are_none_without_one():
@@ -567,18 +569,19 @@ def test_threshold_metrics_say_where_the_cut_was_chosen_and_are_none_without_one
     results = metrics_by_finding(
         labels, scores, patients, list("abcd"), thresholds=threshold, n_resamples=20
     )
-    first, second = results["findings"][:2]
-    assert first["threshold"] == {"value": 0.4, "rule": "youden", "chosen_on": "val"}
-    assert first["f1_ci"][0] <= first["f1"] <= first["f1_ci"][1]
-    assert second["threshold"] is second["f1"] is second["f1_ci"] is None
-    assert results["macro_f1"] is None
-    assert results["macro_auroc"] is not None
+    first, second = results.findings[:2]
+    assert first.threshold is not None
+    assert first.threshold.model_dump() == {"value": 0.4, "rule": "youden", "chosen_on": "val"}
+    assert first.f1_ci[0] <= first.f1 <= first.f1_ci[1]
+    assert second.threshold is second.f1 is second.f1_ci is None
+    assert results.macro_f1 is None
+    assert results.macro_auroc is not None
 
 
 def test_no_finding_counts_makes_the_macro_none():
     labels, scores = np.full((4, 1), np.nan), np.zeros((4, 1))
     results = metrics_by_finding(labels, scores, list("pqrs"), ["a"], n_resamples=5)
-    assert results["macro_auroc"] is None and results["macro_auroc_ci"] is None
+    assert results.macro_auroc is None and results.macro_auroc_ci is None
 
 
 def test_repeated_names_and_missing_patients_are_refused():

@@ -14,7 +14,14 @@ from mmclip.config import config_hash, load_config, recipe_hash
 from mmclip.evaluation.comparison import compare
 from mmclip.evaluation.compute_metrics import metrics_by_finding
 from mmclip.evaluation.over_seeds import compare_over_seeds, remarks
-from mmclip.evaluation.results import Provenance, read_results, write_results
+from mmclip.evaluation.results import (
+    About,
+    Evaluation,
+    Provenance,
+    read_results,
+    run_results,
+    write_results,
+)
 from mmclip.evaluation.scores import Predictions, ScoresError, load_scores
 from tests.commands import Ended, mmclip
 
@@ -34,7 +41,7 @@ TRUTH[:, 2] = np.arange(N_IMAGES) < 3  # too few to count in the macro average
 
 
 @cache
-def scored(arm: str, seed: int, strength: float) -> tuple[Predictions, dict]:
+def scored(arm: str, seed: int, strength: float) -> tuple[Predictions, Evaluation]:
     """The scores of a run, and what is found of them."""
     rng = np.random.default_rng([ord(letter) for letter in arm] + [seed])
     test = Predictions(
@@ -56,8 +63,8 @@ def leave(folder: Path, arm: str, seed: int | None, strength: float = 1.0, **mad
     test.save(folder / "scores.npz")
     kind = made.pop("kind", "zeroshot")
     trained = {"train_seed": seed, "recipe_hash": arm * 4, "prompt_hash": "p", **made}
-    metadata = {"title": "t", "kind": kind, "summary": "s"}
-    write_results(folder, found | metadata | {"provenance": MADE.model_copy(update=trained)})
+    about = About.model_validate({"title": "t", "kind": kind, "summary": "s"})
+    write_results(folder, run_results(found, about, MADE.model_copy(update=trained)))
     return folder
 
 

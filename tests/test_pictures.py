@@ -13,6 +13,7 @@ from mmclip.data.batches import TrainingBatches, deterministic_config
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Entity
 from mmclip.data.text import tokenise, train_tokenizer
+from mmclip.evaluation.pages import gallery_of
 from mmclip.evaluation.pictures import (
     HATCH,
     HATCH_GROUND,
@@ -24,7 +25,6 @@ from mmclip.evaluation.pictures import (
     warmed,
 )
 from mmclip.evaluation.scores import make_predictions
-from mmclip.evaluation.zeroshot import ZeroShot
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 
@@ -311,11 +311,13 @@ def test_the_gallery_has_the_pictures_of_its_images_in_its_order(
 ):
     n = len(dataset)
     nothing = make_predictions(dataset, [], np.zeros((n, 0)), np.zeros((n, 0)))
-    result = ZeroShot(dataset, torch.zeros(n, 2), nothing, None, {})
-    items = result.gallery(whole, [6, 0, 7])
+    items = gallery_of(whole, dataset, nothing, [6, 0, 7])
     assert [item.name for item in items] == [UNPAIRED, PAIRED, SPEECHLESS]
     for item, has_picture in zip(items, (True, True, False), strict=True):
         assert (item.picture is not None) == has_picture
         if item.picture is not None:
             np.testing.assert_array_equal(item.picture.image, item.image)
-    assert [item.picture for item in result.gallery(checkpoint_of(), [0, 6])] == [None, None]
+    assert [item.picture for item in gallery_of(checkpoint_of(), dataset, nothing, [0, 6])] == [
+        None,
+        None,
+    ]

@@ -5,6 +5,9 @@ import html
 import io
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +25,19 @@ from mmclip.evaluation.pages import (
 )
 from mmclip.evaluation.pictures import Picture, Span
 from mmclip.evaluation.plots import Panel, curves_figure, roc_points
-from mmclip.evaluation.results import ResultsError, RunResults, write_results
+from mmclip.evaluation.results import (
+    About,
+    ChosenThreshold,
+    Combination,
+    Control,
+    Provenance,
+    ResultsError,
+    RunResults,
+    checked,
+    run_results,
+    write_results,
+)
+from mmclip.evaluation.scores import Predictions
 from mmclip.prompts import load_prompts
 
 FINDINGS = ["edema", "mass", "tuberculosis"]
@@ -30,60 +45,80 @@ REPORT = "Heart size is normal.\n<script>alert(1)</script> & no effusion."
 
 
 @pytest.fixture(scope="module")
-def table():
+def table() -> Predictions:
     rng = np.random.default_rng(0)
     labels = (rng.random((80, 3)) < 0.3).astype(float)
     labels[:, 2] = 0.0
     labels[5, 0] = np.nan
     scores = labels + rng.normal(size=labels.shape)
-    return {"findings": FINDINGS, "labels": labels, "scores": np.nan_to_num(scores)}
+    return Predictions(
+        image_id=np.array([f"f{i}" for i in range(80)]),
+        patient_id=np.array([f"p{i}" for i in range(80)]),
+        sex=np.full(80, ""),
+        age_years=np.full(80, np.nan),
+        view=np.full(80, "PA"),
+        findings=np.array(FINDINGS),
+        labels=labels,
+        scores=np.nan_to_num(scores),
+    )
+
+
+ABOUT = About(
+    title="Made <images>",
+    kind="demo",
+    summary="A model that was made up.",
+    facts={"training pairs": 2400},
+)
+MADE = Provenance(
+    command="mmclip demo --seed 3",
+    seed=3,
+    config_hash="c" * 64,
+    data_hash="d" * 64,
+    prompt_set="default",
+    prompt_hash="e" * 64,
+    commit=None,
+    versions={"mmclip": "0.1", "torch": "2.13"},
+    device="cpu",
+    wall_s=61.0,
+    finished_at="2026-01-02T03:04:05+00:00",
+)
 
 
 @pytest.fixture
-def results(table):
-    scored = metrics_by_finding(
-        table["labels"],
-        table["scores"],
+def results(table: Predictions) -> RunResults:
+    evaluation = metrics_by_finding(
+        table.labels,
+        table.scores,
         list(range(80)),
         FINDINGS,
-        thresholds=choose_thresholds(table["labels"], table["scores"], FINDINGS),
+        thresholds=choose_thresholds(table.labels, table.scores, FINDINGS),
         n_resamples=50,
     )
-    return {
-        **scored,
-        "title": "Made <images>",
-        "kind": "demo",
-        "summary": "A model that was made up.",
-        "controls": {
-            "untrained": {"macro_auroc": 0.31, "macro_auroc_ci": (0.25, 0.4), "note": "random"},
-            "too small": {"macro_auroc": None, "note": "not enough images"},
+    return run_results(
+        evaluation,
+        ABOUT,
+        MADE,
+        controls={
+            "untrained": Control(macro_auroc=0.31, macro_auroc_ci=(0.25, 0.4), note="random"),
+            "too small": Control(macro_auroc=None, note="not enough images"),
         },
-        "combinations": [
-            {
-                "finding": "mass",
-                "side": "left",
-                "size": "small",
-                "n_positive": 0,
-                "n_negative": 60,
-                "auroc": None,
-                "auroc_ci": None,
-            }
+        combinations=[
+            Combination(
+                finding="mass",
+                side="left",
+                size="small",
+                n_positive=0,
+                n_negative=60,
+                auroc=None,
+                auroc_ci=None,
+            )
         ],
-        "facts": {"training pairs": 2400},
-        "provenance": {
-            "command": "mmclip demo --seed 3",
-            "seed": 3,
-            "config_hash": "c" * 64,
-            "data_hash": "d" * 64,
-            "prompt_set": "default",
-            "prompt_hash": "e" * 64,
-            "commit": None,
-            "versions": {"mmclip": "0.1", "torch": "2.13"},
-            "device": "cpu",
-            "wall_s": 61.0,
-            "finished_at": "2026-01-02T03:04:05+00:00",
-        },
-    }
+    )
+
+
+def changed(results: RunResults, change: Mapping[str, Any]) -> RunResults:
+    """The results with other values of some fields, checked again."""
+    return checked({**dict(results), **change})
 
 
 @pytest.fixture
@@ -91,14 +126,14 @@ def page(tmp_path, results, table):
     image = np.tile(np.arange(64, dtype=np.uint8), (48, 1))
     prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
     gallery = [GalleryItem(0, "image-a", image, REPORT), GalleryItem(5, "image-b", image)]
-    return write_page(tmp_path, results, gallery, prompts=prompts, **table).read_text("utf-8")
+    return write_page(tmp_path, results, gallery, table, prompts=prompts).read_text("utf-8")
 
 
 def test_results_json_is_sorted_complete_and_rounded_to_six_digits(tmp_path, results):
     text = write_results(tmp_path / "run", results).read_text("utf-8")
     read = json.loads(text)
     assert list(read) == sorted(read)
-    assert read["macro_auroc"] == float(f"{results['macro_auroc']:.6g}")
+    assert read["macro_auroc"] == float(f"{results.macro_auroc:.6g}")
     assert [row["finding"] for row in read["findings"]] == ["edema", "mass"]
     assert read["undefined"][0]["reason"] == "no positive image"
     assert not list(tmp_path.rglob("*.tmp"))
@@ -106,8 +141,9 @@ def test_results_json_is_sorted_complete_and_rounded_to_six_digits(tmp_path, res
 
 
 def test_a_cut_is_not_rounded_as_it_would_call_other_images(tmp_path, results):
-    results["findings"][0]["threshold"]["value"] = 0.123456789012
-    read = json.loads(write_results(tmp_path, results).read_text("utf-8"))
+    threshold = ChosenThreshold(value=0.123456789012, rule="f1", chosen_on="val")
+    cut = results.with_findings({"edema": {"threshold": threshold}})
+    read = json.loads(write_results(tmp_path, cut).read_text("utf-8"))
     assert read["findings"][0]["threshold"]["value"] == 0.123456789012
 
 
@@ -123,14 +159,15 @@ def test_a_cut_is_not_rounded_as_it_would_call_other_images(tmp_path, results):
 )
 def test_results_that_break_the_contract_are_refused_by_field(tmp_path, results, change, message):
     with pytest.raises(ResultsError, match=f"results: {message}"):
-        write_results(tmp_path, results | change)
+        write_results(tmp_path, changed(results, change))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_field_is_named(tmp_path, results):
-    del results["provenance"]["data_hash"]
+    plain = results.model_dump()
+    del plain["provenance"]["data_hash"]
     with pytest.raises(ResultsError, match=r"provenance\.data_hash: Field required"):
-        write_results(tmp_path, results)
+        checked(plain)
 
 
 def test_the_page_needs_no_other_file_and_no_network(page):
@@ -179,7 +216,7 @@ def page_with(tmp_path, results, table, *pictures) -> str:
     image = np.arange(256, dtype=np.uint8).reshape(16, 16)
     prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
     gallery = [GalleryItem(i, f"image-{i}", image, REPORT, p) for i, p in enumerate(pictures)]
-    return write_page(tmp_path, results, gallery, prompts=prompts, **table).read_text("utf-8")
+    return write_page(tmp_path, results, gallery, table, prompts=prompts).read_text("utf-8")
 
 
 def body_of(page: str) -> str:
@@ -231,24 +268,22 @@ def test_legend_and_notes_come_once_and_only_with_pictures(tmp_path, results, ta
 def test_pictures_are_drawn_as_a_plot_where_there_are_patches(tmp_path, results, table):
     image = np.zeros((16, 16), np.uint8)
     items = [GalleryItem(i, str(i), image, None, p) for i, p in enumerate([None, picture()])]
-    paths = write_plots(tmp_path, results, items, **table)
+    paths = write_plots(tmp_path, results, items, table)
     assert [p.name for p in paths] == ["auroc.png", "curves.png", "pictures.png"]
     drawn = Image.open(paths[-1])
     assert drawn.width > 3 * drawn.height  # one line of four
     items = [GalleryItem(0, "0", image, None, picture(with_patches=False))]
-    assert len(write_plots(tmp_path, results, items, **table)) == 2
+    assert len(write_plots(tmp_path, results, items, table)) == 2
 
 
 def test_axes_and_titles_of_the_curves_say_what_they_show(table):
-    figure = curves_figure(
-        [Panel("edema, AUROC 0.9", table["labels"][:, 0], table["scores"][:, 0])]
-    )
+    figure = curves_figure([Panel("edema, AUROC 0.9", table.labels[:, 0], table.scores[:, 0])])
     assert [axes.get_ylabel() for axes in figure.axes] == ["true positive rate", "share of images"]
 
 
 def test_the_page_says_how_the_numbers_came_about_and_what_they_are_not(page, results):
     for text in (
-        f"{results['macro_auroc']:.3f}",
+        f"{results.macro_auroc:.3f}",
         "mmclip demo --seed 3",
         "d" * 64,
         "c" * 64,
@@ -267,29 +302,28 @@ def test_the_page_says_how_the_numbers_came_about_and_what_they_are_not(page, re
 
 
 def test_the_page_says_how_each_cut_came_about(tmp_path, results, table):
-    results["findings"][1]["threshold"] = {
-        "value": 0.5,
-        "rule": "equal_prompts",
-        "chosen_on": "no image",
-    }
+    tie = ChosenThreshold(value=0.5, rule="equal_prompts", chosen_on="no image")
+    results = results.with_findings({"mass": {"threshold": tie}})
     prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
-    page = write_page(tmp_path, results, [], prompts=prompts, **table).read_text("utf-8")
+    page = write_page(tmp_path, results, [], table, prompts=prompts).read_text("utf-8")
     assert "best by F1 on val (edema)" in page
     assert "no image (mass)." in page
 
 
 def test_the_page_of_real_images_warns_of_shortcuts_instead(tmp_path, results, table):
     prompts = {name: load_prompts("default").texts(name) for name in FINDINGS}
-    path = write_page(tmp_path, results | {"kind": "zeroshot"}, [], prompts=prompts, **table)
+    results = changed(results, {"kind": "zeroshot"})
+    path = write_page(tmp_path, results, [], table, prompts=prompts)
     page = path.read_text("utf-8")
     assert "without\n  reading lungs" in page and "drawn by a program" not in page
 
 
 def test_the_page_calls_zero_shot_only_what_training_did_not_name(tmp_path, results, table):
     def eyebrow(seen: str) -> str:
-        found = results | {"kind": "zeroshot"}
-        found["findings"] = [{**row, "seen": seen} for row in results["findings"]]
-        text = write_page(tmp_path, found, [], prompts={}, **table).read_text("utf-8")
+        found = changed(results, {"kind": "zeroshot"}).with_findings(
+            {name: {"seen": seen} for name in FINDINGS}
+        )
+        text = write_page(tmp_path, found, [], table, prompts={}).read_text("utf-8")
         (said,) = re.findall(r'class="eyebrow">(.*?)<', text)
         return said
 
@@ -301,8 +335,8 @@ def test_the_page_names_the_data_of_training_where_they_are_not_those_scored(
     tmp_path, results, table
 ):
     def facts(trained_on: str) -> list[str]:
-        found = results | {"facts": {"training data": trained_on}}
-        text = write_page(tmp_path, found, [], prompts={}, **table).read_text("utf-8")
+        found = changed(results, {"facts": {"training data": trained_on}})
+        text = write_page(tmp_path, found, [], table, prompts={}).read_text("utf-8")
         return re.findall(r"<dt>([^<]*[Dd]ata[^<]*)</dt>", text.partition("</section>")[0])
 
     assert facts("a" * 12) == ["Training data", "Data"]
@@ -311,10 +345,8 @@ def test_the_page_names_the_data_of_training_where_they_are_not_those_scored(
 
 @pytest.mark.parametrize("summary", ["One sentence", "One sentence."])
 def test_the_summary_ends_with_one_full_stop(tmp_path, results, table, summary: str):
-    found = RunResults.model_validate(
-        results | {"summary": summary, "facts": {"training images": 1092}}
-    )
-    page = write_page(tmp_path, found, [], prompts={}, **table).read_text("utf-8")
+    found = changed(results, {"summary": summary, "facts": {"training images": 1092}})
+    page = write_page(tmp_path, found, [], table, prompts={}).read_text("utf-8")
     card = write_card(tmp_path, found).read_text("utf-8")
     assert '<p class="lead">One sentence.</p>' in page
     assert "\nOne sentence.\n" in card and "| training images | 1,092 |" in card
@@ -329,17 +361,18 @@ def test_plots_follow_the_theme_of_the_page(page):
 
 
 def test_a_page_without_any_defined_finding_is_still_a_page(tmp_path, results, table):
-    labels = np.full_like(table["labels"], np.nan)
-    nothing = metrics_by_finding(labels, table["scores"], list(range(80)), FINDINGS, n_resamples=5)
-    table = table | {"labels": labels}
-    page = write_page(tmp_path, results | nothing, [], prompts={}, **table).read_text("utf-8")
+    labels = np.full_like(table.labels, np.nan)
+    nothing = metrics_by_finding(labels, table.scores, list(range(80)), FINDINGS, n_resamples=5)
+    table = replace(table, labels=labels)
+    results = changed(results, dict(nothing))
+    page = write_page(tmp_path, results, [], table, prompts={}).read_text("utf-8")
     assert "Undefined: no finding has 10 images with it" in page
     assert "no positive and no negative image" in page
-    assert [p.name for p in write_plots(tmp_path, results | nothing, [], **table)] == ["auroc.png"]
+    assert [p.name for p in write_plots(tmp_path, results, [], table)] == ["auroc.png"]
 
 
 def test_plots_are_written_as_png(tmp_path, results, table):
-    paths = write_plots(tmp_path, results, [], **table)
+    paths = write_plots(tmp_path, results, [], table)
     assert [p.relative_to(tmp_path).as_posix() for p in paths] == [
         "plots/auroc.png",
         "plots/curves.png",
@@ -348,8 +381,9 @@ def test_plots_are_written_as_png(tmp_path, results, table):
 
 
 def test_scores_that_lack_a_finding_of_the_results_are_refused(tmp_path, results, table):
+    other = replace(table, findings=np.array(["edema", "hernia", "x"]))
     with pytest.raises(ResultsError, match="'mass' is no column"):
-        write_plots(tmp_path, results, [], **(table | {"findings": ["edema", "hernia", "x"]}))
+        write_plots(tmp_path, results, [], other)
 
 
 def test_roc_points_run_from_corner_to_corner_and_are_thinned():
@@ -363,6 +397,6 @@ def test_roc_points_run_from_corner_to_corner_and_are_thinned():
 
 
 def test_the_mean_place_of_positive_images_is_the_auroc(table):
-    labels, scores = table["labels"][:, 1], np.round(table["scores"][:, 1])
+    labels, scores = table.labels[:, 1], np.round(table.scores[:, 1])
     places = [share_below(s, scores[labels == 0]) for s in scores[labels == 1]]
     assert np.mean(places) == pytest.approx(auroc(labels, scores), abs=1e-12)

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from mmclip import embedding_store
-from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.checkpoint import Checkpoint
 from mmclip.cli import retrieve as cli
 from mmclip.data.batches import TrainingBatches, deterministic_config
 from mmclip.data.build import build_data
@@ -41,6 +41,7 @@ from mmclip.retrieval.ranking import (
     select_pairs,
 )
 from mmclip.retrieval.retrieve import Search, nearest_patients, search
+from mmclip.run import Run, open_run
 from tests.commands import mmclip
 from tests.made_files import NAME, NUMBER, dicom
 
@@ -52,12 +53,16 @@ class Made:
     run: Path
     data: Path
     raw: Path
-    checkpoint: Checkpoint
+    opened: Run
     dataset: ImageTextDataset
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.opened.checkpoint
 
     def search(self, **asked: object) -> Search:
         # pyright: ignore[reportArgumentType]
-        return search(self.run, [self.data], device=CPU, **asked)
+        return search(self.opened, [self.data], **asked)
 
     def embed(self) -> np.ndarray:
         return image_embeddings(self.checkpoint, self.dataset, [self.data])
@@ -69,7 +74,7 @@ def made(
 ) -> Made:
     """A copy of the run, as embeddings are stored in it."""
     run = shutil.copytree(made_run, tmp_path_factory.mktemp("retrieve") / "run")
-    return Made(run, made_data, made_raw, load_checkpoint(run), open_dataset([made_data]))
+    return Made(run, made_data, made_raw, open_run(run), open_dataset([made_data]))
 
 
 @pytest.fixture
@@ -114,7 +119,7 @@ def test_right_answers_are_the_positives_of_training(made: Made):
     patch_size = made.checkpoint.model.vision_model.config.patch_size
     batches = TrainingBatches(kept, made.checkpoint.tokenizer, config, patch_size)
     trained = batches.of_rows(np.arange(len(kept))).keys
-    keys = report_keys(made.checkpoint, kept.samples)
+    keys = report_keys(made.opened, kept.samples)
     is_positive = positive_pairs(keys, keys)
     assert torch.equal(is_positive, positive_pairs(trained, trained))
     assert is_positive[0, :3].all() and not is_positive[1, 2]
@@ -347,7 +352,7 @@ def test_images_without_reports_are_found_once_a_patient_and_not_of_the_own_one(
         for i, (image, patient) in enumerate(zip(images, whose, strict=True))
     ]  # fmt: skip
     build_data(samples, made.raw, tmp_path / "data", image_size=32)
-    found = search(made.run, [tmp_path / "data"], image="f0", device=CPU)
+    found = search(made.opened, [tmp_path / "data"], image="f0")
     said = [(record["source"], record["n_images"]) for record in found.records()]
     assert sorted(said) == [("other", 1), ("ours", 2), ("ours", 3)]
     assert not {record["image_id"] for record in found.records()} & {"f0", "f1", "f2"}

@@ -10,20 +10,30 @@ import numpy as np
 import pytest
 import torch
 
-from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.checkpoint import load_checkpoint
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Sample
 from mmclip.data.synthetic import FINDINGS
 from mmclip.embed import PromptEmbeddings, embed_texts, probabilities
+from mmclip.evaluation.results import About, FindingScores
 from mmclip.evaluation.scores import select_samples
-from mmclip.evaluation.zeroshot import ZeroShot, evaluate, recipe_of, write_zeroshot, zeroshot
+from mmclip.evaluation.zeroshot import (
+    Selection,
+    ZeroShot,
+    ZeroshotRequest,
+    evaluate,
+    made_now,
+    write_zeroshot,
+    zeroshot,
+)
 from mmclip.prompts import PromptSet, load_prompts
+from mmclip.run import Run, open_run
 
 
 @pytest.fixture(scope="module")
-def trained(made_run: Path) -> Checkpoint:
-    return load_checkpoint(made_run)
+def trained(made_run: Path) -> Run:
+    return open_run(made_run)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +47,7 @@ def prompts() -> PromptSet:
 
 
 @pytest.fixture(scope="module")
-def scored(trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet) -> ZeroShot:
+def scored(trained: Run, dataset: ImageTextDataset, prompts: PromptSet) -> ZeroShot:
     return zeroshot(trained, dataset, prompts, n_resamples=20)
 
 
@@ -45,8 +55,8 @@ def changed(dataset: ImageTextDataset, change: Callable[[Sample], Sample]) -> Im
     return replace(dataset, samples=tuple(change(sample) for sample in dataset.samples))
 
 
-def by_finding(result: ZeroShot) -> dict[str, dict]:
-    return {row["finding"]: row for row in result.summary["findings"]}
+def by_finding(result: ZeroShot) -> dict[str, FindingScores]:
+    return {row.finding: row for row in result.evaluation.findings}
 
 
 @pytest.mark.ledger("prompt pair")
@@ -76,40 +86,43 @@ def test_probabilities_are_the_softmax_over_the_pair(scored: ZeroShot):
 def test_collapsed_embeddings_score_one_half(
     made_run: Path, dataset: ImageTextDataset, prompts: PromptSet
 ):
-    collapsed = load_checkpoint(made_run)
+    collapsed = open_run(made_run)
     with torch.no_grad():
         collapsed.model.visual_projection.weight.zero_()
     result = zeroshot(collapsed, dataset, prompts, n_resamples=5)
     assert (result.test.scores == 0.5).all()
-    assert [row["auroc"] for row in result.summary["findings"]] == [0.5] * len(FINDINGS)
+    assert [row.auroc for row in result.evaluation.findings] == [0.5] * len(FINDINGS)
 
 
 def test_the_order_of_the_findings_is_the_order_of_the_results(
-    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
+    trained: Run, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
     order = np.random.default_rng(0).permutation(len(scored.test.names()))
     names = [scored.test.names()[i] for i in order]
-    result = zeroshot(trained, dataset, prompts, findings=names, n_resamples=20)
+    result = zeroshot(trained, dataset, prompts, Selection(findings=tuple(names)), n_resamples=20)
     assert result.test.names() == names
-    assert [row["finding"] for row in result.summary["findings"]] == names
+    assert [row.finding for row in result.evaluation.findings] == names
     np.testing.assert_allclose(result.test.scores, scored.test.scores[:, order], rtol=1e-9)
     for name, row in by_finding(scored).items():
         theirs = by_finding(result)[name]
         for metric in ("auroc", "auroc_ci", "auprc", "f1", "mcc", "n_positive", "n_negative"):
-            assert theirs[metric] == pytest.approx(row[metric], abs=1e-9), (name, metric)
+            assert getattr(theirs, metric) == pytest.approx(getattr(row, metric), abs=1e-9), (
+                name,
+                metric,
+            )
 
 
 def test_findings_are_scored_alone_as_among_others(
-    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
+    trained: Run, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
-    result = zeroshot(trained, dataset, prompts, findings=["nodule"], n_resamples=20)
+    result = zeroshot(trained, dataset, prompts, Selection(findings=("nodule",)), n_resamples=20)
     column = scored.test.names().index("nodule")
     np.testing.assert_allclose(result.test.scores[:, 0], scored.test.scores[:, column], rtol=1e-9)
 
 
 @pytest.mark.ledger("thresholds")
 def test_labels_of_test_images_change_neither_scores_nor_thresholds(
-    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
+    trained: Run, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
     def opposite(sample: Sample) -> Sample:
         if sample.split != "test":
@@ -121,43 +134,43 @@ def test_labels_of_test_images_change_neither_scores_nor_thresholds(
     assert np.array_equal(result.test.scores, scored.test.scores)
     for name, row in by_finding(scored).items():
         theirs = by_finding(result)[name]
-        assert theirs["threshold"] == row["threshold"]
-        assert theirs["auroc"] == pytest.approx(1 - row["auroc"])
+        assert theirs.threshold == row.threshold
+        assert theirs.auroc == pytest.approx(1 - row.auroc)
 
 
 @pytest.mark.ledger("thresholds")
 def test_thresholds_come_from_the_validation_images(
-    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
+    trained: Run, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
-    val = zeroshot(trained, dataset, prompts, split="val", n_resamples=5)
+    val = zeroshot(trained, dataset, prompts, Selection("val"), n_resamples=5)
     for name, row in by_finding(scored).items():
         column = val.test.names().index(name)
         if 0 < val.test.labels[:, column].sum() < len(val.dataset):
-            assert (row["threshold"]["rule"], row["threshold"]["chosen_on"]) == ("f1", "val")
-            assert row["threshold"]["value"] in val.test.scores[:, column]
+            assert (row.threshold.rule, row.threshold.chosen_on) == ("f1", "val")
+            assert row.threshold.value in val.test.scores[:, column]
         else:
-            assert (row["threshold"]["rule"], row["threshold"]["value"]) == ("equal_prompts", 0.5)
-    assert {row["threshold"]["rule"] for row in by_finding(val).values()} == {"equal_prompts"}
+            assert (row.threshold.rule, row.threshold.value) == ("equal_prompts", 0.5)
+    assert {row.threshold.rule for row in by_finding(val).values()} == {"equal_prompts"}
 
 
 def test_without_validation_images_the_threshold_is_the_tie(
-    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet
+    trained: Run, dataset: ImageTextDataset, prompts: PromptSet
 ):
     no_val = dataset.select([sample.split != "val" for sample in dataset.samples])
-    for row in zeroshot(trained, no_val, prompts, n_resamples=5).summary["findings"]:
-        assert row["threshold"]["value"] == 0.5
-        assert row["threshold"]["chosen_on"].startswith("where both prompts fit equally well")
+    for row in zeroshot(trained, no_val, prompts, n_resamples=5).evaluation.findings:
+        assert row.threshold.value == 0.5
+        assert row.threshold.chosen_on.startswith("where both prompts fit equally well")
 
 
 def test_findings_that_lack_a_class_are_listed_and_have_no_score(
-    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, tmp_path: Path
+    trained: Run, dataset: ImageTextDataset, prompts: PromptSet, tmp_path: Path
 ):
     def one_sided(sample: Sample) -> Sample:
         return replace(sample, labels={**sample.labels, "mass": 0, "edema": 1, "nodule": -1})
 
     result = zeroshot(trained, changed(dataset, one_sided), prompts, n_resamples=5)
     n = len(result.dataset)
-    assert result.summary["undefined"] == [
+    assert [row.model_dump() for row in result.evaluation.undefined] == [
         {"finding": "edema", "n_positive": n, "n_negative": 0, "n_unknown": 0,
          "reason": "no negative image"},
         {"finding": "mass", "n_positive": 0, "n_negative": n, "n_unknown": 0,
@@ -166,20 +179,23 @@ def test_findings_that_lack_a_class_are_listed_and_have_no_score(
          "reason": "no positive and no negative image"},
     ]  # fmt: skip
     assert len(by_finding(result)) == len(FINDINGS) - 3
-    assert not {"edema", "mass", "nodule"} & set(result.summary["macro_findings"])
+    assert not {"edema", "mass", "nodule"} & set(result.evaluation.macro_findings)
 
 
 def test_results_of_images_without_any_finding_are_written_with_no_score(
-    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, tmp_path: Path
+    trained: Run, dataset: ImageTextDataset, prompts: PromptSet, tmp_path: Path
 ):
     healthy = changed(
         dataset, lambda sample: replace(sample, labels=dict.fromkeys(sample.labels, 0))
     )
     result = zeroshot(trained, healthy, prompts, n_resamples=5)
     write_zeroshot(
-        tmp_path, result, trained, prompts, title="t", kind="zeroshot", summary="s", command="c",
-        seed=0, wall_s=0.0, gallery=[0],
-    )  # fmt: skip
+        tmp_path,
+        result,
+        About(title="t", kind="zeroshot", summary="s"),
+        made_now(result, "c", 0, split="built", wall_s=0.0),
+        gallery=[0],
+    )
     left = json.loads((tmp_path / "results.json").read_text())
     assert left["findings"] == [] and left["macro_auroc"] is None
     assert [row["finding"] for row in left["undefined"]] == sorted(FINDINGS)
@@ -203,7 +219,7 @@ def test_lateral_and_unlabelled_images_and_images_of_other_splits_are_not_scored
 
 
 def test_one_image_is_scored_as_among_others(
-    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
+    trained: Run, dataset: ImageTextDataset, prompts: PromptSet, scored: ZeroShot
 ):
     last = scored.dataset.samples[-1].image_id
     alone = dataset.select([sample.image_id == last for sample in dataset.samples])
@@ -211,7 +227,7 @@ def test_one_image_is_scored_as_among_others(
     np.testing.assert_allclose(result.test.scores[0], scored.test.scores[-1], rtol=1e-4)
 
 
-def test_equal_texts_are_encoded_once(trained: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+def test_equal_texts_are_encoded_once(trained: Run, monkeypatch: pytest.MonkeyPatch):
     n_encoded = 0
     encode_text = trained.model.encode_text
 
@@ -228,7 +244,7 @@ def test_equal_texts_are_encoded_once(trained: Checkpoint, monkeypatch: pytest.M
     assert not torch.equal(found[0], found[1])
 
 
-def test_padding_changes_no_embedding(trained: Checkpoint):
+def test_padding_changes_no_embedding(trained: Run):
     model, tokenizer = trained.model, trained.tokenizer
     texts = ["No edema.", "There is a large left pleural effusion and a small right nodule."]
     together = embed_texts(model, tokenizer, texts, 64)
@@ -237,14 +253,14 @@ def test_padding_changes_no_embedding(trained: Checkpoint):
 
 
 def test_what_is_not_in_the_data_is_named_with_what_is(
-    trained: Checkpoint, dataset: ImageTextDataset, prompts: PromptSet
+    trained: Run, dataset: ImageTextDataset, prompts: PromptSet
 ):
     with pytest.raises(ManifestError, match="no source chexpert in this data; there are synthetic"):
         select_samples(dataset, "test", ["chexpert"])
     with pytest.raises(
         ManifestError, match="labelled with gout; these images are labelled with at"
     ):
-        zeroshot(trained, dataset, prompts, findings=["gout"])
+        zeroshot(trained, dataset, prompts, Selection(findings=("gout",)))
     no_test = dataset.select([sample.split != "test" for sample in dataset.samples])
     with pytest.raises(ManifestError, match="no labelled frontal image in split 'test'"):
         select_samples(no_test, "test")
@@ -252,10 +268,16 @@ def test_what_is_not_in_the_data_is_named_with_what_is(
 
 def test_the_files_hold_what_the_results_say(made_run: Path, made_data: Path, tmp_path: Path):
     results = evaluate(
-        made_run, [made_data], tmp_path, split="test", sources=(), findings=("nodule", "mass"),
-        prompt_sets=("default", "pair"), protocol=None, n_resamples=10, seed=0,
-        command="mmclip zeroshot", device=torch.device("cpu"),
-    )  # fmt: skip
+        ZeroshotRequest(
+            made_run,
+            (made_data,),
+            tmp_path,
+            "mmclip zeroshot",
+            findings=("nodule", "mass"),
+            prompt_sets=("default", "pair"),
+            n_resamples=10,
+        )
+    )
     with np.load(tmp_path / "scores.npz") as stored:
         assert stored["findings"].tolist() == ["nodule", "mass"]
         assert len(set(stored["image_id"])) == results.n_images == len(stored["scores"])
@@ -266,19 +288,6 @@ def test_the_files_hold_what_the_results_say(made_run: Path, made_data: Path, tm
     assert left["provenance"]["config_hash"] == meta["config_hash"]
     assert left["provenance"]["data_hash"] == meta["data_hash"]
     assert left["provenance"]["train_seed"] == meta["config"]["train"]["seed"]
-    assert left["provenance"]["recipe_hash"] == recipe_of(load_checkpoint(made_run))
+    assert left["provenance"]["recipe_hash"] == open_run(made_run).recipe_hash
     assert left["facts"]["step"] == 6
     assert (tmp_path / "page.html").is_file() and (tmp_path / "plots" / "auroc.png").is_file()
-
-
-def test_the_recipe_of_weights_is_all_but_the_seed(made_run: Path):
-    last = load_checkpoint(made_run)
-
-    def under(**train: int) -> Checkpoint:
-        changed = last.config.train.model_copy(update=train)
-        return replace(last, config=last.config.model_copy(update={"train": changed}))
-
-    assert recipe_of(under(seed=5)) == recipe_of(last)
-    shuffled = replace(last, meta=last.meta | {"shuffle_pairs": True})
-    others = [under(batch_size=32), load_checkpoint(last.folder.with_name("step_000004")), shuffled]
-    assert recipe_of(last) not in map(recipe_of, others)

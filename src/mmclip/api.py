@@ -1,13 +1,13 @@
 """MMCLIP from Python: `mmclip.load(path)` gives a `Model` that embeds, classifies and explains.
 
-    import mmclip
+import mmclip
 
-    model = mmclip.load("runs/first")
-    images = model.encode_images(["a.png", "b.dcm", pil_image, uint16_array])
-    texts = model.encode_texts(["Small left pleural effusion."])
-    model.similarity(images, texts)
-    result = model.classify(["a.png"], findings=["pleural effusion"])
-    saliency = model.explain("a.png", "pneumothorax")
+model = mmclip.load("runs/first")
+images = model.encode_images(["a.png", "b.dcm", pil_image, uint16_array])
+texts = model.encode_texts(["Small left pleural effusion."])
+model.similarity(images, texts)
+result = model.classify(["a.png"], findings=["pleural effusion"])
+saliency = model.explain("a.png", "pneumothorax")
 """
 
 import logging

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mmclip.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from mmclip.checkpoint import CheckpointError
 from mmclip.config import Config, load_config
 from mmclip.data.build import build_data
 from mmclip.data.folder import is_built
@@ -22,18 +22,22 @@ from mmclip.data.synthetic.dataset import PRESET_FILE
 from mmclip.embed import embed_images, embed_prompts, probabilities
 from mmclip.evaluation.baselines import thumbnail_scores
 from mmclip.evaluation.compute_metrics import control_of, metrics_by_finding
-from mmclip.evaluation.results import RESULTS_FILE, RunResults
+from mmclip.evaluation.protocols import BUILT
+from mmclip.evaluation.results import RESULTS_FILE, About, Combination, Control, RunResults
 from mmclip.evaluation.scores import select_samples
 from mmclip.evaluation.zeroshot import (
     DEFAULT_PROMPT_SETS,
     GALLERY_SIZE,
+    Selection,
     ZeroShot,
-    check_trained,
+    made_now,
+    score_images,
     write_zeroshot,
     zeroshot,
 )
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet, load_prompts
+from mmclip.run import Run, open_run
 from mmclip.training.pretrain import PretrainRequest, build_model, pretrain
 
 UNTRAINED_SEEDS = range(10)
@@ -81,7 +85,7 @@ def run_demo(
         shuffle_pairs=shuffle_pairs,
     )
     try:
-        checkpoint = load_checkpoint(pretrain(request))
+        run = open_run(pretrain(request))
     except CheckpointError as error:
         raise CheckpointError(
             f"{out} holds a demo that does not go on with this command ({error}); add --overwrite "
@@ -91,45 +95,49 @@ def run_demo(
     held_out = _held_out(out / "raw")
     ordinary = dataset.select([sample.image_id not in held_out for sample in dataset.samples])
     result = zeroshot(
-        checkpoint,
+        run,
         ordinary,
         prompts,
+        Selection(findings=FINDINGS),
         other_prompt_sets=other_prompt_sets,
-        findings=FINDINGS,
         seed=seed,
     )
-    controls = {
-        "thumbnails": _thumbnails(ordinary, result),
-        "untrained": _untrained(config, checkpoint.tokenizer, result),
-    }
+    wall_s = time.monotonic() - began
     return write_zeroshot(
         out,
         result,
-        checkpoint,
-        prompts,
+        _about(run, preset, shuffle_pairs, run.check_unseen(result.dataset.samples, "test")),
+        made_now(result, command, seed, split=BUILT, wall_s=wall_s),
+        gallery=_gallery(result),
+        controls={
+            "thumbnails": _thumbnails(ordinary, result),
+            "untrained": _untrained(config, run.tokenizer, result),
+        },
+        combinations=_combinations(dataset, held_out, run, prompts, seed),
+    )
+
+
+def _about(run: Run, preset: Preset, shuffle_pairs: bool, leak_check: str) -> About:
+    """What the page says of a demo."""
+    meta, config = run.checkpoint.meta, run.config
+    said = (
+        "A tiny model trained with the whole method on synthetic images, half of them with "
+        "reports and half with labels, scored by text prompts on synthetic patients it has not seen"
+    )
+    how = (
+        ", after training on shuffled pairs and labels (a control)"
+        if shuffle_pairs
+        else ". The labels were put into words, so each finding was named to it: "
+        "prompt-supervised, and no zero-shot result."
+    )
+    return About(
         title="Demo: synthetic images, tiny model",
         kind="demo",
-        summary=(
-            "A tiny model trained with the whole method on synthetic images, half of them with "
-            "reports and half with labels, scored by text prompts on synthetic patients it has not "
-            "seen"
-        )
-        + (
-            ", after training on shuffled pairs and labels (a control)"
-            if shuffle_pairs
-            else ". The labels were put into words, so each finding was named to it: "
-            "prompt-supervised, and no zero-shot result."
-        ),
-        command=command,
-        seed=seed,
-        wall_s=time.monotonic() - began,
-        controls=controls,
-        combinations=_combinations(dataset, held_out, checkpoint, prompts, seed),
-        gallery=_gallery(result),
-        leak_check=check_trained(checkpoint, result.dataset, "test"),
+        summary=said + how,
+        leak_check=leak_check,
         facts={
-            "training pairs": checkpoint.meta["n_pairs"],
-            "unpaired images": checkpoint.meta["n_unpaired"],
+            "training pairs": meta["n_pairs"],
+            "unpaired images": meta["n_unpaired"],
             "steps": config.train.steps,
             "images": f"{config.data.image_size} px, made (preset demo, version {preset.version})",
         },
@@ -187,7 +195,7 @@ def _held_out(raw: Path) -> dict[str, str]:
         return {row["image_id"]: row["held_out"] for row in csv.DictReader(file) if row["held_out"]}
 
 
-def _thumbnails(dataset: ImageTextDataset, result: ZeroShot) -> dict:
+def _thumbnails(dataset: ImageTextDataset, result: ZeroShot) -> Control:
     """A logistic regression on 8 x 8 thumbnails, trained with labels: what brightness tells."""
     train, val = (select_samples(dataset, split) for split in ("train", "val"))
     scores = thumbnail_scores(train, val, result.dataset, result.test.names())
@@ -198,7 +206,7 @@ def _thumbnails(dataset: ImageTextDataset, result: ZeroShot) -> dict:
     )
 
 
-def _untrained(config: Config, tokenizer: PreTrainedTokenizerFast, result: ZeroShot) -> dict:
+def _untrained(config: Config, tokenizer: PreTrainedTokenizerFast, result: ZeroShot) -> Control:
     """The same model before any training, over ten initialisations."""
     found, test = [], result.test
     prompts = load_prompts("default")
@@ -208,24 +216,24 @@ def _untrained(config: Config, tokenizer: PreTrainedTokenizerFast, result: ZeroS
         pair = embed_prompts(model, tokenizer, prompts, test.names(), config.data.max_tokens)
         images = embed_images(model, result.dataset, show=False)
         scores = probabilities(images, pair, float(model.scale().detach()))
-        summary = metrics_by_finding(
+        evaluation = metrics_by_finding(
             test.labels, scores, test.patients(), test.names(), n_resamples=1
         )
-        found.append(summary["macro_auroc"])
-    return {
-        "macro_auroc": float(np.mean(found)),
-        "note": f"the same model with random weights; mean of {len(found)} initialisations, "
+        found.append(evaluation.macro_auroc)
+    return Control(
+        macro_auroc=float(np.mean(found)),
+        note=f"the same model with random weights; mean of {len(found)} initialisations, "
         f"{min(found):.3f} to {max(found):.3f}",
-    }
+    )
 
 
 def _combinations(
     dataset: ImageTextDataset,
     held_out: dict[str, str],
-    checkpoint: Checkpoint,
+    run: Run,
     prompts: PromptSet,
     seed: int,
-) -> list[dict]:
+) -> list[Combination]:
     """Test images of a finding, side and size that training lacks, against images without it."""
     out = []
     for name in sorted(set(held_out.values())):
@@ -239,16 +247,21 @@ def _combinations(
             )
             for sample in dataset.samples
         ]
-        found = zeroshot(
-            checkpoint,
-            dataset.select(keep),
-            prompts,
-            findings=[finding],
-            seed=seed,
-            thresholds=False,
-        ).summary["findings"][0]
-        keys = ("finding", "n_positive", "n_negative", "auroc", "auroc_ci")
-        out.append({**{k: found[k] for k in keys}, "side": side, "size": size})
+        test = score_images(run, dataset.select(keep), prompts, Selection(findings=(finding,))).test
+        row = metrics_by_finding(
+            test.labels, test.scores, test.patients(), test.names(), seed=seed
+        ).findings[0]
+        out.append(
+            Combination(
+                finding=row.finding,
+                side=side,
+                size=size,
+                n_positive=row.n_positive,
+                n_negative=row.n_negative,
+                auroc=row.auroc,
+                auroc_ci=row.auroc_ci,
+            )
+        )
     return out
 
 

@@ -93,7 +93,7 @@ def zeroshot(
     """
     from mmclip.data.folder import check_place
     from mmclip.evaluation.pages import RESULT_FILES
-    from mmclip.evaluation.zeroshot import evaluate
+    from mmclip.evaluation.zeroshot import ZeroshotRequest, evaluate
 
     if protocol is not None and (source or finding):
         raise ValueError(
@@ -104,10 +104,11 @@ def zeroshot(
     check_place(out, RESULT_FILES)
     if not overwrite:
         check_results(out)
-    results = evaluate(
-        run,
-        tuple(data),
-        out,
+    request = ZeroshotRequest(
+        run=run,
+        folders=tuple(data),
+        out=out,
+        command=command_line(),
         protocol=protocol,
         split=of_split,
         sources=tuple(source or ()),
@@ -115,7 +116,6 @@ def zeroshot(
         prompt_sets=tuple(prompts or ()),
         n_resamples=n_resamples,
         seed=seed,
-        command=command_line(),
         device=device_of(cpu),
     )
-    print_results(results, out)
+    print_results(evaluate(request), out)

@@ -141,23 +141,19 @@ def explain(
     marked = None if boxes is None else _boxes(boxes)
     check_inputs(run, data or (), prompts=[prompts])
 
-    from mmclip.checkpoint import load_checkpoint
     from mmclip.prompts import load_prompts
+    from mmclip.run import open_run
 
-    checkpoint = load_checkpoint(run)
-    checkpoint.model.to(device_of(cpu))
+    opened = open_run(run, device_of(cpu))
     prompt_set = load_prompts(prompts)
     if evaluate:
-        from mmclip.data.image_text_dataset import open_dataset
         from mmclip.explanation.pointing_game import evaluate_explanations
 
         assert data and marked
-        dataset = open_dataset(
-            data, checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
-        )
+        dataset = opened.open_data(data)
         _check_free(files, overwrite)
         results = evaluate_explanations(
-            checkpoint,
+            opened,
             dataset,
             *marked,
             kind,
@@ -186,18 +182,17 @@ def explain(
             raise ValueError(f"--image {image}: {error}; give another file") from None
     else:
         assert data and image_id is not None
-        pixels, size_px, annotations = image_of_folder(checkpoint, data[0], image_id, marked)
+        pixels, size_px, annotations = image_of_folder(opened, data[0], image_id, marked)
     _check_free(files, overwrite)
-    found = explain_image(checkpoint, pixels, phrase, kind, prompt_set, size_px, annotations)
+    found = explain_image(opened, pixels, phrase, kind, prompt_set, size_px, annotations)
     facts = found.facts()
-    step = checkpoint.meta["step"]
-    write_explanation(out, found, facts, f"{where}; run {run.name} at step {step}")
+    write_explanation(out, found, facts, f"{where}; run {opened.name} at step {opened.step}")
     metadata = {
         "command": command_line(),
         "image": where,
-        "run": str(checkpoint.folder),
-        "step": step,
-        "config_hash": checkpoint.meta["config_hash"],
+        "run": str(opened.checkpoint.folder),
+        "step": opened.step,
+        "config_hash": opened.config_hash,
         "picture": str(files[0]),
         "arrays": str(files[1]),
     }

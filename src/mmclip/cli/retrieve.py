@@ -120,20 +120,20 @@ def retrieve(
     from mmclip.data.folder import check_place
     from mmclip.retrieval.ranking import RETRIEVAL_FILE, evaluate_retrieval
     from mmclip.retrieval.retrieve import SHEET_FILE, search, write_sheet
+    from mmclip.run import open_run
 
     if (image is not None) + (phrase is not None) + evaluate != 1:
         raise ValueError("give one of --image, --phrase and --evaluate")
     of_split = None if split is None else split_name(split)
     if not evaluate:
         found = search(
-            run,
+            open_run(run, device_of(cpu)),
             tuple(data),
             image=image,
             phrase=phrase,
             top=top,
             split=of_split,
             sources=tuple(source or ()),
-            device=device_of(cpu),
         )
         print_found(found, top)
         if out is not None:

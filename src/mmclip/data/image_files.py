@@ -23,8 +23,7 @@ from mmclip.data.sample import View
 from mmclip.data.shards import WorkersError, end_with_parent
 
 IMAGE_SUFFIXES = frozenset(
-    ".bmp .dcm .dic .dicom .gif .ima .j2k .jp2 .jpeg .jpg .pgm .png .pnm .ppm .tga .tif .tiff .webp"
-    .split()
+    [".bmp", ".dcm", ".dic", ".dicom", ".gif", ".ima", ".j2k", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"]
 )  # fmt: skip
 """A file of such a name counts as an image, whatever it holds: one that is damaged is told of."""
 
@@ -156,9 +155,7 @@ def decode_files(
     Raises:
         WorkersError: When a process was killed.
     """
-    decode = partial(
-        decode_chunk, image_size=image_size, resize=resize, with_study=with_study
-    )
+    decode = partial(decode_chunk, image_size=image_size, resize=resize, with_study=with_study)
     workers = min(workers, len(chunks))
     if workers <= 1:
         yield from map(decode, chunks)

@@ -24,7 +24,14 @@ from mmclip.evaluation.compute_metrics import compute_metrics, shortcut_baseline
 from mmclip.evaluation.intervals import Interval, percentile_interval
 from mmclip.evaluation.pages import write_evaluation
 from mmclip.evaluation.protocols import OWN_PROTOCOL, load_protocol
-from mmclip.evaluation.results import RunResults, read_results
+from mmclip.evaluation.results import (
+    About,
+    RunResults,
+    ScoredImages,
+    provenance,
+    read_results,
+    run_results,
+)
 from mmclip.evaluation.scores import (
     SCORES_FILE,
     Predictions,
@@ -324,7 +331,7 @@ def compute_metrics_of_csv(
         val = scores_of(select_samples(dataset, "val", protocol=rules)) if split != "val" else None
     except (ScoresError, ManifestError) as error:
         val, note = None, f"no thresholds, as validation images are not scored: {error}"
-    found = compute_metrics(
+    evaluation = compute_metrics(
         test,
         val,
         rule=rules.threshold,
@@ -332,20 +339,19 @@ def compute_metrics_of_csv(
         n_resamples=n_resamples,
         seed=seed,
     )
-    text = {
-        "title": f"{path.stem}: {rules.title}",
-        "kind": "scores",
-        "summary": f"{len(test)} images, split {split}, with the scores of {path.name}; {note}",
-        "controls": {"shortcut baseline": shortcut_baseline(selected, test, rules.min_count)},
-        "leak_check": "not made: what a model of others was trained on is not known here",
-    }
-    made = {
-        "command": command,
-        "seed": seed,
-        "data_hash": dataset.data_hash,
-        "images_hash": images_hash(selected.samples),
-        "split": named,
-        "device": torch.device("cpu"),
-        "wall_s": time.monotonic() - began,
-    }
-    return write_evaluation(out, {**found, **text}, made, test, val=val, protocol=rules)
+    about = About(
+        title=f"{path.stem}: {rules.title}",
+        kind="scores",
+        summary=f"{len(test)} images, split {split}, with the scores of {path.name}; {note}",
+        leak_check="not made: what a model of others was trained on is not known here",
+    )
+    made = provenance(
+        command,
+        seed,
+        ScoredImages(dataset.data_hash, named, images_hash(selected.samples)),
+        device=torch.device("cpu"),
+        wall_s=time.monotonic() - began,
+    )
+    controls = {"shortcut baseline": shortcut_baseline(selected, test, rules.min_count)}
+    results = run_results(evaluation, about, made, protocol=rules, controls=controls)
+    return write_evaluation(out, results, test, val=val, protocol=rules)

@@ -2,7 +2,7 @@
 images."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,7 @@ from mmclip.evaluation.intervals import (
     percentile_interval,
 )
 from mmclip.evaluation.metrics import (
+    Counts,
     Operating,
     Threshold,
     ThresholdRule,
@@ -33,6 +34,14 @@ from mmclip.evaluation.metrics import (
     calibration_error,
     choose_thresholds,
     count_labels,
+)
+from mmclip.evaluation.results import (
+    Control,
+    Evaluation,
+    FindingScores,
+    GroupKind,
+    Subgroup,
+    Undefined,
 )
 from mmclip.evaluation.scores import Predictions
 
@@ -59,7 +68,7 @@ def compute_metrics(
     min_count: int = MIN_COUNT,
     n_resamples: int = 1000,
     seed: int = 0,
-) -> dict:
+) -> Evaluation:
     """All figures of results.json that follow from raw scores.
 
     Args:
@@ -72,9 +81,6 @@ def compute_metrics(
         min_count: See `metrics_by_finding`.
         n_resamples: Bootstrap resamples of patients.
         seed: Of the resamples.
-
-    Returns:
-        The fields of `metrics_by_finding` and `subgroups`.
 
     Raises:
         ValueError: When the validation scores are of other findings.
@@ -102,15 +108,13 @@ def compute_metrics(
         seed=seed,
         min_count=min_count,
     )
-    return {
-        **found,
-        "subgroups": subgroups(test, min_count=min_count, n_resamples=n_resamples, seed=seed),
-    }
+    groups = subgroups(test, min_count=min_count, n_resamples=n_resamples, seed=seed)
+    return found.model_copy(update={"subgroups": groups})
 
 
 def subgroups(
     scored: Predictions, *, min_count: int = MIN_COUNT, n_resamples: int = 1000, seed: int = 0
-) -> list[dict]:
+) -> list[Subgroup]:
     """Macro AUROC by sex, band of age and view, for what the images say of them.
 
     Groups of one kind are held against one another, so their macro is over the same findings: those
@@ -118,7 +122,7 @@ def subgroups(
     many is left out; a kind of which fewer than two groups are left says nothing, and is left out.
     """
     ages = scored.age_years
-    kinds: dict[str, dict[str, Bool[np.ndarray, " n"]]] = {
+    kinds: dict[GroupKind, dict[str, Bool[np.ndarray, " n"]]] = {
         "sex": {"F": scored.sex == "F", "M": scored.sex == "M"},
         "age": {name: (ages >= low) & (ages < high) for name, low, high in AGE_BANDS},
         "view": {view: scored.view == view for view in VIEWS},
@@ -145,15 +149,15 @@ def subgroups(
                 labels, scores, part.patients(), n_resamples=n_resamples, seed=seed
             )
             out.append(
-                {
-                    "kind": kind,
-                    "group": name,
-                    "n_images": len(part),
-                    "n_patients": len(set(part.patients())),
-                    "findings": [scored.names()[k] for k in columns],
-                    "macro_auroc": macro,
-                    "macro_auroc_ci": interval,
-                }
+                Subgroup(
+                    kind=kind,
+                    group=name,
+                    n_images=len(part),
+                    n_patients=len(set(part.patients())),
+                    findings=[scored.names()[k] for k in columns],
+                    macro_auroc=macro,
+                    macro_auroc_ci=interval,
+                )
             )
     return out
 
@@ -193,6 +197,14 @@ def _macro_auroc(
     return float(values.mean()), mean_interval(values, intervals, drawn)
 
 
+class _Column(NamedTuple):
+    """One finding of some images."""
+
+    labels: Float[np.ndarray, " n"]  # 1, 0 or NaN
+    scores: Float[np.ndarray, " n"]
+    patients: Sequence[Hashable] | Int[np.ndarray, " n"]
+
+
 def metrics_by_finding(
     labels: Float[np.ndarray, "n k"],
     scores: Float[np.ndarray, "n k"],
@@ -203,8 +215,8 @@ def metrics_by_finding(
     n_resamples: int = 1000,
     seed: int = 0,
     min_count: int = MIN_COUNT,
-) -> dict:
-    """Every metric of every finding with its interval: the `scores` part of results.json.
+) -> Evaluation:
+    """Every metric of every finding with its interval.
 
     Args:
         labels: 1, 0 or NaN; a column a finding.
@@ -218,93 +230,147 @@ def metrics_by_finding(
             positive and as many negative images.
 
     Returns:
-        The fields of `mmclip.evaluation.results.RunResults`: `findings` in the given order, without
-        those that lack a class, which are in `undefined` with the reason and counts; `macro_*`
-        over `macro_findings`, None when no finding counts.
+        `findings` in the given order, without those that lack a class, which are in `undefined`
+        with the reason and counts; no subgroups.
+
+    Raises:
+        ValueError: When a column is named twice, or not at all.
     """
     if len(set(findings)) != len(findings) or len(findings) != labels.shape[1]:
         raise ValueError(
             f"{len(findings)} findings ({len(set(findings))} distinct) for {labels.shape[1]} "
             f"columns of labels; name each column once"
         )
-    threshold_of = dict(thresholds or {})
-    chosen_thresholds = [
-        threshold_of[name].value if name in threshold_of else None for name in findings
-    ]
-    resampled = bootstrap_metrics(
-        labels, scores, patients, n_resamples=n_resamples, seed=seed, thresholds=chosen_thresholds
+    of = dict(thresholds or {})
+    chosen = [of[name].value if name in of else None for name in findings]
+    drawn = bootstrap_metrics(
+        labels, scores, patients, n_resamples=n_resamples, seed=seed, thresholds=chosen
     )
-    resampled_of = dict(zip(Resampled._fields, resampled, strict=True))
     n_patients = len(set(patients))
-    scored, undefined = [], []
-    for i, name in enumerate(findings):
-        counts = count_labels(labels[:, i])
-        row = {"finding": name, **counts._asdict()}
+    scored: list[FindingScores] = []
+    undefined: list[Undefined] = []
+    for k, name in enumerate(findings):
+        column = _Column(labels[:, k], scores[:, k], patients)
+        counts = count_labels(column.labels)
         if not (counts.n_positive and counts.n_negative):
-            missing = [k for k in ("positive", "negative") if not row[f"n_{k}"]]
-            undefined.append(row | {"reason": f"no {' and no '.join(missing)} image"})
+            undefined.append(_undefined(name, counts))
             continue
-        threshold = threshold_of.get(name)
-        called = (
-            None if threshold is None else at_threshold(labels[:, i], scores[:, i], threshold.value)
-        )
-        at_its_threshold = called._asdict() if called else dict.fromkeys(Operating._fields)
-        row |= {
-            "in_macro": min(counts.n_positive, counts.n_negative) >= min_count,
-            "auroc": auroc(labels[:, i], scores[:, i]),
-            "auprc": auprc(labels[:, i], scores[:, i]),
-            **at_its_threshold,
-            "threshold": None if threshold is None else threshold._asdict(),
-            "calibration_error": calibration_error(labels[:, i], scores[:, i]),
-            "test_tuned": None
-            if (tuned := best_on_these(labels[:, i], scores[:, i])) is None
-            else tuned._asdict(),
+        points = _points(column, of.get(name))
+        intervals = _intervals(points, column, _column_of(drawn, k), n_patients)
+        in_macro = min(counts.n_positive, counts.n_negative) >= min_count
+        named = {"finding": name, **counts._asdict(), "in_macro": in_macro}
+        scored.append(FindingScores.model_validate({**named, **points, **intervals}))
+    counted = [row for row in scored if row.in_macro]
+    columns = [list(findings).index(row.finding) for row in counted]
+    images = labels[:, columns], scores[:, columns], patients
+    return Evaluation.model_validate(
+        {
+            **_macro_averages(counted, images, _column_of(drawn, columns), seed),
+            "macro_findings": [row.finding for row in counted],
+            "min_count": min_count,
+            "n_images": len(labels),
+            "n_patients": n_patients,
+            "n_resamples": n_resamples,
+            "findings": scored,
+            "undefined": undefined,
         }
-        images = images_of_patients(labels[:, i], patients)
-        is_flat = is_constant(labels[:, i], scores[:, i])
-        for metric, values in resampled_of.items():
-            row[f"{metric}_ci"] = (
-                finding_interval(metric, row[metric], values[:, i], images, is_constant=is_flat)
-                if metric in SHARES
-                else percentile_interval(values[:, i], n_patients=n_patients)
-            )
-        scored.append(row)
-    counted = [row for row in scored if row["in_macro"]]
-    columns = [list(findings).index(row["finding"]) for row in counted]
+    )
+
+
+def _column_of(drawn: Resampled, columns: int | Sequence[int]) -> dict[str, np.ndarray]:
+    """The resamples of one finding or of some, by metric."""
+    return {metric: values[:, columns] for metric, values in drawn._asdict().items()}
+
+
+def _undefined(finding: str, counts: Counts) -> Undefined:
+    """A finding that lacks a class, with the reason."""
+    n_of = {"positive": counts.n_positive, "negative": counts.n_negative}
+    missing = [kind for kind, n in n_of.items() if not n]
+    return Undefined(
+        finding=finding,
+        reason=f"no {' and no '.join(missing)} image",
+        n_positive=counts.n_positive,
+        n_negative=counts.n_negative,
+        n_unknown=counts.n_unknown,
+    )
+
+
+def _points(column: _Column, threshold: Threshold | None) -> dict[str, Any]:
+    """What a finding with both classes reaches, by field of `FindingScores`."""
+    labels, scores, _ = column
+    called = None if threshold is None else at_threshold(labels, scores, threshold.value)
+    tuned = best_on_these(labels, scores)
+    return {
+        "auroc": auroc(labels, scores),
+        "auprc": auprc(labels, scores),
+        **(called._asdict() if called else dict.fromkeys(Operating._fields)),
+        "threshold": None if threshold is None else threshold._asdict(),
+        "calibration_error": calibration_error(labels, scores),
+        "test_tuned": None if tuned is None else tuned._asdict(),
+    }
+
+
+def _intervals(
+    points: Mapping[str, Any],
+    column: _Column,
+    drawn: Mapping[str, Float[np.ndarray, " resamples"]],
+    n_patients: int,
+) -> dict[str, Interval | None]:
+    """The interval of each metric of a finding, by field of `FindingScores`."""
+    images = images_of_patients(column.labels, column.patients)
+    is_flat = is_constant(column.labels, column.scores)
+    return {
+        f"{metric}_ci": finding_interval(
+            metric, points[metric], values, images, is_constant=is_flat
+        )
+        if metric in SHARES
+        else percentile_interval(values, n_patients=n_patients)
+        for metric, values in drawn.items()
+    }
+
+
+def _macro_averages(
+    counted: Sequence[FindingScores],
+    images: tuple[
+        Float[np.ndarray, "n c"],
+        Float[np.ndarray, "n c"],
+        Sequence[Hashable] | Int[np.ndarray, " n"],
+    ],
+    drawn: Mapping[str, Float[np.ndarray, "resamples c"]],
+    seed: int,
+) -> dict[str, float | Interval | None]:
+    """The mean of each metric over findings, with its interval, by field of `Evaluation`.
+
+    Args:
+        counted: The findings that count.
+        images: Their labels and scores, and the patients.
+        drawn: Their resamples by metric.
+        seed: Of the resamples.
+    """
     macro: dict[str, float | Interval | None] = {}
-    for metric, values in resampled_of.items():
-        points = [row[metric] for row in counted]
+    for metric, values in drawn.items():
+        points = [getattr(row, metric) for row in counted]
         # A macro over fewer findings than `macro_findings` names would mislead: all or none.
         complete = bool(points) and None not in points
         macro[f"macro_{metric}"] = float(np.mean(points)) if complete else None
         interval = None
         if complete and metric in SHARES:
-            intervals = [row[f"{metric}_ci"] for row in counted]
+            intervals = [getattr(row, f"{metric}_ci") for row in counted]
             known = np.array(points)
-            of = labels[:, columns], scores[:, columns], patients, known
-            bias = auprc_bias(*of, seed=seed) if metric == "auprc" else None
-            interval = mean_interval(known, intervals, values[:, columns], bias)
+            bias = auprc_bias(*images, known, seed=seed) if metric == "auprc" else None
+            interval = mean_interval(known, intervals, values, bias)
         elif complete:
-            interval = percentile_interval(
-                macro_of_resamples(values, columns), n_patients=n_patients
-            )
+            every = list(range(len(counted)))
+            n_patients = len(set(images[2]))
+            interval = percentile_interval(macro_of_resamples(values, every), n_patients=n_patients)
         macro[f"macro_{metric}_ci"] = interval
-    return {
-        **macro,
-        "macro_findings": [row["finding"] for row in counted],
-        "min_count": min_count,
-        "n_images": len(labels),
-        "n_patients": n_patients,
-        "n_resamples": n_resamples,
-        "findings": scored,
-        "undefined": undefined,
-    }
+    return macro
 
 
 def control_of(
     test: Predictions, scores: Float[np.ndarray, "n k"], note: str, min_count: int = MIN_COUNT
-) -> dict:
-    """A control of a result: what other scores of the same images reach, as `results.Control`.
+) -> Control:
+    """A control of a result: what other scores of the same images reach.
 
     Its macro average is over the findings that `metrics_by_finding` counts by the same `min_count`.
     """
@@ -318,12 +384,12 @@ def control_of(
         macro, interval = _macro_auroc(
             test.labels[:, counted], scores[:, counted], test.patients(), n_resamples=200, seed=0
         )
-    return {"macro_auroc": macro, "macro_auroc_ci": interval, "auroc": known, "note": note}
+    return Control(macro_auroc=macro, macro_auroc_ci=interval, auroc=dict(known), note=note)
 
 
 def shortcut_baseline(
     dataset: ImageTextDataset, test: Predictions, min_count: int = MIN_COUNT
-) -> dict:
+) -> Control:
     """The control that reads facts of the file and no lung; see `baselines.shortcut_scores`."""
     return control_of(
         test,

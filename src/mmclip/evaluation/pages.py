@@ -8,7 +8,6 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -16,9 +15,11 @@ from jaxtyping import Float, UInt8
 from markupsafe import Markup
 from PIL import Image
 
+from mmclip.checkpoint import Checkpoint
 from mmclip.config import RESOURCES
 from mmclip.data.folder import write_text_atomic
-from mmclip.evaluation.pictures import Picture
+from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.evaluation.pictures import Picture, make_pictures
 from mmclip.evaluation.plots import (
     ACCENT,
     QUIET,
@@ -35,8 +36,6 @@ from mmclip.evaluation.results import (
     RESULTS_FILE,
     ResultsError,
     RunResults,
-    checked,
-    provenance,
     write_results,
 )
 from mmclip.evaluation.scores import SCORES_FILE, Predictions
@@ -72,8 +71,7 @@ class GalleryItem:
 
 def write_evaluation(
     out: Path,
-    found: Mapping[str, Any],
-    made: Mapping[str, Any],
+    results: RunResults,
     test: Predictions,
     *,
     val: Predictions | None = None,
@@ -81,38 +79,56 @@ def write_evaluation(
     gallery: Sequence[GalleryItem] = (),
     prompts: Mapping[str, Prompts] | None = None,
 ) -> RunResults:
-    """Writes results.json, scores.npz, plots/, page.html and MODEL_CARD.md.
+    """Writes results.json, scores.npz, plots/, page.html and MODEL_CARD.md; returns the results.
 
     Args:
         out: The folder.
-        found: The fields of `RunResults`, but for provenance and protocol.
-        made: The fields of `Provenance`, but for commit, versions and time, which are of now;
-            device is a torch.device.
+        results: See `results.run_results`.
         test: The raw scores that were judged.
         val: Those that chose the thresholds; they stand in scores.npz as val_image_id and so on.
         protocol: By whose rules.
         gallery: Images to show.
         prompts: What was asked about each finding, where anything was.
     """
-    rules = None
-    if protocol is not None:
-        keys = ("id", "version", "title", "hash")
-        rules = {key: getattr(protocol, key) for key in keys}
-    results = checked(
-        {
-            **found,
-            "protocol": rules,
-            "provenance": provenance(made).model_dump(),
-        }
-    )
     out.mkdir(parents=True, exist_ok=True)
     of_val = {} if val is None else {f"val_{name}": value for name, value in val.arrays().items()}
     test.save(out / SCORES_FILE, **of_val)
-    write_plots(out, results, gallery, **test.columns())
-    write_page(out, results, gallery, **test.columns(), prompts=prompts or {})
+    write_plots(out, results, gallery, test)
+    write_page(out, results, gallery, test, prompts=prompts or {})
     write_card(out, results, protocol)
     write_results(out, results)
     return results
+
+
+def gallery_of(
+    checkpoint: Checkpoint, dataset: ImageTextDataset, test: Predictions, rows: Sequence[int]
+) -> list[GalleryItem]:
+    """Some images as the page shows them, with pictures where the checkpoint has decoders.
+
+    Behind them stand the images that the model is most right and most wrong about.
+
+    Args:
+        checkpoint: Whose pictures are shown.
+        dataset: The images that were scored.
+        test: Their scores.
+        rows: The numbers of those to be shown.
+    """
+    cases = {row: why for row, why in extreme_cases(test).items() if row not in rows}
+    rows = [*rows, *cases]
+    pixels = dataset.pixels(np.array(rows, np.int64)).numpy()
+    samples = [dataset.samples[row] for row in rows]
+    pictures = make_pictures(checkpoint, dataset.select(np.isin(np.arange(len(dataset)), rows)))
+    return [
+        GalleryItem(
+            row,
+            sample.image_id,
+            image,
+            sample.report,
+            pictures.get(sample.image_id),
+            cases.get(row),
+        )
+        for row, sample, image in zip(rows, samples, pixels, strict=True)
+    ]
 
 
 def share_below(score: float, others: Float[np.ndarray, " n"]) -> float:
@@ -122,12 +138,9 @@ def share_below(score: float, others: Float[np.ndarray, " n"]) -> float:
 
 def write_plots(
     folder: Path,
-    results: RunResults | Mapping[str, Any],
+    results: RunResults,
     gallery: Sequence[GalleryItem],
-    *,
-    findings: Sequence[str],
-    labels: Float[np.ndarray, "n k"],
-    scores: Float[np.ndarray, "n k"],
+    test: Predictions,
 ) -> list[Path]:
     """Writes plots/auroc.png (findings, controls), curves.png (ROC, distributions), pictures.png.
 
@@ -137,11 +150,8 @@ def write_plots(
         folder: Of the run.
         results: The numbers that the plots show.
         gallery: Images to show.
-        findings: Names of the columns of labels and scores.
-        labels: 1, 0 or NaN.
-        scores: Same shape.
+        test: The raw scores behind the numbers.
     """
-    results = checked(results)
     place = folder / PLOTS_FOLDER
     place.mkdir(parents=True, exist_ok=True)
     entries = [Entry("macro average", results.macro_auroc, results.macro_auroc_ci, ACCENT)]
@@ -151,7 +161,7 @@ def write_plots(
     entries += [Entry(row.finding, row.auroc, row.auroc_ci) for row in results.findings]
     figures = {"auroc.png": auroc_figure(entries, _scale_start(results))}
     if results.findings:
-        columns = _columns(results, findings, labels, scores)
+        columns = _columns(results, test)
         figures["curves.png"] = curves_figure(
             [
                 Panel(f"{row.finding}, AUROC {row.auroc:.3f}", *columns[row.finding])
@@ -168,12 +178,10 @@ def write_plots(
 
 def write_page(
     folder: Path,
-    results: RunResults | Mapping[str, Any],
+    results: RunResults,
     gallery: Sequence[GalleryItem],
+    test: Predictions,
     *,
-    findings: Sequence[str],
-    labels: Float[np.ndarray, "n k"],
-    scores: Float[np.ndarray, "n k"],
     prompts: Mapping[str, Prompts],
 ) -> Path:
     """Writes page.html: one file with all pictures in it, for a browser without a network.
@@ -182,18 +190,15 @@ def write_page(
         folder: Of the run.
         results: The numbers that the page shows.
         gallery: Images to show.
-        findings: Names of the columns of labels and scores.
-        labels: 1, 0 or NaN.
-        scores: Same shape.
+        test: The raw scores behind the numbers.
         prompts: What was asked about each finding, where anything was.
     """
-    results = checked(results)
-    columns = _columns(results, findings, labels, scores)
+    columns = _columns(results, test)
     low = _scale_start(results)
     environment = _environment(autoescape=True)
     environment.filters["at"] = lambda value: f"{100 * _position(value, low):.2f}%"
     environment.filters["percent"] = lambda value: f"{100 * value:.0f}"
-    reliability = reliability_svg(labels, scores)
+    reliability = reliability_svg(test.labels, test.scores)
     # Runs that are scored on the folder that they trained on name it once.
     trained_on = {("training data", results.provenance.data_hash[:12])}
     page = environment.from_string(_template("results.html")).render(
@@ -273,16 +278,14 @@ def extreme_cases(test: Predictions, most: int = CASES) -> dict[int, str]:
     return best | dict(reversed(worst.items()))
 
 
-def _columns(
-    results: RunResults, findings: Sequence[str], labels: np.ndarray, scores: np.ndarray
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _columns(results: RunResults, test: Predictions) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Labels and scores of each finding that has results."""
-    index = {name: i for i, name in enumerate(findings)}
+    index = {name: i for i, name in enumerate(test.names())}
     missing = [row.finding for row in results.findings if row.finding not in index]
     if missing:
         raise ResultsError(f"results: findings: {missing[0]!r} is no column of the scores given")
     return {
-        row.finding: (labels[:, index[row.finding]], scores[:, index[row.finding]])
+        row.finding: (test.labels[:, index[row.finding]], test.scores[:, index[row.finding]])
         for row in results.findings
     }
 

@@ -1,10 +1,10 @@
 """results.json: the contract of what every evaluation leaves, and what stands in it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from mmclip.checkpoint import code_version
 from mmclip.data.folder import write_text_atomic
 from mmclip.evaluation.metrics import ThresholdOrigin
+from mmclip.evaluation.protocols import BUILT, Protocol
+from mmclip.prompts import PromptSet
+from mmclip.run import UNKNOWN_WEIGHTS, Seen, Weights
 
 RESULTS_FILE = "results.json"
 
@@ -48,11 +51,6 @@ class AtTestThreshold(_Model):
     f1: Ratio
     accuracy: Ratio
     mcc: Correlation
-
-
-Seen = Literal["report", "prompt", "label", "none"]
-"""How a finding was named in training: in reports, in prompts made of labels, as a label of its
-own, or not at all. Only the first and the last make a score zero-shot."""
 
 
 class _Counted(_Model):
@@ -112,10 +110,13 @@ class Combination(_Model):
     auroc_ci: RatioInterval | None
 
 
+GroupKind = Literal["sex", "age", "view"]
+
+
 class Subgroup(_Model):
     """Some images, held against the other groups of their kind on the same findings."""
 
-    kind: Literal["sex", "age", "view"]
+    kind: GroupKind
     group: str
     n_images: Count
     n_patients: Count
@@ -162,13 +163,16 @@ class Provenance(_Model):
     finished_at: str  # UTC, ISO 8601
 
 
-class RunResults(_Model):
-    """results.json; `macro_*` to `undefined` and `subgroups` are what `compute_metrics` gives."""
+E = TypeVar("E", bound="Evaluation")
 
-    format: Literal[2] = FORMAT
-    title: str
-    kind: Literal["demo", "zeroshot", "finetune", "scores"]
-    summary: str  # one sentence: which model, scored on what
+
+class Evaluation(_Model):
+    """What raw scores are worth, each figure with its interval: what `compute_metrics` gives.
+
+    `macro_*` are over `macro_findings`, None when no finding counts. `undefined` are the findings
+    that lack a class.
+    """
+
     macro_auroc: Ratio | None
     macro_auroc_ci: RatioInterval | None
     macro_auprc: Ratio | None
@@ -184,28 +188,94 @@ class RunResults(_Model):
     n_resamples: Count
     findings: list[FindingScores]
     undefined: list[Undefined]
-    protocol: ByProtocol | None = None
     subgroups: list[Subgroup] = []
-    other_prompt_sets: list[OtherPromptSet] = []
-    controls: dict[str, Control] = {}
-    combinations: list[Combination] = []
-    leak_check: str = "not made"
-    provenance: Provenance
-    facts: dict[str, str | int | FiniteFloat] = {}  # of the run: "training pairs", "epochs"
 
     def aurocs(self) -> dict[str, float]:
         """The AUROC of each finding that has one."""
         return {row.finding: row.auroc for row in self.findings}
 
+    def with_findings(self: E, further: Mapping[str, Mapping[str, Any]]) -> E:
+        """The same with further fields of some findings.
 
-def checked(results: RunResults | Mapping[str, Any]) -> RunResults:
-    """The results as `RunResults`.
+        Args:
+            further: By finding, its fields of `FindingScores`.
+        """
+        rows = [
+            FindingScores.model_validate({**dict(row), **further.get(row.finding, {})})
+            for row in self.findings
+        ]
+        return self.model_copy(update={"findings": rows})
+
+
+class About(_Model):
+    """What is said of results in words."""
+
+    title: str
+    kind: Literal["demo", "zeroshot", "finetune", "scores"]
+    summary: str  # one sentence: which model, scored on what
+    leak_check: str = "not made"
+    facts: dict[str, str | int | FiniteFloat] = {}  # of the run: "training pairs", "epochs"
+
+
+class RunResults(Evaluation, About):
+    """results.json."""
+
+    format: Literal[2] = FORMAT
+    protocol: ByProtocol | None = None
+    other_prompt_sets: list[OtherPromptSet] = []
+    controls: dict[str, Control] = {}
+    combinations: list[Combination] = []
+    provenance: Provenance
+
+
+def run_results(
+    evaluation: Evaluation,
+    about: About,
+    made: Provenance,
+    *,
+    protocol: Protocol | None = None,
+    other_prompt_sets: Sequence[OtherPromptSet] = (),
+    controls: Mapping[str, Control] | None = None,
+    combinations: Sequence[Combination] = (),
+) -> RunResults:
+    """The parts of results.json as one.
+
+    Args:
+        evaluation: The figures.
+        about: What is said of them.
+        made: How they came about.
+        protocol: By whose rules.
+        other_prompt_sets: What other words give for the same images.
+        controls: Numbers to hold the model's against, by name.
+        combinations: What no training image showed.
+
+    Raises:
+        ResultsError: When a field is out of its range.
+    """
+    rules = None
+    if protocol is not None:
+        rules = ByProtocol(
+            id=protocol.id, version=protocol.version, title=protocol.title, hash=protocol.hash
+        )
+    return checked(
+        {
+            **dict(evaluation),
+            **dict(about),
+            "protocol": rules,
+            "other_prompt_sets": list(other_prompt_sets),
+            "controls": dict(controls or {}),
+            "combinations": list(combinations),
+            "provenance": made,
+        }
+    )
+
+
+def checked(results: Mapping[str, Any]) -> RunResults:
+    """Plain values as `RunResults`.
 
     Raises:
         ResultsError: When a field is missing, unknown, not finite or out of its range.
     """
-    if isinstance(results, RunResults):
-        return results
     try:
         return RunResults.model_validate(dict(results))
     except ValidationError as error:
@@ -216,19 +286,48 @@ def checked(results: RunResults | Mapping[str, Any]) -> RunResults:
         ) from error
 
 
-def provenance(made: Mapping[str, Any]) -> Provenance:
-    """The provenance of results that are made now: adds commit, versions, threads and time.
+class ScoredImages(NamedTuple):
+    """Which images were scored."""
+
+    data_hash: str
+    split: str = BUILT  # by name, and where it has one, its hash
+    images_hash: str | None = None  # see `scores.images_hash`
+
+
+def provenance(
+    command: str,
+    seed: int,
+    images: ScoredImages,
+    *,
+    device: torch.device,
+    wall_s: float,
+    weights: Weights = UNKNOWN_WEIGHTS,
+    prompts: PromptSet | None = None,
+) -> Provenance:
+    """The provenance of results that are made now, with commit, versions, threads and time.
 
     Args:
-        made: The other fields; `device` is a torch.device.
+        command: As typed.
+        seed: Of the bootstrap; of fine-tuning, of its training.
+        images: That were scored.
+        device: Where the model ran.
+        wall_s: How long it took.
+        weights: What the weights follow from, as far as it is known.
+        prompts: That were asked, where any were.
     """
     versions = code_version()
     commit = versions.pop("commit")
     n_threads = torch.get_num_threads()
-    return Provenance(
-        **{
-            **made,
-            "device": f"{made['device'].type}, {n_threads} thread{'s' * (n_threads != 1)}",
+    return Provenance.model_validate(
+        {
+            "command": command,
+            "seed": seed,
+            **images._asdict(),
+            **weights._asdict(),
+            "prompt_set": None if prompts is None else f"{prompts.id} version {prompts.version}",
+            "prompt_hash": None if prompts is None else prompts.hash,
+            "device": f"{device.type}, {n_threads} thread{'s' * (n_threads != 1)}",
+            "wall_s": wall_s,
             "commit": commit,
             "versions": versions,
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -263,13 +362,9 @@ def read_results(folder: Path) -> RunResults:
     return found
 
 
-def write_results(folder: Path, results: RunResults | Mapping[str, Any]) -> Path:
-    """Writes results.json: keys sorted, six significant digits, no NaN, never half a file.
-
-    Raises:
-        ResultsError: When the results break the contract.
-    """
-    plain = _rounded(checked(results).model_dump(mode="json"))
+def write_results(folder: Path, results: RunResults) -> Path:
+    """Writes results.json: keys sorted, six significant digits, no NaN, never half a file."""
+    plain = _rounded(results.model_dump(mode="json"))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RESULTS_FILE
     text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)

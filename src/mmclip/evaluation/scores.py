@@ -56,10 +56,6 @@ class Predictions:
         """All fields by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def columns(self) -> dict[str, Any]:
-        """What plots and pages are drawn from."""
-        return {"findings": self.names(), "labels": self.labels, "scores": self.scores}
-
     def where(self, keep: np.ndarray) -> "Predictions":
         """The images where `keep` is True."""
         of_images = {

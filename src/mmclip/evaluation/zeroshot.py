@@ -1,39 +1,41 @@
 """Zero-shot classification: an image is compared with what a report would say of it."""
 
-import json
-import logging
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmclip.checkpoint import Checkpoint, load_checkpoint
-from mmclip.config import recipe_hash
-from mmclip.data.batches import SEEN_FILE
-from mmclip.data.check import TRAINED_FILE, refuse_trained
-from mmclip.data.entities import find_entities
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.sample import Split
 from mmclip.embed import PromptEmbeddings, embed_images, embed_prompts, probabilities
 from mmclip.evaluation.compute_metrics import (
+    MIN_COUNT,
     compute_metrics,
     control_of,
-    metrics_by_finding,
     shortcut_baseline,
 )
-from mmclip.evaluation.metrics import auroc
-from mmclip.evaluation.pages import GalleryItem, extreme_cases, write_evaluation
-from mmclip.evaluation.pictures import make_pictures
-from mmclip.evaluation.protocols import BUILT, Protocol, load_protocol
-from mmclip.evaluation.results import RunResults
+from mmclip.evaluation.metrics import ThresholdRule, auroc
+from mmclip.evaluation.pages import gallery_of, write_evaluation
+from mmclip.evaluation.protocols import Protocol, load_protocol
+from mmclip.evaluation.results import (
+    About,
+    Combination,
+    Control,
+    Evaluation,
+    OtherPromptSet,
+    Provenance,
+    RunResults,
+    ScoredImages,
+    provenance,
+    run_results,
+)
 from mmclip.evaluation.scores import (
     Predictions,
     findings_of,
@@ -46,8 +48,7 @@ from mmclip.evaluation.scores import (
 )
 from mmclip.prompt_check import check_prompts
 from mmclip.prompts import PromptSet, load_prompts
-
-logger = logging.getLogger(__name__)
+from mmclip.run import Run, open_run
 
 GALLERY_SIZE = 12
 """Images on the page, evenly spaced over the rows: not chosen by how well they came out."""
@@ -58,388 +59,396 @@ DEFAULT_PROMPT_SETS = ("default", "pair", "sentence")
 
 
 @dataclass(frozen=True)
-class ZeroShot:
-    """Raw scores of images, and what `compute_metrics` says of them."""
+class ZeroshotRequest:
+    """What to score by prompts, on what, and where to.
 
-    dataset: ImageTextDataset
-    embeddings: Float[Tensor, "n e"]  # of the images
-    test: Predictions  # the images that are judged, of whatever split
-    val: Predictions | None  # those that chose the thresholds
-    summary: dict
-
-    def gallery(self, checkpoint: Checkpoint, rows: Sequence[int]) -> list[GalleryItem]:
-        """Some rows as the page shows them, with pictures where the checkpoint has decoders.
-
-        Behind them stand the images that the model is most right and most wrong about.
-        """
-        cases = {row: why for row, why in extreme_cases(self.test).items() if row not in rows}
-        rows = [*rows, *cases]
-        pixels = self.dataset.pixels(np.array(rows, np.int64)).numpy()
-        samples = [self.dataset.samples[row] for row in rows]
-        shown = self.dataset.select(np.isin(np.arange(len(self.dataset)), rows))
-        pictures = make_pictures(checkpoint, shown)
-        return [
-            GalleryItem(
-                row,
-                sample.image_id,
-                image,
-                sample.report,
-                pictures.get(sample.image_id),
-                cases.get(row),
-            )
-            for row, sample, image in zip(rows, samples, pixels, strict=True)
-        ]
-
-
-def zeroshot(
-    checkpoint: Checkpoint,
-    dataset: ImageTextDataset,
-    prompts: PromptSet,
-    *,
-    other_prompt_sets: Sequence[PromptSet] = (),
-    protocol: Protocol | None = None,
-    split: Split = "test",
-    sources: Sequence[str] = (),
-    findings: Sequence[str] = (),
-    n_resamples: int = 1000,
-    seed: int = 0,
-    thresholds: bool = True,
-) -> ZeroShot:
-    """Scores the images of a split for each finding, with intervals over patients.
-
-    Args:
-        checkpoint: The model.
-        dataset: Of the data folders.
-        prompts: What stands for a finding.
-        other_prompt_sets: Other prompt sets, scored beside it to show how much hangs on the words.
-        protocol: Images, findings and rules; then `sources` and `findings` are its own.
+    Attributes:
+        run: Run or checkpoint of pre-training.
+        folders: Data folders.
+        out: Folder of the results.
+        command: For results.
+        protocol: Name or path; it names sources and findings itself.
         split: Which images; thresholds come from "val" of the same sources unless that is it.
         sources: Only these, when named.
         findings: In this order; by default all that the images are labelled with.
-        n_resamples: Bootstrap resamples.
+        prompt_sets: Names or paths. The protocol's unless some are named; the first gives the
+            result, the others its spread over wordings.
+        n_resamples: Bootstrap resamples of patients.
         seed: Of the bootstrap.
-        thresholds: Whether to choose thresholds, and score F1, subgroups and wordings.
-
-    Raises:
-        ManifestError: When there is nothing to score, or a finding is labelled in no image.
-        PromptError: When the prompts of a finding cannot stand for it.
+        device: Where the model runs; None for the CPU.
     """
-    selected = select_samples(dataset, split, sources, protocol)
-    if protocol is not None:
-        names = list(protocol.findings)
-    else:
+
+    run: Path
+    folders: tuple[Path, ...]
+    out: Path
+    command: str
+    protocol: str | None = None
+    split: Split = "test"
+    sources: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+    prompt_sets: tuple[str, ...] = ()
+    n_resamples: int = 1000
+    seed: int = 0
+    device: torch.device | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which images are scored, for which findings, by which rules.
+
+    Attributes:
+        split: Which images; thresholds come from "val" of the same sources unless that is it.
+        sources: Only these, when named.
+        findings: In this order; by default all that the images are labelled with.
+        protocol: Images, findings and rules; then `sources` and `findings` are its own.
+    """
+
+    split: Split = "test"
+    sources: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+    protocol: Protocol | None = None
+
+    @property
+    def min_count(self) -> int:
+        """See `compute_metrics.metrics_by_finding`."""
+        return MIN_COUNT if self.protocol is None else self.protocol.min_count
+
+    @property
+    def rule(self) -> ThresholdRule:
+        """What a threshold does best on validation images."""
+        return "f1" if self.protocol is None else self.protocol.threshold
+
+    def said(self) -> str:
+        """Split and sources, in words."""
+        return f"split {self.split}" + (f" of {', '.join(self.sources)}" if self.sources else "")
+
+    def samples(self, dataset: ImageTextDataset, split: Split | None = None) -> ImageTextDataset:
+        """The labelled frontal images of the split, or of another.
+
+        Raises:
+            ManifestError: See `scores.select_samples`.
+        """
+        return select_samples(dataset, split or self.split, self.sources, self.protocol)
+
+    def names(self, selected: ImageTextDataset) -> list[str]:
+        """The findings that some images are scored for.
+
+        Raises:
+            ManifestError: When a finding is labelled in no image.
+        """
+        if self.protocol is not None:
+            return list(self.protocol.findings)
         there = findings_of(selected)
-        if missing := [f for f in findings if f not in there]:
-            asked = " ".join(f"--finding {shlex.quote(name)}" for name in findings)
+        if missing := [f for f in self.findings if f not in there]:
+            asked = " ".join(f"--finding {shlex.quote(name)}" for name in self.findings)
             raise ManifestError(
                 f"no image is labelled with {', '.join(missing)}; these images are labelled with "
                 f"{', '.join(there)}. To score images without labels: `mmclip predict --model RUN "
                 f"DATA {asked} --out predictions.csv`"
             )
-        names = list(findings) or there
+        return list(self.findings) or there
 
-    def labels_of(some: ImageTextDataset) -> np.ndarray:
-        return some.labels(names) if protocol is None else protocol_labels(protocol, some.samples)
+    def labels(self, selected: ImageTextDataset, names: Sequence[str]) -> np.ndarray:
+        """float [n, k]: 1, 0 or NaN of each image and finding."""
+        if self.protocol is None:
+            return selected.labels(names)
+        return protocol_labels(self.protocol, selected.samples)
 
-    model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
-    scale = float(model.scale().detach())
-    check_prompts(checkpoint.tokenizer, (prompts, *other_prompt_sets), names, max_tokens)
-    pair = embed_prompts(model, checkpoint.tokenizer, prompts, names, max_tokens)
-    embeddings = embed_images(model, selected)
-    test = make_predictions(
-        selected, names, labels_of(selected), probabilities(embeddings, pair, scale)
-    )
-    min_count = 10 if protocol is None else protocol.min_count
-    if not thresholds:
-        plain = metrics_by_finding(
-            test.labels, test.scores, test.patients(), names,
-            n_resamples=n_resamples, seed=seed, min_count=min_count,
-        )  # fmt: skip
-        return ZeroShot(selected, embeddings, test, None, plain)
-    val = None
-    if split != "val":
-        try:
-            val_images = select_samples(dataset, "val", sources, protocol)
-        except ManifestError:
-            pass  # this source has no validation images
-        else:
-            val_scores = probabilities(embed_images(model, val_images, show=False), pair, scale)
-            val = make_predictions(val_images, names, labels_of(val_images), val_scores)
-    rule = "f1" if protocol is None else protocol.threshold
-    summary = compute_metrics(
-        test,
+
+@dataclass(frozen=True)
+class Scored:
+    """Images, and what the prompts say of them: raw scores, not judged yet."""
+
+    run: Run
+    prompts: PromptSet
+    selection: Selection
+    dataset: ImageTextDataset  # the images that are judged, of whatever split
+    embeddings: Float[Tensor, "n e"]  # of the images
+    pair: PromptEmbeddings
+    test: Predictions
+
+    def scores(self, prompts: PromptSet, names: Sequence[str]) -> Float[np.ndarray, "n k"]:
+        """What other prompts say of the same images."""
+        return probabilities(self.embeddings, embed(self.run, prompts, names), scale_of(self.run))
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Raw scores of images, and what they are worth."""
+
+    scored: Scored
+    val: Predictions | None  # those that chose the thresholds
+    evaluation: Evaluation
+    other_prompt_sets: tuple[OtherPromptSet, ...] = ()
+
+    @property
+    def dataset(self) -> ImageTextDataset:
+        """The images that are judged."""
+        return self.scored.dataset
+
+    @property
+    def test(self) -> Predictions:
+        """Their raw scores."""
+        return self.scored.test
+
+
+def embed(run: Run, prompts: PromptSet, names: Sequence[str]) -> PromptEmbeddings:
+    """The prompts of some findings, as the run's text encoder reads them.
+
+    Raises:
+        PromptError: When the prompts of a finding cannot stand for it.
+    """
+    check_prompts(run.tokenizer, [prompts], names, run.config.data.max_tokens)
+    return embed_prompts(run.model, run.tokenizer, prompts, names, run.config.data.max_tokens)
+
+
+def scale_of(run: Run) -> float:
+    """The learnt factor of cosines."""
+    return float(run.model.scale().detach())
+
+
+def score_images(
+    run: Run, dataset: ImageTextDataset, prompts: PromptSet, selection: Selection = Selection()
+) -> Scored:
+    """Raw scores of the selected images: how far the positive prompt of a finding fits.
+
+    Args:
+        run: Its model scores.
+        dataset: Of the data folders.
+        prompts: What stands for a finding.
+        selection: Which images and findings.
+
+    Raises:
+        ManifestError: When there is nothing to score, or a finding is labelled in no image.
+    """
+    selected = selection.samples(dataset)
+    names = selection.names(selected)
+    pair = embed(run, prompts, names)
+    embeddings = embed_images(run.model, selected)
+    scores = probabilities(embeddings, pair, scale_of(run))
+    test = make_predictions(selected, names, selection.labels(selected, names), scores)
+    return Scored(run, prompts, selection, selected, embeddings, pair, test)
+
+
+def score_val(scored: Scored, dataset: ImageTextDataset) -> Predictions | None:
+    """Scores of the validation images of the same sources; None where there are no others."""
+    selection, run, names = scored.selection, scored.run, scored.test.names()
+    if selection.split == "val":
+        return None
+    try:
+        images = selection.samples(dataset, "val")
+    except ManifestError:
+        return None  # this source has no validation images
+    embeddings = embed_images(run.model, images, show=False)
+    scores = probabilities(embeddings, scored.pair, scale_of(run))
+    return make_predictions(images, names, selection.labels(images, names), scores)
+
+
+def zeroshot(
+    run: Run,
+    dataset: ImageTextDataset,
+    prompts: PromptSet,
+    selection: Selection = Selection(),
+    *,
+    other_prompt_sets: Sequence[PromptSet] = (),
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> ZeroShot:
+    """Scores the images of a split for each finding, with intervals over patients.
+
+    Args:
+        run: Its model scores.
+        dataset: Of the data folders.
+        prompts: What stands for a finding.
+        selection: Which images and findings, by which rules.
+        other_prompt_sets: Other prompt sets, scored beside it to show how much hangs on the words.
+        n_resamples: Bootstrap resamples.
+        seed: Of the bootstrap.
+
+    Raises:
+        ManifestError: When there is nothing to score, or a finding is labelled in no image.
+    """
+    scored = score_images(run, dataset, prompts, selection)
+    val = score_val(scored, dataset)
+    evaluation = compute_metrics(
+        scored.test,
         val,
-        rule=rule,
+        rule=selection.rule,
         equal_prompts=0.5,
-        min_count=min_count,
+        min_count=selection.min_count,
         n_resamples=n_resamples,
         seed=seed,
     )
-    one_sided(summary, test, embeddings, pair)
-    summary["other_prompt_sets"] = [
-        _other_prompt_set(checkpoint, prompt_set, test, embeddings, summary["macro_findings"])
-        for prompt_set in other_prompt_sets
-    ]
-    return ZeroShot(selected, embeddings, test, val, summary)
+    counted = evaluation.macro_findings
+    return ZeroShot(
+        scored,
+        val,
+        evaluation.with_findings(one_sided(scored)),
+        tuple(other_prompt_set(scored, other, counted) for other in other_prompt_sets),
+    )
 
 
-def one_sided(
-    summary: dict, test: Predictions, embeddings: Float[Tensor, "n e"], pair: PromptEmbeddings
-) -> None:
-    """Puts into each finding of a summary what either prompt of its pair reaches alone.
+def one_sided(scored: Scored) -> dict[str, dict[str, float | None]]:
+    """What either prompt of its pair reaches alone, by finding and field of `FindingScores`.
 
     The negative one is to find the images without the finding; models that ignore "no" fall below
     one half there, which the softmax over the pair hides.
 
     Source: NEG and POS of Bi-MCQ (https://github.com/Castella99/Bi-MCQ).
     """
-    column = {name: k for k, name in enumerate(test.names())}
-    for row in summary["findings"]:
-        k = column[row["finding"]]
-        for key, side, truth in (
-            ("auroc_by_positive", pair.positive, test.labels[:, k]),
-            ("auroc_by_negative", pair.negative, 1 - test.labels[:, k]),
-        ):
-            row[key] = auroc(truth, (embeddings.double() @ side[k].double()).numpy())
 
+    def alone(truth: np.ndarray, side: Tensor) -> float | None:
+        return auroc(truth, (scored.embeddings.double() @ side.double()).numpy())
 
-def _other_prompt_set(
-    checkpoint: Checkpoint,
-    prompts: PromptSet,
-    test: Predictions,
-    embeddings: Float[Tensor, "n e"],
-    counted: Sequence[str],
-) -> dict:
-    """What another prompt set reaches on images that are embedded; see `results.Wording`."""
-    model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
-    pair = embed_prompts(model, checkpoint.tokenizer, prompts, test.names(), max_tokens)
-    scores = probabilities(embeddings, pair, float(model.scale().detach()))
-    values = {name: auroc(test.labels[:, k], scores[:, k]) for k, name in enumerate(test.names())}
-    known = {name: value for name, value in values.items() if value is not None}
+    labels, pair = scored.test.labels, scored.pair
     return {
-        "prompt_set": f"{prompts.id} version {prompts.version}",
-        "prompt_hash": prompts.hash,
-        "macro_auroc": float(np.mean([known[name] for name in counted])) if counted else None,
-        "auroc": known,
+        name: {
+            "auroc_by_positive": alone(labels[:, k], pair.positive[k]),
+            "auroc_by_negative": alone(1 - labels[:, k], pair.negative[k]),
+        }
+        for k, name in enumerate(scored.test.names())
     }
 
 
-def findings_seen(run: Path, findings: Sequence[str]) -> dict[str, str]:
-    """How each finding was named while a run trained; see `results.Seen`.
-
-    A finding was seen in reports when they name it, or a concept that the lexicon finds in its
-    name. What prompts or labels named outweighs reports. Empty where the run does not say.
+def other_prompt_set(scored: Scored, prompts: PromptSet, counted: Sequence[str]) -> OtherPromptSet:
+    """What another prompt set reaches on images that are embedded.
 
     Args:
-        run: The run's folder.
-        findings: That are scored.
+        scored: The images.
+        prompts: Of the other set.
+        counted: The findings of the macro average.
     """
-    path = run / SEEN_FILE
-    if not path.is_file():
-        logger.warning("%s is missing: how findings were named in training is not known", path)
-        return {}
-    seen = json.loads(path.read_text("utf-8"))
-    names = [name.lower() for name in findings]
-    concepts = [
-        {name, *(entity.concept for entity in entities)}
-        for name, entities in zip(names, find_entities(names), strict=True)
-    ]
-    return {
-        finding: next(
-            (how for how in ("label", "prompt", "report") if of_finding & set(seen[how])), "none"
-        )
-        for finding, of_finding in zip(findings, concepts, strict=True)
-    }
+    test = scored.test
+    scores = scored.scores(prompts, test.names())
+    values = {name: auroc(test.labels[:, k], scores[:, k]) for k, name in enumerate(test.names())}
+    known = {name: value for name, value in values.items() if value is not None}
+    return OtherPromptSet(
+        prompt_set=f"{prompts.id} version {prompts.version}",
+        prompt_hash=prompts.hash,
+        macro_auroc=float(np.mean([known[name] for name in counted])) if counted else None,
+        auroc=known,
+    )
+
+
+def abnormality_score(result: ZeroShot) -> Control:
+    """One score for every finding: how little the model thinks the image normal."""
+    test = result.test
+    normal = result.scored.scores(result.scored.prompts, ["no finding"])
+    sick = np.repeat(1 - normal, len(test.findings), axis=1)
+    is_normal = np.array([name == "no finding" for name in test.names()])
+    return control_of(
+        test,
+        np.where(is_normal, 1 - sick, sick),
+        "the model's score for an image that is not normal, taken for every finding: what it knows "
+        "of a finding is what it has beyond this",
+        result.evaluation.min_count,
+    )
+
+
+def made_now(result: ZeroShot, command: str, seed: int, *, split: str, wall_s: float) -> Provenance:
+    """Where the numbers of a result come from.
+
+    Args:
+        result: That is written.
+        command: As typed.
+        seed: Of the bootstrap.
+        split: Of the data folders, by name and hash.
+        wall_s: How long it took.
+    """
+    scored = result.scored
+    return provenance(
+        command,
+        seed,
+        ScoredImages(scored.dataset.data_hash, split, images_hash(scored.dataset.samples)),
+        device=scored.run.device,
+        wall_s=wall_s,
+        weights=scored.run.weights,
+        prompts=scored.prompts,
+    )
 
 
 def write_zeroshot(
     out: Path,
     result: ZeroShot,
-    checkpoint: Checkpoint,
-    prompts: PromptSet,
+    about: About,
+    made: Provenance,
     *,
-    title: str,
-    kind: Literal["demo", "zeroshot"],
-    summary: str,
-    command: str,
-    seed: int,
-    wall_s: float,
     gallery: Sequence[int],
-    controls: Mapping[str, dict] | None = None,
-    combinations: Sequence[dict] = (),
-    protocol: Protocol | None = None,
-    split: str = BUILT,
-    leak_check: str = "not made",
-    facts: Mapping[str, str | int | float] | None = None,
+    controls: Mapping[str, Control] | None = None,
+    combinations: Sequence[Combination] = (),
 ) -> RunResults:
     """Writes all that an evaluation leaves, and returns the results.
 
-    `gallery` has the numbers of the rows that the page shows; the other arguments are parts of
-    `RunResults`.
+    Args:
+        out: The folder.
+        result: To be written.
+        about: What is said of it.
+        made: Where it comes from.
+        gallery: The numbers of the rows that the page shows.
+        controls: See `results.run_results`.
+        combinations: See `results.run_results`.
     """
-    seen = findings_seen(run_folder(checkpoint), result.test.names())
-    found = {
-        **result.summary,
-        "findings": [
-            {**row, "seen": seen.get(row["finding"])} for row in result.summary["findings"]
-        ],
-        "title": title,
-        "kind": kind,
-        "summary": summary,
-        "controls": dict(controls or {}),
-        "combinations": list(combinations),
-        "leak_check": leak_check,
-        "facts": dict(facts or {}),
-    }
-    made = {
-        "command": command,
-        "seed": seed,
-        "config_hash": checkpoint.meta["config_hash"],
-        "train_seed": checkpoint.config.train.seed,
-        "recipe_hash": recipe_of(checkpoint),
-        "data_hash": result.dataset.data_hash,
-        "images_hash": images_hash(result.dataset.samples),
-        "split": split,
-        "prompt_set": f"{prompts.id} version {prompts.version}",
-        "prompt_hash": prompts.hash,
-        "device": checkpoint.model.logit_scale.device,
-        "wall_s": wall_s,
-    }
+    scored, names = result.scored, result.test.names()
+    seen = scored.run.seen(names)
+    results = run_results(
+        result.evaluation.with_findings({name: {"seen": how} for name, how in seen.items()}),
+        about,
+        made,
+        protocol=scored.selection.protocol,
+        other_prompt_sets=result.other_prompt_sets,
+        controls=controls,
+        combinations=combinations,
+    )
     return write_evaluation(
         out,
-        found,
-        made,
+        results,
         result.test,
         val=result.val,
-        protocol=protocol,
-        gallery=result.gallery(checkpoint, gallery),
-        prompts={finding: prompts.texts(finding) for finding in result.test.names()},
+        protocol=scored.selection.protocol,
+        gallery=gallery_of(scored.run.checkpoint, result.dataset, result.test, gallery),
+        prompts={finding: scored.prompts.texts(finding) for finding in names},
     )
 
 
-def recipe_of(checkpoint: Checkpoint) -> str:
-    """The hash of what the weights of a checkpoint follow from, all but the seed."""
-    given = {key: checkpoint.meta[key] for key in ("data_hash", "shuffle_pairs", "step")}
-    return recipe_hash(checkpoint.config, given)
-
-
-def run_folder(checkpoint: Checkpoint) -> Path:
-    """The folder of the run that a checkpoint is of."""
-    return checkpoint.folder.resolve().parent.parent
-
-
-def evaluate(
-    run: Path,
-    folders: Sequence[Path],
-    out: Path,
-    *,
-    protocol: str | None,
-    split: Split,
-    sources: Sequence[str],
-    findings: Sequence[str],
-    prompt_sets: Sequence[str],
-    n_resamples: int,
-    seed: int,
-    command: str,
-    device: torch.device,
-) -> RunResults:
-    """What `mmclip zeroshot` does: load, score, write results, plots and page.
-
-    `prompt_sets` are the protocol's unless some are named; the first gives the result, the others
-    its spread over wordings.
-    """
+def evaluate(request: ZeroshotRequest) -> RunResults:
+    """What `mmclip zeroshot` does: load, score, write results, plots and page."""
     began = time.monotonic()
-    rules = None if protocol is None else load_protocol(protocol)
-    named = split_of(folders, rules)
-    checkpoint = load_checkpoint(run)
-    checkpoint.model.to(device)
-    asked = prompt_sets or (DEFAULT_PROMPT_SETS if rules is None else rules.prompt_sets)
-    prompts, *other_prompt_sets = [load_prompts(name) for name in asked]
-    dataset = open_dataset(
-        folders, checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
-    )
-    leak_check = check_trained(checkpoint, select_samples(dataset, split, sources, rules), split)
+    rules = None if request.protocol is None else load_protocol(request.protocol)
+    named = split_of(request.folders, rules)
+    run = open_run(request.run, request.device)
+    asked = request.prompt_sets or (DEFAULT_PROMPT_SETS if rules is None else rules.prompt_sets)
+    prompts, *others = [load_prompts(name) for name in asked]
+    dataset = run.open_data(request.folders)
+    selection = Selection(request.split, request.sources, request.findings, rules)
+    leak_check = run.check_unseen(selection.samples(dataset).samples, request.split)
     result = zeroshot(
-        checkpoint,
+        run,
         dataset,
         prompts,
-        other_prompt_sets=other_prompt_sets,
-        protocol=rules,
-        split=split,
-        sources=sources,
-        findings=findings,
-        n_resamples=n_resamples,
-        seed=seed,
+        selection,
+        other_prompt_sets=others,
+        n_resamples=request.n_resamples,
+        seed=request.seed,
     )
-    where = f"split {split}" + (f" of {', '.join(sources)}" if sources else "")
-    shown = np.linspace(0, len(result.dataset) - 1, min(GALLERY_SIZE, len(result.dataset))).astype(
-        int
-    )
-    return write_zeroshot(
-        out,
-        result,
-        checkpoint,
-        prompts,
+    wall_s = time.monotonic() - began
+    n, where = len(result.dataset), selection.said()
+    about = About(
         title=f"Scored by prompts: {where if rules is None else rules.title}",
         kind="zeroshot",
-        summary=f"{len(result.dataset):,} images, {where}, scored by {run.name}"
-        f" at step {checkpoint.meta['step']}",
-        command=command,
-        seed=seed,
-        wall_s=time.monotonic() - began,
-        gallery=shown.tolist(),
+        summary=f"{n:,} images, {where}, scored by {run.name} at step {run.step}",
+        leak_check=leak_check,
+        facts={"images of unknown view": unknown_views(result.dataset), **run.facts()},
+    )
+    return write_zeroshot(
+        request.out,
+        result,
+        about,
+        made_now(result, request.command, request.seed, split=named, wall_s=wall_s),
+        gallery=np.linspace(0, n - 1, min(GALLERY_SIZE, n)).astype(int).tolist(),
         controls={
             "shortcut baseline": shortcut_baseline(
-                result.dataset, result.test, result.summary["min_count"]
+                result.dataset, result.test, result.evaluation.min_count
             ),
-            "abnormality score": abnormality_score(checkpoint, result, prompts),
+            "abnormality score": abnormality_score(result),
         },
-        protocol=rules,
-        split=named,
-        leak_check=leak_check,
-        facts={
-            "images of unknown view": unknown_views(result.dataset),
-            "training pairs": checkpoint.meta["n_pairs"],
-            "training data": checkpoint.meta["data_hash"][:12],
-            "step": checkpoint.meta["step"],
-        },
-    )
-
-
-def check_trained(checkpoint: Checkpoint, selected: ImageTextDataset, split: Split) -> str:
-    """Stops before images are scored that the run was trained on; of split train it says so alone.
-
-    Returns:
-        What was found, for results.
-
-    Raises:
-        ManifestError: When the content of an image of val or test, or its patient, has trained.
-    """
-    path = run_folder(checkpoint) / TRAINED_FILE
-    if not path.is_file():
-        logger.warning("%s is missing: whether the run saw these images is not checked", path)
-        return f"not made: the run has no {TRAINED_FILE}"
-    try:
-        refuse_trained(selected.samples, np.load(path))
-    except ManifestError as error:
-        if split != "train":
-            raise
-        logger.warning("split train: %s", error)
-        return f"split train: {error}"
-    return "no image and no patient of these was trained on (by patient id and content of the file)"
-
-
-def abnormality_score(checkpoint: Checkpoint, result: ZeroShot, prompts: PromptSet) -> dict:
-    """One score for every finding: how little the model thinks the image normal."""
-    model, max_tokens = checkpoint.model, checkpoint.config.data.max_tokens
-    pair = embed_prompts(model, checkpoint.tokenizer, prompts, ["no finding"], max_tokens)
-    normal = probabilities(result.embeddings, pair, float(model.scale().detach()))
-    sick = np.repeat(1 - normal, len(result.test.findings), axis=1)
-    is_normal = np.array([name == "no finding" for name in result.test.names()])
-    return control_of(
-        result.test,
-        np.where(is_normal, 1 - sick, sick),
-        "the model's score for an image that is not normal, taken for every finding: what it knows "
-        "of a finding is what it has beyond this",
-        result.summary["min_count"],
     )

@@ -17,10 +17,9 @@ from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmclip.checkpoint import Checkpoint
 from mmclip.data.annotations import Annotation, read_annotations
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import normalise, open_dataset
+from mmclip.data.image_text_dataset import normalise
 from mmclip.data.images import resize_image
 from mmclip.embed import embed_texts, warn_of_unread
 from mmclip.evaluation.pictures import explanation_figure
@@ -28,6 +27,7 @@ from mmclip.explanation.grounding import mass_above_median
 from mmclip.explanation.saliency import ExplainScore, grid_of, saliency_maps
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet, plain_name
+from mmclip.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def explain_image(
-    checkpoint: Checkpoint,
+    run: Run,
     pixels: UInt8[np.ndarray, "h w"],
     phrase: str,
     score: ExplainScore,
@@ -136,7 +136,7 @@ def explain_image(
     """The answer of one image to a phrase.
 
     Args:
-        checkpoint: The model.
+        run: Its model is asked.
         pixels: 0..255, air dark, of any size; the model sees it as `images.resize_image` makes it.
         phrase: What is asked, in a report's words.
         score: What the map shows.
@@ -150,19 +150,15 @@ def explain_image(
     """
     if not phrase.strip():
         raise ValueError("the phrase is empty; say what to look for, such as 'pleural effusion'")
-    model = checkpoint.model
-    warn_of_unread(checkpoint.tokenizer, phrase, checkpoint.config.data.max_tokens)
-    seen = torch.from_numpy(
-        resize_image(
-            pixels, checkpoint.config.data.image_size, checkpoint.config.data.resize
-        ).copy()
-    )[None]
+    model, data = run.model, run.config.data
+    warn_of_unread(run.tokenizer, phrase, data.max_tokens)
+    seen = torch.from_numpy(resize_image(pixels, data.image_size, data.resize).copy())[None]
     image = normalise(seen)
-    patches = saliency_maps(model, checkpoint, image, [phrase], [0], score, prompts)[0]
+    patches = saliency_maps(model, run.checkpoint, image, [phrase], [0], score, prompts)[0]
     with torch.inference_mode():
-        embedding = model.encode_image(image.to(model.logit_scale.device)).embedding.cpu()
-    text = embed_texts(model, checkpoint.tokenizer, [phrase], checkpoint.config.data.max_tokens)
-    grid = grid_of(checkpoint)
+        embedding = model.encode_image(image.to(run.device)).embedding.cpu()
+    text = embed_texts(model, run.tokenizer, [phrase], data.max_tokens)
+    grid = grid_of(run.checkpoint)
     made = prompts.texts(phrase) if score == "prompt_pair" else None
     return Explanation(
         phrase=phrase,
@@ -236,14 +232,14 @@ def draw_explanation(found: Explanation, facts: dict[str, Any], caption: str) ->
 
 
 def image_of_folder(
-    checkpoint: Checkpoint, folder: Path, image_id: str, boxes: tuple[str, Path] | None = None
+    run: Run, folder: Path, image_id: str, boxes: tuple[str, Path] | None = None
 ) -> tuple[UInt8[np.ndarray, "s s"], tuple[int, int], list[Annotation]]:
     """An image of a data folder as the model sees it, its published size, its annotations.
 
     An image of a view that the run has not learnt gives a warning.
 
     Args:
-        checkpoint: Says the image size.
+        run: Says the image size, and the views that it has learnt.
         folder: As `mmclip data build` leaves it.
         image_id: Of the folder.
         boxes: Name and folder of a data set of boxes or masks, see `annotations.read_annotations`.
@@ -252,9 +248,7 @@ def image_of_folder(
         ManifestError: When there is no such image, or it is a report alone.
         SourceError: See `annotations.read_annotations`.
     """
-    dataset = open_dataset(
-        [folder], checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
-    )
+    dataset = run.open_data([folder])
     ids = [sample.image_id for sample in dataset.samples]
     if image_id not in ids:
         some = ", ".join(ids[:3])
@@ -263,7 +257,7 @@ def image_of_folder(
     sample = dataset.samples[row]
     if sample.image is None or sample.height_px is None or sample.width_px is None:
         raise ManifestError(f"{image_id} of {folder} is a report without an image; choose another")
-    if sample.view not in (views := checkpoint.config.data.views):
+    if sample.view not in (views := run.config.data.views):
         logger.warning(
             "image %s of %s %s, and the run was trained on the views %s alone: do not trust its "
             "map; choose an image of one of these views",

@@ -15,14 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmclip.checkpoint import Checkpoint, code_version
+from mmclip.checkpoint import code_version
 from mmclip.data.annotations import EMPTY, Annotation, read_annotations
 from mmclip.data.check import patient_key
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.sample import SPLITS, Split
 from mmclip.evaluation.scores import FRONTAL
-from mmclip.evaluation.zeroshot import check_trained
 from mmclip.explanation.grounding import (
     FIXED_THRESHOLDS,
     best_threshold,
@@ -38,6 +37,7 @@ from mmclip.models.mmclip import MMCLIP
 from mmclip.patches import Grid, patchify
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet
+from mmclip.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def other_phrases(findings: Sequence[str], phrases: Sequence[str]) -> list[str] 
 
 def _maps(
     model: MMCLIP,
-    checkpoint: Checkpoint,
+    run: Run,
     targets: Targets,
     phrases: Sequence[str],
     score: ExplainScore,
@@ -163,7 +163,7 @@ def _maps(
             images = normalise(targets.dataset.pixels(distinct))
             found.append(
                 saliency_maps(
-                    model, checkpoint, images, phrases[some], row.tolist(), score, prompts, size
+                    model, run.checkpoint, images, phrases[some], row.tolist(), score, prompts, size
                 )
             )
             advance(len(row))
@@ -221,7 +221,7 @@ def choose_thresholds(score: Float[Tensor, "m n"], targets: Targets) -> dict[str
 
 
 def evaluate_explanations(
-    checkpoint: Checkpoint,
+    run: Run,
     dataset: ImageTextDataset,
     name: str,
     root: Path,
@@ -236,7 +236,7 @@ def evaluate_explanations(
     """Pointing game, IoU and CNR of a model's maps, beside maps that read no image or no phrase.
 
     Args:
-        checkpoint: The model.
+        run: Its model is asked.
         dataset: Of data folders.
         name: Of the data set of boxes or masks, one of `annotations.PLACES`.
         root: Its folder.
@@ -258,7 +258,7 @@ def evaluate_explanations(
     dataset = dataset.select([sample.image is not None for sample in dataset.samples])
     samples = {sample.image_id: sample for sample in dataset.samples}
     left_out: Counter[str] = Counter()
-    grid = grid_of(checkpoint)
+    grid = grid_of(run.checkpoint)
     every = find_targets(dataset, read_annotations(name, root, samples, left_out), grid, left_out)
     scored = every.of([split])
     if not scored.image_rows:
@@ -268,17 +268,15 @@ def evaluate_explanations(
             f"{name} marks no image of split {split!r} of this data ({said}; left out: "
             f"{dict(left_out) or 'none'}); choose another --split, or the folder whose images it is"
         )
-    check_trained(
-        checkpoint, dataset.select(np.isin(np.arange(len(dataset)), scored.image_rows)), split
-    )
+    run.check_unseen([dataset.samples[row] for row in sorted(set(scored.image_rows))], split)
     others = every.of([CHOSEN_ON[split]])
     known = every.of([part for part in SPLITS if part not in ("test", split)])
 
     phrases = asked_phrases(scored.findings, scored.phrases, score, prompts)
-    model = checkpoint.model
+    model = run.model
 
     def maps(model: MMCLIP, targets: Targets, phrases: Sequence[str], what: str) -> Tensor:
-        return _maps(model, checkpoint, targets, phrases, score, prompts, what)
+        return _maps(model, run, targets, phrases, score, prompts, what)
 
     own = maps(model, scored, phrases, "maps")
     there = asked_phrases(others.findings, others.phrases, score, prompts)
@@ -311,11 +309,10 @@ def evaluate_explanations(
         name: point_metrics(found, scored, thresholds.get(name, {}))
         for name, found in shown.items()
     }
-    device = model.logit_scale.device
     random = [
         point_metrics(
             maps(
-                random_weights(checkpoint, seed + i).to(device),
+                random_weights(run.checkpoint, seed + i).to(run.device),
                 scored,
                 phrases,
                 f"maps of random weights {i + 1} of {RANDOM_SEEDS}",
@@ -341,9 +338,9 @@ def evaluate_explanations(
     compared = [name for name in hits if name not in ("model", "best on this grid")]
     differences = {name: summary(hits["model"] - hits[name]) for name in compared}
     return {
-        "run": str(checkpoint.folder),
-        "step": checkpoint.meta["step"],
-        "config_hash": checkpoint.meta["config_hash"],
+        "run": str(run.checkpoint.folder),
+        "step": run.step,
+        "config_hash": run.config_hash,
         "data_hash": dataset.data_hash,
         "boxes": name,
         "split": split,

@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from jaxtyping import Float32
 from torch import Tensor, nn
 
-from mmclip.checkpoint import Checkpoint, load_checkpoint
+from mmclip.checkpoint import load_checkpoint
 from mmclip.config import ImageEncoderConfig, ResizeMode
 from mmclip.data.folder import read_meta
 from mmclip.data.image_text_dataset import ImageTextDataset
@@ -20,13 +20,15 @@ from mmclip.embedding_store import stored
 from mmclip.models.classifier import Features, ImageEncoder
 from mmclip.models.encoders import build_image_encoder, rebuild_encoder
 from mmclip.progress import progress
+from mmclip.run import Run, open_run
+
 
 @dataclass(frozen=True)
 class Start:
     """Where the weights of an image encoder come from."""
 
     said: str  # "run first, step 600"
-    checkpoint: Checkpoint | None  # of the run, where one is given
+    run: Run | None  # of pre-training, where one is given
     init: str
     features: Features
     image_size: int
@@ -43,12 +45,12 @@ class Start:
             name = self.init.removeprefix("hf:")
             encoder = build_image_encoder(ImageEncoderConfig(pretrained=name), self.image_size)
             return ImageEncoder(encoder, self.features)
-        assert self.checkpoint is not None
+        assert self.run is not None
         if self.is_random:
             set_seed(seed)
-            encoder = rebuild_encoder(self.checkpoint.meta["vision_config"])
+            encoder = rebuild_encoder(self.run.checkpoint.meta["vision_config"])
             return ImageEncoder(encoder, self.features)
-        model = load_checkpoint(self.checkpoint.folder).model
+        model = load_checkpoint(self.run.checkpoint.folder).model
         projection = model.visual_projection if self.features == "embedding" else None
         return ImageEncoder(model.vision_model, self.features, projection)
 
@@ -83,12 +85,12 @@ def start_of(init: str, run: Path | None, folder: Path, features: Features | Non
             f"--init {init} needs --run, the run of pre-training "
             + ("whose architecture is taken" if init == "random" else "to start from")
         )
-    checkpoint = load_checkpoint(run)
-    said = f"run {run.name}, step {checkpoint.meta['step']}"
+    opened = open_run(run)
+    said = f"run {opened.name}, step {opened.step}"
     if init == "random":
         said = f"random weights, architecture of {said}"
-    data = checkpoint.config.data
-    return Start(said, checkpoint, init, features or "pooled", data.image_size, data.resize)
+    data = opened.config.data
+    return Start(said, opened, init, features or "pooled", data.image_size, data.resize)
 
 
 def weights_hash(model: nn.Module) -> str:

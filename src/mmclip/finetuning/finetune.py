@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,16 @@ from mmclip.evaluation.compute_metrics import compute_metrics, control_of
 from mmclip.evaluation.intervals import share_over_seeds
 from mmclip.evaluation.pages import GalleryItem, extreme_cases, write_evaluation
 from mmclip.evaluation.protocols import load_protocol
-from mmclip.evaluation.results import RESULTS_FILE, read_results
+from mmclip.evaluation.results import (
+    RESULTS_FILE,
+    About,
+    Control,
+    Provenance,
+    ScoredImages,
+    provenance,
+    read_results,
+    run_results,
+)
 from mmclip.evaluation.scores import (
     SCORES_FILE,
     Predictions,
@@ -42,7 +51,6 @@ from mmclip.evaluation.scores import (
     make_predictions,
     unknown_views,
 )
-from mmclip.evaluation.zeroshot import check_trained, findings_seen, run_folder
 from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
 from mmclip.finetuning.saved import save_probe
 from mmclip.finetuning.supervised import (
@@ -55,6 +63,7 @@ from mmclip.finetuning.supervised import (
 from mmclip.finetuning.task import Labelled, Task, open_task, own_protocol, rules_of, training_ids
 from mmclip.models.classifier import Classifier, ImageEncoder
 from mmclip.progress import console
+from mmclip.run import Seen, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +109,43 @@ class FinetuneRequest:
     cpu: bool = False
 
 
-def probe(
-    task: Task, features: Float[np.ndarray, "n d"], dataset: ImageTextDataset
-) -> tuple[Float[np.ndarray, "v k"], Float[np.ndarray, "t k"]]:
-    """Validation and test scores of `fit_probe`."""
-    return fit_probe(task, features, dataset)[1:]
+@dataclass(frozen=True)
+class Part:
+    """One fraction of the training patients under one seed."""
+
+    task: Task  # with their images to learn from
+    fraction: float
+    seed: int
+    folder: Path  # of its results
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all runs of a request have in common.
+
+    Attributes:
+        request: As asked for.
+        start: Where the weights come from.
+        task: With all of its training images.
+        leak_check: For results.
+        seen: How pre-training named each finding, where that is known.
+    """
+
+    request: FinetuneRequest
+    start: Start
+    task: Task
+    leak_check: str
+    seen: Mapping[str, Seen]
+
+    def part(self, fraction: float, seed: int) -> Part:
+        """A fraction under a seed.
+
+        Raises:
+            ManifestError: When no such subset is saved.
+        """
+        ids = training_ids(self.request.folder, fraction, seed)
+        folder = self.request.out / f"{self.request.method}-{100 * fraction:g}-{seed}"
+        return Part(self.task.with_train(ids), fraction, seed, folder)
 
 
 def fit_probe(
@@ -114,12 +155,12 @@ def fit_probe(
 
     Args:
         task: With the images that train. Labels of its test images are not looked at.
-        features: Of the rows.
-        dataset: All images of the task, and perhaps more.
+        features: Of the images of the data set.
+        dataset: Whose order the features have.
     """
     at = {sample.image_id: i for i, sample in enumerate(dataset.samples)}
 
-    def of(part: Labelled) -> Float[np.ndarray, "n d"]:
+    def of(part: Labelled) -> np.ndarray:
         return features[[at[sample.image_id] for sample in part.dataset.samples]].astype(np.float64)
 
     train, val, test = map(of, (task.train, task.val, task.test))
@@ -157,7 +198,7 @@ def recipe_of(
     another seed are another recipe, as seeds of fine-tuning say nothing of how they differ. Random
     weights are drawn by the seed, so that of them the architecture alone is part of it.
     """
-    random_of = start.checkpoint.meta["vision_config"] if start.checkpoint else None
+    random_of = start.run.checkpoint.meta["vision_config"] if start.run else None
     given = {
         "method": request.method,
         "start": {"random": random_of} if start.is_random else weights,
@@ -195,186 +236,191 @@ def finetune(request: FinetuneRequest) -> Path:
         protocol = load_protocol(request.protocol)
     rules = rules_of(protocol)
     task = open_task(request.folder, protocol, start.image_size, start.resize)
-    if start.init == "run":
-        assert start.checkpoint is not None
-        leak_check = [check_trained(start.checkpoint, task.val.dataset, "val")]
-        leak_check += [check_trained(start.checkpoint, task.test.dataset, "test")]
-        said = "; ".join(dict.fromkeys(leak_check))
-        seen = findings_seen(run_folder(start.checkpoint), protocol.findings)
-    else:
-        seen = dict.fromkeys(protocol.findings, "none") if start.is_random else {}
-        said = "no image of train is in val or test, nor its patient" + (
-            "" if start.is_random else f"; what {start.said} was trained on is not known"
-        )
-    fractions = request.fractions or rules.fractions
-    seeds = request.seeds or rules.seeds
-    runs = [
-        (f, s, task.with_train(training_ids(request.folder, f, s)))
-        for f in fractions
-        for s in seeds
+    said, seen = _leak_check(start, task)
+    common = Common(request, start, task, said, seen)
+    parts = [
+        common.part(fraction, seed)
+        for fraction in request.fractions or rules.fractions
+        for seed in request.seeds or rules.seeds
     ]
-    for fraction, seed, part in runs:
-        if not len(part.train):
+    for part in parts:
+        if not len(part.task.train):
             raise ManifestError(
-                f"{fraction:.0%} of the training patients with seed {seed} have no image that is "
-                f"labelled with {', '.join(protocol.findings)}; take a larger --fraction"
+                f"{part.fraction:.0%} of the training patients with seed {part.seed} have no image "
+                f"that is labelled with {', '.join(protocol.findings)}; take a larger --fraction"
             )
     done: dict[float, dict[int, Path]] = {}
-    for fraction, seed, part in runs:
-        folder = request.out / f"{request.method}-{100 * fraction:g}-{seed}"
-        run_one(request, start, part, fraction, seed, folder, task.dataset, said, seen)
-        done.setdefault(fraction, {})[seed] = folder
+    for part in parts:
+        run_one(common, part)
+        done.setdefault(part.fraction, {})[part.seed] = part.folder
     if int(os.environ.get("RANK", "0")) == 0:  # the others may be here before results are written
-        metadata = {
-            "protocol": protocol.id,
-            "init": start.said,
-            "n_test": len(task.test),
-            "data_hash": task.dataset.data_hash,
-            "command": request.command,
-            "lines": [summary_line(request.method, f, of_seed) for f, of_seed in done.items()],
-        }
-        write_text_atomic(request.out / SUMMARY_FILE, json.dumps(metadata, indent=2) + "\n")
+        _write_summary(common, done)
     return request.out / SUMMARY_FILE
 
 
-def run_one(
-    request: FinetuneRequest,
-    start: Start,
-    task: Task,
-    fraction: float,
-    seed: int,
-    folder: Path,
-    dataset: ImageTextDataset,
-    leak_check: str,
-    seen: Mapping[str, str],
-) -> None:
-    """One fraction under one seed, unless it is finished.
+def _leak_check(start: Start, task: Task) -> tuple[str, dict[str, Seen]]:
+    """What is known of the images that scored ones may have leaked to, and of findings' names.
 
-    `seen` says how pre-training named each finding, where that is known.
+    Raises:
+        ManifestError: When images that would be scored were trained on.
+    """
+    if start.init == "run":
+        assert start.run is not None
+        found = [start.run.check_unseen(task.val.dataset.samples, "val")]
+        found += [start.run.check_unseen(task.test.dataset.samples, "test")]
+        return "; ".join(dict.fromkeys(found)), start.run.seen(task.protocol.findings)
+    said = "no image of train is in val or test, nor its patient"
+    if start.is_random:
+        return said, dict.fromkeys(task.protocol.findings, "none")
+    return f"{said}; what {start.said} was trained on is not known", {}
+
+
+def _write_summary(common: Common, done: Mapping[float, Mapping[int, Path]]) -> None:
+    """Writes summary.json; `done` has the folder of each fraction and seed."""
+    request, task = common.request, common.task
+    summary = {
+        "protocol": task.protocol.id,
+        "init": common.start.said,
+        "n_test": len(task.test),
+        "data_hash": task.dataset.data_hash,
+        "command": request.command,
+        "lines": [summary_line(request.method, f, of_seed) for f, of_seed in done.items()],
+    }
+    write_text_atomic(request.out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+
+
+def run_one(common: Common, part: Part) -> None:
+    """One fraction under one seed, unless it is finished.
 
     Raises:
         ValueError: When the folder holds results of another run.
     """
     began = time.monotonic()
-    encoder = start.encoder(seed)
+    encoder = common.start.encoder(part.seed)
     weights = weights_hash(encoder)
-    this = run_hash(request, start, task, weights, seed)
-    if (folder / RESULTS_FILE).is_file():
-        if read_results(folder).facts.get("run") == this:
-            console.print(f"{folder} is finished", markup=False, soft_wrap=True)
+    this = run_hash(common.request, common.start, part.task, weights, part.seed)
+    if (part.folder / RESULTS_FILE).is_file():
+        if read_results(part.folder).facts.get("run") == this:
+            console.print(f"{part.folder} is finished", markup=False, soft_wrap=True)
             return
         raise ValueError(
-            f"{folder} holds results of other weights, images or settings; choose another --out, "
-            f"or remove that folder"
+            f"{part.folder} holds results of other weights, images or settings; choose another "
+            f"--out, or remove that folder"
         )
-    facts: dict[str, str | int | float] = {
-        "run": this, "start": start.said, "method": request.method, "features": start.features,
-        "fraction": fraction, "training images": len(task.train),
-        "training patients": len({patient_key(sample) for sample in task.train.dataset.samples}),
-    }  # fmt: skip
-    facts["images of unknown view"] = unknown_views(task.test.dataset)
+    facts = _facts(common, part, this)
+    learn = _probed if common.request.method == "probe" else _trained
+    learnt = learn(common, part, encoder, this)
+    if learnt is None:
+        return
+    made = provenance(
+        common.request.command,
+        part.seed,
+        ScoredImages(
+            common.task.dataset.data_hash,
+            part.task.split,
+            images_hash(part.task.test.dataset.samples),
+        ),
+        device=learnt.device,
+        wall_s=time.monotonic() - began,
+        weights=Weights(
+            config_hash(common.request.config),
+            part.seed,
+            recipe_of(common.request, common.start, part.task, weights, part.fraction),
+        ),
+    )
+    _write(common, part, learnt, {**facts, **learnt.facts}, made)
+    if common.request.method == "full":
+        keep_only(part.folder, int(learnt.facts["step"]))
+
+
+Facts = dict[str, str | int | float]
+
+
+def _facts(common: Common, part: Part, this: str) -> Facts:
+    """What results say of a run before it has learnt; `this` identifies it."""
+    task, train = part.task, part.task.train
+    facts: Facts = {
+        "run": this,
+        "start": common.start.said,
+        "method": common.request.method,
+        "features": common.start.features,
+        "fraction": part.fraction,
+        "training images": len(train),
+        "training patients": len({patient_key(sample) for sample in train.dataset.samples}),
+        "images of unknown view": unknown_views(task.test.dataset),
+    }
     facts |= rules_of(task.protocol).label_rules(task.protocol.findings)
     one_class = [
         name
         for k, name in enumerate(task.protocol.findings)
-        if not {0.0, 1.0} <= set(task.train.labels[:, k])
+        if not {0.0, 1.0} <= set(train.labels[:, k])
     ]
     if one_class:
         facts["not learnt"] = ", ".join(one_class)
         logger.warning(
             "%s: the %d training images show one class alone of %s",
-            folder.name, len(task.train), ", ".join(one_class),
+            part.folder.name, len(train), ", ".join(one_class),
         )  # fmt: skip
-    is_main = True
-    if request.method == "probe":
-        device = torch.device("cpu" if request.cpu or not torch.cuda.is_available() else "cuda")
-        home = (
-            request.out / STORE_FOLDER
-            if start.checkpoint is None or start.is_random
-            else store_folder(start.checkpoint)
-        )
-        features = stored_features(encoder.to(device), dataset, request.folder, home, device)
-        fit, val_scores, test_scores = fit_probe(task, features, dataset)
-        save_probe(folder, encoder, fit, described(request, start, task, this, encoder))
-    else:
-        precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[request.config.train.precision]
-        accelerator = Accelerator(mixed_precision=precision, cpu=request.cpu)
-        device, is_main = accelerator.device, accelerator.is_main_process
-        set_seed(seed)
-        trained = train_classifier(
-            accelerator,
-            Classifier(encoder, len(task.protocol.findings)),
-            task.train,
-            task.val,
-            request.config,
-            seed,
-            folder,
-            described(request, start, task, this, encoder),
-            1.0 if start.is_random else request.config.lr_decay,
-        )
-        facts |= {"step": trained.step, "steps": trained.history[-1][0]}
-        val_scores, test_scores = (
-            predict(trained.model, part.dataset, device) for part in (task.val, task.test)
-        )
-        accelerator.wait_for_everyone()
-        accelerator.free_memory()
-    if not is_main:
-        return
-    names = task.protocol.findings
-    val = make_predictions(task.val.dataset, names, task.val.labels, val_scores)
-    test = make_predictions(task.test.dataset, names, task.test.labels, test_scores)
-    chosen_by = macro_auroc(val.labels, val.scores)
-    if chosen_by is not None:
-        facts["validation macro AUROC"] = chosen_by
-    found = compute_metrics(
-        test,
-        val,
-        rule=task.protocol.threshold,
-        min_count=task.protocol.min_count,
-        n_resamples=request.n_resamples,
-    )
-    method = "linear probe" if request.method == "probe" else "full fine-tuning"
-    found["findings"] = [{**row, "seen": seen.get(row["finding"])} for row in found["findings"]]
-    found |= {
-        "title": f"{method.capitalize()}: {task.protocol.title}",
-        "kind": "finetune",
-        "summary": f"{len(test):,} images, scored by {method} of {start.said}, on {fraction:.0%} "
-        f"of the training patients ({len(task.train):,} images), seed {seed}; it learnt the labels "
-        "of every finding, and `seen` says how pre-training named it",
-        "controls": {"shortcut baseline": shortcut_baseline(task, test)},
-        "leak_check": leak_check,
-        "facts": facts,
-    }
-    made = {
-        "command": request.command,
-        "seed": seed,
-        "config_hash": config_hash(request.config),
-        "train_seed": seed,
-        "recipe_hash": recipe_of(request, start, task, weights, fraction),
-        "data_hash": dataset.data_hash,
-        "images_hash": images_hash(task.test.dataset.samples),
-        "split": task.split,
-        "device": device,
-        "wall_s": time.monotonic() - began,
-    }
-    write_evaluation(
-        folder, found, made, test, val=val, protocol=task.protocol, gallery=gallery(task, test)
-    )
-    if request.method == "full":
-        keep_only(folder, int(facts["step"]))
+    return facts
 
 
-def described(
-    request: FinetuneRequest, start: Start, task: Task, run: str, encoder: ImageEncoder
-) -> dict[str, Any]:
+class Learnt(NamedTuple):
+    """Scores of what was learnt, where, and what there is to say of it."""
+
+    val: Float[np.ndarray, "v k"]
+    test: Float[np.ndarray, "t k"]
+    device: torch.device
+    facts: Facts
+
+
+def _probed(common: Common, part: Part, encoder: ImageEncoder, this: str) -> Learnt:
+    """A linear probe on vectors of the encoder; `this` identifies it."""
+    request, run = common.request, common.start.run
+    device = torch.device("cpu" if request.cpu or not torch.cuda.is_available() else "cuda")
+    is_of_run = run is not None and not common.start.is_random
+    home = store_folder(run.checkpoint) if is_of_run else request.out / STORE_FOLDER
+    dataset = common.task.dataset
+    features = stored_features(encoder.to(device), dataset, request.folder, home, device)
+    fit, val, test = fit_probe(part.task, features, dataset)
+    save_probe(part.folder, encoder, fit, described(common, encoder, this))
+    return Learnt(val, test, device, {})
+
+
+def _trained(common: Common, part: Part, encoder: ImageEncoder, this: str) -> Learnt | None:
+    """Encoder and head learn together; None in all processes but the first."""
+    request, task = common.request, part.task
+    config = request.config
+    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.train.precision]
+    accelerator = Accelerator(mixed_precision=precision, cpu=request.cpu)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    set_seed(part.seed)
+    trained = train_classifier(
+        accelerator,
+        Classifier(encoder, len(task.protocol.findings)),
+        task.train,
+        task.val,
+        config.model_copy(update={"lr_decay": 1.0}) if common.start.is_random else config,
+        part.seed,
+        part.folder,
+        described(common, encoder, this),
+    )
+    val, test = (predict(trained.model, of.dataset, device) for of in (task.val, task.test))
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    facts: Facts = {"step": trained.step, "steps": trained.history[-1][0]}
+    return Learnt(val, test, device, facts) if is_main else None
+
+
+def described(common: Common, encoder: ImageEncoder, this: str) -> dict[str, Any]:
     """What meta.json says of fine-tuned weights: all that it takes to score images by them."""
+    request, task = common.request, common.task
     return {
-        "run": run,
+        "run": this,
         "method": request.method,
         "findings": list(task.protocol.findings),
-        "features": start.features,
+        "features": common.start.features,
         "image_size": task.dataset.pixels(np.zeros(1, np.int64)).shape[-1],
-        "resize": start.resize,
+        "resize": common.start.resize,
         "embed_dim": None if encoder.projection is None else encoder.projection.out_features,
         "vision_config": encoder.encoder.config.to_dict(),
         "config": request.config.model_dump(mode="json"),
@@ -382,10 +428,51 @@ def described(
     }
 
 
-def shortcut_baseline(task: Task, test: Predictions) -> dict:
+def _write(common: Common, part: Part, learnt: Learnt, facts: Facts, made: Provenance) -> None:
+    """Judges the scores of a run and writes what an evaluation leaves."""
+    task, names = part.task, part.task.protocol.findings
+    val = make_predictions(task.val.dataset, names, task.val.labels, learnt.val)
+    test = make_predictions(task.test.dataset, names, task.test.labels, learnt.test)
+    chosen_by = macro_auroc(val.labels, val.scores)
+    evaluation = compute_metrics(
+        test,
+        val,
+        rule=task.protocol.threshold,
+        min_count=task.protocol.min_count,
+        n_resamples=common.request.n_resamples,
+    )
+    method = "linear probe" if common.request.method == "probe" else "full fine-tuning"
+    about = About(
+        title=f"{method.capitalize()}: {task.protocol.title}",
+        kind="finetune",
+        summary=f"{len(test):,} images, scored by {method} of {common.start.said}, on "
+        f"{part.fraction:.0%} of the training patients ({len(task.train):,} images), seed "
+        f"{part.seed}; it learnt the labels of every finding, and `seen` says how pre-training "
+        "named it",
+        leak_check=common.leak_check,
+        facts=facts if chosen_by is None else {**facts, "validation macro AUROC": chosen_by},
+    )
+    results = run_results(
+        evaluation.with_findings({name: {"seen": how} for name, how in common.seen.items()}),
+        about,
+        made,
+        protocol=task.protocol,
+        controls={"shortcut baseline": shortcut_baseline(task, test)},
+    )
+    write_evaluation(
+        part.folder,
+        results,
+        test,
+        val=val,
+        protocol=task.protocol,
+        gallery=gallery(task, test),
+    )
+
+
+def shortcut_baseline(task: Task, test: Predictions) -> Control:
     """The control that reads facts of the file and no lung, and learns from the same images."""
     dataset = task.dataset
-    _, scores = probe(task, shortcut_features(dataset), dataset)
+    _, _, scores = fit_probe(task, shortcut_features(dataset), dataset)
     return control_of(
         test,
         scores,

@@ -45,6 +45,7 @@ from mmclip.training.loop import (
     trainer_state,
 )
 
+
 class FineTuneConfig(Frozen):
     """How fine-tuning learns; docs/finetuning.md explains each key.
 
@@ -254,7 +255,6 @@ def train_classifier(
     seed: int,
     run: Path,
     metadata: Mapping[str, Any],
-    lr_decay: float,
 ) -> Trained:
     """Trains, or goes on training where a checkpoint is, to the end or the end of patience.
 
@@ -268,7 +268,6 @@ def train_classifier(
         run: The run's folder.
         metadata: Entries of the checkpoints' meta.json; "run" identifies the run, and a checkpoint
             of another is refused.
-        lr_decay: In the place of the configuration's.
 
     Raises:
         CheckpointError: When the folder holds another run.
@@ -288,7 +287,7 @@ def train_classifier(
         history += [(int(s), float(v)) for s, v in load_trainer_state(found)["history"]]
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     optimizer = make_optimizer(
-        model.train(), no_decay_names(model), config.train, lr_scales(names, lr_decay)
+        model.train(), no_decay_names(model), config.train, lr_scales(names, config.lr_decay)
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     state = TrainState(wrapped, optimizer)

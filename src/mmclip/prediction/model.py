@@ -31,7 +31,7 @@ from mmclip.embed import (
 from mmclip.evaluation.results import RESULTS_FILE
 from mmclip.finetuning.saved import FineTuned, is_fine_tuned, load_fine_tuned
 from mmclip.prompt_check import check_prompts
-from mmclip.prompts import PromptSet, own_prompts, load_prompts, plain_name
+from mmclip.prompts import PromptSet, load_prompts, own_prompts, plain_name
 
 OnError = Literal["raise", "skip"]
 """What becomes of an image that cannot be read: an error that names it, or its reason in a list."""
@@ -144,7 +144,9 @@ def _why_no_model(path: Path) -> str | None:
         return None
     within = sorted(p.parent.name for p in path.glob(f"*/{RESULTS_FILE}"))
     if (path / "summary.json").is_file() and within:
-        return f"{path} holds several fine-tuned results; give one of them, such as {path / within[0]}"
+        return (
+            f"{path} holds several fine-tuned results; give one of them, such as {path / within[0]}"
+        )
     if (path / RESULTS_FILE).is_file():
         return (
             f"{path} holds results and no weights; give the run that was scored, or the folder of "

@@ -13,11 +13,10 @@ from jaxtyping import Float, Float32, Int
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import Frozen
 from mmclip.data.check import patient_key, study_key
 from mmclip.data.folder import ManifestError, write_text_atomic
-from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.sample import Sample, Split
 from mmclip.data.sampling import image_key
 from mmclip.data.text import tokenise
@@ -25,10 +24,17 @@ from mmclip.embedding_store import image_embeddings, text_embeddings
 from mmclip.evaluation.bootstrap import patient_codes, patient_weights
 from mmclip.evaluation.intervals import percentile_interval
 from mmclip.evaluation.metrics import Retrieved, retrieved, retrieved_by_chance
-from mmclip.evaluation.results import Count, Provenance, Ratio, RatioInterval, provenance
+from mmclip.evaluation.results import (
+    Count,
+    Provenance,
+    Ratio,
+    RatioInterval,
+    ScoredImages,
+    provenance,
+)
 from mmclip.evaluation.scores import FRONTAL, check_sources, split_of, unknown_views
-from mmclip.evaluation.zeroshot import check_trained
 from mmclip.losses import positive_pairs
+from mmclip.run import Run, Weights, open_run
 
 logger = logging.getLogger(__name__)
 
@@ -117,22 +123,22 @@ def select_pairs(
     return kept
 
 
-def report_keys(checkpoint: Checkpoint, samples: Sequence[Sample]) -> Int[Tensor, "n 2"]:
+def report_keys(run: Run, samples: Sequence[Sample]) -> Int[Tensor, "n 2"]:
     """Study and report of each image, as training compares them (`losses.positive_pairs`).
 
     Two reports are equal when they are after cleaning, and up to where the text encoder reads: it
     could not tell them apart.
 
     Args:
-        checkpoint: Whose tokenizer reads them.
+        run: Its tokenizer reads them.
         samples: All with a report.
     """
     key_of: dict[str, int] = {}
     texts = list(dict.fromkeys(str(sample.report) for sample in samples))
-    max_tokens = checkpoint.config.data.max_tokens
+    max_tokens = run.config.data.max_tokens
     for start in range(0, len(texts), _CHUNK_TEXTS):
         part = texts[start : start + _CHUNK_TEXTS]
-        tokens = tokenise(checkpoint.tokenizer, part, max_tokens=max_tokens)
+        tokens = tokenise(run.tokenizer, part, max_tokens=max_tokens)
         for text, ids, is_valid in zip(part, tokens.ids, tokens.is_valid, strict=True):
             key_of[text] = image_key(ids[is_valid].tobytes().hex()) >> 1
     keys = [[image_key(study_key(sample)) >> 1, key_of[str(sample.report)]] for sample in samples]
@@ -256,7 +262,7 @@ def _interval(values: np.ndarray, n_patients: int) -> tuple[float, float] | None
 
 
 def evaluate_retrieval(
-    run: Path,
+    path: Path,
     folders: Sequence[Path],
     out: Path,
     *,
@@ -273,20 +279,16 @@ def evaluate_retrieval(
         ManifestError: When there is nothing to rank, or the run was trained on it.
     """
     began = time.monotonic()
-    checkpoint = load_checkpoint(run)
-    checkpoint.model.to(device)
-    dataset = open_dataset(
-        folders, checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
-    )
-    dataset = select_pairs(dataset, split, sources)
+    run = open_run(path, device)
+    dataset = select_pairs(run.open_data(folders), split, sources)
     views = unknown_views(dataset)
     if views != "none":
         logger.warning("views are unknown, and laterals may be ranked as frontal: %s", views)
-    leak_check = check_trained(checkpoint, dataset, split)
+    leak_check = run.check_unseen(dataset.samples, split)
     patients = [patient_key(sample) for sample in dataset.samples]
-    keys = report_keys(checkpoint, dataset.samples)
-    images = image_embeddings(checkpoint, dataset, folders)
-    reports = text_embeddings(checkpoint, [str(sample.report) for sample in dataset.samples])
+    keys = report_keys(run, dataset.samples)
+    images = image_embeddings(run.checkpoint, dataset, folders)
+    reports = text_embeddings(run.checkpoint, [str(sample.report) for sample in dataset.samples])
     ks = [k for k in KS if k <= len(dataset)]
     if len(ks) < len(KS):
         logger.warning("there are %d candidates: R@%d is left out", len(dataset), KS[len(ks)])
@@ -305,7 +307,7 @@ def evaluate_retrieval(
         title=f"Retrieval: {where}",
         kind="retrieval",
         summary=f"{len(dataset)} images with reports, {where}, ranked by {run.name} at step "
-        f"{checkpoint.meta['step']}",
+        f"{run.step}",
         **directions,
         n_images=len(dataset),
         n_studies=len({study_key(sample) for sample in dataset.samples}),
@@ -314,21 +316,16 @@ def evaluate_retrieval(
         n_resamples=n_resamples,
         leak_check=leak_check,
         provenance=provenance(
-            {
-                "command": command,
-                "seed": seed,
-                "config_hash": checkpoint.meta["config_hash"],
-                "data_hash": dataset.data_hash,
-                "split": split_of(folders),
-                "device": device,
-                "wall_s": round(time.monotonic() - began, 1),
-            }
+            command,
+            seed,
+            ScoredImages(dataset.data_hash, split_of(folders)),
+            device=device,
+            wall_s=round(time.monotonic() - began, 1),
+            weights=Weights(run.config_hash),
         ),
         facts={
             "images of unknown view": views,
-            "training pairs": checkpoint.meta["n_pairs"],
-            "training data": checkpoint.meta["data_hash"][:12],
-            "step": checkpoint.meta["step"],
+            **run.facts(),
         },
     )
     out.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float32, UInt8
 from matplotlib.figure import Figure
 
-from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.data.check import patient_key
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import ImageTextDataset, normalise, open_dataset
+from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.images import ImageError, decode_image, read_bytes, resize_image
 from mmclip.data.sample import Split
 from mmclip.embed import embed_texts, warn_of_unread
@@ -22,6 +21,7 @@ from mmclip.embedding_store import finite, image_embeddings
 from mmclip.evaluation.plots import INK, QUIET
 from mmclip.evaluation.scores import check_sources
 from mmclip.progress import console
+from mmclip.run import Run
 
 SHEET_FILE = "found.png"
 
@@ -113,7 +113,7 @@ def nearest_patients(
 
 
 def search(
-    run: Path,
+    run: Run,
     folders: Sequence[Path],
     *,
     image: str | None = None,
@@ -121,7 +121,6 @@ def search(
     top: int = 10,
     split: Split | None = None,
     sources: Sequence[str] = (),
-    device: torch.device,
 ) -> Search:
     """What `mmclip retrieve` does without --evaluate: the nearest patients for an image or a
     phrase.
@@ -129,34 +128,29 @@ def search(
     The whole comparison is exact: one product of the stored embeddings with the query.
 
     Args:
-        run: Run or checkpoint.
+        run: Its model compares.
         folders: Data folders to search.
         image: An image id of the folders, or the path of an image file.
         phrase: In the place of an image.
         top: How many patients.
         split: Only of this split, when named.
         sources: Only of these, when named.
-        device: For embedding.
 
     Raises:
         ValueError: When the query cannot be read, or there is nothing to search.
     """
-    checkpoint = load_checkpoint(run)
-    checkpoint.model.to(device)
-    dataset = open_dataset(
-        folders, checkpoint.config.data.image_size, resize=checkpoint.config.data.resize
-    )
+    dataset = run.open_data(folders)
     dataset = dataset.select([f.image is not None for f in dataset.samples])
     is_searched = _searched(dataset, split, sources)
     # Asked before images are embedded, which can take hours: a mistyped path must not wait for it.
     row = next((i for i, f in enumerate(dataset.samples) if f.image_id == image), None)
     if image is not None and row is None:
-        query = query_of_file(checkpoint, dataset, Path(image))
+        query = query_of_file(run, dataset, Path(image))
     elif phrase is not None:
-        query = query_of_phrase(checkpoint, phrase)
+        query = query_of_phrase(run, phrase)
     else:
         query = None
-    embeddings = image_embeddings(checkpoint, dataset, folders)
+    embeddings = image_embeddings(run.checkpoint, dataset, folders)
     if query is None:
         assert row is not None, "an image or a phrase was given"
         pixels = dataset.pixels(np.array([row]))[0].numpy()
@@ -188,7 +182,7 @@ def _searched(dataset: ImageTextDataset, split: Split | None, sources: Sequence[
 
 
 @torch.inference_mode()
-def query_of_file(checkpoint: Checkpoint, dataset: ImageTextDataset, path: Path) -> Query:
+def query_of_file(run: Run, dataset: ImageTextDataset, path: Path) -> Query:
     """An image that need not be in the data: a PNG, JPEG, other raster or DICOM file.
 
     Where the data has the very same file, its patient is the query's own.
@@ -206,11 +200,9 @@ def query_of_file(checkpoint: Checkpoint, dataset: ImageTextDataset, path: Path)
         radiograph = decode_image(content)
     except ImageError as error:
         raise ValueError(f"{path} gives no image: {error}; give another file") from None
-    pixels = resize_image(
-        radiograph, checkpoint.config.data.image_size, checkpoint.config.data.resize
-    )
+    pixels = resize_image(radiograph, run.config.data.image_size, run.config.data.resize)
     image = normalise(torch.from_numpy(pixels.copy())[None])
-    embedding = checkpoint.model.encode_image(image.to(checkpoint.model.logit_scale.device))
+    embedding = run.model.encode_image(image.to(run.device))
     sha256 = hashlib.sha256(content).hexdigest()
     own = next((f for f in dataset.samples if f.image_sha256 == sha256), None)
     if own is not None:
@@ -224,15 +216,15 @@ def query_of_file(checkpoint: Checkpoint, dataset: ImageTextDataset, path: Path)
     )
 
 
-def query_of_phrase(checkpoint: Checkpoint, phrase: str) -> Query:
+def query_of_phrase(run: Run, phrase: str) -> Query:
     """A phrase, as a report would say it; it says what of it the model cannot read.
 
     Raises:
         ValueError: When the model can read no word of it.
     """
-    max_tokens, tokenizer = checkpoint.config.data.max_tokens, checkpoint.tokenizer
+    max_tokens, tokenizer = run.config.data.max_tokens, run.tokenizer
     warn_of_unread(tokenizer, phrase, max_tokens)
-    embedding = embed_texts(checkpoint.model, tokenizer, [phrase], max_tokens)[0]
+    embedding = embed_texts(run.model, tokenizer, [phrase], max_tokens)[0]
     return Query(f"“{phrase}”", finite(embedding))
 
 

@@ -147,7 +147,10 @@ def pretrain(request: PretrainRequest) -> Path:
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[request.config.train.precision]
     trackers = _trackers(request)
     accelerator = Accelerator(
-        mixed_precision=precision, cpu=request.cpu, log_with=trackers or None, project_dir=request.run
+        mixed_precision=precision,
+        cpu=request.cpu,
+        log_with=trackers or None,
+        project_dir=request.run,
     )
     set_seed(request.config.train.seed)
     dataset = open_dataset(
