@@ -117,8 +117,7 @@ def run_demo(
         + (
             ", after training on shuffled pairs and labels (a control)"
             if shuffle_pairs
-            else ". The labels were put into words, so each finding was named to it: "
-            "prompt-supervised, and no zero-shot result."
+            else ". Labels became prompts in training, so this is not a zero-shot score."
         ),
         command=command,
         seed=seed,
@@ -131,7 +130,7 @@ def run_demo(
             "training pairs": checkpoint.meta["n_pairs"],
             "unpaired images": checkpoint.meta["n_unpaired"],
             "steps": config.train.steps,
-            "images": f"{config.data.image_size} px, made (preset demo, version {preset.version})",
+            "images": f"{config.data.image_size} px, synthetic (preset demo, version {preset.version})",
         },
     )
 
