@@ -127,8 +127,7 @@ def _about(run: Run, preset: Preset, shuffle_pairs: bool, leak_check: str) -> Ab
     how = (
         ", after training on shuffled pairs and labels (a control)"
         if shuffle_pairs
-        else ". The labels were put into words, so each finding was named to it: "
-        "prompt-supervised, and no zero-shot result."
+        else ". Labels became prompts in training, so this is not a zero-shot score."
     )
     return About(
         title="Demo: synthetic images, tiny model",
@@ -139,7 +138,7 @@ def _about(run: Run, preset: Preset, shuffle_pairs: bool, leak_check: str) -> Ab
             "training pairs": meta["n_pairs"],
             "unpaired images": meta["n_unpaired"],
             "steps": config.train.steps,
-            "images": f"{config.data.image_size} px, made (preset demo, version {preset.version})",
+            "images": f"{config.data.image_size} px, synthetic (preset demo, version {preset.version})",
         },
     )
 

@@ -328,6 +328,7 @@ def _card(
         "name": item.name,
         "why": item.why,
         "image": _data_uri(item.image),
+        "thumbnail": _data_uri(_thumbnail(item.image)),
         "panels": {n: _data_uri(p) for n, p in picture.panels().items()} if picture else {},
         "spans": spans,
         "is_prompt": picture is not None and picture.is_prompt,
@@ -339,6 +340,13 @@ def _card(
         "present": [row["finding"] for row in rows if row["label"] == 1],
         "has_labels": any(row["label"] is not None for row in rows),
     }
+
+
+def _thumbnail(image: UInt8[np.ndarray, "h w"], side_px: int = 236) -> UInt8[np.ndarray, "h w"]:
+    """A copy of an image, no larger than the strip shows it on a dense screen."""
+    small = Image.fromarray(image)
+    small.thumbnail((side_px, side_px))
+    return np.asarray(small)
 
 
 def _data_uri(image: UInt8[np.ndarray, "..."]) -> str:
