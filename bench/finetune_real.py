@@ -51,7 +51,7 @@ from mmclip.evaluation.intervals import (
     share_over_seeds,
 )
 from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
-from mmclip.finetuning.finetune import probe
+from mmclip.finetuning.finetune import fit_probe
 from mmclip.finetuning.supervised import FineTuneConfig, macro_auroc, predict, train_classifier
 from mmclip.finetuning.task import Task, open_task, own_protocol
 from mmclip.models.classifier import Classifier
@@ -129,7 +129,7 @@ def fit_probe(
     """Validation and test scores of a probe on the features of some weights."""
     encoder = start.encoder(weights_seed)
     features = stored_features(encoder, whole.dataset, data, out / "features", CPU)
-    return probe(task, features, whole.dataset)
+    return fit_probe(task, features, whole.dataset)[1:]
 
 
 def fit_full(
@@ -266,7 +266,7 @@ def main() -> None:
                         continue
                     part, further, began = subset_of(task, n_train, subset), {}, time.monotonic()
                     if name == SHORTCUT:
-                        val, test = probe(part, facts, task.dataset)
+                        _, val, test = fit_probe(part, facts, task.dataset)
                     elif method == "probe":
                         val, test = fit_probe(part, task, starts[name], seed, folder, args.out)
                     else:

@@ -37,7 +37,7 @@ from mmclip.finetuning.finetune import (
     FinetuneRequest,
     Part,
     finetune,
-    probe,
+    fit_probe,
     recipe_of,
     run_one,
 )
@@ -330,7 +330,7 @@ def test_a_probe_learns_what_one_feature_says_and_leaves_unknown_labels_out(task
     told = np.concatenate(
         [np.where(np.isnan(labels), 1e3, labels), task.val.labels, task.test.labels]
     )
-    val, test = probe(known, np.nan_to_num(told), known.dataset)
+    _, val, test = fit_probe(known, np.nan_to_num(told), known.dataset)
     assert macro_auroc(task.val.labels, val) == macro_auroc(task.test.labels, test) == 1.0
 
 
