@@ -130,7 +130,9 @@ def run_demo(
             "training pairs": checkpoint.meta["n_pairs"],
             "unpaired images": checkpoint.meta["n_unpaired"],
             "steps": config.train.steps,
-            "images": f"{config.data.image_size} px, synthetic (preset demo, version {preset.version})",
+            "images": (
+                f"{config.data.image_size} px, synthetic (preset demo, version {preset.version})"
+            ),
         },
     )
 
