@@ -566,7 +566,7 @@ def test_a_build_that_leaves_nothing_says_why_and_lists_the_rows(tmp_path: Path)
 
 # Tables as spreadsheets leave them.
 
-TEXT = "image;patient;report\na.png;Müller;Kein Erguß.\n"
+TEXT = "film;patient;report\na.png;Müller;Kein Erguß.\n"
 WITH_REPORT = {"report": "report"}
 
 

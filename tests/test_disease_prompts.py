@@ -90,7 +90,7 @@ def test_wordings_names_and_order_vary_with_the_draws():
 
 
 def test_too_few_draws_are_refused():
-    with pytest.raises(ValueError, match="3 draws for 1 findings; give 6"):
+    with pytest.raises(ValueError, match="3 random numbers for 1 findings; give 6"):
         PLAIN.write({"mass": 1}, np.zeros(3), 0.0)
 
 

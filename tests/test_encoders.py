@@ -69,7 +69,7 @@ from mmclip.training.objective import Objective
 from mmclip.training.pretrain import build_model, make_tokenizer
 from tests.commands import mmclip
 from tests.made import REPORTS, WHOLE, small_config, write_folder
-from tests.test_docs import dataset as table_of
+from tests.test_docs import rows as table_of
 from tests.test_docs import spans_of
 from tests.towers import (
     GRID,

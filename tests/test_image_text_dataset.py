@@ -7,7 +7,7 @@ import torch
 
 from mmclip.config import AugmentConfig
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import augment, normalise, open_dataset
+from mmclip.data.image_text_dataset import augment, augmented, normalise, open_dataset
 from mmclip.data.images import resize_image
 from tests.made import write_folder
 
@@ -55,7 +55,7 @@ def test_larger_images_are_made_smaller_as_they_are_read(folder: Path, px: int):
         assert np.array_equal(pixels, resize_image(cached.numpy(), px))
     kept = smaller.select([i in (0, 2) for i in range(len(smaller))])
     assert torch.equal(kept.pixels(np.array([1, 0])), images)
-    image = smaller.augmented(rows, np.full((2, 6), 0.5), AugmentConfig(), torch.device("cpu"))
+    image = augmented(smaller.pixels(rows), torch.full((2, 6), 0.5), AugmentConfig())
     torch.testing.assert_close(image, normalise(images), atol=1e-5, rtol=0)
 
 

@@ -172,7 +172,7 @@ class RawBatch:
     """A batch whose images are bytes yet: they are augmented on the device that they go to."""
 
     pixels: UInt8[Tensor, "b h w"]
-    n_resamples: Float[Tensor, "b 6"]  # of the augmentation, uniform
+    uniforms: Float[Tensor, "b 6"]  # of the augmentation
     lesions: Bool[Tensor, "b lh lw"] | None  # of the folder's images, which may be larger
     rest: Batch  # without pixels: its images are of 0 x 0
     augment: AugmentConfig

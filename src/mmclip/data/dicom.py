@@ -144,7 +144,7 @@ def decode_dicom(content: bytes, max_px: int) -> np.ndarray:
     with silent_pydicom():
         try:
             data = _parsed(content, max_px)
-            rows, columns = int(data.get("ImageTextDataset") or 0), int(data.get("Columns") or 0)
+            rows, columns = int(data.get("Rows") or 0), int(data.get("Columns") or 0)
             frames = int(data.get("NumberOfFrames") or 1)
             check_size(columns, rows, max_px)
             if "PixelData" not in data or not rows or not columns:
@@ -280,7 +280,7 @@ def _inflated(packed: bytes, max_px: int) -> bytes:
     if inflater.eof:
         return head
     data = read_dataset(io.BytesIO(head), False, True, stop_when=_until_pixels(_bounded()))
-    rows, columns = int(data.get("ImageTextDataset") or 0), int(data.get("Columns") or 0)
+    rows, columns = int(data.get("Rows") or 0), int(data.get("Columns") or 0)
     check_size(columns, rows, max_px)
     n_bytes = get_expected_length(data) if rows and columns else 0
     limit = n_bytes + TRAILER_BYTES
@@ -478,5 +478,4 @@ def _first(value: object) -> float | None:
     """The first of one or several windows, or None where the tag is absent or empty."""
     if value is None or value == "":
         return None
-    # pyright: ignore[reportArgumentType]
-    return float(value[0] if isinstance(value, MultiValue) else value)
+    return float(str(value[0] if isinstance(value, MultiValue) else value))

@@ -110,7 +110,7 @@ class RawLabelledBatch:
     """The same with images that are bytes yet: they are augmented on the device that they go to."""
 
     pixels: UInt8[Tensor, "b h w"]
-    n_resamples: Float[Tensor, "b 6"]
+    uniforms: Float[Tensor, "b 6"]
     labels: Float[Tensor, "b k"]
     image_ids: tuple[str, ...]
     augment: AugmentConfig

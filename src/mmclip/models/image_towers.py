@@ -124,7 +124,8 @@ def adapt_batch_norm(encoder: PreTrainedModel) -> None:
     globalise_batch_norm(encoder)
     if isinstance(encoder, ResNetModel):
         encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        encoder.pooler = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        setattr(encoder, "pooler", pool)  # noqa: B010
 
 
 def _check_patch_size(encoder: PreTrainedModel, image_size: int) -> None:
@@ -217,8 +218,8 @@ def take_one_channel(
     if old.bias is None or old.padding not in ((0, 0), "valid"):
         repeat_channel(encoder, rgb_mean, rgb_std)
         return tuple(map(float, rgb_mean)), tuple(map(float, rgb_std))
-    # pyright: ignore[reportArgumentType]
-    new = nn.Conv2d(1, old.out_channels, old.kernel_size, old.stride)
+    kernel, stride = ((size[0], size[1]) for size in (old.kernel_size, old.stride))
+    new = nn.Conv2d(1, old.out_channels, kernel, stride)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (rgb_mean, rgb_std))
     with torch.no_grad():
         weight = old.weight / std

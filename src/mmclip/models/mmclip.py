@@ -264,7 +264,7 @@ class MMCLIP(nn.Module):
         """The embedding of each row's text, the last that it has of these; 0 without one."""
         out = like.new_zeros(like.shape)
         for each, embedding in texts:  # a row's text is its report, else its prompt
-            out = out.index_copy(0, each.dataset, embedding)
+            out = out.index_copy(0, each.rows, embedding)
         return out
 
     def token_logits(self, masked_features: Float[Tensor, "h w"]) -> Float[Tensor, "h v"]:
