@@ -123,7 +123,7 @@ def scores_path(out: Path, key: Key) -> Path:
     return out / "scores" / f"{name}-{key.weights[:8]}-{key.config_hash[:8]}.npy"
 
 
-def fit_probe(
+def probe_scores(
     task: Task, whole: Task, start: Start, weights_seed: int, data: Path, out: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Validation and test scores of a probe on the features of some weights."""
@@ -268,7 +268,7 @@ def main() -> None:
                     if name == SHORTCUT:
                         _, val, test = fit_probe(part, facts, task.dataset)
                     elif method == "probe":
-                        val, test = fit_probe(part, task, starts[name], seed, folder, args.out)
+                        val, test = probe_scores(part, task, starts[name], seed, folder, args.out)
                     else:
                         run = args.out / "runs" / f"{name}-{n_train}-{subset}"
                         val, test, further = fit_full(part, starts[name], config, subset, run, key)

@@ -138,7 +138,9 @@ def _about(run: Run, preset: Preset, shuffle_pairs: bool, leak_check: str) -> Ab
             "training pairs": meta["n_pairs"],
             "unpaired images": meta["n_unpaired"],
             "steps": config.train.steps,
-            "images": f"{config.data.image_size} px, synthetic (preset demo, version {preset.version})",
+            "images": (
+                f"{config.data.image_size} px, synthetic (preset demo, version {preset.version})"
+            ),
         },
     )
 
