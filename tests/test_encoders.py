@@ -83,6 +83,8 @@ from tests.towers import (
     save,
 )
 
+LEARNS = (*WHOLE, "unpaired.prompt_pairs=true")
+"""The whole method, with prompts beside reports."""
 MEAN, STD = (0.5, 0.45, 0.4), (0.2, 0.25, 0.3)
 ROWS = [*(("image", name) for name in IMAGE_ROWS), *(("text", name) for name in TEXT_ROWS)]
 IDS = [f"{modality}: {name}" for modality, name in ROWS]
@@ -178,7 +180,7 @@ def build(dataset: ImageTextDataset, folder: Path | None, modality: str, *overri
 def test_a_row_learns_the_whole_method_with_a_gradient_for_every_parameter(
     folders: dict, dataset: ImageTextDataset, modality: str, name: str
 ):
-    made = make(dataset, folders[modality, name], modality, *WHOLE, "unpaired.prompt_pairs=true")
+    made = make(dataset, folders[modality, name], modality, *LEARNS)
     named = dict(made.model.named_parameters())
     wanted = {name for name, p in named.items() if p.requires_grad}
     own = "vision_model." if modality == "image" else "text_model."
@@ -223,7 +225,7 @@ def test_a_row_trains_the_contrastive_term_alone_and_nothing_in_it_is_random(
 def test_a_row_comes_back_from_a_checkpoint_as_it_was(
     folders: dict, dataset: ImageTextDataset, tmp_path: Path, modality: str, name: str
 ):
-    made = make(dataset, folders[modality, name], modality, *WHOLE)
+    made = make(dataset, folders[modality, name], modality, *LEARNS)
     save_checkpoint(tmp_path, 1, made.model, made.tokenizer, made.config, {}, {}, 1)
     again = load_checkpoint(tmp_path)
     taken = [n for n, p in made.model.named_parameters() if p.requires_grad]
@@ -457,7 +459,7 @@ def test_a_text_is_pooled_as_transformers_does_it(
 def test_hidden_words_are_masks_and_the_frame_stays(
     folders: dict, dataset: ImageTextDataset, name: str
 ):
-    made = make(dataset, folders["text", name], "text", *WHOLE)
+    made = make(dataset, folders["text", name], "text", *LEARNS)
     texts, tokenizer = made.batch.reports, made.tokenizer
     assert texts.is_masked.any()
     assert (texts.masked_ids[texts.is_masked] == tokenizer.mask_token_id).all()
@@ -632,7 +634,7 @@ def test_recomputed_layers_have_the_same_gradients(
         return
     grads, calls = [], [0, 0]
     for n, more in enumerate(((), (key,))):
-        made = make(dataset, folder, modality, *WHOLE, *more)
+        made = make(dataset, folder, modality, *LEARNS, *more)
         encoder = made.model.vision_model if modality == "image" else made.model.text_model
 
         def count(*_: object, n: int = n) -> None:

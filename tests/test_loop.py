@@ -218,7 +218,7 @@ def test_one_batch_can_be_learnt_by_heart(tmp_path: Path):
             return super().batch(0, batch_slice)
 
     accelerator = Accelerator(cpu=True)
-    config = TrainConfig(steps=120, batch_size=8, base_lr=0.1, log_every_steps=120)
+    config = TrainConfig(steps=60, batch_size=8, base_lr=0.2, log_every_steps=60)
     state = new_state(accelerator, config)
     fit(accelerator, state, OneBatch().batch, CONTRASTIVE, config, tmp_path, lambda s: None)
     # Texts are equal two by two, so the floor is log 2: the even split over two positives.

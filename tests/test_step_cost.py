@@ -75,8 +75,9 @@ def test_a_clock_counts_and_leaves_no_trace(step_cost):
 def test_the_script_measures_every_arm(step_cost, monkeypatch, capsys):
     sizes = ["model.image.width=16", "model.text.width=24", "model.image_decoder.width=24",
              "model.text_decoder.width=24", "model.image.depth=1"]  # fmt: skip
-    argv = ["step_cost.py", "--image-size", "32", "--batch-size", "4", "--steps", "2", "--lengths",
-            "20", "--precision", "fp32", *(f"--set={size}" for size in sizes)]  # fmt: skip
+    argv = ["step_cost.py", "--image-size", "32", "--batch-size", "4", "--steps", "1", "--lengths",
+            "20", "--precision", "fp32", "--vocab", "300",
+            *(f"--set={size}" for size in sizes)]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
     step_cost.main()
     results = json.loads(capsys.readouterr().out.splitlines()[-1])

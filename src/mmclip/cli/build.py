@@ -4,11 +4,13 @@ Each reader is a command, made when it is asked for: its help shows the options 
 `mmclip data build` alone lists the readers.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.table import Table
+from typer.core import TyperOption
 from typer.main import get_command
 
 from mmclip.cli.plain import IN_OUT, OTHER, PlainCommand, PlainGroup
@@ -97,62 +99,67 @@ ShardOf = Annotated[
 Overwrite = Annotated[bool, _option(OTHER, "--overwrite", help="Replace a finished build.")]
 
 
-def build(
-    context: typer.Context,
-    root_: Root,
-    out: Out,
-    mapping: Mapping = None,
-    table: TablePath = None,
-    reports: Reports = None,
-    image_size: ImageSize = 224,
-    resize: Resize = "squash",
-    entities: Entities = "lexicon",
-    id_key: IdKey = None,
-    keep_age_sex: KeepAgeSex = False,
-    seed: Seed = 0,
-    val_ratio: ValRatio = 0.1,
-    test_ratio: TestRatio = 0.1,
-    workers: Workers = 0,
-    scheduler: Scheduler = None,
-    shard: ShardOf = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Runs the command that is named after a reader."""
-    from mmclip.data.build import build_data, build_shard
-    from mmclip.data.shards import Shard, n_cores
-    from mmclip.data.sources import open_reader
+@dataclass(frozen=True)
+class ReaderCommand:
+    """The command of a reader."""
 
-    name = str(context.command.name)
-    how = _resize_mode(resize)
-    dicom = _dicom_options(name, out, reports, id_key, keep_age_sex)
-    if scheduler is not None and workers:
-        raise ValueError(
-            f"--workers {workers} and --scheduler {scheduler} both say who works; give one of them"
-        )
-    who = scheduler or workers or n_cores()
-    share = None if shard is None else Shard.parse(shard)
-    if share is not None and overwrite:
-        raise ValueError(
-            f"a shard never replaces a build; leave --overwrite out, and remove {out} first if "
-            f"it holds an old one"
-        )
-    records = open_reader(name, root_, mapping=mapping, table=table, dicom=dicom)
-    with resume_hint():
-        if share is not None:
-            build_shard(
-                records, root_, out, share, image_size=image_size, workers=who, entities=entities,
-                resize=how,
+    name: str
+
+    def build(
+        self,
+        root_: Root,
+        out: Out,
+        mapping: Mapping = None,
+        table: TablePath = None,
+        reports: Reports = None,
+        image_size: ImageSize = 224,
+        resize: Resize = "squash",
+        entities: Entities = "lexicon",
+        id_key: IdKey = None,
+        keep_age_sex: KeepAgeSex = False,
+        seed: Seed = 0,
+        val_ratio: ValRatio = 0.1,
+        test_ratio: TestRatio = 0.1,
+        workers: Workers = 0,
+        scheduler: Scheduler = None,
+        shard: ShardOf = None,
+        overwrite: Overwrite = False,
+    ) -> None:
+        """Builds a data folder from what the reader reads."""
+        from mmclip.data.build import build_data, build_shard
+        from mmclip.data.shards import Shard, n_cores
+        from mmclip.data.sources import open_reader
+
+        how = _resize_mode(resize)
+        dicom = _dicom_options(self.name, out, reports, id_key, keep_age_sex)
+        if scheduler is not None and workers:
+            raise ValueError(
+                f"--workers {workers} and --scheduler {scheduler} both say who works; give one of them"
+            )
+        who = scheduler or workers or n_cores()
+        share = None if shard is None else Shard.parse(shard)
+        if share is not None and overwrite:
+            raise ValueError(
+                f"a shard never replaces a build; leave --overwrite out, and remove {out} first if "
+                f"it holds an old one"
+            )
+        records = open_reader(self.name, root_, mapping=mapping, table=table, dicom=dicom)
+        with resume_hint():
+            if share is not None:
+                build_shard(
+                    records, root_, out, share, image_size=image_size, workers=who, entities=entities,
+                    resize=how,
+                )  # fmt: skip
+                said = f"shard {shard} is done; when all are, run the same command without --shard"
+                console.print(said, markup=False, soft_wrap=True)
+                return
+            meta = build_data(
+                records, root_, out, image_size=image_size, seed=seed, val_ratio=val_ratio,
+                test_ratio=test_ratio, workers=who, entities=entities,
+                metadata={"reader": self.name, "command": command_line()}, overwrite=overwrite,
+                hides_paths=self.name == "dicom", resize=how,
             )  # fmt: skip
-            said = f"shard {shard} is done; when all are, run the same command without --shard"
-            console.print(said, markup=False, soft_wrap=True)
-            return
-        meta = build_data(
-            records, root_, out, image_size=image_size, seed=seed, val_ratio=val_ratio,
-            test_ratio=test_ratio, workers=who, entities=entities,
-            metadata={"reader": name, "command": command_line()}, overwrite=overwrite,
-            hides_paths=name == "dicom", resize=how,
-        )  # fmt: skip
-    _print_meta(meta, out)
+        _print_meta(meta, out)
 
 
 class ReaderGroup(PlainGroup):
@@ -205,10 +212,13 @@ def _command_of(name: str) -> Any:
         f"Example: `mmclip data build {name} {example}`"
     )
     one = typer.Typer(add_completion=False, rich_markup_mode="markdown")
-    one.command(name, cls=PlainCommand, help=said, short_help=READERS[name])(build)
+    one.command(name, cls=PlainCommand, help=said, short_help=READERS[name])(
+        ReaderCommand(name).build
+    )
     command = get_command(one)
     for param in command.params:
-        param.hidden = name not in OF_READER.get(str(param.name), (name,))
+        if isinstance(param, TyperOption):
+            param.hidden = name not in OF_READER.get(str(param.name), (name,))
     return command
 
 
