@@ -492,7 +492,7 @@ def test_images_that_trained_the_run_are_not_scored(finetune_request: FinetuneRe
 def test_a_patient_in_train_and_test_is_refused(
     made_data: Path, task: Task, monkeypatch: pytest.MonkeyPatch
 ):
-    def leaking(folders: list[Path], image_size: int | None) -> ImageTextDataset:
+    def leaking(folders: list[Path], image_size: int | None, resize: str) -> ImageTextDataset:
         dataset = open_dataset(folders, image_size)
         test = next(f for f in dataset.samples if f.split == "test")
         shared = (
@@ -509,7 +509,7 @@ def test_a_patient_in_train_and_test_is_refused(
 def test_a_split_without_validation_images_is_refused_with_the_command_that_draws_some(
     made_data: Path, task: Task, monkeypatch: pytest.MonkeyPatch
 ):
-    def without(folders: list[Path], image_size: int | None) -> ImageTextDataset:
+    def without(folders: list[Path], image_size: int | None, resize: str) -> ImageTextDataset:
         dataset = open_dataset(folders, image_size)
         return dataset.select([sample.split != "val" for sample in dataset.samples])
 

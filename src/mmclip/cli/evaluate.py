@@ -9,6 +9,7 @@ from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
     OverwriteOption,
+    RunOption,
     check_inputs,
     check_results,
     command_line,
@@ -20,40 +21,46 @@ from mmclip.cli.shared import (
 app = typer.Typer()
 
 
+OutOption = Annotated[
+    Path, typer.Option(help="Folder for results.json, scores.npz and the page.", metavar="PATH")
+]
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Images, findings and rules of a benchmark: a name or a path.", metavar="NAME"
+    ),
+]
+SourceOption = Annotated[
+    list[str] | None, typer.Option(help="Only these; may be repeated.", metavar="NAME")
+]
+FindingOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these, in order; may be repeated.", metavar="NAME"),
+]
+PromptsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Prompt set, by name or path; the first scores, others show the spread. "
+        "[the protocol's, or default, pair, sentence]",
+        metavar="NAME",
+    ),
+]
+NResamplesOption = Annotated[
+    int, typer.Option(help="Bootstrap resamples of patients.", min=1, metavar="N")
+]
+
+
 @app.command()
 def zeroshot(
-    run: Annotated[
-        Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
-    ],
+    run: RunOption,
     data: FolderOption,
-    out: Annotated[
-        Path, typer.Option(help="Folder for results.json, scores.npz and the page.", metavar="PATH")
-    ],
-    protocol: Annotated[
-        str | None,
-        typer.Option(
-            help="Images, findings and rules of a benchmark: a name or a path.", metavar="NAME"
-        ),
-    ] = None,
+    out: OutOption,
+    protocol: ProtocolOption = None,
     split: Annotated[str, typer.Option(help="train, val or test.", metavar="NAME")] = "test",
-    source: Annotated[
-        list[str] | None, typer.Option(help="Only these; may be repeated.", metavar="NAME")
-    ] = None,
-    finding: Annotated[
-        list[str] | None,
-        typer.Option(help="Only these, in order; may be repeated.", metavar="NAME"),
-    ] = None,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Prompt set, by name or path; the first scores, others show the spread. "
-            "[the protocol's, or default, pair, sentence]",
-            metavar="NAME",
-        ),
-    ] = None,
-    n_resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples of patients.", min=1, metavar="N")
-    ] = 1000,
+    source: SourceOption = None,
+    finding: FindingOption = None,
+    prompts: PromptsOption = None,
+    n_resamples: NResamplesOption = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.", metavar="N")] = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,

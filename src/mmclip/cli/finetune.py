@@ -14,65 +14,77 @@ from mmclip.progress import console
 app = typer.Typer()
 
 
+DataOption = Annotated[
+    Path, typer.Option("--data", help="Data folder of `mmclip data build`.", metavar="PATH")
+]
+OutOption = Annotated[
+    Path, typer.Option(help="Folder of the results, one folder a run in it.", metavar="PATH")
+]
+RunOption = Annotated[
+    Path | None,
+    typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH"),
+]
+InitOption = Annotated[
+    str,
+    typer.Option(
+        help="Weights: run, random (the run's architecture) or hf:FOLDER_OR_NAME.",
+        metavar="NAME",
+    ),
+]
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option(help="Findings, images and rules of a benchmark: name or path.", metavar="NAME"),
+]
+FindingOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Without a protocol: learn these; may be repeated.", metavar="NAME"),
+]
+SourceOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Without a protocol: only these; may be repeated.", metavar="NAME"),
+]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        help="probe (linear, encoder as it is) or full (encoder and head).", metavar="NAME"
+    ),
+]
+FractionOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Of the training patients: 0.01, 0.1 or 1; may be repeated.", metavar="RATIO"
+    ),
+]
+SeedOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Of subset, weights and order; may be repeated. [the protocol's]", metavar="N"
+    ),
+]
+ConfigOption = Annotated[
+    str,
+    typer.Option(help="Of full fine-tuning: tiny, vit_b, or a path to a TOML.", metavar="NAME"),
+]
+NResamplesOption = Annotated[
+    int, typer.Option(help="Bootstrap resamples of patients.", min=1, metavar="N")
+]
+
+
 @app.command()
 def finetune(
-    data: Annotated[
-        Path, typer.Option("--data", help="Data folder of `mmclip data build`.", metavar="PATH")
-    ],
-    out: Annotated[
-        Path, typer.Option(help="Folder of the results, one folder a run in it.", metavar="PATH")
-    ],
-    run: Annotated[
-        Path | None,
-        typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH"),
-    ] = None,
-    init: Annotated[
-        str,
-        typer.Option(
-            help="Weights: run, random (the run's architecture) or hf:FOLDER_OR_NAME.",
-            metavar="NAME",
-        ),
-    ] = "run",
-    protocol: Annotated[
-        str | None,
-        typer.Option(
-            help="Findings, images and rules of a benchmark: name or path.", metavar="NAME"
-        ),
-    ] = None,
-    finding: Annotated[
-        list[str] | None,
-        typer.Option(help="Without a protocol: learn these; may be repeated.", metavar="NAME"),
-    ] = None,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(help="Without a protocol: only these; may be repeated.", metavar="NAME"),
-    ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="probe (linear, encoder as it is) or full (encoder and head).", metavar="NAME"
-        ),
-    ] = "probe",
-    fraction: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Of the training patients: 0.01, 0.1 or 1; may be repeated.", metavar="RATIO"
-        ),
-    ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Of subset, weights and order; may be repeated. [the protocol's]", metavar="N"
-        ),
-    ] = None,
-    config: Annotated[
-        str,
-        typer.Option(help="Of full fine-tuning: tiny, vit_b, or a path to a TOML.", metavar="NAME"),
-    ] = "tiny",
+    data: DataOption,
+    out: OutOption,
+    run: RunOption = None,
+    init: InitOption = "run",
+    protocol: ProtocolOption = None,
+    finding: FindingOption = None,
+    source: SourceOption = None,
+    method: MethodOption = "probe",
+    fraction: FractionOption = None,
+    seed: SeedOption = None,
+    config: ConfigOption = "tiny",
     overrides: SetOption = None,
-    n_resamples: Annotated[
-        int, typer.Option(help="Bootstrap resamples of patients.", min=1, metavar="N")
-    ] = 1000,
+    n_resamples: NResamplesOption = 1000,
     cpu: CpuOption = False,
 ) -> None:
     """Learns findings from 1, 10 and 100 % of the training patients, and scores the test images.

@@ -13,6 +13,7 @@ from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
     OverwriteOption,
+    RunOption,
     check_inputs,
     check_results,
     command_line,
@@ -34,42 +35,47 @@ REPORT_LEAST = 16
 """Columns of the terminal under which no report is shown. [chosen: two words]"""
 
 
+ImageOption = Annotated[
+    str | None,
+    typer.Option(help="Search: an image id of the data, or a PNG, JPEG or DICOM.", metavar="NAME"),
+]
+PhraseOption = Annotated[
+    str | None, typer.Option(help="Search: what a report would say, in quotes.", metavar="TEXT")
+]
+EvaluateOption = Annotated[
+    bool, typer.Option("--evaluate", help="Score how images and reports find one another.")
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for found.png; with --evaluate (needed) for retrieval.json.",
+        metavar="PATH",
+    ),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option(help="train, val or test. [search: all; --evaluate: test]", metavar="NAME"),
+]
+SourceOption = Annotated[
+    list[str] | None, typer.Option(help="Only these; may be repeated.", metavar="NAME")
+]
+NResamplesOption = Annotated[
+    int, typer.Option(help="--evaluate: bootstrap resamples of patients.", min=1, metavar="N")
+]
+
+
 @app.command()
 def retrieve(
-    run: Annotated[
-        Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
-    ],
+    run: RunOption,
     data: FolderOption,
-    image: Annotated[
-        str | None,
-        typer.Option(
-            help="Search: an image id of the data, or a PNG, JPEG or DICOM.", metavar="NAME"
-        ),
-    ] = None,
-    phrase: Annotated[
-        str | None, typer.Option(help="Search: what a report would say, in quotes.", metavar="TEXT")
-    ] = None,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Score how images and reports find one another.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for found.png; with --evaluate (needed) for retrieval.json.",
-            metavar="PATH",
-        ),
-    ] = None,
+    image: ImageOption = None,
+    phrase: PhraseOption = None,
+    evaluate: EvaluateOption = False,
+    out: OutOption = None,
     top: Annotated[int, typer.Option(help="Search: how many patients.", min=1, metavar="N")] = 10,
-    split: Annotated[
-        str | None,
-        typer.Option(help="train, val or test. [search: all; --evaluate: test]", metavar="NAME"),
-    ] = None,
-    source: Annotated[
-        list[str] | None, typer.Option(help="Only these; may be repeated.", metavar="NAME")
-    ] = None,
-    n_resamples: Annotated[
-        int, typer.Option(help="--evaluate: bootstrap resamples of patients.", min=1, metavar="N")
-    ] = 1000,
+    split: SplitOption = None,
+    source: SourceOption = None,
+    n_resamples: NResamplesOption = 1000,
     seed: Annotated[int, typer.Option(help="--evaluate: of the bootstrap.", metavar="N")] = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
@@ -83,7 +89,7 @@ def retrieve(
     A search prints a table on stderr, and on stdout a line of JSON for each patient.
     """
     from mmclip.data.folder import check_place
-    from mmclip.retrieval.ranking import RETRIEVAL_FILE, evaluate_retrieval
+    from mmclip.retrieval.ranking import RETRIEVAL_FILE, RetrievalRequest, evaluate_retrieval
     from mmclip.retrieval.retrieve import SHEET_FILE, search, write_sheet
     from mmclip.run import open_run
 
@@ -92,14 +98,9 @@ def retrieve(
     of_split = None if split is None else split_name(split)
     if not evaluate:
         found = search(
-            open_run(run, device_of(cpu)),
-            tuple(data),
-            image=image,
-            phrase=phrase,
-            top=top,
-            split=of_split,
-            sources=tuple(source or ()),
-        )
+            open_run(run, device_of(cpu)), tuple(data), image=image, phrase=phrase, top=top,
+            split=of_split, sources=tuple(source or ()),
+        )  # fmt: skip
         print_found(found, top)
         if out is not None:
             console.print(f"images: {write_sheet(out, found)}", markup=False, soft_wrap=True)
@@ -110,18 +111,18 @@ def retrieve(
     check_place(out, (RETRIEVAL_FILE, SHEET_FILE))
     if not overwrite:
         check_results(out, RETRIEVAL_FILE)
-    results = evaluate_retrieval(
-        run,
-        tuple(data),
-        out,
+    request = RetrievalRequest(
+        run=run,
+        folders=tuple(data),
+        out=out,
+        command=command_line(),
         split=of_split or "test",
         sources=tuple(source or ()),
         n_resamples=n_resamples,
         seed=seed,
-        command=command_line(),
         device=device_of(cpu),
     )
-    print_retrieval(results)
+    print_retrieval(evaluate_retrieval(request))
     print(out / RETRIEVAL_FILE)
 
 

@@ -25,6 +25,9 @@ FolderOption = Annotated[
         "--data", help="Data folder of `mmclip data build`; may be repeated.", metavar="PATH"
     ),
 ]
+RunOption = Annotated[
+    Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override, e.g. train.steps=200; may be repeated.", metavar="KEY=V"),
