@@ -85,6 +85,7 @@ def main() -> None:
             test.labels, test.scores, test.patients(), test.names(), n_resamples=200
         )
         interval = found.macro_auroc_ci
+        assert found.macro_auroc is not None, "every finding of a preset has many images"
         by_step[opened.step] = round(found.macro_auroc, 4)
         each = {name: round(value, 3) for name, value in found.aurocs().items()}
         print(folder.name, by_step[opened.step], each, flush=True)

@@ -40,7 +40,11 @@ from mmclip.explanation.grounding import (
     scaled,
 )
 from mmclip.explanation.mechanism import patient_mean, patient_means
-from mmclip.explanation.pointing_game import evaluate_explanations, other_phrases
+from mmclip.explanation.pointing_game import (
+    PointingRequest,
+    evaluate_explanations,
+    other_phrases,
+)
 from mmclip.explanation.saliency import saliency_maps
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import build_mmclip
@@ -301,7 +305,7 @@ def test_a_shifted_finding_shifts_the_map(grey: Checkpoint, score):
     for phrase, level in ((BRIGHT, 220), (DARK, 10)):
         for row, column in ((0, 0), (1, 2), (3, 1)):
             sample = image_with(row, column, level)
-            found = explain_image(Run("made", grey), sample, phrase, score, PROMPTS)
+            found = explain_image(grey, sample, phrase, score, PROMPTS)
             assert found.saliency.shape == (HEIGHT, WIDTH)
             assert ((found.saliency == found.saliency.max()) == (sample == level)).all()
             facts = found.facts()
@@ -312,25 +316,19 @@ def test_a_shifted_finding_shifts_the_map(grey: Checkpoint, score):
 def test_the_map_depends_on_the_phrase(grey: Checkpoint):
     sample = image_with(1, 1, 220)
     sample[24:36, 18:27] = 10
-    bright, dark = (
-        explain_image(Run("made", grey), sample, p, "contribution", PROMPTS) for p in (BRIGHT, DARK)
-    )
+    bright, dark = (explain_image(grey, sample, p, "contribution", PROMPTS) for p in (BRIGHT, DARK))
     assert bright.facts()["highest_at_px"] == {"x": 13.5, "y": 18.0}
     assert dark.facts()["highest_at_px"] == {"x": 22.5, "y": 30.0}
     np.testing.assert_allclose(bright.patches, -dark.patches, atol=1e-5)
 
 
 def test_masses_of_halves_and_thirds_by_hand(grey: Checkpoint):
-    mass = explain_image(
-        Run("made", grey), image_with(0, 3), BRIGHT, "contribution", PROMPTS
-    ).facts()["mass"]
+    mass = explain_image(grey, image_with(0, 3), BRIGHT, "contribution", PROMPTS).facts()["mass"]
     assert mass["image left"] + mass["image right"] == pytest.approx(1, abs=1e-4)
     thirds = [mass[f"{name} third"] for name in ("upper", "middle", "lower")]
     assert sum(thirds) == pytest.approx(1, abs=1e-4)
     assert mass["image right"] > 0.7 and thirds[0] > 0.7
-    flat = explain_image(
-        Run("made", grey), np.full((40, 30), 99, np.uint8), BRIGHT, "contribution", PROMPTS
-    )
+    flat = explain_image(grey, np.full((40, 30), 99, np.uint8), BRIGHT, "contribution", PROMPTS)
     assert set(flat.facts()["mass"].values()) == {None}
     assert flat.facts()["highest_at_px"] is None
 
@@ -339,8 +337,8 @@ def test_a_resized_copy_gives_the_map_of_the_published_image(grey: Checkpoint):
     sample = image_with(2, 2)
     copy = resize_image(sample, made.IMAGE_SIZE)
     size = (HEIGHT, WIDTH)
-    found = explain_image(Run("made", grey), copy, BRIGHT, "contribution", PROMPTS, size_px=size)
-    whole = explain_image(Run("made", grey), sample, BRIGHT, "contribution", PROMPTS)
+    found = explain_image(grey, copy, BRIGHT, "contribution", PROMPTS, size_px=size)
+    whole = explain_image(grey, sample, BRIGHT, "contribution", PROMPTS)
     np.testing.assert_array_equal(found.saliency, whole.saliency)
     assert found.image.shape == size and stretched(sample, *size) is sample
 
@@ -351,11 +349,9 @@ def test_attention_is_the_decoders_and_needs_one(grey: Checkpoint):
     maps = saliency_maps(grey.model, grey, images, phrases, [0, 0], "decoder_attention", PROMPTS)
     assert maps.shape == (2, 16) and (maps > 0).all() and (maps.sum(1) < 1).all()
     with pytest.raises(ValueError, match="this run has none; choose contribution"):
-        explain_image(
-            Run("made", grey_checkpoint()), image_with(0, 0), BRIGHT, "decoder_attention", PROMPTS
-        )
+        explain_image(grey_checkpoint(), image_with(0, 0), BRIGHT, "decoder_attention", PROMPTS)
     with pytest.raises(ValueError, match="the phrase is empty"):
-        explain_image(Run("made", grey), image_with(0, 0), "  ", "contribution", PROMPTS)
+        explain_image(grey, image_with(0, 0), "  ", "contribution", PROMPTS)
 
 
 # -- evaluation --
@@ -408,9 +404,8 @@ def dataset(marked: Path) -> ImageTextDataset:
 
 
 def evaluated(run: Run, dataset: ImageTextDataset, root: Path, **more) -> dict:
-    return evaluate_explanations(
-        run, dataset, "ms-cxr", root, "contribution", PROMPTS, n_resamples=200, **more
-    )
+    request = PointingRequest("ms-cxr", root, "contribution", PROMPTS, n_resamples=200, **more)
+    return evaluate_explanations(run, dataset, request)
 
 
 @pytest.fixture(scope="module")

@@ -211,6 +211,12 @@ def find_checkpoint(path: Path) -> Path:
     return finished[-1]
 
 
+def run_folder(checkpoint: Path) -> Path:
+    """The run that a checkpoint's folder lies in; the folder itself where it lies in none."""
+    folder = checkpoint.resolve()
+    return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads model and tokenizer of a checkpoint or of a run's newest one. Executes no pickle.
 

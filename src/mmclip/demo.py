@@ -76,21 +76,7 @@ def run_demo(
     preset = replace(PRESETS["demo"], seed=PRESETS["demo"].seed + seed)
     _make_room(out, preset, overwrite)
     dataset = open_dataset([_make_data(out, preset)], config.data.image_size)
-    request = PretrainRequest(
-        folders=(out / "data",),
-        run=out / "run",
-        config=config,
-        command=command,
-        resume=True,
-        shuffle_pairs=shuffle_pairs,
-    )
-    try:
-        run = open_run(pretrain(request))
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{out} holds a demo that does not go on with this command ({error}); add --overwrite "
-            f"to replace it"
-        ) from None
+    run = _train(out, config, shuffle_pairs, command)
     prompts, *other_prompt_sets = [load_prompts(name) for name in DEFAULT_PROMPT_SETS]
     held_out = _held_out(out / "raw")
     ordinary = dataset.select([sample.image_id not in held_out for sample in dataset.samples])
@@ -115,6 +101,29 @@ def run_demo(
         },
         combinations=_combinations(dataset, held_out, run, prompts, seed),
     )
+
+
+def _train(out: Path, config: Config, shuffle_pairs: bool, command: str) -> Run:
+    """Pre-trains, or goes on where a killed demo was.
+
+    Raises:
+        CheckpointError: When the run in `out` is of another command.
+    """
+    request = PretrainRequest(
+        folders=(out / "data",),
+        run=out / "run",
+        config=config,
+        command=command,
+        resume=True,
+        shuffle_pairs=shuffle_pairs,
+    )
+    try:
+        return open_run(pretrain(request))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{out} holds a demo that does not go on with this command ({error}); add --overwrite "
+            f"to replace it"
+        ) from None
 
 
 def _about(run: Run, preset: Preset, shuffle_pairs: bool, leak_check: str) -> About:

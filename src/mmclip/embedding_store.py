@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float32
 from torch import Tensor
 
-from mmclip.checkpoint import CHECKPOINTS, Checkpoint, file_sha256
+from mmclip.checkpoint import Checkpoint, file_sha256, run_folder
 from mmclip.data.folder import read_meta, write_text_atomic
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.embed import embed_images, embed_texts
@@ -90,9 +90,7 @@ def text_embeddings(checkpoint: Checkpoint, texts: Sequence[str]) -> Float32[np.
 
 def store_folder(checkpoint: Checkpoint) -> Path:
     """Where embeddings of a checkpoint lie: in its run, or in itself where it has none."""
-    folder = checkpoint.folder.resolve()
-    is_of_run = folder.parent.name == CHECKPOINTS
-    return (folder.parent.parent if is_of_run else folder) / STORE_FOLDER
+    return run_folder(checkpoint.folder) / STORE_FOLDER
 
 
 def _of_checkpoint(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mmclip.checkpoint import CHECKPOINTS, Checkpoint, load_checkpoint
+from mmclip.checkpoint import Checkpoint, load_checkpoint, run_folder
 from mmclip.config import Config, recipe_hash
 from mmclip.data.batches import SEEN_FILE
 from mmclip.data.check import TRAINED_FILE, refuse_trained
@@ -78,8 +78,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """The run's folder; of a checkpoint that lies in none, the checkpoint's own."""
-        folder = self.checkpoint.folder.resolve()
-        return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+        return run_folder(self.checkpoint.folder)
 
     @property
     def step(self) -> int:
@@ -155,10 +154,10 @@ class Run:
         stored = json.loads(path.read_text("utf-8"))
         names = [name.lower() for name in findings]
         ways: tuple[Seen, ...] = ("label", "prompt", "report")
-        return {
-            finding: next((how for how in ways if concepts & set(stored[how])), "none")
-            for finding, concepts in zip(findings, map(set, _concepts(names)), strict=True)
-        }
+        found: dict[str, Seen] = {}
+        for finding, concepts in zip(findings, _concepts(names), strict=True):
+            found[finding] = next((how for how in ways if {*concepts} & {*stored[how]}), "none")
+        return found
 
     def facts(self) -> dict[str, str | int | float]:
         """Pairs, data and step of the training, for results."""

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.table import Table
@@ -19,7 +19,13 @@ from mmclip.cli.shared import (
 from mmclip.progress import console
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from mmclip.data.annotations import Annotation
+    from mmclip.explanation.pointing_game import PointingRequest
     from mmclip.explanation.saliency import ExplainScore
+    from mmclip.prompts import PromptSet
+    from mmclip.run import Run
 
 app = typer.Typer()
 
@@ -144,57 +150,94 @@ def explain(
     from mmclip.prompts import load_prompts
     from mmclip.run import open_run
 
-    opened = open_run(run, device_of(cpu))
-    prompt_set = load_prompts(prompts)
+    opened, prompt_set = open_run(run, device_of(cpu)), load_prompts(prompts)
     if evaluate:
-        from mmclip.explanation.pointing_game import evaluate_explanations
+        from mmclip.explanation.pointing_game import PointingRequest
 
         assert data and marked
-        dataset = opened.open_data(data)
-        _check_free(files, overwrite)
-        results = evaluate_explanations(
-            opened,
-            dataset,
-            *marked,
-            kind,
-            prompt_set,
-            split=of_split,
-            n_resamples=n_resamples,
-            seed=seed,
+        request = PointingRequest(
+            *marked, kind, prompt_set, split=of_split, n_resamples=n_resamples, seed=seed
         )
-        _print_pointing(results)
-        text = json.dumps({"command": command_line(), **results}, indent=2, ensure_ascii=False)
-        from mmclip.data.folder import write_text_atomic
-
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(out, text + "\n")
-        print(text)
+        _evaluate(opened, data, request, out, overwrite)
         return
-
-    from mmclip.data.images import ImageError, read_image
-    from mmclip.explanation.explain import explain_image, image_of_folder, write_explanation
-
     assert phrase is not None
-    if image is not None:
-        try:
-            pixels, size_px, annotations = read_image(image), None, []
-        except ImageError as error:
-            raise ValueError(f"--image {image}: {error}; give another file") from None
-    else:
-        assert data and image_id is not None
-        pixels, size_px, annotations = image_of_folder(opened, data[0], image_id, marked)
+    shown = _read(opened, where, image, data, marked)
     _check_free(files, overwrite)
-    found = explain_image(opened, pixels, phrase, kind, prompt_set, size_px, annotations)
+    _explain(opened, shown, phrase, kind, prompt_set, files)
+
+
+def _evaluate(
+    run: "Run", data: list[Path], request: "PointingRequest", out: Path, overwrite: bool
+) -> None:
+    """Measures the maps of all images, and writes and prints what is found."""
+    from mmclip.data.folder import write_text_atomic
+    from mmclip.explanation.pointing_game import evaluate_explanations
+
+    dataset = run.open_data(data)
+    _check_free([out], overwrite)
+    results = evaluate_explanations(run, dataset, request)
+    _print_pointing(results)
+    text = json.dumps({"command": command_line(), **results}, indent=2, ensure_ascii=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(out, text + "\n")
+    print(text)
+
+
+class _Shown(NamedTuple):
+    """An image to explain."""
+
+    name: str
+    pixels: "np.ndarray"
+    size_px: tuple[int, int] | None  # as published, where the pixels are a resized copy
+    annotations: "list[Annotation]"
+
+
+def _read(
+    run: "Run",
+    name: str,
+    image: Path | None,
+    data: list[Path] | None,
+    marked: tuple[str, Path] | None,
+) -> _Shown:
+    """The image of a file, or of a data folder by its id."""
+    from mmclip.data.images import ImageError, read_image
+    from mmclip.explanation.explain import image_of_folder
+
+    if image is None:
+        assert data
+        return _Shown(name, *image_of_folder(run, data[0], name, marked))
+    try:
+        return _Shown(name, read_image(image), None, [])
+    except ImageError as error:
+        raise ValueError(f"--image {image}: {error}; give another file") from None
+
+
+def _explain(
+    run: "Run",
+    shown: _Shown,
+    phrase: str,
+    score: "ExplainScore",
+    prompts: "PromptSet",
+    files: list[Path],
+) -> None:
+    """Draws the map of one image, and prints what it says in numbers."""
+    from mmclip.explanation.explain import explain_image, write_explanation
+
+    found = explain_image(
+        run.checkpoint, shown.pixels, phrase, score, prompts, shown.size_px, shown.annotations
+    )
     facts = found.facts()
-    write_explanation(out, found, facts, f"{where}; run {opened.name} at step {opened.step}")
+    picture, arrays = files
+    caption = f"{shown.name}; run {run.name} at step {run.step}"
+    write_explanation(picture, found, facts, caption)
     metadata = {
         "command": command_line(),
-        "image": where,
-        "run": str(opened.checkpoint.folder),
-        "step": opened.step,
-        "config_hash": opened.config_hash,
-        "picture": str(files[0]),
-        "arrays": str(files[1]),
+        "image": shown.name,
+        "run": str(run.checkpoint.folder),
+        "step": run.step,
+        "config_hash": run.config_hash,
+        "picture": str(picture),
+        "arrays": str(arrays),
     }
     print(json.dumps({**metadata, **facts}, indent=2, ensure_ascii=False))
 

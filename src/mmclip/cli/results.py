@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.table import Table
@@ -105,9 +105,71 @@ def results(
 
     Example: `mmclip results runs/a-0/test runs/a-1/test runs/b-0/test runs/b-1/test --over-seeds`
     """
-    from mmclip.evaluation.comparison import compare, compute_metrics_of_csv, published
+    from mmclip.evaluation.comparison import compute_metrics_of_csv, published
+
+    tables = _tables(given, data, protocol, out, over_seeds)
+    check_inputs(data=data or (), protocol=protocol)
+    if out is not None and not overwrite:
+        for path in tables:
+            check_results(out / path.stem)
+    folders = [out / path.stem if out and path in tables else path for path in given]
+    for path in tables:
+        assert data and protocol and out
+        compute_metrics_of_csv(
+            path, data, out / path.stem, protocol=protocol, split=split_name(split),
+            n_resamples=n_resamples, seed=seed, command=command_line(),
+        )  # fmt: skip
+        console.print(f"{path}: {out / path.stem / 'page.html'}", markup=False, soft_wrap=True)
+    table = _table(folders, over_seeds, n_resamples, seed)
+    first, parts, drawn, said = table.first, table.parts, table.drawn, table.said
+    known = [] if first.protocol is None else published(first.protocol.id)
+    _print_tables(parts, first, drawn)
+    for sentence in said:
+        console.print(sentence, style="yellow", markup=False)
+    _print_published(known)
+    if save is not None:
+        save.write_text(_markdown(parts, said, first, known, drawn), "utf-8")
+        console.print(f"written: {save}", markup=False, soft_wrap=True)
+    of_others = {"published": [row.model_dump(mode="json") for row in known]}
+    print(json.dumps({**table.plain, **of_others}, ensure_ascii=False))
+
+
+class _Table(NamedTuple):
+    """Results side by side."""
+
+    first: "RunResults"  # the base
+    parts: "list[Section]"
+    drawn: str  # over what intervals are
+    said: list[str]  # what a reader must know
+    plain: dict[str, Any]  # for JSON
+
+
+def _table(folders: list[Path], over_seeds: bool, n_resamples: int, seed: int) -> _Table:
+    """Compares results, run by run or over the seeds of each recipe."""
+    from mmclip.evaluation.comparison import compare
     from mmclip.evaluation.over_seeds import compare_over_seeds, remarks
 
+    if not over_seeds:
+        found = compare(folders, n_resamples=n_resamples, seed=seed)
+        _say_differences((run.name, run.differs) for run in found)
+        plain = {"runs": [_plain_run(run) for run in found]}
+        return _Table(found[0].results, _sections(found), "patients", [], plain)
+    arms = compare_over_seeds(folders, n_resamples=n_resamples, seed=seed)
+    first = next(run for run in arms[0].runs.values() if run.folder == folders[0]).results
+    _say_differences((arm.name, arm.differs) for arm in arms)
+    said = remarks(arms)
+    plain = {"arms": [_plain_arm(arm) for arm in arms], "remarks": said}
+    return _Table(first, _sections_over_seeds(arms), "seeds and patients", said, plain)
+
+
+def _tables(
+    given: list[Path],
+    data: list[Path] | None,
+    protocol: str | None,
+    out: Path | None,
+    over_seeds: bool,
+) -> list[Path]:
+    """The CSV files among what was given; refuses options that do not go together."""
     tables = [path for path in given if path.suffix.lower() == ".csv"]
     if tables and over_seeds:
         raise ValueError(
@@ -129,44 +191,7 @@ def results(
         )
     if missing := [path for path in given if not path.exists()]:
         raise ValueError(f"there is no {missing[0]}; give the --out of `mmclip zeroshot` or a CSV")
-    check_inputs(data=data or (), protocol=protocol)
-    if out is not None and not overwrite:
-        for path in tables:
-            check_results(out / path.stem)
-    folders = []
-    for path in given:
-        if path in tables:
-            assert data and protocol and out
-            compute_metrics_of_csv(
-                path, data, out / path.stem, protocol=protocol, split=split_name(split),
-                n_resamples=n_resamples, seed=seed, command=command_line(),
-            )  # fmt: skip
-            console.print(f"{path}: {out / path.stem / 'page.html'}", markup=False, soft_wrap=True)
-            folders.append(out / path.stem)
-        else:
-            folders.append(path)
-    if over_seeds:
-        arms = compare_over_seeds(folders, n_resamples=n_resamples, seed=seed)
-        first = next(run for run in arms[0].runs.values() if run.folder == folders[0]).results
-        _say_differences((arm.name, arm.differs) for arm in arms)
-        drawn, parts, said = "seeds and patients", _sections_over_seeds(arms), remarks(arms)
-        plain: dict = {"arms": [_plain_arm(arm) for arm in arms], "remarks": said}
-    else:
-        found = compare(folders, n_resamples=n_resamples, seed=seed)
-        first = found[0].results
-        _say_differences((run.name, run.differs) for run in found)
-        drawn, parts, said = "patients", _sections(found), []
-        plain = {"runs": [_plain_run(run) for run in found]}
-    known = [] if first.protocol is None else published(first.protocol.id)
-    _print_tables(parts, first, drawn)
-    for sentence in said:
-        console.print(sentence, style="yellow", markup=False)
-    _print_published(known)
-    if save is not None:
-        save.write_text(_markdown(parts, said, first, known, drawn), "utf-8")
-        console.print(f"written: {save}", markup=False, soft_wrap=True)
-    plain["published"] = [row.model_dump(mode="json") for row in known]
-    print(json.dumps(plain, ensure_ascii=False))
+    return tables
 
 
 def _say_differences(runs: "Iterable[tuple[str, Sequence[str]]]") -> None:

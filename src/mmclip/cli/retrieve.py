@@ -118,7 +118,7 @@ def retrieve(
     A search prints a table on stderr, and on stdout a line of JSON for each patient.
     """
     from mmclip.data.folder import check_place
-    from mmclip.retrieval.ranking import RETRIEVAL_FILE, evaluate_retrieval
+    from mmclip.retrieval.ranking import RETRIEVAL_FILE, RetrievalRequest, evaluate_retrieval
     from mmclip.retrieval.retrieve import SHEET_FILE, search, write_sheet
     from mmclip.run import open_run
 
@@ -127,14 +127,9 @@ def retrieve(
     of_split = None if split is None else split_name(split)
     if not evaluate:
         found = search(
-            open_run(run, device_of(cpu)),
-            tuple(data),
-            image=image,
-            phrase=phrase,
-            top=top,
-            split=of_split,
-            sources=tuple(source or ()),
-        )
+            open_run(run, device_of(cpu)), tuple(data), image=image, phrase=phrase, top=top,
+            split=of_split, sources=tuple(source or ()),
+        )  # fmt: skip
         print_found(found, top)
         if out is not None:
             console.print(f"images: {write_sheet(out, found)}", markup=False, soft_wrap=True)
@@ -145,18 +140,18 @@ def retrieve(
     check_place(out, (RETRIEVAL_FILE, SHEET_FILE))
     if not overwrite:
         check_results(out, RETRIEVAL_FILE)
-    results = evaluate_retrieval(
-        run,
-        tuple(data),
-        out,
+    request = RetrievalRequest(
+        run=run,
+        folders=tuple(data),
+        out=out,
+        command=command_line(),
         split=of_split or "test",
         sources=tuple(source or ()),
         n_resamples=n_resamples,
         seed=seed,
-        command=command_line(),
         device=device_of(cpu),
     )
-    print_retrieval(results)
+    print_retrieval(evaluate_retrieval(request))
     print(out / RETRIEVAL_FILE)
 
 

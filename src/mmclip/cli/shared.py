@@ -29,6 +29,9 @@ FolderOption = Annotated[
         metavar="PATH",
     ),
 ]
+RunOption = Annotated[
+    Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -6,7 +6,7 @@ Two results stand in one table only when they are of the same images, findings a
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,7 +23,7 @@ from mmclip.evaluation.bootstrap import bootstrap_difference, macro_of_resamples
 from mmclip.evaluation.compute_metrics import compute_metrics, shortcut_baseline
 from mmclip.evaluation.intervals import Interval, percentile_interval
 from mmclip.evaluation.pages import write_evaluation
-from mmclip.evaluation.protocols import OWN_PROTOCOL, load_protocol
+from mmclip.evaluation.protocols import OWN_PROTOCOL, Protocol, load_protocol
 from mmclip.evaluation.results import (
     About,
     RunResults,
@@ -285,6 +285,37 @@ def _check_alike(first: Run, other: Run) -> None:
         )
 
 
+def _predictions_of(
+    path: Path,
+    table: Mapping[str, Sequence[float]],
+    selected: ImageTextDataset,
+    rules: Protocol,
+) -> Predictions:
+    """The scores that a table has of some images, with their labels by a protocol.
+
+    Raises:
+        ScoresError: When the table lacks an image.
+    """
+    labels = protocol_labels(rules, selected.samples)
+    values = scores_of_images(path, table, [sample.image_id for sample in selected.samples])
+    return make_predictions(selected, rules.findings, labels, values)
+
+
+def _val_of(
+    path: Path,
+    table: Mapping[str, Sequence[float]],
+    dataset: ImageTextDataset,
+    rules: Protocol,
+    note: str,
+) -> tuple[Predictions | None, str]:
+    """The scores of the validation images and a note, or None and the reason why there are none."""
+    try:
+        images = select_samples(dataset, "val", protocol=rules)
+        return _predictions_of(path, table, images, rules), note
+    except (ScoresError, ManifestError) as error:
+        return None, f"no thresholds, as validation images are not scored: {error}"
+
+
 def compute_metrics_of_csv(
     path: Path,
     folders: Sequence[Path],
@@ -318,27 +349,15 @@ def compute_metrics_of_csv(
     named = split_of(folders, rules)
     dataset = open_dataset(folders)
     table = read_scores_csv(path, rules.findings)
-
-    def scores_of(selected: ImageTextDataset) -> Predictions:
-        labels = protocol_labels(rules, selected.samples)
-        values = scores_of_images(path, table, [sample.image_id for sample in selected.samples])
-        return make_predictions(selected, rules.findings, labels, values)
-
     selected = select_samples(dataset, split, protocol=rules)
-    test = scores_of(selected)
-    note = "thresholds of F1 and the like by validation images"
-    try:
-        val = scores_of(select_samples(dataset, "val", protocol=rules)) if split != "val" else None
-    except (ScoresError, ManifestError) as error:
-        val, note = None, f"no thresholds, as validation images are not scored: {error}"
+    test = _predictions_of(path, table, selected, rules)
+    val, note = None, "thresholds of F1 and the like by validation images"
+    if split != "val":
+        val, note = _val_of(path, table, dataset, rules, note)
     evaluation = compute_metrics(
-        test,
-        val,
-        rule=rules.threshold,
-        min_count=rules.min_count,
-        n_resamples=n_resamples,
-        seed=seed,
-    )
+        test, val, rule=rules.threshold, min_count=rules.min_count,
+        n_resamples=n_resamples, seed=seed,
+    )  # fmt: skip
     about = About(
         title=f"{path.stem}: {rules.title}",
         kind="scores",
@@ -352,6 +371,6 @@ def compute_metrics_of_csv(
         device=torch.device("cpu"),
         wall_s=time.monotonic() - began,
     )
-    controls = {"shortcut baseline": shortcut_baseline(selected, test, rules.min_count)}
-    results = run_results(evaluation, about, made, protocol=rules, controls=controls)
+    shortcut = {"shortcut baseline": shortcut_baseline(selected, test, rules.min_count)}
+    results = run_results(evaluation, about, made, protocol=rules, controls=shortcut)
     return write_evaluation(out, results, test, val=val, protocol=rules)

@@ -99,15 +99,9 @@ def compute_metrics(
     if val is not None:
         chosen_thresholds |= choose_thresholds(val.labels, val.scores, names, rule=rule)
     found = metrics_by_finding(
-        test.labels,
-        test.scores,
-        test.patients(),
-        names,
-        thresholds=chosen_thresholds,
-        n_resamples=n_resamples,
-        seed=seed,
-        min_count=min_count,
-    )
+        test.labels, test.scores, test.patients(), names, thresholds=chosen_thresholds,
+        n_resamples=n_resamples, seed=seed, min_count=min_count,
+    )  # fmt: skip
     groups = subgroups(test, min_count=min_count, n_resamples=n_resamples, seed=seed)
     return found.model_copy(update={"subgroups": groups})
 
@@ -232,49 +226,48 @@ def metrics_by_finding(
     Returns:
         `findings` in the given order, without those that lack a class, which are in `undefined`
         with the reason and counts; no subgroups.
-
-    Raises:
-        ValueError: When a column is named twice, or not at all.
     """
-    if len(set(findings)) != len(findings) or len(findings) != labels.shape[1]:
-        raise ValueError(
-            f"{len(findings)} findings ({len(set(findings))} distinct) for {labels.shape[1]} "
-            f"columns of labels; name each column once"
-        )
+    _check_columns(findings, labels.shape[1])
     of = dict(thresholds or {})
-    chosen = [of[name].value if name in of else None for name in findings]
     drawn = bootstrap_metrics(
-        labels, scores, patients, n_resamples=n_resamples, seed=seed, thresholds=chosen
-    )
-    n_patients = len(set(patients))
+        labels, scores, patients, n_resamples=n_resamples, seed=seed,
+        thresholds=[of[name].value if name in of else None for name in findings],
+    )  # fmt: skip
     scored: list[FindingScores] = []
     undefined: list[Undefined] = []
     for k, name in enumerate(findings):
         column = _Column(labels[:, k], scores[:, k], patients)
         counts = count_labels(column.labels)
-        if not (counts.n_positive and counts.n_negative):
+        if counts.n_positive and counts.n_negative:
+            points = _points(column, of.get(name))
+            scored.append(_finding(name, counts, points, column, _column_of(drawn, k), min_count))
+        else:
             undefined.append(_undefined(name, counts))
-            continue
-        points = _points(column, of.get(name))
-        intervals = _intervals(points, column, _column_of(drawn, k), n_patients)
-        in_macro = min(counts.n_positive, counts.n_negative) >= min_count
-        named = {"finding": name, **counts._asdict(), "in_macro": in_macro}
-        scored.append(FindingScores.model_validate({**named, **points, **intervals}))
     counted = [row for row in scored if row.in_macro]
     columns = [list(findings).index(row.finding) for row in counted]
     images = labels[:, columns], scores[:, columns], patients
+    macros = _macro_averages(counted, images, _column_of(drawn, columns), seed)
     return Evaluation.model_validate(
         {
-            **_macro_averages(counted, images, _column_of(drawn, columns), seed),
+            **macros,
             "macro_findings": [row.finding for row in counted],
             "min_count": min_count,
             "n_images": len(labels),
-            "n_patients": n_patients,
+            "n_patients": len(set(patients)),
             "n_resamples": n_resamples,
             "findings": scored,
             "undefined": undefined,
         }
     )
+
+
+def _check_columns(findings: Sequence[str], n_columns: int) -> None:
+    """Refuses findings that do not name each column once, by a ValueError."""
+    if len(set(findings)) != len(findings) or len(findings) != n_columns:
+        raise ValueError(
+            f"{len(findings)} findings ({len(set(findings))} distinct) for {n_columns} "
+            f"columns of labels; name each column once"
+        )
 
 
 def _column_of(drawn: Resampled, columns: int | Sequence[int]) -> dict[str, np.ndarray]:
@@ -310,23 +303,29 @@ def _points(column: _Column, threshold: Threshold | None) -> dict[str, Any]:
     }
 
 
-def _intervals(
+def _finding(
+    name: str,
+    counts: Counts,
     points: Mapping[str, Any],
     column: _Column,
     drawn: Mapping[str, Float[np.ndarray, " resamples"]],
-    n_patients: int,
-) -> dict[str, Interval | None]:
-    """The interval of each metric of a finding, by field of `FindingScores`."""
+    min_count: int,
+) -> FindingScores:
+    """A finding with both classes: what it reaches, with the interval of each metric."""
     images = images_of_patients(column.labels, column.patients)
     is_flat = is_constant(column.labels, column.scores)
-    return {
-        f"{metric}_ci": finding_interval(
-            metric, points[metric], values, images, is_constant=is_flat
+    n_patients = len(set(column.patients))
+    intervals = {
+        f"{metric}_ci": (
+            finding_interval(metric, points[metric], values, images, is_constant=is_flat)
+            if metric in SHARES
+            else percentile_interval(values, n_patients=n_patients)
         )
-        if metric in SHARES
-        else percentile_interval(values, n_patients=n_patients)
         for metric, values in drawn.items()
     }
+    in_macro = min(counts.n_positive, counts.n_negative) >= min_count
+    named = {"finding": name, **counts._asdict(), "in_macro": in_macro}
+    return FindingScores.model_validate({**named, **points, **intervals})
 
 
 def _macro_averages(

@@ -1,6 +1,5 @@
 """Zero-shot classification: an image is compared with what a report would say of it."""
 
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.sample import Split
 from mmclip.embed import PromptEmbeddings, embed_images, embed_prompts, probabilities
 from mmclip.evaluation.compute_metrics import (
-    MIN_COUNT,
     compute_metrics,
     control_of,
     shortcut_baseline,
 )
-from mmclip.evaluation.metrics import ThresholdRule, auroc
+from mmclip.evaluation.metrics import auroc
 from mmclip.evaluation.pages import gallery_of, write_evaluation
-from mmclip.evaluation.protocols import Protocol, load_protocol
+from mmclip.evaluation.protocols import load_protocol
 from mmclip.evaluation.results import (
     About,
     Combination,
@@ -38,14 +36,12 @@ from mmclip.evaluation.results import (
 )
 from mmclip.evaluation.scores import (
     Predictions,
-    findings_of,
     images_hash,
     make_predictions,
-    protocol_labels,
-    select_samples,
     split_of,
     unknown_views,
 )
+from mmclip.evaluation.selection import Selection
 from mmclip.prompt_check import check_prompts
 from mmclip.prompts import PromptSet, load_prompts
 from mmclip.run import Run, open_run
@@ -90,69 +86,6 @@ class ZeroshotRequest:
     n_resamples: int = 1000
     seed: int = 0
     device: torch.device | None = None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which images are scored, for which findings, by which rules.
-
-    Attributes:
-        split: Which images; thresholds come from "val" of the same sources unless that is it.
-        sources: Only these, when named.
-        findings: In this order; by default all that the images are labelled with.
-        protocol: Images, findings and rules; then `sources` and `findings` are its own.
-    """
-
-    split: Split = "test"
-    sources: tuple[str, ...] = ()
-    findings: tuple[str, ...] = ()
-    protocol: Protocol | None = None
-
-    @property
-    def min_count(self) -> int:
-        """See `compute_metrics.metrics_by_finding`."""
-        return MIN_COUNT if self.protocol is None else self.protocol.min_count
-
-    @property
-    def rule(self) -> ThresholdRule:
-        """What a threshold does best on validation images."""
-        return "f1" if self.protocol is None else self.protocol.threshold
-
-    def said(self) -> str:
-        """Split and sources, in words."""
-        return f"split {self.split}" + (f" of {', '.join(self.sources)}" if self.sources else "")
-
-    def samples(self, dataset: ImageTextDataset, split: Split | None = None) -> ImageTextDataset:
-        """The labelled frontal images of the split, or of another.
-
-        Raises:
-            ManifestError: See `scores.select_samples`.
-        """
-        return select_samples(dataset, split or self.split, self.sources, self.protocol)
-
-    def names(self, selected: ImageTextDataset) -> list[str]:
-        """The findings that some images are scored for.
-
-        Raises:
-            ManifestError: When a finding is labelled in no image.
-        """
-        if self.protocol is not None:
-            return list(self.protocol.findings)
-        there = findings_of(selected)
-        if missing := [f for f in self.findings if f not in there]:
-            asked = " ".join(f"--finding {shlex.quote(name)}" for name in self.findings)
-            raise ManifestError(
-                f"no image is labelled with {', '.join(missing)}; these images are labelled with "
-                f"{', '.join(there)}. To score images without labels: `mmclip predict --model RUN "
-                f"DATA {asked} --out predictions.csv`"
-            )
-        return list(self.findings) or there
-
-    def labels(self, selected: ImageTextDataset, names: Sequence[str]) -> np.ndarray:
-        """float [n, k]: 1, 0 or NaN of each image and finding."""
-        if self.protocol is None:
-            return selected.labels(names)
-        return protocol_labels(self.protocol, selected.samples)
 
 
 @dataclass(frozen=True)

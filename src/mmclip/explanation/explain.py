@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mmclip.checkpoint import Checkpoint
 from mmclip.data.annotations import Annotation, read_annotations
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import normalise
@@ -125,7 +126,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def explain_image(
-    run: Run,
+    checkpoint: Checkpoint,
     pixels: UInt8[np.ndarray, "h w"],
     phrase: str,
     score: ExplainScore,
@@ -136,7 +137,7 @@ def explain_image(
     """The answer of one image to a phrase.
 
     Args:
-        run: Its model is asked.
+        checkpoint: Its model is asked.
         pixels: 0..255, air dark, of any size; the model sees it as `images.resize_image` makes it.
         phrase: What is asked, in a report's words.
         score: What the map shows.
@@ -150,15 +151,15 @@ def explain_image(
     """
     if not phrase.strip():
         raise ValueError("the phrase is empty; say what to look for, such as 'pleural effusion'")
-    model, data = run.model, run.config.data
-    warn_of_unread(run.tokenizer, phrase, data.max_tokens)
+    model, data = checkpoint.model, checkpoint.config.data
+    warn_of_unread(checkpoint.tokenizer, phrase, data.max_tokens)
     seen = torch.from_numpy(resize_image(pixels, data.image_size, data.resize).copy())[None]
     image = normalise(seen)
-    patches = saliency_maps(model, run.checkpoint, image, [phrase], [0], score, prompts)[0]
+    patches = saliency_maps(model, checkpoint, image, [phrase], [0], score, prompts)[0]
     with torch.inference_mode():
-        embedding = model.encode_image(image.to(run.device)).embedding.cpu()
-    text = embed_texts(model, run.tokenizer, [phrase], data.max_tokens)
-    grid = grid_of(run.checkpoint)
+        embedding = model.encode_image(image.to(model.logit_scale.device)).embedding.cpu()
+    text = embed_texts(model, checkpoint.tokenizer, [phrase], data.max_tokens)
+    grid = grid_of(checkpoint)
     made = prompts.texts(phrase) if score == "prompt_pair" else None
     return Explanation(
         phrase=phrase,

@@ -5,10 +5,8 @@ or come from a model that has learnt nothing: what a map is worth is what it has
 """
 
 import logging
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmclip.checkpoint import code_version
-from mmclip.data.annotations import EMPTY, Annotation, read_annotations
-from mmclip.data.check import patient_key
-from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
-from mmclip.data.sample import SPLITS, Split
-from mmclip.evaluation.scores import FRONTAL
 from mmclip.explanation.grounding import (
     FIXED_THRESHOLDS,
     best_threshold,
@@ -31,12 +24,18 @@ from mmclip.explanation.grounding import (
     nearness_to_centre,
     overlaps,
 )
+from mmclip.explanation.marked import (
+    CHOSEN_ON,
+    Marked,
+    PointingRequest,
+    Targets,
+    find_marked,
+)
 from mmclip.explanation.mechanism import PatientMean, patient_means
-from mmclip.explanation.saliency import ExplainScore, grid_of, random_weights, saliency_maps
+from mmclip.explanation.saliency import grid_of, random_weights, saliency_maps
 from mmclip.models.mmclip import MMCLIP
 from mmclip.patches import Grid, patchify
 from mmclip.progress import progress
-from mmclip.prompts import PromptSet
 from mmclip.run import Run
 
 logger = logging.getLogger(__name__)
@@ -52,84 +51,6 @@ SANITY = {
 }
 """Maps that must lose the hit rate, and what it means where they do not."""
 
-CHOSEN_ON: dict[Split, Split] = {"test": "val", "val": "train", "train": "val"}
-"""The split on which thresholds are chosen for the images of another. Never test."""
-
-
-class Targets(NamedTuple):
-    """Annotations of some images, one per image, finding and phrase: m of them, n patches."""
-
-    dataset: ImageTextDataset
-    image_rows: list[int]  # the row of each
-    findings: list[str]
-    phrases: list[str]  # of the reader of the image; "" where there are none
-    inside: Float[Tensor, "m n"]  # pixels of each patch in the place
-    total: Float[Tensor, "m n"]
-
-    def patients(self) -> list[str]:
-        """The patient of each."""
-        return [patient_key(self.dataset.samples[i]) for i in self.image_rows]
-
-    def of(self, splits: Collection[Split]) -> "Targets":
-        """Those on images of some splits."""
-        return self.take([self.dataset.samples[i].split in splits for i in self.image_rows])
-
-    def take(self, keep: Sequence[bool]) -> "Targets":
-        """Those where `keep` is True."""
-        index = torch.tensor(keep, dtype=torch.bool)
-        return Targets(
-            self.dataset,
-            [sample for sample, k in zip(self.image_rows, keep, strict=True) if k],
-            [finding for finding, k in zip(self.findings, keep, strict=True) if k],
-            [phrase for phrase, k in zip(self.phrases, keep, strict=True) if k],
-            self.inside[index],
-            self.total[index],
-        )
-
-
-def find_targets(
-    dataset: ImageTextDataset, annotations: Iterable[Annotation], grid: Grid, left_out: Counter[str]
-) -> Targets:
-    """The annotations of the frontal images, counted in patches.
-
-    Args:
-        dataset: Each with an image.
-        annotations: On these images.
-        grid: The patches.
-        left_out: The number of annotations that are left out is added here, by reason.
-    """
-    row_of = {sample.image_id: i for i, sample in enumerate(dataset.samples)}
-    samples, findings, phrases, counted = [], [], [], []
-    for annotation in annotations:
-        row = row_of[annotation.image_id]
-        inside, total = grid.count_pixels(annotation.is_inside)
-        if dataset.samples[row].view not in FRONTAL:
-            left_out["the image is a lateral"] += 1
-        elif not inside.any():
-            left_out[EMPTY] += 1
-        else:
-            samples.append(row)
-            findings.append(annotation.finding)
-            phrases.append(annotation.phrase)
-            counted.append(torch.stack([inside, total]))
-    n = grid.side**2
-    both = torch.stack(counted, 1) if counted else torch.zeros(2, 0, n)
-    return Targets(dataset, samples, findings, phrases, both[0], both[1])
-
-
-def asked_phrases(
-    findings: Sequence[str], phrases: Sequence[str], score: ExplainScore, prompts: PromptSet
-) -> list[str]:
-    """What the model is asked about each place: the reader's phrase, else one for the finding.
-
-    That is the first positive prompt of the finding; for "prompt_pair", which makes prompts
-    itself, the finding's name.
-    """
-    return [
-        phrase or (finding if score == "prompt_pair" else prompts.texts(finding).positives[0])
-        for finding, phrase in zip(findings, phrases, strict=True)
-    ]
-
 
 def other_phrases(findings: Sequence[str], phrases: Sequence[str]) -> list[str] | None:
     """For each place the phrase of the next finding in alphabetical order; None of one finding.
@@ -142,45 +63,6 @@ def other_phrases(findings: Sequence[str], phrases: Sequence[str]) -> list[str] 
     first = {name: phrases[list(findings).index(name)] for name in names}
     following = {name: first[names[(i + 1) % len(names)]] for i, name in enumerate(names)}
     return [following[finding] for finding in findings]
-
-
-def _maps(
-    model: MMCLIP,
-    run: Run,
-    targets: Targets,
-    phrases: Sequence[str],
-    score: ExplainScore,
-    prompts: PromptSet,
-    what: str,
-    size: int = 128,
-) -> Float[Tensor, "m n"]:
-    """The map of each place's image for its phrase."""
-    found = []
-    with progress(what, len(phrases)) as advance:
-        for start in range(0, len(phrases), size):
-            some = slice(start, start + size)
-            distinct, row = np.unique(targets.image_rows[some], return_inverse=True)
-            images = normalise(targets.dataset.pixels(distinct))
-            found.append(
-                saliency_maps(
-                    model, run.checkpoint, images, phrases[some], row.tolist(), score, prompts, size
-                )
-            )
-            advance(len(row))
-    return torch.cat(found) if found else torch.zeros(targets.total.shape)
-
-
-def _brightness(targets: Targets, grid: Grid) -> Float[Tensor, "m n"]:
-    """The mean grey of each patch of each place's image."""
-    distinct, row = np.unique(targets.image_rows, return_inverse=True)
-    seen = slice(grid.side * grid.patch_size)
-    found = [
-        patchify(
-            normalise(targets.dataset.pixels(distinct[part]))[..., seen, seen], grid.patch_size
-        ).mean(-1)
-        for part in np.array_split(np.arange(len(distinct)), -(-len(distinct) // 256))
-    ]
-    return torch.cat(found)[torch.from_numpy(row)]
 
 
 def point_metrics(
@@ -220,33 +102,104 @@ def choose_thresholds(score: Float[Tensor, "m n"], targets: Targets) -> dict[str
     }
 
 
-def evaluate_explanations(
+def _maps(
+    model: MMCLIP,
     run: Run,
-    dataset: ImageTextDataset,
-    name: str,
-    root: Path,
-    score: ExplainScore,
-    prompts: PromptSet,
-    *,
-    split: Split = "test",
-    n_resamples: int = 1000,
-    seed: int = 0,
-    min_count: int = 10,
+    targets: Targets,
+    phrases: Sequence[str],
+    request: PointingRequest,
+    what: str,
+    size: int = 128,
+) -> Float[Tensor, "m n"]:
+    """The map of each place's image for its phrase, by a model in the place of the run's own."""
+    score, prompts = request.score, request.prompts
+    found = []
+    with progress(what, len(phrases)) as advance:
+        for start in range(0, len(phrases), size):
+            some = slice(start, start + size)
+            distinct, row = np.unique(targets.image_rows[some], return_inverse=True)
+            images = normalise(targets.dataset.pixels(distinct))
+            rows, said = row.tolist(), phrases[some]
+            found.append(
+                saliency_maps(model, run.checkpoint, images, said, rows, score, prompts, size)
+            )
+            advance(len(row))
+    return torch.cat(found) if found else torch.zeros(targets.total.shape)
+
+
+def _brightness(targets: Targets, grid: Grid) -> Float[Tensor, "m n"]:
+    """The mean grey of each patch of each place's image."""
+    distinct, row = np.unique(targets.image_rows, return_inverse=True)
+    seen = slice(grid.side * grid.patch_size)
+    found = [
+        patchify(
+            normalise(targets.dataset.pixels(distinct[part]))[..., seen, seen], grid.patch_size
+        ).mean(-1)
+        for part in np.array_split(np.arange(len(distinct)), -(-len(distinct) // 256))
+    ]
+    return torch.cat(found)[torch.from_numpy(row)]
+
+
+Maps = dict[str, Float[Tensor, "_ n"]]
+"""By the name of what made them, a map a place."""
+
+
+def _all_maps(run: Run, marked: Marked, request: PointingRequest) -> tuple[Maps, Maps]:
+    """The maps of the model and of the controls: for the scored places, and for those that choose
+    thresholds. Random weights come apart from them."""
+    grid = grid_of(run.checkpoint)
+    scored, others, known, split = marked.scored, marked.others, marked.known, request.split
+    phrases = request.asked(scored)
+    shown = {"model": _maps(run.model, run, scored, phrases, request, "maps")}
+    said = f"maps of split {CHOSEN_ON[split]}"
+    chooses = {"model": _maps(run.model, run, others, request.asked(others), request, said)}
+    beside = [(shown, scored), (chooses, others)] if others.image_rows else [(shown, scored)]
+    if known.image_rows:
+        prior = mean_annotations(known.inside / known.total.clamp(min=1), known.findings)
+        nowhere = torch.zeros(grid.side**2)
+        for found, targets in beside:
+            found["location prior"] = torch.stack(
+                [prior.get(finding, nowhere) for finding in targets.findings]
+            )
+    for found, targets in beside:
+        found["centre"] = nearness_to_centre(grid.side).expand(targets.total.shape)
+        found["brightest patch"] = _brightness(targets, grid)
+        found["best on this grid"] = targets.inside / targets.total.clamp(min=1)
+    shown["chance"] = torch.zeros(scored.total.shape)
+    wrong = other_phrases(scored.findings, phrases)
+    if wrong is not None:
+        shown["another finding's phrase"] = _maps(
+            run.model, run, scored, wrong, request, "maps by other phrases"
+        )
+    return shown, chooses
+
+
+Values = dict[str, dict[str, Float[np.ndarray, " m"]]]
+"""What each map reaches for its place, by what made it and by metric."""
+
+
+def _random_values(
+    run: Run, scored: Targets, request: PointingRequest
+) -> dict[str, Float[np.ndarray, " m"]]:
+    """What maps of random weights reach, the mean of some models, by metric."""
+    each = []
+    for i in range(RANDOM_SEEDS):
+        model = random_weights(run.checkpoint, request.seed + i).to(run.device)
+        said = f"maps of random weights {i + 1} of {RANDOM_SEEDS}"
+        found = _maps(model, run, scored, request.asked(scored), request, said)
+        each.append(point_metrics(found, scored, {}))
+    return {metric: np.mean([one[metric] for one in each], 0) for metric in each[0]}
+
+
+def evaluate_explanations(
+    run: Run, dataset: ImageTextDataset, request: PointingRequest
 ) -> dict[str, Any]:
     """Pointing game, IoU and CNR of a model's maps, beside maps that read no image or no phrase.
 
     Args:
         run: Its model is asked.
         dataset: Of data folders.
-        name: Of the data set of boxes or masks, one of `annotations.PLACES`.
-        root: Its folder.
-        score: What the maps show.
-        prompts: What a finding is asked by, where the data set has no phrases of its own.
-        split: Of the images that are scored. Thresholds and the location prior are of train and
-            val, without this split.
-        n_resamples: Bootstrap resamples of patients.
-        seed: Of the bootstrap, and the first of the models of random weights.
-        min_count: Places from which on a finding counts in a macro mean. [chosen: as AUROC's]
+        request: What is asked, and by which boxes.
 
     Returns:
         Plain values, ready for JSON; docs/explanation.md says what they mean.
@@ -255,51 +208,9 @@ def evaluate_explanations(
         ManifestError: When no place lies on an image of the split.
         SourceError: See `annotations.read_annotations`.
     """
-    dataset = dataset.select([sample.image is not None for sample in dataset.samples])
-    samples = {sample.image_id: sample for sample in dataset.samples}
-    left_out: Counter[str] = Counter()
-    grid = grid_of(run.checkpoint)
-    every = find_targets(dataset, read_annotations(name, root, samples, left_out), grid, left_out)
-    scored = every.of([split])
-    if not scored.image_rows:
-        counts = Counter(str(dataset.samples[i].split) for i in every.image_rows)
-        said = ", ".join(f"{n} of {part}" for part, n in sorted(counts.items())) or "none"
-        raise ManifestError(
-            f"{name} marks no image of split {split!r} of this data ({said}; left out: "
-            f"{dict(left_out) or 'none'}); choose another --split, or the folder whose images it is"
-        )
-    run.check_unseen([dataset.samples[row] for row in sorted(set(scored.image_rows))], split)
-    others = every.of([CHOSEN_ON[split]])
-    known = every.of([part for part in SPLITS if part not in ("test", split)])
-
-    phrases = asked_phrases(scored.findings, scored.phrases, score, prompts)
-    model = run.model
-
-    def maps(model: MMCLIP, targets: Targets, phrases: Sequence[str], what: str) -> Tensor:
-        return _maps(model, run, targets, phrases, score, prompts, what)
-
-    own = maps(model, scored, phrases, "maps")
-    there = asked_phrases(others.findings, others.phrases, score, prompts)
-    chooses = {"model": maps(model, others, there, f"maps of split {CHOSEN_ON[split]}")}
-    shown = {"model": own}
-    if known.image_rows:
-        prior = mean_annotations(known.inside / known.total.clamp(min=1), known.findings)
-        nowhere = torch.zeros(grid.side**2)
-        for found, targets in ((shown, scored), (chooses, others)):
-            if targets.image_rows:
-                found["location prior"] = torch.stack(
-                    [prior.get(finding, nowhere) for finding in targets.findings]
-                )
-    for found, targets in ((shown, scored), (chooses, others)):
-        if targets.image_rows:
-            found["centre"] = nearness_to_centre(grid.side).expand(targets.total.shape)
-            found["brightest patch"] = _brightness(targets, grid)
-            found["best on this grid"] = targets.inside / targets.total.clamp(min=1)
-    shown["chance"] = torch.zeros(scored.total.shape)
-    wrong = other_phrases(scored.findings, phrases)
-    if wrong is not None:
-        shown["another finding's phrase"] = maps(model, scored, wrong, "maps by other phrases")
-
+    marked = find_marked(run, dataset, request)
+    scored, others = marked.scored, marked.others
+    shown, chooses = _all_maps(run, marked, request)
     thresholds = {
         name: choose_thresholds(found, others)
         for name, found in chooses.items()
@@ -309,67 +220,67 @@ def evaluate_explanations(
         name: point_metrics(found, scored, thresholds.get(name, {}))
         for name, found in shown.items()
     }
-    random = [
-        point_metrics(
-            maps(
-                random_weights(run.checkpoint, seed + i).to(run.device),
-                scored,
-                phrases,
-                f"maps of random weights {i + 1} of {RANDOM_SEEDS}",
-            ),
-            scored,
-            {},
-        )
-        for i in range(RANDOM_SEEDS)
-    ]
-    values["random weights"] = {
-        metric: np.mean([each[metric] for each in random], 0) for metric in random[0]
+    values["random weights"] = _random_values(run, scored, request)
+    return {
+        **_of_what(run, marked, request),
+        "thresholds_chosen_on": CHOSEN_ON[request.split] if others.image_rows else None,
+        "thresholds": thresholds.get("model", {}),
+        **_judged(values, scored, request),
+        "commit": code_version()["commit"],
     }
 
+
+def _of_what(run: Run, marked: Marked, request: PointingRequest) -> dict[str, Any]:
+    """Which model, images, boxes and words the numbers are of."""
+    scored, side = marked.scored, grid_of(run.checkpoint).side
+    return {
+        "run": str(run.checkpoint.folder),
+        "step": run.step,
+        "config_hash": run.config_hash,
+        "data_hash": marked.dataset.data_hash,
+        "boxes": request.boxes,
+        "split": request.split,
+        "score": request.score,
+        "prompts": f"{request.prompts.id} version {request.prompts.version}",
+        "prompt_hash": request.prompts.hash,
+        "example_phrase": request.asked(scored)[0],
+        "patches": [side, side],
+        "n_annotations": len(scored.image_rows),
+        "n_images": len(set(scored.image_rows)),
+        "n_patients": len(set(scored.patients())),
+        "n_annotations_of_prior": len(marked.known.image_rows),
+        "left_out": marked.left_out,
+        "min_count": request.min_count,
+        "n_resamples": request.n_resamples,
+        "seed": request.seed,
+    }
+
+
+def _judged(values: Values, scored: Targets, request: PointingRequest) -> dict[str, Any]:
+    """Means over patients with intervals, what the model has beyond each control, sanity checks."""
     patients = scored.patients()
 
     def summary(of_each: Float[np.ndarray, " m"]) -> dict[str, Any]:
         found, macro = patient_means(
-            of_each, scored.findings, patients, min_count, n_resamples=n_resamples, seed=seed
-        )
+            of_each, scored.findings, patients, request.min_count,
+            n_resamples=request.n_resamples, seed=request.seed,
+        )  # fmt: skip
         return {"macro": _plain(macro), "findings": {f: _plain(v) for f, v in found.items()}}
 
     hits = {name: each["hit"] for name, each in values.items()}
     compared = [name for name in hits if name not in ("model", "best on this grid")]
     differences = {name: summary(hits["model"] - hits[name]) for name in compared}
     return {
-        "run": str(run.checkpoint.folder),
-        "step": run.step,
-        "config_hash": run.config_hash,
-        "data_hash": dataset.data_hash,
-        "boxes": name,
-        "split": split,
-        "score": score,
-        "prompts": f"{prompts.id} version {prompts.version}",
-        "prompt_hash": prompts.hash,
-        "example_phrase": phrases[0],
-        "patches": [grid.side, grid.side],
-        "n_annotations": len(scored.image_rows),
-        "n_images": len(set(scored.image_rows)),
-        "n_patients": len(set(patients)),
-        "n_annotations_of_prior": len(known.image_rows),
-        "left_out": dict(sorted(left_out.items())),
-        "min_count": min_count,
-        "n_resamples": n_resamples,
-        "seed": seed,
-        "thresholds_chosen_on": CHOSEN_ON[split] if others.image_rows else None,
-        "thresholds": thresholds.get("model", {}),
         "saliency_maps": {
             name: {metric: summary(of_each) for metric, of_each in each.items()}
             for name, each in values.items()
         },
         "hit_less": differences,
         "sanity": {
-            name: _sanity(name, differences[name], hits, min_count)
+            name: _sanity(name, differences[name], hits, request.min_count)
             for name in SANITY
             if name in differences
         },
-        "commit": code_version()["commit"],
     }
 
 

@@ -5,15 +5,13 @@ out/<method>-<percent>-<seed>/   results.json, scores.npz (test and val), page.h
 out/summary.json                 each method, fraction and seed side by side
 """
 
-import hashlib
 import json
 import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from jaxtyping import Float
 
-from mmclip.config import config_hash, recipe_hash
+from mmclip.config import config_hash
 from mmclip.data.check import patient_key
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.image_text_dataset import ImageTextDataset
-from mmclip.data.splits import ids_hash
 from mmclip.embedding_store import STORE_FOLDER, store_folder
 from mmclip.evaluation.baselines import LogisticFit, fit_logistic, shortcut_features
 from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_of_resamples
@@ -52,100 +49,23 @@ from mmclip.evaluation.scores import (
     unknown_views,
 )
 from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
+from mmclip.finetuning.request import Common, FinetuneRequest, Method, Part, recipe_of, run_hash
 from mmclip.finetuning.saved import save_probe
 from mmclip.finetuning.supervised import (
-    FineTuneConfig,
     keep_only,
     macro_auroc,
     predict,
     train_classifier,
 )
-from mmclip.finetuning.task import Labelled, Task, open_task, own_protocol, rules_of, training_ids
+from mmclip.finetuning.task import Labelled, Task, open_task, own_protocol, rules_of
 from mmclip.models.classifier import Classifier, ImageEncoder
 from mmclip.progress import console
 from mmclip.run import Seen, Weights
 
 logger = logging.getLogger(__name__)
 
-Method = Literal["probe", "full"]
 
 SUMMARY_FILE = "summary.json"
-
-
-@dataclass(frozen=True)
-class FinetuneRequest:
-    """What to fine-tune, on what, and where to.
-
-    Attributes:
-        folder: Data folder.
-        out: Folder of the results.
-        protocol: Name or path; None takes `findings` and `sources` with the folder's own split.
-        findings: Without a protocol.
-        sources: Without a protocol; empty takes all.
-        run: Of pre-training; None where `init` needs none.
-        init: "run", "random" (weights of the run's architecture), or "hf:" and a folder or hub id.
-        method: A linear probe, or encoder and head together.
-        fractions: In place of the protocol's.
-        seeds: In place of the protocol's.
-        config: See FineTuneConfig.
-        n_resamples: Of the bootstrap.
-        command: For results.
-        cpu: Do not use a GPU.
-    """
-
-    folder: Path
-    out: Path
-    config: FineTuneConfig
-    command: str
-    protocol: str | None = None
-    findings: tuple[str, ...] = ()
-    sources: tuple[str, ...] = ()
-    run: Path | None = None
-    init: str = "run"
-    method: Method = "probe"
-    fractions: tuple[float, ...] = ()
-    seeds: tuple[int, ...] = ()
-    n_resamples: int = 1000
-    cpu: bool = False
-
-
-@dataclass(frozen=True)
-class Part:
-    """One fraction of the training patients under one seed."""
-
-    task: Task  # with their images to learn from
-    fraction: float
-    seed: int
-    folder: Path  # of its results
-
-
-@dataclass(frozen=True)
-class Common:
-    """What all runs of a request have in common.
-
-    Attributes:
-        request: As asked for.
-        start: Where the weights come from.
-        task: With all of its training images.
-        leak_check: For results.
-        seen: How pre-training named each finding, where that is known.
-    """
-
-    request: FinetuneRequest
-    start: Start
-    task: Task
-    leak_check: str
-    seen: Mapping[str, Seen]
-
-    def part(self, fraction: float, seed: int) -> Part:
-        """A fraction under a seed.
-
-        Raises:
-            ManifestError: When no such subset is saved.
-        """
-        ids = training_ids(self.request.folder, fraction, seed)
-        folder = self.request.out / f"{self.request.method}-{100 * fraction:g}-{seed}"
-        return Part(self.task.with_train(ids), fraction, seed, folder)
 
 
 def fit_probe(
@@ -166,49 +86,6 @@ def fit_probe(
     train, val, test = map(of, (task.train, task.val, task.test))
     fit = fit_logistic(train, task.train.labels, val, task.val.labels)
     return fit, fit.scores(val), fit.scores(test)
-
-
-def run_hash(request: FinetuneRequest, start: Start, task: Task, weights: str, seed: int) -> str:
-    """SHA-256 over all that a run's scores follow from: images, labels, weights, settings."""
-    parts = {
-        "method": request.method,
-        "weights": weights,
-        "features": start.features,
-        "is_random": start.is_random,
-        "config": config_hash(request.config),
-        "protocol": task.protocol.hash,
-        "data": task.dataset.data_hash,
-        "images": [
-            ids_hash([sample.image_id for sample in part.dataset.samples])
-            for part in (task.train, task.val, task.test)
-        ],
-        "seed": seed,
-        "n_resamples": request.n_resamples,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def recipe_of(
-    request: FinetuneRequest, start: Start, task: Task, weights: str, fraction: float
-) -> str:
-    """The hash of what fine-tuned weights follow from, all but the seed of fine-tuning.
-
-    That seed, `train_seed` in results, draws the subset of the patients, new weights and the order.
-    A pre-training that fine-tuning starts from is part of the recipe by its weights: those of
-    another seed are another recipe, as seeds of fine-tuning say nothing of how they differ. Random
-    weights are drawn by the seed, so that of them the architecture alone is part of it.
-    """
-    random_of = start.run.checkpoint.meta["vision_config"] if start.run else None
-    given = {
-        "method": request.method,
-        "start": {"random": random_of} if start.is_random else weights,
-        "features": start.features,
-        "fraction": fraction,
-        "protocol": task.protocol.hash,
-        "data": task.dataset.data_hash,
-        "split": task.split,
-    }
-    return recipe_hash(request.config, given)
 
 
 def finetune(request: FinetuneRequest) -> Path:
@@ -377,8 +254,9 @@ def _probed(common: Common, part: Part, encoder: ImageEncoder, this: str) -> Lea
     """A linear probe on vectors of the encoder; `this` identifies it."""
     request, run = common.request, common.start.run
     device = torch.device("cpu" if request.cpu or not torch.cuda.is_available() else "cuda")
-    is_of_run = run is not None and not common.start.is_random
-    home = store_folder(run.checkpoint) if is_of_run else request.out / STORE_FOLDER
+    home = request.out / STORE_FOLDER
+    if run is not None and not common.start.is_random:
+        home = store_folder(run.checkpoint)
     dataset = common.task.dataset
     features = stored_features(encoder.to(device), dataset, request.folder, home, device)
     fit, val, test = fit_probe(part.task, features, dataset)

@@ -274,48 +274,21 @@ def train_classifier(
         ManifestError: When no validation image can choose.
         NonFiniteLoss: See `train.fit`.
     """
-    if macro_auroc(val.labels, np.zeros(val.labels.shape)) is None:
-        raise ManifestError(
-            f"none of the findings is both present and absent in the {len(val)} validation images, "
-            f"so nothing can choose the step; set a split with more by `mmclip data split`"
-        )
+    _check_can_choose(val)
     freeze_unused(model, image_of(train.dataset.pixels(np.zeros(1, np.int64)).shape[-1]))
-    history: list[tuple[int, float]] = []
     found = _checkpoint_of(run, metadata)
-    if found is not None:
-        put_weights(model, read_weights(found, checkpoint_meta(found)), found)
-        history += [(int(s), float(v)) for s, v in load_trainer_state(found)["history"]]
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = make_optimizer(
-        model.train(), no_decay_names(model), config.train, lr_scales(names, config.lr_decay)
-    )
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    state = TrainState(wrapped, optimizer)
-    if found is not None:
-        restore_trainer_state(accelerator, state, found)
-    weight = positive_weights(train.labels, config.max_positive_weight)
-    positive_weight = torch.from_numpy(weight).float().to(accelerator.device)
-    batch_slice = BatchSlice(accelerator.process_index, accelerator.num_processes)
-
-    def is_over(state: TrainState) -> bool:
-        own = accelerator.unwrap_model(state.model)
-        reached = macro_auroc(
-            val.labels, predict(own, val.dataset, accelerator.device, batch_slice)
-        )
-        assert reached is not None
-        history.append((state.step, reached))
-        return has_ended(history, config.patience)
+    history = [] if found is None else _restored(model, found)
+    state = _state_of(accelerator, model, config, found)
+    validations = _Validations(accelerator, val, history, config.patience)
+    weight = torch.from_numpy(positive_weights(train.labels, config.max_positive_weight))
 
     def save(state: TrainState) -> None:
+        trainer = trainer_state(accelerator, state)
         write_checkpoint(
-            run,
-            state.step,
-            accelerator.unwrap_model(state.model),
-            {**trainer_state(accelerator, state), "history": [list(entry) for entry in history]},
-            metadata,
-            keep=1,
+            run, state.step, accelerator.unwrap_model(state.model),
+            {**trainer, "history": [list(entry) for entry in history]}, metadata, keep=1,
             spare={best_of(history)} if history else set(),
-        )
+        )  # fmt: skip
 
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
@@ -324,17 +297,67 @@ def train_classifier(
             accelerator,
             state,
             LabelledBatches(train, config, seed).read,
-            LabelTerm(positive_weight),
+            LabelTerm(weight.float().to(accelerator.device)),
             config.train,
             run,
             save,
-            is_over,
+            validations.is_over,
         )
-    step = best_of(history)
-    best = checkpoint_at(run, step)
-    chosen = accelerator.unwrap_model(state.model)
+    best, chosen = checkpoint_at(run, best_of(history)), accelerator.unwrap_model(state.model)
     put_weights(chosen, read_weights(best, checkpoint_meta(best)), best)
-    return Trained(chosen, step, history)
+    return Trained(chosen, best_of(history), history)
+
+
+def _restored(model: Classifier, found: Path) -> list[tuple[int, float]]:
+    """Gives a model the weights of a checkpoint; returns its validations: step and macro AUROC."""
+    put_weights(model, read_weights(found, checkpoint_meta(found)), found)
+    return [(int(step), float(value)) for step, value in load_trainer_state(found)["history"]]
+
+
+def _check_can_choose(val: Labelled) -> None:
+    """Refuses validation images of which no finding has both classes."""
+    if macro_auroc(val.labels, np.zeros(val.labels.shape)) is None:
+        raise ManifestError(
+            f"none of the findings is both present and absent in the {len(val)} validation images, "
+            f"so nothing can choose the step; set a split with more by `mmclip data split`"
+        )
+
+
+def _state_of(
+    accelerator: Accelerator, model: Classifier, config: FineTuneConfig, found: Path | None
+) -> TrainState:
+    """Model and optimiser as training begins, or goes on from a checkpoint that is found."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = make_optimizer(
+        model.train(), no_decay_names(model), config.train, lr_scales(names, config.lr_decay)
+    )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    state = TrainState(wrapped, optimizer)
+    if found is not None:
+        restore_trainer_state(accelerator, state, found)
+    return state
+
+
+@dataclass(frozen=True)
+class _Validations:
+    """Scores the validation images as training goes, and says when it is over."""
+
+    accelerator: Accelerator
+    val: Labelled
+    history: list[tuple[int, float]]  # grows: step, validation macro AUROC
+    patience: int
+
+    def is_over(self, state: TrainState) -> bool:
+        """Scores them now; whether that is no better than `patience` times before."""
+        accelerator, val = self.accelerator, self.val
+        batch_slice = BatchSlice(accelerator.process_index, accelerator.num_processes)
+        own = accelerator.unwrap_model(state.model)
+        reached = macro_auroc(
+            val.labels, predict(own, val.dataset, accelerator.device, batch_slice)
+        )
+        assert reached is not None
+        self.history.append((state.step, reached))
+        return has_ended(self.history, self.patience)
 
 
 def _checkpoint_of(run: Path, metadata: Mapping[str, Any]) -> Path | None:

@@ -4,8 +4,9 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -261,78 +262,122 @@ def _interval(values: np.ndarray, n_patients: int) -> tuple[float, float] | None
     return None if found is None else (_rounded(found[0]), _rounded(found[1]))
 
 
-def evaluate_retrieval(
-    path: Path,
-    folders: Sequence[Path],
-    out: Path,
-    *,
-    split: Split,
-    sources: Sequence[str],
-    n_resamples: int,
-    seed: int,
-    command: str,
-    device: torch.device,
-) -> RetrievalResults:
-    """What `mmclip retrieve --evaluate` does: embed, rank, write retrieval.json and ranks.npz.
+@dataclass(frozen=True)
+class RetrievalRequest:
+    """What to rank, and where to.
 
-    Raises:
-        ManifestError: When there is nothing to rank, or the run was trained on it.
+    Attributes:
+        run: Run or checkpoint of pre-training.
+        folders: Data folders.
+        out: Folder of retrieval.json and ranks.npz.
+        command: For results.
+        split: Of the images.
+        sources: Only these, when named.
+        n_resamples: Bootstrap resamples of patients.
+        seed: Of the bootstrap.
+        device: Where the model runs; None for the CPU.
     """
-    began = time.monotonic()
-    run = open_run(path, device)
-    dataset = select_pairs(run.open_data(folders), split, sources)
-    views = unknown_views(dataset)
-    if views != "none":
-        logger.warning("views are unknown, and laterals may be ranked as frontal: %s", views)
-    leak_check = run.check_unseen(dataset.samples, split)
+
+    run: Path
+    folders: tuple[Path, ...]
+    out: Path
+    command: str
+    split: Split = "test"
+    sources: tuple[str, ...] = ()
+    n_resamples: int = 1000
+    seed: int = 0
+    device: torch.device | None = None
+
+
+class Ranked(NamedTuple):
+    """What each query finds, by direction."""
+
+    keys: Int[Tensor, "n 2"]  # study and report of each image
+    directions: dict[str, Direction]
+    ranks: dict[str, np.ndarray]  # for ranks.npz
+
+
+def rank_pairs(run: Run, dataset: ImageTextDataset, request: RetrievalRequest) -> Ranked:
+    """Ranks all reports for each image, and all images for each report."""
     patients = [patient_key(sample) for sample in dataset.samples]
     keys = report_keys(run, dataset.samples)
-    images = image_embeddings(run.checkpoint, dataset, folders)
+    images = image_embeddings(run.checkpoint, dataset, request.folders)
     reports = text_embeddings(run.checkpoint, [str(sample.report) for sample in dataset.samples])
     ks = [k for k in KS if k <= len(dataset)]
     if len(ks) < len(KS):
         logger.warning("there are %d candidates: R@%d is left out", len(dataset), KS[len(ks)])
-    ranks, directions = {}, {}
+    directions: dict[str, Direction] = {}
+    ranks: dict[str, np.ndarray] = {}
     for name, queries, candidates in (
         ("image_to_report", images, reports),
         ("report_to_image", reports, images),
     ):
         found, n_positive = rank_candidates(queries, candidates, keys, keys, ks)
         directions[name] = score_direction(
-            found, n_positive, len(dataset), patients, ks, n_resamples=n_resamples, seed=seed
-        )
+            found, n_positive, len(dataset), patients, ks,
+            n_resamples=request.n_resamples, seed=request.seed,
+        )  # fmt: skip
         ranks |= {f"{name}_rank": found.rank, f"{name}_positives": n_positive}
-    where = f"split {split}" + (f" of {', '.join(sources)}" if sources else "")
+    return Ranked(keys, directions, ranks)
+
+
+def evaluate_retrieval(request: RetrievalRequest) -> RetrievalResults:
+    """What `mmclip retrieve --evaluate` does: embed, rank, write retrieval.json and ranks.npz.
+
+    Raises:
+        ManifestError: When there is nothing to rank, or the run was trained on it.
+    """
+    began = time.monotonic()
+    run = open_run(request.run, request.device)
+    dataset = select_pairs(run.open_data(request.folders), request.split, request.sources)
+    views = unknown_views(dataset)
+    if views != "none":
+        logger.warning("views are unknown, and laterals may be ranked as frontal: %s", views)
+    leak_check = run.check_unseen(dataset.samples, request.split)
+    ranked = rank_pairs(run, dataset, request)
+    patients = [patient_key(sample) for sample in dataset.samples]
+    where = f"split {request.split}"
+    where += f" of {', '.join(request.sources)}" if request.sources else ""
     results = RetrievalResults(
         title=f"Retrieval: {where}",
         kind="retrieval",
         summary=f"{len(dataset)} images with reports, {where}, ranked by {run.name} at step "
         f"{run.step}",
-        **directions,
+        image_to_report=ranked.directions["image_to_report"],
+        report_to_image=ranked.directions["report_to_image"],
         n_images=len(dataset),
         n_studies=len({study_key(sample) for sample in dataset.samples}),
         n_patients=len(set(patients)),
-        n_reports=len(keys[:, 1].unique()),
-        n_resamples=n_resamples,
+        n_reports=len(ranked.keys[:, 1].unique()),
+        n_resamples=request.n_resamples,
         leak_check=leak_check,
         provenance=provenance(
-            command,
-            seed,
-            ScoredImages(dataset.data_hash, split_of(folders)),
-            device=device,
+            request.command,
+            request.seed,
+            ScoredImages(dataset.data_hash, split_of(request.folders)),
+            device=run.device,
             wall_s=round(time.monotonic() - began, 1),
             weights=Weights(run.config_hash),
         ),
-        facts={
-            "images of unknown view": views,
-            **run.facts(),
-        },
+        facts={"images of unknown view": views, **run.facts()},
     )
+    _write(request.out, results, dataset, ranked)
+    return results
+
+
+def _write(out: Path, results: RetrievalResults, dataset: ImageTextDataset, ranked: Ranked) -> None:
+    """Writes ranks.npz and retrieval.json."""
     out.mkdir(parents=True, exist_ok=True)
-    ids = {"image_id": [f.image_id for f in dataset.samples], "patient_id": patients}
-    np.savez_compressed(out / RANKS_FILE, **{k: np.array(v) for k, v in ids.items()}, **ranks)
+    np.savez_compressed(
+        out / RANKS_FILE,
+        image_id=np.array([sample.image_id for sample in dataset.samples]),
+        patient_id=np.array([patient_key(sample) for sample in dataset.samples]),
+        image_to_report_rank=ranked.ranks["image_to_report_rank"],
+        image_to_report_positives=ranked.ranks["image_to_report_positives"],
+        report_to_image_rank=ranked.ranks["report_to_image_rank"],
+        report_to_image_positives=ranked.ranks["report_to_image_positives"],
+    )
     plain = json.dumps(
         results.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False
     )
     write_text_atomic(out / RETRIEVAL_FILE, plain + "\n")
-    return results
