@@ -134,7 +134,8 @@ class ReaderCommand:
         dicom = _dicom_options(self.name, out, reports, id_key, keep_age_sex)
         if scheduler is not None and workers:
             raise ValueError(
-                f"--workers {workers} and --scheduler {scheduler} both say who works; give one of them"
+                f"--workers {workers} and --scheduler {scheduler} both say who works; "
+                f"give one of them"
             )
         who = scheduler or workers or n_cores()
         share = None if shard is None else Shard.parse(shard)
@@ -147,8 +148,8 @@ class ReaderCommand:
         with resume_hint():
             if share is not None:
                 build_shard(
-                    records, root_, out, share, image_size=image_size, workers=who, entities=entities,
-                    resize=how,
+                    records, root_, out, share, image_size=image_size, workers=who,
+                    entities=entities, resize=how,
                 )  # fmt: skip
                 said = f"shard {shard} is done; when all are, run the same command without --shard"
                 console.print(said, markup=False, soft_wrap=True)
