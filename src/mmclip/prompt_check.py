@@ -110,10 +110,14 @@ def _refused(
     """Why the prompts of a finding cannot stand for it."""
     positives, negatives = sides
     found: dict[str, None] = {}
-    for said, read in zip([*texts.positives, *texts.negatives], [*positives, *negatives], strict=True):
+    for said, read in zip(
+        [*texts.positives, *texts.negatives], [*positives, *negatives], strict=True
+    ):
         words = read.ids if read.name is None else read.name
         if read.is_name_cut:
-            found[f"{_short(said)} is cut after {max_tokens} tokens, before the finding's name"] = None
+            found[f"{_short(said)} is cut after {max_tokens} tokens, before the finding's name"] = (
+                None
+            )
         elif all(i == tokenizer.unk_token_id for i in words):
             what = "word" if read.name is None else "word of the finding's name"
             found[f"{_short(said)} has no {what} that the model's vocabulary holds"] = None

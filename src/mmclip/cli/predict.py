@@ -68,7 +68,7 @@ def predict(
     Example: `mmclip predict --model runs/a/ft/full-100-0 study/ --by study --out studies.csv`
     """
     from mmclip.data.shards import n_cores
-    from mmclip.prediction.predict import PredictRequest, skipped_file
+    from mmclip.prediction.predict import PredictRequest
     from mmclip.prediction.predict import predict as score
 
     if by not in ("image", "study"):
@@ -76,7 +76,7 @@ def predict(
     check_inputs(model, prompts=[prompts])
     if out.suffix != ".csv":
         raise ValueError(f"--out {out} does not end in .csv; name the table to write")
-    there = [path for path in (out, skipped_file(out)) if path.exists()]
+    there = [out] if out.exists() else []
     if explain is not None and explain.exists() and (explain.is_file() or any(explain.iterdir())):
         there.append(explain)
     if there and not overwrite:

@@ -156,9 +156,7 @@ def decode_files(
     Raises:
         WorkersError: When a process was killed.
     """
-    decode = partial(
-        decode_chunk, image_size=image_size, resize=resize, with_study=with_study
-    )
+    decode = partial(decode_chunk, image_size=image_size, resize=resize, with_study=with_study)
     workers = min(workers, len(chunks))
     if workers <= 1:
         yield from map(decode, chunks)

@@ -21,6 +21,7 @@ from mmclip.models.classifier import Features, ImageEncoder
 from mmclip.models.encoders import build_image_encoder, rebuild_encoder
 from mmclip.progress import progress
 
+
 @dataclass(frozen=True)
 class Start:
     """Where the weights of an image encoder come from."""

@@ -125,7 +125,15 @@ def load_fine_tuned(path: Path) -> FineTuned:
     """
     folder = find_checkpoint(path)
     meta = checkpoint_meta(folder)
-    needed = ("method", "findings", "features", "image_size", "resize", "embed_dim", "vision_config")
+    needed = (
+        "method",
+        "findings",
+        "features",
+        "image_size",
+        "resize",
+        "embed_dim",
+        "vision_config",
+    )
     if missing := [key for key in needed if key not in meta]:
         raise CheckpointError(
             f"{folder} does not say {', '.join(missing)}, which scoring needs; run `mmclip "

@@ -45,6 +45,7 @@ from mmclip.training.loop import (
     trainer_state,
 )
 
+
 class FineTuneConfig(Frozen):
     """How fine-tuning learns; docs/finetuning.md explains each key.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from mmclip.checkpoint import (
 )
 from mmclip.config import ResizeMode
 from mmclip.data.images import resize_image
-from mmclip.data.inputs import ImageInputs, each_input, name_of, read_input
+from mmclip.data.inputs import each_input, name_of, read_input
 from mmclip.data.pixels import ImageError
 from mmclip.embed import (
     embed_batch,
@@ -32,9 +32,6 @@ from mmclip.evaluation.results import RESULTS_FILE
 from mmclip.finetuning.saved import FineTuned, is_fine_tuned, load_fine_tuned
 from mmclip.prompt_check import check_prompts
 from mmclip.prompts import PromptSet, own_prompts, load_prompts, plain_name
-
-OnError = Literal["raise", "skip"]
-"""What becomes of an image that cannot be read: an error that names it, or its reason in a list."""
 
 
 class ImageInputError(ValueError):
@@ -144,7 +141,9 @@ def _why_no_model(path: Path) -> str | None:
         return None
     within = sorted(p.parent.name for p in path.glob(f"*/{RESULTS_FILE}"))
     if (path / "summary.json").is_file() and within:
-        return f"{path} holds several fine-tuned results; give one of them, such as {path / within[0]}"
+        return (
+            f"{path} holds several fine-tuned results; give one of them, such as {path / within[0]}"
+        )
     if (path / RESULTS_FILE).is_file():
         return (
             f"{path} holds results and no weights; give the run that was scored, or the folder of "
@@ -243,7 +242,7 @@ def _refuse_twice(findings: Sequence[str]) -> None:
         raise ValueError(f"finding {twice[0]!r} is named twice; name each once")
 
 
-def encode_inputs(encoder: Encoder, images: ImageInputs, errors: OnError) -> Encoded:
+def encode_inputs(encoder: Encoder, images: object, errors: str) -> Encoded:
     """The vectors of images of any kind, read and encoded a batch at a time.
 
     Raises:
@@ -278,7 +277,7 @@ def encode_inputs(encoder: Encoder, images: ImageInputs, errors: OnError) -> Enc
     return Encoded(torch.cat(parts), tuple(ids), tuple(skipped))
 
 
-def _squares(encoder: Encoder, images: ImageInputs) -> Iterator[tuple[str, np.ndarray] | Skipped]:
+def _squares(encoder: Encoder, images: object) -> Iterator[tuple[str, np.ndarray] | Skipped]:
     """Each image by name as the model sees it, or why it cannot be seen."""
     for number, image in enumerate(each_input(images)):
         name = name_of(image, number)
