@@ -61,7 +61,7 @@ def file_of(image_id: str, made_raw: Path) -> str:
 def test_importing_the_package_imports_nothing_else():
     code = (
         "import time, sys; t = time.perf_counter(); import mmclip; s = time.perf_counter() - t; "
-        "print(s, [m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'transformers')])"
+        "print(s, [m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'pydantic')])"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, modules = said.stdout.split(maxsplit=1)
@@ -180,8 +180,9 @@ def test_deep_pixels_take_the_range_of_the_image_as_a_file_of_them_does(
     (tmp_path / "deep.png").write_bytes(encoded(Image.fromarray(deep), "PNG"))
     (tmp_path / "deep.dcm").write_bytes(dicom(deep))
     expected = model.encode_images(tmp_path / "deep.png")[0]
-    for form in (deep, deep.astype(np.int32), torch.from_numpy(deep.astype(np.int64)), Image.fromarray(deep),
-                 str(tmp_path / "deep.dcm")):  # fmt: skip
+    wide = torch.from_numpy(deep.astype(np.int64))
+    opened = Image.fromarray(deep)
+    for form in (deep, deep.astype(np.int32), wide, opened, str(tmp_path / "deep.dcm")):
         np.testing.assert_array_equal(model.encode_images(form)[0], expected)
 
 
@@ -321,16 +322,15 @@ def test_a_fine_tuned_result_scores_as_its_own_results_and_reads_no_text(
         model.encode_texts(["effusion"])
     with pytest.raises(ValueError, match="not learnt mass"):
         model.classify(images[:1], ["mass"])
-    with pytest.raises(ValueError, match="no text encoder"):
-        explained = command(
-            tmp_path, "predict", "--model", folder, made_data, "--out", tmp_path / "e.csv",
-            "--explain", tmp_path / "maps",
-        )  # fmt: skip
-        raise ValueError(explained.error())
+    explained = command(
+        tmp_path, "predict", "--model", folder, made_data, "--out", tmp_path / "e.csv",
+        "--explain", tmp_path / "maps",
+    )  # fmt: skip
+    assert "has no text encoder" in explained.error()
 
 
 def test_a_folder_without_weights_says_what_to_give(tuned: Path, tmp_path: Path, made_run: Path):
-    with pytest.raises(CheckpointError, match="several fine-tuned results.*full-100-0"):
+    with pytest.raises(CheckpointError, match=r"several fine-tuned results.*full-100-0"):
         mmclip.load(tuned)
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         mmclip.load(tmp_path)
@@ -355,7 +355,7 @@ def test_own_templates_and_own_words(model: Model, files: list[str], tmp_path: P
     np.testing.assert_array_equal(own[:, 1], model.classify(files[:3], "mass").probabilities[:, 0])
     with pytest.raises(ConfigError, match="does not name the finding"):
         model.classify(files[0], "mass", prompts={"positive": "yes", "negative": "no {finding}"})
-    with pytest.raises(PromptError, match="'mass'.*the same to the model"):
+    with pytest.raises(PromptError, match=r"'mass'.*the same to the model"):
         model.classify(files[0], "mass", prompts={"positive": "{finding}", "negative": "{finding}"})
 
 
@@ -384,7 +384,7 @@ def test_a_saliency_map_lies_on_the_pixels_of_the_image(model: Model, tmp_path: 
     assert found.values.dtype == np.float32
     assert found.save(tmp_path / "new" / "map.png").stat().st_size > 1000
     np.testing.assert_array_equal(np.load(found.save(tmp_path / "map.npy")), found.values)
-    with pytest.raises(ValueError, match="neither .png nor .npy"):
+    with pytest.raises(ValueError, match=r"neither \.png nor .npy"):
         found.save(tmp_path / "map.jpg")
 
 

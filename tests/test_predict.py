@@ -15,7 +15,7 @@ from mmclip.data.manifest import read_manifest
 from mmclip.prediction.model import Skipped
 from mmclip.prediction.tables import PredictionTable, safe_cell, write_skipped
 from mmclip.prompt_check import PromptError, check_prompts
-from mmclip.prompts import PromptSet, known_prompt_sets, load_prompts, own_prompts
+from mmclip.prompts import known_prompt_sets, load_prompts, own_prompts
 from tests.commands import Ended, mmclip
 from tests.made import write_folder
 from tests.made_files import dicom, encoded, ramp
@@ -149,7 +149,10 @@ def test_laterals_of_a_data_folder_are_left_out_of_the_mean_and_listed(
     made_run: Path, tmp_path: Path
 ):
     data = write_folder(tmp_path)
-    ended = predict(tmp_path, made_run, data, "--by", "study")
+    ended = predict(tmp_path, made_run, data)
+    assert "1 images are laterals" in ended.err
+    assert len(read(tmp_path / "p.csv")) == 8
+    ended = predict(tmp_path, made_run, data, "--by", "study", "--overwrite")
     assert ended.code == 0, ended.err
     assert [line["study_id"] for line in read(tmp_path / "p.csv")] == [f"s{i}" for i in range(7)]
     assert [s["image_id"] for s in read(tmp_path / "p.skipped.csv")] == ["f7"]
@@ -234,9 +237,13 @@ def test_tables_hold_any_name_and_every_digit(tmp_path: Path):
 
 
 def test_a_table_that_is_interrupted_has_not_its_name(tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt), PredictionTable(tmp_path / "t.csv", ["a"]) as table:
-        table.write(["x"], np.array([0.5]))
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with PredictionTable(tmp_path / "t.csv", ["a"]) as table:
+            table.write(["x"], np.array([0.5]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not (tmp_path / "t.csv").exists()
 
 
@@ -244,7 +251,7 @@ def test_a_table_that_is_interrupted_has_not_its_name(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def words(made_run: Path):  # noqa: ANN201 - a tokenizer
+def words(made_run: Path):
     return load_checkpoint(made_run).tokenizer
 
 
@@ -258,24 +265,35 @@ def test_the_prompt_sets_of_the_package_are_quiet(words, caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize(
-    ("finding", "prompts", "max_tokens", "said"),
+    ("finding", "positive", "negative", "max_tokens", "said"),
     [
-        ("肺炎", "default", 128, "no word of the finding's name"),
-        ("μ", "pair", 128, "no word of the finding's name"),
-        ("mass", {"positive": "{finding}", "negative": "{finding}"}, 128, "same to the model"),
-        ("mass", {"positive": "A {finding}", "negative": "a  {finding}"}, 128, "same to the model"),
-        ("mass", {"positive": ["x {finding}", "no {finding}"], "negative": ["no {finding}"]}, 128, "same"),
-        ("mass", {"positive": "the heart is large and {finding}", "negative": "no {finding}"}, 5, "cut after 5"),
-        ("mass", {"mass": {"positive": "肺", "negative": "no mass"}}, 128, "no word"),
+        (
+            "肺炎",
+            "There is {finding}.",
+            "There is no {finding}.",
+            128,
+            "word of the finding's name",
+        ),
+        ("μ", "{finding}", "no {finding}", 128, "no word of the finding's name"),
+        ("mass", "{finding}", "{finding}", 128, "same to the model"),
+        ("mass", "A {finding}", "a  {finding}", 128, "same to the model"),
+        ("mass", ["a {finding}", "no {finding}"], "no {finding}", 128, "same to the model"),
+        ("mass", "the heart is large and {finding}", "no {finding}", 5, "cut after 5"),
     ],
-)  # fmt: skip
+)
 def test_prompts_that_cannot_stand_for_a_finding_are_refused_by_its_name(
-    words, finding: str, prompts: str | dict, max_tokens: int, said: str
+    words, finding: str, positive: str | list[str], negative: str, max_tokens: int, said: str
 ):
-    given: PromptSet = own_prompts(prompts) if isinstance(prompts, dict) else load_prompts(prompts)
+    given = own_prompts({"positive": positive, "negative": negative})
     with pytest.raises(PromptError, match=said) as error:
         check_prompts(words, [given], ["pneumothorax", finding], max_tokens)
     assert f"'{finding}'" in str(error.value)
+
+
+def test_own_words_that_the_model_cannot_read_are_refused(words):
+    given = own_prompts({"mass": {"positive": "肺", "negative": "no mass"}})
+    with pytest.raises(PromptError, match="'mass': '肺' has no word that"):
+        check_prompts(words, [given], ["mass"], 128)
 
 
 @pytest.mark.parametrize("finding", ["xyzzy", "qwrtzp of the lung"])

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.data.text import tokenise

@@ -106,8 +106,14 @@ def predict(
             f"{done.n_alone:,} images tell no study (only DICOM and data folders do), and each "
             f"counts as one"
         )
+    if done.n_laterals and by == "image":
+        _warn(
+            f"{done.n_laterals:,} images are laterals, which `mmclip zeroshot` leaves out: they "
+            f"show other things under the same name"
+        )
     if done.skipped is not None:
-        laterals = f", {done.n_laterals:,} of them laterals" if done.n_laterals else ""
+        is_of_them = done.n_laterals and by == "study"
+        laterals = f", {done.n_laterals:,} of them laterals" if is_of_them else ""
         _warn(f"{done.n_skipped:,} images have no numbers{laterals}; {done.skipped} says why")
     print(out)
 

@@ -121,8 +121,8 @@ def _with_channels_last(pixels: np.ndarray, channels_last: bool) -> np.ndarray:
                 return moved[..., 0] if moved.shape[-1] == 1 else moved
     raise ImageError(
         Reason.IMAGE_UNREADABLE,
-        f"an array of shape {_shape(pixels)}; one image is [h, w], [h, w, c] or [c, h, w] with c 1, "
-        f"3 or 4, and several are a list, or an array of four dimensions",
+        f"an array of shape {_shape(pixels)}; one image is [h, w], [h, w, c] or [c, h, w] with c "
+        f"1, 3 or 4, and several are a list, or an array of four dimensions",
     )
 
 

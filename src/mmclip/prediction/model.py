@@ -31,7 +31,7 @@ from mmclip.embed import (
 from mmclip.evaluation.results import RESULTS_FILE
 from mmclip.finetuning.saved import FineTuned, is_fine_tuned, load_fine_tuned
 from mmclip.prompt_check import check_prompts
-from mmclip.prompts import PromptSet, own_prompts, load_prompts, plain_name
+from mmclip.prompts import PromptSet, load_prompts, own_prompts, plain_name
 
 
 class ImageInputError(ValueError):

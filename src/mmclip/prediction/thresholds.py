@@ -72,7 +72,8 @@ def _why_other(
     if (made.recipe_hash, made.train_seed) != (recipe, seed):
         return "they are of another run or step"
     if made.prompt_hash != prompts.hash:
-        return f"they are of the prompts {made.prompt_set}, and these are {prompts.id} version {prompts.version}"
+        here = f"{prompts.id} version {prompts.version}"
+        return f"they are of the prompts {made.prompt_set}, and these are {here}"
     return None
 
 
