@@ -89,7 +89,7 @@ def measured(args: argparse.Namespace, side: str, images: Path) -> dict[str, flo
 
 def main() -> None:
     """Runs both sides in turn, then ours on a part of the files, for the memory."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Speed and memory of mmclip predict.")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)

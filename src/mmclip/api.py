@@ -43,6 +43,7 @@ from mmclip.prompts import PromptSet
 
 if TYPE_CHECKING:
     from mmclip.explanation.explain import Explanation
+    from mmclip.explanation.saliency import ExplainScore
 
 __all__ = [
     "Classification",
@@ -313,7 +314,8 @@ class Model:
         from mmclip.explanation.explain import UNITS, explain_image
 
         run = self._run("explain")
-        kind = next((name for name in UNITS if name == score), None)
+        kinds: dict[str, ExplainScore] = {name: name for name in UNITS}
+        kind = kinds.get(score)
         if kind is None:
             raise ValueError(f"score={score!r} is none of {', '.join(UNITS)}")
         image_id = name_of(image, 0)

@@ -68,12 +68,14 @@ def predict(
     Example: `mmclip predict --model runs/a/ft/full-100-0 study/ --by study --out studies.csv`
     """
     from mmclip.data.shards import n_cores
+    from mmclip.prediction.model import find_model
     from mmclip.prediction.predict import PredictRequest
     from mmclip.prediction.predict import predict as score
 
     if by not in ("image", "study"):
         raise ValueError(f"--by {by!r} is neither image nor study")
-    check_inputs(model, prompts=[prompts])
+    find_model(model)
+    check_inputs(prompts=[prompts])
     if out.suffix != ".csv":
         raise ValueError(f"--out {out} does not end in .csv; name the table to write")
     there = [out] if out.exists() else []

@@ -116,16 +116,25 @@ def device_named(name: str | torch.device) -> torch.device:
     return device
 
 
+def find_model(path: Path) -> Path:
+    """The checkpoint of a run, a checkpoint or a fine-tuned result.
+
+    Raises:
+        CheckpointError: When the folder holds none.
+    """
+    try:
+        return find_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(_why_no_model(path) or str(error)) from None
+
+
 def open_model(path: Path, device: torch.device) -> Checkpoint | FineTuned:
     """The model of a run, a checkpoint or a fine-tuned result, on a device.
 
     Raises:
         CheckpointError: When the folder holds no weights, or damaged ones.
     """
-    try:
-        folder = find_checkpoint(path)
-    except CheckpointError as error:
-        raise CheckpointError(_why_no_model(path) or str(error)) from None
+    folder = find_model(path)
     if is_fine_tuned(checkpoint_meta(folder)):
         found = load_fine_tuned(folder)
         found.model.to(device)
