@@ -29,7 +29,6 @@ from mmclip.finetuning.saved import FineTuned
 from mmclip.prediction.model import (
     Encoded,
     ImageInputError,
-    OnError,
     Skipped,
     device_named,
     encode_inputs,
@@ -196,7 +195,7 @@ class Model:
         """The inverse temperature that multiplies similarities in training and classification."""
         return float(self._run("logit_scale").model.scale().detach())
 
-    def encode_images(self, images: ImageInputs, errors: OnError = "raise") -> ImageEmbeddings:
+    def encode_images(self, images: ImageInputs, errors: str = "raise") -> ImageEmbeddings:
         """The embeddings of images.
 
         Args:
@@ -218,7 +217,7 @@ class Model:
         embeddings.image_ids, embeddings.skipped = found.image_ids, found.skipped
         return embeddings
 
-    def encode_texts(self, texts: str | Iterable[str]) -> Float32[np.ndarray, "m e"]:
+    def encode_texts(self, texts: str | Iterable[object]) -> Float32[np.ndarray, "m e"]:
         """The embeddings of texts: float32 [m, e], L2-normalised, in the order given.
 
         Raises:
@@ -226,10 +225,11 @@ class Model:
                 empty.
         """
         run = self._run("encode_texts")
-        several = [texts] if isinstance(texts, str) else list(texts)
-        for number, text in enumerate(several):
+        several: list[str] = []
+        for number, text in enumerate([texts] if isinstance(texts, str) else texts):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text {number} is {text!r}; give texts with words in them")
+            several.append(text)
         if not several:
             return np.zeros((0, run.config.model.embed_dim), np.float32)
         max_tokens = run.config.data.max_tokens
@@ -258,7 +258,7 @@ class Model:
         findings: str | Sequence[str] | None = None,
         prompts: Prompts = "default",
         thresholds: str | Path | None = None,
-        errors: OnError = "raise",
+        errors: str = "raise",
     ) -> Classification:
         """How probable findings are in images, by the numbers of `mmclip zeroshot` and `predict`.
 
@@ -296,7 +296,7 @@ class Model:
         self,
         image: ImageInput,
         phrase: str,
-        score: "ExplainScore" = "contribution",
+        score: str = "contribution",
         prompts: Prompts = "default",
     ) -> Saliency:
         """Where an image answers to a phrase, in the image's own pixels.
@@ -314,14 +314,16 @@ class Model:
         from mmclip.explanation.explain import UNITS, explain_image
 
         run = self._run("explain")
-        if score not in UNITS:
+        kinds: dict[str, ExplainScore] = {name: name for name in UNITS}
+        kind = kinds.get(score)
+        if kind is None:
             raise ValueError(f"score={score!r} is none of {', '.join(UNITS)}")
         image_id = name_of(image, 0)
         try:
             pixels = read_input(image)
         except ImageError as error:
             raise ImageInputError(f"{image_id}: {error}; give another image") from None
-        found = explain_image(run, pixels, phrase, score, prompt_set_of(prompts))
+        found = explain_image(run, pixels, phrase, kind, prompt_set_of(prompts))
         return Saliency(image_id, phrase, found.similarity, found)
 
     def _run(self, asked: str) -> Checkpoint:

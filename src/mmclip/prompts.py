@@ -144,24 +144,22 @@ def own_prompts(content: Mapping[str, Any]) -> PromptSet:
 
     Args:
         content: `positive` and `negative` templates for any finding, a text or several each; or a
-            finding's own texts by its name, likewise; or all that a prompt set's file holds.
+            finding's own texts by its name, likewise, beside those of the set "default"; or what a
+            prompt set's file holds.
 
     Raises:
         ConfigError: When a key or value breaks a rule.
     """
     head = {"id": "own", "version": 1, "description": "Given in Python."}
+    default = load_prompts("default").model_dump(by_alias=True, exclude_none=True)
     if content.keys() & {"templates", "findings", "phrases"}:
-        known = {"templates": _default_templates(), **head, **content}
+        known = {"templates": default["templates"], **head, **content}
     elif content.keys() == {"positive", "negative"}:
         known = {**head, "templates": _sides(content)}
     else:
         own = {plain_name(name): _sides(sides) for name, sides in content.items()}
-        known = {**head, "templates": _default_templates(), "findings": own}
+        known = {**default, **head, "findings": {**default["findings"], **own}}
     return parse(PromptSet, known, "prompts=")
-
-
-def _default_templates() -> dict[str, Any]:
-    return load_prompts("default").templates.model_dump()
 
 
 def _sides(content: Any) -> Any:

@@ -15,7 +15,7 @@ OTHER = "Other options"
 
 ORDER = (
     "doctor", "demo", "data", "build", "labels", "split", "check",
-    "pretrain", "zeroshot", "finetune", "results", "retrieve", "explain",
+    "pretrain", "zeroshot", "predict", "finetune", "results", "retrieve", "explain",
 )  # fmt: skip
 """The commands in order of use, those of `mmclip data` in their place."""
 

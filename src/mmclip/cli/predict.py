@@ -68,15 +68,17 @@ def predict(
     Example: `mmclip predict --model runs/a/ft/full-100-0 study/ --by study --out studies.csv`
     """
     from mmclip.data.shards import n_cores
-    from mmclip.prediction.predict import PredictRequest, skipped_file
+    from mmclip.prediction.model import find_model
+    from mmclip.prediction.predict import PredictRequest
     from mmclip.prediction.predict import predict as score
 
     if by not in ("image", "study"):
         raise ValueError(f"--by {by!r} is neither image nor study")
-    check_inputs(model, prompts=[prompts])
+    find_model(model)
+    check_inputs(prompts=[prompts])
     if out.suffix != ".csv":
         raise ValueError(f"--out {out} does not end in .csv; name the table to write")
-    there = [path for path in (out, skipped_file(out)) if path.exists()]
+    there = [out] if out.exists() else []
     if explain is not None and explain.exists() and (explain.is_file() or any(explain.iterdir())):
         there.append(explain)
     if there and not overwrite:
@@ -106,8 +108,14 @@ def predict(
             f"{done.n_alone:,} images tell no study (only DICOM and data folders do), and each "
             f"counts as one"
         )
+    if done.n_laterals and by == "image":
+        _warn(
+            f"{done.n_laterals:,} images are laterals, which `mmclip zeroshot` leaves out: they "
+            f"show other things under the same name"
+        )
     if done.skipped is not None:
-        laterals = f", {done.n_laterals:,} of them laterals" if done.n_laterals else ""
+        is_of_them = done.n_laterals and by == "study"
+        laterals = f", {done.n_laterals:,} of them laterals" if is_of_them else ""
         _warn(f"{done.n_skipped:,} images have no numbers{laterals}; {done.skipped} says why")
     print(out)
 

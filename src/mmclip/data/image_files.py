@@ -22,8 +22,9 @@ from mmclip.data.readers.dicom_folder import VIEW_KEYWORDS, view_of
 from mmclip.data.sample import View
 from mmclip.data.shards import WorkersError, end_with_parent
 
-IMAGE_SUFFIXES = frozenset(
-    [".bmp", ".dcm", ".dic", ".dicom", ".gif", ".ima", ".j2k", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"]
+IMAGE_SUFFIXES = (
+    ".bmp", ".dcm", ".dic", ".dicom", ".gif", ".ima", ".j2k", ".jp2", ".jpeg", ".jpg", ".pgm",
+    ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 """A file of such a name counts as an image, whatever it holds: one that is damaged is told of."""
 

@@ -30,8 +30,9 @@ Pixels are [h, w], [h, w, c] or [c, h, w] with c 1, 3 or 4, air dark:
     float                   0..1; other values are refused
 """
 
-ImageInputs = ImageInput | Iterable[ImageInput]
-"""One image, or several: a list, a generator, or an array [n, c, h, w] or [n, h, w, c]."""
+ImageInputs = ImageInput | Iterable[object]
+"""One image, or several: a list or generator of `ImageInput`, or an array [n, c, h, w] or
+[n, h, w, c]. What is none of these is told of by name as it is read."""
 
 KINDS = "the path of a file, a Pillow image, a numpy array or a torch tensor"
 
@@ -39,7 +40,7 @@ FLOAT_SLACK = 1e-6
 """How far a float may lie outside 0..1. [chosen: the rounding of float32]"""
 
 
-def each_input(images: ImageInputs) -> Iterator[ImageInput]:
+def each_input(images: object) -> Iterator[object]:
     """The images of what was given, one at a time; a generator is read as it goes.
 
     Raises:
@@ -120,8 +121,8 @@ def _with_channels_last(pixels: np.ndarray, channels_last: bool) -> np.ndarray:
                 return moved[..., 0] if moved.shape[-1] == 1 else moved
     raise ImageError(
         Reason.IMAGE_UNREADABLE,
-        f"an array of shape {_shape(pixels)}; one image is [h, w], [h, w, c] or [c, h, w] with c 1, "
-        f"3 or 4, and several are a list, or an array of four dimensions",
+        f"an array of shape {_shape(pixels)}; one image is [h, w], [h, w, c] or [c, h, w] with c "
+        f"1, 3 or 4, and several are a list, or an array of four dimensions",
     )
 
 

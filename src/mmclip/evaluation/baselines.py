@@ -83,7 +83,7 @@ def fit_logistic(
             if reached > best:
                 best = reached
                 fit.mean[k], fit.std[k] = scaler.mean_, scaler.scale_
-                fit.weight[k], fit.bias[k] = model.coef_[0], model.intercept_[0]
+                fit.weight[k], fit.bias[k] = model.coef_[0], np.ravel(model.intercept_)[0]
     return fit
 
 

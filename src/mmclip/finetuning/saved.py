@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmclip.checkpoint import (
-    CHECKPOINTS,
     CheckpointError,
     checkpoint_meta,
     find_checkpoint,
@@ -34,7 +33,7 @@ PROBE_STEP = 0
 
 
 class Probe(nn.Module):
-    """An image encoder as it was, and a logistic regression a finding on its standardised vector."""
+    """An image encoder as it was, and a logistic regression a finding on its vector."""
 
     def __init__(self, image_encoder: ImageEncoder, n_findings: int) -> None:
         super().__init__()
@@ -158,8 +157,3 @@ def load_fine_tuned(path: Path) -> FineTuned:
         resize=meta["resize"],
         meta=meta,
     )
-
-
-def result_folder(folder: Path) -> Path:
-    """The folder of the result that a checkpoint is in; the checkpoint itself where it is in none."""
-    return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder

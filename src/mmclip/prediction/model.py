@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from mmclip.checkpoint import (
 )
 from mmclip.config import ResizeMode
 from mmclip.data.images import resize_image
-from mmclip.data.inputs import ImageInputs, each_input, name_of, read_input
+from mmclip.data.inputs import each_input, name_of, read_input
 from mmclip.data.pixels import ImageError
 from mmclip.embed import (
     embed_batch,
@@ -32,9 +32,6 @@ from mmclip.evaluation.results import RESULTS_FILE
 from mmclip.finetuning.saved import FineTuned, is_fine_tuned, load_fine_tuned
 from mmclip.prompt_check import check_prompts
 from mmclip.prompts import PromptSet, load_prompts, own_prompts, plain_name
-
-OnError = Literal["raise", "skip"]
-"""What becomes of an image that cannot be read: an error that names it, or its reason in a list."""
 
 
 class ImageInputError(ValueError):
@@ -119,16 +116,25 @@ def device_named(name: str | torch.device) -> torch.device:
     return device
 
 
+def find_model(path: Path) -> Path:
+    """The checkpoint of a run, a checkpoint or a fine-tuned result.
+
+    Raises:
+        CheckpointError: When the folder holds none.
+    """
+    try:
+        return find_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(_why_no_model(path) or str(error)) from None
+
+
 def open_model(path: Path, device: torch.device) -> Checkpoint | FineTuned:
     """The model of a run, a checkpoint or a fine-tuned result, on a device.
 
     Raises:
         CheckpointError: When the folder holds no weights, or damaged ones.
     """
-    try:
-        folder = find_checkpoint(path)
-    except CheckpointError as error:
-        raise CheckpointError(_why_no_model(path) or str(error)) from None
+    folder = find_model(path)
     if is_fine_tuned(checkpoint_meta(folder)):
         found = load_fine_tuned(folder)
         found.model.to(device)
@@ -245,7 +251,7 @@ def _refuse_twice(findings: Sequence[str]) -> None:
         raise ValueError(f"finding {twice[0]!r} is named twice; name each once")
 
 
-def encode_inputs(encoder: Encoder, images: ImageInputs, errors: OnError) -> Encoded:
+def encode_inputs(encoder: Encoder, images: object, errors: str) -> Encoded:
     """The vectors of images of any kind, read and encoded a batch at a time.
 
     Raises:
@@ -280,7 +286,7 @@ def encode_inputs(encoder: Encoder, images: ImageInputs, errors: OnError) -> Enc
     return Encoded(torch.cat(parts), tuple(ids), tuple(skipped))
 
 
-def _squares(encoder: Encoder, images: ImageInputs) -> Iterator[tuple[str, np.ndarray] | Skipped]:
+def _squares(encoder: Encoder, images: object) -> Iterator[tuple[str, np.ndarray] | Skipped]:
     """Each image by name as the model sees it, or why it cannot be seen."""
     for number, image in enumerate(each_input(images)):
         name = name_of(image, number)

@@ -69,7 +69,7 @@ class Predicted:
     Attributes:
         n_images: That have numbers.
         n_lines: Of the table.
-        n_laterals: Images that the means of studies leave out.
+        n_laterals: Images known as laterals: the means of studies leave them out.
         n_alone: Images of no known study, each a study by itself.
         n_others: Files in the folders that are no images.
         skipped: Where the images without numbers are listed; None where there are none.
@@ -247,10 +247,10 @@ def _write(
                 n_images += 1
                 if explainer is not None:
                     explainer.explain(image, n_images)
+                n_laterals += image.view == "L"
                 if request.by == "image":
                     table.write([image.image_id], row)
                 elif image.view == "L":
-                    n_laterals += 1
                     skipped.append(Skipped(image.image_id, LATERAL))
                 else:
                     n_alone += image.study is None

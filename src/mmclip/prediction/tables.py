@@ -25,7 +25,7 @@ def safe_cell(text: str) -> str:
 class PredictionTable:
     """A CSV of predictions, one line an image or a study, written as it comes.
 
-    It is written beside its place and moved there at the end, so that a table of that name is whole.
+    It is written beside its place and moved there at the end: a table of that name is whole.
     """
 
     def __init__(

@@ -9,9 +9,9 @@ from jaxtyping import Float
 
 from mmclip.checkpoint import Checkpoint
 from mmclip.evaluation.results import RESULTS_FILE, ResultsError, RunResults, read_results
-from mmclip.evaluation.zeroshot import recipe_of
 from mmclip.finetuning.saved import FineTuned
 from mmclip.prompts import PromptSet, plain_name
+from mmclip.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +68,12 @@ def _why_other(
     if isinstance(model, FineTuned):
         is_same = results.facts.get("run") == model.meta["run"]
         return None if is_same else "they are of other weights"
-    recipe, seed = recipe_of(model), model.config.train.seed
+    recipe, seed = Run("", model).recipe_hash, model.config.train.seed
     if (made.recipe_hash, made.train_seed) != (recipe, seed):
         return "they are of another run or step"
     if made.prompt_hash != prompts.hash:
-        return f"they are of the prompts {made.prompt_set}, and these are {prompts.id} version {prompts.version}"
+        here = f"{prompts.id} version {prompts.version}"
+        return f"they are of the prompts {made.prompt_set}, and these are {here}"
     return None
 
 
