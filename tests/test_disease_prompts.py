@@ -35,7 +35,7 @@ def text(labels: dict[str, int], absent_prob: float = 0.0, seed: int = 0) -> str
     return None if prompt is None else prompt.text
 
 
-@pytest.mark.ledger("prompts wording")
+@pytest.mark.ledger("prompt templates")
 def test_prompts_by_hand():
     assert text({"mass": 1, "edema": 0}) == "There is mass."
     assert text({"edema": 1}) == "There is an edema."
@@ -87,7 +87,7 @@ def test_every_present_finding_is_named_and_no_other_status_is_claimed(labels, a
     assert prompt.text[0].isupper() and prompt.text.endswith(".")
 
 
-@pytest.mark.ledger("prompts wording")
+@pytest.mark.ledger("prompt templates")
 def test_wordings_names_and_order_vary_with_the_draws():
     labels = {"cardiomegaly": 1, "pleural effusion": 1, "mass": 0}
     said = {p.text for s in range(60) if (p := write(labels, 0.5, DEFAULT, s))}

@@ -23,6 +23,7 @@ from mmclip.data.report_table import ReportMapping
 from mmclip.data.sample import Reason, Sample
 from mmclip.data.sources import READERS
 from mmclip.evaluation.pages import CARD_FILE
+from mmclip.prompts import PromptSet
 from tests.test_cli import COMMANDS, NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -202,6 +203,8 @@ def test_every_toml_block_is_valid(document: Path):
                 assert parse(ReportMapping, values, document.name).columns
             elif "columns" in values:
                 assert parse(CsvMapping, values, document.name).columns
+            elif "templates" in values:
+                assert parse(PromptSet, values, document.name).templates
             else:
                 values.pop("extends", None)
                 assert parse(Config, values, document.name).train

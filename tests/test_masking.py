@@ -178,7 +178,7 @@ def test_what_a_missing_text_scores_never_reaches_the_blend():
 # -- patches --
 
 
-@pytest.mark.ledger("randomness")
+@pytest.mark.ledger("mask noise")
 def test_masked_patches_by_hand():
     score, noise = torch.tensor([[5.0, 1.0, 900.0, 2.0]]), torch.tensor([[0.1, 0.9, 0.2, 0.3]])
     assert choose_masked_patches(score, noise, 0.5, 0.0).tolist() == [[True, False, True, False]]
@@ -202,7 +202,7 @@ def test_masked_patches_equal_the_slow_loop_and_are_exactly_the_share(
     assert fast.sum(1).tolist() == [round(ratio * n)] * b == [masked_patch_count(n, ratio)] * b
 
 
-@pytest.mark.ledger("randomness")
+@pytest.mark.ledger("mask noise")
 @quick
 @given(st.integers(1, 10), st.floats(0, 1), seeds)
 def test_masked_patches_follow_a_permutation_and_no_rescaling(n: int, mask_noise: float, seed: int):
@@ -214,7 +214,7 @@ def test_masked_patches_follow_a_permutation_and_no_rescaling(n: int, mask_noise
     assert torch.equal(masked, choose_masked_patches(3 * score.exp(), noise, 0.5, mask_noise))
 
 
-@pytest.mark.ledger("randomness")
+@pytest.mark.ledger("mask noise")
 def test_a_row_masks_the_same_patches_in_every_batch():
     score, noise = made(0, 4, 9), uniform(1, 4, 9)
     together = choose_masked_patches(score, noise, 0.4, 0.3)

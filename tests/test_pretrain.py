@@ -122,7 +122,7 @@ def until(happened: Callable[[], bool], running: Running, timeout_s: float = 60)
         time.sleep(0.0005)
 
 
-@pytest.mark.ledger("random draws")
+@pytest.mark.ledger("random numbers")
 @pytest.mark.parametrize("seed", [0])
 def test_ten_kills_change_neither_weights_nor_log(arguments: list, tmp_path: Path, seed: int):
     long = [*arguments, "--set", "train.steps=160"]

@@ -9,7 +9,7 @@ GOLDEN = [[0.9311460792508359, 0.09318725857297372, 0.7221777582352165]]
 KEYS = np.array([image_key(f"image-{i}") for i in range(50)], np.uint64)
 
 
-@pytest.mark.ledger("random draws")
+@pytest.mark.ledger("random numbers")
 def test_a_draw_depends_on_its_image_and_not_on_its_neighbours():
     together = keyed_uniform(3, Purpose.AUGMENT, np.arange(50), KEYS, 6)
     for i in (0, 17, 49):
