@@ -41,7 +41,7 @@ def bare(model: Path, images: Path, out: Path) -> dict[str, float]:
     scale = float(net.scale().detach())
     size = images_at_once(torch.device("cpu"), data.image_size)
     files = sorted(path for path in images.iterdir() if path.is_file())
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     with out.open("w", newline="") as file, torch.inference_mode():
         writer = csv.writer(file)
         for start in range(0, len(files), size):
@@ -53,7 +53,11 @@ def bare(model: Path, images: Path, out: Path) -> dict[str, float]:
             image = normalise(torch.from_numpy(np.stack(squares)))
             scores = probabilities(net.encode_image(image).embedding, pair, scale)
             writer.writerows([str(path), *row] for path, row in zip(some, scores, strict=True))
-    return {"wall_s": time.perf_counter() - began, "n_images": len(files)}
+    return {
+        "wall_s": time.perf_counter() - began,
+        "cpu_s": time.process_time() - began_cpu,
+        "n_images": len(files),
+    }
 
 
 def ours(model: Path, images: Path, out: Path, workers: int) -> dict[str, float]:
@@ -61,12 +65,12 @@ def ours(model: Path, images: Path, out: Path, workers: int) -> dict[str, float]
     import mmclip.prediction.predict as stage
     from mmclip.prediction.predict import PredictRequest
 
-    began = 0.0
+    began = began_cpu = 0.0
     find = stage.find_image_files
 
     def timed(paths):
-        nonlocal began
-        began = time.perf_counter()
+        nonlocal began, began_cpu
+        began, began_cpu = time.perf_counter(), time.process_time()
         return find(paths)
 
     stage.find_image_files = timed
@@ -74,7 +78,11 @@ def ours(model: Path, images: Path, out: Path, workers: int) -> dict[str, float]
         model=model, inputs=(images,), out=out, findings=FINDINGS, workers=workers
     )
     done = stage.predict(request)
-    return {"wall_s": time.perf_counter() - began, "n_images": done.n_images}
+    return {
+        "wall_s": time.perf_counter() - began,
+        "cpu_s": time.process_time() - began_cpu,
+        "n_images": done.n_images,
+    }
 
 
 def measured(args: argparse.Namespace, side: str, images: Path) -> dict[str, float]:
@@ -109,6 +117,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     speeds: dict[str, list[float]] = {"ours": [], "bare": []}
+    cpu: dict[str, list[float]] = {"ours": [], "bare": []}
     rss: dict[str, float] = {}
     n = 0
     for _ in range(args.repeats):
@@ -116,6 +125,7 @@ def main() -> None:
             found = measured(args, side, args.images)
             n = int(found["n_images"])
             reached.append(found["n_images"] / found["wall_s"])
+            cpu[side].append(found["cpu_s"])
             rss[side] = found["rss_mb"]
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted(args.images.iterdir())[: n // 10]:
@@ -128,6 +138,8 @@ def main() -> None:
                 "n_images": n,
                 "images_per_s": {k: [round(v, 1) for v in each] for k, each in speeds.items()},
                 "ratio": round(statistics.median(ratios), 3),
+                "cpu_s": {k: [round(v, 2) for v in each] for k, each in cpu.items()},
+                "ratio_by_cpu_time": round(min(cpu["bare"]) / min(cpu["ours"]), 3),
                 "ratios": [round(ratio, 3) for ratio in ratios],
                 "rss_mb": {k: round(v) for k, v in rss.items()},
                 "workers": args.workers,

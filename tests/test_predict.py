@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -333,7 +334,9 @@ def test_zeroshot_names_predict_where_labels_are_missing(
 
 
 def test_the_example_of_the_page_is_a_prompt_set_of_ten_lines_or_so(words, tmp_path: Path):
-    block = DOC.read_text("utf-8").split("```toml\n")[1].split("```")[0]
+    page = DOC.read_text("utf-8")
+    start = page.index('    id = "mine"')
+    block = textwrap.dedent(page[start : page.index("\n\n", start)])
     assert len(block.splitlines()) <= 12
     (tmp_path / "mine.toml").write_text(block)
     prompts = load_prompts(tmp_path / "mine.toml")
