@@ -316,7 +316,11 @@ def test_two_processes_train_the_model_of_one_and_print_its_path_once(
 @pytest.fixture
 def bert(tmp_path: Path) -> Path:
     """A pretrained text encoder as it lies on disk: BERT, with dropout, and its tokenizer."""
-    texts = ["there is a large left pleural effusion", "the heart is enlarged", "clear lungs"]
+    texts = [
+        "there is a large left pleural effusion", "the heart is enlarged", "clear lungs",
+        "cardiomegaly", "pulmonary edema", "lung mass", "nodule", "pneumothorax", "consolidation",
+        "pneumonia", "atelectasis", "fracture",
+    ]  # fmt: skip
     tokenizer = train_tokenizer(texts * 2, vocab_size=200)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=2, num_attention_heads=2,

@@ -61,7 +61,10 @@ def check_prompts(
     for prompts in prompt_sets:
         for finding in findings:
             faults = prompt_faults(tokenizer, prompts, finding, max_tokens)
-            refused |= dict.fromkeys(f"{finding!r}: {fault}" for fault in faults.refused)
+            if faults.refused:
+                more = len(faults.refused) - 1
+                others = f" (and {more} more of its prompts likewise)" if more else ""
+                refused[f"{finding!r}: {faults.refused[0]}{others}"] = None
             warned |= dict.fromkeys(f"{finding!r}: {fault}" for fault in faults.warned)
     for said in warned:
         logger.warning("prompts of %s", said)

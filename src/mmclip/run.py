@@ -156,7 +156,8 @@ class Run:
         ways: tuple[Seen, ...] = ("label", "prompt", "report")
         found: dict[str, Seen] = {}
         for finding, concepts in zip(findings, _concepts(names), strict=True):
-            found[finding] = next((how for how in ways if {*concepts} & {*stored[how]}), "none")
+            way: Seen = next((how for how in ways if {*concepts} & {*stored[how]}), "none")
+            found[finding] = way
         return found
 
     def facts(self) -> dict[str, str | int | float]:

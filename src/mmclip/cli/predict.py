@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
+from mmclip.cli.plain import IN_OUT, SELECTION, PlainCommand
 from mmclip.cli.shared import CpuOption, check_inputs, device_of
 from mmclip.progress import console
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def predict(
     inputs: Annotated[
         list[Path],
@@ -21,22 +22,34 @@ def predict(
     ],
     model: Annotated[
         Path,
-        typer.Option(help="Run, checkpoint or fine-tuned result.", metavar="PATH"),
+        typer.Option(
+            rich_help_panel=IN_OUT, help="Run, checkpoint or fine-tuned result.", metavar="PATH"
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The table to write, .csv.", metavar="PATH")],
+    out: Annotated[
+        Path,
+        typer.Option(rich_help_panel=IN_OUT, help="The table to write, .csv.", metavar="PATH"),
+    ],
     finding: Annotated[
         list[str] | None,
         typer.Option(
+            rich_help_panel=SELECTION,
             help="What to look for; may be repeated. [a fine-tuned model: all it has learnt]",
             metavar="NAME",
         ),
     ] = None,
     prompts: Annotated[
-        str, typer.Option(help="Prompt set that words the findings: name or path.", metavar="NAME")
+        str,
+        typer.Option(
+            rich_help_panel=SELECTION,
+            help="Prompt set that words the findings: name or path.",
+            metavar="NAME",
+        ),
     ] = "default",
     by: Annotated[
         str,
         typer.Option(
+            rich_help_panel=SELECTION,
             help="A line for each image, or for each study: the mean of its frontal images.",
             metavar="NAME",
         ),
@@ -44,12 +57,18 @@ def predict(
     thresholds: Annotated[
         Path | None,
         typer.Option(
-            help="Validated results whose thresholds decide: results.json.", metavar="PATH"
+            rich_help_panel=IN_OUT,
+            help="Validated results whose thresholds decide: results.json.",
+            metavar="PATH",
         ),
     ] = None,
     explain: Annotated[
         Path | None,
-        typer.Option(help="Folder for a saliency map of each image and finding.", metavar="PATH"),
+        typer.Option(
+            rich_help_panel=IN_OUT,
+            help="Folder for a saliency map of each image and finding.",
+            metavar="PATH",
+        ),
     ] = None,
     workers: Annotated[
         int, typer.Option(help="Processes that decode. [all cores]", min=0, metavar="N")
