@@ -764,9 +764,17 @@ def test_a_row_trains_resumes_and_scores_by_the_commands(
     last.rmdir()
     assert mmclip(tmp_path, *given, "--resume").code == 0
     assert (last / "model.safetensors").read_bytes() == weights
+    # Their tokenizers know the words of two reports and few others.
+    prompts = tmp_path / "known.toml"
+    prompts.write_text(
+        'id = "known"\nversion = 1\ndescription = "Reports."\n[templates]\n'
+        'positive = ["{finding}"]\nnegative = ["no {finding}"]\n'
+        f'[findings.mass]\npositive = ["{REPORTS[0]}"]\nnegative = ["{REPORTS[1]}"]\n',
+        "utf-8",
+    )
     scored = mmclip(
         tmp_path, "zeroshot", "--run", tmp_path / "run", "--data", made_data, "--n-resamples", "5",
-        "--out", tmp_path / "scores",
+        "--finding", "mass", "--prompts", prompts, "--out", tmp_path / "scores",
     )  # fmt: skip
     assert scored.code == 0, scored.err
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel
 
 from mmclip.checkpoint import (
     CHECKPOINTS,
@@ -329,6 +329,22 @@ def bert(tmp_path: Path) -> Path:
     BertModel(config).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     return tmp_path / "bert"
+
+
+def test_a_pretrained_encoder_trains_in_training_mode(made_data: Path, tmp_path: Path):
+    # transformers loads in evaluation mode, in which batch norm does not follow the images.
+    torch.manual_seed(0)
+    folder = tmp_path / "resnet"
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    ResNetModel(ResNetConfig(layer_type="basic", **sizes)).save_pretrained(folder)
+    config = load_config(
+        "tiny", [f"model.image.pretrained='{folder}'", "data.image_size=32", "train.steps=2",
+                 "train.batch_size=4", "model.text.width=16"],
+    )  # fmt: skip
+    pretrain(PretrainRequest((made_data,), tmp_path / "run", config, "test", cpu=True))
+    weights = load_checkpoint(tmp_path / "run").model.state_dict()
+    tracked = [int(v) for name, v in weights.items() if name.endswith("num_batches_tracked")]
+    assert tracked and set(tracked) == {2}
 
 
 @pytest.mark.ledger("initialisation")

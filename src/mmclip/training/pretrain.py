@@ -191,8 +191,9 @@ def pretrain(request: PretrainRequest) -> Path:
         checkpoint = load_checkpoint(found)
         began, since = checkpoint.meta["command"], checkpoint.meta.get("resumed_by", [])
         facts |= {"command": began, "resumed_by": [*since, request.command]}
-        tokenizer, model = checkpoint.tokenizer, checkpoint.model.train()
-    set_trainable(model, request.config.model)
+        tokenizer, model = checkpoint.tokenizer, checkpoint.model
+    # transformers loads weights in evaluation mode, in which batch norm learns nothing.
+    set_trainable(model.train(), request.config.model)
     objective = Objective(request.config, image_layout(model.vision_model).patch_size)
     batches = TrainingBatches(
         chosen,
