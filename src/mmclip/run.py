@@ -5,7 +5,7 @@ run/config.json, trained_on.npy, seen.json, metrics.jsonl, checkpoints/step_0005
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -153,11 +153,9 @@ class Run:
             return {}
         stored = json.loads(path.read_text("utf-8"))
         names = [name.lower() for name in findings]
-        ways: tuple[Seen, ...] = ("label", "prompt", "report")
         found: dict[str, Seen] = {}
         for finding, concepts in zip(findings, _concepts(names), strict=True):
-            way: Seen = next((how for how in ways if {*concepts} & {*stored[how]}), "none")
-            found[finding] = way
+            found[finding] = _way(concepts, stored)
         return found
 
     def facts(self) -> dict[str, str | int | float]:
@@ -168,6 +166,15 @@ class Run:
             "training data": meta["data_hash"][:12],
             "step": self.step,
         }
+
+
+def _way(concepts: Sequence[str], stored: Mapping[str, Sequence[str]]) -> Seen:
+    """The strongest way in which training named one of some concepts."""
+    ways: tuple[Seen, ...] = ("label", "prompt", "report")
+    for how in ways:
+        if {*concepts} & {*stored[how]}:
+            return how
+    return "none"
 
 
 def _concepts(names: Sequence[str]) -> list[list[str]]:
