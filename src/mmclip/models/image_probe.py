@@ -5,12 +5,18 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mmclip.config import Pooling
-from mmclip.models.layout import EncoderError, ImageLayout, Pooled, keep_layout, pooled
+from mmclip.models.layout import (
+    EncoderError,
+    ImageLayout,
+    Pooled,
+    keep_layout,
+    pooled,
+    unused_parameters,
+)
 from mmclip.models.pretrained import FORWARD_FAULTS, TAKE_INSTEAD, first_line
 
 PREFIXES = {"deit": (2,)}
@@ -55,10 +61,7 @@ def find_layout(
     layout = _layout_of(output, encoder, image_size, pooling, rgb)
     keep_layout(encoder, layout)
     vector = pooled(output, encoder)
-    named = [(n, p) for n, p in encoder.named_parameters() if p.requires_grad]
-    grads = torch.autograd.grad(vector.sum(), [p for _, p in named], allow_unused=True)
-    unused = tuple(n for (n, _), grad in zip(named, grads, strict=True) if grad is None)
-    layout = replace(layout, unused=unused)
+    layout = replace(layout, unused=unused_parameters(vector, encoder))
     keep_layout(encoder, layout)
     encoder.train(was_training)
     return layout

@@ -206,3 +206,13 @@ def no_decay_names(model: nn.Module) -> set[str]:
         for name, p in model.named_parameters()
         if p.ndim <= 1 or any(table in name for table in tables)
     }
+
+
+def unused_parameters(vector: Tensor, encoder: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the trainable parameters that a pooled vector [b, d] does not depend on.
+
+    Several processes would wait for their gradients for ever, so they do not train.
+    """
+    named = [(n, p) for n, p in encoder.named_parameters() if p.requires_grad]
+    grads = torch.autograd.grad(vector.sum(), [p for _, p in named], allow_unused=True)
+    return tuple(n for (n, _), grad in zip(named, grads, strict=True) if grad is None)

@@ -13,7 +13,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from mmclip.config import Pooling, TextEncoderConfig
-from mmclip.models.layout import EncoderError, Pooled, TextLayout, keep_layout, pooled, text_layout
+from mmclip.models.layout import (
+    EncoderError,
+    Pooled,
+    TextLayout,
+    keep_layout,
+    pooled,
+    text_layout,
+    unused_parameters,
+)
 from mmclip.models.pretrained import (
     FORWARD_FAULTS,
     TAKE_INSTEAD,
@@ -176,10 +184,7 @@ def find_layout(
     layout = replace(layout, width=width, pooling=chosen)
     keep_layout(encoder, layout)
     vector = pooled(output, encoder, is_valid)
-    named = [(n, p) for n, p in encoder.named_parameters() if p.requires_grad]
-    grads = torch.autograd.grad(vector.sum(), [p for _, p in named], allow_unused=True)
-    unused = tuple(n for (n, _), grad in zip(named, grads, strict=True) if grad is None)
-    layout = replace(layout, unused=unused)
+    layout = replace(layout, unused=unused_parameters(vector, encoder))
     keep_layout(encoder, layout)
     encoder.train(was_training)
     return layout

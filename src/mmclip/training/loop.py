@@ -425,7 +425,7 @@ class StepData(Dataset[list[B]]):
 
 
 STEPS_AHEAD = 3
-"""Steps whose batches a worker has ready. [chosen: masks a batch that takes three times as long]"""
+"""Steps whose batches a worker has ready. [chosen: hides a batch that takes three times as long]"""
 
 
 def step_loader(
