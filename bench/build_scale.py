@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmclip.data.build import build_data
 from mmclip.data.cache import CHUNK_IMAGES, SHARDS_FOLDER
+from mmclip.data.ingest.build import build_data
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import Record, Sample
 from mmclip.progress import progress

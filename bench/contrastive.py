@@ -18,10 +18,10 @@ import numpy as np
 
 from ceiling import with_knobs
 from mmclip.config import config_hash, load_config
-from mmclip.data.build import build_data
 from mmclip.data.folder import META_FILE, read_meta
 from mmclip.data.image_text_dataset import open_dataset
-from mmclip.data.sources import open_reader
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.evaluation.compute_metrics import metrics_by_finding
 from mmclip.evaluation.zeroshot import Selection, score_images

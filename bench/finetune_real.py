@@ -39,10 +39,10 @@ from jaxtyping import Float
 from compare import markdown
 from mmclip.checkpoint import code_version
 from mmclip.config import config_hash, load_config_as
-from mmclip.data.build import build_data
 from mmclip.data.folder import META_FILE
-from mmclip.data.sources import open_reader
-from mmclip.data.splits import stratified
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.sources import open_reader
+from mmclip.data.leakage.splits import stratified
 from mmclip.evaluation.baselines import shortcut_features
 from mmclip.evaluation.bootstrap import bootstrap_metrics
 from mmclip.evaluation.intervals import (

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmclip.data.duplicates import BLOCK_PIXELS, are_alike, image_hashes, near_pairs
+from mmclip.data.leakage.duplicates import BLOCK_PIXELS, are_alike, image_hashes, near_pairs
 
 PX = 32
 PLANTED_RATIO = 0.01

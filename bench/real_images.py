@@ -35,11 +35,11 @@ from ablation import Key, losses_at_end, read_lines, run_name, train, unfinished
 from compare import markdown
 from mmclip.checkpoint import code_version
 from mmclip.config import Config, config_hash, load_config
-from mmclip.data.build import build_data
 from mmclip.data.folder import META_FILE, read_meta
 from mmclip.data.image_text_dataset import open_dataset
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.sources import open_reader
 from mmclip.data.sample import Split
-from mmclip.data.sources import open_reader
 from mmclip.evaluation.compute_metrics import metrics_by_finding, shortcut_baseline
 from mmclip.evaluation.metrics import known
 from mmclip.evaluation.results import Control

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mmclip.data.leakage.splits import clean_split
 from mmclip.data.sample import Sample
-from mmclip.data.splits import clean_split
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 """Source: rows of the lists in HieuPhan33/CVPR2024_MAVL, 6,949 / 2,316 / 2,317."""

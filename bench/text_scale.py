@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from build_scale import Clock, peak_mb, watch_workers
-from mmclip.data.build import build_data, search_reports
 from mmclip.data.folder import MANIFEST_FILE
+from mmclip.data.ingest.build import build_data, search_reports
 from mmclip.data.readers.openi import read_openi
 from mmclip.data.sample import Record, Sample
 from mmclip.data.text import parse_report, split_sentences, tokenise, train_tokenizer

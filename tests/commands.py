@@ -19,7 +19,7 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     [
         "tests.commands",
-        "mmclip.data.sources",
+        "mmclip.data.ingest.sources",
         "mmclip.doctor",
         "mmclip.training.pretrain",
         "mmclip.evaluation.zeroshot",

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.data.build import build_data
-from mmclip.data.sources import open_reader
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.sources import open_reader
 from mmclip.data.synthetic import Preset, write_dataset
 from tests.commands import mmclip
 

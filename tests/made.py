@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmclip.batch import Batch, BatchSlice, TextBatch
 from mmclip.config import Config, load_config
-from mmclip.data.build import build_data
+from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Sample
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip

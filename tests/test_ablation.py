@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmclip.data.build import build_data
 from mmclip.data.image_text_dataset import open_dataset
+from mmclip.data.ingest.build import build_data
 from mmclip.evaluation.intervals import interval_over_seeds
 from tests.made import write_images
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmclip.data.build import build_data
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Sample
 from mmclip.data.synthetic import FINDINGS
 from mmclip.evaluation import baselines

@@ -9,9 +9,9 @@ from PIL import Image
 
 from mmclip.batch import Batch, BatchSlice, cheapest_cuts, plan_encoding
 from mmclip.data.batches import TrainingBatches, label_names, training_dataset
-from mmclip.data.build import build_data
 from mmclip.data.corpus import MAX_SENTENCES, mark_concepts, sentences_read, tokenise_corpus
 from mmclip.data.image_text_dataset import normalise, open_dataset
+from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Entity
 from mmclip.data.text import train_tokenizer
 from tests.made import REPORTS, small_config, write_folder, write_images

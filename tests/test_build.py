@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmclip.data.build import build_data, build_shard
 from mmclip.data.cache import ImageCache, verify_cache
-from mmclip.data.csv_mapping import CsvMapping, load_mapping
-from mmclip.data.csv_table import SourceError, read_csv
 from mmclip.data.folder import ManifestError, read_meta
 from mmclip.data.images import resize_image
+from mmclip.data.ingest.build import build_data, build_shard
+from mmclip.data.ingest.csv_mapping import CsvMapping, load_mapping
+from mmclip.data.ingest.csv_table import SourceError, read_csv
+from mmclip.data.ingest.shards import Shard
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import Reason, Record, Sample
-from mmclip.data.shards import Shard
 from tests.made_files import NAME, NUMBER, blank, dicom, encoded, huge_png, ramp
 
 REPOSITORY = Path(__file__).resolve().parents[1]

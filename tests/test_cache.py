@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmclip.data import cache, shards
+from mmclip.data import cache
 from mmclip.data.cache import (
     CacheError,
     ImageCache,
@@ -24,9 +24,10 @@ from mmclip.data.cache import (
 )
 from mmclip.data.folder import read_meta
 from mmclip.data.images import decode_image, read_image, resize_image
+from mmclip.data.ingest import shards
+from mmclip.data.ingest.shards import WorkersError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import Reason
-from mmclip.data.shards import WorkersError
 from tests.made_files import encoded, ramp
 
 N = 40
@@ -248,7 +249,7 @@ import sys
 from pathlib import Path
 
 from mmclip.data import cache
-from mmclip.data.build import build_data
+from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Sample
 
 if __name__ == "__main__":

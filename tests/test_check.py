@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmclip.data.build import build_data
-from mmclip.data.check import (
+from mmclip.data.folder import ManifestError
+from mmclip.data.ingest.build import build_data
+from mmclip.data.leakage.check import (
     check_data,
     find_overlaps,
     refuse_leaks,
     refuse_trained,
     trained_keys,
 )
-from mmclip.data.folder import ManifestError
+from mmclip.data.leakage.splits import set_split
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import Sample, Split
-from mmclip.data.splits import set_split
 from tests.commands import mmclip
 from tests.made_files import encoded
 from tests.test_duplicates import blurred

@@ -21,7 +21,7 @@ import mmclip as package
 from mmclip import doctor
 from mmclip.cli import app
 from mmclip.cli.shared import check_results
-from mmclip.data.sources import READERS
+from mmclip.data.ingest.sources import READERS
 from mmclip.data.synthetic import FINDINGS, PRESETS
 from mmclip.demo import _make_room
 from mmclip.doctor import OPTIONAL

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from mmclip.config import ConfigError
-from mmclip.data.build import build_data
-from mmclip.data.csv_mapping import CsvMapping, load_mapping
-from mmclip.data.csv_rows import read_rows
-from mmclip.data.csv_table import SourceError, parse_age, read_csv
 from mmclip.data.folder import ManifestError
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.csv_mapping import CsvMapping, load_mapping
+from mmclip.data.ingest.csv_rows import read_rows
+from mmclip.data.ingest.csv_table import SourceError, parse_age, read_csv
+from mmclip.data.ingest.sources import open_reader
 from mmclip.data.sample import Excluded, Reason, Sample
-from mmclip.data.sources import open_reader
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "mixed_images.toml"
 

@@ -17,7 +17,6 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 
 from mmclip.data import decode_worker
-from mmclip.data.build import build_data
 from mmclip.data.decode_worker import DecodeWorker
 from mmclip.data.dicom import (
     DECODERS,
@@ -28,6 +27,7 @@ from mmclip.data.dicom import (
     transfer_syntax_of,
 )
 from mmclip.data.images import ImageError, decode_image, read_image, stretch
+from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Reason, Sample
 from tests.made_files import dicom, encoded, ramp
 

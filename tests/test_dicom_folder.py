@@ -12,13 +12,13 @@ import pytest
 from pydicom.dataset import Dataset
 
 from mmclip.config import ConfigError
-from mmclip.data.build import build_data
-from mmclip.data.csv_table import SourceError
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.csv_table import SourceError
+from mmclip.data.ingest.dicom_folder import DicomOptions, view_of
+from mmclip.data.ingest.report_table import join_reports
+from mmclip.data.ingest.sources import open_reader
 from mmclip.data.manifest import read_manifest
-from mmclip.data.readers.dicom_folder import DicomOptions, view_of
-from mmclip.data.report_table import join_reports
 from mmclip.data.sample import Excluded, Reason, Sample
-from mmclip.data.sources import open_reader
 from tests.commands import mmclip
 from tests.made_files import dicom
 

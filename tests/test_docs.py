@@ -16,12 +16,12 @@ from typer.main import get_command
 import mmclip
 from mmclip.cli import app
 from mmclip.config import WHOLE_TEXT_SCORES, Config, config_names, load_config, parse
-from mmclip.data.csv_mapping import CsvMapping
-from mmclip.data.csv_table import read_csv
+from mmclip.data.ingest.csv_mapping import CsvMapping
+from mmclip.data.ingest.csv_table import read_csv
+from mmclip.data.ingest.report_table import ReportMapping
+from mmclip.data.ingest.sources import READERS
 from mmclip.data.manifest import SCHEMA
-from mmclip.data.report_table import ReportMapping
 from mmclip.data.sample import Reason, Sample
-from mmclip.data.sources import READERS
 from mmclip.evaluation.pages import CARD_FILE
 from mmclip.prompts import PromptSet
 from tests.test_cli import COMMANDS, NAMES

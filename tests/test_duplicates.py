@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmclip.data.build import build_data
-from mmclip.data.duplicates import (
+from mmclip.data.folder import ManifestError
+from mmclip.data.ingest.build import build_data
+from mmclip.data.leakage.duplicates import (
     HASHES_FILE,
     MAX_DISTANCE,
     MIN_LIKENESS,
@@ -23,7 +24,6 @@ from mmclip.data.duplicates import (
     near_pairs,
     read_hashes,
 )
-from mmclip.data.folder import ManifestError
 from mmclip.data.sample import Sample
 from mmclip.data.synthetic import PRESETS, make_patient
 from tests.made_files import encoded

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from mmclip.checkpoint import Checkpoint, save_checkpoint
-from mmclip.data.annotations import EMPTY, FOREIGN, read_annotations
-from mmclip.data.build import build_data
-from mmclip.data.csv_table import SourceError
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.images import read_image, resize_image
+from mmclip.data.ingest.annotations import EMPTY, FOREIGN, read_annotations
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.sample import Sample
 from mmclip.data.text import tokenise, train_tokenizer
 from mmclip.evaluation.pictures import HEAT, UNSEEN, explanation_figure, warmed

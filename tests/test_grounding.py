@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.data.csv_table import SourceError
+from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.readers.files import Box
 from mmclip.data.readers.grounding import read_chestxdet10_boxes, read_mscxr_boxes
 from tests.published import lay_out

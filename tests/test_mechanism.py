@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from mmclip.config import WHOLE_TEXT_SCORES, ScoreKind, load_config
-from mmclip.data.build import build_data
-from mmclip.data.sources import open_reader
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.sources import open_reader
 from mmclip.data.synthetic import PRESETS, read_masks, write_dataset
 from mmclip.explanation.grounding import expected_hits
 from mmclip.explanation.mechanism import (

@@ -15,9 +15,9 @@ from mmclip.cli.data import app as data_commands
 from mmclip.cli.evaluate import app as zeroshot_command
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import open_dataset
+from mmclip.data.leakage.splits import LISTED, NAMES
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.splits import LISTED, NAMES
 from mmclip.evaluation.comparison import compute_metrics_of_csv
 from mmclip.evaluation.metrics import auroc
 from mmclip.evaluation.plots import curves_figure
@@ -156,7 +156,7 @@ def test_a_protocol_runs_from_the_data_set_as_published_to_results(
     planned = plan(rules, case)
     samples = {case.image_id.format(f.number, int(bool(f.present))): f for f in planned}
     # These lists are none of the published ones, and two panels a finding take long to draw.
-    monkeypatch.setattr("mmclip.data.split_lists.KNOWN_LISTS", {})
+    monkeypatch.setattr("mmclip.data.leakage.split_lists.KNOWN_LISTS", {})
     monkeypatch.setattr(
         "mmclip.evaluation.pages.curves_figure", lambda panels: curves_figure(panels[:1])
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.data.csv_rows import SourceError, header_of, read_rows
+from mmclip.data.ingest.csv_rows import SourceError, header_of, read_rows
 from mmclip.data.readers.files import (
     DicomFacts,
     dicom_facts,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.data.build import build_data
-from mmclip.data.csv_table import SourceError
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.covidx import read_covidx
 from mmclip.data.sample import ABSENT, PRESENT, Reason

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.data.build import build_data
-from mmclip.data.csv_table import SourceError
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.mimic import read_mimic_cxr, read_mimic_cxr_jpg
 from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Reason, Sample

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.data.build import build_data
-from mmclip.data.csv_table import SourceError
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.openi_copies import read_openi_kaggle, read_openi_r2gen
 from mmclip.data.sample import Reason

@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmclip.data.build import build_data
-from mmclip.data.csv_table import SourceError
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.csv_table import SourceError
+from mmclip.data.leakage.splits import physician_split
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.padchest import read_padchest
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Reason, Sample
-from mmclip.data.splits import physician_split
 from tests.made_files import encoded, ramp
 from tests.published import lay_out, parted, real_table, tally
 

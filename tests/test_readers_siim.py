@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmclip.data.build import build_data
-from mmclip.data.csv_table import SourceError
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.siim import decode_mask, read_siim, read_siim_masks
 from mmclip.data.sample import ABSENT, PRESENT, Reason

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.data.csv_rows import SourceError
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import ManifestError, read_meta
+from mmclip.data.ingest.csv_rows import SourceError
 from mmclip.data.lexicon import read_lexicon
 from mmclip.data.manifest import read_manifest, write_manifest
 from mmclip.data.readers.vocabulary import load_vocabulary

@@ -17,10 +17,10 @@ from mmclip import embedding_store
 from mmclip.checkpoint import Checkpoint
 from mmclip.cli import retrieve as cli
 from mmclip.data.batches import TrainingBatches, deterministic_config
-from mmclip.data.build import build_data
-from mmclip.data.check import TRAINED_FILE, patient_key, trained_keys
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.ingest.build import build_data
+from mmclip.data.leakage.check import TRAINED_FILE, patient_key, trained_keys
 from mmclip.data.sample import Sample
 from mmclip.data.text import train_tokenizer
 from mmclip.embed import embed_images, embed_texts, words_hardly_known

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mmclip.data.batches import SEEN_FILE
-from mmclip.data.check import TRAINED_FILE, trained_keys
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import open_dataset
+from mmclip.data.leakage.check import TRAINED_FILE, trained_keys
 from mmclip.run import Run, open_run
 
 

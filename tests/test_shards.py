@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmclip.data import build, cache, shards
-from mmclip.data.build import build_data, build_shard
+from mmclip.data import cache
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import ManifestError
+from mmclip.data.ingest import build, shards
+from mmclip.data.ingest.build import build_data, build_shard
+from mmclip.data.ingest.shards import Shard, WorkersError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import Sample
-from mmclip.data.shards import Shard, WorkersError
 from tests.commands import Ended, mmclip
 from tests.made_files import encoded, ramp
 from tests.test_cache import Stop, watch_progress

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.data.csv_table import SourceError
-from mmclip.data.sources import READERS, open_reader
+from mmclip.data.ingest.csv_table import SourceError
+from mmclip.data.ingest.sources import READERS, open_reader
 from tests.published import lay_out
 from tests.test_readers_chestxray14 import IMAGES, NEW, TABLE
 from tests.test_readers_siim import LAYOUTS

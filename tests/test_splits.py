@@ -10,12 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmclip.data.check import find_overlaps
 from mmclip.data.folder import SPLIT_FILE, ManifestError, read_meta
-from mmclip.data.manifest import read_manifest, write_manifest
-from mmclip.data.sample import Sample, assign_splits
-from mmclip.data.split_lists import list_sha256, match_list
-from mmclip.data.splits import (
+from mmclip.data.leakage.check import find_overlaps
+from mmclip.data.leakage.split_lists import list_sha256, match_list
+from mmclip.data.leakage.splits import (
     clean_split,
     group_of,
     linked_apart,
@@ -25,6 +23,8 @@ from mmclip.data.splits import (
     stratified,
     subsets_of,
 )
+from mmclip.data.manifest import read_manifest, write_manifest
+from mmclip.data.sample import Sample, assign_splits
 from mmclip.evaluation.protocols import FineTuning, load_protocol, protocol_names
 from tests.commands import mmclip
 
@@ -292,7 +292,7 @@ def test_a_list_is_held_against_the_published_one(tmp_path: Path, monkeypatch: p
     lists = write_lists(tmp_path, test="f1\nf2\n")
     sha256 = list_sha256(b"f1\r\nf2\r\n")  # line ends do not matter
     known = {sha256[:32]: "benchx made test"}
-    monkeypatch.setattr("mmclip.data.split_lists.KNOWN_LISTS", known)
+    monkeypatch.setattr("mmclip.data.leakage.split_lists.KNOWN_LISTS", known)
     split = set_split(tmp_path, "benchx", lists=lists)
     assert split["lists"]["test"]["is_known"] and not split["warnings"]
     with pytest.raises(ManifestError, match="is known as benchx made test"):

@@ -18,10 +18,10 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from mmclip.data.build import build_data
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.sources import open_reader
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import Split
-from mmclip.data.sources import open_reader
 from mmclip.data.synthetic import (
     FINDINGS,
     PRESETS,

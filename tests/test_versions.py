@@ -1,6 +1,6 @@
 from mmclip.config import packaged_names
+from mmclip.data.ingest.sources import READERS
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.sources import READERS
 from mmclip.data.versions import WORDS_OF, changed_since, made_with
 
 READER_FILES = set(packaged_names("findings")) - {"vocabulary", "chestxdet10"}  # boxes alone

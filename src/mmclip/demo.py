@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mmclip.checkpoint import CheckpointError
 from mmclip.config import Config, load_config
-from mmclip.data.build import build_data
 from mmclip.data.folder import is_built
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
-from mmclip.data.sources import open_reader
+from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.data.synthetic.dataset import PRESET_FILE
 from mmclip.embed import embed_images, embed_prompts, probabilities

@@ -23,9 +23,9 @@ from mmclip.checkpoint import (
     read_weights,
 )
 from mmclip.data.cache import CacheError, verify_cache
-from mmclip.data.check import find_overlaps, patient_key
 from mmclip.data.dicom import decoders_installed
 from mmclip.data.folder import MANIFEST_FILE, META_FILE, ManifestError, read_meta
+from mmclip.data.leakage.check import find_overlaps, patient_key
 from mmclip.data.manifest import read_manifest
 from mmclip.data.versions import changed_since
 from mmclip.evaluation.metrics import auroc

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from mmclip.checkpoint import Checkpoint, load_checkpoint, run_folder
 from mmclip.config import Config, recipe_hash
 from mmclip.data.batches import SEEN_FILE
-from mmclip.data.check import TRAINED_FILE, refuse_trained
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.leakage.check import TRAINED_FILE, refuse_trained
 from mmclip.data.sample import Sample, Split
 from mmclip.models.mmclip import MMCLIP
 

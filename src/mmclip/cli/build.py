@@ -19,7 +19,7 @@ from mmclip.progress import console
 
 if TYPE_CHECKING:
     from mmclip.config import ResizeMode
-    from mmclip.data.sources import DicomOptions
+    from mmclip.data.ingest.sources import DicomOptions
 
 IMAGES_TEXTS = "Images and texts"
 PRIVACY = "Privacy"
@@ -126,9 +126,9 @@ class ReaderCommand:
         overwrite: Overwrite = False,
     ) -> None:
         """Builds a data folder from what the reader reads."""
-        from mmclip.data.build import build_data, build_shard
-        from mmclip.data.shards import Shard, n_cores
-        from mmclip.data.sources import open_reader
+        from mmclip.data.ingest.build import build_data, build_shard
+        from mmclip.data.ingest.shards import Shard, n_cores
+        from mmclip.data.ingest.sources import open_reader
 
         how = _resize_mode(resize)
         dicom = _dicom_options(self.name, out, reports, id_key, keep_age_sex)
@@ -168,7 +168,7 @@ class ReaderGroup(PlainGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names of the readers."""
-        from mmclip.data.sources import READERS
+        from mmclip.data.ingest.sources import READERS
 
         return list(READERS)
 
@@ -178,7 +178,7 @@ class ReaderGroup(PlainGroup):
         Raises:
             SourceError: When there is none of that name.
         """
-        from mmclip.data.sources import check_reader
+        from mmclip.data.ingest.sources import check_reader
 
         check_reader(cmd_name)
         return _command_of(cmd_name)
@@ -205,7 +205,7 @@ app = typer.Typer(
 
 
 def _command_of(name: str) -> Any:
-    from mmclip.data.sources import READERS
+    from mmclip.data.ingest.sources import READERS
 
     example = EXAMPLES.get(name, f"--root downloads/{name}/ --out data/{name}")
     said = (
@@ -227,7 +227,7 @@ def _dicom_options(
     name: str, out: Path, reports: Path | None, id_key: Path | None, keep_age_sex: bool
 ) -> "DicomOptions | None":
     """What the reader dicom needs; of another reader None, or what it will refuse."""
-    from mmclip.data.sources import DicomOptions
+    from mmclip.data.ingest.sources import DicomOptions
 
     if name != "dicom" and reports is None and id_key is None and not keep_age_sex:
         return None

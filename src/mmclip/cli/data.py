@@ -64,7 +64,7 @@ def data_split(
 
     Example: `mmclip data split data/images --name clean --seed 0`
     """
-    from mmclip.data.splits import SUBSET_SEEDS, set_split
+    from mmclip.data.leakage.splits import SUBSET_SEEDS, set_split
 
     split = set_split(
         folder,
@@ -162,7 +162,7 @@ def data_check(
     """
     from dataclasses import asdict
 
-    from mmclip.data.check import check_data
+    from mmclip.data.leakage.check import check_data
 
     found = check_data(folders, near_duplicates=not exact)
 

@@ -21,7 +21,7 @@ from mmclip.progress import console
 if TYPE_CHECKING:
     import numpy as np
 
-    from mmclip.data.annotations import Annotation
+    from mmclip.data.ingest.annotations import Annotation
     from mmclip.explanation.pointing_game import PointingRequest
     from mmclip.explanation.saliency import ExplainScore
     from mmclip.prompts import PromptSet

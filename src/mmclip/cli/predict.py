@@ -86,7 +86,7 @@ def predict(
 
     Example: `mmclip predict --model runs/a/ft/full-100-0 study/ --by study --out studies.csv`
     """
-    from mmclip.data.shards import n_cores
+    from mmclip.data.ingest.shards import n_cores
     from mmclip.prediction.model import find_model
     from mmclip.prediction.predict import PredictRequest
     from mmclip.prediction.predict import predict as score

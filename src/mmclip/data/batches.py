@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from mmclip.batch import Batch, BatchSlice, TextBatch, on_each_tensor
 from mmclip.config import AugmentConfig, Config
-from mmclip.data.check import patient_key, study_key
 from mmclip.data.corpus import (
     MAX_SENTENCES,
     TokenRows,
@@ -31,6 +30,7 @@ from mmclip.data.disease_prompts import (
     load_disease_prompts,
 )
 from mmclip.data.image_text_dataset import ImageTextDataset, affine_of, augmented, warp
+from mmclip.data.leakage.check import patient_key, study_key
 from mmclip.data.sample import Entity, Sample
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
 from mmclip.data.text import tokenise

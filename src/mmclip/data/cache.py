@@ -18,8 +18,16 @@ from numpy.lib.format import write_array_header_1_0
 from mmclip.config import ResizeMode
 from mmclip.data.dicom import decoders_installed
 from mmclip.data.images import ImageError, decode_image, read_bytes, resize_image
+from mmclip.data.ingest.shards import (
+    Shard,
+    ShardContent,
+    Work,
+    Workers,
+    do_chunks,
+    read_array,
+    read_facts,
+)
 from mmclip.data.sample import Reason
-from mmclip.data.shards import Shard, ShardContent, Work, Workers, do_chunks, read_array, read_facts
 
 IMAGES_FILE, SHARDS_FOLDER = "images.npy", "images.shards"
 

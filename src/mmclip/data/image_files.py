@@ -17,10 +17,10 @@ from jaxtyping import UInt8
 from mmclip.config import ResizeMode
 from mmclip.data.dicom import is_dicom, read_header
 from mmclip.data.images import decode_image, read_bytes, resize_image
+from mmclip.data.ingest.dicom_folder import VIEW_KEYWORDS, view_of
+from mmclip.data.ingest.shards import WorkersError, end_with_parent
 from mmclip.data.pixels import ImageError
-from mmclip.data.readers.dicom_folder import VIEW_KEYWORDS, view_of
 from mmclip.data.sample import View
-from mmclip.data.shards import WorkersError, end_with_parent
 
 IMAGE_SUFFIXES = (
     ".bmp", ".dcm", ".dic", ".dicom", ".gif", ".ima", ".j2k", ".jp2", ".jpeg", ".jpg", ".pgm",

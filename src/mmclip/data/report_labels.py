@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple, get_args
 from pydantic import Field
 
 from mmclip.config import Frozen, parse, read_toml
-from mmclip.data.csv_rows import SourceError, read_rows
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import (
     SPLIT_FILE,
@@ -21,6 +20,7 @@ from mmclip.data.folder import (
     read_built_meta,
     read_split,
 )
+from mmclip.data.ingest.csv_rows import SourceError, read_rows
 from mmclip.data.manifest import read_built, replace_images
 from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Entity, Sample
 

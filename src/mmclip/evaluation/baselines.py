@@ -13,8 +13,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from mmclip.data.check import patient_key
 from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.data.leakage.check import patient_key
 from mmclip.evaluation.metrics import auroc
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from mmclip.config import Frozen, config_hash, packaged_names, parse, read_toml
-from mmclip.data.splits import SUBSET_SEEDS
+from mmclip.data.leakage.splits import SUBSET_SEEDS
 from mmclip.evaluation.metrics import ThresholdRule
 
 BUILT = "built"

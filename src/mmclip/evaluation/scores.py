@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mmclip.data.check import content_key, patient_key
 from mmclip.data.folder import ManifestError, read_meta
 from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.data.leakage.check import content_key, patient_key
+from mmclip.data.leakage.splits import ids_hash
 from mmclip.data.readers.vocabulary import is_unfinished
 from mmclip.data.sample import ABSENT, PRESENT, Sample, Split
-from mmclip.data.splits import ids_hash
 from mmclip.evaluation.protocols import BUILT, Protocol
 
 SCORES_FILE = "scores.npz"

@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmclip.checkpoint import Checkpoint
-from mmclip.data.annotations import Annotation, read_annotations
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import normalise
 from mmclip.data.images import resize_image
+from mmclip.data.ingest.annotations import Annotation, read_annotations
 from mmclip.embed import embed_texts, warn_of_unread
 from mmclip.evaluation.pictures import explanation_figure
 from mmclip.explanation.grounding import mass_above_median

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmclip.data.annotations import EMPTY, Annotation, read_annotations
-from mmclip.data.check import patient_key
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.data.ingest.annotations import EMPTY, Annotation, read_annotations
+from mmclip.data.leakage.check import patient_key
 from mmclip.data.sample import SPLITS, Split
 from mmclip.evaluation.scores import FRONTAL
 from mmclip.explanation.saliency import ExplainScore, grid_of

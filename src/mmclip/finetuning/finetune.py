@@ -20,9 +20,9 @@ from accelerate.utils import set_seed
 from jaxtyping import Float
 
 from mmclip.config import config_hash
-from mmclip.data.check import patient_key
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.data.leakage.check import patient_key
 from mmclip.embedding_store import STORE_FOLDER, store_folder
 from mmclip.evaluation.baselines import LogisticFit, fit_logistic, shortcut_features
 from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_of_resamples

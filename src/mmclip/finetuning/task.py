@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Float
 
 from mmclip.config import ResizeMode, packaged_names
-from mmclip.data.check import refuse_leaks
 from mmclip.data.disease_prompts import NO_FINDING
 from mmclip.data.folder import ManifestError, read_meta, read_split
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.leakage.check import refuse_leaks
+from mmclip.data.leakage.splits import PERCENTS, read_subset, subsets_of
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.sample import PRESENT, UNCERTAIN, Sample
-from mmclip.data.splits import PERCENTS, read_subset, subsets_of
 from mmclip.data.versions import WORDS_OF
 from mmclip.evaluation.protocols import (
     BUILT,

@@ -15,9 +15,9 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from mmclip.config import Frozen
-from mmclip.data.check import patient_key, study_key
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.data.leakage.check import patient_key, study_key
 from mmclip.data.sample import Sample, Split
 from mmclip.data.sampling import image_key
 from mmclip.data.text import tokenise

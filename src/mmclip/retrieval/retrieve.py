@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float32, UInt8
 from matplotlib.figure import Figure
 
-from mmclip.data.check import patient_key
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.images import ImageError, decode_image, read_bytes, resize_image
+from mmclip.data.leakage.check import patient_key
 from mmclip.data.sample import Split
 from mmclip.embed import embed_texts, warn_of_unread
 from mmclip.embedding_store import finite, image_embeddings

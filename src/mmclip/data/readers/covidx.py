@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmclip.data.csv_rows import SourceError
+from mmclip.data.ingest.csv_rows import SourceError
 from mmclip.data.readers.files import bad_value, index_images
 from mmclip.data.readers.vocabulary import SourceWords, load_words
 from mmclip.data.sample import Record, Sample, Split

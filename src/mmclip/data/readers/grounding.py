@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from mmclip.data.csv_rows import SourceError
+from mmclip.data.ingest.csv_rows import SourceError
 from mmclip.data.readers.files import Box, find_table, read_sound_rows
 from mmclip.data.readers.vocabulary import load_words
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from mmclip.data.csv_rows import SourceError, header_of, read_rows
+from mmclip.data.ingest.csv_rows import SourceError, header_of, read_rows
 from mmclip.data.readers.chexpert import label_values
 from mmclip.data.readers.files import (
     DicomFacts,

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmclip.data.csv_rows import SourceError, read_rows
+from mmclip.data.ingest.csv_rows import SourceError, read_rows
 from mmclip.data.sample import Excluded, Reason, Record, Sample, View
 from mmclip.data.text import make_report
 

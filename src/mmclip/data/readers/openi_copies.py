@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmclip.data.csv_rows import SourceError, read_rows
+from mmclip.data.ingest.csv_rows import SourceError, read_rows
 from mmclip.data.readers.files import (
     bad_value,
     find_table,

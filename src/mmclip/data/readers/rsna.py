@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmclip.data.csv_rows import read_rows
+from mmclip.data.ingest.csv_rows import read_rows
 from mmclip.data.readers.files import (
     Box,
     bad_value,

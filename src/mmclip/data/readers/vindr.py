@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmclip.data.csv_rows import SourceError, header_of, read_rows
+from mmclip.data.ingest.csv_rows import SourceError, header_of, read_rows
 from mmclip.data.readers.files import (
     Box,
     bad_value,

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pydicom
 
-from mmclip.data.csv_rows import SourceError
-from mmclip.data.csv_table import find_table, parse_age
 from mmclip.data.dicom import read_header
-from mmclip.data.pixels import ImageError
-from mmclip.data.report_table import (
+from mmclip.data.ingest.csv_rows import SourceError
+from mmclip.data.ingest.csv_table import find_table, parse_age
+from mmclip.data.ingest.report_table import (
     ReportMapping,
     Reports,
     join_reports,
     load_report_mapping,
     read_reports,
 )
+from mmclip.data.pixels import ImageError
 from mmclip.data.sample import Excluded, Reason, Record, Sample, Sex, View
 from mmclip.data.text import Report
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from mmclip.data.csv_table import SourceError
+from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.readers.chestxray14 import read_chestxray14_boxes
 from mmclip.data.readers.files import Box
 from mmclip.data.readers.grounding import read_chestxdet10_boxes, read_mscxr_boxes

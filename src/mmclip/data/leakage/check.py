@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import UInt64
 
 from mmclip.data.cache import ImageCache
-from mmclip.data.duplicates import CHUNKS, near_groups, read_hashes
 from mmclip.data.folder import ManifestError, read_built_meta
+from mmclip.data.leakage.duplicates import CHUNKS, near_groups, read_hashes
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import SPLITS, UNCERTAIN, Sample
 from mmclip.progress import progress

@@ -5,12 +5,12 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mmclip.data.csv_mapping import CsvMapping, load_mapping
-from mmclip.data.csv_table import SourceError, read_csv, read_mapped
+from mmclip.data.ingest.csv_mapping import CsvMapping, load_mapping
+from mmclip.data.ingest.csv_table import SourceError, read_csv, read_mapped
+from mmclip.data.ingest.dicom_folder import DicomOptions, read_dicom_folder
 from mmclip.data.readers.chestxray14 import read_chestxray14
 from mmclip.data.readers.chexpert import read_chexpert, read_chexpert_plus
 from mmclip.data.readers.covidx import read_covidx
-from mmclip.data.readers.dicom_folder import DicomOptions, read_dicom_folder
 from mmclip.data.readers.mimic import read_mimic_cxr, read_mimic_cxr_jpg
 from mmclip.data.readers.nlm_tb import read_montgomery, read_shenzhen
 from mmclip.data.readers.openi import read_openi

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mmclip.data.check import CHEAP, COLLECTIONS, find_overlaps, near_keys
 from mmclip.data.folder import (
     ManifestError,
     last_split,
@@ -21,10 +20,11 @@ from mmclip.data.folder import (
     with_split,
     write_split,
 )
+from mmclip.data.ingest.sources import PATIENTS_UNKNOWN
+from mmclip.data.leakage.check import CHEAP, COLLECTIONS, find_overlaps, near_keys
+from mmclip.data.leakage.split_lists import LISTED, read_lists, read_patients
 from mmclip.data.manifest import data_hash, read_built
 from mmclip.data.sample import BY_PEOPLE, PRESENT, SPLITS, Sample, Split, draw_split
-from mmclip.data.sources import PATIENTS_UNKNOWN
-from mmclip.data.split_lists import LISTED, read_lists, read_patients
 
 NAMES = ("clean", "official", "physician", *LISTED)
 

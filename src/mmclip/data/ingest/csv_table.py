@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from mmclip.config import ConfigError
-from mmclip.data.csv_mapping import (
+from mmclip.data.ingest.csv_mapping import (
     Columns,
     CsvMapping,
     Labels,
@@ -21,7 +21,7 @@ from mmclip.data.csv_mapping import (
     mapping_values,
     several,
 )
-from mmclip.data.csv_rows import Row, SourceError, header_of, parted_by, read_rows
+from mmclip.data.ingest.csv_rows import Row, SourceError, header_of, parted_by, read_rows
 from mmclip.data.sample import (
     ABSENT,
     PRESENT,

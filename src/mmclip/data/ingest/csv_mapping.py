@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmclip.config import ConfigError, Frozen, parse
-from mmclip.data.csv_rows import SourceError
+from mmclip.data.ingest.csv_rows import SourceError
 from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Split, View
 
 KEY_LIKENESS = 0.75

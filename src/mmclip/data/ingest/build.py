@@ -25,6 +25,7 @@ from mmclip.data.folder import (
     check_place,
     read_meta,
 )
+from mmclip.data.ingest.shards import Shard, ShardContent, Work, Workers, do_chunks, read_facts
 from mmclip.data.manifest import write_excluded, write_manifest
 from mmclip.data.sample import (
     Entity,
@@ -35,7 +36,6 @@ from mmclip.data.sample import (
     assign_splits,
     validate,
 )
-from mmclip.data.shards import Shard, ShardContent, Work, Workers, do_chunks, read_facts
 from mmclip.data.versions import made_with
 
 ENTITY_SHARDS_FOLDER = "entities.shards"

@@ -9,9 +9,9 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from mmclip.config import Frozen, parse
-from mmclip.data.csv_mapping import known_encoding, mapping_values
-from mmclip.data.csv_rows import read_rows
-from mmclip.data.csv_table import REMEDY
+from mmclip.data.ingest.csv_mapping import known_encoding, mapping_values
+from mmclip.data.ingest.csv_rows import read_rows
+from mmclip.data.ingest.csv_table import REMEDY
 from mmclip.data.sample import View
 from mmclip.data.text import Report, parse_report
 

@@ -1,0 +1,1 @@
+"""From raw folders and tables to data folders."""

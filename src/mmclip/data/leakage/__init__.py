@@ -1,0 +1,1 @@
+"""What splits and data sets share, and splits that share nothing."""
