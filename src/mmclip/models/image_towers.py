@@ -48,7 +48,7 @@ def build_image_encoder(config: ImageEncoderConfig, image_size: int) -> PreTrain
 
     A new ViT starts with weights of deviation 1 / sqrt(width), where transformers' 0.02, meant for
     768 wide layers, shrinks every layer of a narrow one; and its pooler has no tanh, which
-    saturates. Both shorten the time in which all embeddings are alike. [docs/log.md, "init"]
+    saturates. Both shorten the time in which all embeddings are alike. [docs/log.md]
     A new ResNet has basic blocks and one stage for each halving of the image after the second.
 
     Raises:
