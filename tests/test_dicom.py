@@ -372,7 +372,7 @@ def test_a_decoder_that_asks_for_too_much_memory_loses_its_own_image_alone(monke
     monkeypatch.setattr(
         decode_worker, "_START",
         decode_worker._START.replace(
-            "; serve", "; import mmclip.data.decode_worker as w; w.MEMORY_BYTES = 64 << 20; serve"
+            "; serve", "; import mmclip.data.decode_process as p; p.MEMORY_BYTES = 64 << 20; serve"
         ),
     )  # fmt: skip
     worker = DecodeWorker()
@@ -387,6 +387,10 @@ def test_a_decoder_that_asks_for_too_much_memory_loses_its_own_image_alone(monke
 
 def test_the_process_decodes_as_this_one_does_and_says_the_same_reasons():
     for path in sorted(DICOM_FILES.glob("*.dcm")):
+        if not is_dicom(
+            path.read_bytes()
+        ):  # of that the process makes a raster file, as a build does
+            continue
         found = []
         for decode in (decode_worker.decode_apart, decode_dicom):
             try:
@@ -444,3 +448,47 @@ def test_the_process_ends_with_the_one_that_started_it():
     os.close(os.dup(worker._process.stdin.fileno()))
     worker._process.stdin.close()  # what the system does when this process ends
     assert worker._process.wait(timeout=10) == 0
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME2", "MONOCHROME1"])
+def test_stored_values_and_the_first_window_give_the_image_that_the_model_reads(kind):
+    pixels = levels(0, 100, 200, 4095)
+    tags = {"PhotometricInterpretation": kind, "RescaleSlope": 2, "RescaleIntercept": -1000}
+    window = {"WindowCenter": -799.5, "WindowWidth": 401}
+    content = dicom(pixels, PixelPaddingValue=4095, **tags, **window)
+    worker = DecodeWorker()
+    found = worker.values(content, 1_000_000)
+    worker.close()
+    assert found is not None and found.window == (-799.5, 401)
+    assert found.is_inverted == (kind == "MONOCHROME1")
+    values = found.low + found.step * found.steps
+    shown = np.rint(255 * np.clip((values - (-1000)) / 400, 0, 1))
+    shown = 255 - shown if found.is_inverted else shown
+    np.testing.assert_array_equal(shown, decode_image(content))
+
+
+def test_stored_values_of_16_bits_are_exact_and_those_of_8_bits_or_colour_are_none():
+    worker = DecodeWorker()
+    deep_values = deep().astype(np.uint16)
+    found = worker.values(in_syntax(deep_values, uid.JPEG2000Lossless), 1_000_000)
+    assert found is not None and found.step == 1 and found.window is None
+    np.testing.assert_array_equal(found.low + found.steps, deep_values)
+    halves = worker.values(dicom(deep_values, RescaleSlope=0.5, RescaleIntercept=0), 1_000_000)
+    assert halves is not None
+    np.testing.assert_allclose(
+        halves.low + halves.step * halves.steps, deep_values / 2, atol=halves.step
+    )
+    for content in (dicom(ramp()), dicom(np.stack([ramp()] * 3, 2)), encoded(ramp())):
+        assert worker.values(content, 1_000_000) is None
+    with pytest.raises(ImageError, match="at most 10 pixels"):
+        worker.values(dicom(deep_values), 10)
+    worker.close()
+
+
+def test_the_process_decodes_raster_files_too():
+    worker = DecodeWorker()
+    for content in (encoded(ramp()), encoded(ramp(), "TIFF"), encoded(ramp(), "JPEG")):
+        np.testing.assert_array_equal(worker.decode(content, 1_000_000), decode_image(content))
+    with pytest.raises(ImageError, match="not PNG"):
+        worker.decode(b"no image", 1_000_000)
+    worker.close()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
+from PIL import Image
 from torch import Tensor
 
 from mmclip.checkpoint import Checkpoint
@@ -37,13 +38,16 @@ from mmclip.prediction.model import (
     prompt_set_of,
     scorer_of,
 )
+from mmclip.prediction.reference import Reference, find_reference, read_reference
 from mmclip.prediction.tables import PredictionTable
 from mmclip.prediction.thresholds import decide, read_thresholds
-from mmclip.prompts import PromptSet
+from mmclip.prompts import PromptSet, plain_name
+from mmclip.run import Run, Seen
 
 if TYPE_CHECKING:
     from mmclip.explanation.explain import Explanation
     from mmclip.explanation.saliency import ExplainScore
+    from mmclip.retrieval.retrieve import ImageIndex
 
 __all__ = [
     "Classification",
@@ -136,6 +140,16 @@ class Saliency:
     def facts(self) -> dict[str, Any]:
         """What the map says in numbers; docs/explanation.md explains each."""
         return self._found.facts()
+
+    def overlay(self) -> Image.Image:
+        """The map alone, as large as the image, to be laid over it: mode "P" with transparency.
+
+        Opaque where a patch answers most, clear where it answers less than half of them do.
+        """
+        from mmclip.evaluation.pictures import heat_overlay
+
+        found = self._found
+        return heat_overlay(found.patches, found.grid, *found.image.shape)
 
     def save(self, path: str | Path) -> Path:
         """Writes the picture (.png), or the values (.npy), and returns the path.
@@ -325,6 +339,48 @@ class Model:
             raise ImageInputError(f"{image_id}: {error}; give another image") from None
         found = explain_image(run, pixels, phrase, kind, prompt_set_of(prompts))
         return Saliency(image_id, phrase, found.similarity, found)
+
+    def reference(
+        self, results: str | Path | None = None, prompts: Prompts = "default"
+    ) -> dict[str, Reference]:
+        """What the model gives validation images, by plain name of the finding.
+
+        Args:
+            results: results.json of `mmclip zeroshot` or `mmclip finetune`, or its folder; None
+                looks in and around the run, and gives {} where there are none.
+            prompts: As for `classify`.
+
+        Raises:
+            ResultsError: When the results are of another model or other prompts, or damaged.
+            ScoresError: When the scores beside them are, or have no validation image.
+        """
+        prompt_set = prompt_set_of(prompts)
+        path = find_reference(self._model, prompt_set) if results is None else Path(results)
+        return {} if path is None else read_reference(path, self._model, prompt_set)
+
+    def seen(self, findings: Sequence[str]) -> dict[str, Seen]:
+        """How training named each finding; see `run.Seen`. Empty where the model does not say."""
+        if isinstance(self._model, FineTuned):
+            known = {plain_name(name) for name in self._model.findings}
+            return {name: "label" for name in findings if plain_name(name) in known}
+        return Run("", self._model).seen(findings)
+
+    def facts(self) -> dict[str, str | int | float]:
+        """What the weights follow from, as far as the model says: steps, training pairs, data."""
+        if isinstance(self._model, FineTuned):
+            return {"method": self._model.method, "findings": len(self._model.findings)}
+        return Run("", self._model).facts()
+
+    def index(self, folders: Sequence[str | Path]) -> "ImageIndex":
+        """The images of data folders, to be searched by `ImageIndex.nearest`.
+
+        Raises:
+            ManifestError: When a folder is unfinished, or holds no image.
+            ValueError: Of a fine-tuned model.
+        """
+        from mmclip.retrieval.retrieve import open_index
+
+        return open_index(Run("", self._run("index")), [Path(folder) for folder in folders])
 
     def _run(self, asked: str) -> Checkpoint:
         """The run, for what needs its text encoder or its joint space.

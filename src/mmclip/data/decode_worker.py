@@ -1,8 +1,9 @@
-"""Decodes compressed DICOM pixels in a process of its own, which is killed when it takes too much.
+"""Decodes image files in a process of its own, which is killed when it takes too much.
 
 Codecs read bytes that anybody may have written: some files keep one in a loop for ever, make it ask
 for all the memory of the machine, or end its process. Such a file costs its own image and a new
 process, and never the build. The process is started at the first file that needs it and kept.
+A build sends it compressed DICOM alone; `mmclip serve` sends it whatever is uploaded.
 """
 
 import atexit
@@ -20,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mmclip.data.dicom import decode_dicom
+from mmclip.data.dicom_grey import StoredValues
 from mmclip.data.pixels import ImageError
 from mmclip.data.sample import Reason
 
@@ -38,12 +39,13 @@ it (Linux). [chosen: 100 million pixels of 16 bits, and the copies that scaling 
 WATCH_S = 0.2
 """How often the wall time is looked at. [chosen: far below what a file may take]"""
 
-_REQUEST = struct.Struct("<QQd")  # bytes of the file, largest image in pixels, CPU seconds
-_REPLY = struct.Struct("<II")  # bytes of the JSON that follows, and of the pixels behind it
-_READY = b"ready"
+# How the two processes speak; see `decode_process`.
+REQUEST = struct.Struct("<QQd?")  # bytes of the file, most pixels, CPU seconds, stored values
+REPLY = struct.Struct("<II")  # bytes of the JSON that follows, and of the pixels behind it
+READY = b"ready"
 _START = (
     "import sys; sys.path[:] = sys.argv[1:]; "
-    "from mmclip.data.decode_worker import serve; serve(sys.stdin.buffer)"
+    "from mmclip.data.decode_process import serve; serve(sys.stdin.buffer)"
 )
 
 
@@ -64,18 +66,39 @@ class DecodeWorker:
         self._was_late = False
 
     def decode(self, content: bytes, max_px: int) -> np.ndarray:
-        """As `dicom.decode_dicom`.
+        """As `dicom.decode_dicom`, or `images.decode_raster` of what is no DICOM.
 
         Raises:
             ImageError: As there, and when the file takes too much time or memory, or ends the
                 process.
             RuntimeError: When no process can be started.
         """
+        pixels, _ = self._decode(content, max_px, False)
+        assert pixels is not None, "every image has grey levels"
+        return pixels
+
+    def values(self, content: bytes, max_px: int) -> StoredValues | None:
+        """As `dicom.decode_values`; None of what is no DICOM.
+
+        Raises:
+            ImageError: As `decode`.
+            RuntimeError: As there.
+        """
+        steps, said = self._decode(content, max_px, True)
+        if steps is None:
+            return None
+        window = said["window"] and tuple(said["window"])
+        return StoredValues(steps, said["low"], said["step"], window, said["is_inverted"])
+
+    def _decode(
+        self, content: bytes, max_px: int, stored: bool
+    ) -> tuple[np.ndarray | None, dict[str, Any]]:
+        """Pixels and what is said of them."""
         with self._lock:
             process = self._started()
             self._deadline = time.monotonic() + self.wall_s
             try:
-                return _ask(process, content, max_px, self.cpu_s)
+                return _ask(process, content, (max_px, self.cpu_s, stored))
             except (EOFError, BrokenPipeError):
                 raise ImageError(Reason.IMAGE_UNREADABLE, self._why()) from None
             except ImageError:
@@ -108,7 +131,7 @@ class DecodeWorker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env,
         )  # fmt: skip
         assert process.stdout is not None
-        if process.stdout.read(len(_READY)) != _READY:
+        if process.stdout.read(len(READY)) != READY:
             process.kill()
             process.wait()
             raise RuntimeError(
@@ -149,86 +172,32 @@ def _close_pipes(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _ask(
-    process: "subprocess.Popen[bytes]", content: bytes, max_px: int, cpu_s: float
-) -> np.ndarray:
+    process: "subprocess.Popen[bytes]", content: bytes, request: tuple[int, float, bool]
+) -> tuple[np.ndarray | None, dict[str, Any]]:
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(_REQUEST.pack(len(content), max_px, cpu_s))
+    process.stdin.write(REQUEST.pack(len(content), *request))
     process.stdin.write(content)
     process.stdin.flush()
-    n_json, n_pixels = _REPLY.unpack(_read(process.stdout, _REPLY.size))
-    said = json.loads(_read(process.stdout, n_json))
-    pixels = _read(process.stdout, n_pixels)
+    n_json, n_pixels = REPLY.unpack(read_exactly(process.stdout, REPLY.size))
+    said = json.loads(read_exactly(process.stdout, n_json))
+    pixels = read_exactly(process.stdout, n_pixels)
     if "reason" in said:
         raise ImageError(Reason(said["reason"]), said["detail"])
-    return np.frombuffer(pixels, np.uint8).reshape(said["shape"])
+    if "shape" not in said:
+        return None, said
+    return np.frombuffer(pixels, said["dtype"]).reshape(said["shape"]), said
 
 
-def _read(pipe: IO[Any], n: int) -> bytes:
+def read_exactly(pipe: IO[Any], n: int) -> bytes:
+    """The next bytes of a pipe.
+
+    Raises:
+        EOFError: When it ends before.
+    """
     found = pipe.read(n)
     if len(found) < n:
         raise EOFError
     return found
-
-
-# -- the process itself --
-
-
-def serve(requests: IO[Any]) -> None:
-    """Answers until there are no more requests; what codecs print goes nowhere."""
-    replies = os.fdopen(os.dup(1), "wb")
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    _limit_memory()
-    replies.write(_READY)
-    replies.flush()
-    while header := requests.read(_REQUEST.size):
-        n_bytes, max_px, cpu_s = _REQUEST.unpack(header)
-        content = _read(requests, n_bytes)
-        _limit_cpu(cpu_s)
-        pixels = b""
-        try:
-            image = np.ascontiguousarray(decode_dicom(content, max_px))
-            said = {"shape": image.shape}
-            pixels = image.tobytes()
-        except ImageError as error:
-            said = {"reason": error.reason, "detail": error.detail}
-        except MemoryError:
-            detail = f"decoding takes more than {MEMORY_BYTES >> 30} GiB of memory"
-            said = {"reason": Reason.IMAGE_UNREADABLE, "detail": detail}
-        text = json.dumps(said).encode()
-        replies.write(_REPLY.pack(len(text), len(pixels)) + text)
-        replies.write(pixels)
-        replies.flush()
-
-
-def _limit_memory() -> None:
-    try:
-        import resource
-        from pathlib import Path
-
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError):  # no Linux
-        return
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    limit = held + MEMORY_BYTES
-    resource.setrlimit(
-        resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(limit, most), most)
-    )
-
-
-def _limit_cpu(cpu_s: float) -> None:
-    """Ends this process after so much more CPU time; rounded up, as limits are whole seconds."""
-    try:
-        import resource
-    except ImportError:
-        return
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    limit = int(used.ru_utime + used.ru_stime + cpu_s) + 1
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (limit if most == resource.RLIM_INFINITY else min(limit, most), most)
-    )
 
 
 _WORKER = DecodeWorker()

@@ -12,20 +12,19 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.filereader import read_dataset, read_partial
-from pydicom.multival import MultiValue
-from pydicom.pixels import apply_color_lut, apply_modality_lut, get_decoder
+from pydicom.pixels import get_decoder
 from pydicom.pixels.utils import get_expected_length
 from pydicom.tag import BaseTag, Tag
 
-from mmclip.data.pixels import FAULTS, ImageError, check_size, stretch
+from mmclip.data.dicom_grey import StoredValues, stored_values, to_grey
+from mmclip.data.pixels import FAULTS, ImageError, check_size
 from mmclip.data.sample import Reason
 
 MAX_ELEMENTS = 20_000
@@ -140,6 +139,30 @@ def decode_dicom(content: bytes, max_px: int) -> np.ndarray:
     Raises:
         ImageError: When it holds no image, or one that cannot be read.
     """
+    return _read_pixels(content, max_px, to_grey)
+
+
+def decode_values(content: bytes, max_px: int) -> StoredValues | None:
+    """The values of a grey DICOM image before any window, decoded in this process.
+
+    Args:
+        content: The file.
+        max_px: A larger image is refused from its header.
+
+    Returns:
+        None of an image in colour, and of one that has no more than 8 bits.
+
+    Raises:
+        ImageError: As `decode_dicom`.
+    """
+    return _read_pixels(content, max_px, stored_values)
+
+
+_T = TypeVar("_T")
+
+
+def _read_pixels(content: bytes, max_px: int, make: Callable[[Dataset, np.ndarray], _T]) -> _T:
+    """What is made of the header and the stored values of a file; see `decode_dicom`."""
     step = "header"
     with silent_pydicom():
         try:
@@ -158,7 +181,7 @@ def decode_dicom(content: bytes, max_px: int) -> np.ndarray:
                 detail = f"{n_found:,} of {n_bytes:,} pixel bytes"
                 raise ImageError(Reason.IMAGE_TRUNCATED, detail)
             step = f"pixels in transfer syntax {_name_of(syntax)!r}"
-            return _to_grey(data, _pixels(data))
+            return make(data, _pixels(data))
         except ImageError:
             raise
         except FAULTS as error:  # whose text may quote the header: only its kind is told
@@ -380,102 +403,3 @@ def _extended_12_bit(data: Dataset) -> np.ndarray:
     if int(data.PixelRepresentation):
         return (pixels << (16 - bits)).view(np.int16) >> (16 - bits)
     return pixels
-
-
-def _to_grey(data: Dataset, pixels: np.ndarray) -> np.ndarray:
-    """Modality LUT, then VOI LUT or the first window, then the photometric interpretation.
-
-    Without either, the image's own extremes are the range: the bits say nothing of a detector's.
-    Padding takes no part in that, and is background.
-
-    Source: DICOM PS3.3 C.11.2.1.2 (window functions), C.7.5.1.1.2 (padding) and PS3.4 N.2 (order of
-    the steps).
-    """
-    kind = data.get("PhotometricInterpretation")
-    full = 2.0 ** int(data.BitsStored) - 1
-    if kind == "PALETTE COLOR":
-        pixels = apply_color_lut(pixels, data)
-        full = float(np.iinfo(pixels.dtype).max)
-    if pixels.ndim == 3:  # RGB-stored grey, or colour
-        return np.asarray(Image.fromarray(stretch(pixels, 0.0, full)).convert("L"))
-    is_padding = None if kind == "PALETTE COLOR" else _padding(data, pixels)
-    values = np.asarray(apply_modality_lut(pixels, data))
-    image = _windowed(data, values, is_padding)
-    image = 255 - image if kind == "MONOCHROME1" else image
-    if is_padding is not None:
-        image = np.where(is_padding, np.uint8(0), image)
-    return image
-
-
-def _windowed(data: Dataset, values: np.ndarray, is_padding: np.ndarray | None) -> np.ndarray:
-    """Values after the modality LUT, by VOI LUT, first window or their own range, to 0..255."""
-    center, width = _first(data.get("WindowCenter")), _first(data.get("WindowWidth"))
-    if data.get("VOILUTSequence"):
-        table, first, bits = _voi_lut(data)
-        index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
-        return stretch(table[index], *_range_of(table, bits))
-    if center is None or width is None or width < 1:
-        shown = values if is_padding is None else values[~is_padding]
-        return stretch(
-            values, *((float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0))
-        )
-    function = data.get("VOILUTFunction", "LINEAR")
-    if function == "SIGMOID":
-        return stretch(1 / (1 + np.exp(-4 * (values - center) / width)), 0.0, 1.0)
-    if function == "LINEAR_EXACT":
-        return stretch(values, center - width / 2, center + width / 2)
-    return stretch(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
-
-
-def _padding(data: Dataset, pixels: np.ndarray) -> np.ndarray | None:
-    """Where stored values are padding; None where the header names none, or there is none.
-
-    A value is read in the type of the pixels, as signed ones are often written as unsigned.
-    """
-    value = _first(data.get("PixelPaddingValue"))
-    if value is None:
-        return None
-    limit = _first(data.get("PixelPaddingRangeLimit"))
-    ends = [_as_stored(int(v), pixels.dtype) for v in (value, value if limit is None else limit)]
-    is_padding = (pixels >= min(ends)) & (pixels <= max(ends))
-    return is_padding if is_padding.any() else None
-
-
-def _as_stored(value: int, dtype: np.dtype) -> int:
-    """A value modulo the range of an integer type: 63536 is -2000 of int16."""
-    limits = np.iinfo(dtype)
-    span = int(limits.max) - int(limits.min) + 1
-    return (value - int(limits.min)) % span + int(limits.min)
-
-
-def _voi_lut(data: Dataset) -> tuple[np.ndarray, int, int]:
-    """The first VOI LUT: its entries, the value that the first one stands for, and its bits."""
-    item = data.VOILUTSequence[0]
-    n, first, bits = (int(v) for v in item.LUTDescriptor)
-    n = n or 1 << 16  # the standard's way to say 65,536
-    entries = item.LUTData
-    if isinstance(entries, bytes):
-        order = "<" if data.original_encoding[1] is not False else ">"
-        entries = np.frombuffer(entries, np.uint8 if len(entries) < 2 * n else f"{order}u2")
-    table = np.atleast_1d(np.asarray(entries)).astype(np.int64)[:n]
-    if len(table) < n:
-        raise ValueError("a VOI LUT with fewer entries than it says")
-    signed = int(data.get("PixelRepresentation") or 0) and first > 0x7FFF
-    return table, first - (1 << 16) if signed else first, bits
-
-
-def _range_of(table: np.ndarray, bits: int) -> tuple[float, float]:
-    """The output range of a VOI LUT: of its bits, or its own where it never uses the highest.
-
-    Headers that say 16 bits above entries of 12 are common.
-    """
-    if int(table.max()) >= 1 << max(0, bits - 1):
-        return 0.0, 2.0**bits - 1
-    return float(table.min()), float(table.max())
-
-
-def _first(value: object) -> float | None:
-    """The first of one or several windows, or None where the tag is absent or empty."""
-    if value is None or value == "":
-        return None
-    return float(str(value[0] if isinstance(value, MultiValue) else value))

@@ -71,7 +71,7 @@ def read_bytes(path: Path) -> bytes:
 def decode_image(content: bytes, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w"]:
     """As `read_image`, from the bytes of a file."""
     if not is_dicom(content):
-        image = _decode_raster(content, max_px)
+        image = decode_raster(content, max_px)
     elif is_native(content):
         image = decode_dicom(content, max_px)
     else:
@@ -92,7 +92,8 @@ def refuse_blank(image: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
     return image
 
 
-def _decode_raster(content: bytes, max_px: int) -> np.ndarray:
+def decode_raster(content: bytes, max_px: int) -> UInt8[np.ndarray, "h w"]:
+    """As `read_image`, from the bytes of a file that is no DICOM; a blank image is one, too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on sizes (our limit stands) and on metadata
         try:

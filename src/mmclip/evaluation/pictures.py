@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -223,11 +224,38 @@ def warmed(
         grid: How the patches lie on the image; evenly if it is not given. Pixels that they do not
             cover stay as they are.
     """
-    low, high = float(np.median(relevance)), float(relevance.max())
-    level = ((relevance - low) / max(high - low, 1e-12)).clip(min=0)
-    level = np.nan_to_num((grid or _filling(level)).over_image(level, *image.shape))
-    share = HEAT_RATIO * level[..., None]
+    level = (grid or _filling(relevance)).over_image(heat_levels(relevance), *image.shape)
+    share = HEAT_RATIO * np.nan_to_num(level)[..., None]
     return ((1 - share) * image[..., None] + share * np.array(HEAT)).round().astype(np.uint8)
+
+
+def heat_levels(relevance: Float[np.ndarray, "side side"]) -> Float[np.ndarray, "side side"]:
+    """How warm each patch is shown: 0 for the less relevant half of them, 1 for the most."""
+    low, high = float(np.median(relevance)), float(relevance.max())
+    return ((relevance - low) / max(high - low, 1e-12)).clip(min=0)
+
+
+def heat_overlay(
+    relevance: Float[np.ndarray, "side side"], grid: Grid, height: int, width: int
+) -> Image.Image:
+    """What `warmed` puts over an image, to be laid over it by somebody else.
+
+    Args:
+        relevance: Of each patch.
+        grid: How the patches lie on the image.
+        height: Of the image, px.
+        width: Of the image, px.
+
+    Returns:
+        Of the image's size, in one colour; opaque where a patch is most relevant, clear on the less
+        relevant half, and clear where the model did not look.
+    """
+    steps = np.rint(255 * heat_levels(relevance)).astype(np.float32)
+    level = np.nan_to_num(grid.over_image(steps, height, width)).astype(np.uint8)
+    overlay = Image.fromarray(level)
+    overlay.putpalette([*HEAT] * 256)
+    overlay.info["transparency"] = bytes(range(256))
+    return overlay
 
 
 def hatched(

@@ -8,7 +8,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -114,15 +114,27 @@ def images_hash(samples: Sequence[Sample]) -> str:
     return ids_hash([f"{sample.image_id} {content_key(sample)}" for sample in samples])
 
 
-def load_scores(path: Path) -> Predictions:
+def load_scores(path: Path, part: Literal["test", "val"] = "test") -> Predictions:
     """Reads scores.npz.
 
+    Args:
+        path: Of the file.
+        part: The images that were scored, or those that chose thresholds.
+
     Raises:
-        ScoresError: When it is missing, or is no file of this version.
+        ScoresError: When it is missing, has no such part, or is no file of this version.
     """
+    head = "" if part == "test" else "val_"
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return Predictions(**{f.name: stored[f.name] for f in fields(Predictions)})
+            if part == "val" and "val_scores" not in stored:
+                raise ScoresError(
+                    f"{path} holds no scores of validation images; score a data folder that has a "
+                    f"val split with labels"
+                )
+            return Predictions(**{f.name: stored[head + f.name] for f in fields(Predictions)})
+    except ScoresError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise ScoresError(
             f"{path} is missing, damaged or of an older version ({error}); run the command that "

@@ -34,15 +34,8 @@ def read_thresholds(
         ResultsError: When the results are of another model or other prompts, or hold no threshold
             of these findings.
     """
-    folder = path.parent if path.name == RESULTS_FILE else path
-    if path.is_file() and path.name != RESULTS_FILE:
-        raise ResultsError(f"{path} is no {RESULTS_FILE}; give the file that an evaluation wrote")
-    results = read_results(folder)
-    if why := _why_other(results, model, prompts):
-        raise ResultsError(
-            f"thresholds of {path} do not hold here: {why}. Score validation images by the same "
-            f"model and prompts, and give those results"
-        )
+    results = read_results(folder_of(path))
+    refuse_other(results, path, model, prompts, "thresholds")
     known = {
         plain_name(row.finding): row.threshold.value
         for row in results.findings
@@ -58,6 +51,36 @@ def read_thresholds(
     if missing:
         logger.warning("%s holds no threshold of %s: no decision for it", path, ", ".join(missing))
     return chosen
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of results, which may be named by their file.
+
+    Raises:
+        ResultsError: When it is another file.
+    """
+    if path.is_file() and path.name != RESULTS_FILE:
+        raise ResultsError(f"{path} is no {RESULTS_FILE}; give the file that an evaluation wrote")
+    return path.parent if path.name == RESULTS_FILE else path
+
+
+def refuse_other(
+    results: RunResults,
+    path: Path,
+    model: Checkpoint | FineTuned,
+    prompts: PromptSet,
+    what: str,
+) -> None:
+    """Stops before results of one model are used for another.
+
+    Raises:
+        ResultsError: When they are of another model or other prompts; it says `what` they give.
+    """
+    if why := _why_other(results, model, prompts):
+        raise ResultsError(
+            f"{what} of {path} do not hold here: {why}. Score validation images by the same "
+            f"model and prompts, and give those results"
+        )
 
 
 def _why_other(

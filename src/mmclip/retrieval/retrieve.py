@@ -12,11 +12,11 @@ from jaxtyping import Float32, UInt8
 from matplotlib.figure import Figure
 
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import ImageTextDataset, normalise
+from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.images import ImageError, decode_image, read_bytes, resize_image
 from mmclip.data.leakage.check import patient_key
 from mmclip.data.sample import Split
-from mmclip.embed import embed_texts, warn_of_unread
+from mmclip.embed import embed_batch, embed_texts, images_at_once, warn_of_unread
 from mmclip.embedding_store import finite, image_embeddings
 from mmclip.evaluation.plots import INK, QUIET
 from mmclip.evaluation.scores import check_sources
@@ -139,8 +139,7 @@ def search(
     Raises:
         ValueError: When the query cannot be read, or there is nothing to search.
     """
-    dataset = run.open_data(folders)
-    dataset = dataset.select([f.image is not None for f in dataset.samples])
+    dataset = _images_of(run, folders)
     is_searched = _searched(dataset, split, sources)
     # Asked before images are embedded, which can take hours: a mistyped path must not wait for it.
     row = next((i for i, f in enumerate(dataset.samples) if f.image_id == image), None)
@@ -150,16 +149,64 @@ def search(
         query = query_of_phrase(run, phrase)
     else:
         query = None
-    embeddings = image_embeddings(run.checkpoint, dataset, folders)
+    index = ImageIndex(dataset, image_embeddings(run.checkpoint, dataset, folders))
     if query is None:
         assert row is not None, "an image or a phrase was given"
         pixels = dataset.pixels(np.array([row]))[0].numpy()
         own = dataset.samples[row]
-        query = Query(f"image {own.image_id}", np.array(embeddings[row]), pixels, patient_key(own))
-    patients = [patient_key(f) for f in dataset.samples]
-    is_searched &= np.array([patient != query.patient for patient in patients])
-    found = nearest_patients(embeddings @ query.embedding, patients, is_searched, top)
-    return Search(query, dataset, found)
+        vector = np.array(index.embeddings[row])
+        query = Query(f"image {own.image_id}", vector, pixels, patient_key(own))
+    return index.search(query, top, is_searched)
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """Images that can be searched, with their embeddings.
+
+    Attributes:
+        dataset: All with an image.
+        embeddings: Of each, normalised.
+    """
+
+    dataset: ImageTextDataset
+    embeddings: Float32[np.ndarray, "n e"]
+
+    def search(self, query: Query, top: int, is_searched: np.ndarray | None = None) -> Search:
+        """The nearest patients, each by the nearest of their images; never the query's own.
+
+        Args:
+            query: What is searched for.
+            top: How many patients; fewer where there are no more.
+            is_searched: bool [n], the images that may be found; all by default.
+        """
+        patients = [patient_key(sample) for sample in self.dataset.samples]
+        among = np.array([patient != query.patient for patient in patients])
+        if is_searched is not None:
+            among &= is_searched
+        found = nearest_patients(self.embeddings @ query.embedding, patients, among, top)
+        return Search(query, self.dataset, found)
+
+    def patient_of_file(self, content: bytes) -> str | None:
+        """The patient (`check.patient_key`) that the very same image file is of, if any."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        samples = (s for s in self.dataset.samples if s.image_sha256 == sha256)
+        return next((patient_key(sample) for sample in samples), None)
+
+
+def open_index(run: Run, folders: Sequence[Path]) -> ImageIndex:
+    """The images of data folders with the run's embeddings of them, made where not yet stored.
+
+    Raises:
+        ManifestError: When a folder is unfinished, or there is no image.
+    """
+    dataset = _images_of(run, folders)
+    _searched(dataset, None, ())
+    return ImageIndex(dataset, image_embeddings(run.checkpoint, dataset, folders))
+
+
+def _images_of(run: Run, folders: Sequence[Path]) -> ImageTextDataset:
+    dataset = run.open_data(folders)
+    return dataset.select([sample.image is not None for sample in dataset.samples])
 
 
 def _searched(dataset: ImageTextDataset, split: Split | None, sources: Sequence[str]) -> np.ndarray:
@@ -201,8 +248,9 @@ def query_of_file(run: Run, dataset: ImageTextDataset, path: Path) -> Query:
     except ImageError as error:
         raise ValueError(f"{path} gives no image: {error}; give another file") from None
     pixels = resize_image(radiograph, run.config.data.image_size, run.config.data.resize)
-    image = normalise(torch.from_numpy(pixels.copy())[None])
-    embedding = run.model.encode_image(image.to(run.device))
+    # As everywhere, in a batch of the usual size: so the numbers are those of `encode_images`.
+    seen = torch.from_numpy(pixels.copy())[None]
+    embedding = embed_batch(run.model, seen, images_at_once(run.device, seen.shape[-1]))
     sha256 = hashlib.sha256(content).hexdigest()
     own = next((f for f in dataset.samples if f.image_sha256 == sha256), None)
     if own is not None:
@@ -210,7 +258,7 @@ def query_of_file(run: Run, dataset: ImageTextDataset, path: Path) -> Query:
         console.print(said, markup=False, soft_wrap=True)
     return Query(
         f"image {path.name}",
-        finite(embedding.embedding[0].cpu()),
+        finite(embedding[0]),
         pixels,
         None if own is None else patient_key(own),
     )

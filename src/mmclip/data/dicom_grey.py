@@ -1,0 +1,158 @@
+"""From the stored values of a DICOM image to grey levels, by what its header says of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt16
+from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
+from pydicom.pixels import apply_color_lut, apply_modality_lut
+
+from mmclip.data.pixels import stretch
+
+MAX_STEPS = 65_535
+"""The highest value of 16 bits."""
+
+
+def to_grey(data: Dataset, pixels: np.ndarray) -> np.ndarray:
+    """Modality LUT, then VOI LUT or the first window, then the photometric interpretation.
+
+    Without either, the image's own extremes are the range: the bits say nothing of a detector's.
+    Padding takes no part in that, and is background.
+
+    Source: DICOM PS3.3 C.11.2.1.2 (window functions), C.7.5.1.1.2 (padding) and PS3.4 N.2 (order of
+    the steps).
+    """
+    kind = data.get("PhotometricInterpretation")
+    full = 2.0 ** int(data.BitsStored) - 1
+    if kind == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, data)
+        full = float(np.iinfo(pixels.dtype).max)
+    if pixels.ndim == 3:  # RGB-stored grey, or colour
+        return np.asarray(Image.fromarray(stretch(pixels, 0.0, full)).convert("L"))
+    is_padding = None if kind == "PALETTE COLOR" else _padding(data, pixels)
+    values = np.asarray(apply_modality_lut(pixels, data))
+    image = _windowed(data, values, is_padding)
+    image = 255 - image if kind == "MONOCHROME1" else image
+    if is_padding is not None:
+        image = np.where(is_padding, np.uint8(0), image)
+    return image
+
+
+@dataclass(frozen=True)
+class StoredValues:
+    """The values of a grey image before any window, as a viewer needs them.
+
+    Attributes:
+        steps: The value of a pixel is `low + step * steps`; of padding the darkest.
+        low: The lowest value, in the unit that the modality LUT gives.
+        step: Between two values; 1 where they are whole numbers of 16 bits.
+        window: Centre and width that the header names first; None without one, and beside a VOI
+            LUT, which is no window.
+        is_inverted: Whether low values are bright (MONOCHROME1).
+    """
+
+    steps: UInt16[np.ndarray, "h w"]
+    low: float
+    step: float
+    window: tuple[float, float] | None
+    is_inverted: bool
+
+
+def stored_values(data: Dataset, pixels: np.ndarray) -> StoredValues | None:
+    """The values of an image after the modality LUT; None in colour, and of 8 bits or fewer."""
+    kind = data.get("PhotometricInterpretation")
+    if pixels.ndim == 3 or kind == "PALETTE COLOR" or int(data.BitsStored) <= 8:
+        return None
+    is_inverted = kind == "MONOCHROME1"
+    is_padding = _padding(data, pixels)
+    values = np.asarray(apply_modality_lut(pixels, data))
+    shown = values if is_padding is None else values[~is_padding]
+    if not shown.size or not np.isfinite(values).all():
+        return None
+    low, high = float(shown.min()), float(shown.max())
+    is_whole = values.dtype.kind in "ui" or bool((shown == np.rint(shown)).all())
+    step = 1.0 if is_whole and high - low <= MAX_STEPS else max(high - low, 1e-6) / MAX_STEPS
+    steps = np.clip(np.rint((values - low) / step), 0, MAX_STEPS).astype(np.uint16)
+    if is_padding is not None:
+        steps[is_padding] = steps.max() if is_inverted else 0
+    center, width = _first(data.get("WindowCenter")), _first(data.get("WindowWidth"))
+    has_window = center is not None and width is not None and width >= 1
+    has_window = has_window and not data.get("VOILUTSequence")
+    window = (center, width) if has_window and center is not None and width is not None else None
+    return StoredValues(steps, low, step, window, is_inverted)
+
+
+def _windowed(data: Dataset, values: np.ndarray, is_padding: np.ndarray | None) -> np.ndarray:
+    """Values after the modality LUT, by VOI LUT, first window or their own range, to 0..255."""
+    center, width = _first(data.get("WindowCenter")), _first(data.get("WindowWidth"))
+    if data.get("VOILUTSequence"):
+        table, first, bits = _voi_lut(data)
+        index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
+        return stretch(table[index], *_range_of(table, bits))
+    if center is None or width is None or width < 1:
+        shown = values if is_padding is None else values[~is_padding]
+        return stretch(
+            values, *((float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0))
+        )
+    function = data.get("VOILUTFunction", "LINEAR")
+    if function == "SIGMOID":
+        return stretch(1 / (1 + np.exp(-4 * (values - center) / width)), 0.0, 1.0)
+    if function == "LINEAR_EXACT":
+        return stretch(values, center - width / 2, center + width / 2)
+    return stretch(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
+
+
+def _padding(data: Dataset, pixels: np.ndarray) -> np.ndarray | None:
+    """Where stored values are padding; None where the header names none, or there is none.
+
+    A value is read in the type of the pixels, as signed ones are often written as unsigned.
+    """
+    value = _first(data.get("PixelPaddingValue"))
+    if value is None:
+        return None
+    limit = _first(data.get("PixelPaddingRangeLimit"))
+    ends = [_as_stored(int(v), pixels.dtype) for v in (value, value if limit is None else limit)]
+    is_padding = (pixels >= min(ends)) & (pixels <= max(ends))
+    return is_padding if is_padding.any() else None
+
+
+def _as_stored(value: int, dtype: np.dtype) -> int:
+    """A value modulo the range of an integer type: 63536 is -2000 of int16."""
+    limits = np.iinfo(dtype)
+    span = int(limits.max) - int(limits.min) + 1
+    return (value - int(limits.min)) % span + int(limits.min)
+
+
+def _voi_lut(data: Dataset) -> tuple[np.ndarray, int, int]:
+    """The first VOI LUT: its entries, the value that the first one stands for, and its bits."""
+    item = data.VOILUTSequence[0]
+    n, first, bits = (int(v) for v in item.LUTDescriptor)
+    n = n or 1 << 16  # the standard's way to say 65,536
+    entries = item.LUTData
+    if isinstance(entries, bytes):
+        order = "<" if data.original_encoding[1] is not False else ">"
+        entries = np.frombuffer(entries, np.uint8 if len(entries) < 2 * n else f"{order}u2")
+    table = np.atleast_1d(np.asarray(entries)).astype(np.int64)[:n]
+    if len(table) < n:
+        raise ValueError("a VOI LUT with fewer entries than it says")
+    signed = int(data.get("PixelRepresentation") or 0) and first > 0x7FFF
+    return table, first - (1 << 16) if signed else first, bits
+
+
+def _range_of(table: np.ndarray, bits: int) -> tuple[float, float]:
+    """The output range of a VOI LUT: of its bits, or its own where it never uses the highest.
+
+    Headers that say 16 bits above entries of 12 are common.
+    """
+    if int(table.max()) >= 1 << max(0, bits - 1):
+        return 0.0, 2.0**bits - 1
+    return float(table.min()), float(table.max())
+
+
+def _first(value: object) -> float | None:
+    """The first of one or several windows, or None where the tag is absent or empty."""
+    if value is None or value == "":
+        return None
+    return float(str(value[0] if isinstance(value, MultiValue) else value))
