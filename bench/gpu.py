@@ -47,8 +47,11 @@ from mmclip.data.text import train_tokenizer
 from mmclip.embed import embed_images
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip, compile_layers
-from mmclip.training.loop import TrainState, make_optimizer, settle, step_loader, train_step
 from mmclip.training.objective import Objective
+from mmclip.training.optimizer import make_optimizer
+from mmclip.training.state import TrainState
+from mmclip.training.step import train_step
+from mmclip.training.step_loader import step_loader
 from step_cost import PRETRAINED_TEXT, made_rows, synchronise
 
 VOCAB_SIZE = 28996
@@ -170,7 +173,7 @@ def seconds_per_step(bench: Bench, one: Trainer) -> dict[str, float]:
         one.step(next(steps).batch)
     found: dict[str, float] = {}
     for number in range(tries):
-        settle(one.state)
+        one.state.settle()
         synchronise(bench.device)
         waited, began, graphs = 0.0, time.perf_counter(), n_graphs()
         for _ in range(bench.steps):
@@ -178,7 +181,7 @@ def seconds_per_step(bench: Bench, one: Trainer) -> dict[str, float]:
             waited += micro.waited_s
             one.step(micro.batch)
         launched = time.perf_counter() - began
-        settle(one.state)
+        one.state.settle()
         synchronise(bench.device)
         seconds = (time.perf_counter() - began) / bench.steps
         found = {
@@ -315,7 +318,7 @@ def training_row(bench: Bench, *keys: str) -> dict[str, Any]:
     found: dict[str, float] = {}
     memory = peak_mib(bench, lambda: found.update(seconds_per_step(bench, one)))
     n = images_per_step(one)
-    settle(one.state)
+    one.state.settle()
     return {
         "ms": round(1000 * found["s"], 1),
         "images_per_s": round(n / found["s"]),
@@ -425,7 +428,7 @@ def vs_transformers(bench: Bench, is_compiled: bool) -> dict[str, Any]:
             bench, model, lambda m=model, i=inputs: m(**i, return_loss=True).loss
         )
     seconds = alternate(bench, sides)
-    settle(one.state)
+    one.state.settle()
     return {
         "ms": {name: round(1000 * value, 1) for name, value in seconds.items()},
         "ratio_as_users_write_it": round(seconds["ours"] / seconds["as users write it"], 3),
@@ -467,7 +470,7 @@ def vs_open_clip(bench: Bench, is_compiled: bool) -> dict[str, Any]:
 
     sides = {"ours": lambda: one.step([batch]), "open_clip": their_step(bench, model, loss_of)}
     seconds = alternate(bench, sides)
-    settle(one.state)
+    one.state.settle()
     return {
         "ms": {name: round(1000 * value, 1) for name, value in seconds.items()},
         "ratio": round(seconds["ours"] / seconds["open_clip"], 3),
@@ -516,7 +519,7 @@ def large_batch(bench: Bench, n_micro: int) -> dict[str, Any]:
         began = time.perf_counter()
         for _ in range(n_steps):
             one.step([part] * n_micro)
-        settle(one.state)
+        one.state.settle()
         synchronise(bench.device)
         return (time.perf_counter() - began) / n_steps
 
@@ -554,12 +557,12 @@ def profile(bench: Bench, *keys: str) -> dict[str, Any]:
     batch: Batch = one.batches.batch(0, BatchSlice()).to(bench.device)
     for _ in range(2 if bench.tiny else 6):
         one.step([batch])
-    settle(one.state)
+    one.state.settle()
     synchronise(bench.device)
     with torch.profiler.profile(activities=activities) as recorded:
         for _ in range(2):
             one.step([batch])
-        settle(one.state)
+        one.state.settle()
         synchronise(bench.device)
     events, cpu = recorded.key_averages(), torch.autograd.DeviceType.CPU
     busy = sum(e.self_device_time_total for e in events if e.device_type != cpu) / 2000

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from mmclip.batch import Batch, BatchSlice, TextBatch
 from mmclip.checkpoint import Checkpoint, load_checkpoint
-from mmclip.config import WHOLE_TEXT_SCORES, MaskPolicy, MaskStage
+from mmclip.config import WHOLE_TEXT_SCORES, ImageMaskConfig, MaskPolicy, MaskStage
 from mmclip.data.batches import TrainingBatches, deterministic_config, is_pair
 from mmclip.data.disease_prompts import PROMPT_UNIFORMS, load_disease_prompts
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise, open_dataset
@@ -58,7 +58,7 @@ from mmclip.explanation.saliency import (
     saliency_by_score,
 )
 from mmclip.models.encoders import image_layout
-from mmclip.models.mmclip import MMCLIP, MaskPlan
+from mmclip.models.mmclip import MMCLIP
 from mmclip.patches import lesion_ratio_of_patches, normalise_patches, patchify
 from mmclip.prompts import load_prompts
 from mmclip.training.pretrain import read_lesions
@@ -183,7 +183,7 @@ def measure_text(
 
 @torch.inference_mode()
 def masked_patches(
-    model: MMCLIP, batch: Batch, texts: TextBatch, plan: MaskPlan, size: int
+    model: MMCLIP, batch: Batch, texts: TextBatch, mask: ImageMaskConfig, size: int
 ) -> tuple[Tensor, Tensor]:
     """Squared error of each patch, and which are masked, [b, n] both; `texts` one a row or none."""
     device = model.logit_scale.device
@@ -201,7 +201,7 @@ def masked_patches(
             image_ids=tuple(batch.image_ids[i] for i in index.tolist()),
             step=0,
         ).to(device)
-        out = model(part, plan)
+        out = model(part, mask, mask_noise=0.0)
         target = normalise_patches(patchify(part.image, patch_size))
         errors.append((out.patches.float() - target).square().mean(-1).cpu())
         masked.append(out.is_masked.cpu())
@@ -231,9 +231,9 @@ def measure_image(
     for mask_stage in get_args(MaskStage):
         policies: tuple[MaskPolicy, ...] = ("random", "oracle")
         for policy in policies:
-            plan = MaskPlan(mask.mask_ratio, policy, mask.score, mask.score_tokens, mask_stage, 0.0)
+            chosen = mask.model_copy(update={"policy": policy, "mask_stage": mask_stage})
             errors = {
-                name: masked_patches(checkpoint.model, batch, texts, plan, size)
+                name: masked_patches(checkpoint.model, batch, texts, chosen, size)
                 for name, texts in given.items()
             }
             own, is_masked = errors["own report"]

@@ -51,8 +51,10 @@ from mmclip.data.sample import Sample
 from mmclip.data.text import train_tokenizer
 from mmclip.models.encoders import build_image_encoder, build_text_encoder, image_layout
 from mmclip.models.mmclip import MMCLIP, build_mmclip
-from mmclip.training.loop import TrainState, make_optimizer, train_step
 from mmclip.training.objective import Objective
+from mmclip.training.optimizer import make_optimizer
+from mmclip.training.state import TrainState
+from mmclip.training.step import train_step
 
 OPENI_MEDIAN, OPENI_SIGMA = 42, 0.456
 """Tokens of a report of Open-I, as a log-normal: 5 % have fewer than 20, 5 % more than 89.

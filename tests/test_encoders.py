@@ -65,8 +65,8 @@ from mmclip.models.encoders import (
 from mmclip.models.mmclip import MMCLIP
 from mmclip.models.norm import GlobalBatchNorm2d
 from mmclip.models.trainable import layer_numbers, lr_ratios, set_trainable
-from mmclip.training.loop import make_optimizer
 from mmclip.training.objective import Objective
+from mmclip.training.optimizer import make_optimizer
 from mmclip.training.pretrain import build_model, make_tokenizer
 from tests.commands import mmclip
 from tests.made import REPORTS, WHOLE, small_config, write_folder

@@ -18,19 +18,15 @@ from accelerate.state import AcceleratorState
 
 from mmclip.batch import Batch, BatchSlice
 from mmclip.config import TrainConfig
-from mmclip.training import loop
-from mmclip.training.loop import (
-    NonFiniteLoss,
-    TrainState,
-    batch_slices,
-    fit,
-    interrupt_between_steps,
-    learning_rate,
-    make_optimizer,
-    step_loader,
-    train_step,
-)
+from mmclip.training import log
+from mmclip.training.finite import NonFiniteLoss
+from mmclip.training.interrupt import interrupt_between_steps
+from mmclip.training.loop import fit
 from mmclip.training.objective import Objective
+from mmclip.training.optimizer import learning_rate, make_optimizer
+from mmclip.training.state import TrainState
+from mmclip.training.step import train_step
+from mmclip.training.step_loader import batch_slices, step_loader
 from tests.made import LABELS, PATCH_SIZE, WHOLE, MadeBatches, small_config, small_model
 
 CONTRASTIVE = Objective(small_config(), PATCH_SIZE)
@@ -368,7 +364,7 @@ def test_a_step_counts_every_image_that_it_reads(micro_batch_size: int | None):
 
 def test_the_speed_in_the_log_is_of_images_and_not_of_pairs(tmp_path: Path, monkeypatch):
     ticks = count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     batches = MadeBatches(8, without_report=(4, 5, 6, 7))
     accelerator = Accelerator(cpu=True)
     config = CONFIG.model_copy(update={"steps": 1, "batch_size": 4, "log_every_steps": 1})

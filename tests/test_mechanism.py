@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmclip.config import WHOLE_TEXT_SCORES, ScoreKind, load_config
+from mmclip.config import WHOLE_TEXT_SCORES, ImageMaskConfig, ScoreKind, load_config
 from mmclip.data.ingest.build import build_data
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.synthetic import PRESETS, read_masks, write_dataset
@@ -23,7 +23,7 @@ from mmclip.explanation.mechanism import (
 )
 from mmclip.explanation.saliency import saliency_by_score, score_names
 from mmclip.masking import blend_scores
-from mmclip.models.mmclip import EncoderOutput, MaskPlan, TextOutput
+from mmclip.models.mmclip import EncoderOutput, TextOutput
 from mmclip.training.pretrain import PretrainRequest, pretrain
 
 from . import made
@@ -126,9 +126,9 @@ def test_maps_of_a_phrase_are_what_training_would_go_by():
     everyone, no_one = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
     for kind, tokens in score_names(True):
         asked = replace(batch, prompts=texts if tokens == "masked" else seen)
-        plan = MaskPlan(0.5, "attention", kind, tokens, "features", 0.0)
+        mask = ImageMaskConfig(score=kind, score_tokens=tokens)
         with torch.no_grad():
-            relevance = model(asked, plan).relevance
+            relevance = model(asked, mask, mask_noise=0.0).relevance
         name = kind if kind in WHOLE_TEXT_SCORES else f"{kind}/{tokens}"
         ours = blend_scores(torch.zeros(4, 16), maps[name], no_one, everyone)
         torch.testing.assert_close(ours, relevance, atol=1e-3, rtol=1e-3)

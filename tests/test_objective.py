@@ -10,9 +10,11 @@ from accelerate import Accelerator
 
 from mmclip.batch import Batch, TextBatch
 from mmclip.config import ConfigError, ScoreKind, TrainConfig
-from mmclip.models.mmclip import MMCLIP, MaskPlan, Outputs
-from mmclip.training.loop import TrainState, fit, make_optimizer
+from mmclip.models.mmclip import MMCLIP, Outputs
+from mmclip.training.loop import fit
 from mmclip.training.objective import Objective
+from mmclip.training.optimizer import make_optimizer
+from mmclip.training.state import TrainState
 from tests.made import (
     LABELS,
     N_PATCHES,
@@ -38,7 +40,7 @@ def made(*overrides: str) -> tuple[MMCLIP, Objective]:
 
 def run(model: MMCLIP, objective: Objective, batch: Batch) -> Outputs:
     with torch.no_grad():
-        return model(batch, objective.plan(batch.step))
+        return objective.outputs(model, batch)
 
 
 @pytest.mark.ledger("loss weights")
@@ -251,7 +253,7 @@ def test_hidden_features_have_seen_the_hidden_pixels_and_so_leak():
     model, objective = made(*RANDOM)
     batch = MIXED.batch()
     batch.image.requires_grad_(True)
-    out = model(batch, objective.plan(0))
+    out = objective.outputs(model, batch)
     out.patches[0][out.is_masked[0]].sum().backward()
     assert batch.image.grad is not None
     masked = out.is_masked[0].view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1)
@@ -287,12 +289,11 @@ def test_words_are_recovered_with_the_own_image():
 def test_the_choice_is_random_before_the_annealing_and_guided_after_it():
     model, objective = made(*WHOLE, "image_mask.final_mask_noise=0")
     batch = MIXED.batch()
-    plan = objective.plan(0)
-    assert plan is not None
+    mask = objective.config.image_mask
     by_noise = batch.patch_noise.topk(8, 1).indices.sort(1).values
     with torch.no_grad():
-        early = model(batch, plan._replace(mask_noise=1.0))
-        late = model(batch, plan._replace(mask_noise=0.0))
+        early = model(batch, mask, mask_noise=1.0)
+        late = model(batch, mask, mask_noise=0.0)
     assert torch.equal(early.is_masked.nonzero()[:, 1].view(8, 8), by_noise)
     assert not early.relevance.any()  # it is not even computed
     by_relevance = late.relevance[:7].topk(8, 1).indices.sort(1).values
@@ -306,8 +307,7 @@ def test_annealing_follows_the_step():
         *WHOLE, "train.steps=100", "image_mask.anneal_from=0.2", "image_mask.anneal_to=0.6",
         "image_mask.final_mask_noise=0.1",
     )  # fmt: skip
-    plans = [objective.plan(step) for step in (0, 20, 40, 60, 99)]
-    mask_noise = [plan.mask_noise for plan in plans if plan is not None]
+    mask_noise = [objective.mask_noise(step) for step in (0, 20, 40, 60, 99)]
     assert mask_noise == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
 
 
@@ -346,9 +346,10 @@ def test_an_untrained_score_without_its_decoder_is_refused():
     assert small_config("loss.image=1", "image_mask.policy='random'").loss.image == 1
 
 
-def test_a_plan_is_only_made_where_patches_are_hidden():
-    assert made("loss.text=1")[1].plan(0) is None
-    assert isinstance(made(*WHOLE)[1].plan(0), MaskPlan)
+def test_patches_are_only_hidden_where_the_image_loss_is_trained():
+    for overrides, hides in ((("loss.text=1",), False), (WHOLE, True)):
+        model, objective = made(*overrides)
+        assert (run(model, objective, MIXED.batch()).is_masked is not None) == hides
 
 
 @pytest.mark.ledger("loss weights")

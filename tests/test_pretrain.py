@@ -25,7 +25,8 @@ from mmclip.checkpoint import (
 from mmclip.config import load_config
 from mmclip.data.folder import read_meta
 from mmclip.data.text import train_tokenizer
-from mmclip.training.pretrain import PretrainRequest, pretrain, repeats
+from mmclip.training.announce import repeats
+from mmclip.training.pretrain import PretrainRequest, pretrain
 from tests.commands import Running, mmclip, start
 from tests.conftest import build_made
 from tests.made import write_folder

@@ -153,6 +153,10 @@ class ImageMaskConfig(Frozen):
     anneal_to: float = Field(default=0.5, ge=0, le=1)  # guided from here on
     final_mask_noise: float = Field(default=0.2, ge=0, le=1)  # what stays to chance
 
+    def is_guided(self, mask_noise: float = 0.0) -> bool:
+        """Whether the choice looks at what the texts say, at some noise of `masking`."""
+        return self.policy in ("attention", "least_relevant") and mask_noise < 1
+
 
 class TextMaskConfig(Frozen):
     """EntMLM: which words are masked. Source of the defaults: docs/method.md."""
@@ -254,8 +258,7 @@ class Config(Frozen):
     @model_validator(mode="after")
     def _score_is_trained(self) -> "Config":
         mask = self.image_mask
-        is_guided = bool(self.loss.image) and mask.policy in ("attention", "least_relevant")
-        if not is_guided or self.loss.text:
+        if not (self.loss.image and mask.is_guided()) or self.loss.text:
             return self
         if mask.score not in WHOLE_TEXT_SCORES and mask.score_tokens == "masked":
             raise ValueError(

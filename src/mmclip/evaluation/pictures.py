@@ -29,7 +29,6 @@ from mmclip.data.tokenizer import frame_of
 from mmclip.models.encoders import image_layout
 from mmclip.models.mmclip import MMCLIP, Outputs
 from mmclip.patches import Grid, patchify, rescale_patches, unpatchify
-from mmclip.training.objective import Objective
 
 HEAT, HEAT_RATIO = (255, 176, 0), 0.75
 """Colour of the most relevant patch, and how much of it covers the image there. [chosen: an amber
@@ -125,10 +124,10 @@ def make_pictures(checkpoint: Checkpoint, dataset: ImageTextDataset) -> dict[str
     batches = TrainingBatches(dataset, checkpoint.tokenizer, config, patch_size)
     everyone = np.arange(len(dataset))
     batch = batches.of_rows(everyone)
-    plan = Objective(config, patch_size).plan(config.train.steps)
-    if plan is not None:
-        plan = None if plan.policy == "oracle" else plan._replace(mask_noise=0.0)
-    out = model(batch.to(model.logit_scale.device), plan)
+    mask = config.image_mask
+    shows_patches = bool(config.loss.image) and mask.policy != "oracle"
+    there = batch.to(model.logit_scale.device)
+    out = model(there, mask if shows_patches else None, mask_noise=0.0)
     predicted = _predicted(batch, _guesses(model, out))
     images = dataset.pixels(everyone)
     patches = _patches(batch, out, images, patch_size)

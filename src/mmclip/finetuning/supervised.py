@@ -36,14 +36,10 @@ from mmclip.finetuning.task import Labelled
 from mmclip.losses import label_sum
 from mmclip.models.classifier import Classifier, Features, freeze_unused, image_of, lr_scales
 from mmclip.models.encoders import no_decay_names
-from mmclip.training.loop import (
-    TrainState,
-    all_gather_rows,
-    fit,
-    make_optimizer,
-    restore_trainer_state,
-    trainer_state,
-)
+from mmclip.training.gather import all_gather_rows
+from mmclip.training.loop import fit
+from mmclip.training.optimizer import make_optimizer
+from mmclip.training.state import TrainState, restore_trainer_state, trainer_state
 
 
 class FineTuneConfig(Frozen):

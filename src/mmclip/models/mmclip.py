@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, ResNetModel
 
 from mmclip.batch import Batch, TextBatch
-from mmclip.config import Config, MaskPolicy, MaskStage, ScoreKind, ScoreTokens
+from mmclip.config import Config, ImageMaskConfig, ModelConfig, ScoreTokens
 from mmclip.losses import masked_token_sum_in_blocks
 from mmclip.masking import (
     blend_scores,
@@ -49,22 +49,6 @@ class EncoderOutput(NamedTuple):
     embedding: Float[Tensor, "b e"]  # projected and L2-normalised, float32
 
 
-class MaskPlan(NamedTuple):
-    """How AttMIM chooses what to mask at a point of training; see `config.ImageMaskConfig`."""
-
-    mask_ratio: float
-    policy: MaskPolicy
-    score: ScoreKind
-    score_tokens: ScoreTokens
-    mask_stage: MaskStage
-    mask_noise: float
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether the choice looks at what the texts say."""
-        return self.policy in ("attention", "least_relevant") and self.mask_noise < 1
-
-
 class TextOutput(NamedTuple):
     """What the model makes of some texts. m texts, t tokens, h masked tokens."""
 
@@ -88,6 +72,14 @@ class Outputs(NamedTuple):
     label_logits: Float[Tensor, "b k"] | None  # None without a label loss
 
 
+class MaskedPatches(NamedTuple):
+    """What masked image modelling gives; see `Outputs`."""
+
+    patches: Float[Tensor, "b n p"] | None
+    is_masked: Bool[Tensor, "b n"] | None
+    relevance: Float[Tensor, "b n"] | None
+
+
 class MMCLIP(nn.Module):
     """The model of the paper: image encoder, text encoder, joint space, two decoders.
 
@@ -109,20 +101,29 @@ class MMCLIP(nn.Module):
         self,
         image_encoder: PreTrainedModel,
         text_encoder: PreTrainedModel,
-        embed_dim: int,
-        temperature: float,
-        max_logit_scale: float,
+        config: ModelConfig,
         image_decoder: ImageDecoder | None = None,
         text_decoder: TextDecoder | None = None,
         n_label_findings: int = 0,
     ) -> None:
+        """Puts a new joint space on top of two encoders.
+
+        Args:
+            image_encoder: Keeps its weights.
+            text_encoder: Keeps its weights.
+            config: Width of the joint space, and the temperature; not the sizes of the encoders.
+            image_decoder: None where no masked patches are rebuilt.
+            text_decoder: None where no masked words are recovered.
+            n_label_findings: Outputs of the label head; 0 leaves it out.
+        """
         super().__init__()
+        embed_dim = config.embed_dim
         self.vision_model = image_encoder
         self.text_model = text_encoder
         self.visual_projection = nn.Linear(image_layout(image_encoder).width, embed_dim, bias=False)
         self.text_projection = nn.Linear(text_layout(text_encoder).width, embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
-        self.max_logit_scale = max_logit_scale
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+        self.max_logit_scale = config.max_logit_scale
         for layer in (self.visual_projection, self.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # [CLIP, released code]
         self.image_decoder, self.text_decoder = image_decoder, text_decoder
@@ -151,52 +152,37 @@ class MMCLIP(nn.Module):
         return self.logit_scale.exp().clamp(max=self.max_logit_scale)
 
     def forward(
-        self, batch: Batch, plan: MaskPlan | None = None, embeddings_only: bool = False
+        self,
+        batch: Batch,
+        mask: ImageMaskConfig | None = None,
+        mask_noise: float = 1.0,
+        embeddings_only: bool = False,
     ) -> Outputs:
         """All that a training step needs, in one call, as DistributedDataParallel wants it.
 
-        The image passes its encoder once (twice where `plan.mask` is "pixels"). Equal texts pass
-        theirs once.
+        The image passes its encoder once (twice where `mask.mask_stage` is "pixels"). Equal texts
+        pass theirs once.
 
         Args:
             batch: On the model's device.
-            plan: How to mask patches; None without an image decoder.
+            mask: How to mask patches; None without an image decoder.
+            mask_noise: What of the choice is left to chance, see `masking.mask_noise_at`.
             embeddings_only: Leave out whatever masked modelling needs.
         """
         image = self.encode_image(batch.image)
         if embeddings_only:
-            texts = [
-                (each, self._encode_distinct(each)[1].index_select(0, each.encoding.as_it_is))
-                for each in (batch.prompts, batch.reports)
-            ]
-            text = self._texts_of_rows(image.embedding, texts)
-            nothing = dict.fromkeys(Outputs._fields[3:])
-            return Outputs(image.embedding, text, self.scale(), **nothing)
+            return self._embeddings(batch, image)
         wanted = None
-        if plan is not None and plan.is_guided and plan.score == "decoder_attention":
-            wanted = plan.score_tokens
+        if mask is not None and mask.is_guided(mask_noise) and mask.score == "decoder_attention":
+            wanted = mask.score_tokens
         reports = self.forward_text(batch.reports, image.features, wanted)
         prompts = self.forward_text(batch.prompts, image.features, wanted)
         both = [(batch.prompts, prompts.embedding), (batch.reports, reports.embedding)]
         text_embedding = self._texts_of_rows(image.embedding, both)
         token_features, token_loss = self._masked_token_loss(batch, reports, prompts)
-        patches = is_masked = relevance = None
-        if self.image_decoder is not None and plan is not None:
-            relevance = self._relevance(batch, image, reports, prompts, plan)
-            is_masked = choose_masked_patches(
-                policy_score(plan.policy, relevance, batch.lesion_ratio),
-                batch.patch_noise,
-                plan.mask_ratio,
-                plan.mask_noise,
-            )
-            features = image.features[:, 1:]
-            n_masked = masked_patch_count(is_masked.shape[1], plan.mask_ratio)
-            if plan.mask_stage == "pixels":
-                visible = encode_visible(self.vision_model, batch.image, is_masked, n_masked)
-                features = scatter_visible(visible, is_masked)
-            context, is_valid = _side_by_side(batch, prompts.features, reports.features)
-            with sdpa_kernel(KERNELS_OF_TEXTS):
-                patches = self.image_decoder(features, is_masked, context, is_valid, n_masked)
+        rebuilt = MaskedPatches(None, None, None)
+        if self.image_decoder is not None and mask is not None:
+            rebuilt = self._rebuild(batch, image, (reports, prompts), mask, mask_noise)
         scale = self.scale()
         label_logits = None
         if self.label_head is not None:  # of every row: each process uses every parameter
@@ -207,11 +193,48 @@ class MMCLIP(nn.Module):
             scale,
             token_features,
             token_loss,
-            patches,
-            is_masked,
-            relevance,
+            *rebuilt,
             label_logits,
         )
+
+    def _embeddings(self, batch: Batch, image: EncoderOutput) -> Outputs:
+        """The embeddings of a batch alone."""
+        texts = [
+            (each, self._encode_distinct(each)[1].index_select(0, each.encoding.as_it_is))
+            for each in (batch.prompts, batch.reports)
+        ]
+        text = self._texts_of_rows(image.embedding, texts)
+        nothing = dict.fromkeys(Outputs._fields[3:])
+        return Outputs(image.embedding, text, self.scale(), **nothing)
+
+    def _rebuild(
+        self,
+        batch: Batch,
+        image: EncoderOutput,
+        texts: tuple[TextOutput, TextOutput],
+        mask: ImageMaskConfig,
+        mask_noise: float,
+    ) -> MaskedPatches:
+        """Masks patches, and rebuilds them from the others and the texts, reports and prompts."""
+        assert self.image_decoder is not None
+        reports, prompts = texts
+        guide = mask if mask.is_guided(mask_noise) else None
+        relevance = self._relevance(batch, image, reports, prompts, guide)
+        is_masked = choose_masked_patches(
+            policy_score(mask.policy, relevance, batch.lesion_ratio),
+            batch.patch_noise,
+            mask.mask_ratio,
+            mask_noise,
+        )
+        features = image.features[:, 1:]
+        n_masked = masked_patch_count(is_masked.shape[1], mask.mask_ratio)
+        if mask.mask_stage == "pixels":
+            visible = encode_visible(self.vision_model, batch.image, is_masked, n_masked)
+            features = scatter_visible(visible, is_masked)
+        context, is_valid = _side_by_side(batch, prompts.features, reports.features)
+        with sdpa_kernel(KERNELS_OF_TEXTS):
+            patches = self.image_decoder(features, is_masked, context, is_valid, n_masked)
+        return MaskedPatches(patches, is_masked, relevance)
 
     def forward_text(
         self,
@@ -298,22 +321,23 @@ class MMCLIP(nn.Module):
         image: EncoderOutput,
         reports: TextOutput,
         prompts: TextOutput,
-        plan: MaskPlan,
+        mask: ImageMaskConfig | None,
     ) -> Float[Tensor, "b n"]:
-        """How strongly each patch responds to the texts of its row; 0 where nothing asks for it."""
+        """How strongly each patch responds to the texts of its row; 0 where `mask` is None, as
+        nothing asks for it."""
         features = image.features[:, 1:]
         zero = features.new_zeros(features.shape[:2], dtype=torch.float32)
-        if not plan.is_guided:
+        if mask is None:
             return zero
         joint = self.visual_projection(features)
         scores: list[Tensor] = []
         for texts, text_output in ((batch.reports, reports), (batch.prompts, prompts)):
             score = relevance_score(
-                plan.score,
+                mask.score,
                 joint.index_select(0, texts.rows),
                 text_output.embedding,
                 self.text_projection(text_output.features),
-                texts.chosen(plan.score_tokens),
+                texts.chosen(mask.score_tokens),
                 text_output.attention,
             )
             scores.append(zero.index_copy(0, texts.rows, score))
@@ -416,9 +440,7 @@ def build_mmclip(
     return MMCLIP(
         image_encoder,
         text_encoder,
-        config.model.embed_dim,
-        config.model.temperature,
-        config.model.max_logit_scale,
+        config.model,
         image_decoder,
         text_decoder,
         n_label_findings if config.loss.label else 0,

@@ -24,9 +24,10 @@ from mmclip.losses import (
     masked_patch_sum,
 )
 from mmclip.masking import mask_noise_at, masked_patch_count
-from mmclip.models.mmclip import MaskPlan, Outputs
+from mmclip.models.mmclip import Outputs
 from mmclip.patches import normalise_patches, patchify
-from mmclip.training.loop import Embeddings, all_gather_rows
+from mmclip.training.gather import all_gather_rows
+from mmclip.training.terms import Embeddings
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,21 @@ class Objective:
         wanted = {"contrastive": 1.0, **loss.model_dump()}
         return {name: weight for name, weight in wanted.items() if weight}
 
-    def plan(self, step: int) -> MaskPlan | None:
-        """How patches are masked at a step; None where no image term is trained."""
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Runs the model on a batch as training does at the step that the batch is of."""
         if not self.config.loss.image:
-            return None
+            return model(batch)
+        return model(batch, self.config.image_mask, self.mask_noise(batch.step))
+
+    def mask_noise(self, step: int) -> float:
+        """How much of the choice of patches a step leaves to chance."""
         mask = self.config.image_mask
-        return MaskPlan(
-            mask.mask_ratio,
-            mask.policy,
-            mask.score,
-            mask.score_tokens,
-            mask.mask_stage,
-            mask_noise_at(
-                step / self.config.train.steps,
-                mask.anneal_from,
-                mask.anneal_to,
-                mask.final_mask_noise,
-            ),
-        )
+        progress = step / self.config.train.steps
+        return mask_noise_at(progress, mask.anneal_from, mask.anneal_to, mask.final_mask_noise)
 
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Runs the model on this process's rows and sums each term over them."""
-        out: Outputs = model(batch, self.plan(batch.step))
+        out = self.outputs(model, batch)
         return {"contrastive": contrastive_sums(embeddings_of(out), batch)} | self._others(
             out, batch
         )
@@ -72,7 +66,7 @@ class Objective:
     def sums_given(self, model: nn.Module, batch: Batch, gradient: Embeddings) -> dict[str, Tensor]:
         """As `sums`, but that the contrastive term is linear in the embeddings, with a gradient
         that `contrast` gave; its value is without meaning."""
-        out: Outputs = model(batch, self.plan(batch.step))
+        out = self.outputs(model, batch)
         pulled = zip(embeddings_of(out), gradient, strict=True)
         linear = torch.stack([(x * g).sum() for x, g in pulled]).sum()
         return {"contrastive": linear} | self._others(out, batch)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType, set_seed
@@ -37,7 +36,7 @@ from mmclip.data.batches import (
 )
 from mmclip.data.folder import ManifestError, write_text_atomic
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
-from mmclip.data.leakage.check import TRAINED_FILE, patient_key, refuse_leaks, trained_keys
+from mmclip.data.leakage.check import TRAINED_FILE, refuse_leaks, trained_keys
 from mmclip.data.synthetic import read_masks
 from mmclip.data.text import train_tokenizer
 from mmclip.data.tokenizer import frame_of, load_tokenizer
@@ -51,21 +50,19 @@ from mmclip.models.encoders import (
 from mmclip.models.mmclip import MMCLIP, build_mmclip, compile_layers
 from mmclip.models.trainable import lr_ratios, set_trainable
 from mmclip.progress import console
-from mmclip.training.loop import (
-    TrainState,
-    fit,
-    make_optimizer,
-    restore_trainer_state,
-    trainer_state,
-)
+from mmclip.training.announce import say_what_runs
+from mmclip.training.log import METRICS_FILE
+from mmclip.training.loop import fit
 from mmclip.training.objective import Objective
+from mmclip.training.optimizer import make_optimizer
+from mmclip.training.state import TrainState, restore_trainer_state, trainer_state
 
 logger = logging.getLogger(__name__)
 
 
 CONFIG_FILE = "config.json"
 
-RUN_FILES = (CONFIG_FILE, TRAINED_FILE, SEEN_FILE, "metrics.jsonl", "tensorboard", CHECKPOINTS)
+RUN_FILES = (CONFIG_FILE, TRAINED_FILE, SEEN_FILE, METRICS_FILE, "tensorboard", CHECKPOINTS)
 """What a run leaves in its folder."""
 
 
@@ -145,14 +142,33 @@ def pretrain(request: PretrainRequest) -> Path:
         CheckpointError: When the run exists and `resume` is False, or differs from what resumes.
     """
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[request.config.train.precision]
-    trackers = _trackers(request)
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=request.cpu,
-        log_with=trackers or None,
+        log_with=_trackers(request) or None,
         project_dir=request.run,
     )
     set_seed(request.config.train.seed)
+    dataset = _prepare(request)
+    facts = _facts(request, dataset)
+    found = _resumable(request, facts)
+    start = _begin(request, dataset, facts) if found is None else _resume(request, found, facts)
+    _train(request, accelerator, training_dataset(dataset, request.config), start)
+    return find_checkpoint(request.run)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What training begins with, or goes on with."""
+
+    model: MMCLIP
+    tokenizer: PreTrainedTokenizerFast
+    facts: dict[str, Any]  # of the data and the commands, for checkpoints
+    found: Path | None  # the checkpoint that it goes on from
+
+
+def _prepare(request: PretrainRequest) -> ImageTextDataset:
+    """The images of the data folders, found fit to train on."""
     dataset = open_dataset(
         request.folders,
         request.config.data.image_size,
@@ -160,7 +176,6 @@ def pretrain(request: PretrainRequest) -> Path:
         resize=request.config.data.resize,
     )
     refuse_leaks(dataset.samples)
-    chosen = training_dataset(dataset, request.config)
     if n_kept := sum(
         is_reserved and sample.split == "train"
         for sample, is_reserved in zip(
@@ -172,9 +187,15 @@ def pretrain(request: PretrainRequest) -> Path:
             "test; they do not train (`mmclip data split --name physician` makes them test)",
             n_kept,
         )
+    return dataset
+
+
+def _facts(request: PretrainRequest, dataset: ImageTextDataset) -> dict[str, Any]:
+    """What checkpoints of a new run say of its data and its command."""
+    chosen = training_dataset(dataset, request.config)
     n_pairs = sum(map(is_pair, chosen.samples))
     _check_enough(request, dataset, n_pairs, len(chosen) - n_pairs)
-    facts = {
+    return {
         "data_hash": dataset.data_hash,
         "n_pairs": n_pairs,
         "n_unpaired": len(chosen) - n_pairs,
@@ -182,47 +203,61 @@ def pretrain(request: PretrainRequest) -> Path:
         "resumed_by": [],
         "shuffle_pairs": request.shuffle_pairs,
     }
-    found = _resumable(request, facts)
-    if found is None:
-        check_named_encoders(request.config.model)
-        tokenizer = make_tokenizer(request.config, dataset)
-        model = build_model(request.config, tokenizer, len(label_names(chosen)))
-    else:
-        checkpoint = load_checkpoint(found)
-        began, since = checkpoint.meta["command"], checkpoint.meta.get("resumed_by", [])
-        facts |= {"command": began, "resumed_by": [*since, request.command]}
-        tokenizer, model = checkpoint.tokenizer, checkpoint.model
+
+
+def _begin(request: PretrainRequest, dataset: ImageTextDataset, facts: dict[str, Any]) -> _Start:
+    """A new model for the images of the data folders."""
+    check_named_encoders(request.config.model)
+    tokenizer = make_tokenizer(request.config, dataset)
+    model = build_model(
+        request.config, tokenizer, len(label_names(training_dataset(dataset, request.config)))
+    )
+    return _Start(model, tokenizer, facts, None)
+
+
+def _resume(request: PretrainRequest, found: Path, facts: dict[str, Any]) -> _Start:
+    """Model and facts of a checkpoint; its optimiser follows once there is one to put back."""
+    checkpoint = load_checkpoint(found)
+    resumed_by = [*checkpoint.meta.get("resumed_by", []), request.command]
+    facts = facts | {"command": checkpoint.meta["command"], "resumed_by": resumed_by}
+    return _Start(checkpoint.model, checkpoint.tokenizer, facts, found)
+
+
+def _train(
+    request: PretrainRequest, accelerator: Accelerator, dataset: ImageTextDataset, start: _Start
+) -> None:
+    """Trains a model on images to its last step, and leaves a run in the request's folder."""
+    config, model = request.config, start.model
     # transformers loads weights in evaluation mode, in which batch norm learns nothing.
-    set_trainable(model.train(), request.config.model)
-    objective = Objective(request.config, image_layout(model.vision_model).patch_size)
+    set_trainable(model.train(), config.model)
+    objective = Objective(config, image_layout(model.vision_model).patch_size)
     batches = TrainingBatches(
-        chosen,
-        tokenizer,
-        request.config,
+        dataset,
+        start.tokenizer,
+        config,
         objective.patch_size,
         request.shuffle_pairs,
         None if request.lesions is None else read_lesions(request.lesions),
     )
     optimizer = make_optimizer(
-        model, model.no_decay_names(), request.config.train, lr_ratios(model, request.config)
+        model, model.no_decay_names(), config.train, lr_ratios(model, config)
     )
-    if request.config.train.compile:
+    if config.train.compile:
         compile_layers(model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     state = TrainState(wrapped, optimizer)
-    if found is not None:
-        restore_trainer_state(accelerator, state, found)
+    if start.found is not None:
+        restore_trainer_state(accelerator, state, start.found)
     if accelerator.is_main_process:
-        request.run.mkdir(parents=True, exist_ok=True)
-        resolved = {"config": request.config.model_dump(mode="json"), **facts}
-        write_text_atomic(request.run / CONFIG_FILE, json.dumps(resolved, indent=2) + "\n")
-        np.save(request.run / TRAINED_FILE, trained_keys(chosen.samples))
-        seen = seen_in_training(chosen, request.config)
-        write_text_atomic(request.run / SEEN_FILE, json.dumps(seen, indent=2) + "\n")
-        _say_what_runs(request, accelerator, model, chosen, state)
+        _describe_run(request, dataset, start.facts)
+        say_what_runs(config, accelerator, dataset, state)
+        if request.shuffle_pairs:
+            console.print("control: every image has the report of another image")
+        if state.step:
+            console.print(f"resumed at step {state.step} of {config.train.steps}")
     accelerator.init_trackers(
         "mmclip" if request.wandb else "tensorboard",
-        config=_flat(request.config.model_dump(mode="json")),
+        config=_flat(config.model_dump(mode="json")),
     )
 
     def save(state: TrainState) -> None:
@@ -230,24 +265,27 @@ def pretrain(request: PretrainRequest) -> Path:
             request.run,
             state.step,
             accelerator.unwrap_model(state.model),
-            tokenizer,
-            request.config,
+            start.tokenizer,
+            config,
             trainer_state(accelerator, state),
-            facts,
-            request.config.train.keep_checkpoints,
+            start.facts,
+            config.train.keep_checkpoints,
         )
 
-    fit(
-        accelerator,
-        state,
-        batches.read,
-        objective,
-        request.config.train,
-        request.run,
-        save,
-    )
+    fit(accelerator, state, batches.read, objective, config.train, request.run, save)
     accelerator.end_training()
-    return find_checkpoint(request.run)
+
+
+def _describe_run(
+    request: PretrainRequest, dataset: ImageTextDataset, facts: dict[str, Any]
+) -> None:
+    """Writes what the run is, trained on and saw, before its first step."""
+    request.run.mkdir(parents=True, exist_ok=True)
+    resolved = {"config": request.config.model_dump(mode="json"), **facts}
+    write_text_atomic(request.run / CONFIG_FILE, json.dumps(resolved, indent=2) + "\n")
+    np.save(request.run / TRAINED_FILE, trained_keys(dataset.samples))
+    seen = seen_in_training(dataset, request.config)
+    write_text_atomic(request.run / SEEN_FILE, json.dumps(seen, indent=2) + "\n")
 
 
 def _check_enough(
@@ -319,63 +357,6 @@ def _resumable(request: PretrainRequest, facts: dict[str, Any]) -> Path | None:
             f"--out"
         )
     return found
-
-
-def _say_what_runs(
-    request: PretrainRequest,
-    accelerator: Accelerator,
-    model: MMCLIP,
-    dataset: ImageTextDataset,
-    state: TrainState,
-) -> None:
-    train = request.config.train
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    n_pairs = sum(map(is_pair, dataset.samples))
-    unpaired = f" and {len(dataset) - n_pairs:,} unpaired images" if len(dataset) > n_pairs else ""
-    n_threads = torch.get_num_threads()
-    console.print(
-        f"{n_pairs:,} pairs{unpaired} of {len({patient_key(f) for f in dataset.samples}):,} "
-        f"patients, {millions:.1f} million parameters, {accelerator.device.type} x "
-        f"{accelerator.num_processes}, {train.precision}, "
-        f"{n_threads} thread{'s' * (n_threads != 1)}"
-    )
-    if train.n_micro_batches > 1:
-        console.print(
-            f"gradient accumulation: the contrastive negatives (and a ResNet's batch statistics) "
-            f"are the {train.micro_batch_size} pairs of a micro-batch, not the "
-            f"{train.batch_size} of the batch"
-        )
-    for line in repeats(request.config, n_pairs, len(dataset) - n_pairs):
-        console.print(line, style="yellow", soft_wrap=True)
-    if request.shuffle_pairs:
-        console.print("control: every image has the report of another image")
-    if state.step:
-        console.print(f"resumed at step {state.step} of {train.steps}")
-
-
-def repeats(config: Config, n_pairs: int, n_unpaired: int) -> list[str]:
-    """Says, in a line for either stream, that every step reads an image more than once.
-
-    Such a batch trains, but its repeats are positives of one another: fewer negatives than set.
-    (Two epochs may meet within a step, so now and then any batch repeats some.)
-    """
-    size, ratio = config.train.batch_size, config.unpaired.rows_per_pair
-    fits, lines = min(size, n_pairs), []
-    if size > n_pairs:
-        lines.append(
-            f"images repeat within every step: train.batch_size={size} and there are {n_pairs} "
-            f"pairs; set it to at most {n_pairs}"
-        )
-    if (asked := round(ratio * size)) > n_unpaired:
-        if round(ratio * fits) <= n_unpaired:
-            remedy = f"with train.batch_size={fits} it reads {round(ratio * fits)}"
-        else:
-            remedy = f"set it to at most {n_unpaired / fits:.3g}"
-        lines.append(
-            f"images repeat within every step: unpaired.rows_per_pair={ratio:g} reads {asked} "
-            f"unpaired images and there are {n_unpaired}; {remedy}"
-        )
-    return lines
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
