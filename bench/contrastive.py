@@ -20,7 +20,7 @@ from ceiling import with_knobs
 from mmclip.config import config_hash, load_config
 from mmclip.data.folder import META_FILE, read_meta
 from mmclip.data.image_text_dataset import open_dataset
-from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.evaluation.compute_metrics import metrics_by_finding
@@ -46,7 +46,9 @@ def make_data(preset: Preset, out: Path) -> dict[str, float]:
     drawn = time.monotonic()
     reader = open_reader("csv", raw, mapping=raw / "mapping.toml", table=None)
     metadata = {"reader": "csv", "preset": f"{preset.name} version {preset.version}"}
-    build_data(reader, raw, data, image_size=preset.image_size, metadata=metadata)
+    build_data(
+        reader, raw, data, image_size=preset.image_size, options=BuildOptions(metadata=metadata)
+    )
     return {"draw_s": drawn - began, "build_s": time.monotonic() - drawn}
 
 

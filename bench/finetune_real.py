@@ -40,7 +40,7 @@ from compare import markdown
 from mmclip.checkpoint import code_version
 from mmclip.config import config_hash, load_config_as
 from mmclip.data.folder import META_FILE
-from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.leakage.splits import stratified
 from mmclip.evaluation.baselines import shortcut_features
@@ -94,7 +94,11 @@ def build(root: Path, out: Path, image_size: int) -> Path:
             writer.writerows(lines)
         reader = open_reader("csv", root, mapping=MAPPING, table=table)
         build_data(
-            reader, root, folder, image_size=image_size, workers=1, metadata={"reader": "csv"}
+            reader,
+            root,
+            folder,
+            image_size=image_size,
+            options=BuildOptions(metadata={"reader": "csv"}),
         )
     return folder
 

@@ -37,7 +37,7 @@ from mmclip.checkpoint import code_version
 from mmclip.config import Config, config_hash, load_config
 from mmclip.data.folder import META_FILE, read_meta
 from mmclip.data.image_text_dataset import open_dataset
-from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.sample import Split
 from mmclip.evaluation.compute_metrics import metrics_by_finding, shortcut_baseline
@@ -109,7 +109,8 @@ def data_of(arm: str, root: Path, out: Path, image_size: int) -> Path:
     if not (folder / META_FILE).is_file():
         write_table(root, table, one_label=one_label, no_covid=no_covid)
         reader = open_reader("csv", root, mapping=MAPPING, table=table)
-        build_data(reader, root, folder, image_size=image_size, metadata={"reader": "csv"})
+        options = BuildOptions(metadata={"reader": "csv"})
+        build_data(reader, root, folder, image_size=image_size, options=options)
     return folder
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from mmclip.data.leakage.splits import clean_split
-from mmclip.data.sample import Sample
+from mmclip.data.sample import RandomSplit, Sample
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 """Source: rows of the lists in HieuPhan33/CVPR2024_MAVL, 6,949 / 2,316 / 2,317."""
@@ -43,7 +43,7 @@ def row_split(images: Sequence[str], seed: int) -> tuple[set[str], set[str]]:
 
 def image_split(records: Sequence[Sample], seed: int) -> tuple[set[str], set[str]]:
     """The images of train and of test, as `mmclip data split --name clean` deals them."""
-    chosen = clean_split(records, seed, SHARES["val"], SHARES["test"])
+    chosen = clean_split(records, RandomSplit(seed, SHARES["val"], SHARES["test"]))
     return set(chosen["train"]), set(chosen["test"])
 
 

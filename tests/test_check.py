@@ -19,7 +19,7 @@ from mmclip.data.leakage.check import (
 )
 from mmclip.data.leakage.splits import set_split
 from mmclip.data.manifest import read_manifest
-from mmclip.data.sample import Sample, Split
+from mmclip.data.sample import RandomSplit, Sample, Split
 from tests.commands import mmclip
 from tests.made_files import encoded
 from tests.test_duplicates import blurred
@@ -186,7 +186,7 @@ def test_zeroshot_does_not_score_what_has_trained_from_whichever_folder(
     made_run: Path, made_data: Path, tmp_path: Path
 ):
     other = shutil.copytree(made_data, tmp_path / "other")
-    set_split(other, "clean", seed=9)
+    set_split(other, "clean", RandomSplit(seed=9))
     trained = {f.patient_id for f in read_manifest(made_data) if f.split == "train"}
     scored = [f for f in read_manifest(other) if f.split == "test"]
     n_seen = sum(f.patient_id in trained for f in scored if f.view != "L" and f.labels)

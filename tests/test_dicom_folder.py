@@ -12,7 +12,7 @@ import pytest
 from pydicom.dataset import Dataset
 
 from mmclip.config import ConfigError
-from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.ingest.dicom_folder import DicomOptions, view_of
 from mmclip.data.ingest.report_table import join_reports
@@ -163,7 +163,7 @@ def test_no_identifier_is_in_anything_that_a_build_leaves_or_says(root: Path):
 def test_a_build_that_was_cut_off_goes_on_to_the_same_bytes(root: Path):
     outs = [root.parent / "a", root.parent / "b"]
     for out in outs:
-        build_data(records(root), root, out, image_size=16, hides_paths=True)
+        build_data(records(root), root, out, image_size=16, options=BuildOptions(hides_paths=True))
     assert (outs[0] / "samples.parquet").read_bytes() == (outs[1] / "samples.parquet").read_bytes()
 
 

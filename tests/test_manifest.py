@@ -17,7 +17,15 @@ from mmclip.data.manifest import (
     to_table,
     write_manifest,
 )
-from mmclip.data.sample import Entity, Excluded, Reason, Sample, assign_splits, validate
+from mmclip.data.sample import (
+    Entity,
+    Excluded,
+    RandomSplit,
+    Reason,
+    Sample,
+    assign_splits,
+    validate,
+)
 
 FULL = Sample(
     image_id="a.png",
@@ -266,7 +274,7 @@ def test_no_patient_is_ever_in_two_splits_and_no_row_is_lost(rows, seed):
     assert sorted([row for row, _ in kept] + [out.row for out in excluded]) == [*range(len(rows))]
     assert all(kept_image is records[row] for row, kept_image in kept)
     split_of: dict[str, set] = {}
-    for record in assign_splits([record for _, record in kept], seed):
+    for record in assign_splits([record for _, record in kept], RandomSplit(seed)):
         split_of.setdefault(record.patient_id, set()).add(record.split)
     assert all(len(splits) == 1 and None not in splits for splits in split_of.values())
     for patient, splits in split_of.items():
@@ -279,7 +287,7 @@ def test_no_patient_is_ever_in_two_splits_and_no_row_is_lost(rows, seed):
 
 
 def drawn(patients: list[str], **options) -> dict[str, str | None]:
-    records = assign_splits([sample(i, p) for i, p in enumerate(patients)], **options)
+    records = assign_splits([sample(i, p) for i, p in enumerate(patients)], RandomSplit(**options))
     return {record.patient_id: record.split for record in records}
 
 
@@ -313,7 +321,7 @@ def test_the_ratios_are_those_asked_for():
 @pytest.mark.parametrize("ratios", [(-0.1, 0.1), (0.1, -0.1), (0.5, 0.5)])
 def test_ratios_that_leave_nothing_to_train_on_are_refused(ratios):
     with pytest.raises(ValueError, match="less than 1"):
-        assign_splits([sample(0)], 0, *ratios)
+        assign_splits([sample(0)], RandomSplit(0, *ratios))
 
 
 def test_images_resized_otherwise_are_other_data():

@@ -10,7 +10,7 @@ from mmclip.data.leakage.splits import physician_split
 from mmclip.data.manifest import read_manifest
 from mmclip.data.readers.padchest import read_padchest
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Reason, Sample
+from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, RandomSplit, Reason, Sample
 from tests.made_files import encoded, ramp
 from tests.published import lay_out, parted, real_table, tally
 
@@ -293,7 +293,7 @@ def test_every_row_of_the_real_table_is_accounted_for(tmp_path: Path):
     assert origins == {
         ("padchest", "report-program"): 120_567, ("padchest-physician", "report-reader"): 38_971,
     }  # fmt: skip
-    chosen = physician_split(samples, 0, 0.1)
+    chosen = physician_split(samples, RandomSplit())
     patients = {sample.image_id: sample.patient_id for sample in samples}
     tested = {patients[i] for i in chosen["test"]}
     assert (len(chosen["test"]), len(tested)) == (38_971, 24_437)

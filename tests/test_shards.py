@@ -17,7 +17,7 @@ from mmclip.data import cache
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import ManifestError
 from mmclip.data.ingest import build, shards
-from mmclip.data.ingest.build import build_data, build_shard
+from mmclip.data.ingest.build import BuildOptions, build_data, build_shard
 from mmclip.data.ingest.shards import Shard, WorkersError
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import Sample
@@ -115,7 +115,9 @@ def test_what_would_be_found_otherwise_is_searched_anew(
         samples[0] = replace(samples[0], report="Normal.")
     with stop_at("finding entities", 1) as done_before, pytest.raises((Stop, OSError)):
         built(
-            samples, tmp_path / "out", entities="spacy:none" if change == "backend" else "lexicon"
+            samples,
+            tmp_path / "out",
+            options=BuildOptions(entities="spacy:none" if change == "backend" else "lexicon"),
         )
     assert done_before[1:] == again
 

@@ -24,7 +24,7 @@ from mmclip.data.leakage.splits import (
     subsets_of,
 )
 from mmclip.data.manifest import read_manifest, write_manifest
-from mmclip.data.sample import Sample, assign_splits
+from mmclip.data.sample import RandomSplit, Sample, assign_splits
 from mmclip.evaluation.protocols import FineTuning, load_protocol, protocol_names
 from tests.commands import mmclip
 
@@ -68,7 +68,7 @@ def test_patients_who_share_an_image_by_themselves_or_through_others_are_one_gro
 )
 def test_a_clean_split_keeps_every_image_once_and_puts_no_patient_or_content_into_two(rows, seed):
     samples = [sample(i, patient, content) for i, (patient, content) in enumerate(rows)]
-    chosen = clean_split(samples, seed, 0.3, 0.3)
+    chosen = clean_split(samples, RandomSplit(seed, 0.3, 0.3))
     ids = [image_id for part in chosen.values() for image_id in part]
     assert sorted(ids) == sorted(f.image_id for f in samples)
     part_of = {image_id: part for part, members in chosen.items() for image_id in members}
@@ -82,15 +82,15 @@ def test_a_clean_split_keeps_every_image_once_and_puts_no_patient_or_content_int
 def test_a_clean_split_of_plain_patients_is_the_draw_of_the_build(tmp_path: Path):
     built = folder_of(tmp_path, [sample(i) for i in range(60)])
     before, as_built = splits_of(built), read_meta(built)["data_hash"]
-    split = set_split(built, "clean", seed=0)
+    split = set_split(built, "clean", RandomSplit(seed=0))
     assert splits_of(built) == before and len(set(before.values())) == 3
     assert read_meta(built)["data_hash"] == split["data_hash"] == as_built
-    other = set_split(built, "clean", seed=1)
+    other = set_split(built, "clean", RandomSplit(seed=1))
     assert splits_of(built) != before
     assert read_meta(built)["data_hash"] == other["data_hash"] != as_built
     assert other["split_hash"] != split["split_hash"]
     assert read_meta(built)["split"]["seed"] == 1
-    assert set_split(built, "clean", seed=0) == split
+    assert set_split(built, "clean", RandomSplit(seed=0)) == split
 
 
 def test_equal_images_of_two_patients_are_in_one_split(tmp_path: Path):
@@ -112,31 +112,35 @@ def test_splits_of_one_collection_agree_or_it_is_said_why_they_cannot(tmp_path: 
     part = [sample(100, "500", source="rsna"), sample(101, "1002", source="rsna")]
     n_apart = 0
     for seed in range(60):
-        whole, some = (clean_split(samples, seed, 0.1, 0.1) for samples in (nih, part))
+        whole, some = (clean_split(samples, RandomSplit(seed)) for samples in (nih, part))
         first, other = ({i: p for p, ids in c.items() for i in ids} for c in (whole, some))
         is_apart = first["f1"] != other["f100"]
         n_apart += is_apart
-        found = linked_apart(nih, (), seed, 0.1, 0.1)
+        found = linked_apart(nih, RandomSplit(seed))
         assert found in ([], [("20", "500")]) and (not is_apart or found)
         assert first["f2"] == other["f101"]
     assert n_apart
-    seed = next(s for s in range(60) if linked_apart(nih, (), s, 0.1, 0.1))
+    seed = next(s for s in range(60) if linked_apart(nih, RandomSplit(s)))
     folder = folder_of(tmp_path / "nih", nih)
-    (said,) = (w for w in set_split(folder, "clean", seed=seed)["warnings"] if "one id by" in w)
+    (said,) = (
+        w
+        for w in set_split(folder, "clean", RandomSplit(seed=seed))["warnings"]
+        if "one id by" in w
+    )
     assert "20 and 500" in said and "rsna" in said and "siim" in said
     table = tmp_path / "patients.csv"
     rows = [f"{f.image_id},{'20' if f.patient_id == '500' else f.patient_id}" for f in nih + part]
     table.write_text("image_id,patient_id\n" + "\n".join(rows) + "\n")
-    mapped = set_split(folder, "clean", seed=seed, patients=table)
+    mapped = set_split(folder, "clean", RandomSplit(seed=seed), patients=table)
     assert not any("one id by" in w for w in mapped["warnings"])
-    set_split(folder_of(tmp_path / "rsna", part), "clean", seed=seed, patients=table)
+    set_split(folder_of(tmp_path / "rsna", part), "clean", RandomSplit(seed=seed), patients=table)
     assert splits_of(tmp_path / "nih")["f1"] == splits_of(tmp_path / "rsna")["f100"]
 
 
 def test_near_duplicates_that_link_patients_are_said_too():
     samples = [sample(0, "20", source="chestxray14"), sample(1, "500", source="chestxray14")]
-    seeds = [s for s in range(60) if linked_apart(samples, ["near 1", "near 1"], s, 0.1, 0.1)]
-    assert seeds and not any(linked_apart(samples, (), s, 0.1, 0.1) for s in seeds)
+    seeds = [s for s in range(60) if linked_apart(samples, RandomSplit(s), ["near 1", "near 1"])]
+    assert seeds and not any(linked_apart(samples, RandomSplit(s)) for s in seeds)
 
 
 def test_a_mapping_gives_patients_and_two_data_sets_of_them_agree(tmp_path: Path):
@@ -164,7 +168,7 @@ def test_official_is_what_the_source_gave_to_every_image_or_an_error(tmp_path: P
     samples = [sample(i, split=part) for i, part in enumerate(("test", "train", "val"))]
     folder_of(tmp_path, samples, by_source=3)
     before = splits_of(tmp_path)
-    set_split(tmp_path, "clean", seed=5)
+    set_split(tmp_path, "clean", RandomSplit(seed=5))
     set_split(tmp_path, "official")
     assert splits_of(tmp_path) == before
     folder_of(tmp_path / "drawn", samples, by_source=2)
@@ -187,19 +191,22 @@ def test_official_without_val_draws_it_from_train_by_patient_and_content_and_say
         for i in range(300)
     ]
     folder_of(tmp_path, samples, by_source=300)
-    split = set_split(tmp_path, "official", seed=1, val_ratio=0.3)
+    split = set_split(tmp_path, "official", RandomSplit(seed=1, val_ratio=0.3))
     assert (split["seed"], split["val_ratio"], "test_ratio" in split) == (1, 0.3, False)
     parts = splits_of(tmp_path)
     n_val = sum(part == "val" for part in parts.values())
     assert 0 < n_val < 240 and f"{n_val} of its 240 train images are val" in split["warnings"][0]
     assert [parts[f.image_id] for f in samples if f.split == "test"] == ["test"] * 60
     assert not list(find_overlaps(samples, [parts[f.image_id] for f in samples]))
-    assert set_split(tmp_path, "official", seed=2, val_ratio=0.3)["images"] != split["images"]
-    assert not set_split(tmp_path, "official", val_ratio=0.0)["images"]["val"]
+    assert (
+        set_split(tmp_path, "official", RandomSplit(seed=2, val_ratio=0.3))["images"]
+        != split["images"]
+    )
+    assert not set_split(tmp_path, "official", RandomSplit(val_ratio=0.0))["images"]["val"]
     # The draw is that of clean: a patient whose number is below the ratio.
     alone = [sample(i, f"q{i}", split="train") for i in range(50)]
-    chosen = official_with_val(alone, 1, 0.3)
-    assert chosen["val"] == clean_split(alone, 1, 0.3, 0.0)["val"]
+    chosen = official_with_val(alone, RandomSplit(1, 0.3))
+    assert chosen["val"] == clean_split(alone, RandomSplit(1, 0.3, 0.0))["val"]
 
 
 # What people labelled.
@@ -215,7 +222,7 @@ def test_what_people_labelled_is_test_and_no_image_of_its_patients_trains(tmp_pa
         for i in range(100)
     ]
     folder_of(tmp_path, samples)
-    split = set_split(tmp_path, "physician", seed=3, val_ratio=0.2)
+    split = set_split(tmp_path, "physician", RandomSplit(seed=3, val_ratio=0.2))
     parts = splits_of(tmp_path)
     assert [i for i in range(100) if parts[f"f{i}"] == "test"] == [0, 5]
     assert [i for i in range(100) if parts[f"f{i}"] is None] == [1, 4, 40, 41]
@@ -322,7 +329,7 @@ def test_a_list_of_another_data_set_is_refused(tmp_path: Path):
 def test_a_split_that_was_changed_or_is_of_another_build_is_refused(tmp_path: Path):
     samples = [sample(i) for i in range(9)]
     folder_of(tmp_path, samples)
-    split = set_split(tmp_path, "clean", seed=3)
+    split = set_split(tmp_path, "clean", RandomSplit(seed=3))
     path = tmp_path / SPLIT_FILE
     whole = path.read_text()
     moved = split | {"images": {**split["images"], "train": [], "test": split["images"]["train"]}}

@@ -15,7 +15,7 @@ from mmclip.checkpoint import CheckpointError
 from mmclip.config import Config, load_config
 from mmclip.data.folder import is_built
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
-from mmclip.data.ingest.build import build_data
+from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.data.synthetic.dataset import PRESET_FILE
@@ -191,10 +191,12 @@ def _make_data(out: Path, preset: Preset) -> Path:
             raw,
             data,
             image_size=preset.image_size,
-            metadata={
-                "reader": "csv",
-                "preset": f"{preset.name} version {preset.version} seed {preset.seed}",
-            },
+            options=BuildOptions(
+                metadata={
+                    "reader": "csv",
+                    "preset": f"{preset.name} version {preset.version} seed {preset.seed}",
+                }
+            ),
         )
     return data
 

@@ -126,17 +126,22 @@ class ReaderCommand:
         overwrite: Overwrite = False,
     ) -> None:
         """Builds a data folder from what the reader reads."""
-        from mmclip.data.ingest.build import build_data, build_shard
+        from mmclip.data.ingest.build import BuildOptions, build_data, build_shard
         from mmclip.data.ingest.shards import Shard, n_cores
         from mmclip.data.ingest.sources import open_reader
+        from mmclip.data.sample import RandomSplit
 
-        how = _resize_mode(resize)
+        options = BuildOptions(
+            resize=_resize_mode(resize),
+            entities=entities,
+            split=RandomSplit(seed, val_ratio, test_ratio),
+            hides_paths=self.name == "dicom",
+            metadata={"reader": self.name, "command": command_line()},
+        )
         dicom = _dicom_options(self.name, out, reports, id_key, keep_age_sex)
         if scheduler is not None and workers:
-            raise ValueError(
-                f"--workers {workers} and --scheduler {scheduler} both say who works; "
-                f"give one of them"
-            )
+            both = f"--workers {workers} and --scheduler {scheduler}"
+            raise ValueError(f"{both} both say who works; give one of them")
         who = scheduler or workers or n_cores()
         share = None if shard is None else Shard.parse(shard)
         if share is not None and overwrite:
@@ -148,17 +153,15 @@ class ReaderCommand:
         with resume_hint():
             if share is not None:
                 build_shard(
-                    records, root_, out, share, image_size=image_size, workers=who,
-                    entities=entities, resize=how,
+                    records, root_, out, share,
+                    image_size=image_size, workers=who, options=options,
                 )  # fmt: skip
                 said = f"shard {shard} is done; when all are, run the same command without --shard"
                 console.print(said, markup=False, soft_wrap=True)
                 return
             meta = build_data(
-                records, root_, out, image_size=image_size, seed=seed, val_ratio=val_ratio,
-                test_ratio=test_ratio, workers=who, entities=entities,
-                metadata={"reader": self.name, "command": command_line()}, overwrite=overwrite,
-                hides_paths=self.name == "dicom", resize=how,
+                records, root_, out,
+                image_size=image_size, workers=who, overwrite=overwrite, options=options,
             )  # fmt: skip
         _print_meta(meta, out)
 

@@ -15,7 +15,7 @@ from mmclip.progress import console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmclip.data.report_labels import Check
+    from mmclip.data.report_labels import Check, Derived
     from mmclip.data.sample import Split
 
 app = typer.Typer(
@@ -65,13 +65,12 @@ def data_split(
     Example: `mmclip data split data/images --name clean --seed 0`
     """
     from mmclip.data.leakage.splits import SUBSET_SEEDS, set_split
+    from mmclip.data.sample import RandomSplit
 
     split = set_split(
         folder,
         name,
-        seed=seed,
-        val_ratio=val_ratio,
-        test_ratio=test_ratio,
+        RandomSplit(seed, val_ratio, test_ratio),
         lists=_lists(list_ or ()),
         patients=patients,
         near_duplicates=near_duplicates,
@@ -127,22 +126,7 @@ def data_labels(
         _print_agreement(check_labels(folder, rules, check))
         return
     done = label_folder(folder, rules, cast(UncertainAs, uncertain_as))
-    table = Table("finding", "present", "uncertain", "absent", box=None, pad_edge=False)
-    for finding, counts in sorted(done.counts.items()):
-        table.add_row(finding, *(f"{counts[value]:,}" for value in (1, -1, 0)))
-    console.print(table)
-    console.print(
-        f"{done.n_labelled:,} images labelled by their reports; {done.n_kept:,} keep the labels "
-        f"they had, {done.n_without_report:,} have no report; data hash {done.data_hash[:16]}",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
-    counts = {f: {str(value): n for value, n in c.items()} for f, c in done.counts.items()}
-    metadata = {
-        "labelled": done.n_labelled,
-        "kept": done.n_kept,
-        "no_report": done.n_without_report,
-    }
-    print(json.dumps({**metadata, "data_hash": done.data_hash, "labels": counts}, indent=2))
+    _print_labels(done)
 
 
 @app.command("check", cls=PlainCommand)
@@ -186,6 +170,25 @@ def data_check(
     print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
     if found.leaks:
         raise typer.Exit(1)
+
+
+def _print_labels(done: "Derived") -> None:
+    table = Table("finding", "present", "uncertain", "absent", box=None, pad_edge=False)
+    for finding, counts in sorted(done.counts.items()):
+        table.add_row(finding, *(f"{counts[value]:,}" for value in (1, -1, 0)))
+    console.print(table)
+    console.print(
+        f"{done.n_labelled:,} images labelled by their reports; {done.n_kept:,} keep the labels "
+        f"they had, {done.n_without_report:,} have no report; data hash {done.data_hash[:16]}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    counts = {f: {str(value): n for value, n in c.items()} for f, c in done.counts.items()}
+    metadata = {
+        "labelled": done.n_labelled,
+        "kept": done.n_kept,
+        "no_report": done.n_without_report,
+    }
+    print(json.dumps({**metadata, "data_hash": done.data_hash, "labels": counts}, indent=2))
 
 
 def _print_agreement(check: "Check") -> None:

@@ -152,32 +152,9 @@ def open_dataset(
     hashes = []
     for number, folder in enumerate(folders):
         meta = read_meta(folder)
-        if (
-            image_size is not None
-            and meta["image_size"] is not None
-            and meta["image_size"] > image_size
-        ):
-            logger.info(
-                "the images of %s, %d px, are read at %d px", folder, meta["image_size"], image_size
-            )
-        if (
-            image_size is not None
-            and meta["image_size"] is not None
-            and meta["image_size"] < image_size
-        ):
-            instead = f", or take them as they are by --set {px_key}={meta['image_size']}"
-            raise ManifestError(
-                f"the images of {folder} have {meta['image_size']} px, {image_size} px are needed; "
-                f"build them anew by `{_build_command(meta, folder, image_size)}` and give that "
-                f"folder" + (instead if px_key else "")
-            )
-        made = meta.get("resize", "squash")  # folders of older builds have no other
-        if resize is not None and meta["image_size"] is not None and made != resize:
-            raise ManifestError(
-                f"the images of {folder} became squares by {made}, {resize} is needed; build them "
-                f"anew with --resize {resize} and give that folder"
-                + (f", or take them as they are by --set data.resize={made}" if px_key else "")
-            )
+        if meta["image_size"] is not None:
+            _check_size(meta, folder, image_size, px_key)
+            _check_resize(meta, folder, resize, px_key is not None)
         if changed := changed_since(meta):
             logger.warning(
                 "%s was made with other words than are installed (%s changed); its labels and "
@@ -201,6 +178,37 @@ def open_dataset(
     joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     table = np.array(where, np.int64).reshape(-1, 2)
     return ImageTextDataset(tuple(samples), tuple(caches), table, joined, image_size)
+
+
+def _check_size(
+    meta: Mapping[str, Any], folder: Path, image_size: int | None, px_key: str | None
+) -> None:
+    """Refuses images that are smaller than needed, and tells of larger ones."""
+    cached: int = meta["image_size"]
+    if image_size is None or cached == image_size:
+        return
+    if cached > image_size:
+        logger.info("the images of %s, %d px, are read at %d px", folder, cached, image_size)
+        return
+    instead = f", or take them as they are by --set {px_key}={cached}"
+    raise ManifestError(
+        f"the images of {folder} have {cached} px, {image_size} px are needed; build them anew by "
+        f"`{_build_command(meta, folder, image_size)}` and give that folder"
+        + (instead if px_key else "")
+    )
+
+
+def _check_resize(
+    meta: Mapping[str, Any], folder: Path, resize: ResizeMode | None, has_key: bool
+) -> None:
+    """Refuses images that became squares in another way than needed."""
+    made = meta.get("resize", "squash")  # folders of older builds have no other
+    if resize is not None and made != resize:
+        raise ManifestError(
+            f"the images of {folder} became squares by {made}, {resize} is needed; build them "
+            f"anew with --resize {resize} and give that folder"
+            + (f", or take them as they are by --set data.resize={made}" if has_key else "")
+        )
 
 
 def _build_command(meta: Mapping[str, Any], folder: Path, image_size: int) -> str:

@@ -162,15 +162,7 @@ def write_manifest(
     Raises:
         ManifestError: When an image has no split, or a patient is in two.
     """
-    split_of: dict[str, Split | None] = {}
-    for sample in samples:
-        if sample.split is None:
-            raise ManifestError(f"image {sample.image_id} has no split; call assign_splits first")
-        if split_of.setdefault(sample.patient_id, sample.split) != sample.split:
-            raise ManifestError(
-                f"patient {sample.patient_id} is in the splits {split_of[sample.patient_id]} and "
-                f"{sample.split}; call validate first"
-            )
+    split_of = _split_of_patients(samples)
     folder.mkdir(parents=True, exist_ok=True)
     parquet = folder / (MANIFEST_FILE + ".tmp")
     n_with_report = sum(sample.report is not None for sample in samples)
@@ -202,6 +194,24 @@ def write_manifest(
     write_excluded(folder, excluded)
     write_text_atomic(folder / META_FILE, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
     return meta
+
+
+def _split_of_patients(samples: Iterable[Sample]) -> dict[str, Split]:
+    """The one split of each patient.
+
+    Raises:
+        ManifestError: When an image has no split, or a patient is in two.
+    """
+    split_of: dict[str, Split] = {}
+    for sample in samples:
+        if sample.split is None:
+            raise ManifestError(f"image {sample.image_id} has no split; call assign_splits first")
+        if split_of.setdefault(sample.patient_id, sample.split) != sample.split:
+            raise ManifestError(
+                f"patient {sample.patient_id} is in the splits {split_of[sample.patient_id]} and "
+                f"{sample.split}; call validate first"
+            )
+    return split_of
 
 
 def replace_images(folder: Path, samples: Sequence[Sample], metadata: Mapping) -> dict:

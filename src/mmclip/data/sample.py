@@ -190,42 +190,65 @@ def validate(records: Iterable[Record]) -> tuple[list[tuple[int, Sample]], list[
     return kept, sorted(excluded, key=lambda e: e.row)
 
 
-def draw_split(key: str, seed: int, val_ratio: float, test_ratio: float) -> Split:
-    """The split of a patient (or group of patients), by a hash of key and seed and nothing else.
+@dataclass(frozen=True)
+class RandomSplit:
+    """Patients, or groups of them, put into splits by a hash of each one's name and the seed.
 
-    Raises:
-        ValueError: When the ratios are negative or leave nothing to train on.
+    The split depends on name and seed alone, so adding patients moves no other patient.
+
+    Attributes:
+        seed: Another seed gives another split.
+        val_ratio: Of the patients, for val.
+        test_ratio: Of the patients, for test.
     """
-    if val_ratio < 0 or test_ratio < 0 or val_ratio + test_ratio >= 1:
-        raise ValueError(
-            f"val_ratio={val_ratio} and test_ratio={test_ratio} must not be negative and must add "
-            f"up to less than 1"
-        )
-    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    u = int.from_bytes(digest[:8], "big") / 2**64
-    return "test" if u < test_ratio else "val" if u < test_ratio + val_ratio else "train"
+
+    seed: int = 0
+    val_ratio: float = 0.1
+    test_ratio: float = 0.1
+
+    def check(self) -> None:
+        """Refuses impossible ratios.
+
+        Raises:
+            ValueError: When the ratios are negative or leave nothing to train on.
+        """
+        if min(self.val_ratio, self.test_ratio) < 0 or self.val_ratio + self.test_ratio >= 1:
+            raise ValueError(
+                f"val_ratio={self.val_ratio} and test_ratio={self.test_ratio} must not be negative "
+                f"and must add up to less than 1"
+            )
+
+    def split_of(self, key: str) -> Split:
+        """The split of a patient or group.
+
+        Raises:
+            ValueError: As for `check`.
+        """
+        self.check()
+        digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
+        u = int.from_bytes(digest[:8], "big") / 2**64
+        if u < self.test_ratio:
+            return "test"
+        return "val" if u < self.test_ratio + self.val_ratio else "train"
 
 
-def assign_splits(
-    samples: Sequence[Sample], seed: int = 0, val_ratio: float = 0.1, test_ratio: float = 0.1
-) -> list[Sample]:
-    """Gives every image without a split the split of its patient, drawn by a hash of the patient
-    id.
+def assign_splits(samples: Sequence[Sample], how: RandomSplit | None = None) -> list[Sample]:
+    """Gives every image without a split that of its patient, or one at random.
 
-    A patient who has a split already (given by the source for another image) keeps it. The draw
-    depends on the patient id and the seed alone, so adding patients moves no other patient.
+    A patient who has a split already (given by the source for another image) keeps it.
+
+    Args:
+        samples: Of a build.
+        how: Of the patients without a split; None for the defaults.
 
     Raises:
         ValueError: When the ratios are negative or leave nothing to train on.
     """
     given = {sample.patient_id: sample.split for sample in samples if sample.split is not None}
-
-    def draw(patient_id: str) -> Split:
-        return draw_split(patient_id, seed, val_ratio, test_ratio)
-
+    split_of = (how or RandomSplit()).split_of
     return [
         sample
         if sample.split is not None
-        else replace(sample, split=given.get(sample.patient_id) or draw(sample.patient_id))
+        else replace(sample, split=given.get(sample.patient_id) or split_of(sample.patient_id))
         for sample in samples
     ]

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cache, partial
 from importlib import resources
 from itertools import compress
@@ -30,6 +30,7 @@ from mmclip.data.manifest import write_excluded, write_manifest
 from mmclip.data.sample import (
     Entity,
     Excluded,
+    RandomSplit,
     Reason,
     Record,
     Sample,
@@ -50,73 +51,113 @@ FEW_REPORTS_RATIO = 0.5
 """Fewer reports than this with a finding or a place make a build warn. [chosen]"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What a build may be asked for beside the size of its images.
+
+    Attributes:
+        resize: How images become squares.
+        entities: What finds the entities of the reports; see `entities.EntityFinder`.
+        split: Of the patients whose source names no split.
+        hides_paths: Write each image's id in place of its path, which may name a patient.
+        metadata: Further facts for meta.json (reader, command).
+    """
+
+    resize: ResizeMode = "squash"
+    entities: str = "lexicon"
+    split: RandomSplit = field(default_factory=RandomSplit)
+    hides_paths: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
 def build_data(
     records: Iterable[Record],
     root: Path,
     out: Path,
     *,
     image_size: int,
-    seed: int = 0,
-    val_ratio: float = 0.1,
-    test_ratio: float = 0.1,
     workers: Workers = 1,
-    entities: str = "lexicon",
-    metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
-    hides_paths: bool = False,
-    resize: ResizeMode = "squash",
+    options: BuildOptions | None = None,
 ) -> dict:
     """Builds a data folder; what was left out stands in excluded.jsonl, and the counts add up.
 
-    A build that was killed goes on where it was, and so does one of which `build_shard` did a part.
-    The same source gives the same bytes and hash, whoever works.
+    The same source gives the same bytes and hash, whoever works. A build goes on where a killed one
+    was, or `build_shard`.
 
     Args:
         records: Of a reader, one a row.
         root: The folder that `Sample.image` is relative to.
         out: The data folder.
         image_size: Side of the cached images.
-        seed: Of the splits, where the source has none.
-        val_ratio: Of the patients without a split.
-        test_ratio: Of the patients without a split.
         workers: Processes that decode and search, or the address of a Dask scheduler.
-        entities: What finds the entities of the reports; see `entities.EntityFinder`.
-        metadata: Further facts for meta.json (reader, command).
         overwrite: Replace a finished build.
-        hides_paths: Write each image's id in place of its path, which may name a patient.
-        resize: How images become squares.
+        options: What else is asked for; None for the defaults.
 
     Returns:
         The contents of meta.json.
 
     Raises:
-        ManifestError: When no row is sound, `out` holds a finished build and `overwrite` is
-            False, or it holds other things than a build.
+        ManifestError: When no row is sound, or `out` holds other things or a finished build.
+        ValueError: When the ratios of the split are impossible.
         WorkersError: When the workers cannot be had, or died.
     """
-    _check_is_ours(out)
-    if (out / META_FILE).is_file() and not overwrite:
-        raise ManifestError(
-            f"{_finished(out)}; add --overwrite to build it again, or choose another --out"
-        )
-    samples, excluded = _readable(
-        records, root, hides_paths
-    )  # first: a source that fails replaces no build
+    options = options or BuildOptions()
+    options.split.check()
+    _check_is_ours(out, None if overwrite else "; add --overwrite to build it again")
+    # First: a source that fails replaces no build.
+    samples, excluded = _readable(records, root, options.hides_paths)
     (out / META_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished
     (out / SPLIT_FILE).unlink(missing_ok=True)  # of the build that is replaced
-    _do_all(
-        [sample for _, sample in samples], root, out, image_size, entities, workers, None, resize
+    _do_all([sample for _, sample in samples], root, out, image_size, workers, options)
+    facts, checksum = _joined([sample for _, sample in samples], out, image_size)
+    kept, is_kept, undecoded = _with_facts(samples, facts, options.hides_paths)
+    excluded = sorted([*excluded, *undecoded], key=lambda e: e.row)
+    if not kept:
+        raise _nothing_left(root, out, excluded)
+    found = _entities_of([sample.report for _, sample in samples], out)
+    counts = Counter[str]()
+    made = {"resize": options.resize, "entities": options.entities}
+    meta = write_manifest(
+        out,
+        assign_splits(kept, options.split),
+        excluded,
+        None if checksum is None else image_size,
+        {**options.metadata, **made, "images_sha256": checksum},
+        n_split_by_source=sum(sample.split is not None for sample in kept),
+        entities=_counted(kept, compress(found, is_kept), counts),
     )
-    n_images = sum(sample.image is not None for _, sample in samples)
-    facts: Sequence[ImageFacts] = ()
-    checksum = None
+    _warn_if_not_english(counts, options.entities)
+    shutil.rmtree(out / SHARDS_FOLDER, ignore_errors=True)  # what is left does no harm
+    shutil.rmtree(out / ENTITY_SHARDS_FOLDER, ignore_errors=True)
+    return meta
+
+
+def _joined(
+    samples: Iterable[Sample], out: Path, image_size: int
+) -> tuple[Sequence[ImageFacts], str | None]:
+    """Makes one file of all decoded images; gives what is known of each, and its checksum."""
+    n_images = sum(sample.image is not None for sample in samples)
     if n_images:
-        facts, checksum = join_images(n_images, out, image_size)
-    else:
-        (out / IMAGES_FILE).unlink(missing_ok=True)  # of the build that is replaced
+        return join_images(n_images, out, image_size)
+    (out / IMAGES_FILE).unlink(missing_ok=True)  # of a build that is replaced
+    return (), None
+
+
+def _with_facts(
+    samples: Iterable[tuple[int, Sample]], facts: Iterable[ImageFacts], hides_paths: bool
+) -> tuple[list[Sample], list[bool], list[Excluded]]:
+    """The samples with what their files say, whether each is kept, and those that are not.
+
+    Args:
+        samples: Each with its row.
+        facts: Of those with an image, in order.
+        hides_paths: As in `BuildOptions`.
+    """
     known = iter(facts)
     kept: list[Sample] = []
     is_kept: list[bool] = []
+    excluded: list[Excluded] = []
     for row, sample in samples:
         fact = ImageFacts() if sample.image is None else next(known)
         is_kept.append(fact.reason is None)
@@ -128,25 +169,7 @@ def build_data(
             size = {"width_px": fact.width_px, "height_px": fact.height_px}
             image = f"{sample.image_id}.dcm" if hides_paths else sample.image
             kept.append(replace(sample, **size, image=image, image_sha256=fact.sha256))
-    excluded.sort(key=lambda e: e.row)
-    if not kept:
-        write_excluded(out, excluded)
-        raise ManifestError(f"nothing is left of {root}{_why_nothing(excluded, out)}")
-    found = _entities_of([sample.report for _, sample in samples], out)
-    counts = Counter[str]()
-    meta = write_manifest(
-        out,
-        assign_splits(kept, seed, val_ratio, test_ratio),
-        excluded,
-        image_size if n_images else None,
-        {**(metadata or {}), "resize": resize, "entities": entities, "images_sha256": checksum},
-        n_split_by_source=sum(sample.split is not None for sample in kept),
-        entities=_counted(kept, compress(found, is_kept), counts),
-    )
-    _warn_if_not_english(counts, entities)
-    for shards in (SHARDS_FOLDER, ENTITY_SHARDS_FOLDER):
-        shutil.rmtree(out / shards, ignore_errors=True)  # what is left of them does no harm
-    return meta
+    return kept, is_kept, excluded
 
 
 def _counted(
@@ -171,13 +194,18 @@ def _warn_if_not_english(counts: Counter[str], backend: str) -> None:
         )  # fmt: skip
 
 
-def _why_nothing(excluded: Sequence[Excluded], out: Path) -> str:
+def _nothing_left(root: Path, out: Path, excluded: Sequence[Excluded]) -> ManifestError:
+    """Writes which rows were left out, and says why."""
+    write_excluded(out, excluded)
     if not excluded:
-        return ": the source has no rows"
+        return ManifestError(f"nothing is left of {root}: the source has no rows")
     reason, n = Counter(e.reason for e in excluded).most_common(1)[0]
     detail = next((e.detail for e in excluded if e.reason == reason and e.detail), "")
     example = f" (such as: {detail})" if detail else ""
-    return f"; {n} of {len(excluded)} rows: {reason}{example}; all are in {out / EXCLUDED_FILE}"
+    return ManifestError(
+        f"nothing is left of {root}; {n} of {len(excluded)} rows: {reason}{example}; all are in "
+        f"{out / EXCLUDED_FILE}"
+    )
 
 
 def build_shard(
@@ -188,8 +216,7 @@ def build_shard(
     *,
     image_size: int,
     workers: Workers = 1,
-    entities: str = "lexicon",
-    resize: ResizeMode = "squash",
+    options: BuildOptions | None = None,
 ) -> None:
     """Does a share of the decoding and searching of `build_data`, which then takes it up.
 
@@ -205,29 +232,33 @@ def build_shard(
             things.
         WorkersError: When the workers cannot be had, or died.
     """
-    _check_is_ours(out)
-    if (out / META_FILE).is_file():
-        raise ManifestError(
-            f"{_finished(out)}, which a shard never replaces; remove it, or choose another --out"
-        )
+    _check_is_ours(out, ", which a shard never replaces; remove it")
     samples, _ = _readable(records, root)
     _do_all(
-        [sample for _, sample in samples], root, out, image_size, entities, workers, shard, resize
-    )
+        [sample for _, sample in samples],
+        root, out, image_size, workers, options or BuildOptions(), shard,
+    )  # fmt: skip
 
 
-def _check_is_ours(out: Path) -> None:
-    """A build leaves its files in a folder, and may remove some."""
+def _check_is_ours(out: Path, instead: str | None) -> None:
+    """Refuses a folder of other things, as a build may remove files, and a finished build.
+
+    Args:
+        out: The data folder.
+        instead: Said of a finished build, with what to do; None lets it be replaced.
+    """
     check_place(
         out,
         (MANIFEST_FILE, IMAGES_FILE, EXCLUDED_FILE, SHARDS_FOLDER, ENTITY_SHARDS_FOLDER),
         what="other things than a data folder",
         remedy="name a new or empty folder by --out (--root is where the images are)",
     )
-
-
-def _finished(out: Path) -> str:
-    return f"{out} already holds a finished build of {read_meta(out)['n_samples']} rows"
+    if instead is not None and (out / META_FILE).is_file():
+        n_rows = read_meta(out)["n_samples"]
+        raise ManifestError(
+            f"{out} already holds a finished build of {n_rows} rows{instead}, or choose another "
+            f"--out"
+        )
 
 
 def _readable(
@@ -251,16 +282,16 @@ def _do_all(
     root: Path,
     out: Path,
     image_size: int,
-    entities: str,
     workers: Workers,
+    options: BuildOptions,
     shard: Shard | None = None,
-    resize: ResizeMode = "squash",
 ) -> None:
     """Leaves the shards of all images and reports, or some of them."""
     images = [sample.image for sample in samples if sample.image is not None]
     if images:
-        decode_images(root, images, out, image_size, workers, shard, resize)
-    search_reports([sample.report for sample in samples], out, entities, workers, shard)
+        decode_images(root, images, out, image_size, workers, shard, options.resize)
+    reports = [sample.report for sample in samples]
+    search_reports(reports, out, options.entities, workers, shard)
 
 
 # -- entities, in chunks --

@@ -16,15 +16,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mmclip.progress import console, progress
+
+if TYPE_CHECKING:
+    import distributed
 
 Workers = int | str
 """Who works: a number of processes (1 is this one), or the address of a Dask scheduler."""
@@ -262,6 +266,43 @@ def end_with_parent() -> None:
 
 
 def _on_dask(jobs: Iterator[_Job], address: str) -> Iterator[tuple[int, str]]:
+    with _dask_client(address) as client:
+        import distributed
+
+        def threads() -> dict[str, int]:  # of each worker; they come and go
+            return client.nthreads()  # pyright: ignore[reportReturnType]
+
+        if max(threads().values(), default=1) > 1:
+            console.print(
+                "a Dask worker with several threads does one chunk at a time; start workers with "
+                "--nthreads 1",
+                style="yellow",
+            )
+        running = distributed.as_completed(loop=client.loop)
+
+        def send_more() -> None:
+            n_ahead = JOBS_PER_WORKER * max(1, len(threads()))
+            for job in islice(jobs, max(0, n_ahead - running.count())):
+                running.add(client.submit(_do_chunk, *job, pure=False))
+
+        send_more()
+        try:
+            for done in running:
+                yield done.result()
+                send_more()
+        except (
+            distributed.KilledWorker, ModuleNotFoundError, OSError, distributed.CancelledError
+        ) as error:  # fmt: skip
+            raise _dask_failure(error, address, client.status == "running") from None
+
+
+@contextmanager
+def _dask_client(address: str) -> "Iterator[distributed.Client]":
+    """A client of a scheduler that has a worker.
+
+    Raises:
+        WorkersError: When Dask is not installed, or the scheduler or a worker is not there.
+    """
     if not re.fullmatch(r"[a-z]+://.+:\d+", address):
         raise WorkersError(f"scheduler {address!r} is no address; say it as tcp://host:port")
     try:
@@ -285,46 +326,29 @@ def _on_dask(jobs: Iterator[_Job], address: str) -> Iterator[tuple[int, str]]:
                 f"no worker has joined the scheduler {address} within {FIRST_WORKER_S:.0f} s; "
                 f"start some with `dask worker {address} --nworkers -1 --nthreads 1`"
             ) from None
+        yield client
 
-        def threads() -> dict[str, int]:  # of each worker; they come and go
-            return client.nthreads()  # pyright: ignore[reportReturnType]
 
-        if max(threads().values(), default=1) > 1:
-            console.print(
-                "a Dask worker with several threads does one chunk at a time; start workers with "
-                "--nthreads 1",
-                style="yellow",
-            )
-        running = distributed.as_completed(loop=client.loop)
+def _dask_failure(error: BaseException, address: str, is_running: bool) -> WorkersError:
+    """What went wrong on the workers, and what to do."""
+    import distributed
 
-        def send_more() -> None:
-            n_ahead = JOBS_PER_WORKER * max(1, len(threads()))
-            for job in islice(jobs, max(0, n_ahead - running.count())):
-                running.add(client.submit(_do_chunk, *job, pure=False))
-
-        send_more()
-        try:
-            for done in running:
-                yield done.result()
-                send_more()
-        except distributed.KilledWorker:
-            raise WorkersError(
-                f"workers of {address} died again and again at one chunk, usually for want of "
-                f"memory; start them with more, and run the same command again: finished chunks "
-                f"are kept"
-            ) from None
-        except ModuleNotFoundError as error:
-            raise WorkersError(
-                f"a worker of {address} has no {error.name}; install the same mmclip there"
-            ) from None
-        except (OSError, distributed.CancelledError) as error:
-            if isinstance(error, OSError) and client.status == "running":
-                raise WorkersError(
-                    f"a worker of {address} cannot read the data or write its shard ({error}); all "
-                    f"machines must see --root and --out at the same path, on a file system they "
-                    f"share"
-                ) from None
-            raise WorkersError(
-                f"the scheduler {address} ended, or cannot be reached any more; start it and its "
-                f"workers again, and run the same command again: finished chunks are kept"
-            ) from None
+    again = "run the same command again: finished chunks are kept"
+    if isinstance(error, distributed.KilledWorker):
+        return WorkersError(
+            f"workers of {address} died again and again at one chunk, usually for want of memory; "
+            f"start them with more, and {again}"
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return WorkersError(
+            f"a worker of {address} has no {error.name}; install the same mmclip there"
+        )
+    if isinstance(error, OSError) and is_running:
+        return WorkersError(
+            f"a worker of {address} cannot read the data or write its shard ({error}); all "
+            f"machines must see --root and --out at the same path, on a file system they share"
+        )
+    return WorkersError(
+        f"the scheduler {address} ended, or cannot be reached any more; start it and its workers "
+        f"again, and {again}"
+    )

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmclip.data.folder import (
@@ -24,7 +24,7 @@ from mmclip.data.ingest.sources import PATIENTS_UNKNOWN
 from mmclip.data.leakage.check import CHEAP, COLLECTIONS, find_overlaps, near_keys
 from mmclip.data.leakage.split_lists import LISTED, read_lists, read_patients
 from mmclip.data.manifest import data_hash, read_built
-from mmclip.data.sample import BY_PEOPLE, PRESENT, SPLITS, Sample, Split, draw_split
+from mmclip.data.sample import BY_PEOPLE, PRESENT, SPLITS, RandomSplit, Sample, Split
 
 NAMES = ("clean", "official", "physician", *LISTED)
 
@@ -37,13 +37,20 @@ SUBSET_SEEDS = (0, 1, 2)
 [chosen: one list for both, so that what a protocol asks for is there; three seeds show a spread]"""
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """Image ids by split, the facts that go with them, and what a user must know."""
+
+    images: Mapping[Split, Sequence[str]]
+    metadata: Mapping[str, object]
+    said: Sequence[str] = ()
+
+
 def set_split(
     folder: Path,
     name: str,
+    how: RandomSplit | None = None,
     *,
-    seed: int = 0,
-    val_ratio: float = 0.1,
-    test_ratio: float = 0.1,
     lists: Mapping[Split, Path] | None = None,
     patients: Path | None = None,
     near_duplicates: bool = False,
@@ -54,82 +61,107 @@ def set_split(
     Args:
         folder: As `mmclip data build` leaves it.
         name: One of NAMES.
-        seed: Of what is drawn.
-        val_ratio: Of the groups of patients in `clean`, of those that may train in `physician`, and
-            of those in train in `official` where the source has no validation part.
-        test_ratio: Of `clean`, of the groups of patients.
+        how: Of what is random; None for the defaults. `val_ratio` is of the groups of patients in
+            `clean`, of those that may train in `physician`, and of those in train in `official`
+            where the source has no validation part; `test_ratio` is of `clean` alone.
         lists: The list of each split, for LISTED names.
         patients: CSV with the columns image_id and patient_id, for data sets without patient ids.
-        near_duplicates: Whether the draw keeps them together, beside images of equal bytes.
+        near_duplicates: Whether a random split keeps them together, beside images of equal bytes.
         subset_seeds: One set of 1 %, 10 % and 100 % of the training patients each.
 
     Returns:
         What was written to split.json.
 
     Raises:
-        ManifestError: When the name is unknown, a list or the source's own split is missing, or
-            a list is not what it is given as.
+        ManifestError: When the name is unknown, or a list or the source's own split is missing or
+            another.
     """
-    if name not in NAMES:
-        raise ManifestError(f"there is no split {name!r}; the splits are {', '.join(NAMES)}")
-    if (name in LISTED) != bool(lists):
-        raise ManifestError(
-            f"split {name} is read from lists: give one a split, such as --list test=FILE"
-            if name in LISTED
-            else f"split {name} needs no list; leave --list out, or name one of {', '.join(LISTED)}"
-        )
+    _check_name(name, bool(lists))
+    how = how or RandomSplit()
+    how = how if name == "clean" else replace(how, test_ratio=0.0)
     meta = read_built_meta(folder)
     image_size, resize = meta["image_size"], meta.get("resize", "squash")
     built = read_built(folder)
     mapped = {} if patients is None else read_patients(patients, built)
     samples = [replace(f, patient_id=mapped.get(f.image_id, f.patient_id)) for f in built]
-    said: list[str] = []
-    metadata: dict[str, object] = {}
     alike = near_keys(samples, [folder]) if near_duplicates and name not in LISTED else ()
-    drawn = {"seed": seed, "val_ratio": val_ratio, "near_duplicates": near_duplicates}
-    if name in LISTED:
-        chosen, metadata["lists"] = read_lists(name, samples, lists or {})
-    elif name == "clean":
-        chosen = clean_split(samples, seed, val_ratio, test_ratio, alike)
-        metadata = {**drawn, "test_ratio": test_ratio}
-    elif name == "physician":
-        chosen, metadata = physician_split(samples, seed, val_ratio, alike), drawn
-        n_left = len(samples) - sum(map(len, chosen.values()))
-        said.append(
-            f"{n_left:,} images that no person labelled are of patients in test, so they are in no "
-            f"split"
-        )
-    else:
-        chosen = _official(folder, samples)
-        if not chosen["val"]:
-            n_train = len(chosen["train"])
-            chosen, metadata = official_with_val(samples, seed, val_ratio, alike), drawn
-            said.append(
-                f"the source has no validation images: {len(chosen['val']):,} of its {n_train:,} "
-                f"train images are val, drawn by patient (seed {seed}, ratio {val_ratio:g})"
-            )
+    chosen = _choose(folder, name, samples, how, alike, lists or {})
+    warnings = [*chosen.said, *_warnings(name, samples, chosen.images, bool(mapped))]
+    if name not in LISTED:
+        warnings += _said_of_links(samples, linked_apart(samples, how, alike))
     split = {
         "format": 2,
         "name": name,
         "seed": None,
-        **metadata,
+        **chosen.metadata,
+        **({"near_duplicates": near_duplicates} if "seed" in chosen.metadata else {}),
         "built_hash": data_hash(built, image_size, resize),
         "patients": mapped,
-        "images": chosen,
-        "split_hash": ids_hash(*(chosen.get(part, []) for part in SPLITS)),
-        "warnings": said + _warnings(name, samples, chosen, bool(mapped)),
+        "images": chosen.images,
+        "split_hash": ids_hash(*(chosen.images.get(part, []) for part in SPLITS)),
+        "warnings": warnings,
     }
-    if name not in LISTED:
-        ratios = (val_ratio, test_ratio if name == "clean" else 0.0)
-        split["warnings"] += _said_of_links(samples, linked_apart(samples, alike, seed, *ratios))
     read = with_split(built, split)
     split["data_hash"] = data_hash(read, image_size, resize)
-    split["n_patients"] = len({sample.patient_id for sample in read})
-    split["splits"] = dict(sorted(Counter(f.split for f in read if f.split).items()))
-    split["n_in_no_split"] = sum(sample.split is None for sample in read)
-    train = [sample for sample in read if sample.split == "train"]
-    split["subsets"] = {str(s): subsets_of(train, s) for s in subset_seeds}
-    return write_split(folder, split)
+    return write_split(folder, {**split, **_counted(read, subset_seeds)})
+
+
+def _counted(samples: Sequence[Sample], subset_seeds: Sequence[int]) -> dict[str, object]:
+    """What a split holds, and the subsets of its training patients."""
+    train = [sample for sample in samples if sample.split == "train"]
+    return {
+        "n_patients": len({sample.patient_id for sample in samples}),
+        "splits": dict(sorted(Counter(f.split for f in samples if f.split).items())),
+        "n_in_no_split": sum(sample.split is None for sample in samples),
+        "subsets": {str(s): subsets_of(train, s) for s in subset_seeds},
+    }
+
+
+def _check_name(name: str, has_lists: bool) -> None:
+    if name not in NAMES:
+        raise ManifestError(f"there is no split {name!r}; the splits are {', '.join(NAMES)}")
+    if (name in LISTED) != has_lists:
+        raise ManifestError(
+            f"split {name} is read from lists: give one a split, such as --list test=FILE"
+            if name in LISTED
+            else f"split {name} needs no list; leave --list out, or name one of {', '.join(LISTED)}"
+        )
+
+
+def _choose(
+    folder: Path,
+    name: str,
+    samples: Sequence[Sample],
+    how: RandomSplit,
+    alike: Sequence[str | None],
+    lists: Mapping[Split, Path],
+) -> _Chosen:
+    """Image ids by split, as the named one has them; arguments as for `set_split`."""
+    if name in LISTED:
+        images, facts = read_lists(name, samples, lists)
+        return _Chosen(images, {"lists": facts})
+    drawn: dict[str, object] = {"seed": how.seed, "val_ratio": how.val_ratio}
+    if name == "clean":
+        images = clean_split(samples, how, alike)
+        return _Chosen(images, {**drawn, "test_ratio": how.test_ratio})
+    if name == "physician":
+        images = physician_split(samples, how, alike)
+        n_left = len(samples) - sum(map(len, images.values()))
+        said = (
+            f"{n_left:,} images that no person labelled are of patients in test, so they are in no "
+            f"split"
+        )
+        return _Chosen(images, drawn, [said])
+    images = _official(folder, samples)
+    if images["val"]:
+        return _Chosen(images, {})
+    n_train = len(images["train"])
+    images = official_with_val(samples, how, alike)
+    said = (
+        f"the source has no validation images: {len(images['val']):,} of its {n_train:,} train "
+        f"images are val, drawn by patient (seed {how.seed}, ratio {how.val_ratio:g})"
+    )
+    return _Chosen(images, drawn, [said])
 
 
 def group_of(samples: Sequence[Sample], alike: Sequence[str | None] = ()) -> dict[str, str]:
@@ -157,11 +189,7 @@ def group_of(samples: Sequence[Sample], alike: Sequence[str | None] = ()) -> dic
 
 
 def linked_apart(
-    samples: Sequence[Sample],
-    alike: Sequence[str | None],
-    seed: int,
-    val_ratio: float,
-    test_ratio: float,
+    samples: Sequence[Sample], how: RandomSplit, alike: Sequence[str | None] = ()
 ) -> list[tuple[str, ...]]:
     """Patients who share an image, and whom the draw would part if each were drawn alone.
 
@@ -169,10 +197,8 @@ def linked_apart(
 
     Args:
         samples: Of a data folder.
+        how: As for `clean_split`.
         alike: As for `group_of`.
-        seed: Of the draw, as for `clean_split`.
-        val_ratio: As for `clean_split`.
-        test_ratio: As for `clean_split`.
     """
     members: dict[str, list[str]] = defaultdict(list)
     for patient, name in group_of(samples, alike).items():
@@ -180,7 +206,7 @@ def linked_apart(
     return [
         tuple(sorted(group))
         for group in members.values()
-        if len({draw_split(patient, seed, val_ratio, test_ratio) for patient in group}) > 1
+        if len({how.split_of(patient) for patient in group}) > 1
     ]
 
 
@@ -200,11 +226,7 @@ def _said_of_links(samples: Sequence[Sample], apart: Sequence[tuple[str, ...]]) 
 
 
 def clean_split(
-    samples: Sequence[Sample],
-    seed: int,
-    val_ratio: float,
-    test_ratio: float,
-    alike: Sequence[str | None] = (),
+    samples: Sequence[Sample], how: RandomSplit, alike: Sequence[str | None] = ()
 ) -> dict[Split, list[str]]:
     """Image ids by split: neither a patient nor the content of an image is in two.
 
@@ -214,41 +236,37 @@ def clean_split(
 
     Args:
         samples: Of a data folder.
-        seed: Of the draw.
-        val_ratio: Of the groups of patients, see `group_of`.
-        test_ratio: Of the groups.
+        how: The ratios are of the groups of patients, see `group_of`.
         alike: As for `group_of`.
     """
     group = group_of(samples, alike)
-    drawn: dict[str, Split] = {
-        name: draw_split(name, seed, val_ratio, test_ratio) for name in set(group.values())
-    }
+    drawn: dict[str, Split | None] = {n: how.split_of(n) for n in set(group.values())}
     return _by_split((sample.image_id, drawn[group[sample.patient_id]]) for sample in samples)
 
 
 def official_with_val(
-    samples: Sequence[Sample], seed: int, val_ratio: float, alike: Sequence[str | None] = ()
+    samples: Sequence[Sample], how: RandomSplit, alike: Sequence[str | None] = ()
 ) -> dict[Split, list[str]]:
     """Image ids by split: the source's test, and its train, of which a part is val.
 
     Args:
         samples: With the source's split, train or test.
-        seed: Of the draw, as for `clean_split`.
-        val_ratio: Of the groups of patients in train, see `group_of`.
+        how: Its val_ratio is of the groups of patients in train, see `group_of`.
         alike: As for `group_of`.
     """
     group = group_of(samples, alike)
+    without_test = replace(how, test_ratio=0.0)
 
     def split_of(sample: Sample) -> Split | None:
         if sample.split != "train":
             return sample.split
-        return draw_split(group[sample.patient_id], seed, val_ratio, 0.0)
+        return without_test.split_of(group[sample.patient_id])
 
     return _by_split((sample.image_id, split_of(sample)) for sample in samples)
 
 
 def physician_split(
-    samples: Sequence[Sample], seed: int, val_ratio: float, alike: Sequence[str | None] = ()
+    samples: Sequence[Sample], how: RandomSplit, alike: Sequence[str | None] = ()
 ) -> dict[Split, list[str]]:
     """Image ids by split: test is what people labelled; of these patients, nothing else is used.
 
@@ -256,14 +274,14 @@ def physician_split(
 
     Args:
         samples: Of a data folder.
-        seed: Of the draw, as for `clean_split`.
-        val_ratio: Of the groups without a test image.
+        how: Its val_ratio is of the groups without a test image.
         alike: As for `group_of`.
 
     Raises:
         ManifestError: When people labelled none of the images, or an image of every patient.
     """
     group = group_of(samples, alike)
+    without_test = replace(how, test_ratio=0.0)
     test = {sample.image_id for sample in samples if sample.label_origin in BY_PEOPLE}
     tested = {group[sample.patient_id] for sample in samples if sample.image_id in test}
     if not test or tested == set(group.values()):
@@ -277,7 +295,7 @@ def physician_split(
         if sample.image_id in test:
             return "test"
         name = group[sample.patient_id]
-        return None if name in tested else draw_split(name, seed, val_ratio, 0.0)
+        return None if name in tested else without_test.split_of(name)
 
     return _by_split((sample.image_id, split_of(sample)) for sample in samples)
 

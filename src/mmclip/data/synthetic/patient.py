@@ -1,7 +1,7 @@
 """Synthetic patients: who they are, what they have, their images and their report."""
 
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -10,7 +10,7 @@ from mmclip.data.sample import Sex, Split, View
 from mmclip.data.synthetic.image import develop, draw_exposure
 from mmclip.data.synthetic.language import write_report
 from mmclip.data.synthetic.lesions import DEVICES, HEART_RATIO, PENS, Lesion, draw_lesion
-from mmclip.data.synthetic.phantom import Canvas, draw_anatomy
+from mmclip.data.synthetic.phantom import Anatomy, Canvas, draw_anatomy
 from mmclip.data.synthetic.preset import (
     BILATERAL_RATIO,
     FINDINGS,
@@ -108,6 +108,27 @@ def n_images(preset: Preset, split: Split, index: int) -> int:
     return 1 + int(rng.random() < preset.second_image_prob)
 
 
+class _Person(NamedTuple):
+    """What all images of a patient show."""
+
+    sex: Sex
+    age_years: int
+    lesions: tuple[Lesion, ...]
+    anatomy: Anatomy
+
+
+def _draw_person(rng: np.random.Generator, preset: Preset, held_out: Combination | None) -> _Person:
+    sex: Sex = "F" if rng.random() < 0.5 else "M"
+    age_years = int(rng.integers(18, 91))
+    lesions = draw_lesions(rng, preset, held_out)
+    anatomy = draw_anatomy(rng, sex)
+    for lesion in lesions:
+        if lesion.finding == "cardiomegaly":
+            ratio = HEART_RATIO[lesion.size] + rng.uniform(-0.02, 0.02)
+            anatomy = replace(anatomy, heart_ratio=ratio)
+    return _Person(sex, age_years, lesions, anatomy)
+
+
 def make_patient(preset: Preset, split: Split, index: int, image_index: int = 0) -> SyntheticSample:
     """Makes a patient of a split, fully determined by the arguments.
 
@@ -124,43 +145,34 @@ def make_patient(preset: Preset, split: Split, index: int, image_index: int = 0)
             f"patient {index} of {split} is not among the {preset.n_patients(split)} of "
             f"preset {preset.name}"
         )
-    person = _generator(preset, split, index, PERSON)
+    rng = _generator(preset, split, index, PERSON)
     held_out = None
     if split == "test" and index >= preset.n_test:
         held_out = preset.held_out[(index - preset.n_test) % len(preset.held_out)]
-    sex: Sex = "F" if person.random() < 0.5 else "M"
-    age_years = int(person.integers(18, 91))
-    lesions = draw_lesions(person, preset, held_out)
-    anatomy = draw_anatomy(person, sex)
-    for lesion in lesions:
-        if lesion.finding == "cardiomegaly":
-            ratio = HEART_RATIO[lesion.size] + person.uniform(-0.02, 0.02)
-            anatomy = replace(anatomy, heart_ratio=ratio)
+    person = _draw_person(rng, preset, held_out)
 
     # A second image shows the findings where the first one does, so the first is drawn again.
-    before_drawing = person.bit_generator.state
+    before_drawing = rng.bit_generator.state
     sites: list[tuple[float, float]] = []
     if image_index:
         pose = draw_exposure(_generator(preset, split, index, IMAGE), preset).pose
-        first = Canvas(anatomy, preset.image_size, pose)
-        for lesion in lesions:
-            draw_lesion(first, person, lesion, preset)
+        first = Canvas(person.anatomy, preset.image_size, pose)
+        for lesion in person.lesions:
+            draw_lesion(first, rng, lesion, preset)
         sites = first.sites
-        person.bit_generator.state = before_drawing
+        rng.bit_generator.state = before_drawing
 
     shot = _generator(preset, split, index, IMAGE + image_index)
     exposure = draw_exposure(shot, preset)
-    canvas = Canvas(anatomy, preset.image_size, exposure.pose, known_sites=sites)
-    drawn = [draw_lesion(canvas, person, lesion, preset) for lesion in lesions]
+    canvas = Canvas(person.anatomy, preset.image_size, exposure.pose, known_sites=sites)
+    drawn = [draw_lesion(canvas, rng, lesion, preset) for lesion in person.lesions]
     placed = tuple(lesion for lesion, _ in drawn)
     masks = {lesion.finding: is_lesion for lesion, is_lesion in drawn}
     image = develop(canvas, exposure, shot, preset)
-
     findings, impression = "", ""
     if split != "train" or index < preset.n_train:
-        findings, impression = write_report(
-            _generator(preset, split, index, REPORT), placed, preset
-        )
+        words = _generator(preset, split, index, REPORT)
+        findings, impression = write_report(words, placed, preset)
     patient_id = f"{preset.name}-{split}-{index:06d}"
     return SyntheticSample(
         image_id=f"{patient_id}-{image_index + 1}",
@@ -168,8 +180,8 @@ def make_patient(preset: Preset, split: Split, index: int, image_index: int = 0)
         patient_id=patient_id,
         split=split,
         view=exposure.view,
-        age_years=age_years,
-        sex=sex,
+        age_years=person.age_years,
+        sex=person.sex,
         image=image,
         masks=masks,
         lesions=placed,
