@@ -45,7 +45,7 @@ from mmclip.data.batches import TrainingBatches, training_dataset
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.text import train_tokenizer
 from mmclip.embed import embed_images
-from mmclip.models.encoders import build_image_encoder, build_text_encoder
+from mmclip.models.encoders import build_image_encoder, build_text_encoder, patch_grid
 from mmclip.models.mmclip import MMCLIP, build_mmclip, compile_layers
 from mmclip.training.objective import Objective
 from mmclip.training.optimizer import make_optimizer
@@ -150,9 +150,9 @@ def trainer(bench: Bench, *keys: str, checkpointing: bool = False) -> Trainer:
     if config.train.compile:
         compile_layers(model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    objective = Objective(config, image.config.patch_size)
+    objective = Objective(config, patch_grid(image))
     dataset = training_dataset(bench.dataset, config)
-    batches = TrainingBatches(dataset, bench.tokenizer, config, objective.patch_size)
+    batches = TrainingBatches(dataset, bench.tokenizer, config, objective.grid)
     state = TrainState(wrapped, optimizer)
     return Trainer(config, model, state, batches, objective, accelerator)
 
@@ -271,10 +271,10 @@ def step_flops(one: Trainer, step: int = 0) -> float:
     """Operations that the model needs for a step, without padding and without recomputation."""
     model, total = one.config.model, 0.0
     batch = one.batches.batch(step, BatchSlice())
-    side = one.config.data.image_size // one.objective.patch_size
+    side = one.config.data.image_size // one.objective.grid.patch_size
     n, image, text = side**2 + 1, model.image, model.text
     total += len(batch) * image.depth * layer_flops(n, image.width)
-    total += len(batch) * 6 * (n - 1) * one.objective.patch_size**2 * image.width
+    total += len(batch) * 6 * (n - 1) * one.objective.grid.patch_size**2 * image.width
     for texts in (batch.reports, batch.prompts):
         for bucket in texts.encoding.buckets if len(texts) else ():
             for length in bucket.is_valid.sum(1).tolist():

@@ -31,7 +31,7 @@ from mmclip.checkpoint import load_checkpoint
 from mmclip.config import Config, MaskStage
 from mmclip.data.batches import TrainingBatches, training_dataset
 from mmclip.data.image_text_dataset import open_dataset
-from mmclip.models.encoders import image_layout
+from mmclip.models.encoders import patch_grid
 from mmclip.models.mmclip import MMCLIP
 from mmclip.training.objective import Objective
 from mmclip.training.pretrain import build_model
@@ -63,7 +63,7 @@ def measure(
     model: MMCLIP, batches: TrainingBatches, config: Config, first_step: int, n_batches: int
 ) -> dict[str, dict[str, Pull]]:
     """The pull of each term that the configuration trains, by encoder."""
-    objective = Objective(config, image_layout(model.vision_model).patch_size)
+    objective = Objective(config, patch_grid(model.vision_model))
     model.train()
     found: dict[str, dict[str, list[Tensor]]] = {name: defaultdict(list) for name in ENCODERS}
     for i in range(n_batches):
@@ -108,11 +108,11 @@ def main() -> None:
     checkpoint = load_checkpoint(args.checkpoint)
     config, step = checkpoint.config, int(checkpoint.meta["step"])
     if args.mask_stage is not None:
-        masked = config.image_mask.model_copy(update={"mask": args.mask_stage})
+        masked = config.image_mask.model_copy(update={"mask_stage": args.mask_stage})
         config = config.model_copy(update={"image_mask": masked})
     dataset = training_dataset(open_dataset([args.data], config.data.image_size), config)
-    patch_size = image_layout(checkpoint.model.vision_model).patch_size
-    batches = TrainingBatches(dataset, checkpoint.tokenizer, config, patch_size)
+    grid = patch_grid(checkpoint.model.vision_model)
+    batches = TrainingBatches(dataset, checkpoint.tokenizer, config, grid)
     last = max(config.train.steps - args.batches, 0)
     set_seed(config.train.seed)
     new = build_model(config, checkpoint.tokenizer)

@@ -57,7 +57,7 @@ from mmclip.explanation.saliency import (
     random_weights,
     saliency_by_score,
 )
-from mmclip.models.encoders import image_layout
+from mmclip.models.encoders import image_layout, patch_grid
 from mmclip.models.mmclip import MMCLIP
 from mmclip.patches import lesion_ratio_of_patches, normalise_patches, patchify
 from mmclip.prompts import load_prompts
@@ -90,8 +90,8 @@ def whole_batch(
         ),
     }
     config = config.model_copy(update=changes)
-    patch_size = image_layout(checkpoint.model.vision_model).patch_size
-    batches = TrainingBatches(dataset, checkpoint.tokenizer, config, patch_size, lesions=lesions)
+    grid = patch_grid(checkpoint.model.vision_model)
+    batches = TrainingBatches(dataset, checkpoint.tokenizer, config, grid, lesions=lesions)
     return batches.batch(0, BatchSlice())
 
 
@@ -187,7 +187,7 @@ def masked_patches(
 ) -> tuple[Tensor, Tensor]:
     """Squared error of each patch, and which are masked, [b, n] both; `texts` one a row or none."""
     device = model.logit_scale.device
-    patch_size = image_layout(model.vision_model).patch_size
+    grid = patch_grid(model.vision_model)
     errors, masked = [], []
     for index in chunks(len(batch), size):
         lesion = batch.lesion_ratio
@@ -202,7 +202,7 @@ def masked_patches(
             step=0,
         ).to(device)
         out = model(part, mask, mask_noise=0.0)
-        target = normalise_patches(patchify(part.image, patch_size))
+        target = normalise_patches(grid.cut(part.image))
         errors.append((out.patches.float() - target).square().mean(-1).cpu())
         masked.append(out.is_masked.cpu())
     return torch.cat(errors), torch.cat(masked)

@@ -49,7 +49,7 @@ from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Sample
 from mmclip.data.text import train_tokenizer
-from mmclip.models.encoders import build_image_encoder, build_text_encoder, image_layout
+from mmclip.models.encoders import build_image_encoder, build_text_encoder, patch_grid
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 from mmclip.training.objective import Objective
 from mmclip.training.optimizer import make_optimizer
@@ -184,9 +184,9 @@ def build_arm(
     model = build_mmclip(config, image, text).train()
     optimizer = make_optimizer(model, model.no_decay_names(), config.train)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    objective = Objective(config, image_layout(model.vision_model).patch_size)
+    objective = Objective(config, patch_grid(model.vision_model))
     batches = TrainingBatches(
-        training_dataset(dataset, config), tokenizer, config, objective.patch_size
+        training_dataset(dataset, config), tokenizer, config, objective.grid
     )  # fmt: skip
     return Arm(config, model, TrainState(wrapped, optimizer), batches, objective)
 

@@ -10,10 +10,13 @@ from PIL import Image
 from mmclip.batch import Batch, BatchSlice, cheapest_cuts, plan_encoding
 from mmclip.data.batches import TrainingBatches, label_names, training_dataset
 from mmclip.data.corpus import MAX_SENTENCES, mark_concepts, sentences_read, tokenise_corpus
+from mmclip.data.entities import find_entities
 from mmclip.data.image_text_dataset import normalise, open_dataset
 from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Entity
+from mmclip.data.synthetic import FINDINGS
 from mmclip.data.text import train_tokenizer
+from mmclip.patches import PatchGrid
 from tests.made import REPORTS, small_config, write_folder, write_images
 
 STILL = tuple(
@@ -39,7 +42,7 @@ def make_batches(folder: Path, *overrides: str, **options) -> TrainingBatches:
         *STILL, "data.max_tokens=32", "train.batch_size=4", "train.seed=5", *overrides
     )
     dataset = training_dataset(open_dataset([folder], 32), config)
-    return TrainingBatches(dataset, TOKENIZER, config, patch_size=8, **options)
+    return TrainingBatches(dataset, TOKENIZER, config, PatchGrid(8), **options)
 
 
 def texts_of(batch: Batch) -> dict[str, str]:
@@ -169,6 +172,39 @@ def test_images_that_are_labelled_alike_are_positives_whatever_the_wording(tmp_p
         assert len(set(keys)) == 3
         said |= {texts_of(batch)[f"f{i}"] for i in (6, 7)}
     assert len(said) > 1
+
+
+NORMAL = ("No acute disease.", "Normal chest film.", "No effusion. No pneumothorax.")
+FOUND = ("There is a mass. No effusion.", "Possible nodule.", "Heart size is unchanged.")
+
+
+@pytest.mark.ledger("nothing found")
+@pytest.mark.parametrize("match_normal", [False, True])
+def test_images_in_which_nothing_was_found_are_positives_whatever_says_so(
+    tmp_path: Path, match_normal: bool
+):
+    nothing = dict.fromkeys(FINDINGS[:8], 0)
+    labels = [
+        {"no finding": 1}, nothing, {"no finding": 1, "mass": 0},  # normal
+        {"mass": 0}, {"no finding": 1, "support devices": 1}, {**nothing, "mass": -1},
+        {"no finding": 0, **nothing},
+    ]  # fmt: skip
+    samples = write_images(tmp_path, 6 + len(labels))
+    reports = [*NORMAL, *FOUND]
+    for i, (report, entities) in enumerate(zip(reports, find_entities(reports), strict=True)):
+        samples[i] = replace(samples[i], report=report, entities=tuple(entities))
+    samples[6:] = [
+        replace(f, report=None, labels=known) for f, known in zip(samples[6:], labels, strict=True)
+    ]
+    build_data(samples, tmp_path, tmp_path / "data", image_size=32)
+    batches = make_batches(
+        tmp_path / "data", *UNPAIRED, f"contrastive.match_normal={str(match_normal).lower()}"
+    )
+    batch = batches.of_rows(np.arange(len(batches.dataset)))
+    is_nothing = batch.keys[:, 3] >= 0
+    wanted = {"f0", "f1", "f2", "f6", "f7", "f8"} if match_normal else set()
+    assert {i for i, is_one in zip(batch.image_ids, is_nothing, strict=True) if is_one} == wanted
+    assert (batch.keys[is_nothing, 3] == 0).all()
 
 
 def test_studies_of_two_patients_or_sources_are_two_even_of_one_number(tmp_path: Path):
@@ -500,7 +536,7 @@ def test_without_pairs_rows_can_be_looked_at_and_not_trained_on(folder: Path):
     config = small_config(*STILL)
     dataset = open_dataset([folder], 32)
     dataset = dataset.select([sample.report is None for sample in dataset.samples])
-    batches = TrainingBatches(dataset, TOKENIZER, config, patch_size=8)
+    batches = TrainingBatches(dataset, TOKENIZER, config, PatchGrid(8))
     assert len(batches.of_rows(np.array([0])).prompts) == 1
     with pytest.raises(ValueError, match="there are no rows to read from"):
         batches.batch(0, BatchSlice())

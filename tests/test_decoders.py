@@ -27,7 +27,7 @@ def image_decoder(depth: int = 2) -> ImageDecoder:
 def text_decoder(depth: int = 2) -> TextDecoder:
     torch.manual_seed(0)
     return TextDecoder(
-        feature_width=6, image_width=10, width=16, depth=depth, heads=2, vocab_size=20
+        feature_width=6, image_width=10, width=16, depth=depth, heads=2, vocab_size=20, grid=GRID
     )
 
 
@@ -282,6 +282,19 @@ def test_the_image_reaches_every_predicted_word():
     assert ((logits - other).abs().amax(-1) > 1e-5).all()
 
 
+@pytest.mark.ledger("text decoder")
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_text_decoder_knows_where_a_patch_is(depth: int):
+    # A lesion on the right and the same on the left: the same features in another order.
+    decoder = text_decoder(depth)
+    text, is_valid = some_text()
+    image = made(1, 2, 13, 10)
+    mirrored = torch.cat([image[:, :1], image[:, 1:].unflatten(1, GRID).flip(2).flatten(1, 2)], 1)
+    logits = decoder(text, is_valid, image, is_valid, word_embeddings())
+    other = decoder(text, is_valid, mirrored, is_valid, word_embeddings())
+    assert ((logits - other).abs().amax(-1) > 1e-4).all()
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 def test_attention_of_the_text_decoder_is_that_of_its_blocks_and_changes_no_result(depth: int):
     decoder = text_decoder(depth)
@@ -373,7 +386,7 @@ def test_both_decoders_run_in_bf16_autocast_with_float32_attention():
         pred = image_decoder()(features, is_masked, text, is_valid)
         everywhere = torch.ones_like(is_valid)
         x, attention = text_decoder().decode(
-            text, is_valid, features, everywhere, want_attention=True
+            text, is_valid, made(1, 2, 13, 10), everywhere, want_attention=True
         )
     assert pred.isfinite().all() and x.isfinite().all()
     assert attention is not None and attention.dtype == torch.float32

@@ -276,6 +276,9 @@ def grey_checkpoint(*overrides: str) -> Checkpoint:
         conv.weight[0], conv.weight[1] = 1 / made.PATCH_SIZE**2, -1 / made.PATCH_SIZE**2
         assert conv.bias is not None
         conv.bias[2], conv.bias[3] = 1.0, -1.0
+        pooler = model.vision_model.get_submodule("pooler.dense")  # patches pass it, too
+        assert isinstance(pooler, torch.nn.Linear)
+        pooler.weight.copy_(torch.eye(len(pooler.weight)))
         model.visual_projection.weight.zero_()
         model.visual_projection.weight[0, 0] = 1.0
         said = [*texts_of(BRIGHT), *texts_of(DARK)]

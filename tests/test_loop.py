@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 
 from mmclip.batch import Batch, BatchSlice
 from mmclip.config import TrainConfig
+from mmclip.patches import PatchGrid
 from mmclip.training import log
 from mmclip.training.finite import NonFiniteLoss
 from mmclip.training.interrupt import interrupt_between_steps
@@ -29,7 +30,7 @@ from mmclip.training.step import train_step
 from mmclip.training.step_loader import batch_slices, step_loader
 from tests.made import LABELS, PATCH_SIZE, WHOLE, MadeBatches, small_config, small_model
 
-CONTRASTIVE = Objective(small_config(), PATCH_SIZE)
+CONTRASTIVE = Objective(small_config(), PatchGrid(PATCH_SIZE))
 CONFIG = TrainConfig(steps=10, batch_size=8, base_lr=0.03, save_every_steps=5, log_every_steps=2)
 
 
@@ -96,7 +97,7 @@ def in_one_process(
     n, without, prompted = CASES[case]
     cache = {"micro_batch_size": n // n_micro, "gradient_cache": True} if n_micro else {}
     config = TrainConfig(batch_size=n, clip_norm=1e9).model_copy(update=cache)
-    objective = Objective(small_config(*ARMS[arm]), PATCH_SIZE)
+    objective = Objective(small_config(*ARMS[arm]), PatchGrid(PATCH_SIZE))
     return gradients(config, MadeBatches(n, without, prompted), objective)
 
 
@@ -194,7 +195,7 @@ def fit_here(
 @pytest.mark.parametrize("arm", ["contrastive", "whole"])
 def test_a_gradient_cache_gives_loss_and_gradients_of_one_batch(arm: str):
     batches = MadeBatches(8, without_report=(1, 5, 6), with_prompt=(1, 5))
-    objective = Objective(small_config(*ARMS[arm]), PATCH_SIZE)
+    objective = Objective(small_config(*ARMS[arm]), PatchGrid(PATCH_SIZE))
     config = TrainConfig(batch_size=8, clip_norm=1e9)
     losses, wanted = gradients(config, batches, objective)
     for n_micro in (1, 2, 4):
@@ -269,8 +270,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(tmp_path: P
         NonFiniteLoss, match="step 0: the gradient, of a finite loss, is not finite"
     ):
         fit(
-            accelerator, state, MadeBatches().batch, WithARoot(small_config(), PATCH_SIZE), CONFIG,
-            tmp_path, lambda s: None,
+            accelerator, state, MadeBatches().batch,
+            WithARoot(small_config(), PatchGrid(PATCH_SIZE)), CONFIG, tmp_path, lambda s: None,
         )  # fmt: skip
     assert state.step == 0
     assert all(p.isfinite().all() for p in state.model.parameters())

@@ -1,6 +1,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,12 +33,15 @@ from mmclip.models.encoders import (
     build_image_encoder,
     build_text_encoder,
     encode_visible,
+    patch_grid,
     rebuild_encoder,
     token_features,
 )
 from mmclip.models.norm import GlobalBatchNorm2d
+from mmclip.patches import PatchGrid, unpatchify
+from mmclip.training.objective import Objective
 from mmclip.training.pretrain import build_model
-from tests.made import REPORTS, WHOLE, small_config, small_model
+from tests.made import REPORTS, WHOLE, MadeBatches, small_config, small_model
 
 IMAGE = ImageEncoderConfig(kind="vit", width=32, depth=2, heads=2, patch_size=8)
 
@@ -331,12 +335,16 @@ def test_features_of_a_resnet_are_in_reading_order():
     encoder = small_model(resnet_config()).vision_model.eval()
     image = torch.zeros(1, 1, 32, 32)
     quiet = token_features(encoder(pixel_values=image))
-    image[:, :, :8, 24:] = 3.0  # the upper right patch of 4 x 4
+    image[:, :, :4, 20:28] = 3.0  # under the last feature of the first of 4 rows
     change = (token_features(encoder(pixel_values=image)) - quiet)[0, 1:].norm(dim=-1)
     assert change.argmax() == 3
 
 
-@pytest.mark.parametrize("patch_size", [4, 8, 16])
+RESNET_PATCHES = pytest.mark.parametrize("patch_size", [4, 8, 16, 32])
+
+
+@pytest.mark.ledger("where features lie")
+@RESNET_PATCHES
 def test_a_feature_of_a_resnet_looks_at_the_middle_of_its_patch(patch_size: int):
     torch.manual_seed(0)
     config = ImageEncoderConfig(width=32, depth=1, patch_size=patch_size)
@@ -350,9 +358,80 @@ def test_a_feature_of_a_resnet_looks_at_the_middle_of_its_patch(patch_size: int)
         (grad,) = torch.autograd.grad(feature[:, channel].sum(), image, retain_graph=True)
         seen += grad.square().sum((0, 1))
     place = torch.arange(side_px) + 0.5
-    centre = (place @ seen.sum(1) / seen.sum(), place @ seen.sum(0) / seen.sum())
-    wanted = torch.tensor([(row + 0.5) * patch_size, (column + 0.5) * patch_size])
-    assert torch.stack(centre).sub(wanted).abs().max() < patch_size / 8
+    centre = torch.stack((place @ seen.sum(1) / seen.sum(), place @ seen.sum(0) / seen.sum()))
+    # Its patch: the one that the grid cuts out of an image that says where each pixel is.
+    rows, columns = torch.meshgrid(place, place, indexing="ij")
+    cut = patch_grid(encoder).cut(torch.stack([rows, columns])[:, None])
+    wanted = cut[:, row * n + column].mean(-1)
+    assert centre.sub(wanted).abs().max() < 0.5 + patch_size / 8  # 0.5: the middle of 2k
+
+
+@pytest.mark.ledger("where features lie")
+@RESNET_PATCHES
+def test_an_impulse_moves_the_feature_of_its_patch_most(patch_size: int):
+    # Networks of random weights, as many as make chance small; every patch inside the border.
+    side, n_nets = 6, 8
+    changes = torch.zeros(side**2, side**2)
+    for seed in range(n_nets):
+        torch.manual_seed(seed)
+        config = ImageEncoderConfig(width=32, depth=1, patch_size=patch_size)
+        encoder = build_image_encoder(config, side * patch_size).eval()
+        grid = patch_grid(encoder)
+        one = torch.eye(side**2)[..., None].expand(-1, -1, patch_size**2)
+        squares = unpatchify(one, side * patch_size)  # a square on each patch of the plain grid
+        s = grid.shift_px
+        impulses = torch.nn.functional.pad(squares[..., s:, s:], (0, s, 0, s))
+        assert (grid.cut(impulses).mean(-1).argmax(1) == torch.arange(side**2)).all()
+        with torch.no_grad():
+            quiet = token_features(encoder(pixel_values=torch.zeros_like(impulses[:1])))
+            moved = token_features(encoder(pixel_values=impulses)) - quiet
+        changes += moved[:, 1:].norm(dim=-1) / n_nets
+    inside = torch.zeros(side, side, dtype=torch.bool)
+    inside[1:-1, 1:-1] = True
+    assert (changes.argmax(1) == torch.arange(side**2))[inside.flatten()].all()
+
+
+@pytest.mark.ledger("where features lie")
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_nothing_of_a_masked_feature_reaches_a_prediction_of_pixels(kind: str):
+    config = small_config(*WHOLE, f"model.image.kind={kind}", "image_mask.policy=random")
+    model = small_model(config).train()
+    raw: list[torch.Tensor] = []
+
+    def keep(_: object, __: object, output: Any) -> None:
+        output.last_hidden_state.retain_grad()
+        raw.append(output.last_hidden_state)
+
+    model.vision_model.register_forward_hook(keep)
+    batch = MadeBatches(4).batch()
+    objective = Objective(config, patch_grid(model.vision_model))
+    out = objective.outputs(model, batch)
+    out.patches.square().sum().backward()
+    gradient = raw[0].grad
+    assert gradient is not None
+    of_patch = gradient.flatten(2).mT if gradient.ndim == 4 else gradient[:, 1:]
+    assert not of_patch[out.is_masked].any()
+    assert of_patch[~out.is_masked].any(-1).all()
+
+
+@pytest.mark.ledger("where features lie")
+def test_masked_pixels_of_a_resnet_are_those_under_the_masked_features():
+    grid = patch_grid(small_model(resnet_config()).vision_model)
+    assert grid == PatchGrid(8, 4)
+    is_masked = torch.zeros(1, 16, dtype=torch.bool)
+    is_masked[0, 5] = True
+    blank = grid.blanked(torch.ones(1, 1, 32, 32), is_masked)
+    wanted = torch.ones(32, 32)
+    wanted[4:12, 4:12] = 0  # around pixel (8, 8), which feature (1, 1) looks at
+    assert torch.equal(blank[0, 0], wanted)
+    assert not grid.cut(blank)[is_masked].any() and grid.cut(blank)[~is_masked].all()
+
+
+def test_values_of_features_are_laid_over_the_image_between_four_of_them():
+    values = torch.arange(9.0).square()[None]
+    assert torch.equal(PatchGrid(8).on_image(values), values)
+    laid = PatchGrid(8, 4).on_image(values).view(3, 3)
+    assert laid[0, 0] == (0 + 1 + 9 + 16) / 4 and laid[2, 1] == (49 + 64) / 2 and laid[2, 2] == 64
 
 
 def test_a_rebuilt_resnet_has_the_same_names_and_gives_the_same():
@@ -378,7 +457,8 @@ def test_visible_features_of_a_resnet_know_nothing_of_hidden_pixels():
     assert visible.shape == (4, 12, 32)
     # One row and feature at a time would do; batch statistics sum to 0, so weigh them at random.
     (visible * torch.randn(visible.shape)).sum().backward()
-    moved = image.grad.reshape(4, 4, 8, 4, 8).abs().sum((2, 4)).reshape(4, 16)
+    assert image.grad is not None
+    moved = patch_grid(encoder).cut(image.grad.abs()).sum(-1)
     assert (moved[is_masked] == 0).all() and (moved[~is_masked] > 0).all()
     after = encoder.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())

@@ -8,13 +8,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mmclip.batch import Batch, TextBatch
+from mmclip.batch import PROMPT, REPORT, Batch, TextBatch
 from mmclip.config import ConfigError, ScoreKind, TrainConfig
+from mmclip.losses import contrastive_sum, positive_pairs
+from mmclip.masking import attended_score, blend_scores
 from mmclip.models.mmclip import MMCLIP, Outputs
+from mmclip.patches import PatchGrid
 from mmclip.training.loop import fit
-from mmclip.training.objective import Objective
+from mmclip.training.objective import Objective, contrastive_sums
 from mmclip.training.optimizer import make_optimizer
 from mmclip.training.state import TrainState
+from mmclip.training.terms import Embeddings
 from tests.made import (
     LABELS,
     N_PATCHES,
@@ -35,7 +39,7 @@ MIXED = MadeBatches(8, without_report=(1, 5, 6, 7), with_prompt=(0, 1, 5, 6))
 
 def made(*overrides: str) -> tuple[MMCLIP, Objective]:
     config = small_config(*overrides)
-    return small_model(config), Objective(config, PATCH_SIZE)
+    return small_model(config), Objective(config, PatchGrid(PATCH_SIZE))
 
 
 def run(model: MMCLIP, objective: Objective, batch: Batch) -> Outputs:
@@ -331,6 +335,62 @@ def test_every_score_guides_the_rows_that_have_a_text(score: str, tokens: str):
     out = run(model, objective, MIXED.batch())
     assert out.relevance is not None and out.relevance.isfinite().all()
     assert out.relevance[:7].std(1).min() > 0 and not out.relevance[7].any()
+
+
+@pytest.mark.ledger("score space")
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_scores_read_patches_and_words_after_the_layers_that_the_contrastive_term_trains(kind: str):
+    # By hand with a BERT's pooler and a new ViT's, which has no tanh; a ResNet has none to pass.
+    score = ("image_mask.score=attended", "image_mask.score_tokens=all")
+    model, objective = made("loss.image=1", *WHOLE[2:], f"model.image.kind={kind}", *score)
+    model.eval()
+    batch = MadeBatches(3).batch()
+    with torch.no_grad():
+        out = model(batch, objective.config.image_mask, mask_noise=0.0)
+        image = model.encode_image(batch.image)
+        text = model.forward_text(batch.reports, image.features)
+        pooler = model.text_model.pooler
+        words = model.text_projection(torch.tanh(pooler.dense(text.features)))
+        patches = image.features[:, 1:]
+        if kind == "vit":
+            patches = model.vision_model.pooler.dense(patches)
+        patches = model.visual_projection(patches)
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(words[:, 0], dim=-1), text.embedding
+    )  # as the text's own token does
+    score = attended_score(patches, words, batch.reports.is_valid)
+    one, none = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
+    wanted = blend_scores(score, torch.zeros_like(score), one, none)
+    torch.testing.assert_close(out.relevance, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.ledger("prompts and reports apart")
+@pytest.mark.parametrize("by_kind", [False, True])
+def test_prompts_and_reports_share_a_softmax_or_have_one_each(by_kind: bool):
+    _, objective = made(f"contrastive.by_kind={str(by_kind).lower()}")
+    batch = MIXED.batch(2)
+    is_report, is_prompt = batch.text_kinds == REPORT, batch.text_kinds == PROMPT
+    assert is_report.nonzero()[:, 0].tolist() == [0, 2, 3, 4]
+    assert is_prompt.nonzero()[:, 0].tolist() == [1, 5, 6]
+    generator = torch.Generator().manual_seed(0)
+    image, text = (
+        torch.nn.functional.normalize(torch.randn(8, 16, generator=generator), dim=-1)
+        for _ in range(2)
+    )
+    embeddings = Embeddings(image, text, torch.tensor(9.0))
+    groups = [is_report, is_prompt] if by_kind else [is_report | is_prompt]
+    wanted = 0.0
+    for here in groups:
+        positive = positive_pairs(batch.keys[here], batch.keys[here])
+        every = torch.ones(int(here.sum()), dtype=torch.bool)
+        for a, b in ((image, text), (text, image)):
+            wanted += 0.5 * float(
+                contrastive_sum(a[here], b[here], positive, every, torch.tensor(9.0))
+            )
+    found = contrastive_sums(embeddings, batch, by_kind)
+    assert float(found) == pytest.approx(wanted, rel=1e-5)
+    cached, _ = objective.contrast(embeddings, [batch], torch.tensor(1.0))
+    assert float(cached) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.ledger("relevance score")

@@ -27,6 +27,7 @@ from mmclip.evaluation.pictures import (
 from mmclip.evaluation.scores import make_predictions
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
+from mmclip.patches import PatchGrid
 
 from . import made
 
@@ -203,7 +204,7 @@ def test_warmth_and_hatching_by_hand():
 def batch_of(checkpoint: Checkpoint, dataset: ImageTextDataset):
     some = dataset.select([sample.image_id != SPEECHLESS for sample in dataset.samples])
     batches = TrainingBatches(
-        some, TOKENIZER, deterministic_config(checkpoint.config), made.PATCH_SIZE
+        some, TOKENIZER, deterministic_config(checkpoint.config), PatchGrid(made.PATCH_SIZE)
     )
     return batches.of_rows(np.arange(len(some)))
 

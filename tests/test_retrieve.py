@@ -29,6 +29,7 @@ from mmclip.evaluation.bootstrap import patient_weights
 from mmclip.evaluation.intervals import percentile_interval
 from mmclip.evaluation.metrics import Retrieved
 from mmclip.losses import positive_pairs
+from mmclip.models.encoders import patch_grid
 from mmclip.retrieval import ranking
 from mmclip.retrieval.ranking import (
     RANKS_FILE,
@@ -116,8 +117,8 @@ def test_right_answers_are_the_positives_of_training(made: Made):
 
     kept = changed(kept, alike)
     config = deterministic_config(made.checkpoint.config)
-    patch_size = made.checkpoint.model.vision_model.config.patch_size
-    batches = TrainingBatches(kept, made.checkpoint.tokenizer, config, patch_size)
+    grid = patch_grid(made.checkpoint.model.vision_model)
+    batches = TrainingBatches(kept, made.checkpoint.tokenizer, config, grid)
     trained = batches.of_rows(np.arange(len(kept))).keys
     keys = report_keys(made.opened, kept.samples)
     is_positive = positive_pairs(keys, keys)

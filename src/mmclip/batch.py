@@ -197,6 +197,10 @@ class TextBatch:
         return on_each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
+REPORT, PROMPT, NO_TEXT = 0, 1, -1
+"""What a row's text is, see `Batch.text_kinds`."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Some images with their reports and disease-kind prompts. b images, n patches, t and q tokens.
@@ -207,7 +211,8 @@ class Batch:
     image: Float[Tensor, "b 1 h w"]  # model space, see `data.image_text_dataset.normalise`
     reports: TextBatch
     prompts: TextBatch
-    keys: Int[Tensor, "b 3"]  # study, text, label set; equal in a column means positive, -1 none
+    # Study, text, label set, nothing found: equal in a column means positive, -1 none.
+    keys: Int[Tensor, "b m"]
     patch_noise: Float[Tensor, "b n"]  # uniform random numbers for `masking.choose_masked_patches`
     # see `patches.lesion_ratio_of_patches`; synthetic images
     lesion_ratio: Float[Tensor, "b n"] | None
@@ -215,6 +220,7 @@ class Batch:
     step: int
     # Labels of rows without a report: 1, 0, NaN unknown; None where no label loss is trained.
     labels: Float[Tensor, "b k"] | None = None
+    lone_reports: TextBatch | None = None  # that have no image; their rows are their own numbers
     text_rows: Int[Tensor, " r"] = field(init=False)  # that have a text, in order
 
     def __post_init__(self) -> None:
@@ -238,10 +244,21 @@ class Batch:
         """True on rows with a report or a prompt."""
         return self.has_report | self.has_prompt
 
+    @property
+    def text_kinds(self) -> Int[Tensor, " b"]:
+        """REPORT on rows with a report, PROMPT on others with a prompt, NO_TEXT on the rest."""
+        kinds = torch.full((len(self),), NO_TEXT, device=self.image.device)
+        return kinds.masked_fill(self.has_prompt, PROMPT).masked_fill(self.has_report, REPORT)
+
     def _has(self, texts: TextBatch) -> Tensor:
         has = torch.zeros(len(self.image), dtype=torch.bool, device=self.image.device)
         has[texts.rows] = True
         return has
+
+    def masked_texts(self) -> tuple[TextBatch, ...]:
+        """The texts whose masked words are recovered, in their order."""
+        lone = () if self.lone_reports is None else (self.lone_reports,)
+        return self.reports, self.prompts, *lone
 
     def texts(self) -> tuple[TextBatch, TextBatch]:
         """The texts that the losses read: every report, and the prompts of rows without one."""
@@ -255,7 +272,10 @@ class Batch:
             out["lesion_ratio"] = self.lesion_ratio
         if self.labels is not None:
             out["labels"] = self.labels
-        for name, texts in (("reports", self.reports), ("prompts", self.prompts)):
+        named = {"reports": self.reports, "prompts": self.prompts}
+        if self.lone_reports is not None:
+            named["lone_reports"] = self.lone_reports
+        for name, texts in named.items():
             out |= {f"{name}.{key}": tensor for key, tensor in texts.tensors().items()}
         return out
 

@@ -33,8 +33,9 @@ from mmclip.models.mmclip import MMCLIP, build_mmclip
 
 CHECKPOINTS = "checkpoints"
 
-FORMAT = 2
-"""Of a checkpoint, in meta.json: 2 has the configuration keys image_size and patch_size."""
+FORMAT = 3
+"""Of a checkpoint, in meta.json: 2 has the configuration keys image_size and patch_size; from 3 on
+decoders read a ResNet's features where they lie, and the text decoder is told patches' places."""
 
 
 class CheckpointError(ValueError):

@@ -141,6 +141,13 @@ class LossConfig(Frozen):
     )  # control: labels of unpaired images, in place of prompts
 
 
+class ContrastiveConfig(Frozen):
+    """Which texts are compared with which images. Source of the defaults: docs/method.md."""
+
+    match_normal: bool = False  # images in which nothing was found are positives of one another
+    by_kind: bool = False  # reports are compared with reports alone, prompts with prompts
+
+
 class ImageMaskConfig(Frozen):
     """AttMIM: which patches are masked. Source of the defaults: docs/method.md."""
 
@@ -167,12 +174,18 @@ class TextMaskConfig(Frozen):
         default=("finding", "anatomy", "modifier"), min_length=1
     )
     cue_prob: float = Field(default=0.5, ge=0, le=1)  # of masking "no" with what it denies
+    # Concepts that the words beside them give away with a higher probability are left alone.
+    given_away_prob: float = Field(default=1.0, gt=0, le=1)
+    fallback_ratio: float = Field(default=0.15, ge=0, lt=1)  # of words, where no concept is masked
 
 
 class UnpairedConfig(Frozen):
-    """Images with labels and without a report, and the prompts made of their labels."""
+    """What trains beside the pairs of a step: each a stream of its own, with its ratio to them."""
 
-    rows_per_pair: float = Field(default=0.0, ge=0)  # on top of the pairs of a step
+    rows_per_pair: float = Field(default=0.0, ge=0)  # images with labels, which become prompts
+    reports_per_pair: float = Field(default=0.0, ge=0)  # reports without an image: text terms only
+    bare_per_pair: float = Field(default=0.0, ge=0)  # images with neither: image terms only
+    withheld: tuple[str, ...] = ()  # findings that no prompt and no label loss names
     prompts: str = "default"  # a set of disease_prompts/, or a path that ends in .toml
     absent_prob: float = Field(default=0.5, ge=0, le=1)  # of saying what an image does not have
     prompt_pairs: bool = False  # pairs with labels get a prompt too, which guides AttMIM
@@ -248,6 +261,7 @@ class Config(Frozen):
 
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
     image_mask: ImageMaskConfig = ImageMaskConfig()
     text_mask: TextMaskConfig = TextMaskConfig()
     unpaired: UnpairedConfig = UnpairedConfig()
@@ -271,6 +285,20 @@ class Config(Frozen):
                 "image_mask.score='decoder_attention' is the attention of the text decoder, which "
                 "loss.text=0 leaves out; give loss.text a weight or choose another score"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _streams_have_a_term(self) -> "Config":
+        streams, loss = self.unpaired, self.loss
+        for key, ratio, what, term, weight in (
+            ("reports_per_pair", streams.reports_per_pair, "reports alone", "text", loss.text),
+            ("bare_per_pair", streams.bare_per_pair, "images alone", "image", loss.image),
+        ):
+            if ratio and not weight:
+                raise ValueError(
+                    f"unpaired.{key}={ratio} reads {what}, and loss.{term}=0 leaves out the term "
+                    f"that learns from them; give loss.{term} a weight"
+                )
         return self
 
     @model_validator(mode="after")

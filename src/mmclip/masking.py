@@ -15,10 +15,6 @@ from torch import Tensor
 
 from mmclip.config import MaskPolicy, ScoreKind
 
-FALLBACK_TOKEN_RATIO = 0.15
-"""Share of tokens masked in a text without entities. Source: BERT section 3.1."""
-
-
 # -- how strongly each patch responds to a text --
 
 
@@ -299,12 +295,13 @@ def choose_masked_entities(
     group_noise: Float[Tensor, "b g"],
     token_noise: Float[Tensor, "b t"],
     mask_ratio: float,
+    fallback_ratio: float = 0.15,
 ) -> Bool[Tensor, "b t"]:
     """Masks whole concepts of each text, every mention of a masked one.
 
     Of c concepts max(1, mask_ratio * c) are masked, rounded half to even: those with the smallest
-    draws. A text without concepts has FALLBACK_TOKEN_RATIO of its tokens masked instead, at least
-    one; a text without maskable tokens none.
+    draws. A text without concepts has a share of its tokens masked instead, at least one; a text
+    without maskable tokens none.
 
     Args:
         groups: Number of the concept that a token mentions; 0 for none (see
@@ -313,6 +310,8 @@ def choose_masked_entities(
         group_noise: Uniform; column g decides on concept g, column 0 is not used.
         token_noise: Uniform; they decide where there is no concept.
         mask_ratio: Share of the concepts to mask.
+        fallback_ratio: Share of the tokens to mask in a text without concepts; 0 masks none.
+            Source of the default: BERT section 3.1.
 
     Returns:
         True on masked tokens.
@@ -331,7 +330,8 @@ def choose_masked_entities(
         )
     is_mentioned = _groups_at(groups, is_maskable, group_noise.shape[1])
     is_masked_group = _smallest(group_noise, is_mentioned, _share(is_mentioned, mask_ratio))
-    fallback = _smallest(token_noise, is_maskable, _share(is_maskable, FALLBACK_TOKEN_RATIO))
+    n_fallback = _share(is_maskable, fallback_ratio) * bool(fallback_ratio)
+    fallback = _smallest(token_noise, is_maskable, n_fallback)
     return torch.where(
         is_mentioned.any(1, keepdim=True), is_masked_group.gather(1, groups), fallback
     )

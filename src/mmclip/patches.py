@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
@@ -64,6 +65,65 @@ def lesion_ratio_of_patches(
 ) -> Float[Tensor, "b n"]:
     """Share of each patch that a lesion covers; `lesion` is 1 inside and 0 outside."""
     return patchify(lesion, patch_size).mean(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class PatchGrid:
+    """The patches that an encoder's features lie on: squares of an image, shifted up and left.
+
+    A ViT's features lie on the patches that `patchify` cuts, a shift of 0. Each strided convolution
+    of a ResNet takes its first place on the first pixel, so that feature k looks at pixel k *
+    patch_size: its patch is the square around that pixel, a shift of half a patch. What is masked,
+    predicted and counted as lesion must lie where the features lie. Patches of the first row and
+    column reach over the edge, where the border's pixels are repeated; the last half patch belongs
+    to none.
+
+    Source: ours; docs/method.md, row "where features lie".
+    """
+
+    patch_size: int
+    shift_px: int = 0
+
+    def shifted(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
+        """The image moved down and right, so that `patchify` cuts it along the features."""
+        if not self.shift_px:
+            return image
+        moved = image[..., : -self.shift_px, : -self.shift_px]
+        return F.pad(moved, (self.shift_px, 0, self.shift_px, 0), mode="replicate")
+
+    def cut(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b n p"]:
+        """The pixels under each feature, see `patchify`."""
+        return patchify(self.shifted(image), self.patch_size)
+
+    def lesion_ratio(self, lesion: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b n"]:
+        """See `lesion_ratio_of_patches`."""
+        return lesion_ratio_of_patches(self.shifted(lesion), self.patch_size)
+
+    def blanked(
+        self, image: Float[Tensor, "b 1 h w"], is_masked: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b 1 h w"]:
+        """The image with mid-grey, 0, in place of the masked patches."""
+        under = torch.zeros_like(patchify(image, self.patch_size)) + is_masked[..., None]
+        is_under = unpatchify(under, image.shape[-1]) > 0
+        s = self.shift_px
+        is_under = F.pad(is_under[..., s:, s:], (0, s, 0, s))
+        return image.masked_fill(is_under, 0.0)
+
+    def on_image(self, values: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        """Values of features for the patches of `patchify`: a mean of four where they are shifted.
+
+        For maps that are shown on the image or scored there. The last row and column keep their
+        place: there is nothing beyond.
+        """
+        if not self.shift_px:
+            return values
+        side = math.isqrt(values.shape[1])
+        grid = values.unflatten(1, (side, side))
+        for dim in (1, 2):
+            last = side - 1
+            following = torch.cat([grid.narrow(dim, 1, last), grid.narrow(dim, last, 1)], dim)
+            grid = torch.lerp(grid, following, 0.5)
+        return grid.flatten(1)
 
 
 def gather_visible(

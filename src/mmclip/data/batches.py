@@ -4,7 +4,7 @@ Every random number is keyed by (seed, purpose, epoch, image): a row does not de
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.batch import Batch, BatchSlice, TextBatch, on_each_tensor
-from mmclip.config import AugmentConfig, Config
+from mmclip.config import AugmentConfig, Config, ConfigError
 from mmclip.data.corpus import (
     MAX_SENTENCES,
     TokenRows,
@@ -29,9 +29,10 @@ from mmclip.data.disease_prompts import (
     DiseasePrompt,
     load_disease_prompts,
 )
+from mmclip.data.given_away import leave_given_away
 from mmclip.data.image_text_dataset import ImageTextDataset, affine_of, augmented, warp
 from mmclip.data.leakage.check import patient_key, study_key
-from mmclip.data.sample import Entity, Sample
+from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Entity, Sample, finds_nothing
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
 from mmclip.data.text import tokenise
 from mmclip.masking import (
@@ -40,7 +41,7 @@ from mmclip.masking import (
     maskable_tokens,
     random_tokens_instead,
 )
-from mmclip.patches import lesion_ratio_of_patches
+from mmclip.patches import PatchGrid
 
 CPU = torch.device("cpu")
 
@@ -59,12 +60,36 @@ def is_unpaired(sample: Sample) -> bool:
     return sample.image is not None and sample.report is None and bool(sample.sure_labels())
 
 
+def is_report_only(sample: Sample) -> bool:
+    """Whether a report has no image."""
+    return sample.image is None and sample.report is not None
+
+
+def is_bare(sample: Sample) -> bool:
+    """Whether an image has no report, and no label that says something for sure."""
+    return sample.image is not None and sample.report is None and not sample.sure_labels()
+
+
 def impression_start(sample: Sample) -> int | None:
     """The character of an image's report at which its impression begins; None without one."""
     report, impression = sample.report or "", sample.impression
     if not impression or not report.endswith(impression):
         return None
     return len(report) - len(impression)
+
+
+STREAMS = {
+    "n_pairs": is_pair,
+    "n_unpaired": is_unpaired,
+    "n_lone_reports": is_report_only,
+    "n_bare": is_bare,
+}
+"""What trains: the kinds of rows, by the name of their number."""
+
+
+def rows_by_stream(dataset: ImageTextDataset) -> dict[str, int]:
+    """How many rows of each kind there are, by the names of STREAMS."""
+    return {name: sum(map(is_kind, dataset.samples)) for name, is_kind in STREAMS.items()}
 
 
 RESERVED_FOR_EVALUATION = ("padchest-physician",)
@@ -83,20 +108,58 @@ def reserved_for_evaluation(dataset: ImageTextDataset) -> list[bool]:
 
 
 def training_dataset(dataset: ImageTextDataset, config: Config) -> ImageTextDataset:
-    """The images to train on: pairs of split "train", and unpaired ones where they are asked
-    for."""
-    wants_unpaired = config.unpaired.rows_per_pair > 0
+    """The rows to train on: pairs of split "train", and of each stream that is asked for.
+
+    Raises:
+        ConfigError: When a finding is withheld that no label names.
+    """
+    dataset = _without_labels(dataset, config.unpaired.withheld)
+    kinds = [
+        is_kind
+        for is_kind, is_wanted in (
+            (is_pair, True),
+            (is_unpaired, config.unpaired.rows_per_pair > 0),
+            (is_report_only, config.unpaired.reports_per_pair > 0),
+            (is_bare, config.unpaired.bare_per_pair > 0),
+        )
+        if is_wanted
+    ]
     return dataset.select(
         [
             sample.split == "train"
-            and sample.view in config.data.views
+            and (sample.view in config.data.views or sample.image is None)
             and not is_reserved
-            and (is_pair(sample) or (wants_unpaired and is_unpaired(sample)))
+            and any(is_kind(sample) for is_kind in kinds)
             for sample, is_reserved in zip(
                 dataset.samples, reserved_for_evaluation(dataset), strict=True
             )
         ]
     )
+
+
+def _without_labels(dataset: ImageTextDataset, withheld: Sequence[str]) -> ImageTextDataset:
+    """The rows with what is withheld struck out of their labels.
+
+    A present finding becomes an uncertain one: nothing names it, and the image is not normal.
+    """
+    known = {name for sample in dataset.samples for name in sample.labels}
+    if unknown := sorted(set(withheld) - known):
+        raise ConfigError(
+            f"unpaired.withheld names {', '.join(unknown)}, and images are labelled with "
+            f"{', '.join(sorted(known)) or 'nothing'}"
+        )
+    if not withheld:
+        return dataset
+
+    def left(sample: Sample) -> Sample:
+        labels = {
+            name: UNCERTAIN if name in withheld else value
+            for name, value in sample.labels.items()
+            if name not in withheld or value != ABSENT
+        }
+        return replace(sample, labels=labels)
+
+    return replace(dataset, samples=tuple(map(left, dataset.samples)))
 
 
 SEEN_FILE = "seen.json"
@@ -117,7 +180,7 @@ def seen_in_training(dataset: ImageTextDataset, config: Config) -> dict[str, lis
     reports = {
         entity.concept
         for sample in dataset.samples
-        if is_pair(sample)
+        if sample.report is not None
         for entity in sample.entities
         if entity.kind == "finding"
     }
@@ -139,6 +202,7 @@ def deterministic_config(config: Config) -> Config:
     """
     none = AugmentConfig(rotation_deg=0, translate_ratio=0, scale_ratio=0, brightness=0, contrast=0)
     unpaired = {"rows_per_pair": 0.0, "prompt_pairs": False, "shuffle": False}
+    unpaired |= {"reports_per_pair": 0.0, "bare_per_pair": 0.0}
     whole = {"impression_prob": 0.0, "sentence_drop_prob": 0.0}
     return config.model_copy(
         update={
@@ -176,7 +240,7 @@ class RawBatch:
     lesions: Bool[Tensor, "b lh lw"] | None  # of the folder's images, which may be larger
     rest: Batch  # without pixels: its images are of 0 x 0
     augment: AugmentConfig
-    patch_size: int
+    grid: PatchGrid
 
     @property
     def image_ids(self) -> tuple[str, ...]:
@@ -198,13 +262,13 @@ class RawBatch:
         if inside.shape != image.shape:  # of images that are made smaller as they are read
             inside = F.interpolate(inside, size=image.shape[-2:], mode="area")
         moved = warp(inside, theta)
-        return there.rest.with_images(image, lesion_ratio_of_patches(moved, self.patch_size))
+        return there.rest.with_images(image, self.grid.lesion_ratio(moved))
 
 
 class TrainingBatches:
-    """The batches of a run. Pairs and unpaired images are two endless streams of their own.
+    """The batches of a run: endless streams of pairs, and of what trains beside them.
 
-    A step reads the same pairs whatever else it reads; unpaired images come on top.
+    A step reads the same pairs whatever else it reads; the others come on top.
     """
 
     def __init__(
@@ -212,7 +276,7 @@ class TrainingBatches:
         dataset: ImageTextDataset,
         tokenizer: PreTrainedTokenizerFast,
         config: Config,
-        patch_size: int,
+        grid: PatchGrid,
         shuffle_pairs: bool = False,
         lesions: LesionMasks | None = None,
     ) -> None:
@@ -222,34 +286,35 @@ class TrainingBatches:
             dataset: As `training_dataset` gives them.
             tokenizer: Of the text encoder.
             config: Of the run.
-            patch_size: Of the image encoder.
+            grid: Where the features of the image encoder lie.
             shuffle_pairs: Deal each image the report of another, fixed for the run: the control
                 under which nothing can be learnt.
             lesions: For the oracle and for measuring; None where there are none.
         """
-        self.dataset, self.tokenizer, self.config, self.patch_size = (
-            dataset,
-            tokenizer,
-            config,
-            patch_size,
-        )
+        self.dataset, self.tokenizer, self.config, self.grid = dataset, tokenizer, config, grid
         self.lesions, self.seed = lesions, config.train.seed
         self.image_keys = np.array([image_key(f.image_id) for f in dataset.samples], np.uint64)
-        has_report = np.array([is_pair(sample) for sample in dataset.samples], bool)
-        self.pairs, self.unpaired = np.flatnonzero(has_report), np.flatnonzero(~has_report)
+        self.pairs, self.unpaired, self.lone, self.bare = (
+            np.flatnonzero([is_kind(sample) for sample in dataset.samples])
+            for is_kind in (is_pair, is_unpaired, is_report_only, is_bare)
+        )
 
         texts: dict[str, tuple[Entity, ...]] = {}
         impressions: dict[str, int | None] = {}
-        for row in self.pairs:
+        is_nothing: dict[str, bool] = {}
+        for row in (*self.pairs, *self.lone):
             sample = dataset.samples[row]
             chosen = (e for e in sample.entities if e.kind in config.text_mask.kinds)
             texts[str(sample.report)] = tuple(chosen)
             impressions[str(sample.report)] = impression_start(sample)
+            is_nothing[str(sample.report)] = finds_nothing(sample.entities)
         number = {text: i for i, text in enumerate(texts)}
         self.report_of_row = np.array([number.get(str(f.report), -1) for f in dataset.samples])
-        self.corpus = tokenise_corpus(
+        corpus = tokenise_corpus(
             tokenizer, list(texts), list(texts.values()), list(impressions.values())
         )
+        self.corpus = leave_given_away(corpus, config.text_mask.given_away_prob)
+        self.finds_nothing = np.array(list(is_nothing.values()), bool)  # by report
         self.labels_of_row = np.arange(len(dataset))
         self.study_keys = np.array(
             [image_key(study_key(f)) >> 1 for f in dataset.samples], np.int64
@@ -270,15 +335,30 @@ class TrainingBatches:
 
     @cached_property
     def streams(self) -> list[tuple[Int[np.ndarray, " s"], Schedule]]:
-        """The pairs, and the unpaired images where they are asked for, with their order.
+        """The pairs, and the other images where they are asked for, with their order.
 
         Raises:
             ValueError: When there are none.
         """
-        n_pairs = self.config.train.batch_size
-        n_unpaired = round(self.config.unpaired.rows_per_pair * n_pairs)
-        wanted = [(self.pairs, n_pairs), (self.unpaired, n_unpaired)]
-        return [(rows, Schedule(self.image_keys[rows], n, self.seed)) for rows, n in wanted if n]
+        unpaired = self.config.unpaired
+        wanted = (
+            (self.pairs, 1.0),
+            (self.unpaired, unpaired.rows_per_pair),
+            (self.bare, unpaired.bare_per_pair),
+        )
+        return [self._stream(rows, ratio) for rows, ratio in wanted if ratio]
+
+    @cached_property
+    def lone_stream(self) -> tuple[Int[np.ndarray, " s"], Schedule] | None:
+        """The reports without an image, where they are asked for."""
+        ratio = self.config.unpaired.reports_per_pair
+        return self._stream(self.lone, ratio) if ratio else None
+
+    def _stream(
+        self, rows: Int[np.ndarray, " s"], ratio: float
+    ) -> tuple[Int[np.ndarray, " s"], Schedule]:
+        n = max(round(ratio * self.config.train.batch_size), 1)
+        return rows, Schedule(self.image_keys[rows], n, self.seed)
 
     def _rotate(self, values: np.ndarray, rows: np.ndarray) -> None:
         """Gives each of the rows the value of another one, in a fixed random circle."""
@@ -293,13 +373,20 @@ class TrainingBatches:
 
     def read(self, step: int, batch_slice: BatchSlice) -> RawBatch:
         """A share of the batch of a step; the shares of all processes and micro-batches are it."""
-        parts = []
-        for stream, schedule in self.streams:
-            here, epochs = schedule.rows(step)
-            cut = batch_slice.of_rows(len(here))
-            parts.append((stream[here[cut]], epochs[cut]))
+        parts = [self._part(stream, step, batch_slice) for stream in self.streams]
         rows, epochs = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return self._batch(rows, epochs, step)
+        lone = self.lone_stream
+        texts = None if lone is None else self._part(lone, step, batch_slice)
+        return self._batch(rows, epochs, step, texts)
+
+    @staticmethod
+    def _part(
+        stream: tuple[np.ndarray, Schedule], step: int, batch_slice: BatchSlice
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and epochs that a share of a step reads of a stream."""
+        here, epochs = stream[1].rows(step)
+        cut = batch_slice.of_rows(len(here))
+        return stream[0][here[cut]], epochs[cut]
 
     def of_rows(self, rows: Int[np.ndarray, " b"]) -> Batch:
         """Some rows as one batch, in this order, with the random numbers of epoch 0."""
@@ -318,10 +405,16 @@ class TrainingBatches:
             for sample, own in zip(samples, uniforms, strict=True)
         ]
 
-    def _batch(self, rows: np.ndarray, epochs: np.ndarray, step: int) -> RawBatch:
+    def _batch(
+        self,
+        rows: np.ndarray,
+        epochs: np.ndarray,
+        step: int,
+        lone: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> RawBatch:
         reports, prompts = self._reports(rows, epochs), self._prompts(rows, epochs)
         pixels = self.dataset.pixels(rows)
-        n_patches = (pixels.shape[-1] // self.patch_size) ** 2
+        n_patches = (pixels.shape[-1] // self.grid.patch_size) ** 2
         rest = Batch(
             image=torch.zeros(len(rows), 1, 0, 0),
             reports=self._mask(reports, rows, epochs, np.ones(len(reports.rows), bool)),
@@ -334,10 +427,15 @@ class TrainingBatches:
             image_ids=tuple(self.dataset.samples[r].image_id for r in rows),
             step=step,
             labels=None if self.labels is None else torch.from_numpy(self.labels[rows]),
+            lone_reports=None if lone is None else self._lone_reports(*lone),
         )
         uniforms = torch.from_numpy(self._uniforms(Purpose.AUGMENT, rows, epochs, 6)).float()
         lesions = self._lesions_of(rows, pixels.shape[-2:])
-        return RawBatch(pixels, uniforms, lesions, rest, self.config.augment, self.patch_size)
+        return RawBatch(pixels, uniforms, lesions, rest, self.config.augment, self.grid)
+
+    def _lone_reports(self, rows: np.ndarray, epochs: np.ndarray) -> TextBatch:
+        texts = self._reports(rows, epochs)
+        return self._mask(texts, rows, epochs, np.ones(len(rows), bool))
 
     def _uniforms(
         self, purpose: Purpose, rows: np.ndarray, epochs: np.ndarray, n: int
@@ -421,6 +519,7 @@ class TrainingBatches:
                 draw(Purpose.CONCEPTS, n_groups),
                 token_noise,
                 mask.mask_ratio,
+                mask.fallback_ratio,
             )
             is_masked = add_cues(
                 is_masked, concepts, cues, is_maskable,
@@ -438,19 +537,26 @@ class TrainingBatches:
             masked_ids=ids.masked_fill(is_masked, self.corpus.frame.mask),
         )
 
-    def _keys(self, rows: np.ndarray, reports: _TextRows, prompts: _TextRows) -> Int[Tensor, "b 3"]:
-        """Study, text and label set of each row; label sets count for prompts only.
+    def _keys(self, rows: np.ndarray, reports: _TextRows, prompts: _TextRows) -> Int[Tensor, "b 4"]:
+        """Study, text, label set and "nothing found" of each row; labels count for prompts only.
 
         A pair's labels are kept out of the loss: the report says what it says.
         """
-        keys = np.full((len(rows), 3), -1, np.int64)
+        keys = np.full((len(rows), 4), -1, np.int64)
         keys[:, 0] = self.study_keys[rows]
         for said in (prompts, reports):  # a row's text is its report, else its prompt
             for i, ids, is_valid in zip(
                 said.rows, said.tokens.ids, said.tokens.is_valid, strict=True
             ):
                 keys[i, 1] = image_key(ids[is_valid].tobytes().hex()) >> 1
+        match_normal = self.config.contrastive.match_normal
         for i in np.setdiff1d(prompts.rows, reports.rows):
-            labels = self.dataset.samples[self.labels_of_row[rows[i]]].sure_labels()
-            keys[i, 2] = image_key(repr(sorted(labels.items()))) >> 1
+            labels = self.dataset.samples[self.labels_of_row[rows[i]]].labels
+            sure = sorted((k, v) for k, v in labels.items() if v in (PRESENT, ABSENT))
+            keys[i, 2] = image_key(repr(sure)) >> 1
+            if match_normal and self.prompt_templates.is_normal(labels):
+                keys[i, 3] = 0
+        if match_normal:
+            found = self.finds_nothing[self.report_of_row[rows[reports.rows]]]
+            keys[reports.rows[found], 3] = 0
         return torch.from_numpy(keys)

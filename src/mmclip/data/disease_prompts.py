@@ -53,6 +53,15 @@ class DiseasePromptSet(Frozen):
                 raise ValueError(f"{text!r} must hold {{findings}} once")
         return texts
 
+    def is_normal(self, labels: Mapping[str, int]) -> bool:
+        """Whether labels say that nothing was found; see `normal_from` in default.toml."""
+        others = [value for name, value in labels.items() if name != NO_FINDING]
+        if PRESENT in others:
+            return False
+        if NO_FINDING in labels:
+            return labels[NO_FINDING] == PRESENT
+        return len(others) >= self.normal_from and all(value == ABSENT for value in others)
+
     def write(
         self, labels: Mapping[str, int], uniforms: Float[np.ndarray, " d"], absent_prob: float
     ) -> DiseasePrompt | None:
@@ -84,14 +93,11 @@ class DiseasePromptSet(Frozen):
         }
         present = [f for f in shuffled if labels[f] == PRESENT]
         absent = [f for f in shuffled if labels[f] == ABSENT]
-        is_normal = labels.get(NO_FINDING) == PRESENT or (
-            NO_FINDING not in labels and len(absent) == len(looked_for) >= self.normal_from
-        )
         says_absent = bool(absent) and uniforms[0] < absent_prob
         parts: list[tuple[str, Sequence[str], bool]] = []
         if present:
             parts.append((_pick(self.present, uniforms[1]), present, True))
-        elif is_normal:
+        elif self.is_normal(labels):
             parts.append((_pick(self.normal, uniforms[1]), (), True))
         else:
             says_absent = bool(absent)

@@ -65,6 +65,22 @@ class Entity:
     cue: tuple[int, int] | None = None
 
 
+NOTHING_WORDS = ("normal", "clear", "acute")
+"""Concepts of reports that name no finding at all, as "Normal chest." and "No acute disease."."""
+
+
+def finds_nothing(entities: Sequence[Entity]) -> bool:
+    """Whether a report says that nothing was found.
+
+    Each finding that it names is denied, none is doubted; a report that names none says that all is
+    normal or clear, or that there is nothing acute.
+    """
+    findings = [entity.status for entity in entities if entity.kind == "finding"]
+    if findings:
+        return all(status == "negated" for status in findings)
+    return any(entity.concept in NOTHING_WORDS for entity in entities)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One image and all that is known of it; a study without an image has `image=None`.

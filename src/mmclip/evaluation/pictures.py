@@ -26,9 +26,9 @@ from mmclip.data.batches import TrainingBatches, deterministic_config, is_pair, 
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.sample import Entity
 from mmclip.data.tokenizer import frame_of
-from mmclip.models.encoders import image_layout
+from mmclip.models.encoders import patch_grid
 from mmclip.models.mmclip import MMCLIP, Outputs
-from mmclip.patches import Grid, patchify, rescale_patches, unpatchify
+from mmclip.patches import Grid, PatchGrid, rescale_patches, unpatchify
 
 HEAT, HEAT_RATIO = (255, 176, 0), 0.75
 """Colour of the most relevant patch, and how much of it covers the image there. [chosen: an amber
@@ -71,7 +71,8 @@ class Picture:
     """What the masked terms make of one image and its text.
 
     Args:
-        image: 0..255, air dark.
+        image: 0..255, air dark; where a ResNet's features lie between the image's patches, moved so
+            that patches are those of features, see `patches.PatchGrid`.
         relevance: Of each patch to the text, by the score of the run; None where the choice of
             patches does not look at the text, or where no patch responds more than another.
         is_masked: The patches that are masked; None where the run masks none.
@@ -120,8 +121,8 @@ def make_pictures(checkpoint: Checkpoint, dataset: ImageTextDataset) -> dict[str
     dataset = dataset.select([is_pair(sample) or is_unpaired(sample) for sample in dataset.samples])
     if not len(dataset):
         return {}
-    patch_size = image_layout(model.vision_model).patch_size
-    batches = TrainingBatches(dataset, checkpoint.tokenizer, config, patch_size)
+    grid = patch_grid(model.vision_model)
+    batches = TrainingBatches(dataset, checkpoint.tokenizer, config, grid)
     everyone = np.arange(len(dataset))
     batch = batches.of_rows(everyone)
     mask = config.image_mask
@@ -129,8 +130,8 @@ def make_pictures(checkpoint: Checkpoint, dataset: ImageTextDataset) -> dict[str
     there = batch.to(model.logit_scale.device)
     out = model(there, mask if shows_patches else None, mask_noise=0.0)
     predicted = _predicted(batch, _guesses(model, out))
-    images = dataset.pixels(everyone)
-    patches = _patches(batch, out, images, patch_size)
+    images = grid.shifted(dataset.pixels(everyone)[:, None].float())[:, 0].byte()
+    patches = _patches(batch, out, images, grid)
     prompts = batches.prompts(everyone, np.zeros_like(everyone))
     pictures = {}
     for texts, said_ids in zip((batch.reports, batch.prompts), predicted, strict=True):
@@ -368,16 +369,16 @@ def _predicted(
 
 
 def _patches(
-    batch: Batch, out: Outputs, images: UInt8[Tensor, "b h w"], patch_size: int
+    batch: Batch, out: Outputs, images: UInt8[Tensor, "b h w"], grid: PatchGrid
 ) -> dict[str, Sequence[np.ndarray | None]]:
     """`relevance`, `is_masked` and `rebuilt` of each image, see `Picture`."""
     if out.patches is None or out.is_masked is None or out.relevance is None:
         return dict.fromkeys(("relevance", "is_masked", "rebuilt"), [None] * len(images))
-    grid = (images.shape[1] // patch_size, images.shape[2] // patch_size)
+    sides = (images.shape[1] // grid.patch_size, images.shape[2] // grid.patch_size)
     is_masked, relevance = (
-        values.cpu().unflatten(1, grid).numpy() for values in (out.is_masked, out.relevance)
+        values.cpu().unflatten(1, sides).numpy() for values in (out.is_masked, out.relevance)
     )
-    true = patchify(batch.image, patch_size)
+    true = grid.cut(batch.image)
     model_space = unpatchify(rescale_patches(out.patches.cpu(), true), images.shape[2])[:, 0]
     grey = (255 * (GREY_STD * model_space + GREY_MEAN)).round().clamp(0, 255).byte().numpy()
     return {

@@ -20,7 +20,7 @@ from mmclip.data.text import tokenise
 from mmclip.data.tokenizer import frame_of
 from mmclip.embed import embed_prompts
 from mmclip.masking import contribution_score, relevance_score
-from mmclip.models.encoders import image_layout, rebuild_encoder
+from mmclip.models.encoders import image_layout, patch_grid, rebuild_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet
@@ -82,7 +82,7 @@ def saliency_by_score(
     asks: Float[Tensor, "m e"] | None = None,
     names: Sequence[tuple[ScoreKind, ScoreTokens]] | None = None,
 ) -> dict[str, Float[Tensor, "m n"]]:
-    """The score of each patch for each phrase, by name of the score.
+    """The score of each patch of the image for each phrase, by name of the score.
 
     Args:
         model: In eval mode.
@@ -93,6 +93,7 @@ def saliency_by_score(
         names: The scores; all that the model can give if it is not given.
     """
     device, has_decoder = model.logit_scale.device, model.text_decoder is not None
+    grid = patch_grid(model.vision_model)
     names = score_names(has_decoder) if names is None else names
     maps: dict[str, list[Tensor]] = {}
     for index in torch.arange(len(texts)).split(size):
@@ -100,7 +101,7 @@ def saliency_by_score(
         distinct, row = torch.unique(some.rows, return_inverse=True)
         some = replace(some, rows=row).to(device)
         image = model.encode_image(images[distinct].to(device))
-        joint = model.visual_projection(image.features[:, 1:])[some.rows]
+        joint = model.project_patches(image.features[:, 1:])[some.rows]
         none = torch.zeros_like(some.is_masked)
         seen = replace(some, is_masked=none, masked_ids=some.ids)
         reads = {}
@@ -116,15 +117,15 @@ def saliency_by_score(
                 kind,
                 joint,
                 read.embedding,
-                model.text_projection(read.features),
+                model.project_words(read.features),
                 some.chosen(tokens),
                 read.attention,
             )
             name = kind if kind in WHOLE_TEXT_SCORES else f"{kind}/{tokens}"
-            maps.setdefault(name, []).append(score.cpu())
+            maps.setdefault(name, []).append(grid.on_image(score).cpu())
         if asks is not None:
             score = contribution_score(joint, asks[index].to(device))
-            maps.setdefault(PAIR, []).append(score.cpu())
+            maps.setdefault(PAIR, []).append(grid.on_image(score).cpu())
     return {name: torch.cat(parts) for name, parts in maps.items()}
 
 

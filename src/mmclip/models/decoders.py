@@ -202,14 +202,19 @@ class TextDecoder(nn.Module):
     Args:
         feature_width: Of the text features.
         image_width: Of the image features.
-        width: Of the decoder; a multiple of `heads`.
+        width: Of the decoder; a multiple of 4 and of `heads`.
         depth: Blocks.
         heads: Of each attention.
         vocab_size: Tokens to choose from.
         word_width: Of the word embeddings; None is as wide as the features.
+        grid: Rows and columns of patches. Each patch is told its place, as left and right, upper
+            and lower are among the masked words and a ResNet's features hardly know theirs.
 
-    Source: paper, figure 1B; the head is that of BERT's masked language model.
+    Source: paper, figure 1B; the head is that of BERT's masked language model, the positions are
+        those of the image decoder.
     """
+
+    positions: Tensor
 
     def __init__(
         self,
@@ -220,10 +225,15 @@ class TextDecoder(nn.Module):
         heads: int,
         vocab_size: int,
         word_width: int | None = None,
+        *,
+        grid: tuple[int, int],
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(feature_width, width)
-        self.blocks = nn.ModuleList(Block(width, heads, image_width) for _ in range(depth))
+        self.embed_image = nn.Linear(image_width, width)
+        places = F.pad(grid_positions(grid, width), (0, 0, 1, 0))  # the image's own has none
+        self.register_buffer("positions", places, persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads, width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         word_width = word_width or feature_width
         self.head = nn.Sequential(nn.Linear(width, word_width), nn.GELU(), nn.LayerNorm(word_width))
@@ -246,7 +256,7 @@ class TextDecoder(nn.Module):
         self,
         features: Float[Tensor, "b t dt"],
         is_valid: Bool[Tensor, "b t"],
-        image_features: Float[Tensor, "b i d"],
+        image_features: Float[Tensor, "b i d"] | None,
         is_asked: Bool[Tensor, "b t"],
         want_attention: bool = False,
         most_asked: int | None = None,
@@ -256,25 +266,32 @@ class TextDecoder(nn.Module):
         Args:
             features: Of the text encoder.
             is_valid: False on padding.
-            image_features: Patches and class token; all are real.
+            image_features: Class token and patches; None where there are no images: then the text
+                alone speaks.
             is_asked: The tokens whose features and attention are wanted; the others get 0.
             want_attention: Also give the weights with which each token looked at the image, the
                 heads of all blocks in a row, in float32 and without gradient.
             most_asked: How many are asked for in a row, at most; None asks the device.
         """
         x = self.embed(features)
+        sees = None
+        if image_features is None:
+            image = x.new_zeros(len(x), 1, x.shape[2])
+            sees = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
+        else:
+            image = self.embed_image(image_features) + self.positions
         most = most_in_a_row(is_asked) if most_asked is None else most_asked
         asked = first_positions(is_asked, most)
         attention = []
         for block in self.blocks[:-1]:
-            x, weights = block(x, is_valid, image_features, None, want_attention)
+            x, weights = block(x, is_valid, image, sees, want_attention)
             attention.append(weights)
-        x, weights = self.blocks[-1](x, is_valid, image_features, None, want_attention, asked)
+        x, weights = self.blocks[-1](x, is_valid, image, sees, want_attention, asked)
         x = scatter_tokens(x, asked, is_asked)
         if weights is None:
             return x, None
         weights = scatter_tokens(weights.transpose(1, 2).flatten(2), asked, is_asked)
-        heads = weights.unflatten(2, (-1, image_features.shape[1])).transpose(1, 2)
+        heads = weights.unflatten(2, (-1, image.shape[1])).transpose(1, 2)
         return x, torch.cat([*attention, heads], 1)
 
     def predict(

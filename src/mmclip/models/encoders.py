@@ -24,9 +24,10 @@ from mmclip.models.layout import (
     EncoderError,
     ImageLayout,
     TextLayout,
-    at_patch_centres,
+    as_pooled,
     image_layout,
     no_decay_names,
+    patch_grid,
     pooled,
     stop_unused,
     text_layout,
@@ -35,14 +36,14 @@ from mmclip.models.layout import (
 from mmclip.models.norm import no_tracking
 from mmclip.models.pretrained import LoadReport, build_tower, check_named_encoders
 from mmclip.models.text_towers import build_text_encoder, forward_text
-from mmclip.patches import gather_visible, patchify, unpatchify
+from mmclip.patches import gather_visible
 
 __all__ = [
     "EncoderError",
     "ImageLayout",
     "LoadReport",
     "TextLayout",
-    "at_patch_centres",
+    "as_pooled",
     "build_image_encoder",
     "build_text_encoder",
     "check_hides_pixels",
@@ -51,6 +52,7 @@ __all__ = [
     "forward_text",
     "image_layout",
     "no_decay_names",
+    "patch_grid",
     "pooled",
     "rebuild_encoder",
     "text_layout",
@@ -98,7 +100,8 @@ def encode_visible(
         n_masked: See `masking.masked_patch_count`.
 
     A ResNet reads the whole image with mid-grey in place of masked patches, and the features of
-    those are left out.
+    those are left out. That is no masked autoencoder: its convolutions and batch statistics see the
+    grey, too (SparK, arXiv:2301.03580, says how to leave it out).
 
     Raises:
         EncoderError: See `check_hides_pixels`.
@@ -107,10 +110,8 @@ def encode_visible(
     """
     check_hides_pixels(encoder)
     if isinstance(encoder, ResNetModel):
-        patch_size = image_layout(encoder).patch_size
-        patches = patchify(image, patch_size).masked_fill(is_masked[..., None], 0.0)
         with no_tracking(encoder):
-            output = encoder(pixel_values=unpatchify(patches, image.shape[-1]))
+            output = encoder(pixel_values=patch_grid(encoder).blanked(image, is_masked))
         return gather_visible(token_features(output)[:, 1:], is_masked, n_masked)
     assert isinstance(encoder, ViTModel)
     x = encoder.embeddings(image)

@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmclip.patches import PatchGrid
+
 LAYOUT_KEY = "mmclip_layout"
 """The entry of an encoder's configuration."""
 
@@ -22,7 +24,15 @@ Pooled = Literal["cls", "mean", "pooler"]
 encoder's own pooled output."""
 
 CORNER_STRIDES = ("resnet", "regnet")
-"""Models whose strided convolutions are centred on the first pixel; see `at_patch_centres`."""
+"""Models whose strided convolutions are centred on the first pixel; see `patches.PatchGrid`."""
+
+
+POOLED_NORM = {
+    "clip_vision_model": "post_layernorm",
+    "convnext": "layernorm",
+    "convnextv2": "layernorm",
+}
+"""Models whose pooled output passes a norm that their features do not, by its name."""
 
 
 class EncoderError(ValueError):
@@ -146,12 +156,43 @@ def pooled(
     return value.flatten(1)
 
 
+def as_pooled(
+    features: Float[Tensor, "b n d"], encoder: PreTrainedModel, of_text: bool = False
+) -> Float[Tensor, "b n d"]:
+    """Features after what stands between them and the projection, token by token.
+
+    The projection is trained on the pooled vector, which has passed a pooler's layer or a norm; a
+    score that compares single tokens with embeddings reads them after the same. A token is given to
+    the pooler as if the whole sequence were it, so that a mean and an attention change nothing.
+
+    Args:
+        features: Of patches or words, as the encoder gives them.
+        encoder: Says how it pools; see `pooled`.
+        of_text: Whether it reads texts.
+
+    Source: ours; for attention pooling as in MaskCLIP (arXiv:2112.01071).
+    """
+    layout = text_layout(encoder) if of_text else image_layout(encoder)
+    if layout.pooling != "pooler":
+        return features
+    parts = dict(encoder.named_children())
+    norm = parts.get(POOLED_NORM.get(encoder.config.model_type, ""))
+    if norm is not None:
+        return norm(features)
+    layer = parts.get("head", parts.get("pooler"))
+    if layer is None or not any(True for _ in layer.parameters()):
+        return features
+    alone = features.flatten(0, 1)[:, None].expand(-1, 2, -1)
+    found = layer(alone)
+    return (found if found.ndim == 2 else found[:, 0]).unflatten(0, features.shape[:2])
+
+
 def token_features(output: Any, encoder: PreTrainedModel | None = None) -> Float[Tensor, "b n d"]:
     """The features of an image encoder's output: the image's own first, then one a patch.
 
     The image's own is the class token; an encoder without one gives its pooled vector there. What
-    else stands before the patches, as register tokens, is left out. The features of a ResNet are
-    those of the patches, see `at_patch_centres`.
+    else stands before the patches, as register tokens, is left out. Nothing mixes the features, so
+    that a masked one is gone; `patch_grid` says where they lie.
 
     Args:
         output: Of the encoder.
@@ -165,27 +206,16 @@ def token_features(output: Any, encoder: PreTrainedModel | None = None) -> Float
         patches = features[:, layout.n_prefix :]
         own = pooled(output, encoder) if layout.n_prefix == 0 and encoder else features[:, 0]
         return torch.cat([own[:, None], patches], 1)
-    if encoder is None or encoder.config.model_type in CORNER_STRIDES:
-        features = at_patch_centres(features)
     own = output.pooler_output.flatten(1) if encoder is None else pooled(output, encoder)
     return torch.cat([own[:, None], features.flatten(2).mT], 1)
 
 
-def at_patch_centres(features: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
-    """A ResNet's features half a patch further down and right, between four of them, linearly.
-
-    Each convolution of stride 2 takes its first place on the first pixel, so that feature (0, 0) of
-    a ResNet looks at the corner of the image, and feature k at pixel k * stride: the corner of its
-    patch, not its middle. Left as they are, they point at the patch beside the lesion as often as
-    at the lesion's. The last row and column keep their place: there is nothing beyond.
-
-    Source: ours; what it changes is in docs/log.md, "Where a ResNet's features look".
-    """
-    for dim in (2, 3):
-        last = features.shape[dim] - 1
-        following = torch.cat([features.narrow(dim, 1, last), features.narrow(dim, last, 1)], dim)
-        features = torch.lerp(features, following, 0.5)
-    return features
+def patch_grid(encoder: PreTrainedModel) -> PatchGrid:
+    """Where the features of an image encoder lie on its images."""
+    patch_size = image_layout(encoder).patch_size
+    return PatchGrid(
+        patch_size, patch_size // 2 if encoder.config.model_type in CORNER_STRIDES else 0
+    )
 
 
 def no_decay_names(model: nn.Module) -> set[str]:

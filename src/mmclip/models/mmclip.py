@@ -23,6 +23,7 @@ from mmclip.masking import (
 )
 from mmclip.models.decoders import ImageDecoder, TextDecoder
 from mmclip.models.encoders import (
+    as_pooled,
     encode_visible,
     forward_text,
     image_layout,
@@ -64,7 +65,7 @@ class Outputs(NamedTuple):
     image_embedding: Float[Tensor, "b e"]
     text_embedding: Float[Tensor, "b e"]
     scale: Float[Tensor, ""]
-    masked_token_features: Float[Tensor, "h w"] | None  # of reports, then of prompts
+    masked_token_features: Float[Tensor, "h w"] | None  # in the order of `Batch.masked_texts`
     masked_token_loss: Float[Tensor, ""] | None  # its sum over them, see `losses`
     patches: Float[Tensor, "b n p"] | None  # predicted pixels, see `ImageDecoder`
     is_masked: Bool[Tensor, "b n"] | None
@@ -147,6 +148,14 @@ class MMCLIP(nn.Module):
         projected = self.text_projection(pooled(output, self.text_model, is_valid))
         return EncoderOutput(output.last_hidden_state, F.normalize(projected.float(), dim=-1))
 
+    def project_patches(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
+        """Features of patches in the joint space, by the way of the pooled vector."""
+        return self.visual_projection(as_pooled(features, self.vision_model))
+
+    def project_words(self, features: Float[Tensor, "m t d"]) -> Float[Tensor, "m t e"]:
+        """Features of words in the joint space, by the way of the pooled vector."""
+        return self.text_projection(as_pooled(features, self.text_model, of_text=True))
+
     def scale(self) -> Float[Tensor, ""]:
         """The inverse temperature; clamped, so that its gradient stops at the limit [CLIP 2.5]."""
         return self.logit_scale.exp().clamp(max=self.max_logit_scale)
@@ -179,7 +188,10 @@ class MMCLIP(nn.Module):
         prompts = self.forward_text(batch.prompts, image.features, wanted)
         both = [(batch.prompts, prompts.embedding), (batch.reports, reports.embedding)]
         text_embedding = self._texts_of_rows(image.embedding, both)
-        token_features, token_loss = self._masked_token_loss(batch, reports, prompts)
+        read = [reports, prompts]
+        if batch.lone_reports is not None and self.text_decoder is not None:
+            read.append(self.forward_text(batch.lone_reports, None))
+        token_features, token_loss = self._masked_token_loss(batch.masked_texts(), read)
         rebuilt = MaskedPatches(None, None, None)
         if self.image_decoder is not None and mask is not None:
             rebuilt = self._rebuild(batch, image, (reports, prompts), mask, mask_noise)
@@ -239,14 +251,15 @@ class MMCLIP(nn.Module):
     def forward_text(
         self,
         texts: TextBatch,
-        image_features: Float[Tensor, "b i d"],
+        image_features: Float[Tensor, "b i d"] | None,
         attention_of: ScoreTokens | None = None,
     ) -> TextOutput:
         """Encodes texts as they are, and recovers their masked words with the images' help.
 
         Args:
             texts: At most one per image.
-            image_features: Of all images of the batch, class token first.
+            image_features: Of all images of the batch, class token first; None where the texts
+                have no images.
             attention_of: Also give how these words, masked ones in their places, looked at the
                 patches; it costs the attention once more, as the fused kernel does not show it.
         """
@@ -263,7 +276,7 @@ class MMCLIP(nn.Module):
             x, attention = self.text_decoder.decode(
                 distinct.index_select(0, plan.with_masks),
                 texts.is_valid,
-                image_features.index_select(0, texts.rows),
+                None if image_features is None else image_features.index_select(0, texts.rows),
                 asked | texts.chosen(attention_of) if attention_of else asked,
                 attention_of is not None,
                 texts.most_chosen(attention_of),
@@ -298,19 +311,18 @@ class MMCLIP(nn.Module):
         return self.text_decoder.predict(masked_features, words)
 
     def _masked_token_loss(
-        self, batch: Batch, reports: TextOutput, prompts: TextOutput
+        self, texts: Sequence[TextBatch], read: Sequence[TextOutput]
     ) -> tuple[Float[Tensor, "h w"] | None, Float[Tensor, ""] | None]:
-        """Features of all masked tokens, and the sum of their cross-entropies.
+        """Features of all masked tokens of some texts, and the sum of their cross-entropies.
 
         The loss is computed here, as its logits would be the largest output of the model.
         """
-        if reports.masked_features is None or prompts.masked_features is None:
+        features = [output.masked_features for output in read if output.masked_features is not None]
+        if self.text_decoder is None:
             return None, None
-        both = ((batch.reports, reports.masked_features), (batch.prompts, prompts.masked_features))
         targets = [
-            texts.ids.flatten().index_select(0, texts.encoding.masked_places) for texts, _ in both
+            each.ids.flatten().index_select(0, each.encoding.masked_places) for each in texts
         ]
-        features = [masked for _, masked in both]
         loss = masked_token_sum_in_blocks(features, targets, self.token_logits)
         return torch.cat(features), loss
 
@@ -329,14 +341,14 @@ class MMCLIP(nn.Module):
         zero = features.new_zeros(features.shape[:2], dtype=torch.float32)
         if mask is None:
             return zero
-        joint = self.visual_projection(features)
+        joint = self.project_patches(features)
         scores: list[Tensor] = []
         for texts, text_output in ((batch.reports, reports), (batch.prompts, prompts)):
             score = relevance_score(
                 mask.score,
                 joint.index_select(0, texts.rows),
                 text_output.embedding,
-                self.text_projection(text_output.features),
+                self.project_words(text_output.features),
                 texts.chosen(mask.score_tokens),
                 text_output.attention,
             )
@@ -414,9 +426,9 @@ def build_mmclip(
     vision, text = image_layout(image_encoder), text_layout(text_encoder)
     words = text_encoder.get_input_embeddings().weight
     assert isinstance(words, Tensor)
+    side = vision.image_size // vision.patch_size
     image_decoder = text_decoder = None
     if config.loss.image:
-        side = vision.image_size // vision.patch_size
         sizes = config.model.image_decoder
         image_decoder = ImageDecoder(
             vision.width,
@@ -436,6 +448,7 @@ def build_mmclip(
             sizes.depth,
             sizes.heads,
             *words.shape,
+            grid=(side, side),
         )
     return MMCLIP(
         image_encoder,

@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 
 from mmclip.config import Config
-from mmclip.data.batches import is_pair
+from mmclip.data.batches import rows_by_stream
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.leakage.check import patient_key
 from mmclip.progress import console
@@ -17,12 +17,15 @@ def say_what_runs(
     """Prints the size of data, model and hardware, and what of a step is not as one may think."""
     train = config.train
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
-    n_pairs = sum(map(is_pair, dataset.samples))
-    unpaired = f" and {len(dataset) - n_pairs:,} unpaired images" if len(dataset) > n_pairs else ""
+    counts = rows_by_stream(dataset)
+    said = {"n_unpaired": "unpaired images", "n_lone_reports": "reports", "n_bare": "bare images"}
+    beside = [f"{counts[name]:,} {what}" for name, what in said.items() if counts[name]]
+    unpaired = " and ".join(["", *beside])
+    n_patients = len({patient_key(sample) for sample in dataset.samples})
     n_threads = torch.get_num_threads()
     console.print(
-        f"{n_pairs:,} pairs{unpaired} of {len({patient_key(f) for f in dataset.samples}):,} "
-        f"patients, {millions:.1f} million parameters, {accelerator.device.type} x "
+        f"{counts['n_pairs']:,} pairs{unpaired} of {n_patients:,} patients, "
+        f"{millions:.1f} million parameters, {accelerator.device.type} x "
         f"{accelerator.num_processes}, {train.precision}, "
         f"{n_threads} thread{'s' * (n_threads != 1)}"
     )
@@ -32,7 +35,7 @@ def say_what_runs(
             f"are the {train.micro_batch_size} pairs of a micro-batch, not the "
             f"{train.batch_size} of the batch"
         )
-    for line in repeats(config, n_pairs, len(dataset) - n_pairs):
+    for line in repeats(config, counts["n_pairs"], counts["n_unpaired"]):
         console.print(line, style="yellow", soft_wrap=True)
 
 

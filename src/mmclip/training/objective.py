@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from mmclip.batch import Batch
+from mmclip.batch import PROMPT, REPORT, Batch
 from mmclip.config import Config
 from mmclip.data.batches import RawBatch
 from mmclip.losses import (
@@ -25,7 +25,7 @@ from mmclip.losses import (
 )
 from mmclip.masking import mask_noise_at, masked_patch_count
 from mmclip.models.mmclip import Outputs
-from mmclip.patches import normalise_patches, patchify
+from mmclip.patches import PatchGrid, normalise_patches
 from mmclip.training.gather import all_gather_rows
 from mmclip.training.terms import Embeddings
 
@@ -35,7 +35,7 @@ class Objective:
     """The terms of a configuration. Source: paper, section 3; docs/method.md."""
 
     config: Config
-    patch_size: int  # of the image encoder
+    grid: PatchGrid  # where the features of the image encoder lie
 
     @property
     def weights(self) -> dict[str, float]:
@@ -59,9 +59,8 @@ class Objective:
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Runs the model on this process's rows and sums each term over them."""
         out = self.outputs(model, batch)
-        return {"contrastive": contrastive_sums(embeddings_of(out), batch)} | self._others(
-            out, batch
-        )
+        contrastive = contrastive_sums(embeddings_of(out), batch, self.config.contrastive.by_kind)
+        return {"contrastive": contrastive} | self._others(out, batch)
 
     def sums_given(self, model: nn.Module, batch: Batch, gradient: Embeddings) -> dict[str, Tensor]:
         """As `sums`, but that the contrastive term is linear in the embeddings, with a gradient
@@ -75,7 +74,7 @@ class Objective:
         """The terms of masked modelling and labels."""
         terms = {}
         if out.patches is not None and out.is_masked is not None:
-            target = normalise_patches(patchify(batch.image, self.patch_size))
+            target = normalise_patches(self.grid.cut(batch.image))
             terms["image"] = masked_patch_sum(out.patches, target, out.is_masked)
         if out.masked_token_loss is not None:
             terms["text"] = out.masked_token_loss
@@ -106,10 +105,10 @@ class Objective:
         rows = [batch.rest if isinstance(batch, RawBatch) else batch for batch in batches]
         device = leaves.image.device
         keys = torch.cat([batch.keys for batch in rows]).to(device)
-        has_text = torch.cat([batch.has_text for batch in rows])
-        term = contrastive_sum_of(
-            leaves, keys, has_text.to(device), has_text.nonzero()[:, 0].to(device)
-        )
+        kinds = torch.cat([batch.text_kinds for batch in rows])
+        text_rows = (kinds >= 0).nonzero()[:, 0].to(device)
+        by_kind = self.config.contrastive.by_kind
+        term = contrastive_sum_of(leaves, keys, kinds.to(device), text_rows, by_kind)
         gradients = torch.autograd.grad(weight * term, list(leaves))
         return term.detach(), Embeddings(*gradients)
 
@@ -120,8 +119,7 @@ class Objective:
         """
         batch = batch.rest if isinstance(batch, RawBatch) else batch
         masked = masked_patch_count(batch.patch_noise.shape[1], self.config.image_mask.mask_ratio)
-        texts = (batch.reports, batch.prompts)
-        n_tokens = sum(len(each.encoding.masked_places) for each in texts)
+        n_tokens = sum(len(each.encoding.masked_places) for each in batch.masked_texts())
         return {
             "contrastive": len(batch.text_rows),
             "image": len(batch) * masked,
@@ -135,16 +133,17 @@ def embeddings_of(out: Outputs) -> Embeddings:
     return Embeddings(out.image_embedding, out.text_embedding, out.scale)
 
 
-def contrastive_sums(embeddings: Embeddings, batch: Batch) -> Tensor:
+def contrastive_sums(embeddings: Embeddings, batch: Batch, by_kind: bool = False) -> Tensor:
     """`contrastive_sum_of` the rows of a batch."""
-    return contrastive_sum_of(embeddings, batch.keys, batch.has_text, batch.text_rows)
+    return contrastive_sum_of(embeddings, batch.keys, batch.text_kinds, batch.text_rows, by_kind)
 
 
 def contrastive_sum_of(
     embeddings: Embeddings,
     keys: Int[Tensor, "b m"],
-    has_text: Bool[Tensor, " b"],
+    text_kinds: Int[Tensor, " b"],
     text_rows: Int[Tensor, " r"],
+    by_kind: bool = False,
 ) -> Tensor:
     """The mean of the two directions, summed over this process's rows that have a text.
 
@@ -153,16 +152,23 @@ def contrastive_sum_of(
     Args:
         embeddings: Of this process's rows.
         keys: See `Batch.keys`.
-        has_text: The rows that have a text.
-        text_rows: Their numbers.
+        text_kinds: See `Batch.text_kinds`.
+        text_rows: The numbers of the rows that have a text.
+        by_kind: Compare rows with a report among themselves, and those with a prompt likewise.
 
     Source: paper, figure 1B; docs/method.md, row "contrastive term".
     """
     all_image, all_text = all_gather_rows(embeddings.image), all_gather_rows(embeddings.text)
-    all_keys, all_has_text = all_gather_rows(keys), all_gather_rows(has_text)
-    own_keys = keys.index_select(0, text_rows)
+    all_keys, all_kinds = all_gather_rows(keys), all_gather_rows(text_kinds)
+    own_keys, own_kinds = keys.index_select(0, text_rows), text_kinds.index_select(0, text_rows)
     image, text = (x.index_select(0, text_rows) for x in (embeddings.image, embeddings.text))
-    scale = embeddings.scale
-    to_text = contrastive_sum_in_blocks(image, all_text, own_keys, all_keys, all_has_text, scale)
-    to_image = contrastive_sum_in_blocks(text, all_image, own_keys, all_keys, all_has_text, scale)
-    return (to_text + to_image) / 2
+    scale, sums = embeddings.scale, []
+    for kind in (REPORT, PROMPT) if by_kind else (None,):
+        is_here = all_kinds >= 0 if kind is None else all_kinds == kind
+        # Rows of the other kind lose their keys: without a positive they add nothing.
+        mine = own_keys if kind is None else own_keys.masked_fill((own_kinds != kind)[:, None], -1)
+        for query, others in ((image, all_text), (text, all_image)):
+            sums.append(
+                contrastive_sum_in_blocks(query, others, mine, all_keys, is_here, scale) / 2
+            )
+    return torch.stack(sums).sum()

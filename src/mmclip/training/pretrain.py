@@ -6,6 +6,7 @@ run/config.json, trained_on.npy, seen.json, metrics.jsonl, tensorboard/, checkpo
 import importlib.util
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ from mmclip.config import Config, config_hash
 from mmclip.data.batches import (
     SEEN_FILE,
     TrainingBatches,
-    is_pair,
     label_names,
     reserved_for_evaluation,
+    rows_by_stream,
     seen_in_training,
     training_dataset,
 )
@@ -45,7 +46,7 @@ from mmclip.models.encoders import (
     build_text_encoder,
     check_hides_pixels,
     check_named_encoders,
-    image_layout,
+    patch_grid,
 )
 from mmclip.models.mmclip import MMCLIP, build_mmclip, compile_layers
 from mmclip.models.trainable import lr_ratios, set_trainable
@@ -193,12 +194,11 @@ def _prepare(request: PretrainRequest) -> ImageTextDataset:
 def _facts(request: PretrainRequest, dataset: ImageTextDataset) -> dict[str, Any]:
     """What checkpoints of a new run say of its data and its command."""
     chosen = training_dataset(dataset, request.config)
-    n_pairs = sum(map(is_pair, chosen.samples))
-    _check_enough(request, dataset, n_pairs, len(chosen) - n_pairs)
+    counts = rows_by_stream(chosen)
+    _check_enough(request, dataset, counts)
     return {
         "data_hash": dataset.data_hash,
-        "n_pairs": n_pairs,
-        "n_unpaired": len(chosen) - n_pairs,
+        **counts,
         "command": request.command,
         "resumed_by": [],
         "shuffle_pairs": request.shuffle_pairs,
@@ -230,12 +230,12 @@ def _train(
     config, model = request.config, start.model
     # transformers loads weights in evaluation mode, in which batch norm learns nothing.
     set_trainable(model.train(), config.model)
-    objective = Objective(config, image_layout(model.vision_model).patch_size)
+    objective = Objective(config, patch_grid(model.vision_model))
     batches = TrainingBatches(
         dataset,
         start.tokenizer,
         config,
-        objective.patch_size,
+        objective.grid,
         request.shuffle_pairs,
         None if request.lesions is None else read_lesions(request.lesions),
     )
@@ -289,20 +289,28 @@ def _describe_run(
 
 
 def _check_enough(
-    request: PretrainRequest, dataset: ImageTextDataset, n_pairs: int, n_unpaired: int
+    request: PretrainRequest, dataset: ImageTextDataset, counts: Mapping[str, int]
 ) -> None:
-    folders = ", ".join(map(str, request.folders))
-    if n_pairs < 2:
+    folders, unpaired = ", ".join(map(str, request.folders)), request.config.unpaired
+    if counts["n_pairs"] < 2:
         raise ManifestError(
-            f"{folders}: {n_pairs} of {len(dataset)} rows have an image, a report, split 'train' "
-            f"and a view in {request.config.data.views}; contrastive training needs at least two"
+            f"{folders}: {counts['n_pairs']} of {len(dataset)} rows have an image, a report, split "
+            f"'train' and a view in {request.config.data.views}; contrastive training needs at "
+            f"least two"
         )
-    if request.config.unpaired.rows_per_pair and not n_unpaired:
-        raise ManifestError(
-            f"{folders}: no training image has labels and no report, as "
-            f"unpaired.rows_per_pair={request.config.unpaired.rows_per_pair} asks for; set it to "
-            f"0, or add a data folder with labelled images"
-        )
+    for key, ratio, name, missing, remedy in (
+        ("rows_per_pair", unpaired.rows_per_pair, "n_unpaired",
+         "image has labels and no report", "labelled images"),
+        ("reports_per_pair", unpaired.reports_per_pair, "n_lone_reports",
+         "report has no image", "reports alone"),
+        ("bare_per_pair", unpaired.bare_per_pair, "n_bare",
+         "image has neither report nor labels", "such images"),
+    ):  # fmt: skip
+        if ratio and not counts[name]:
+            raise ManifestError(
+                f"{folders}: no training {missing}, as unpaired.{key}={ratio} asks for; set it to "
+                f"0, or add a data folder with {remedy}"
+            )
     if (
         request.config.image_mask.policy == "oracle"
         and request.config.loss.image
