@@ -165,14 +165,24 @@ def check_test_may_be_scored(wanted: Iterable[Key], done: Iterable[Key]) -> None
         )
 
 
-def train(arm: str, config: Config, data: Path, run: Path) -> dict[str, float]:
-    """Trains unless it is done, keeps the newest weights alone, and returns what it cost."""
+def train(
+    arm: str, config: Config, data: Path, run: Path, also: Sequence[Path] = ()
+) -> dict[str, float]:
+    """Trains unless it is done, keeps the newest weights alone, and returns what it cost.
+
+    Args:
+        arm: Its name, with `+shuffled_pairs` for the control.
+        config: Of the arm.
+        data: Data folder, beside which raw/ holds synthetic images' lesions.
+        run: Folder of the run.
+        also: Further data folders to train on.
+    """
     cost = run / "cost.json"
     if not cost.is_file():
         shutil.rmtree(run, ignore_errors=True)  # cut off: its seconds would not be the whole cost
         began, cpu_began = time.monotonic(), time.process_time()
         request = PretrainRequest(
-            (data,),
+            (data, *also),
             run,
             config,
             "bench/ablation.py",

@@ -7,7 +7,9 @@ CXR is a folder with studies.csv and the images that examples/mixed_images.toml 
 are clinical notes of one source; unpaired images are those with labels of ChestX-ray14. An arm
 trains `tiny` for 600 steps. ARM+one_label also trains on the sources that have one label each, so
 that the label is the source; ARM+no_covid takes the words for COVID-19 and its tests out of the
-notes.
+notes. ARM+streams reads the data folders of --also beside them: reports without an image
+(`mmclip data build openi`), and images with neither report nor labels, half as many a step as
+pairs.
 
 The images scored are of other sources than the pairs. Those of ChestX-ray14 are of the source of
 the unpaired images: a finding that was a prompt there is prompt-supervised, and no zero-shot
@@ -35,7 +37,8 @@ from ablation import Key, losses_at_end, read_lines, run_name, train, unfinished
 from compare import markdown
 from mmclip.checkpoint import code_version
 from mmclip.config import Config, config_hash, load_config
-from mmclip.data.folder import META_FILE, read_meta
+from mmclip.data.batches import STREAMS as STREAMS_READ
+from mmclip.data.folder import META_FILE
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.sources import open_reader
@@ -61,7 +64,10 @@ ARMS: Mapping[str, tuple[str, ...]] = {
 }
 """What an arm sets. Source: docs/training.md, "The arms of the method"."""
 
-ONE_LABEL, NO_COVID = "+one_label", "+no_covid"
+ONE_LABEL, NO_COVID, WITH_STREAMS = "+one_label", "+no_covid", "+streams"
+STREAMS = ("unpaired.reports_per_pair=0.5", "unpaired.bare_per_pair=0.5")
+"""What +streams sets."""
+
 UNPAIRED_SOURCES = ("nih1024", "nih64")
 """Whose labelled images train as unpaired ones. Source: the images with labels of ChestX-ray14;
 tb128 is for fine-tuning, and its images are scored here."""
@@ -116,7 +122,9 @@ def data_of(arm: str, root: Path, out: Path, image_size: int) -> Path:
 
 def config_of(arm: str, seed: int, overrides: Sequence[str]) -> Config:
     """The configuration of an arm under a seed."""
-    own = ARMS[arm.removesuffix(NO_COVID).removesuffix(ONE_LABEL)]
+    name = arm.removesuffix(WITH_STREAMS)
+    own = ARMS[name.removesuffix(NO_COVID).removesuffix(ONE_LABEL)]
+    own += STREAMS if arm.endswith(WITH_STREAMS) else ()
     return load_config("tiny", ["train.steps=600", *own, *overrides, f"train.seed={seed}"])
 
 
@@ -157,10 +165,10 @@ def among_the_sick(result: ZeroShot) -> dict[str, float] | None:
     return found.aurocs() | ({"macro": found.macro_auroc} if found.macro_auroc is not None else {})
 
 
-def run(key: Key, config: Config, folder: Path, out: Path) -> dict:
+def run(key: Key, config: Config, folders: Sequence[Path], out: Path) -> dict:
     """Trains and scores one run, and returns its line."""
-    where = out / "runs" / run_name(key)
-    cost = train(key.arm, config, folder, where)
+    where, (folder, *also) = out / "runs" / run_name(key), folders
+    cost = train(key.arm, config, folder, where, also)
     trained, prompts = open_run(where), load_prompts("default")
     dataset = open_dataset([folder], config.data.image_size)
     scored = {}
@@ -175,8 +183,7 @@ def run(key: Key, config: Config, folder: Path, out: Path) -> dict:
         **key._asdict(),
         "commit": trained.checkpoint.meta["versions"]["commit"],
         "scored_at_commit": code_version()["commit"],
-        "n_pairs": trained.checkpoint.meta["n_pairs"],
-        "n_unpaired": trained.checkpoint.meta["n_unpaired"],
+        **{name: trained.checkpoint.meta[name] for name in STREAMS_READ},
         "scored": scored,
         "loss_end": losses_at_end(where),
         **cost,
@@ -227,11 +234,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Arms x seeds on real images.")
     parser.add_argument("cxr", type=Path)
     parser.add_argument("out", type=Path)
-    every = [arm + a + b for arm in ARMS for a in ("", ONE_LABEL) for b in ("", NO_COVID)]
+    every = [
+        arm + a + b + c
+        for arm in ARMS
+        for a in ("", ONE_LABEL)
+        for b in ("", NO_COVID)
+        for c in ("", WITH_STREAMS)
+    ]
     parser.add_argument(
         "--arms", nargs="+", default=["contrastive", "whole"], choices=every, metavar="ARM",
-        help=f"of {', '.join(ARMS)}, with {ONE_LABEL} or {NO_COVID} behind it",
+        help=f"of {', '.join(ARMS)}, with {ONE_LABEL}, {NO_COVID} or {WITH_STREAMS} behind it",
     )  # fmt: skip
+    parser.add_argument("--also", nargs="+", type=Path, default=[], help="folders of +streams")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jsonl", type=Path, help="of finished runs; OUT/real_images.jsonl")
     parser.add_argument("--table", action="store_true", help="print what has finished, run nothing")
@@ -240,13 +254,15 @@ def main() -> None:
     jsonl = args.jsonl or args.out / "real_images.jsonl"
 
     wanted: dict[Key, Config] = {}
-    folders: dict[Key, Path] = {}
+    folders: dict[Key, list[Path]] = {}
     for seed in args.seeds:
         for arm in args.arms:
             config = config_of(arm, seed, args.set)
-            folder = data_of(arm, args.cxr, args.out, config.data.image_size)
-            key = Key(arm, seed, "val", config_hash(config), read_meta(folder)["data_hash"])
-            wanted[key], folders[key] = config, folder
+            every = [data_of(arm, args.cxr, args.out, config.data.image_size)]
+            every += args.also if arm.endswith(WITH_STREAMS) else []
+            data_hash = open_dataset(every, config.data.image_size).data_hash
+            key = Key(arm, seed, "val", config_hash(config), data_hash)
+            wanted[key], folders[key] = config, every
     if not args.table:
         jsonl.parent.mkdir(parents=True, exist_ok=True)
         for key, config in unfinished(wanted, read_lines(jsonl)).items():
