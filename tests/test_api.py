@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from tests.commands import mmclip as command
 from tests.made_files import dicom, encoded, ramp
 
 FINDINGS = ["pleural effusion", "pneumothorax"]
-PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -388,30 +389,53 @@ def test_a_saliency_map_lies_on_the_pixels_of_the_image(model: Model, tmp_path: 
         found.save(tmp_path / "map.jpg")
 
 
-def test_every_snippet_of_the_page_runs(
-    made_run: Path, made_data: Path, tuned: Path, files: list[str], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):  # fmt: skip
-    """One after another, as a reader would type them, in a folder that holds what they name."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "first").symlink_to(made_run)
-    (tmp_path / "ft").symlink_to(tuned)
-    Image.open(files[0]).save("a.png")
-    (tmp_path / "b.dcm").write_bytes(dicom(ramp()))
+@pytest.fixture(scope="module")
+def desk(
+    made_run: Path, made_data: Path, tuned: Path, files: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:  # fmt: skip
+    """A folder that holds what the documents name: runs, results and images."""
+    desk = tmp_path_factory.mktemp("desk")
+    for run in ("runs/first", "runs/demo/run"):
+        (desk / run).parent.mkdir(parents=True, exist_ok=True)
+        (desk / run).symlink_to(made_run)
+    (desk / "ft").symlink_to(tuned)
+    Image.open(files[0]).save(desk / "a.png")
+    (desk / "b.dcm").write_bytes(dicom(ramp()))
     ended = command(
-        tmp_path, "zeroshot", "--run", made_run, "--data", made_data, "--out",
-        tmp_path / "validated", "--n-resamples", "10",
+        desk, "zeroshot", "--run", made_run, "--data", made_data, "--out",
+        desk / "validated", "--n-resamples", "10",
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    text = PAGE.read_text("utf-8")
-    snippets = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(snippets) >= 5
+    return desk
+
+
+def snippets(document: Path) -> list[str]:
+    """The Python blocks of a document."""
+    return re.findall(r"^```python\n(.*?)^```", document.read_text("utf-8"), re.M | re.S)
+
+
+WITH_SNIPPETS = [
+    path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if snippets(path)
+]
+
+
+def test_the_readme_and_the_page_of_the_api_have_snippets():
+    assert {"README.md", "python.md"} <= {path.name for path in WITH_SNIPPETS}
+
+
+@pytest.mark.parametrize("document", WITH_SNIPPETS, ids=lambda path: path.name)
+def test_every_snippet_of_the_documents_runs(
+    document: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One after another, as a reader would type them, in a folder that holds what they name."""
+    monkeypatch.chdir(desk)
     names: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, str(PAGE), "exec"), names)
-    assert (tmp_path / "map.png").exists()
-    assert (tmp_path / "predictions.csv").exists()
+    for snippet in snippets(document):
+        exec(compile(snippet, str(document), "exec"), names)
+    if document.name == "python.md":
+        assert (desk / "map.png").exists()
+        assert (desk / "predictions.csv").exists()
 
 
 def test_a_data_folder_of_the_same_images_is_read_alike(made_data: Path, made_run: Path):
