@@ -19,6 +19,7 @@ MODULES = {
 LAYERS = (
     {"mmclip.cli", "mmclip.__main__"},
     {"mmclip.api", "mmclip.demo", "mmclip.doctor", "mmclip.prediction"},
+    {"mmclip.export"},
     {"mmclip.explanation", "mmclip.finetuning", "mmclip.retrieval"},
     {"mmclip.evaluation"},
     {"mmclip.training"},

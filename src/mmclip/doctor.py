@@ -47,6 +47,9 @@ OPTIONAL = {
     "openpyxl": "xlsx",
     "sentencepiece": "sentencepiece",
     "protobuf": "sentencepiece",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
 }
 """Each package of the extras in pyproject.toml, and its extra."""
 

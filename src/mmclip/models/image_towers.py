@@ -226,7 +226,7 @@ def take_one_channel(
         new.weight.copy_(GREY_STD * weight.sum(1, keepdim=True))
         assert new.bias is not None
         new.bias.copy_(old.bias + (weight * (GREY_MEAN - mean)).sum((1, 2, 3)))
-    _put_projection(encoder, old, new)
+    put_projection(encoder, old, new)
     encoder.config.num_channels = 1
     return None
 
@@ -236,16 +236,26 @@ def repeat_channel(
 ) -> None:
     """Puts a `GreyConv2d` in the place of an encoder's first convolution."""
     old = patch_projection(encoder)
-    _put_projection(encoder, old, GreyConv2d(old, rgb_mean, rgb_std))
+    put_projection(encoder, old, GreyConv2d(old, rgb_mean, rgb_std))
 
 
-def _put_projection(encoder: PreTrainedModel, old: nn.Conv2d, new: nn.Conv2d) -> None:
+def put_projection(
+    encoder: PreTrainedModel, old: nn.Conv2d, new: nn.Conv2d, n_channels: int = 1
+) -> None:
+    """Puts a convolution in the place of another.
+
+    Args:
+        encoder: Both are, or will be, of.
+        old: Its first one.
+        new: Takes its place.
+        n_channels: Of the images that the encoder reads from now on; some modules check it.
+    """
     for parent in list(encoder.modules()):
         for name, child in parent.named_children():
             if child is old:
                 setattr(parent, name, new)
-        if not isinstance(parent, nn.Conv2d) and getattr(parent, "num_channels", None) == 3:
-            parent.num_channels = 1  # pyright: ignore[reportArgumentType]
+        if not isinstance(parent, nn.Conv2d) and getattr(parent, "num_channels", None) in (1, 3):
+            parent.num_channels = n_channels  # pyright: ignore[reportArgumentType]
 
 
 def resize_position_grid(encoder: PreTrainedModel, image_size: int) -> PreTrainedModel:
@@ -268,7 +278,7 @@ def resize_position_grid(encoder: PreTrainedModel, image_size: int) -> PreTraine
         resized = type(encoder)(config)
     for old, new in zip(_convolutions(encoder), _convolutions(resized), strict=True):
         if isinstance(old, GreyConv2d):
-            _put_projection(resized, new, copy.deepcopy(old))
+            put_projection(resized, new, copy.deepcopy(old))
     shapes = {name: tensor.shape for name, tensor in resized.state_dict().items()}
     state = encoder.state_dict()
     for name, tensor in state.items():

@@ -1,0 +1,1 @@
+"""What a run gives to others: folders of transformers, and ONNX graphs."""

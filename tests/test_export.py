@@ -1,0 +1,484 @@
+"""`mmclip export`: what transformers and onnxruntime make of it equals what the run makes."""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    VisionTextDualEncoderModel,
+    pipeline,
+)
+
+import mmclip as package
+from mmclip.data.image_text_dataset import normalise
+from mmclip.export.export import ExportRequest, export
+from mmclip.run import Run, open_run
+from tests.commands import Ended, mmclip
+from tests.made import REPORTS
+
+VIT = ("--set", "model.image.kind=vit", "--set", "train.steps=4")
+
+
+@pytest.fixture(scope="module")
+def vit_run(made_data: Path, small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a ViT and a BERT, which transformers' class can hold."""
+    folder = tmp_path_factory.mktemp("vit")
+    run = folder / "run"
+    given = ("pretrain", "--data", made_data, "--config", small_config, *VIT, "--out", run)
+    ended = mmclip(folder, *given)
+    assert ended.code == 0, ended.err
+    return run
+
+
+@pytest.fixture(scope="module")
+def hf(vit_run: Path) -> Path:
+    """Its export for the hub."""
+    out = vit_run.parent / "hf"
+    ended = mmclip(vit_run.parent, "export", vit_run, "--to", "hf", "--out", out)
+    assert (ended.code, ended.out) == (0, f"{out}\n"), ended.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A grey image that is not square, one of the model's size, and one kept as RGB."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    paths = []
+    for name, shape, mode in (("grey", (90, 70), "L"), ("small", (32, 32), "L"),
+                              ("rgb", (60, 80), "RGB")):  # fmt: skip
+        image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).convert(mode)
+        paths.append(folder / f"{name}.png")
+        image.save(paths[-1])
+    return paths
+
+
+def ours_of(run: Path, images: list[Path], texts: list[str]) -> tuple[Tensor, Tensor, float]:
+    """Embeddings and scale of a run, by Python."""
+    model = package.load(run, device="cpu")
+    scale = open_run(run).model.scale().item()
+    image = torch.from_numpy(np.asarray(model.encode_images(images)))
+    return image, torch.from_numpy(np.asarray(model.encode_texts(texts))), scale
+
+
+def close(got: Tensor, want: Tensor, atol: float) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=atol)
+
+
+@torch.no_grad()
+def test_transformers_gives_the_same_embeddings_for_the_same_pixels(vit_run: Path, hf: Path):
+    run: Run = open_run(vit_run)
+    theirs = VisionTextDualEncoderModel.from_pretrained(hf)
+    pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    ours = run.model.encode_image(normalise(pixels)).embedding
+    rgb = normalise(pixels).expand(-1, 3, -1, -1)  # mean and deviation are those of one channel
+    tokens = AutoTokenizer.from_pretrained(hf)(REPORTS, padding=True, return_tensors="pt")
+    found = theirs(**tokens, pixel_values=rgb)
+    close(found.image_embeds, ours, 1e-5)
+    words = run.model.encode_text(tokens.input_ids, tokens.attention_mask.bool()).embedding
+    close(found.text_embeds, words, 1e-5)
+    close(theirs.logit_scale.exp(), run.model.scale(), 1e-5)
+
+
+@torch.no_grad()
+def test_transformers_gives_the_same_embeddings_for_the_same_files(
+    vit_run: Path, hf: Path, pictures: list[Path]
+):
+    ours, words, scale = ours_of(vit_run, pictures, REPORTS)
+    theirs = VisionTextDualEncoderModel.from_pretrained(hf)
+    processor, tokenizer = (
+        AutoImageProcessor.from_pretrained(hf),
+        AutoTokenizer.from_pretrained(hf),
+    )
+    pixels = processor([Image.open(path).convert("RGB") for path in pictures], return_tensors="pt")
+    found = theirs(**tokenizer(REPORTS, padding=True, return_tensors="pt"), **pixels)
+    close(found.image_embeds, ours, 1e-3)
+    close(found.logits_per_image, scale * ours @ words.T, 1e-2)
+
+
+@torch.no_grad()
+def test_a_colour_image_is_read_as_its_luminance(vit_run: Path, hf: Path):
+    colour = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    pixels = AutoImageProcessor.from_pretrained(hf)(colour, return_tensors="pt").pixel_values
+    theirs = VisionTextDualEncoderModel.from_pretrained(hf).get_image_features(pixels)
+    shares = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    grey = (pixels * shares).sum(1, keepdim=True)
+    ours = open_run(vit_run).model.encode_image(grey).embedding
+    close(torch.nn.functional.normalize(theirs.pooler_output, dim=-1), ours, 1e-4)
+
+
+def test_the_pipeline_classifies_with_scale_times_our_similarity(
+    vit_run: Path, hf: Path, pictures: list[Path]
+):
+    texts = ["Large pleural effusion.", "No pleural effusion."]
+    ours, words, scale = ours_of(vit_run, pictures[:1], texts)
+    classify = pipeline("zero-shot-image-classification", model=str(hf))
+    said = classify(str(pictures[0]), candidate_labels=texts, hypothesis_template="{}")
+    want = (scale * ours @ words.T).softmax(1)[0]
+    for text, value in zip(texts, want, strict=True):
+        (row,) = (row for row in said if row["label"] == text)
+        assert row["score"] == pytest.approx(value.item(), abs=1e-4)
+
+
+def test_the_folder_holds_nothing_of_ours_or_of_this_machine(hf: Path):
+    files = {path.name for path in hf.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files
+    modes = {path.stat().st_mode for path in hf.iterdir()}
+    assert len(modes) == 1  # the weights may be read by whoever may read the rest
+    for path in hf.iterdir():
+        content = path.read_bytes()
+        for word in (b"/tmp", str(hf.parent.parent).encode(), b"mmclip_layout", b"patient_"):
+            assert word not in content, (path.name, word)
+
+
+# What stands in the model card
+
+
+def code_of(folder: Path) -> str:
+    """The Python of a card."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.S)
+    return code
+
+
+def run_card(folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Runs a card's code as a reader would, in the export's folder beside an image."""
+    monkeypatch.chdir(folder)
+    (folder / "image.png").write_bytes(picture.read_bytes())
+    names: dict = {}
+    try:
+        exec(compile(code_of(folder), "README.md", "exec"), names)  # noqa: S102
+    finally:
+        (folder / "image.png").unlink()
+    return names
+
+
+def exported(tmp_path: Path, run: Path, form: str, *more: str | Path) -> Path:
+    out = tmp_path / "my-export"
+    ended = mmclip(tmp_path, "export", run, "--to", form, "--out", out, *more)
+    assert (ended.code, ended.out) == (0, f"{out}\n"), ended.err
+    return out
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_the_card_of_each_encoder_gives_our_embeddings(
+    kind: str,
+    made_run: Path,
+    vit_run: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    run = made_run if kind == "resnet" else vit_run
+    ours, words, _ = ours_of(run, pictures[:1], ["No acute disease."])
+    for form, want in (("vision", ours), ("text", words)):
+        out = exported(tmp_path / form, run, form)
+        close(run_card(out, pictures[0], monkeypatch)["embedding"], want, 1e-4)
+        assert "AutoModel" in code_of(out)
+
+
+def test_the_card_of_the_graphs_gives_our_probabilities(
+    made_run: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("onnxscript", reason="needs pip install 'mmclip[onnx]'")
+    out = exported(tmp_path, made_run, "onnx")  # of a ResNet, as the demo's
+    names = run_card(out, pictures[0], monkeypatch)
+    texts = ["Pleural effusion.", "No pleural effusion."]
+    ours, words, scale = ours_of(made_run, pictures[:1], texts)
+    close(torch.from_numpy(names["image_embeds"]), ours, 1e-4)
+    close(torch.from_numpy(names["text_embeds"]), words, 1e-4)
+    want = (scale * ours @ words.T).softmax(1)[0, 0].item()
+    assert names["present"][0] == pytest.approx(want, abs=1e-4)
+    many = np.repeat(names["pixels"], 5, 0)
+    assert names["images"].run(None, {"pixel_values": many})[0].shape == (5, 16)
+    assert not (out / "model.safetensors").exists()
+    files = {path.name for path in out.iterdir()}
+    assert {"image_encoder.onnx", "text_encoder.onnx", "tokenizer.json", "README.md"} <= files
+
+
+def test_the_card_of_the_whole_runs(
+    hf: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    run_card(hf, pictures[0], monkeypatch)
+    assert "No pleural effusion." in capsys.readouterr().out
+
+
+def test_the_card_has_the_hubs_metadata_and_the_results(
+    vit_run: Path, made_data: Path, tmp_path: Path
+):
+    scored = mmclip(
+        tmp_path, "zeroshot", "--run", vit_run, "--data", made_data, "--n-resamples", "5",
+        "--split", "train", "--finding", "nodule", "--finding", "pleural effusion", "--out",
+        tmp_path / "scores",
+    )  # fmt: skip
+    assert scored.code == 0, scored.err
+    given = ("--results", tmp_path / "scores", "--license", "cc-by-4.0")
+    out = exported(tmp_path, vit_run, "vision", *given)
+    card = ModelCard.load(out / "README.md")
+    data = card.data.to_dict()
+    assert (data["license"], data["library_name"]) == ("cc-by-4.0", "transformers")
+    assert data["pipeline_tag"] == "image-feature-extraction" and "chest-x-ray" in data["tags"]
+    results = json.loads((tmp_path / "scores/results.json").read_text("utf-8"))
+    metrics = {r.metric_name: r.metric_value for r in card.data.eval_results or ()}
+    for row in results["findings"]:
+        assert metrics[f"AUROC, {row['finding']}"] == round(row["auroc"], 4)
+        assert f"| {row['finding']} | {row['auroc']:.3f} |" in card.text
+    assert metrics["macro AUROC"] == round(results["macro_auroc"], 4)
+    assert all(r.dataset_name == "own images" for r in card.data.eval_results or ())
+    assert str(tmp_path) not in card.content and "# my-export" in card.text
+    assert "These images trained the model" in card.text and "image-" not in card.text
+
+
+def test_results_of_other_weights_are_refused(
+    vit_run: Path, made_run: Path, made_data: Path, tmp_path: Path
+):
+    scored = mmclip(
+        tmp_path, "zeroshot", "--run", made_run, "--data", made_data, "--n-resamples", "5",
+        "--finding", "mass", "--out", tmp_path / "scores",
+    )  # fmt: skip
+    assert scored.code == 0, scored.err
+    out = tmp_path / "out"
+    given = ("export", vit_run, "--to", "vision", "--out", out, "--results", tmp_path / "scores")
+    assert "results of other weights" in mmclip(tmp_path, *given).error()
+    first = made_run / "checkpoints" / "step_000004"
+    given = ("export", first, "--to", "vision", "--out", out, "--results", tmp_path / "scores")
+    assert "results of step 6" in mmclip(tmp_path, *given).error()
+    assert not out.exists()
+
+
+# What is refused, and what stays
+
+
+def test_a_resnet_is_refused_by_name_for_the_hub(made_run: Path, tmp_path: Path):
+    error = mmclip(tmp_path, "export", made_run, "--out", tmp_path / "out").error()
+    assert "'resnet'" in error and "--to onnx" in error and "--to vision" in error
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model.text.pooling=mean", "pools the text encoder in another way"),
+        ("model.image.pooling=mean", "pools the image encoder in another way"),
+        ("data.resize=pad", "data.resize='pad'"),
+    ],
+)
+def test_what_the_class_cannot_express_is_refused(
+    setting: str, words: str, made_raw: Path, small_config: Path, tmp_path: Path
+):
+    from mmclip.data.build import build_data
+    from mmclip.data.sources import open_reader
+
+    reader = open_reader("csv", made_raw, mapping=made_raw / "mapping.toml", table=None)
+    how = "pad" if "pad" in setting else "squash"
+    build_data(reader, made_raw, tmp_path / "data", image_size=32, resize=how)
+    given = ("--data", tmp_path / "data", "--config", small_config, *VIT, "--set", setting)
+    trained = mmclip(tmp_path, "pretrain", *given, "--out", tmp_path / "run")
+    assert trained.code == 0, trained.err
+    error = mmclip(tmp_path, "export", tmp_path / "run", "--out", tmp_path / "out").error()
+    assert words in error and "--to onnx" in error and "--to vision" in error
+    out = exported(tmp_path, tmp_path / "run", "vision")
+    assert ("Pad an image with black" in (out / "README.md").read_text("utf-8")) == (how == "pad")
+
+
+def test_an_export_that_is_there_is_replaced_by_overwrite_alone(vit_run: Path, tmp_path: Path):
+    out = exported(tmp_path, vit_run, "text")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    given = ("export", vit_run, "--to", "vision", "--out", out)
+    assert f"{out} is there; add --overwrite" in mmclip(tmp_path, *given).error()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    ended = mmclip(tmp_path, *given, "--overwrite")
+    assert ended.code == 0, ended.err
+    assert (out / "preprocessor_config.json").is_file() and not (out / "tokenizer.json").exists()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {out.name}
+
+
+def test_overwrite_replaces_no_folder_of_something_else(vit_run: Path, tmp_path: Path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.md").write_text("years of work", "utf-8")
+    given = ("export", vit_run, "--out", tmp_path / "thesis", "--overwrite")
+    assert "is no folder that `mmclip export` wrote" in mmclip(tmp_path, *given).error()
+    assert (tmp_path / "thesis" / "chapter.md").read_text("utf-8") == "years of work"
+
+
+def test_a_full_disk_leaves_what_was_there(vit_run: Path, tmp_path: Path):
+    out = exported(tmp_path, vit_run, "vision")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    request = ExportRequest(vit_run, "vision", out, overwrite=True)
+    error = _forked(_export_with_files_of, request, 20_000)
+    assert "cannot be written" in error and "as it was" in error
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def _export_with_files_of(request: ExportRequest, most_bytes: int) -> str:
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    try:
+        export(request)
+    except OSError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def _forked(function, *arguments) -> str:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def test_a_fine_tuned_result_and_a_folder_that_is_no_run_are_told_of(
+    vit_run: Path, made_data: Path, tmp_path: Path
+):
+    tuned = mmclip(
+        tmp_path, "finetune", "--run", vit_run, "--data", made_data, "--finding", "mass",
+        "--fraction", "1", "--seed", "0", "--n-resamples", "5", "--out", tmp_path / "ft",
+    )  # fmt: skip
+    assert tuned.code == 0, tuned.err
+    (result,) = (path.parent.parent.parent for path in tmp_path.rglob("ft/**/meta.json"))
+    given = ("--to", "vision", "--out", tmp_path / "out")
+    assert "is a fine-tuned classifier" in mmclip(tmp_path, "export", result, *given).error()
+    for wrong in (made_data, tmp_path / "missing"):
+        assert "holds no finished checkpoint" in mmclip(tmp_path, "export", wrong, *given).error()
+    assert "none of hf, onnx" in mmclip(
+        tmp_path, "export", vit_run, "--to", "tflite", "--out", tmp_path / "out"
+    ).error()  # fmt: skip
+
+
+def test_the_extra_for_graphs_is_named_where_it_is_missing(
+    vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mmclip.export.graphs.NEEDS", ("onnx_that_is_not_there",))
+    with pytest.raises(ValueError, match=r"onnx_that_is_not_there.*pip install 'mmclip\[onnx\]'"):
+        export(ExportRequest(vit_run, "onnx", tmp_path / "out"))
+
+
+# The hub, by a stand-in that speaks its protocol
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Takes what `huggingface_hub` sends for a new repository with small files."""
+
+    def do_POST(self) -> None:
+        """Answers a call, and keeps it."""
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        said: dict = {}
+        if self.path == "/api/repos/create":
+            address = f"http://{self.headers['host']}/me/chest"
+            said = {"url": address, "id": "me/chest", "name": "me/chest"}
+        elif self.path == "/api/validate-yaml":
+            said = {"errors": [], "warnings": []}
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            said = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                              for f in files]}  # fmt: skip
+        elif "/commit/" in self.path:
+            address = f"http://{self.headers['host']}/me/chest/commit/{'1' * 40}"
+            said = {"commitUrl": address, "commitOid": "1" * 40}
+        self.keep(body)
+        self.answer(said)
+
+    def do_GET(self) -> None:
+        """Answers with an empty repository."""
+        self.keep(b"")
+        self.answer({"id": "me/chest", "sha": "0" * 40, "siblings": [], "private": True})
+
+    def keep(self, body: bytes) -> None:
+        """Remembers a call."""
+        calls: list = vars(self.server)["calls"]
+        calls.append((self.path, self.headers.get("authorization"), body))
+
+    def answer(self, said: dict) -> None:
+        """Sends JSON."""
+        content = json.dumps(said).encode()
+        self.send_response(403 if vars(self.server).get("refuses") else 200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    vars(server)["calls"] = []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def push(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, **environment: str) -> Ended:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = ("--to", "vision", "--out", tmp_path / "out", "--push-to-hub", "me/chest")
+    return _command(tmp_path, "export", run, *given)
+
+
+def _command(folder: Path, *arguments: str | Path) -> Ended:
+    """A command in a process that sees the environment of now."""
+    import subprocess
+    import sys
+
+    words = [sys.executable, "-m", "mmclip", *map(str, arguments)]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+def test_an_export_goes_to_the_hub_as_the_library_sends_it(
+    vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: ThreadingHTTPServer
+):
+    address = f"http://127.0.0.1:{hub.server_address[1]}"
+    ended = push(tmp_path, vit_run, monkeypatch, HF_ENDPOINT=address, HF_TOKEN="hf_secret")
+    assert ended.code == 0, ended.err
+    assert f"uploaded to {address}/me/chest" in ended.err
+    calls = vars(hub)["calls"]
+    assert all(token == "Bearer hf_secret" for path, token, _ in calls if "validate" not in path)
+    made = json.loads(next(body for path, _, body in calls if path == "/api/repos/create"))
+    assert made["private"] is True and made["name"] == "chest"
+    (sent,) = (body for path, _, body in calls if "/commit/" in path)
+    files = {json.loads(line)["value"].get("path") for line in sent.splitlines()}
+    assert files >= {path.name for path in (tmp_path / "out").iterdir()}
+    assert "# chest" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "hf_secret" not in ended.err + ended.out
+
+
+def test_a_hub_that_refuses_leaves_the_export(
+    vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: ThreadingHTTPServer
+):
+    vars(hub)["refuses"] = True
+    address = f"http://127.0.0.1:{hub.server_address[1]}"
+    error = push(tmp_path, vit_run, monkeypatch, HF_ENDPOINT=address, HF_TOKEN="x").error()
+    assert "is written, and the hub refused the upload" in error
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_no_token_and_no_name_are_told_before_anything_is_written(
+    vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    error = push(tmp_path, vit_run, monkeypatch, HF_HOME=str(tmp_path / "none")).error()
+    assert "needs a token of the hub" in error and "HF_TOKEN" in error
+    request = ExportRequest(vit_run, "vision", tmp_path / "out", push_to_hub="not a/name/at all")
+    with pytest.raises(ValueError, match="is no name of the hub"):
+        export(request)
+    assert not (tmp_path / "out").exists()
