@@ -70,8 +70,8 @@ def write_card(
     template = (RESOURCES / "templates" / "export_card.md").read_text("utf-8")
     text = environment.from_string(template).render(
         name=name, form=form, plain=plain, run=run, r=results, licence=licence,
-        model=plain.model, code=_code_of(plain), versions=code_version(), metadata=metadata.to_yaml(),
-        layouts=(image, words), reads=words.reads,
+        model=plain.model, code=_code_of(plain), versions=code_version(),
+        metadata=metadata.to_yaml(), layouts=(image, words), reads=words.reads,
     )  # fmt: skip
     path.write_text(text.rstrip() + "\n", "utf-8")
 

@@ -82,7 +82,7 @@ def form_named(name: str) -> Form:
 def export(request: ExportRequest) -> str | None:
     """Exports a run, and uploads it where that is asked for.
 
-    The folder is written beside `out` and renamed last: a full disk or a kill leaves what was there.
+    The folder is written beside `out` and renamed last: a full disk leaves what was there.
 
     Returns:
         The address of the upload; None without one.

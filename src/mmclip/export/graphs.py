@@ -21,7 +21,7 @@ NEEDS = ("onnx", "onnxscript", "onnxruntime")
 """The packages of the extra `onnx`."""
 
 TOLERANCE = 1e-4
-"""How far an embedding of onnxruntime may be from torch's. [chosen: kernels add in another order]"""
+"""How far an embedding of onnxruntime may be from torch's. [chosen: kernels add in any order]"""
 
 
 def check_onnx() -> None:

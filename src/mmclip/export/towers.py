@@ -124,7 +124,7 @@ def plain_config(encoder: PreTrainedModel) -> dict[str, Any]:
     values = encoder.config.to_dict()
     for ours in (LAYOUT_KEY, "_name_or_path", "transformers_version"):
         values.pop(ours, None)
-    if "pixel_values" == encoder.main_input_name:
+    if encoder.main_input_name == "pixel_values":
         values.setdefault("hidden_size", image_layout(encoder).width)
     return values
 
@@ -197,7 +197,7 @@ def embed_tokens(
 def encoder_alone(plain: Plain, modality: str) -> PreTrainedModel:
     """One encoder as transformers saves it, without what is ours in its configuration."""
     model = plain.model
-    encoder = model.vision_model if modality == "vision" else model.text_model
+    encoder = copy.deepcopy(model.vision_model if modality == "vision" else model.text_model)
     for ours in (LAYOUT_KEY, "_name_or_path"):
         vars(encoder.config).pop(ours, None)
     return encoder
