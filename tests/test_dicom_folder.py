@@ -15,7 +15,6 @@ from mmclip.config import ConfigError
 from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.ingest.dicom_folder import DicomOptions, view_of
-from mmclip.data.ingest.report_table import join_reports
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import Excluded, Reason, Sample
@@ -247,11 +246,13 @@ def test_a_view_is_told_by_dicoms_codes(value, meaning, view):
     assert view_of(data, {}) == view
 
 
-def test_reports_of_a_study_are_joined_and_none_is_lost():
-    assert join_reports(["Clear lungs."]).text == "Clear lungs."
-    both = join_reports(["Clear lungs.", "IMPRESSION: New nodule.", "Clear lungs."])
-    assert both.text == "Clear lungs. New nodule."
-    assert join_reports(["First.", "Second."]).text == "First. Second."
+def test_a_later_report_that_only_tells_who_was_called_is_counted(root: Path, caplog):
+    text = REPORTS + '00081507;;"ADDENDUM: Told Dr. Meier at 9:12 p.m.";03.01.2024\n'
+    (root.parent / "reports.csv").write_text(text, "cp1252")
+    with caplog.at_level(logging.WARNING):
+        first = records(root)[0]
+    assert first.impression == "Progress. Effusion." and "Meier" not in first.report
+    assert "1 reports add nothing to others of their study" in caplog.text
 
 
 def test_a_real_radiograph_without_a_preamble_is_found(tmp_path: Path):

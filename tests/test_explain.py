@@ -20,14 +20,14 @@ from PIL import Image
 from mmclip.checkpoint import Checkpoint, save_checkpoint
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
-from mmclip.data.images import read_image, resize_image
+from mmclip.data.images import read_image, resize_image, unsquared
 from mmclip.data.ingest.annotations import EMPTY, FOREIGN, read_annotations
 from mmclip.data.ingest.build import build_data
 from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.sample import Sample
 from mmclip.data.text import tokenise, train_tokenizer
 from mmclip.evaluation.pictures import HEAT, UNSEEN, explanation_figure, warmed
-from mmclip.explanation.explain import explain_image, image_of_folder, stretched
+from mmclip.explanation.explain import draw_explanation, explain_image, image_of_folder
 from mmclip.explanation.grounding import (
     CANDIDATES,
     best_threshold,
@@ -79,7 +79,48 @@ def test_a_pixel_belongs_to_the_patch_that_its_centre_lies_in():
                 min(int((i + 0.5) / n_px * grid.image_size / grid.patch_size + 1e-9), grid.side)
                 for i in range(n_px)
             ]
-            assert grid.numbers(n_px).tolist() == slow
+            rows, columns = grid.numbers(n_px, 7)
+            assert rows.tolist() == slow and len(columns) == 7
+
+
+@pytest.mark.parametrize("how", ["squash", "pad", "crop"])
+@pytest.mark.parametrize(("height", "width"), [(96, 40), (41, 97), (64, 64), (30, 200), (5, 3)])
+def test_a_map_lies_over_the_pixels_that_the_patch_was_made_of(how, height: int, width: int):
+    # One patch of the square is lit at a time: what it was made of is lit in the image.
+    grid = Grid(4, 8, 32, how)
+    rows, columns = grid.numbers(height, width)
+    for row in range(4):
+        for column in range(4):
+            image = np.zeros((height, width), np.uint8)
+            image[np.ix_(rows == row, columns == column)] = 250
+            patches = resize_image(image, 32, how).reshape(4, 8, 4, 8).mean((1, 3))
+            if image.any() and min(height, width) > 8:
+                assert np.argwhere(patches == patches.max()).tolist() == [[row, column]]
+                x, y = grid.centre_px(row, column, height, width)
+                inside = np.argwhere(image)
+                far = np.abs(inside.mean(0) + 0.5 - (y, x))
+                assert (far < np.ptp(inside, axis=0) / 2 + 1.5).all()
+    seen = np.outer(rows < 4, columns < 4)
+    if how == "crop":  # the middle square, to a pixel
+        assert seen.sum() == min(height, width) ** 2 and seen[height // 2, width // 2]
+    else:
+        assert seen.all()
+    on_image = grid.on_image(np.ones((4, 4), np.float32), height, width)
+    inside, total = grid.count_pixels(np.ones((height, width), bool))
+    assert (total.numpy() > 0).tolist() == (~np.isnan(on_image)).flatten().tolist()
+    assert inside.sum() == seen.sum()
+
+
+@pytest.mark.parametrize("how", ["squash", "pad", "crop"])
+def test_a_square_copy_goes_back_to_the_shape_of_its_image(how):
+    y, x = np.indices((60, 90))
+    image = (2 * x + y // 2).astype(np.uint8)
+    back = unsquared(resize_image(image, 48, how), 60, 90, how)
+    assert back.shape == image.shape
+    part = slice(17, 73) if how == "crop" else slice(2, 88)
+    assert np.abs(back[2:-2, part].astype(int) - image[2:-2, part]).max() <= 3
+    if how == "crop":
+        assert not back[:, :15].any() and not back[:, 75:].any()
 
 
 def test_there_is_no_map_where_the_model_did_not_look():
@@ -343,7 +384,23 @@ def test_a_resized_copy_gives_the_map_of_the_published_image(grey: Checkpoint):
     found = explain_image(grey, copy, BRIGHT, "contribution", PROMPTS, size_px=size)
     whole = explain_image(grey, sample, BRIGHT, "contribution", PROMPTS)
     np.testing.assert_array_equal(found.saliency, whole.saliency)
-    assert found.image.shape == size and stretched(sample, *size) is sample
+    assert found.image.shape == size and unsquared(copy, *copy.shape) is copy
+
+
+@pytest.mark.parametrize("how", ["pad", "crop"])
+def test_padded_and_cropped_images_are_explained_where_they_are_bright(grey: Checkpoint, how):
+    run = replace(grey, config=made.small_config(*made.WHOLE, f'data.resize="{how}"'))
+    image = np.full((90, 60), 40, np.uint8)
+    image[46:66, 22:38] = 250
+    found = explain_image(run, image, BRIGHT, "contribution", PROMPTS)
+    facts = found.facts()
+    assert 15 <= facts["highest_at_px"]["x"] <= 45 and 46 <= facts["highest_at_px"]["y"] <= 66
+    assert facts["unseen_ratio"] == pytest.approx(1 / 3 if how == "crop" else 0, abs=1e-5)
+    copy = resize_image(image, made.IMAGE_SIZE, how)
+    again = explain_image(run, copy, BRIGHT, "contribution", PROMPTS, size_px=(90, 60))
+    np.testing.assert_array_equal(again.saliency, found.saliency)
+    assert again.image.shape == (90, 60) and again.image[56, 30] > 200
+    draw_explanation(found, facts, "made")
 
 
 def test_attention_is_the_decoders_and_needs_one(grey: Checkpoint):

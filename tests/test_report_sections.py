@@ -4,7 +4,13 @@ import time
 
 import pytest
 
-from mmclip.data.text import make_report, parse_report, split_sentences
+from mmclip.data.text import (
+    Report,
+    make_report,
+    parse_report,
+    parse_reports,
+    split_sentences,
+)
 
 RULE = "_" * 40
 
@@ -173,3 +179,33 @@ def test_a_report_over_the_longest_length_is_cut_and_said(caplog):
     report = parse_report("No effusion. " * 20_000)
     assert report.text is not None and len(report.text) < 50_001
     assert "260000 characters" in caplog.text and "50000" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("raws", "findings", "impression", "text", "empty"),
+    [
+        (["Clear lungs."], None, None, "Clear lungs.", []),
+        (["First nodule.", "Second nodule"], None, None, "First nodule. Second nodule", []),
+        # Findings of all, then impressions of all; what stands twice is read once.
+        (["FINDINGS: Effusion.\nIMPRESSION: Effusion.", "FINDINGS: Less.\nIMPRESSION: Better."],
+         "Effusion. Less.", "Effusion. Better.", "Effusion. Less. Effusion. Better.", []),
+        (["Clear lungs.", "IMPRESSION: New nodule.", "Clear lungs."],
+         "Clear lungs.", "New nodule.", "Clear lungs. New nodule.", []),
+        # What comes later without a heading is an addendum, whether it says so or not.
+        (["IMPRESSION: Normal.", "ADDENDUM: There is a nodule."],
+         None, "Normal. There is a nodule.", "Normal. There is a nodule.", []),
+        (["IMPRESSION: Normal.", "There is a nodule. Told Dr. ___ at 3 pm."],
+         None, "Normal. There is a nodule.", "Normal. There is a nodule.", []),
+        (["IMPRESSION: Normal.", "ADDENDUM: Told Dr. ___."], None, "Normal.", "Normal.", [1]),
+        (["IMPRESSION: Normal.", "Findings were discussed with the nurse."],
+         None, "Normal.", "Normal.", [1]),
+        (["Called the house staff.", "FINDINGS: Effusion."], "Effusion.", None, "Effusion.", [0]),
+        (["Normal chest.", "", "Heart normal."], None, None, "Normal chest. Heart normal.", [1]),
+        # A report that stands alone is read whole.
+        (["Effusion, told the nurse."], None, None, "Effusion, told the nurse.", []),
+    ],
+)  # fmt: skip
+def test_several_reports_of_a_study_are_one_by_the_rule_for_addenda(
+    raws, findings, impression, text, empty
+):
+    assert parse_reports(raws) == (Report(findings, impression, text), empty)

@@ -3,12 +3,15 @@ visible."""
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from mmclip.config import ResizeMode
 
 
 def patchify(image: Float[Tensor, "b 1 h w"], patch_size: int) -> Float[Tensor, "b n p"]:
@@ -167,31 +170,108 @@ def scatter_tokens(
     return out.masked_fill(~is_wanted[..., None], 0.0)
 
 
+class Span(NamedTuple):
+    """Which pixels of a side of an image are seen, and where they lie on a side of the square."""
+
+    start: int
+    length: int
+    first: int  # of the square
+    size: int  # on the square, px
+
+
+def square_spans(
+    height: int, width: int, size_px: int, how: ResizeMode = "squash"
+) -> tuple[Span, Span]:
+    """How the height and the width of an image come to lie in a square of size_px.
+
+    Args:
+        height: Of the image, px.
+        width: Of the image, px.
+        size_px: Side of the square.
+        how: "squash" scales both sides on their own; "pad" scales the longer one to size_px and
+            centres the image; "crop" takes the middle square.
+    """
+    if how == "crop":
+        side = min(height, width)
+        return (
+            Span((height - side) // 2, side, 0, size_px),
+            Span((width - side) // 2, side, 0, size_px),
+        )
+    if how == "squash":
+        return Span(0, height, 0, size_px), Span(0, width, 0, size_px)
+    share = size_px / max(height, width)
+    sizes = (max(1, round(height * share)), max(1, round(width * share)))
+    rows, columns = (
+        Span(0, n_px, (size_px - size) // 2, size)
+        for n_px, size in zip((height, width), sizes, strict=True)
+    )
+    return rows, columns
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """How a square of image_size x image_size is cut into side x side patches, from the upper left.
 
-    `images.resize_image` scales each side of an image to that square, so the share of a side that a
-    pixel lies at is the same in both. What a whole number of patches does not fill is not seen.
+    An image lies in the square as `square_spans` says; what a whole number of patches does not
+    fill, and what is cropped, is not seen.
     """
 
     side: int
     patch_size: int
     image_size: int
+    resize: ResizeMode = "squash"
 
-    def numbers(self, n_px: int) -> Int[np.ndarray, " n_px"]:
-        """The row (or column) of patches that the centre of each pixel of a side lies in.
+    def numbers(
+        self, height: int, width: int
+    ) -> tuple[Int[np.ndarray, " height"], Int[np.ndarray, " width"]]:
+        """The row and the column of patches that the centre of each pixel of an image lies in.
 
         Args:
-            n_px: Of the image's side, as it was published.
+            height: Of the image as it was published, px; so is the width.
 
         Returns:
             0 to side - 1; `side` for a pixel that no patch sees.
         """
-        # (i + 1/2) / n_px of the side, times image_size / patch_size patches: in whole numbers, so
-        # that a centre on the edge of a patch falls to the same one everywhere.
-        centres = (2 * np.arange(n_px, dtype=np.int64) + 1) * self.image_size
-        return np.minimum(centres // (2 * n_px * self.patch_size), self.side)
+        spans = square_spans(height, width, self.image_size, self.resize)
+        rows, columns = (
+            self._along(n_px, span) for n_px, span in zip((height, width), spans, strict=True)
+        )
+        return rows, columns
+
+    def _along(self, n_px: int, span: Span) -> Int[np.ndarray, " n_px"]:
+        # (i + 1/2 - start) / length of the part that is seen, times its size on the square: in
+        # whole numbers, so that a centre on the edge of a patch falls to the same one everywhere.
+        centres = (2 * np.arange(n_px, dtype=np.int64) + 1 - 2 * span.start) * span.size
+        number = (centres + 2 * span.length * span.first) // (2 * span.length * self.patch_size)
+        is_seen = (centres > 0) & (centres < 2 * span.length * span.size)
+        return np.where(is_seen, np.minimum(number, self.side), self.side)
+
+    def centre_px(self, row: int, column: int, height: int, width: int) -> tuple[float, float]:
+        """x and y of the centre of what a patch has of an image, in pixels of the image.
+
+        Args:
+            row: Of a patch that has a pixel of the image.
+            column: Of the patch.
+            height: Of the image, px; so is the width.
+        """
+        spans = square_spans(height, width, self.image_size, self.resize)
+        y, x = (
+            sum(
+                span.start + min(max(edge - span.first, 0), span.size) * span.length / span.size
+                for edge in (number * self.patch_size, (number + 1) * self.patch_size)
+            )
+            / 2
+            for number, span in zip((row, column), spans, strict=True)
+        )
+        return x, y
+
+    def on_image(
+        self, values: Float[np.ndarray, "side side"], height: int, width: int
+    ) -> Float[np.ndarray, "side side"]:
+        """The values of the patches that have a pixel of an image; NaN for those without."""
+        rows, columns = self.numbers(height, width)
+        has_rows, has_columns = (np.isin(np.arange(self.side), some) for some in (rows, columns))
+        return np.where(np.outer(has_rows, has_columns), values, np.nan).astype(values.dtype)
 
     def over_image(
         self, values: Shaped[np.ndarray, "side side"], height: int, width: int
@@ -201,7 +281,7 @@ class Grid:
         Raises:
             ValueError: When there are pixels that no patch sees and the values know no NaN.
         """
-        rows, columns = self.numbers(height), self.numbers(width)
+        rows, columns = self.numbers(height, width)
         if max(rows.max(), columns.max()) == self.side:
             if not np.issubdtype(values.dtype, np.floating):
                 raise ValueError(
@@ -215,9 +295,10 @@ class Grid:
         self, is_inside: Bool[np.ndarray, "h w"]
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """The pixels of each patch that lie in a place of the image, and all of its pixels."""
-        height, width = is_inside.shape
-        rows = np.eye(self.side + 1, dtype=np.float32)[self.numbers(height)][:, : self.side]
-        columns = np.eye(self.side + 1, dtype=np.float32)[self.numbers(width)][:, : self.side]
+        rows, columns = (
+            np.eye(self.side + 1, dtype=np.float32)[numbers][:, : self.side]
+            for numbers in self.numbers(*is_inside.shape)
+        )
         inside = rows.T @ is_inside.astype(np.float32) @ columns
         total = np.outer(rows.sum(0), columns.sum(0))
         return torch.from_numpy(inside).flatten(), torch.from_numpy(total).flatten()

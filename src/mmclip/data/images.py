@@ -19,6 +19,7 @@ from mmclip.data.decode_worker import decode_apart
 from mmclip.data.dicom import decode_dicom, is_dicom, is_native
 from mmclip.data.pixels import FAULTS, MAX_PX, ImageError, check_size, stretch
 from mmclip.data.sample import Reason
+from mmclip.patches import square_spans
 
 BLANK_RANGE = 3
 """An image whose 1 % and 99 % quantiles differ by less is blank, in grey levels of 255. [chosen:
@@ -172,22 +173,48 @@ def resize_image(
     Source: "squash" is what ViTImageProcessor does, so that an exported folder needs no other
     preprocessing; "pad" and "crop" are usual in other code.
     """
-    height, width = pixels.shape
-    if height == width == size_px:
+    if pixels.shape == (size_px, size_px):
         return pixels
-    scaled = (size_px, size_px)
-    if how == "crop":
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        pixels = pixels[top : top + side, left : left + side]
-    elif how == "pad":
-        longer = max(height, width)
-        share = size_px / longer
-        scaled = (max(1, round(width * share)), max(1, round(height * share)))
-    image = np.asarray(Image.fromarray(pixels).resize(scaled, Image.Resampling.BILINEAR))
+    height, width = pixels.shape
+    rows, columns = square_spans(height, width, size_px, how)
+    pixels = pixels[
+        rows.start : rows.start + rows.length, columns.start : columns.start + columns.length
+    ]
+    image = scaled(pixels, rows.size, columns.size)
     if image.shape == (size_px, size_px):
         return image
     square = np.zeros((size_px, size_px), np.uint8)
-    top, left = ((size_px - n) // 2 for n in image.shape)
-    square[top : top + image.shape[0], left : left + image.shape[1]] = image
+    square[rows.first : rows.first + rows.size, columns.first : columns.first + columns.size] = (
+        image
+    )
     return square
+
+
+def unsquared(
+    square: UInt8[np.ndarray, "s s"], height: int, width: int, how: ResizeMode = "squash"
+) -> UInt8[np.ndarray, "height width"]:
+    """What `resize_image` made, in the shape of the image that it was made of.
+
+    The image's shape, not its detail; what was cropped is background (0).
+
+    Args:
+        square: As `resize_image` gives it.
+        height: Of the image, px; so is the width.
+        how: As the square was made.
+    """
+    if square.shape == (height, width):
+        return square
+    rows, columns = square_spans(height, width, len(square), how)
+    part = square[rows.first : rows.first + rows.size, columns.first : columns.first + columns.size]
+    image = np.zeros((height, width), np.uint8)
+    image[rows.start : rows.start + rows.length, columns.start : columns.start + columns.length] = (
+        scaled(part, rows.length, columns.length)
+    )
+    return image
+
+
+def scaled(
+    pixels: UInt8[np.ndarray, "_ _"], height: int, width: int
+) -> UInt8[np.ndarray, "height width"]:
+    """An image of another size, bilinear with antialias."""
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))

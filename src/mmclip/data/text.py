@@ -112,8 +112,51 @@ def parse_report(raw: str | None) -> Report:
     that tell who was called are left out. A report longer than MAX_CHARACTERS is cut, with a
     warning.
     """
-    if raw is None:
-        return Report(None, None, None)
+    return Report(None, None, None) if raw is None else parse_reports([raw])[0]
+
+
+def parse_reports(raws: Sequence[str]) -> tuple[Report, list[int]]:
+    """One report of several of a study: their findings, then their impressions, in order.
+
+    A report without headings that stands first is findings, where another has headings. One that
+    stands later is an addendum that lacks the word, so it is added as `parse_report` adds them, but
+    for no sentence other than those that tell who was called. A text that stands twice is read
+    once.
+
+    Args:
+        raws: At least one, the earliest first.
+
+    Returns:
+        The report, and the indices of those that add nothing to it, as they have no words or only
+        tell who was called.
+    """
+    order = sorted({raw: i for i, raw in reversed(list(enumerate(raws)))}.values())
+    parts: list[Report] = []
+    stated: list[str] = []
+    empty: list[int] = []
+    for i in order:
+        part, addenda = _parse(raws[i])
+        added = _stating_a_finding(addenda)
+        if len(order) > 1 and part.findings is None and part.impression is None:
+            prose = _without_calls(part.text)
+            part = Report(None, None, None if parts else " ".join(prose) or None)
+            added = [*(prose if parts else ()), *added]
+        if len(order) > 1 and part.text is None and not added:
+            empty.append(i)
+        parts.append(part)
+        stated += added
+    has_headings = any(part.findings or part.impression for part in parts)
+    findings = _join(
+        part.findings or (part.text if has_headings and part.impression is None else None)
+        for part in parts
+    )
+    impression = _join(part.impression for part in parts)
+    text = _join((findings, impression)) if has_headings else parts[0].text
+    return _with_addenda(Report(findings, impression, text), stated), empty
+
+
+def _parse(raw: str) -> tuple[Report, list[str]]:
+    """A report without its addenda, and these."""
     report, addenda = split_blocks(mend_headings(_cut(normalise(_cut(raw)))))
     text = _BANNER.sub("\n", report)
     prefix, sections = split_sections(text)
@@ -121,8 +164,8 @@ def parse_report(raw: str | None) -> Report:
     for addendum in addenda:
         parts = split_sections(_BANNER.sub("\n", addendum))
         added += [parts[0], *(s.text for s in parts[1] if s.kind not in ("other", "admin"))]
-    found = _parse_sections(text, prefix, sections)
-    return _with_addenda(found, [clean(part) for part in added])
+    cleaned = [part for section in added if (part := clean(section)) is not None]
+    return _parse_sections(text, prefix, sections), cleaned
 
 
 def _parse_sections(text: str, prefix: str, sections: Sequence[Section]) -> Report:
@@ -142,22 +185,32 @@ def _parse_sections(text: str, prefix: str, sections: Sequence[Section]) -> Repo
     return Report(findings, impression, _join((findings, impression)))
 
 
-def _with_addenda(report: Report, addenda: Sequence[str | None]) -> Report:
-    """A report with the sentences of its addenda that state a finding."""
-    stated = [
-        addendum[start:end]
-        for addendum in addenda
-        if addendum is not None
-        for start, end in split_sentences(addendum)
-        if not _TELLS_WHO_WAS_CALLED.search(addendum, start, end)
+def _without_calls(text: str | None) -> list[str]:
+    """The sentences of a text but for those that tell who was called."""
+    text = text or ""
+    return [
+        text[start:end]
+        for start, end in split_sentences(text)
+        if not _TELLS_WHO_WAS_CALLED.search(text, start, end)
     ]
-    found = [s for s, entities in zip(stated, find_entities(stated), strict=True)
-             if any(e.kind == "finding" for e in entities)] if stated else []  # fmt: skip
-    if not found:
+
+
+def _stating_a_finding(addenda: Sequence[str]) -> list[str]:
+    """The sentences of some addenda that state a finding."""
+    said = [sentence for addendum in addenda for sentence in _without_calls(addendum)]
+    if not said:
+        return []
+    found = find_entities(said)
+    return [s for s, es in zip(said, found, strict=True) if any(e.kind == "finding" for e in es)]
+
+
+def _with_addenda(report: Report, stated: Sequence[str]) -> Report:
+    """A report with some sentences added to its impression, or to the text of one without."""
+    if not stated:
         return report
     if report.impression is None and report.findings is None:
-        return Report(None, None, _join((report.text, *found)))
-    impression = _join((report.impression, *found))
+        return Report(None, None, _join((report.text, *stated)))
+    impression = _join((report.impression, *stated))
     return Report(report.findings, impression, _join((report.findings, impression)))
 
 

@@ -224,14 +224,18 @@ def warmed(
         grid: How the patches lie on the image; evenly if it is not given. Pixels that they do not
             cover stay as they are.
     """
-    level = (grid or _filling(relevance)).over_image(heat_levels(relevance), *image.shape)
+    grid = grid or _filling(relevance)
+    level = grid.over_image(heat_levels(grid.on_image(relevance, *image.shape)), *image.shape)
     share = HEAT_RATIO * np.nan_to_num(level)[..., None]
     return ((1 - share) * image[..., None] + share * np.array(HEAT)).round().astype(np.uint8)
 
 
 def heat_levels(relevance: Float[np.ndarray, "side side"]) -> Float[np.ndarray, "side side"]:
-    """How warm each patch is shown: 0 for the less relevant half of them, 1 for the most."""
-    low, high = float(np.median(relevance)), float(relevance.max())
+    """How warm each patch is shown: 0 for the less relevant half of them, 1 for the most.
+
+    NaN stays NaN, and counts in neither half.
+    """
+    low, high = float(np.nanmedian(relevance)), float(np.nanmax(relevance))
     return ((relevance - low) / max(high - low, 1e-12)).clip(min=0)
 
 
@@ -250,7 +254,8 @@ def heat_overlay(
         Of the image's size, in one colour; opaque where a patch is most relevant, clear on the less
         relevant half, and clear where the model did not look.
     """
-    steps = np.rint(255 * heat_levels(relevance)).astype(np.float32)
+    steps = np.rint(255 * heat_levels(grid.on_image(relevance, height, width)))
+    steps = steps.astype(np.float32)
     level = np.nan_to_num(grid.over_image(steps, height, width)).astype(np.uint8)
     overlay = Image.fromarray(level)
     overlay.putpalette([*HEAT] * 256)
@@ -313,7 +318,8 @@ def explanation_figure(
                 )  # fmt: skip
         axes = _panel(figure, 2, panel, whole_in, len(lines))
         colours = mpl.colormaps["inferno"].with_extremes(bad=UNSEEN)
-        pixels = grid.over_image(relevance, height, width)
+        shown_patches = grid.on_image(relevance, height, width)
+        pixels = grid.over_image(shown_patches, height, width)
         image = axes.imshow(np.ma.masked_invalid(pixels), cmap=colours, interpolation="nearest")
         beside = axes.get_position()
         bar = figure.colorbar(
@@ -322,7 +328,7 @@ def explanation_figure(
         )  # fmt: skip
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         bar.ax.tick_params(colors=QUIET, labelsize=7, length=2)
-        bar.ax.axhline(float(np.median(relevance)), color=BRIGHT, linewidth=1.2)
+        bar.ax.axhline(float(np.nanmedian(shown_patches)), color=BRIGHT, linewidth=1.2)
         bar.set_label(f"{unit}; the line is the median", color=QUIET, fontsize=7)
         figure.text(
             0.12 / whole_in[0], 1 - 0.12 / whole_in[1], title, va="top", fontsize=13, color=BRIGHT

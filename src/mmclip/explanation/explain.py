@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
-from PIL import Image
 
 from mmclip.checkpoint import Checkpoint
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import normalise
-from mmclip.data.images import resize_image
+from mmclip.data.images import resize_image, unsquared
 from mmclip.data.ingest.annotations import Annotation, read_annotations
 from mmclip.embed import embed_texts, warn_of_unread
 from mmclip.evaluation.pictures import explanation_figure
@@ -90,11 +89,13 @@ class Explanation:
             "middle third": np.abs(3 * (2 * y + 1) - 3 * height) <= height,
             "lower third": 3 * (2 * y + 1) > 4 * height,
         }
-        top = np.argwhere(self.patches == self.patches.max())
+        patches = self.grid.on_image(self.patches, height, width)
+        top = np.argwhere(patches == np.nanmax(patches))
         centre_px = None
         if len(top) == 1:
-            share = (top[0] + 0.5) * self.grid.patch_size / self.grid.image_size
-            centre_px = {"x": round(share[1] * width, 1), "y": round(share[0] * height, 1)}
+            row, column = map(int, top[0])
+            x_px, y_px = self.grid.centre_px(row, column, height, width)
+            centre_px = {"x": round(x_px, 1), "y": round(y_px, 1)}
         return {
             "phrase": self.phrase,
             "asked": list(self.asked),
@@ -103,9 +104,9 @@ class Explanation:
             "width_px": width,
             "height_px": height,
             "patches": list(self.patches.shape),
-            "lowest": float(self.patches.min()),
+            "lowest": float(np.nanmin(patches)),
             "median": float(np.nanmedian(self.saliency)),
-            "highest": float(self.patches.max()),
+            "highest": float(np.nanmax(patches)),
             "highest_at_px": centre_px,
             "unseen_ratio": float(np.isnan(self.saliency).mean()),
             "mass": {name: _rounded(self.mass_inside(pixels)) for name, pixels in where.items()},
@@ -142,7 +143,8 @@ def explain_image(
         phrase: What is asked, in a report's words.
         score: What the map shows.
         prompts: For "prompt_pair", which puts the phrase in a finding's place.
-        size_px: Height and width of the image as published, where `pixels` is a resized copy.
+        size_px: Height and width of the image as published, where `pixels` is what
+            `images.resize_image` made of it.
         annotations: To be shown and measured beside the map.
 
     Raises:
@@ -167,20 +169,10 @@ def explain_image(
         score=score,
         patches=patches.unflatten(0, (grid.side, grid.side)).numpy(),
         grid=grid,
-        image=pixels if size_px is None else stretched(pixels, *size_px),
+        image=pixels if size_px is None else unsquared(pixels, *size_px, data.resize),
         similarity=float((embedding * text).sum()),
         annotations=tuple(annotations),
     )
-
-
-def stretched(
-    pixels: UInt8[np.ndarray, "h w"], height: int, width: int
-) -> UInt8[np.ndarray, "height width"]:
-    """A resized copy in the size that the image was published in: its shape, not its detail."""
-    if pixels.shape == (height, width):
-        return pixels
-    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image)
 
 
 def draw_explanation(found: Explanation, facts: dict[str, Any], caption: str) -> Figure:

@@ -205,17 +205,10 @@ def saliency_maps(
 
 @torch.inference_mode()
 def grid_of(checkpoint: Checkpoint) -> Grid:
-    """How the patches of a checkpoint lie on its images.
-
-    Raises:
-        ValueError: When the images were padded or cropped: a map would lie in the wrong place.
-    """
-    if (how := checkpoint.config.data.resize) != "squash":
-        raise ValueError(
-            f"the run was trained on images with data.resize={how}, and maps are laid over images "
-            f"of squash alone; explain a run that was trained on images of --resize squash"
-        )
-    model, image_size = checkpoint.model, checkpoint.config.data.image_size
+    """How the patches of a checkpoint lie on its images."""
+    model, data = checkpoint.model, checkpoint.config.data
+    image_size = data.image_size
     blank = torch.zeros(1, 1, image_size, image_size, device=model.logit_scale.device)
     n_patches = model.encode_image(blank).features.shape[1] - 1
-    return Grid(math.isqrt(n_patches), image_layout(model.vision_model).patch_size, image_size)
+    patch_size = image_layout(model.vision_model).patch_size
+    return Grid(math.isqrt(n_patches), patch_size, image_size, data.resize)

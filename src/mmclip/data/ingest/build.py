@@ -107,8 +107,8 @@ def build_data(
     _check_is_ours(out, None if overwrite else "; add --overwrite to build it again")
     # First: a source that fails replaces no build.
     samples, excluded = _readable(records, root, options.hides_paths)
-    (out / META_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished
-    (out / SPLIT_FILE).unlink(missing_ok=True)  # of the build that is replaced
+    for old in (META_FILE, SPLIT_FILE):  # from here on the folder is unfinished
+        (out / old).unlink(missing_ok=True)
     _do_all([sample for _, sample in samples], root, out, image_size, workers, options)
     facts, checksum = _joined([sample for _, sample in samples], out, image_size)
     kept, is_kept, undecoded = _with_facts(samples, facts, options.hides_paths)
@@ -116,7 +116,7 @@ def build_data(
     if not kept:
         raise _nothing_left(root, out, excluded)
     found = _entities_of([sample.report for _, sample in samples], out)
-    counts = Counter[str]()
+    counts: Counter[str] = Counter()
     made = {"resize": options.resize, "entities": options.entities}
     meta = write_manifest(
         out,
@@ -128,8 +128,8 @@ def build_data(
         entities=_counted(kept, compress(found, is_kept), counts),
     )
     _warn_if_not_english(counts, options.entities)
-    shutil.rmtree(out / SHARDS_FOLDER, ignore_errors=True)  # what is left does no harm
-    shutil.rmtree(out / ENTITY_SHARDS_FOLDER, ignore_errors=True)
+    for shards in (SHARDS_FOLDER, ENTITY_SHARDS_FOLDER):  # what is left of them does no harm
+        shutil.rmtree(out / shards, ignore_errors=True)
     return meta
 
 

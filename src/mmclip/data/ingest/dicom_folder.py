@@ -22,13 +22,11 @@ from mmclip.data.ingest.csv_table import find_table, parse_age
 from mmclip.data.ingest.report_table import (
     ReportMapping,
     Reports,
-    join_reports,
     load_report_mapping,
     read_reports,
 )
 from mmclip.data.pixels import ImageError
 from mmclip.data.sample import Excluded, Reason, Record, Sample, Sex, View
-from mmclip.data.text import Report
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +175,11 @@ def _records(
             "%d of %d images have no report; %d of %d reports have no image that is read",
             counts["without"], counts["images"], counts["reports"], len(reports.ids),
         )  # fmt: skip
+        if reports.empty:
+            logger.warning(
+                "%d reports add nothing to others of their study: they tell who was called, or "
+                "have no words", len(reports.empty),
+            )  # fmt: skip
         _warn_of_zeros(reports)
 
 
@@ -212,13 +215,7 @@ def _record(
         return Excluded(row=row, image_id=image_id, reason=why[0], detail=why[1])
     study, accession = _text(data, "StudyInstanceUID"), _text(data, "AccessionNumber")
     patient = _text(data, "PatientID")
-    numbers = reports.of(accession, study)
-    reports.found.update(numbers)
-    report = (
-        join_reports([reports.texts[n][1] for n in numbers])
-        if numbers
-        else Report(None, None, None)
-    )
+    report = reports.report_of(accession, study)
     age = parse_age(_text(data, "PatientAge")) if keeps else None
     return Sample(
         image_id=image_id,

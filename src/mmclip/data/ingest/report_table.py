@@ -1,7 +1,6 @@
-"""A table of reports by the studies that they belong to, and several reports of a study as one."""
+"""A table of reports by the studies that they belong to."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +12,7 @@ from mmclip.data.ingest.csv_mapping import known_encoding, mapping_values
 from mmclip.data.ingest.csv_rows import read_rows
 from mmclip.data.ingest.csv_table import REMEDY
 from mmclip.data.sample import View
-from mmclip.data.text import Report, parse_report
+from mmclip.data.text import Report, parse_reports
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +67,20 @@ class Reports:
     by_accession: dict[str, list[int]] = field(default_factory=dict)
     by_study: dict[str, list[int]] = field(default_factory=dict)
     found: set[int] = field(default_factory=set)
+    empty: set[int] = field(default_factory=set)  # found, and adding nothing to others of the study
+    _parsed: dict[tuple[int, ...], Report] = field(default_factory=dict)
+
+    def report_of(self, accession: str, study: str) -> Report:
+        """The report of a study, made of all of its reports by `text.parse_reports`."""
+        numbers = tuple(self.of(accession, study))
+        if not numbers:
+            return Report(None, None, None)
+        if numbers not in self._parsed:  # the images of a study ask for it one after another
+            self.found.update(numbers)
+            report, empty = parse_reports([self.texts[n][1] for n in numbers])
+            self.empty.update(numbers[i] for i in empty)
+            self._parsed[numbers] = report
+        return self._parsed[numbers]
 
     def of(self, accession: str, study: str) -> list[int]:
         """The numbers of a study's reports, in order of date, then of the table."""
@@ -136,25 +149,3 @@ def _date(text: str, form: str) -> datetime | None:
         except ValueError:
             continue
     return None
-
-
-def join_reports(texts: Sequence[str]) -> Report:
-    """One report of several of a study: their findings, then their impressions, in the order given.
-
-    A text that stands twice is read once. Prose without headings counts as findings where another
-    report has an impression.
-    """
-    parts = [parse_report(text) for text in dict.fromkeys(texts)]
-    if len(parts) == 1:
-        return parts[0]
-    has_sections = any(part.impression is not None for part in parts)
-    findings = _joined([p.findings or (p.text if p.impression is None else None) for p in parts])
-    impression = _joined([part.impression for part in parts])
-    text = _joined([findings, impression])
-    return Report(
-        findings if has_sections or any(p.findings for p in parts) else None, impression, text
-    )
-
-
-def _joined(parts: Sequence[str | None]) -> str | None:
-    return " ".join(dict.fromkeys(part for part in parts if part)) or None
