@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mmclip.data.readers.chestxray14 import read_chestxray14_boxes
+
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -76,3 +78,20 @@ def test_an_arm_is_tiny_with_its_overrides_and_an_unknown_one_is_refused(bench):
     assert (config.train.steps, config.train.seed) == (5, 3)
     with pytest.raises(KeyError):
         bench.config_of("half", 0, [])
+
+
+def test_boxes_of_a_table_are_read_as_chestxray14_publishes_them(tmp_path: Path):
+    sys.path.insert(0, str(BENCH))
+    try:
+        import real_pointing
+    finally:
+        sys.path.remove(str(BENCH))
+    table = tmp_path / "boxes.csv"
+    table.write_text(
+        "folder,image,finding,x,y,w,h,film,source,split\n"
+        "cxr,a.png,Mass,10.5,20,30,40.25,images/a.jpg,nih64,train\n",
+        "utf-8",
+    )
+    real_pointing.write_boxes(real_pointing.read_boxes(table), tmp_path)
+    (box,) = read_chestxray14_boxes(tmp_path)
+    assert tuple(box) == ("images/a.jpg", "mass", 10.5, 20.0, 30.0, 40.25)
