@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,4 +95,4 @@ def test_boxes_of_a_table_are_read_as_chestxray14_publishes_them(tmp_path: Path)
     )
     real_pointing.write_boxes(real_pointing.read_boxes(table), tmp_path)
     (box,) = read_chestxray14_boxes(tmp_path)
-    assert tuple(box) == ("images/a.jpg", "mass", 10.5, 20.0, 30.0, 40.25)
+    assert astuple(box)[:6] == ("images/a.jpg", "mass", 10.5, 20.0, 30.0, 40.25)
