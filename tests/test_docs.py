@@ -36,6 +36,7 @@ OTHERS_OPTIONS = {
     "--half", "--raw", "--base", "--jsonl", "--cache", "--batch-size", "--steps", "--image-size",
     "--tokens", "--lengths", "--array", "--cpus-per-task", "--wait", "--port", "--nworkers",
     "--nthreads", "--reports", "--plain-images", "--repeats", "--kill", "--device", "--misses",
+    "--runs", "--boxes", "--also",
 }  # fmt: skip
 """Of torchrun, ruff, sbatch, dask, and the scripts of bench/."""
 
