@@ -36,7 +36,7 @@ from contrastive import make_data
 from mmclip.checkpoint import Checkpoint, code_version
 from mmclip.config import Config, config_hash, config_names, load_config
 from mmclip.data.cache import ImageCache
-from mmclip.data.folder import read_meta, write_text_atomic
+from mmclip.data.folder import read_meta
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Split
 from mmclip.data.sampling import image_key
@@ -45,6 +45,7 @@ from mmclip.evaluation.compute_metrics import metrics_by_finding
 from mmclip.evaluation.results import Evaluation
 from mmclip.evaluation.scores import Predictions, select_samples
 from mmclip.evaluation.zeroshot import Selection, score_images
+from mmclip.files import write_text_atomic
 from mmclip.prompts import load_prompts
 from mmclip.run import open_run
 from mmclip.training.pretrain import PretrainRequest, pretrain

@@ -15,6 +15,7 @@ import pytest
 
 from mmclip.data import cache
 from mmclip.data.cache import (
+    IMAGES_FILE,
     CacheError,
     ImageCache,
     ImageFacts,
@@ -22,7 +23,7 @@ from mmclip.data.cache import (
     join_images,
     verify_cache,
 )
-from mmclip.data.folder import read_meta
+from mmclip.data.folder import FORMAT, read_meta, write_meta
 from mmclip.data.images import decode_image, read_image, resize_image
 from mmclip.data.ingest import shards
 from mmclip.data.ingest.shards import WorkersError
@@ -113,7 +114,7 @@ def stop_build(images: list[Path], out: Path, image_size: int = 16, n_chunks: in
 
 def test_row_i_is_the_ith_image_that_can_be_read(images: list[Path], tmp_path: Path):
     facts, checksum = build_cache(images, tmp_path / "out", 16)
-    arrays = ImageCache.open(tmp_path / "out").images
+    arrays = np.load(tmp_path / "out" / IMAGES_FILE)
     assert arrays.shape == (36, 16, 16) and arrays.dtype == np.uint8
     sound = [path for path, fact in zip(images, facts, strict=True) if fact.reason is None]
     for image, path in zip(arrays, sound, strict=True):
@@ -159,7 +160,7 @@ def test_a_changed_file_is_decoded_anew(images, tmp_path: Path, monkeypatch):
     facts, _ = build_cache(images, tmp_path / "out", 16)
     assert len(decoded) == N - 8 - 1
     row = 9 - 1  # the file 3 is damaged
-    image = ImageCache.open(tmp_path / "out").images[row]
+    image = np.load(tmp_path / "out" / IMAGES_FILE)[row]
     np.testing.assert_array_equal(image, resize_image(ramp(), 16))
     assert facts[16].reason == Reason.IMAGE_MISSING
 
@@ -168,7 +169,7 @@ def test_a_changed_file_is_decoded_anew(images, tmp_path: Path, monkeypatch):
 def test_another_image_size_takes_up_no_old_chunk(images, tmp_path: Path):
     stop_build(images, tmp_path / "out")
     build_cache(images, tmp_path / "out", 20)
-    assert ImageCache.open(tmp_path / "out").images.shape == (36, 20, 20)
+    assert np.load(tmp_path / "out" / IMAGES_FILE).shape == (36, 20, 20)
 
 
 def flip(path: Path, at: int) -> None:
@@ -212,6 +213,7 @@ def test_a_flipped_bit_of_the_images_is_noticed(images, tmp_path: Path):
 
 
 def test_a_file_that_holds_no_images_is_refused(tmp_path: Path):
+    write_meta(tmp_path, {"format": FORMAT, "data_hash": "", "n_with_image": 2, "image_size": 4})
     with pytest.raises(CacheError, match="cannot be opened"):
         ImageCache.open(tmp_path)
     (tmp_path / "images.npy").write_bytes(b"no array")
@@ -225,7 +227,7 @@ def test_a_file_that_holds_no_images_is_refused(tmp_path: Path):
 def test_no_image_at_all_gives_an_empty_cache(tmp_path: Path):
     facts, checksum = build_cache([tmp_path / "no.png"], tmp_path / "out", 16)
     assert [fact.reason for fact in facts] == [Reason.IMAGE_MISSING]
-    assert ImageCache.open(tmp_path / "out").images.shape == (0, 16, 16)
+    assert np.load(tmp_path / "out" / IMAGES_FILE).shape == (0, 16, 16)
     verify_cache(tmp_path / "out", checksum)
 
 

@@ -13,9 +13,9 @@ import torch
 import mmclip
 from mmclip.checkpoint import (
     CHECKPOINTS,
+    META_CHECKSUM,
     Checkpoint,
     CheckpointError,
-    file_sha256,
     find_checkpoint,
     load_checkpoint,
     load_trainer_state,
@@ -23,6 +23,7 @@ from mmclip.checkpoint import (
 )
 from mmclip.config import Config, config_hash, parse
 from mmclip.data.folder import read_meta
+from mmclip.files import file_sha256, json_sha256, sealed
 from mmclip.models.mmclip import build_mmclip
 
 FACTS = {"data_hash": "d" * 64, "n_pairs": 2}
@@ -208,6 +209,12 @@ def test_a_damaged_trainer_state_is_refused_and_the_weights_still_load(
     load_checkpoint(saved)
 
 
+def write_meta(saved: Path, meta: dict) -> None:
+    """As someone would who means to deceive, with a checksum that fits."""
+    text = json.dumps(sealed(meta, META_CHECKSUM))
+    (saved / "meta.json").write_text(text)
+
+
 class Hostile:
     """Makes a folder where it is unpickled."""
 
@@ -225,7 +232,7 @@ def test_a_hostile_trainer_state_runs_nothing(trained: Checkpoint, tmp_path: Pat
     torch.save({"step": 2, "optimizer": Hostile(proof)}, state)
     meta = json.loads((saved / "meta.json").read_text())
     meta["sha256"]["trainer.pt"] = file_sha256(state)
-    (saved / "meta.json").write_text(json.dumps(meta))
+    write_meta(saved, meta)
     with pytest.raises(CheckpointError, match="more than tensors and plain values"):
         load_trainer_state(saved)
     assert not proof.exists()
@@ -243,8 +250,8 @@ def test_code_beside_a_tokenizer_is_not_run(trained: Checkpoint, tmp_path: Path)
     known |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
     config.write_text(json.dumps(known))
     meta = json.loads((saved / "meta.json").read_text())
-    meta["sha256"] = {n: file_sha256(saved / n) for n in meta["sha256"]}
-    (saved / "meta.json").write_text(json.dumps(meta))
+    names = [*meta["sha256"], "tokenizer/evil.py"]
+    write_meta(saved, {**meta, "sha256": {n: file_sha256(saved / n) for n in names}})
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_checkpoint(saved)
     assert not proof.exists()
@@ -254,7 +261,7 @@ def test_weights_of_another_model_are_refused(trained: Checkpoint, tmp_path: Pat
     saved = save(tmp_path, trained, 2)
     meta = json.loads((saved / "meta.json").read_text())
     meta["config"]["model"]["embed_dim"] = 8
-    (saved / "meta.json").write_text(json.dumps(meta))
+    write_meta(saved, {**meta, "config_hash": json_sha256(meta["config"])})
     with pytest.raises(CheckpointError, match="does not fit this version of the model"):
         load_checkpoint(saved)
 

@@ -5,9 +5,12 @@ run/checkpoints/step_000500/
     trainer.pt          optimiser, gradient scaler, random state (read with weights_only=True)
     tokenizer/          as transformers saves it
     meta.json           step, config, encoder configs, data hash, versions, checksums
+
+meta.json holds the checksum of each file of the checkpoint, of what the run's own folder holds
+beside it, and of itself. A file that it does not list is refused: tokenizers read whatever lies
+beside them.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -28,14 +31,22 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmclip import __version__
 from mmclip.config import Config, config_hash, parse
+from mmclip.files import file_sha256, is_sealed, json_sha256, sealed
 from mmclip.models.encoders import rebuild_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 
 CHECKPOINTS = "checkpoints"
 
-FORMAT = 3
+FORMAT = 4
 """Of a checkpoint, in meta.json: 2 has the configuration keys image_size and patch_size; from 3 on
-decoders read a ResNet's features where they lie, and the text decoder is told patches' places."""
+decoders read a ResNet's features where they lie, and the text decoder is told patches' places; 4
+has checksums of meta.json and of the run's own files."""
+
+META_CHECKSUM, RUN_FILES_KEY = "meta_sha256", "run_sha256"
+"""Keys of meta.json: over all of itself; of files in the run's folder, by name."""
+
+STRAY = re.compile(r"\.DS_Store|\.nfs\w+|\._.*")
+"""Files that a file system leaves by itself, and no one reads."""
 
 
 class CheckpointError(ValueError):
@@ -68,12 +79,6 @@ def code_version() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_checkpoint(
@@ -157,7 +162,8 @@ def write_checkpoint(
     written = sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*") if p.is_file())
     sha256 = {name: file_sha256(aside / name) for name in written}
     meta = {"format": FORMAT, "step": step, **metadata, "sha256": sha256}
-    (aside / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n", "utf-8")
+    text = json.dumps(sealed(meta, META_CHECKSUM), indent=2)
+    (aside / "meta.json").write_text(text + "\n", "utf-8")
     for path in [*aside.rglob("*"), aside]:
         _sync(path)
     if final.exists():
@@ -256,8 +262,15 @@ def read_weights(folder: Path, meta: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of a checkpoint, once its files are found as they were written.
 
     Raises:
-        CheckpointError: When one was changed since; trainer.pt is not looked at.
+        CheckpointError: When one was changed since or is not listed; trainer.pt is not read.
     """
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    unlisted = there - meta["sha256"].keys() - {"meta.json"}
+    if foreign := sorted(name for name in unlisted if not STRAY.fullmatch(Path(name).name)):
+        raise CheckpointError(
+            f"{folder / foreign[0]} is not of this checkpoint (meta.json does not list it); remove "
+            f"it, or take another checkpoint"
+        )
     for name, sha256 in meta["sha256"].items():
         if name != "trainer.pt" and not _is_intact(folder / name, sha256):
             raise CheckpointError(
@@ -296,12 +309,48 @@ def checkpoint_meta(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is missing or damaged ({error}); take an older checkpoint"
         ) from None
-    if meta.get("format") != FORMAT:
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else None
         raise CheckpointError(
-            f"{folder} has format {meta.get('format')}, and this version reads format {FORMAT}; "
-            f"train again into a new folder"
+            f"{folder} has format {found}, and this version reads format {FORMAT}; train again "
+            f"into a new folder"
+        )
+    if not is_sealed(meta, META_CHECKSUM):
+        raise CheckpointError(
+            f"{path} was changed since it was written (its checksum differs); take an older "
+            f"checkpoint, or train again into a new folder"
+        )
+    if "config_hash" in meta and meta["config_hash"] != json_sha256(meta["config"]):
+        raise CheckpointError(
+            f"{path} holds another configuration than its config_hash is of; take an older "
+            f"checkpoint, or train again into a new folder"
         )
     return meta
+
+
+def run_file(checkpoint: Path, name: str) -> Path | None:
+    """A file of the run's own folder that a checkpoint's meta.json lists, once it is found whole.
+
+    Args:
+        checkpoint: Its folder.
+        name: Such as "trained_on.npy".
+
+    Returns:
+        The path; None where the checkpoint lies in no run's folder, or lists no such file.
+
+    Raises:
+        CheckpointError: When the file is missing or was changed since.
+    """
+    sha256 = checkpoint_meta(checkpoint).get(RUN_FILES_KEY, {}).get(name)
+    folder = run_folder(checkpoint)
+    if sha256 is None or folder == checkpoint.resolve():
+        return None
+    if not _is_intact(folder / name, sha256):
+        raise CheckpointError(
+            f"{folder / name} is missing or damaged (its checksum differs from meta.json of "
+            f"{checkpoint.name}); put the file of this run back, or train again into a new folder"
+        )
+    return folder / name
 
 
 def _is_intact(path: Path, sha256: str) -> bool:

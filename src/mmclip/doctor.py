@@ -16,7 +16,6 @@ import torch
 from mmclip.checkpoint import (
     CHECKPOINTS,
     checkpoint_meta,
-    file_sha256,
     find_checkpoint,
     load_checkpoint,
     load_trainer_state,
@@ -31,6 +30,7 @@ from mmclip.data.versions import changed_since
 from mmclip.evaluation.metrics import auroc
 from mmclip.evaluation.pages import PAGE_FILE
 from mmclip.evaluation.results import RESULTS_FILE, checked, read_results
+from mmclip.files import file_sha256
 from mmclip.finetuning.finetune import SUMMARY_FILE
 from mmclip.retrieval.ranking import RANKS_FILE, RETRIEVAL_FILE, RetrievalResults
 from mmclip.retrieval.retrieve import SHEET_FILE

@@ -22,10 +22,11 @@ import numpy as np
 from jaxtyping import Float32
 from torch import Tensor
 
-from mmclip.checkpoint import Checkpoint, file_sha256, run_folder
-from mmclip.data.folder import read_meta, write_text_atomic
+from mmclip.checkpoint import Checkpoint, run_folder
+from mmclip.data.folder import read_meta
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.embed import embed_images, embed_texts
+from mmclip.files import file_sha256, write_text_atomic
 from mmclip.progress import console, progress
 
 logger = logging.getLogger(__name__)

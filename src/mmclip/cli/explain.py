@@ -170,8 +170,8 @@ def _evaluate(
     run: "Run", data: list[Path], request: "PointingRequest", out: Path, overwrite: bool
 ) -> None:
     """Measures the maps of all images, and writes and prints what is found."""
-    from mmclip.data.folder import write_text_atomic
     from mmclip.explanation.pointing_game import evaluate_explanations
+    from mmclip.files import write_text_atomic
 
     dataset = run.open_data(data)
     _check_free([out], overwrite)

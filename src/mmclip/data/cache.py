@@ -17,6 +17,7 @@ from numpy.lib.format import write_array_header_1_0
 
 from mmclip.config import ResizeMode
 from mmclip.data.dicom import decoders_installed
+from mmclip.data.folder import META_FILE, read_built_meta
 from mmclip.data.images import ImageError, decode_image, read_bytes, resize_image
 from mmclip.data.ingest.shards import (
     Shard,
@@ -28,6 +29,7 @@ from mmclip.data.ingest.shards import (
     read_facts,
 )
 from mmclip.data.sample import Reason
+from mmclip.files import file_sha256, verified_sha256, write_atomic
 
 IMAGES_FILE, SHARDS_FOLDER = "images.npy", "images.shards"
 
@@ -144,16 +146,13 @@ def join_images(n_images: int, folder: Path, image_size: int) -> tuple[list[Imag
     start = io.BytesIO()
     write_array_header_1_0(start, header)
     digest = hashlib.sha256(start.getvalue())
-    aside = folder / (IMAGES_FILE + ".tmp")
-    with aside.open("wb") as file:  # no memory map: what is written to it would count as memory
+    # No memory map: what is written to it would count as memory.
+    with write_atomic(folder / IMAGES_FILE) as file:
         file.write(start.getvalue())
         for number in numbers:
             images = read_array(shards, number).tobytes()
             digest.update(images)
             file.write(images)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(folder / IMAGES_FILE)
     return facts, digest.hexdigest()
 
 
@@ -171,11 +170,14 @@ class ImageCache:
 
     @classmethod
     def open(cls, folder: Path) -> "ImageCache":
-        """Maps images.npy.
+        """Maps images.npy, once it is found as it was built; see `files.verified_sha256`.
 
         Raises:
-            CacheError: When it is missing or no array of square uint8 images.
+            CacheError: When it is missing, no array of square uint8 images, or not those of
+                meta.json.
+            ManifestError: When the folder is unfinished.
         """
+        meta = read_built_meta(folder)
         path = folder / IMAGES_FILE
         try:
             images = np.load(path, mmap_mode="r")
@@ -184,12 +186,23 @@ class ImageCache:
                 f"{path} cannot be opened ({error}); build it again with `mmclip data build`"
             ) from None
         if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1] != images.shape[2]:
-            raise CacheError(f"{path} holds {images.dtype} {images.shape}, not square uint8 images")
+            raise CacheError(
+                f"{path} holds {images.dtype} {images.shape}, not square uint8 images; build the "
+                f"folder again with `mmclip data build`"
+            )
+        if images.shape[:2] != (meta["n_with_image"], meta["image_size"]):
+            n, px = images.shape[:2]
+            raise CacheError(
+                f"{path} holds {n:,} images of {px} px, and {META_FILE} tells of "
+                f"{meta['n_with_image']:,} of {meta['image_size']} px; build the folder again with "
+                f"`mmclip data build`"
+            )
+        _check(path, verified_sha256(path), meta["images_sha256"])
         return cls(images)
 
 
 def verify_cache(folder: Path, sha256: str) -> None:
-    """Compares images.npy with the checksum of its build.
+    """Compares every byte of images.npy with the checksum of its build.
 
     Raises:
         CacheError: When it is missing or differs.
@@ -197,8 +210,10 @@ def verify_cache(folder: Path, sha256: str) -> None:
     path = folder / IMAGES_FILE
     if not path.is_file():
         raise CacheError(f"{path} is missing; build the folder again with `mmclip data build`")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    _check(path, file_sha256(path), sha256)
+
+
+def _check(path: Path, found: str, sha256: str) -> None:
     if found != sha256:
         raise CacheError(
             f"{path} was changed since it was built (SHA-256 {found[:12]}, built as "

@@ -5,23 +5,23 @@ A data folder, as `mmclip data build` leaves it and every other command reads it
     samples.parquet    one row per image (or a text-only study), in the reader's order
     images.npy        uint8 [n, px, px]: row i is the i-th record that has an image (data/cache.py)
     excluded.jsonl   one line a row that was left out, with the reason
-    meta.json        counts, image size, checksums and the data hash that travels with every result
+    meta.json        counts, image size, checksums, and the data hash that travels with every result
     split.json       after `mmclip data split` only: a named split, read in place of the built one
 """
 
-import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from mmclip.data.sample import SPLITS, Sample, Split
+from mmclip.files import OWN_PREFIX, is_sealed, sealed, write_text_atomic
 
 MANIFEST_FILE, EXCLUDED_FILE, META_FILE = "samples.parquet", "excluded.jsonl", "meta.json"
 SPLIT_FILE = "split.json"
 
-FORMAT = 3
-"""Of a data folder, in meta.json: 3 calls its files and columns samples and images."""
+FORMAT = 4
+"""Of a data folder, in meta.json: 4 has a checksum of meta.json itself."""
 
 
 class ManifestError(ValueError):
@@ -60,7 +60,9 @@ def read_built_meta(folder: Path) -> dict:
         raise ManifestError(
             f"{path} is damaged ({error}); build the folder again with `mmclip data build`"
         ) from None
-    if "step" in meta or "data_hash" not in meta:  # a checkpoint has a file of this name, too
+    if (
+        not isinstance(meta, dict) or "step" in meta or "data_hash" not in meta
+    ):  # a checkpoint has a file of this name, too
         raise ManifestError(
             f"{folder} is no finished data folder ({path} describes something else); "
             f"{_next_step(folder)}"
@@ -70,7 +72,20 @@ def read_built_meta(folder: Path) -> dict:
             f"{folder} has format {meta.get('format')}, and this version reads format {FORMAT}; "
             f"build the folder again with `mmclip data build ... --overwrite`"
         )
+    if not is_sealed(meta):
+        raise ManifestError(
+            f"{path} was changed since it was written (its checksum differs); build the folder "
+            f"again with `mmclip data build ... --overwrite`"
+        )
     return meta
+
+
+def write_meta(folder: Path, meta: Mapping) -> dict:
+    """Writes meta.json with a checksum of itself, and returns what it holds."""
+    whole = sealed(meta)
+    text = json.dumps(whole, indent=2, ensure_ascii=False)
+    write_text_atomic(folder / META_FILE, text + "\n")
+    return whole
 
 
 def _next_step(folder: Path) -> str:
@@ -102,6 +117,7 @@ def check_place(
     if out.exists() and not out.is_dir():
         raise ManifestError(f"{out} is a file; name the folder to make by --out")
     there = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    there = [name for name in there if not name.startswith(OWN_PREFIX)]
     if there and not set(ours) & set(there):
         raise ManifestError(f"{out} holds {what}, such as {there[0]}; {remedy}")
 
@@ -115,12 +131,6 @@ def is_built(folder: Path) -> bool:
     return True
 
 
-def split_checksum(split: Mapping) -> str:
-    """Over all that split.json holds but the checksum itself."""
-    rest = {key: value for key, value in split.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def read_split(folder: Path) -> dict | None:
     """split.json of a data folder as `splits.set_split` leaves it, or None where none is set.
 
@@ -131,7 +141,7 @@ def read_split(folder: Path) -> dict | None:
     again = "set it again with `mmclip data split`, or remove the file to have the built one"
     try:
         split = json.loads(path.read_text("utf-8"))
-        is_whole = split["sha256"] == split_checksum(split)
+        is_whole = is_sealed(split)
     except FileNotFoundError:
         return None
     except (ValueError, LookupError, TypeError) as error:
@@ -149,7 +159,7 @@ def read_split(folder: Path) -> dict | None:
 
 def write_split(folder: Path, split: dict) -> dict:
     """Writes split.json with a checksum, and returns what it holds."""
-    whole = {**split, "sha256": split_checksum(split)}
+    whole = sealed(split)
     write_text_atomic(folder / SPLIT_FILE, json.dumps(whole, ensure_ascii=False) + "\n")
     return whole
 
@@ -179,10 +189,3 @@ def with_split(samples: Iterable[Sample], split: Mapping) -> list[Sample]:
         )
         for sample in samples
     ]
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Writes a text file aside and renames it, so that a reader never sees half of it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, "utf-8")
-    aside.replace(path)

@@ -21,7 +21,7 @@ from mmclip.data.folder import (
     read_built_meta,
     read_split,
     with_split,
-    write_text_atomic,
+    write_meta,
 )
 from mmclip.data.sample import (
     Entity,
@@ -30,6 +30,7 @@ from mmclip.data.sample import (
     Split,
 )
 from mmclip.data.versions import made_with
+from mmclip.files import write_text_atomic
 
 BATCH_RECORDS = 4096
 """Records that are on their way to or from the disk at a time. [chosen: 30 MB, with entities]"""
@@ -192,8 +193,7 @@ def write_manifest(
     }
     parquet.replace(folder / MANIFEST_FILE)
     write_excluded(folder, excluded)
-    write_text_atomic(folder / META_FILE, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
-    return meta
+    return write_meta(folder, meta)
 
 
 def _split_of_patients(samples: Iterable[Sample]) -> dict[str, Split]:
@@ -235,8 +235,7 @@ def replace_images(folder: Path, samples: Sequence[Sample], metadata: Mapping) -
     )
     meta = {**meta, **metadata, "data_hash": digest}
     parquet.replace(folder / MANIFEST_FILE)
-    write_text_atomic(folder / META_FILE, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
-    return meta
+    return write_meta(folder, meta)
 
 
 def write_excluded(folder: Path, excluded: Iterable[Excluded]) -> None:

@@ -17,7 +17,6 @@ from PIL import Image
 
 from mmclip.checkpoint import Checkpoint
 from mmclip.config import RESOURCES
-from mmclip.data.folder import write_text_atomic
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.evaluation.pictures import Picture, make_pictures
 from mmclip.evaluation.plots import (
@@ -39,6 +38,7 @@ from mmclip.evaluation.results import (
     write_results,
 )
 from mmclip.evaluation.scores import SCORES_FILE, Predictions
+from mmclip.files import write_text_atomic
 from mmclip.prompts import Prompts
 
 PAGE_FILE, CARD_FILE, PLOTS_FOLDER = "page.html", "MODEL_CARD.md", "plots"

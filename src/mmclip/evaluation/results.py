@@ -10,9 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from mmclip.checkpoint import code_version
-from mmclip.data.folder import write_text_atomic
 from mmclip.evaluation.metrics import ThresholdOrigin
 from mmclip.evaluation.protocols import BUILT, Protocol
+from mmclip.files import write_text_atomic
 from mmclip.prompts import PromptSet
 from mmclip.run import UNKNOWN_WEIGHTS, Seen, Weights
 

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from jaxtyping import Float
 
 from mmclip.config import config_hash
-from mmclip.data.folder import ManifestError, write_text_atomic
+from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.leakage.check import patient_key
 from mmclip.embedding_store import STORE_FOLDER, store_folder
@@ -48,6 +48,7 @@ from mmclip.evaluation.scores import (
     make_predictions,
     unknown_views,
 )
+from mmclip.files import write_text_atomic
 from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
 from mmclip.finetuning.request import Common, FinetuneRequest, Method, Part, recipe_of, run_hash
 from mmclip.finetuning.saved import save_probe

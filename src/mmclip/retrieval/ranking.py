@@ -15,7 +15,7 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from mmclip.config import Frozen
-from mmclip.data.folder import ManifestError, write_text_atomic
+from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.leakage.check import patient_key, study_key
 from mmclip.data.sample import Sample, Split
@@ -34,6 +34,7 @@ from mmclip.evaluation.results import (
     provenance,
 )
 from mmclip.evaluation.scores import FRONTAL, check_sources, split_of, unknown_views
+from mmclip.files import write_text_atomic
 from mmclip.losses import positive_pairs
 from mmclip.run import Run, Weights, open_run
 

@@ -35,12 +35,13 @@ from mmclip.data.batches import (
     seen_in_training,
     training_dataset,
 )
-from mmclip.data.folder import ManifestError, write_text_atomic
+from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.leakage.check import TRAINED_FILE, refuse_leaks, trained_keys
 from mmclip.data.synthetic import read_masks
 from mmclip.data.text import train_tokenizer
 from mmclip.data.tokenizer import frame_of, load_tokenizer
+from mmclip.files import write_text_atomic
 from mmclip.models.encoders import (
     build_image_encoder,
     build_text_encoder,

@@ -38,8 +38,12 @@ from mmclip.data.sample import (
     validate,
 )
 from mmclip.data.versions import made_with
+from mmclip.files import locked, move_in
 
 ENTITY_SHARDS_FOLDER = "entities.shards"
+
+REBUILD_FOLDER = "rebuild"
+"""In a data folder: the build that will replace it."""
 
 CHUNK_REPORTS = 1024
 """Records a chunk whose reports are searched. [chosen: a second of work for the lexicon, a minute
@@ -83,7 +87,8 @@ def build_data(
     """Builds a data folder; what was left out stands in excluded.jsonl, and the counts add up.
 
     The same source gives the same bytes and hash, whoever works. A build goes on where a killed one
-    was, or `build_shard`.
+    was, or `build_shard`. A finished build that is replaced stays whole until the new one is: that
+    is made in out/rebuild, and its files are moved at the end.
 
     Args:
         records: Of a reader, one a row.
@@ -100,15 +105,45 @@ def build_data(
     Raises:
         ManifestError: When no row is sound, or `out` holds other things or a finished build.
         ValueError: When the ratios of the split are impossible.
+        LockedError: When another command writes into `out`.
         WorkersError: When the workers cannot be had, or died.
     """
     options = options or BuildOptions()
     options.split.check()
-    _check_is_ours(out, None if overwrite else "; add --overwrite to build it again")
-    # First: a source that fails replaces no build.
-    samples, excluded = _readable(records, root, options.hides_paths)
-    for old in (META_FILE, SPLIT_FILE):  # from here on the folder is unfinished
-        (out / old).unlink(missing_ok=True)
+    _check_is_ours(out, None)
+    with locked(out):
+        _check_is_ours(out, None if overwrite else "; add --overwrite to build it again")
+        replaces = (out / META_FILE).is_file() or (out / REBUILD_FOLDER).is_dir()
+        place = out / REBUILD_FOLDER if replaces else out
+        place.mkdir(exist_ok=True)
+        meta = _build(
+            _readable(records, root, options.hides_paths), root, place, image_size, workers, options
+        )
+        if replaces:
+            _replace(place, out)
+        shutil.rmtree(out / SHARDS_FOLDER, ignore_errors=True)  # what is left does no harm
+        shutil.rmtree(out / ENTITY_SHARDS_FOLDER, ignore_errors=True)
+    return meta
+
+
+def _replace(made: Path, out: Path) -> None:
+    """Puts a new build in the place of the one in `out`."""
+    (out / SPLIT_FILE).unlink(missing_ok=True)
+    if not (made / IMAGES_FILE).is_file():
+        (out / IMAGES_FILE).unlink(missing_ok=True)
+    move_in(made, out, META_FILE)
+
+
+def _build(
+    readable: tuple[list[tuple[int, Sample]], list[Excluded]],
+    root: Path,
+    out: Path,
+    image_size: int,
+    workers: Workers,
+    options: BuildOptions,
+) -> dict:
+    """Leaves a data folder in `out`, which holds none; returns its meta.json."""
+    samples, excluded = readable
     _do_all([sample for _, sample in samples], root, out, image_size, workers, options)
     facts, checksum = _joined([sample for _, sample in samples], out, image_size)
     kept, is_kept, undecoded = _with_facts(samples, facts, options.hides_paths)
@@ -128,8 +163,6 @@ def build_data(
         entities=_counted(kept, compress(found, is_kept), counts),
     )
     _warn_if_not_english(counts, options.entities)
-    for shards in (SHARDS_FOLDER, ENTITY_SHARDS_FOLDER):  # what is left of them does no harm
-        shutil.rmtree(out / shards, ignore_errors=True)
     return meta
 
 
@@ -140,7 +173,6 @@ def _joined(
     n_images = sum(sample.image is not None for sample in samples)
     if n_images:
         return join_images(n_images, out, image_size)
-    (out / IMAGES_FILE).unlink(missing_ok=True)  # of a build that is replaced
     return (), None
 
 
@@ -232,12 +264,14 @@ def build_shard(
             things.
         WorkersError: When the workers cannot be had, or died.
     """
-    _check_is_ours(out, ", which a shard never replaces; remove it")
-    samples, _ = _readable(records, root)
-    _do_all(
-        [sample for _, sample in samples],
-        root, out, image_size, workers, options or BuildOptions(), shard,
-    )  # fmt: skip
+    _check_is_ours(out, None)
+    with locked(out, shared=True):
+        _check_is_ours(out, ", which a shard never replaces; remove it")
+        samples, _ = _readable(records, root)
+        _do_all(
+            [sample for _, sample in samples],
+            root, out, image_size, workers, options or BuildOptions(), shard,
+        )  # fmt: skip
 
 
 def _check_is_ours(out: Path, instead: str | None) -> None:
@@ -249,7 +283,14 @@ def _check_is_ours(out: Path, instead: str | None) -> None:
     """
     check_place(
         out,
-        (MANIFEST_FILE, IMAGES_FILE, EXCLUDED_FILE, SHARDS_FOLDER, ENTITY_SHARDS_FOLDER),
+        (
+            MANIFEST_FILE,
+            IMAGES_FILE,
+            EXCLUDED_FILE,
+            SHARDS_FOLDER,
+            ENTITY_SHARDS_FOLDER,
+            REBUILD_FOLDER,
+        ),
         what="other things than a data folder",
         remedy="name a new or empty folder by --out (--root is where the images are)",
     )

@@ -5,6 +5,7 @@ The hashes lie in the data folder as image_hashes.npz, and are made once. Pairs 
 compared pixel by pixel, for images of two people can be alike in all that is coarse.
 """
 
+import hashlib
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -19,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from mmclip.data.cache import ImageCache
 from mmclip.data.folder import ManifestError, read_built_meta
+from mmclip.files import write_atomic
 
 HASHES_FILE = "image_hashes.npz"
 
@@ -106,7 +108,7 @@ def read_hashes(
     path, key = folder / HASHES_FILE, f"{HASH_VERSION} {meta['images_sha256']}"
     try:
         with np.load(path) as stored:
-            if str(stored["key"]) == key:
+            if str(stored["key"]) == f"{key} {_sha256(stored['hashes'])}":
                 on_progress(len(stored["hashes"]))
                 return stored["hashes"]
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
@@ -118,11 +120,13 @@ def read_hashes(
         made.append(image_hashes(np.ascontiguousarray(samples[start : start + step])))
         on_progress(len(made[-1]))
     hashes = np.concatenate(made)
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        np.savez(file, hashes=hashes, key=np.array(key))
-    aside.replace(path)
+    with write_atomic(path) as file:
+        np.savez(file, hashes=hashes, key=np.array(f"{key} {_sha256(hashes)}"))
     return hashes
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def near_pairs(

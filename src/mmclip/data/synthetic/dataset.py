@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
-from mmclip.data.folder import write_text_atomic
 from mmclip.data.sample import Split
 from mmclip.data.synthetic.patient import make_study
 from mmclip.data.synthetic.preset import FINDINGS, Preset
+from mmclip.files import write_text_atomic
 
 STUDIES_FILE, LESIONS_FILE, MASKS_FILE = "studies.csv", "lesions.csv", "masks.npz"
 MAPPING_FILE, PRESET_FILE, IMAGES_FOLDER = "mapping.toml", "preset.json", "images"
