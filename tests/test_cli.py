@@ -23,7 +23,7 @@ from mmclip.cli import app
 from mmclip.cli.shared import check_results
 from mmclip.data.ingest.sources import READERS
 from mmclip.data.synthetic import FINDINGS, PRESETS
-from mmclip.demo import _make_room
+from mmclip.demo import _place
 from mmclip.doctor import OPTIONAL
 from tests.commands import Ended, mmclip
 
@@ -585,17 +585,19 @@ def test_a_demo_of_other_settings_is_refused_and_replaces_nothing(tmp_path: Path
     assert (finished / "results.json").is_file()
 
 
-def test_the_same_demo_again_keeps_its_images_and_another_one_replaces_them(
+def test_a_finished_demo_stays_until_the_one_that_replaces_it_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     out, preset = made_demo(tmp_path / "demo", finished=True), PRESETS["demo"]
     monkeypatch.setattr(sys, "argv", ["mmclip", "demo", "--out", str(out)])
     check_results(out)
     assert "results of this very command; they are written again" in capsys.readouterr().err
-    _make_room(out, preset, overwrite=False)
-    assert sorted(path.name for path in out.iterdir()) == ["data", "raw"]
-    _make_room(out, replace(preset, seed=8), overwrite=True)
-    assert not list(out.iterdir())
+    begun = made_demo(tmp_path / "begun", finished=False)
+    assert _place(begun, preset, overwrite=False) == begun
+    assert _place(out, preset, overwrite=False) == out / "rebuild"
+    assert _place(out, replace(preset, seed=8), overwrite=True) == out / "rebuild"
+    kept = ["data", "raw", "rebuild", "results.json", "run"]
+    assert sorted(path.name for path in out.iterdir()) == kept
 
 
 def test_mmclip_alone_shows_every_command_in_order_of_use(tmp_path: Path):

@@ -26,6 +26,7 @@ from mmclip.checkpoint import Checkpoint
 from mmclip.data.inputs import ImageInput, ImageInputs, name_of, read_input
 from mmclip.data.pixels import ImageError
 from mmclip.embed import embed_texts
+from mmclip.files import write_atomic
 from mmclip.finetuning.saved import FineTuned
 from mmclip.prediction.model import (
     Encoded,
@@ -164,10 +165,12 @@ class Saliency:
             raise ValueError(f"{out} ends in neither .png nor .npy; name a picture or an array")
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".npy":
-            np.save(out, self.values)
+            with write_atomic(out) as file:
+                np.save(file, self.values)
             return out
         figure = draw_explanation(self._found, self.facts(), self.image_id)
-        figure.savefig(out, format="png", dpi=160, facecolor=figure.get_facecolor())
+        with write_atomic(out) as file:
+            figure.savefig(file, format="png", dpi=160, facecolor=figure.get_facecolor())
         return out
 
 

@@ -35,6 +35,7 @@ from mmclip.evaluation.zeroshot import (
     write_zeroshot,
     zeroshot,
 )
+from mmclip.files import locked, move_in
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet, load_prompts
 from mmclip.run import Run, open_run
@@ -69,16 +70,35 @@ def run_demo(
         ValueError: When something is there that no demo made, or, without `overwrite`, an
             unfinished demo of other settings.
     """
-    began = time.monotonic()
     if shuffle_pairs:
         overrides = (*overrides, "unpaired.shuffle=true")  # no image keeps what is true of it
     config = load_config("demo", (*overrides, f"train.seed={seed}"))
     preset = replace(PRESETS["demo"], seed=PRESETS["demo"].seed + seed)
-    _make_room(out, preset, overwrite)
-    dataset = open_dataset([_make_data(out, preset)], config.data.image_size)
-    run = _train(out, config, shuffle_pairs, command)
+    with locked(out):
+        place = _place(out, preset, overwrite)
+        results = _demo(out, place, preset, config, shuffle_pairs, command, overwrite)
+        if place != out:
+            move_in(place, out, RESULTS_FILE)
+    return results
+
+
+def _demo(
+    out: Path,
+    place: Path,
+    preset: Preset,
+    config: Config,
+    shuffle_pairs: bool,
+    command: str,
+    overwrite: bool,
+) -> RunResults:
+    """Leaves a demo in `place`; images of the same preset are taken from `out`."""
+    began, seed = time.monotonic(), config.train.seed
+    home = out if is_built(out / "data") and holds_preset(out / "raw", preset) else place
+    data = _make_data(home, preset)
+    dataset = open_dataset([data], config.data.image_size)
+    run = _train(place / "run", data, config, shuffle_pairs, command, overwrite or place != out)
     prompts, *other_prompt_sets = [load_prompts(name) for name in DEFAULT_PROMPT_SETS]
-    held_out = _held_out(out / "raw")
+    held_out = _held_out(home / "raw")
     ordinary = dataset.select([sample.image_id not in held_out for sample in dataset.samples])
     result = zeroshot(
         run,
@@ -90,7 +110,7 @@ def run_demo(
     )
     wall_s = time.monotonic() - began
     return write_zeroshot(
-        out,
+        place,
         result,
         _about(run, preset, shuffle_pairs, run.check_unseen(result.dataset.samples, "test")),
         made_now(result, command, seed, split=BUILT, wall_s=wall_s),
@@ -103,15 +123,17 @@ def run_demo(
     )
 
 
-def _train(out: Path, config: Config, shuffle_pairs: bool, command: str) -> Run:
+def _train(
+    folder: Path, data: Path, config: Config, shuffle_pairs: bool, command: str, may_replace: bool
+) -> Run:
     """Pre-trains, or goes on where a killed demo was.
 
     Raises:
-        CheckpointError: When the run in `out` is of another command.
+        CheckpointError: When the folder holds a run of another command, which may not be replaced.
     """
     request = PretrainRequest(
-        folders=(out / "data",),
-        run=out / "run",
+        folders=(data,),
+        run=folder,
         config=config,
         command=command,
         resume=True,
@@ -120,10 +142,13 @@ def _train(out: Path, config: Config, shuffle_pairs: bool, command: str) -> Run:
     try:
         return open_run(pretrain(request))
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{out} holds a demo that does not go on with this command ({error}); add --overwrite "
-            f"to replace it"
-        ) from None
+        if not may_replace:
+            raise CheckpointError(
+                f"{folder.parent} holds a demo that does not go on with this command ({error}); "
+                f"add --overwrite to replace it"
+            ) from None
+    shutil.rmtree(folder)
+    return open_run(pretrain(request))
 
 
 def _about(run: Run, preset: Preset, shuffle_pairs: bool, leak_check: str) -> About:
@@ -154,10 +179,18 @@ def _about(run: Run, preset: Preset, shuffle_pairs: bool, leak_check: str) -> Ab
     )
 
 
-def _make_room(out: Path, preset: Preset, overwrite: bool) -> None:
-    """Removes what this demo replaces: a finished run, or all that is of another preset."""
-    raw, run, results = out / "raw", out / "run", out / RESULTS_FILE
-    there = [old for old in (raw, out / "data", run) if old.exists()]
+REBUILD_FOLDER = "rebuild"
+"""In the folder of a demo: the one that will replace it."""
+
+
+def _place(out: Path, preset: Preset, overwrite: bool) -> Path:
+    """Where a demo is made: in `out`, or beside what it will replace once it is finished.
+
+    Raises:
+        ValueError: When `out` holds what no demo made, or, without `overwrite`, another demo.
+    """
+    raw = out / "raw"
+    there = [old for old in (raw, out / "data", out / "run") if old.exists()]
     if there and not (raw / PRESET_FILE).is_file():
         raise ValueError(
             f"{there[0]} is there and was not made by a demo, which would replace it; choose "
@@ -169,12 +202,9 @@ def _make_room(out: Path, preset: Preset, overwrite: bool) -> None:
             f"{out} holds a demo of other synthetic images, by another --seed or version of "
             f"mmclip; add --overwrite to replace it, or choose another --out"
         )
-    if is_other:
-        for old in there:
-            shutil.rmtree(old)
-    elif overwrite or results.is_file():
-        shutil.rmtree(run, ignore_errors=True)
-    results.unlink(missing_ok=True)
+    place = out / REBUILD_FOLDER if is_other or (out / RESULTS_FILE).is_file() else out
+    place.mkdir(exist_ok=True)
+    return place
 
 
 def _make_data(out: Path, preset: Preset) -> Path:

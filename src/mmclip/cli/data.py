@@ -9,7 +9,8 @@ from rich.table import Table
 
 from mmclip.cli import build
 from mmclip.cli.plain import PlainCommand, PlainGroup
-from mmclip.cli.shared import split_name
+from mmclip.cli.shared import check_inputs, split_name
+from mmclip.files import locked
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -67,15 +68,17 @@ def data_split(
     from mmclip.data.leakage.splits import SUBSET_SEEDS, set_split
     from mmclip.data.sample import RandomSplit
 
-    split = set_split(
-        folder,
-        name,
-        RandomSplit(seed, val_ratio, test_ratio),
-        lists=_lists(list_ or ()),
-        patients=patients,
-        near_duplicates=near_duplicates,
-        subset_seeds=tuple(subset_seed or SUBSET_SEEDS),
-    )
+    check_inputs(data=[folder])
+    with locked(folder):
+        split = set_split(
+            folder,
+            name,
+            RandomSplit(seed, val_ratio, test_ratio),
+            lists=_lists(list_ or ()),
+            patients=patients,
+            near_duplicates=near_duplicates,
+            subset_seeds=tuple(subset_seed or SUBSET_SEEDS),
+        )
     _print_split(split, folder)
 
 
@@ -125,7 +128,9 @@ def data_labels(
     if check is not None:
         _print_agreement(check_labels(folder, rules, check))
         return
-    done = label_folder(folder, rules, cast(UncertainAs, uncertain_as))
+    check_inputs(data=[folder])
+    with locked(folder):
+        done = label_folder(folder, rules, cast(UncertainAs, uncertain_as))
     _print_labels(done)
 
 

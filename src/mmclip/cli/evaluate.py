@@ -17,6 +17,7 @@ from mmclip.cli.shared import (
     print_results,
     split_name,
 )
+from mmclip.files import locked
 
 app = typer.Typer()
 
@@ -118,4 +119,5 @@ def zeroshot(
         seed=seed,
         device=device_of(cpu),
     )
-    print_results(evaluate(request), out)
+    with locked(out):
+        print_results(evaluate(request), out)

@@ -16,6 +16,7 @@ from mmclip.cli.shared import (
     device_of,
     split_name,
 )
+from mmclip.files import locked_file
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -158,12 +159,14 @@ def explain(
         request = PointingRequest(
             *marked, kind, prompt_set, split=of_split, n_resamples=n_resamples, seed=seed
         )
-        _evaluate(opened, data, request, out, overwrite)
+        with locked_file(out):
+            _evaluate(opened, data, request, out, overwrite)
         return
     assert phrase is not None
     shown = _read(opened, where, image, data, marked)
     _check_free(files, overwrite)
-    _explain(opened, shown, phrase, kind, prompt_set, files)
+    with locked_file(out):
+        _explain(opened, shown, phrase, kind, prompt_set, files)
 
 
 def _evaluate(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from mmclip.cli.plain import IN_OUT, INTERVALS, SELECTION, TRAINING, PlainCommand
 from mmclip.cli.shared import CpuOption, SetOption, command_line, resume_hint
+from mmclip.files import locked
 from mmclip.progress import console
 
 app = typer.Typer()
@@ -152,9 +154,10 @@ def finetune(
         n_resamples=n_resamples,
         cpu=cpu,
     )
-    with resume_hint():
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun starts this once a process
+    with resume_hint(), locked(out) if is_first else nullcontext():
         summary = learn(request)
-    if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start this once a process
+    if is_first:
         _print_summary(json.loads(summary.read_text("utf-8")))
         print(summary)
 

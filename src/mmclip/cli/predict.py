@@ -7,6 +7,7 @@ import typer
 
 from mmclip.cli.plain import IN_OUT, SELECTION, PlainCommand
 from mmclip.cli.shared import CpuOption, check_inputs, device_of
+from mmclip.files import locked_file
 from mmclip.progress import console
 
 app = typer.Typer()
@@ -102,20 +103,21 @@ def predict(
         there.append(explain)
     if there and not overwrite:
         raise ValueError(f"{there[0]} is there; add --overwrite to replace it, or name another")
-    done = score(
-        PredictRequest(
-            model=model,
-            inputs=tuple(inputs),
-            out=out,
-            findings=tuple(finding or ()),
-            prompts=prompts,
-            by="study" if by == "study" else "image",
-            thresholds=thresholds,
-            explain=explain,
-            workers=workers or n_cores(),
-            device=device_of(cpu),
+    with locked_file(out):
+        done = score(
+            PredictRequest(
+                model=model,
+                inputs=tuple(inputs),
+                out=out,
+                findings=tuple(finding or ()),
+                prompts=prompts,
+                by="study" if by == "study" else "image",
+                thresholds=thresholds,
+                explain=explain,
+                workers=workers or n_cores(),
+                device=device_of(cpu),
+            )
         )
-    )
     said = f"{done.n_images:,} images scored"
     if by == "study":
         said += f", {done.n_lines:,} studies"

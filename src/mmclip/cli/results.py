@@ -15,6 +15,7 @@ from mmclip.cli.shared import (
     command_line,
     split_name,
 )
+from mmclip.files import locked, write_text_atomic
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -115,10 +116,11 @@ def results(
     folders = [out / path.stem if out and path in tables else path for path in given]
     for path in tables:
         assert data and protocol and out
-        compute_metrics_of_csv(
-            path, data, out / path.stem, protocol=protocol, split=split_name(split),
-            n_resamples=n_resamples, seed=seed, command=command_line(),
-        )  # fmt: skip
+        with locked(out / path.stem):
+            compute_metrics_of_csv(
+                path, data, out / path.stem, protocol=protocol, split=split_name(split),
+                n_resamples=n_resamples, seed=seed, command=command_line(),
+            )  # fmt: skip
         console.print(f"{path}: {out / path.stem / 'page.html'}", markup=False, soft_wrap=True)
     table = _table(folders, over_seeds, n_resamples, seed)
     first, parts, drawn, said = table.first, table.parts, table.drawn, table.said
@@ -128,7 +130,7 @@ def results(
         console.print(sentence, style="yellow", markup=False)
     _print_published(known)
     if save is not None:
-        save.write_text(_markdown(parts, said, first, known, drawn), "utf-8")
+        write_text_atomic(save, _markdown(parts, said, first, known, drawn))
         console.print(f"written: {save}", markup=False, soft_wrap=True)
     of_others = {"published": [row.model_dump(mode="json") for row in known]}
     print(json.dumps({**table.plain, **of_others}, ensure_ascii=False))

@@ -20,6 +20,7 @@ from mmclip.cli.shared import (
     device_of,
     split_name,
 )
+from mmclip.files import locked
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def retrieve(
         )  # fmt: skip
         print_found(found, top)
         if out is not None:
-            console.print(f"images: {write_sheet(out, found)}", markup=False, soft_wrap=True)
+            with locked(out):
+                console.print(f"images: {write_sheet(out, found)}", markup=False, soft_wrap=True)
         return
     if out is None:
         raise ValueError("--evaluate writes results: name their folder by --out")
@@ -151,7 +153,8 @@ def retrieve(
         seed=seed,
         device=device_of(cpu),
     )
-    print_retrieval(evaluate_retrieval(request))
+    with locked(out):
+        print_retrieval(evaluate_retrieval(request))
     print(out / RETRIEVAL_FILE)
 
 

@@ -65,8 +65,7 @@ def demo(
     load_config("demo", set_ or ())  # a mistyped key is told before what is in --out
     if not overwrite:
         check_results(out)
-    how = "the same command goes on" if not overwrite else "the same without --overwrite goes on"
-    with resume_hint(how):
+    with resume_hint():
         results = run_demo(out, seed, shuffle_pairs, tuple(set_ or ()), command_line(), overwrite)
     print_results(results, out)
 

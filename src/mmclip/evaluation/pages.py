@@ -38,7 +38,7 @@ from mmclip.evaluation.results import (
     write_results,
 )
 from mmclip.evaluation.scores import SCORES_FILE, Predictions
-from mmclip.files import write_text_atomic
+from mmclip.files import made_beside, write_text_atomic
 from mmclip.prompts import Prompts
 
 PAGE_FILE, CARD_FILE, PLOTS_FOLDER = "page.html", "MODEL_CARD.md", "plots"
@@ -90,13 +90,13 @@ def write_evaluation(
         gallery: Images to show.
         prompts: What was asked about each finding, where anything was.
     """
-    out.mkdir(parents=True, exist_ok=True)
     of_val = {} if val is None else {f"val_{name}": value for name, value in val.arrays().items()}
-    test.save(out / SCORES_FILE, **of_val)
-    write_plots(out, results, gallery, test)
-    write_page(out, results, gallery, test, prompts=prompts or {})
-    write_card(out, results, protocol)
-    write_results(out, results)
+    with made_beside(out, RESULTS_FILE) as made:
+        test.save(made / SCORES_FILE, **of_val)
+        write_plots(made, results, gallery, test)
+        write_page(made, results, gallery, test, prompts=prompts or {})
+        write_card(made, results, protocol)
+        write_results(made, results)
     return results
 
 

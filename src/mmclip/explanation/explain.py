@@ -25,6 +25,7 @@ from mmclip.embed import embed_texts, warn_of_unread
 from mmclip.evaluation.pictures import explanation_figure
 from mmclip.explanation.grounding import mass_above_median
 from mmclip.explanation.saliency import ExplainScore, grid_of, saliency_maps
+from mmclip.files import write_atomic
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet, plain_name
 from mmclip.run import Run
@@ -274,11 +275,13 @@ def write_explanation(out: Path, found: Explanation, facts: dict[str, Any], capt
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     figure = draw_explanation(found, facts, caption)
-    figure.savefig(out, format="png", dpi=160, facecolor=figure.get_facecolor())
-    np.savez_compressed(
-        out.with_suffix(".npz"),
-        saliency=found.saliency.astype(np.float32),
-        patches=found.patches,
-        phrase=np.array(found.phrase),
-        score=np.array(found.score),
-    )
+    with write_atomic(out.with_suffix(".npz")) as file:
+        np.savez_compressed(
+            file,
+            saliency=found.saliency.astype(np.float32),
+            patches=found.patches,
+            phrase=np.array(found.phrase),
+            score=np.array(found.score),
+        )
+    with write_atomic(out) as file:
+        figure.savefig(file, format="png", dpi=160, facecolor=figure.get_facecolor())

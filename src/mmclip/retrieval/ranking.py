@@ -34,7 +34,7 @@ from mmclip.evaluation.results import (
     provenance,
 )
 from mmclip.evaluation.scores import FRONTAL, check_sources, split_of, unknown_views
-from mmclip.files import write_text_atomic
+from mmclip.files import made_beside
 from mmclip.losses import positive_pairs
 from mmclip.run import Run, Weights, open_run
 
@@ -368,17 +368,17 @@ def evaluate_retrieval(request: RetrievalRequest) -> RetrievalResults:
 
 def _write(out: Path, results: RetrievalResults, dataset: ImageTextDataset, ranked: Ranked) -> None:
     """Writes ranks.npz and retrieval.json."""
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        out / RANKS_FILE,
-        image_id=np.array([sample.image_id for sample in dataset.samples]),
-        patient_id=np.array([patient_key(sample) for sample in dataset.samples]),
-        image_to_report_rank=ranked.ranks["image_to_report_rank"],
-        image_to_report_positives=ranked.ranks["image_to_report_positives"],
-        report_to_image_rank=ranked.ranks["report_to_image_rank"],
-        report_to_image_positives=ranked.ranks["report_to_image_positives"],
-    )
+    ranks = {
+        "image_id": np.array([sample.image_id for sample in dataset.samples]),
+        "patient_id": np.array([patient_key(sample) for sample in dataset.samples]),
+        "image_to_report_rank": ranked.ranks["image_to_report_rank"],
+        "image_to_report_positives": ranked.ranks["image_to_report_positives"],
+        "report_to_image_rank": ranked.ranks["report_to_image_rank"],
+        "report_to_image_positives": ranked.ranks["report_to_image_positives"],
+    }
     plain = json.dumps(
         results.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False
     )
-    write_text_atomic(out / RETRIEVAL_FILE, plain + "\n")
+    with made_beside(out, RETRIEVAL_FILE) as made:
+        np.savez_compressed(made / RANKS_FILE, **ranks)
+        (made / RETRIEVAL_FILE).write_text(plain + "\n", "utf-8")

@@ -20,6 +20,7 @@ from mmclip.embed import embed_batch, embed_texts, images_at_once, warn_of_unrea
 from mmclip.embedding_store import finite, image_embeddings
 from mmclip.evaluation.plots import INK, QUIET
 from mmclip.evaluation.scores import check_sources
+from mmclip.files import write_atomic
 from mmclip.progress import console
 from mmclip.run import Run
 
@@ -302,7 +303,8 @@ def write_sheet(folder: Path, search: Search, columns: int = 5) -> Path:
         said = f"nearest patients: {search.query.said}"
         figure.suptitle(_shortened(said, 24 * columns), fontsize=9, parse_math=False)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / SHEET_FILE, dpi=160, facecolor="white")
+    with write_atomic(folder / SHEET_FILE) as file:
+        figure.savefig(file, format="png", dpi=160, facecolor="white")
     return folder / SHEET_FILE
 
 

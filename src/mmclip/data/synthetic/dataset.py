@@ -1,6 +1,7 @@
 """A synthetic data set on disk, as a real one looks."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +17,7 @@ from PIL import Image
 from mmclip.data.sample import Split
 from mmclip.data.synthetic.patient import make_study
 from mmclip.data.synthetic.preset import FINDINGS, Preset
-from mmclip.files import write_text_atomic
+from mmclip.files import write_atomic, write_text_atomic
 
 STUDIES_FILE, LESIONS_FILE, MASKS_FILE = "studies.csv", "lesions.csv", "masks.npz"
 MAPPING_FILE, PRESET_FILE, IMAGES_FOLDER = "mapping.toml", "preset.json", "images"
@@ -154,13 +155,14 @@ def write_dataset(
 def _save_tables(root: Path, rows: list[dict], preset: Preset) -> None:
     names = [(row["facts"]["image_id"], name) for row in rows for name in row["packed"]]
     packed = [row["packed"][name] for row in rows for name in row["packed"]]
-    np.savez_compressed(
-        root / MASKS_FILE,
-        image_id=np.array([image_id for image_id, _ in names], dtype=str),
-        finding=np.array([name for _, name in names], dtype=str),
-        packed=np.array(packed, dtype=np.uint8).reshape(len(packed), -1),
-        image_size=np.array(preset.image_size),
-    )
+    with write_atomic(root / MASKS_FILE) as file:
+        np.savez_compressed(
+            file,
+            image_id=np.array([image_id for image_id, _ in names], dtype=str),
+            finding=np.array([name for _, name in names], dtype=str),
+            packed=np.array(packed, dtype=np.uint8).reshape(len(packed), -1),
+            image_size=np.array(preset.image_size),
+        )
     quoted = ", ".join(f'"{name}"' for name in FINDINGS)
     write_text_atomic(root / MAPPING_FILE, MAPPING.format(findings=quoted))
     lesions = [
@@ -181,12 +183,11 @@ def _save_tables(root: Path, rows: list[dict], preset: Preset) -> None:
 
 
 def _write_csv(path: Path, rows: list[dict]) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-    aside.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomic(path, text.getvalue())
 
 
 def read_masks(root: Path) -> dict[tuple[str, str], Bool[np.ndarray, "h w"]]:
