@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mmclip.cli import build
 from mmclip.cli.plain import PlainCommand, PlainGroup
-from mmclip.cli.shared import check_inputs, split_name
+from mmclip.cli.shared import split_name
 from mmclip.files import locked
 from mmclip.progress import console
 
@@ -65,10 +65,11 @@ def data_split(
 
     Example: `mmclip data split data/images --name clean --seed 0`
     """
+    from mmclip.data.folder import read_built_meta
     from mmclip.data.leakage.splits import SUBSET_SEEDS, set_split
     from mmclip.data.sample import RandomSplit
 
-    check_inputs(data=[folder])
+    read_built_meta(folder)
     with locked(folder):
         split = set_split(
             folder,
@@ -113,6 +114,7 @@ def data_labels(
     """
     from typing import cast, get_args
 
+    from mmclip.data.folder import read_built_meta
     from mmclip.data.report_labels import (
         UncertainAs,
         check_labels,
@@ -128,7 +130,7 @@ def data_labels(
     if check is not None:
         _print_agreement(check_labels(folder, rules, check))
         return
-    check_inputs(data=[folder])
+    read_built_meta(folder)
     with locked(folder):
         done = label_folder(folder, rules, cast(UncertainAs, uncertain_as))
     _print_labels(done)
