@@ -1,17 +1,23 @@
 """Small data folders, random batches and small models, shared by tests."""
 
+import io
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from mmclip.batch import Batch, BatchSlice, TextBatch
+from mmclip.checkpoint import CHECKPOINTS, META_CHECKSUM, RUN_FILES_KEY
 from mmclip.config import Config, load_config
 from mmclip.data.ingest.build import build_data
+from mmclip.data.leakage.trained import KEY_FILE, TRAINED_FILE, trained_keys
 from mmclip.data.sample import Sample
+from mmclip.files import file_sha256, json_sha256, sealed
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 
@@ -161,3 +167,27 @@ def write_folder(root: Path, n: int = 8) -> Path:
     samples[-1] = replace(samples[-1], view="L")
     build_data(samples, root, root / "data", image_size=32)
     return root / "data"
+
+
+def reseal(checkpoint: Path, **changes: Any) -> None:
+    """Changes meta.json of a checkpoint with checksums that fit, as one who means to deceive."""
+    path = checkpoint / "meta.json"
+    meta = {**json.loads(path.read_text("utf-8")), **changes}
+    meta["config_hash"] = json_sha256(meta["config"])
+    path.write_text(json.dumps(sealed(meta, META_CHECKSUM)), "utf-8")
+
+
+def put_run_file(run: Path, name: str, content: bytes) -> None:
+    """Replaces a file in the folder of a run, and its checksum in all checkpoints."""
+    (run / name).write_bytes(content)
+    for checkpoint in (run / CHECKPOINTS).iterdir():
+        listed = json.loads((checkpoint / "meta.json").read_text("utf-8"))[RUN_FILES_KEY]
+        reseal(checkpoint, **{RUN_FILES_KEY: {**listed, name: file_sha256(run / name)}})
+
+
+def trained_on(run: Path, samples: Sequence[Sample]) -> None:
+    """Has a run say that it was trained on some images."""
+    secret = bytes.fromhex((run / KEY_FILE).read_text("utf-8").strip())
+    keys = io.BytesIO()
+    np.save(keys, trained_keys(samples, secret))
+    put_run_file(run, TRAINED_FILE, keys.getvalue())

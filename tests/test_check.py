@@ -14,8 +14,6 @@ from mmclip.data.leakage.check import (
     check_data,
     find_overlaps,
     refuse_leaks,
-    refuse_trained,
-    trained_keys,
 )
 from mmclip.data.leakage.splits import set_split
 from mmclip.data.manifest import read_manifest
@@ -198,17 +196,3 @@ def test_zeroshot_does_not_score_what_has_trained_from_whichever_folder(
     few = ("--finding", "nodule")  # whose page is soon drawn
     ended = mmclip(tmp_path, "zeroshot", *given, "--data", made_data, "--split", "train", *few)
     assert ended.code == 0 and "split train: the run was trained on" in ended.err
-
-
-def test_keys_of_what_trained_hold_each_patient_and_image_once():
-    samples = [
-        sample(0, "train", image_sha256="x"),
-        sample(1, "train", patient_id="p0", image_sha256="x"),
-    ]
-    keys = trained_keys(samples)
-    assert keys.dtype == np.uint64 and len(keys) == 2
-    refuse_trained([sample(2, "test", image_sha256="y")], keys)
-    for seen in ({"patient_id": "p0"}, {"image_sha256": "x"}):
-        with pytest.raises(ManifestError, match="such as f2"):
-            refuse_trained([sample(2, "test", **seen), sample(3, "test")], keys)
-    refuse_trained([sample(0, "test")], trained_keys([]))

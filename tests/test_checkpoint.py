@@ -23,8 +23,9 @@ from mmclip.checkpoint import (
 )
 from mmclip.config import Config, config_hash, parse
 from mmclip.data.folder import read_meta
-from mmclip.files import file_sha256, json_sha256, sealed
+from mmclip.files import file_sha256, sealed
 from mmclip.models.mmclip import build_mmclip
+from tests.made import reseal
 
 FACTS = {"data_hash": "d" * 64, "n_pairs": 2}
 
@@ -209,12 +210,6 @@ def test_a_damaged_trainer_state_is_refused_and_the_weights_still_load(
     load_checkpoint(saved)
 
 
-def write_meta(saved: Path, meta: dict) -> None:
-    """As someone would who means to deceive, with a checksum that fits."""
-    text = json.dumps(sealed(meta, META_CHECKSUM))
-    (saved / "meta.json").write_text(text)
-
-
 class Hostile:
     """Makes a folder where it is unpickled."""
 
@@ -232,7 +227,7 @@ def test_a_hostile_trainer_state_runs_nothing(trained: Checkpoint, tmp_path: Pat
     torch.save({"step": 2, "optimizer": Hostile(proof)}, state)
     meta = json.loads((saved / "meta.json").read_text())
     meta["sha256"]["trainer.pt"] = file_sha256(state)
-    write_meta(saved, meta)
+    reseal(saved, sha256=meta["sha256"])
     with pytest.raises(CheckpointError, match="more than tensors and plain values"):
         load_trainer_state(saved)
     assert not proof.exists()
@@ -251,7 +246,7 @@ def test_code_beside_a_tokenizer_is_not_run(trained: Checkpoint, tmp_path: Path)
     config.write_text(json.dumps(known))
     meta = json.loads((saved / "meta.json").read_text())
     names = [*meta["sha256"], "tokenizer/evil.py"]
-    write_meta(saved, {**meta, "sha256": {n: file_sha256(saved / n) for n in names}})
+    reseal(saved, sha256={n: file_sha256(saved / n) for n in names})
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_checkpoint(saved)
     assert not proof.exists()
@@ -261,7 +256,7 @@ def test_weights_of_another_model_are_refused(trained: Checkpoint, tmp_path: Pat
     saved = save(tmp_path, trained, 2)
     meta = json.loads((saved / "meta.json").read_text())
     meta["config"]["model"]["embed_dim"] = 8
-    write_meta(saved, {**meta, "config_hash": json_sha256(meta["config"])})
+    reseal(saved, config=meta["config"])
     with pytest.raises(CheckpointError, match="does not fit this version of the model"):
         load_checkpoint(saved)
 
@@ -272,3 +267,51 @@ def test_a_folder_without_checkpoints_is_refused_with_the_next_step(tmp_path: Pa
             CheckpointError, match="give the folder of a run that `mmclip pretrain`"
         ):
             find_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"config": {"data": {"max_tokens": 6}}}, "checksum differs"),
+        ({"step": 7}, "checksum differs"),
+        ({"sha256": {}}, "checksum differs"),
+        ({"data_hash": "0" * 64}, "checksum differs"),
+        ({"meta_sha256": "0" * 64}, "checksum differs"),
+        ({"format": 2}, "has format 2, and this version reads format 3; train again"),
+    ],
+)
+def test_a_changed_meta_is_refused(made_run: Path, tmp_path: Path, change: dict, error: str):
+    run = shutil.copytree(made_run, tmp_path / "run")
+    path = find_checkpoint(run) / "meta.json"
+    meta = json.loads(path.read_text())
+    if "config" in change:
+        change = {"config": meta["config"] | {"data": meta["config"]["data"] | {"max_tokens": 6}}}
+    path.write_text(json.dumps(meta | change))
+    for read in (load_checkpoint, lambda f: load_trainer_state(find_checkpoint(f))):
+        with pytest.raises(CheckpointError, match=error):
+            read(run)
+
+
+def test_a_configuration_of_another_hash_is_refused(made_run: Path, tmp_path: Path):
+    saved = find_checkpoint(shutil.copytree(made_run, tmp_path / "run"))
+    meta = json.loads((saved / "meta.json").read_text())
+    del meta["meta_sha256"]
+    meta["config"]["data"]["max_tokens"] = 6
+    text = json.dumps(sealed(meta, META_CHECKSUM))
+    (saved / "meta.json").write_text(text)
+    with pytest.raises(CheckpointError, match="another configuration than its config_hash"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer/added_tokens.json", "tokenizer/more/x.txt", "model.bin", "evil.py"]
+)
+def test_a_file_that_meta_does_not_list_is_refused(made_run: Path, tmp_path: Path, name: str):
+    run = shutil.copytree(made_run, tmp_path / "run")
+    added = find_checkpoint(run) / name
+    added.parent.mkdir(exist_ok=True)
+    added.write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"{Path(name).name} is not of this checkpoint"):
+        load_checkpoint(run)
+    added.rename(added.with_name(".DS_Store"))  # what a file system leaves by itself
+    load_checkpoint(run)

@@ -26,6 +26,7 @@ from mmclip.data.synthetic import FINDINGS, PRESETS
 from mmclip.demo import _place
 from mmclip.doctor import OPTIONAL
 from tests.commands import Ended, mmclip
+from tests.made import reseal
 
 
 def all_commands(command, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], TyperCommand]:
@@ -367,10 +368,9 @@ def test_an_error_of_several_lines_is_said_in_one(
     made_run: Path, shared: dict[str, Path], tmp_path: Path
 ):
     run = shutil.copytree(made_run, tmp_path / "other")
-    meta = run / "checkpoints/step_000006/meta.json"
-    known = json.loads(meta.read_text())
-    known["config"]["model"]["embed_dim"] = 8
-    meta.write_text(json.dumps(known))
+    saved = run / "checkpoints/step_000006"
+    config = json.loads((saved / "meta.json").read_text())["config"]
+    reseal(saved, config={**config, "model": {**config["model"], "embed_dim": 8}})
     assert "size mismatch" in score(run="other")(shared, tmp_path).error()
 
 

@@ -265,3 +265,35 @@ def test_a_command_refuses_a_folder_that_another_process_writes(
             assert f"process {pid}" in error and "choose another --out" in error
     finally:
         end(pid)
+
+
+def test_two_trainings_into_one_folder_leave_the_run_of_one(
+    made_data: Path, small_config: Path, tmp_path: Path
+):
+    given = ["pretrain", "--data", made_data, "--config", small_config, "--out", tmp_path / "run"]
+    running = [
+        start(tmp_path / f"seed-{seed}", *given, "--set", f"train.seed={seed}") for seed in (1, 2)
+    ]
+    ended = [process.wait() for process in running]
+    (winner,) = [seed for seed, e in enumerate(ended, 1) if e.code == 0]
+    error = ended[2 - winner].error()
+    assert "another command writes into" in error or "already holds a run" in error
+    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
+        meta = json.loads((checkpoint / "meta.json").read_text())
+        assert meta["config"]["train"]["seed"] == winner
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+
+
+def test_a_killed_training_leaves_a_lock_that_is_taken_over(
+    made_data: Path, small_config: Path, tmp_path: Path
+):
+    given = ["pretrain", "--data", made_data, "--config", small_config, "--out", tmp_path / "run"]
+    running = start(tmp_path / "killed", *given, "--set", "train.steps=100000")
+    while not (tmp_path / "run" / "config.json").is_file():
+        time.sleep(0.05)
+    running.kill()
+    assert (tmp_path / "run" / LOCK_FILE).is_file()
+    ended = mmclip(tmp_path / "said", *given, "--resume")
+    # The training that was killed asked for more steps: only its checkpoint would tell.
+    taken = f"takes over the lock of host {os.uname().nodename}, process {running.process.pid}"
+    assert taken in " ".join(ended.err.split())

@@ -23,7 +23,6 @@ from mmclip.config import load_config_as
 from mmclip.data.batches import SEEN_FILE
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise, open_dataset
-from mmclip.data.leakage.check import TRAINED_FILE, trained_keys
 from mmclip.data.leakage.splits import set_split, subsets_of
 from mmclip.data.sample import Sample
 from mmclip.data.synthetic import FINDINGS
@@ -69,7 +68,7 @@ from mmclip.models.classifier import (
 )
 from mmclip.models.encoders import build_image_encoder
 from tests.commands import Ended, mmclip
-from tests.made import IMAGE_SIZE, small_config
+from tests.made import IMAGE_SIZE, small_config, trained_on
 
 ASKED = ("pleural effusion", "pneumothorax")
 SHORT = (
@@ -484,7 +483,7 @@ def test_the_recipe_of_fine_tuning_holds_the_weights_that_it_starts_from(
 
 def test_images_that_trained_the_run_are_not_scored(finetune_request: FinetuneRequest, task: Task):
     assert finetune_request.run is not None
-    np.save(finetune_request.run / TRAINED_FILE, trained_keys(task.val.dataset.samples[:1]))
+    trained_on(finetune_request.run, task.val.dataset.samples[:1])
     with pytest.raises(ManifestError, match="trained on 1 of these"):
         finetune(finetune_request)
 

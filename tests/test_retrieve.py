@@ -20,7 +20,7 @@ from mmclip.data.batches import TrainingBatches, deterministic_config
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.ingest.build import build_data
-from mmclip.data.leakage.check import TRAINED_FILE, patient_key, trained_keys
+from mmclip.data.leakage.check import patient_key
 from mmclip.data.sample import Sample
 from mmclip.data.text import train_tokenizer
 from mmclip.embed import embed_images, embed_texts, words_hardly_known
@@ -44,6 +44,7 @@ from mmclip.retrieval.ranking import (
 from mmclip.retrieval.retrieve import Search, nearest_patients, search
 from mmclip.run import Run, open_run
 from tests.commands import mmclip
+from tests.made import trained_on
 from tests.made_files import NAME, NUMBER, dicom
 
 CPU = torch.device("cpu")
@@ -535,7 +536,7 @@ def test_evaluation_writes_what_it_prints_and_writes_over_nothing_else(made: Mad
 def test_images_that_the_run_was_trained_on_are_not_scored(made: Made, tmp_path: Path):
     run = shutil.copytree(made.run, tmp_path / "run")
     tested = [sample for sample in made.dataset.samples if sample.split == "test"]
-    np.save(run / TRAINED_FILE, trained_keys(tested[:1]))
+    trained_on(run, tested[:1])
     given = ("--run", run, "--data", made.data, "--out", tmp_path / "out", "--evaluate")
     error = mmclip(tmp_path, "retrieve", *given).error()
     assert "the run was trained on 1 of these" in error and not (tmp_path / "out").exists()

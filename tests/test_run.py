@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmclip.checkpoint import CheckpointError
 from mmclip.data.batches import SEEN_FILE
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import open_dataset
-from mmclip.data.leakage.check import TRAINED_FILE, trained_keys
+from mmclip.data.leakage.trained import KEY_FILE, LOOKS_FILE, TRAINED_FILE
 from mmclip.run import Run, open_run
+from tests.made import put_run_file, trained_on
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +31,15 @@ def test_a_run_is_opened_by_its_folder_or_by_a_checkpoint(made_run: Path):
     assert by_run.config_hash == by_run.checkpoint.meta["config_hash"]
 
 
-def test_a_checkpoint_that_lies_in_no_run_is_its_own_folder(made_run: Path, tmp_path: Path):
+def test_a_checkpoint_that_lies_in_no_run_is_its_own_folder(
+    made_run: Path, made_data: Path, tmp_path: Path
+):
     alone = shutil.copytree(made_run / "checkpoints" / "step_000006", tmp_path / "weights")
     run = open_run(alone)
     assert run.folder == alone.resolve()
     assert run.seen(["nodule"]) == {}
-    assert run.check_unseen([], "test").startswith("not made: the run has no")
+    verdict = run.check_unseen(open_dataset([made_data], 32), "test")
+    assert verdict.startswith("not decidable") and "without the folder of its run" in verdict
 
 
 def test_data_are_opened_at_the_size_that_the_model_reads(made_run: Path, made_data: Path):
@@ -50,22 +55,48 @@ def test_data_are_opened_at_the_size_that_the_model_reads(made_run: Path, made_d
 def test_images_that_trained_are_not_scored(
     copied: Run, made_data: Path, caplog: pytest.LogCaptureFixture
 ):
-    samples = copied.open_data([made_data]).samples
-    tested = [sample for sample in samples if sample.split == "test"]
-    trained = [sample for sample in samples if sample.split == "train"]
+    dataset = copied.open_data([made_data])
+    tested = dataset.select([sample.split == "test" for sample in dataset.samples])
+    trained = dataset.select([sample.split == "train" for sample in dataset.samples])
     assert copied.check_unseen(tested, "test").startswith("no image and no patient of these was")
+    one = trained.select([i == 0 for i in range(len(trained))])
     with pytest.raises(ManifestError, match="the run was trained on 1 of these 1 images"):
-        copied.check_unseen(trained[:1], "test")
-    assert copied.check_unseen(trained[:1], "train").startswith("split train: the run was trained")
+        copied.check_unseen(one, "test")
+    assert copied.check_unseen(one, "train").startswith("split train: the run was trained")
     assert "split train" in caplog.text
-    np.save(copied.folder / TRAINED_FILE, trained_keys(tested[:1]))
-    with pytest.raises(ManifestError, match=tested[0].image_id):
-        copied.check_unseen(tested, "test")
+    trained_on(copied.folder, tested.samples[:1])
+    with pytest.raises(ManifestError, match=tested.samples[0].image_id):
+        open_run(copied.folder).check_unseen(tested, "test")
+
+
+@pytest.mark.parametrize("name", [TRAINED_FILE, LOOKS_FILE, SEEN_FILE])
+@pytest.mark.parametrize("damage", ["emptied", "gone", "of another run"])
+def test_a_run_without_what_it_trained_on_is_refused_and_not_called_clean(
+    made_run: Path, made_data: Path, tmp_path: Path, name: str, damage: str
+):
+    run = open_run(shutil.copytree(made_run, tmp_path / "run"))
+    dataset = run.open_data([made_data])
+    path = run.folder / name
+    if damage == "gone":
+        path.unlink()
+    elif name == SEEN_FILE:
+        path.write_text("{}" if damage == "emptied" else '{"report":[],"prompt":[],"label":[]}')
+    else:
+        np.save(path, np.load(path)[: 0 if damage == "emptied" else -1])
+    with pytest.raises(CheckpointError, match=f"{name} is missing or damaged"):
+        _ = run.seen(["mass"]) if name == SEEN_FILE else run.check_unseen(dataset, "test")
+
+
+def test_a_run_without_its_key_decides_nothing(made_run: Path, made_data: Path, tmp_path: Path):
+    run = open_run(shutil.copytree(made_run, tmp_path / "run"))
+    (run.folder / KEY_FILE).unlink()
+    verdict = run.check_unseen(run.open_data([made_data]), "test")
+    assert verdict.startswith("not decidable: the run came without its private.key")
 
 
 def test_what_labels_named_outweighs_prompts_and_prompts_outweigh_reports(copied: Run):
     stored = {"report": ["nodule", "edema", "mass"], "prompt": ["edema", "mass"], "label": ["mass"]}
-    (copied.folder / SEEN_FILE).write_text(json.dumps(stored), "utf-8")
+    put_run_file(copied.folder, SEEN_FILE, json.dumps(stored).encode())
     assert copied.seen(["Mass", "edema", "lung nodules", "gout"]) == {
         "Mass": "label",
         "edema": "prompt",

@@ -112,7 +112,7 @@ def _demo(
     return write_zeroshot(
         place,
         result,
-        _about(run, preset, shuffle_pairs, run.check_unseen(result.dataset.samples, "test")),
+        _about(run, preset, shuffle_pairs, run.check_unseen(result.dataset, "test")),
         made_now(result, command, seed, split=BUILT, wall_s=wall_s),
         gallery=_gallery(result),
         controls={

@@ -1,6 +1,7 @@
 """A run: what a training leaves, and what follows from it for whatever uses its weights.
 
-run/config.json, trained_on.npy, seen.json, metrics.jsonl, checkpoints/step_000500/
+run/config.json, trained_on.npy, trained_looks.npy, private.key, seen.json, metrics.jsonl,
+checkpoints/step_000500/
 """
 
 import json
@@ -10,18 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mmclip.checkpoint import Checkpoint, load_checkpoint, run_folder
+from mmclip.checkpoint import Checkpoint, load_checkpoint, run_file, run_folder
 from mmclip.config import Config, recipe_hash
 from mmclip.data.batches import SEEN_FILE
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
-from mmclip.data.leakage.check import TRAINED_FILE, refuse_trained
-from mmclip.data.sample import Sample, Split
+from mmclip.data.leakage.trained import (
+    KEY_FILE,
+    LOOKS_FILE,
+    TRAINED_FILE,
+    UNDECIDED,
+    read_trained,
+    refuse_trained,
+)
+from mmclip.data.sample import Split
 from mmclip.models.mmclip import MMCLIP
 
 logger = logging.getLogger(__name__)
@@ -109,34 +116,40 @@ class Run:
         """
         return open_dataset(folders, self.config.data.image_size, resize=self.config.data.resize)
 
-    def check_unseen(self, samples: Sequence[Sample], split: Split) -> str:
+    def check_unseen(self, dataset: ImageTextDataset, split: Split) -> str:
         """Stops before images are scored that trained; of split train it says so alone.
 
         Args:
-            samples: To be scored.
-            split: That they are of.
+            dataset: To be scored.
+            split: That it is of.
 
         Returns:
             What was found, for results.
 
         Raises:
-            ManifestError: When the content of an image of val or test, or its patient, has trained.
+            CheckpointError: When what the run keeps of its training was changed or is missing.
+            ManifestError: When an image of val or test has trained, or looks as one that did, or
+                its patient has trained.
         """
-        path = self.folder / TRAINED_FILE
-        if not path.is_file():
-            logger.warning("%s is missing: whether the run saw these images is not checked", path)
-            return f"not made: the run has no {TRAINED_FILE}"
+        if self._own_file(TRAINED_FILE) is None or self._own_file(LOOKS_FILE) is None:
+            return self._undecided(f"{self.folder} is a checkpoint without the folder of its run")
+        trained = read_trained(self.folder, self.checkpoint.meta["collections"])
+        if trained is None:
+            return self._undecided(f"the run came without its {KEY_FILE}")
         try:
-            refuse_trained(samples, np.load(path))
+            return refuse_trained(dataset, trained)
         except ManifestError as error:
             if split != "train":
                 raise
             logger.warning("split train: %s", error)
             return f"split train: {error}"
-        return (
-            "no image and no patient of these was trained on (by patient id and content of the "
-            "file)"
-        )
+
+    def _undecided(self, why: str) -> str:
+        logger.warning("whether the run saw these images cannot be checked: %s", why)
+        return f"{UNDECIDED}: {why}"
+
+    def _own_file(self, name: str) -> Path | None:
+        return run_file(self.checkpoint.folder, name)
 
     def seen(self, findings: Sequence[str]) -> dict[str, Seen]:
         """How each finding was named while the run trained; see `Seen`.
@@ -146,10 +159,17 @@ class Run:
 
         Args:
             findings: That are scored.
+
+        Raises:
+            CheckpointError: When the run's file of it was changed or is missing.
         """
-        path = self.folder / SEEN_FILE
-        if not path.is_file():
-            logger.warning("%s is missing: how findings were named in training is not known", path)
+        path = self._own_file(SEEN_FILE)
+        if path is None:
+            logger.warning(
+                "%s is a checkpoint without the folder of its run: how findings were named in "
+                "training is not known",
+                self.folder,
+            )
             return {}
         stored = json.loads(path.read_text("utf-8"))
         names = [name.lower() for name in findings]

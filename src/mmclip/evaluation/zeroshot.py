@@ -353,7 +353,7 @@ def evaluate(request: ZeroshotRequest) -> RunResults:
     prompts, *others = [load_prompts(name) for name in asked]
     dataset = run.open_data(request.folders)
     selection = Selection(request.split, request.sources, request.findings, rules)
-    leak_check = run.check_unseen(selection.samples(dataset).samples, request.split)
+    leak_check = run.check_unseen(selection.samples(dataset), request.split)
     result = zeroshot(
         run,
         dataset,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -138,6 +139,7 @@ class Marked(NamedTuple):
     others: Targets  # on those that choose thresholds
     known: Targets  # on those of the location prior
     left_out: dict[str, int]
+    leak_check: str  # whether the run trained on the images that are scored
 
 
 def find_marked(run: Run, dataset: ImageTextDataset, request: PointingRequest) -> Marked:
@@ -160,11 +162,13 @@ def find_marked(run: Run, dataset: ImageTextDataset, request: PointingRequest) -
             f"{request.boxes} marks no image of split {split!r} of this data ({said}; left out: "
             f"{dict(left_out) or 'none'}); choose another --split, or the folder whose images it is"
         )
-    run.check_unseen([dataset.samples[row] for row in sorted(set(scored.image_rows))], split)
+    is_scored = np.isin(np.arange(len(dataset)), scored.image_rows)
+    leak_check = run.check_unseen(dataset.select(is_scored), split)
     return Marked(
         dataset,
         scored,
         every.of([CHOSEN_ON[split]]),
         every.of([part for part in SPLITS if part not in ("test", split)]),
         dict(sorted(left_out.items())),
+        leak_check,
     )

@@ -250,6 +250,7 @@ def _of_what(run: Run, marked: Marked, request: PointingRequest) -> dict[str, An
         "n_patients": len(set(scored.patients())),
         "n_annotations_of_prior": len(marked.known.image_rows),
         "left_out": marked.left_out,
+        "leak_check": marked.leak_check,
         "min_count": request.min_count,
         "n_resamples": request.n_resamples,
         "seed": request.seed,

@@ -144,8 +144,8 @@ def _leak_check(start: Start, task: Task) -> tuple[str, dict[str, Seen]]:
     """
     if start.init == "run":
         assert start.run is not None
-        found = [start.run.check_unseen(task.val.dataset.samples, "val")]
-        found += [start.run.check_unseen(task.test.dataset.samples, "test")]
+        found = [start.run.check_unseen(task.val.dataset, "val")]
+        found += [start.run.check_unseen(task.test.dataset, "test")]
         return "; ".join(dict.fromkeys(found)), start.run.seen(task.protocol.findings)
     said = "no image of train is in val or test, nor its patient"
     if start.is_random:

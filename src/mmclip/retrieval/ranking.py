@@ -334,7 +334,7 @@ def evaluate_retrieval(request: RetrievalRequest) -> RetrievalResults:
     views = unknown_views(dataset)
     if views != "none":
         logger.warning("views are unknown, and laterals may be ranked as frontal: %s", views)
-    leak_check = run.check_unseen(dataset.samples, request.split)
+    leak_check = run.check_unseen(dataset, request.split)
     ranked = rank_pairs(run, dataset, request)
     patients = [patient_key(sample) for sample in dataset.samples]
     where = f"split {request.split}"

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from transformers import PreTrainedTokenizerFast
 
 from mmclip.checkpoint import (
     CHECKPOINTS,
+    RUN_FILES_KEY,
     CheckpointError,
     checkpoint_meta,
     find_checkpoint,
     load_checkpoint,
+    run_file,
     save_checkpoint,
 )
 from mmclip.config import Config, config_hash
@@ -37,11 +40,18 @@ from mmclip.data.batches import (
 )
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
-from mmclip.data.leakage.check import TRAINED_FILE, refuse_leaks, trained_keys
+from mmclip.data.leakage.check import refuse_leaks
+from mmclip.data.leakage.trained import (
+    KEY_FILE,
+    LOOKS_FILE,
+    TRAINED_FILE,
+    collections_of,
+    write_trained,
+)
 from mmclip.data.synthetic import read_masks
 from mmclip.data.text import train_tokenizer
 from mmclip.data.tokenizer import frame_of, load_tokenizer
-from mmclip.files import write_text_atomic
+from mmclip.files import file_sha256, locked, write_text_atomic
 from mmclip.models.encoders import (
     build_image_encoder,
     build_text_encoder,
@@ -64,7 +74,10 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 
-RUN_FILES = (CONFIG_FILE, TRAINED_FILE, SEEN_FILE, METRICS_FILE, "tensorboard", CHECKPOINTS)
+RUN_FILES = (
+    CONFIG_FILE, TRAINED_FILE, LOOKS_FILE, KEY_FILE, SEEN_FILE, METRICS_FILE, "tensorboard",
+    CHECKPOINTS,
+)  # fmt: skip
 """What a run leaves in its folder."""
 
 
@@ -142,6 +155,7 @@ def pretrain(request: PretrainRequest) -> Path:
             or a patient or image is in train and in val or test.
         EncoderError: When a named encoder cannot be had or used.
         CheckpointError: When the run exists and `resume` is False, or differs from what resumes.
+        LockedError: When another command writes into the run's folder.
     """
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[request.config.train.precision]
     accelerator = Accelerator(
@@ -153,9 +167,10 @@ def pretrain(request: PretrainRequest) -> Path:
     set_seed(request.config.train.seed)
     dataset = _prepare(request)
     facts = _facts(request, dataset)
-    found = _resumable(request, facts)
-    start = _begin(request, dataset, facts) if found is None else _resume(request, found, facts)
-    _train(request, accelerator, training_dataset(dataset, request.config), start)
+    with locked(request.run) if accelerator.is_main_process else nullcontext():
+        found = _resumable(request, facts)
+        start = _begin(request, dataset, facts) if found is None else _resume(request, found, facts)
+        _train(request, accelerator, training_dataset(dataset, request.config), start)
     return find_checkpoint(request.run)
 
 
@@ -219,8 +234,11 @@ def _begin(request: PretrainRequest, dataset: ImageTextDataset, facts: dict[str,
 def _resume(request: PretrainRequest, found: Path, facts: dict[str, Any]) -> _Start:
     """Model and facts of a checkpoint; its optimiser follows once there is one to put back."""
     checkpoint = load_checkpoint(found)
-    resumed_by = [*checkpoint.meta.get("resumed_by", []), request.command]
-    facts = facts | {"command": checkpoint.meta["command"], "resumed_by": resumed_by}
+    meta = checkpoint.meta
+    for name in meta[RUN_FILES_KEY]:
+        run_file(found, name)
+    kept = {key: meta[key] for key in ("command", "collections", RUN_FILES_KEY)}
+    facts = facts | {**kept, "resumed_by": [*meta.get("resumed_by", []), request.command]}
     return _Start(checkpoint.model, checkpoint.tokenizer, facts, found)
 
 
@@ -249,8 +267,9 @@ def _train(
     state = TrainState(wrapped, optimizer)
     if start.found is not None:
         restore_trainer_state(accelerator, state, start.found)
+    facts = start.facts
     if accelerator.is_main_process:
-        _describe_run(request, dataset, start.facts)
+        facts = _describe_run(request, dataset, start)
         say_what_runs(config, accelerator, dataset, state)
         if request.shuffle_pairs:
             console.print("control: every image has the report of another image")
@@ -269,7 +288,7 @@ def _train(
             start.tokenizer,
             config,
             trainer_state(accelerator, state),
-            start.facts,
+            facts,
             config.train.keep_checkpoints,
         )
 
@@ -278,15 +297,24 @@ def _train(
 
 
 def _describe_run(
-    request: PretrainRequest, dataset: ImageTextDataset, facts: dict[str, Any]
-) -> None:
-    """Writes what the run is, trained on and saw, before its first step."""
+    request: PretrainRequest, dataset: ImageTextDataset, start: _Start
+) -> dict[str, Any]:
+    """Writes what the run is, trained on and saw, before its first step.
+
+    Returns:
+        The facts for its checkpoints, with checksums of what was written.
+    """
     request.run.mkdir(parents=True, exist_ok=True)
-    resolved = {"config": request.config.model_dump(mode="json"), **facts}
+    resolved = {"config": request.config.model_dump(mode="json"), **start.facts}
     write_text_atomic(request.run / CONFIG_FILE, json.dumps(resolved, indent=2) + "\n")
-    np.save(request.run / TRAINED_FILE, trained_keys(dataset.samples))
+    if start.found is not None:
+        return start.facts
+    sha256 = write_trained(request.run, dataset)
     seen = seen_in_training(dataset, request.config)
     write_text_atomic(request.run / SEEN_FILE, json.dumps(seen, indent=2) + "\n")
+    sha256[SEEN_FILE] = file_sha256(request.run / SEEN_FILE)
+    collections = collections_of(dataset.samples)
+    return {**start.facts, "collections": collections, RUN_FILES_KEY: sha256}
 
 
 def _check_enough(

@@ -1,6 +1,5 @@
 """What splits and data sets share that they should not: patients, equal images, near-duplicates."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,6 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt64
 
 from mmclip.data.cache import ImageCache
 from mmclip.data.folder import ManifestError, read_built_meta
@@ -20,11 +18,12 @@ from mmclip.progress import progress
 COLLECTIONS = {
     "rsna": "chestxray14",
     "siim": "chestxray14",
+    "covidx/rsna": "chestxray14",
     "padchest-physician": "padchest",
     "chexpert-plus": "chexpert",
 }
-"""Sources whose patients are those of another. Patient ids of other sources are not compared: "1"
-of two hospitals is two people. Source: docs/data.md."""
+"""Sources, or parts of one, whose patients are those of another. Patient ids of other sources are
+not compared: "1" of two hospitals is two people. Source: docs/data.md."""
 
 N_EXAMPLES = 3
 
@@ -56,9 +55,21 @@ class Overlap:
         )
 
 
+def collection_of(sample: Sample) -> str:
+    """The collection whose patients an image's are; see COLLECTIONS."""
+    part = f"{sample.source}/{sample.patient_id.partition('/')[0]}"
+    return COLLECTIONS.get(part, COLLECTIONS.get(sample.source, sample.source))
+
+
 def patient_key(sample: Sample) -> str:
-    """The patient of an image, among those of all data sets."""
-    return f"{COLLECTIONS.get(sample.source, sample.source)}/{sample.patient_id}"
+    """The patient of an image, among those of all data sets.
+
+    Ids of ChestX-ray14 are the same with leading zeros, as its file names have them, and without.
+    """
+    collection, patient = collection_of(sample), sample.patient_id
+    if collection == "chestxray14":
+        patient = patient.rpartition("/")[2].lstrip("0") or patient
+    return f"{collection}/{patient}"
 
 
 def study_key(sample: Sample) -> str:
@@ -335,50 +346,3 @@ def find_oddities(name: str, samples: Sequence[Sample], places: Sequence[str]) -
     for what, is_odd in rules.items():
         if found := [sample.image_id for sample in mine if is_odd(sample)]:
             yield Oddity(name, what, len(found), tuple(found[:N_EXAMPLES]))
-
-
-TRAINED_FILE = "trained_on.npy"
-"""In the folder of a run: the keys of what it trained on, see `trained_keys`."""
-
-
-def _hashed_keys(samples: Sequence[Sample]) -> UInt64[np.ndarray, "n 2"]:
-    """Patient and content of each image, as halves of hashes."""
-
-    def number(what: str, key: str) -> int:
-        return int.from_bytes(hashlib.sha256(f"{what}:{key}".encode()).digest()[:8], "big")
-
-    return np.array(
-        [[number("patient", patient_key(f)), number("image", content_key(f))] for f in samples],
-        np.uint64,
-    ).reshape(-1, 2)
-
-
-def trained_keys(samples: Sequence[Sample]) -> UInt64[np.ndarray, " k"]:
-    """Patients and contents of images that train, sorted: 16 bytes an image, and no id among them.
-
-    Two of a million keys are equal by chance once in 40 million runs.
-    """
-    return np.unique(_hashed_keys(samples))
-
-
-def refuse_trained(samples: Sequence[Sample], keys: UInt64[np.ndarray, " k"]) -> None:
-    """Stops before images are scored that a run was trained on.
-
-    Args:
-        samples: To be scored.
-        keys: Of the run, see `trained_keys`.
-
-    Raises:
-        ManifestError: When the content of an image, or its patient, is among them.
-    """
-    of_patient, of_image = np.isin(_hashed_keys(samples), keys).T
-    if of_patient.any() or of_image.any():
-        shown = [
-            sample.image_id for sample, k in zip(samples, of_patient | of_image, strict=True) if k
-        ]
-        raise ManifestError(
-            f"the run was trained on {int(of_image.sum()):,} of these {len(samples):,} images, and "
-            f"on patients of {int(of_patient.sum()):,}, such as {', '.join(shown[:N_EXAMPLES])}; "
-            f"score images of other patients, or train on a split that leaves these out "
-            f"(`mmclip data check` on all folders says more)"
-        )

@@ -8,6 +8,7 @@ compared pixel by pixel, for images of two people can be alike in all that is co
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def read_hashes(
         made.append(image_hashes(np.ascontiguousarray(samples[start : start + step])))
         on_progress(len(made[-1]))
     hashes = np.concatenate(made)
-    with write_atomic(path) as file:
+    with suppress(PermissionError), write_atomic(path) as file:  # a folder that is only read
         np.savez(file, hashes=hashes, key=np.array(f"{key} {_sha256(hashes)}"))
     return hashes
 
@@ -163,18 +164,54 @@ def _candidates(
     start = np.concatenate([[0], np.cumsum(count)[:-1]])
     for changed in (0, *(1 << bit for bit in range(16))):
         bucket = keys ^ np.uint16(changed)
-        ends = np.cumsum(count[bucket])
-        begin = 0
-        while begin < len(keys):
-            before = ends[begin - 1] if begin else 0
-            stop = max(begin + 1, int(np.searchsorted(ends, before + _BLOCK, side="right")))
-            n_each = count[bucket[begin:stop]]
-            first = np.repeat(np.arange(begin, stop), n_each)
+        for part in _blocks(count[bucket]):
+            n_each = count[bucket[part]]
+            first = np.repeat(np.arange(len(keys))[part], n_each)
             within = np.arange(len(first)) - np.repeat(np.cumsum(n_each) - n_each, n_each)
-            second = order[np.repeat(start[bucket[begin:stop]], n_each) + within]
+            second = order[np.repeat(start[bucket[part]], n_each) + within]
             ahead = first < second
             yield first[ahead], second[ahead]
-            begin = stop
+
+
+def near_any(
+    queries: UInt16[np.ndarray, "q 16"], stored: UInt16[np.ndarray, "n 16"], max_distance: int
+) -> Bool[np.ndarray, " q"]:
+    """Which queries differ from one of the stored hashes in at most so many bits.
+
+    Args:
+        queries: Hashes.
+        stored: Hashes.
+        max_distance: Up to MAX_DISTANCE none is missed.
+    """
+    out = np.zeros(len(queries), bool)
+    ours, theirs = (np.ascontiguousarray(h).view(np.uint64) for h in (queries, stored))
+    for chunk in range(CHUNKS):
+        order = np.argsort(stored[:, chunk], kind="stable")
+        count = np.bincount(stored[:, chunk], minlength=1 << 16)
+        start = np.concatenate([[0], np.cumsum(count)[:-1]])
+        for changed in (0, *(1 << bit for bit in range(16))):
+            rows = np.flatnonzero(~out)
+            for part in _blocks(count[queries[rows, chunk] ^ np.uint16(changed)]):
+                some = rows[part]
+                bucket = queries[some, chunk] ^ np.uint16(changed)
+                n_each = count[bucket]
+                first = np.repeat(some, n_each)
+                within = np.arange(len(first)) - np.repeat(np.cumsum(n_each) - n_each, n_each)
+                second = order[np.repeat(start[bucket], n_each) + within]
+                distance = np.bitwise_count(ours[first] ^ theirs[second]).sum(1)
+                out[first[distance <= max_distance]] = True
+    return out
+
+
+def _blocks(n_each: np.ndarray) -> Iterator[slice]:
+    """Runs of items that have _BLOCK candidates together, or one item that has more."""
+    ends = np.cumsum(n_each)
+    begin = 0
+    while begin < len(n_each):
+        before = ends[begin - 1] if begin else 0
+        stop = max(begin + 1, int(np.searchsorted(ends, before + _BLOCK, side="right")))
+        yield slice(begin, stop)
+        begin = stop
 
 
 ImageOf = Callable[[int], UInt8[np.ndarray, "px px"]]
