@@ -114,11 +114,10 @@ def build_data(
     with locked(out):
         _check_is_ours(out, None if overwrite else "; add --overwrite to build it again")
         replaces = (out / META_FILE).is_file() or (out / REBUILD_FOLDER).is_dir()
+        readable = _readable(records, root, options.hides_paths)
         place = out / REBUILD_FOLDER if replaces else out
         place.mkdir(exist_ok=True)
-        meta = _build(
-            _readable(records, root, options.hides_paths), root, place, image_size, workers, options
-        )
+        meta = _build(readable, root, place, image_size, workers, options)
         if replaces:
             _replace(place, out)
         shutil.rmtree(out / SHARDS_FOLDER, ignore_errors=True)  # what is left does no harm
