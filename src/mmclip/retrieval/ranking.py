@@ -380,5 +380,5 @@ def _write(out: Path, results: RetrievalResults, dataset: ImageTextDataset, rank
         results.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False
     )
     with made_beside(out, RETRIEVAL_FILE) as made:
-        np.savez_compressed(made / RANKS_FILE, **ranks)
+        np.savez_compressed(made / RANKS_FILE, allow_pickle=False, **ranks)
         (made / RETRIEVAL_FILE).write_text(plain + "\n", "utf-8")
