@@ -18,6 +18,7 @@ MODULES = {
 
 LAYERS = (
     {"mmclip.cli", "mmclip.__main__"},
+    {"mmclip.serving"},
     {"mmclip.api", "mmclip.demo", "mmclip.doctor", "mmclip.prediction"},
     {"mmclip.export"},
     {"mmclip.explanation", "mmclip.finetuning", "mmclip.retrieval"},

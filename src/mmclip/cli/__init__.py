@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from mmclip import __version__
-from mmclip.cli import data, evaluate, explain, export, finetune, predict, results, retrieve, train
+from mmclip.cli import (
+    data,
+    evaluate,
+    explain,
+    export,
+    finetune,
+    predict,
+    results,
+    retrieve,
+    serve,
+    train,
+)
 from mmclip.cli.plain import PlainCommand, PlainGroup
 from mmclip.progress import console
 
@@ -33,6 +44,7 @@ app.add_typer(finetune.app)
 app.add_typer(results.app)
 app.add_typer(retrieve.app)
 app.add_typer(explain.app)
+app.add_typer(serve.app)
 app.add_typer(export.app)
 app.add_typer(data.app, name="data")
 
@@ -53,6 +65,7 @@ Pre-train on chest X-rays and reports; classify zero-shot. The commands, in orde
   mmclip results      results side by side
   mmclip retrieve     the nearest patients for an image or a phrase
   mmclip explain      where an image answers to a phrase
+  mmclip serve        scores, maps and search on a local web page
   mmclip export       a run for transformers, the hub or onnxruntime
 
 mmclip COMMAND --help says more of each."""

@@ -16,7 +16,7 @@ OTHER = "Other options"
 ORDER = (
     "doctor", "demo", "data", "build", "labels", "split", "check",
     "pretrain", "zeroshot", "predict", "finetune", "results", "retrieve", "explain",
-    "export",
+    "serve", "export",
 )  # fmt: skip
 """The commands in order of use, those of `mmclip data` in their place."""
 

@@ -1,0 +1,1 @@
+"""`mmclip serve`: a page and an API on this machine."""

@@ -1,0 +1,39 @@
+"""Runs the application until Ctrl-C, without a line of log on any request."""
+
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+
+class _Server(uvicorn.Server):
+    """Says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
+
+
+def run_server(app: FastAPI, bound: socket.socket, on_start: Callable[[], None]) -> None:
+    """Serves until Ctrl-C or SIGTERM.
+
+    Args:
+        app: The application.
+        bound: A socket that listens.
+        on_start: Is called when requests are answered.
+    """
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=2,
+        ws="none",
+    )
+    _Server(config, on_start).run([bound])
