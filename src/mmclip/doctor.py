@@ -50,6 +50,9 @@ OPTIONAL = {
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "python-multipart": "serve",
 }
 """Each package of the extras in pyproject.toml, and its extra."""
 

@@ -109,7 +109,7 @@ def create_app(service: Service, access: Access, limits: Limits) -> FastAPI:
             methods=[method],
             response_model=model,
             responses=REFUSALS if path.startswith("/api") else None,
-            **({} if model else {"response_class": Response}),
+            response_class=JSONResponse if model else Response,
         )
     app.mount("/", StaticFiles(directory=str(RESOURCES / "serve"), html=True), name="page")
     return app

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ class BusyError(RuntimeError):
 class _Job:
     key: Hashable
     items: Sequence[Any]
-    answer: Callable[[list[Any]], Sequence[Any]]
+    answer: Callable[[list[Any]], Iterable[Any]]
     result: asyncio.Future[list[Any]]
 
 
@@ -42,7 +42,7 @@ class Batcher:
         self,
         key: Hashable,
         items: Sequence[Any],
-        answer: Callable[[list[Any]], Sequence[Any]],
+        answer: Callable[[list[Any]], Iterable[Any]],
     ) -> list[Any]:
         """What `answer` gives for some items, perhaps called with the items of others behind them.
 
@@ -76,6 +76,7 @@ class Batcher:
             await asyncio.wait([call])
             self.n_calls += 1
             error = call.exception()
+            results = [] if error is not None else list(call.result())
             at = 0
             for job in batch:
                 end = at + len(job.items)
@@ -84,7 +85,7 @@ class Batcher:
                 elif error is not None:
                     job.result.set_exception(error)
                 else:
-                    job.result.set_result(list(call.result()[at:end]))
+                    job.result.set_result(results[at:end])
                 at = end
 
     def _next_batch(self) -> list[_Job]:
