@@ -1,5 +1,6 @@
 """`mmclip demo` and `mmclip pretrain`: what trains."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -85,6 +86,15 @@ def pretrain(
         ),
     ] = "tiny",
     set_: SetOption = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init",
+            rich_help_panel=TRAINING,
+            help="Start from a dual encoder: export of a run, CLIP or SigLIP folder, or hub id.",
+            metavar="NAME",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", rich_help_panel=TRAINING, help="Go on with the run in --out."),
@@ -118,6 +128,8 @@ def pretrain(
 
     Example: `mmclip pretrain --data data/images --config tiny --set train.steps=2000 --out runs/a`
 
+    Example: `mmclip pretrain --data data/images --init exports/first --out runs/b`
+
     On several GPUs: `accelerate launch -m mmclip pretrain ...` or
     `torchrun --nproc-per-node 2 -m mmclip pretrain ...`, with the same arguments.
     """
@@ -126,7 +138,7 @@ def pretrain(
     from mmclip.training.pretrain import RUN_FILES, PretrainRequest
     from mmclip.training.pretrain import pretrain as run
 
-    settings = load_config(config, set_ or ())
+    settings = load_config(config, [*_start_of(init), *(set_ or ())])
     check_inputs(data=data)
     check_place(out, RUN_FILES)
     request = PretrainRequest(
@@ -145,3 +157,24 @@ def pretrain(
         newest = run(request)
     if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start this once a process
         print(newest)
+
+
+def _start_of(init: str | None) -> list[str]:
+    """The keys that `--init` stands for; a `--set` of the same key comes after them and wins."""
+    if init is None:
+        return []
+    from mmclip.checkpoint import CHECKPOINTS
+    from mmclip.models.joint_space import embed_dim_of
+
+    if (Path(init) / CHECKPOINTS).is_dir():
+        raise ValueError(
+            f"--init {init} is a run, and takes what `mmclip export {init} --to hf` writes; to go "
+            f"on with the run itself, give it as --out with --resume"
+        )
+    name = json.dumps(init)
+    return [
+        f"model.image.pretrained={name}",
+        f"model.text.pretrained={name}",
+        f"model.projections={name}",
+        f"model.embed_dim={embed_dim_of(init)}",
+    ]

@@ -120,16 +120,17 @@ def read_config(name: str) -> PreTrainedConfig:
         EncoderError: When there is none.
     """
     if reason := why_unavailable(name):
-        raise _cannot_load(name, reason)
+        raise cannot_load(name, reason)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except LOAD_FAULTS as error:
-        raise _cannot_load(name, first_line(error)) from error
+        raise cannot_load(name, first_line(error)) from error
     _make_deterministic(config)
     return config
 
 
-def _cannot_load(name: str, reason: str) -> EncoderError:
+def cannot_load(name: str, reason: str) -> EncoderError:
+    """The error that a model cannot be had."""
     return EncoderError(
         f"cannot load {name!r} ({reason}); give a folder with config.json and model.safetensors "
         f"(or pytorch_model.bin), or the id of a model on the hub"
@@ -218,7 +219,7 @@ def load_tower(name: str, modality: Modality, config: PreTrainedConfig) -> PreTr
             name, config=config, output_loading_info=True, trust_remote_code=False
         )
     except LOAD_FAULTS as error:
-        raise _cannot_load(name, first_line(error)) from error
+        raise cannot_load(name, first_line(error)) from error
     report = LoadReport(
         name=name,
         missing=tuple(sorted(info["missing_keys"])),

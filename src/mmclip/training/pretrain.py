@@ -59,6 +59,7 @@ from mmclip.models.encoders import (
     check_named_encoders,
     patch_grid,
 )
+from mmclip.models.joint_space import read_joint_space, start_from
 from mmclip.models.mmclip import MMCLIP, build_mmclip, compile_layers
 from mmclip.models.trainable import lr_ratios, set_trainable
 from mmclip.progress import console
@@ -100,7 +101,7 @@ class PretrainRequest:
 def build_model(
     config: Config, tokenizer: PreTrainedTokenizerFast, n_label_findings: int = 0
 ) -> MMCLIP:
-    """A model as configured, with pretrained encoders where they are named.
+    """A model as configured, with pretrained encoders and projections where they are named.
 
     Raises:
         EncoderError: When an encoder cannot be had, or cannot do what the configuration asks for.
@@ -118,7 +119,10 @@ def build_model(
         end_token_id=frame.end[-1] if frame.end else None,
         mask_token_id=frame.mask,
     )
-    return build_mmclip(config, image, text, n_label_findings)
+    model = build_mmclip(config, image, text, n_label_findings)
+    if (name := config.model.projections) is not None:
+        start_from(model, read_joint_space(name), name)
+    return model
 
 
 def make_tokenizer(config: Config, dataset: ImageTextDataset) -> PreTrainedTokenizerFast:
