@@ -54,6 +54,7 @@ def embed_dim_of(name: str) -> int:
     """
     config = read_config(name)
     if isinstance(config, CLIPConfig | VisionTextDualEncoderConfig):
+        assert config.projection_dim is not None
         return config.projection_dim
     if isinstance(config, SiglipConfig):
         vision = config.vision_config
