@@ -1,5 +1,5 @@
 # make demo: the main job on synthetic images. make test: all tests but the slow ones, which make test-all adds.
-# make docs: the documentation site. They set up .venv first.
+# make docs: the documentation site. make package: wheel and sdist, tried. They set up .venv first.
 # They need Python 3.11 or newer, git and make.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 # One thread a worker: tests run on all cores at once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-all test-slow lint docs setup
+.PHONY: demo test test-all test-slow lint docs package setup
 
 demo: setup
 	$(BIN)/mmclip demo
@@ -32,6 +32,10 @@ lint: setup
 docs: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Wheel and sdist, and a trial of the wheel in an empty environment.
+package: setup
+	PYTHON=$(PYTHON) .ci/package
 
 setup: $(READY)
 

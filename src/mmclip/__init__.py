@@ -6,7 +6,7 @@ imports nothing else: torch and the rest come with the first use of `load` or `M
 
 from importlib import import_module
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _LAZY = ("Model", "load")
 
