@@ -250,6 +250,19 @@ def files_linked() -> list[str]:
     return sorted(found)
 
 
+def not_placed(nav: Sequence[Any]) -> list[str]:
+    """Documents that the navigation of mkdocs.yml does not name."""
+    placed = set(re.findall(r"[\w/]+\.md", json.dumps(list(nav))))
+    return [path.name for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in placed]
+
+
+def on_config(config: Any) -> Any:
+    """Lists documents without a place under "More", so that none is lost."""
+    if more := not_placed(config["nav"]):
+        config["nav"].append({"More": more})
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Adds the made pages, and the files that are linked to."""
     from mkdocs.structure.files import File
