@@ -61,6 +61,7 @@ from mmclip.models.encoders import image_layout, patch_grid
 from mmclip.models.mmclip import MMCLIP
 from mmclip.patches import lesion_ratio_of_patches, normalise_patches, patchify
 from mmclip.prompts import load_prompts
+from mmclip.run import Run
 from mmclip.training.pretrain import read_lesions
 
 SMALL_RATIO = 0.03
@@ -302,7 +303,7 @@ def phrases(checkpoint: Checkpoint, asked: Sequence[Asked], with_side: bool) -> 
             text = f"{text.removesuffix('.')} in the {item.side} lung."
         prompts.append(prompt._replace(text=text))
     return phrase_texts(
-        checkpoint,
+        Run("", checkpoint),
         [prompt.text for prompt in prompts],
         [prompt.entities for prompt in prompts],
         [item.row for item in asked],
@@ -347,16 +348,16 @@ def measure_pointing(
         next_of[here] = here.roll(-1)
     images = normalise(dataset.pixels(np.arange(len(dataset))))
     texts = phrases(checkpoint, asked, with_side)
-    device = checkpoint.model.logit_scale.device
+    run = Run("", checkpoint)
     maps, untrained = (
         saliency_by_score(
-            model,
+            each.model,
             images,
             texts,
             size,
-            pair_asks(model, checkpoint, load_prompts("default"), [a.finding for a in asked]),
+            pair_asks(each, load_prompts("default"), [a.finding for a in asked]),
         )
-        for model in (checkpoint.model, random_weights(checkpoint).to(device))
+        for each in (run, random_weights(run))
     )
     patches = patchify(images, patch_size)[row_of]
     prior = location_prior(all_rows, masks, patch_size)

@@ -28,18 +28,15 @@ def bare(model: Path, images: Path, out: Path) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from mmclip.checkpoint import load_checkpoint
     from mmclip.data.image_text_dataset import normalise
     from mmclip.data.images import decode_image, resize_image
-    from mmclip.embed import embed_prompts, images_at_once, probabilities
+    from mmclip.embed import embed_prompts
     from mmclip.prompts import load_prompts
+    from mmclip.run import open_run
 
-    checkpoint = load_checkpoint(model)
-    data, net = checkpoint.config.data, checkpoint.model
-    prompts = load_prompts("default")
-    pair = embed_prompts(net, checkpoint.tokenizer, prompts, FINDINGS, data.max_tokens)
-    scale = float(net.scale().detach())
-    size = images_at_once(torch.device("cpu"), data.image_size)
+    run = open_run(model)
+    data, net, scoring, size = run.config.data, run.model, run.scoring, run.batch_size
+    pair = embed_prompts(run, load_prompts("default"), FINDINGS)
     files = sorted(path for path in images.iterdir() if path.is_file())
     began, began_cpu = time.perf_counter(), time.process_time()
     with out.open("w", newline="") as file, torch.inference_mode():
@@ -51,7 +48,7 @@ def bare(model: Path, images: Path, out: Path) -> dict[str, float]:
                 for path in some
             ]
             image = normalise(torch.from_numpy(np.stack(squares)))
-            scores = probabilities(net.encode_image(image).embedding, pair, scale)
+            scores = scoring.scores(net.encode_image(image).embedding, pair)
             writer.writerows([str(path), *row] for path, row in zip(some, scores, strict=True))
     return {
         "wall_s": time.perf_counter() - began,
@@ -63,6 +60,7 @@ def bare(model: Path, images: Path, out: Path) -> dict[str, float]:
 def ours(model: Path, images: Path, out: Path, workers: int) -> dict[str, float]:
     """`mmclip predict`, timed from the search for files to the finished table."""
     import mmclip.prediction.predict as stage
+    from mmclip.model_loading import ModelRequest
     from mmclip.prediction.predict import PredictRequest
 
     began = began_cpu = 0.0
@@ -75,7 +73,11 @@ def ours(model: Path, images: Path, out: Path, workers: int) -> dict[str, float]
 
     stage.find_image_files = timed
     request = PredictRequest(
-        model=model, inputs=(images,), out=out, findings=FINDINGS, workers=workers
+        model=ModelRequest(str(model)),
+        inputs=(images,),
+        out=out,
+        findings=FINDINGS,
+        workers=workers,
     )
     done = stage.predict(request)
     return {

@@ -43,7 +43,7 @@ def tuned(made_run: Path, made_data: Path, tmp_path_factory: pytest.TempPathFact
     """A probe and a full fine-tuning of two findings."""
     out = tmp_path_factory.mktemp("tuned")
     named = [word for finding in FINDINGS for word in ("--finding", finding)]
-    given = ["finetune", "--run", made_run, "--data", made_data, "--out", out, *named]
+    given = ["finetune", "--model", made_run, "--data", made_data, "--out", out, *named]
     given += ["--fraction", "1", "--seed", "0", "--n-resamples", "10"]
     short = ["--set", "train.steps=4", "--set", "train.save_every_steps=2"]
     for further in (
@@ -112,7 +112,7 @@ def test_api_predict_and_zeroshot_give_the_same_numbers(
     named = [word for finding in FINDINGS for word in ("--finding", finding)]
     out = tmp_path / "zeroshot"
     ended = command(
-        tmp_path, "zeroshot", "--run", made_run, "--data", made_data, "--out", out,
+        tmp_path, "zeroshot", "--model", made_run, "--data", made_data, "--out", out,
         "--n-resamples", "10", *named,
     )  # fmt: skip
     assert ended.code == 0, ended.err
@@ -261,7 +261,7 @@ def test_thresholds_are_those_of_validation_images_of_the_same_model(
 ):
     for prompts in ("default", "pair"):
         ended = command(
-            tmp_path, "zeroshot", "--run", made_run, "--data", made_data, "--prompts", prompts,
+            tmp_path, "zeroshot", "--model", made_run, "--data", made_data, "--prompts", prompts,
             "--out", tmp_path / prompts, "--n-resamples", "10",
         )  # fmt: skip
         assert ended.code == 0, ended.err
@@ -286,7 +286,7 @@ def test_thresholds_are_those_of_validation_images_of_the_same_model(
     with pytest.raises(ResultsError, match="no threshold"):
         model.classify(files[0], ["scoliosis"], thresholds=tmp_path / "default")
     other = mmclip.load(made_run / "checkpoints" / "step_000004")
-    with pytest.raises(ResultsError, match="another run or step"):
+    with pytest.raises(ResultsError, match="another model, run or step"):
         other.classify(files[0], FINDINGS, thresholds=tmp_path / "default")
 
 
@@ -403,7 +403,7 @@ def desk(
     Image.open(files[0]).save(desk / "a.png")
     (desk / "b.dcm").write_bytes(dicom(ramp()))
     ended = command(
-        desk, "zeroshot", "--run", made_run, "--data", made_data, "--out",
+        desk, "zeroshot", "--model", made_run, "--data", made_data, "--out",
         desk / "validated", "--n-resamples", "10",
     )  # fmt: skip
     assert ended.code == 0, ended.err
@@ -445,5 +445,5 @@ def test_a_data_folder_of_the_same_images_is_read_alike(made_data: Path, made_ru
     root = made_data.parent / "raw"
     for row in (0, 17, 90):
         path = root / str(dataset.samples[row].image)
-        square = model._encoder.square(path)  # pyright: ignore[reportPrivateUsage]
+        square = model._encoder.prepare(path)  # pyright: ignore[reportPrivateUsage]
         np.testing.assert_array_equal(square, dataset.pixels(np.array([row]))[0].numpy())

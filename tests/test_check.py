@@ -189,7 +189,7 @@ def test_zeroshot_does_not_score_what_has_trained_from_whichever_folder(
     scored = [f for f in read_manifest(other) if f.split == "test"]
     n_seen = sum(f.patient_id in trained for f in scored if f.view != "L" and f.labels)
     assert 0 < n_seen < len(scored)
-    given = ("--run", made_run, "--out", tmp_path / "out", "--n-resamples", "5")
+    given = ("--model", made_run, "--out", tmp_path / "out", "--n-resamples", "5")
     error = mmclip(tmp_path, "zeroshot", *given, "--data", other).error()
     assert f"on patients of {n_seen}, such as" in error
     assert not (tmp_path / "out").exists()

@@ -110,7 +110,7 @@ FEW = ("--finding", "nodule", "--finding", "mass")
 
 
 def zeroshot_of(shared: dict[str, Path], tmp_path: Path, *more: str | Path) -> Ended:
-    given = ("--run", shared["run"], "--data", shared["data"], "--n-resamples", "5")
+    given = ("--model", shared["run"], "--data", shared["data"], "--n-resamples", "5")
     return mmclip(tmp_path, "zeroshot", "--out", tmp_path / "out", *given, *more)
 
 
@@ -287,21 +287,21 @@ def test_images_of_another_size_come_with_the_command_that_builds_the_right_ones
 
 
 MISSPELT = (
-    "zeroshot --run nowhere --data DATA --out OUT",
-    "zeroshot --run RUN --data nowhere --out OUT",
-    "zeroshot --run RUN --data DATA --protocol nowhere --out OUT",
-    "zeroshot --run RUN --data DATA --prompts nowhere --out OUT",
-    "zeroshot --run RUN --data DATA --split nowhere --out OUT",
-    "retrieve --run nowhere --data DATA --evaluate --out OUT",
-    "retrieve --run RUN --data nowhere --evaluate --out OUT",
+    "zeroshot --model nowhere --data DATA --out OUT",
+    "zeroshot --model RUN --data nowhere --out OUT",
+    "zeroshot --model RUN --data DATA --protocol nowhere --out OUT",
+    "zeroshot --model RUN --data DATA --prompts nowhere --out OUT",
+    "zeroshot --model RUN --data DATA --split nowhere --out OUT",
+    "retrieve --model nowhere --data DATA --evaluate --out OUT",
+    "retrieve --model RUN --data nowhere --evaluate --out OUT",
     "pretrain --data nowhere --out FULL",
     "pretrain --data DATA --config nowhere --out FULL",
     "demo --set train.nowhere=1 --out OUT",
-    "explain --run nowhere --image a.png --phrase a --out OUT/a.png",
-    "explain --run RUN --image nowhere --phrase a --out OUT/a.png",
-    "explain --run RUN --data DATA --image-id nowhere --phrase a --out OUT/a.png",
-    "explain --run RUN --data DATA --evaluate --boxes synthetic=nowhere --out OUT/a.json",
-    "finetune --run RUN --data nowhere --finding mass --out OUT",
+    "explain --model nowhere --image a.png --phrase a --out OUT/a.png",
+    "explain --model RUN --image nowhere --phrase a --out OUT/a.png",
+    "explain --model RUN --data DATA --image-id nowhere --phrase a --out OUT/a.png",
+    "explain --model RUN --data DATA --evaluate --boxes synthetic=nowhere --out OUT/a.json",
+    "finetune --model RUN --data nowhere --finding mass --out OUT",
     "data build openi --root nowhere --out OUT",
 )
 """Commands of which one input is misspelt, and whose --out holds results or other things."""
@@ -423,7 +423,7 @@ def test_doctor_knows_what_fine_tuning_retrieval_and_explanations_leave(
     shared: dict[str, Path], tmp_path: Path
 ):
     run, out = shutil.copytree(shared["run"], tmp_path / "run"), tmp_path / "out"
-    given = ("--run", run, "--data", shared["data"])
+    given = ("--model", run, "--data", shared["data"])
     learn = ("--finding", "nodule", "--fraction", "1", "--seed", "0", "--n-resamples", "5")
     few = ("--method", "full", "--set", "train.steps=2", "--set", "train.batch_size=8")
     for arguments in (
@@ -611,6 +611,7 @@ def test_mmclip_alone_shows_every_command_in_order_of_use(tmp_path: Path):
 
 METAVARS = {
     "PATH", "NAME", "N", "RATIO", "TEXT", "KEY=V", "ADDRESS", "I/N", "NAME=FOLDER", "SPLIT=FILE",
+    "MODEL", "NAMES",
 }  # fmt: skip
 
 

@@ -806,8 +806,8 @@ def test_a_row_trains_resumes_and_scores_by_the_commands(
         "utf-8",
     )
     scored = mmclip(
-        tmp_path, "zeroshot", "--run", tmp_path / "run", "--data", made_data, "--n-resamples", "5",
-        "--finding", "mass", "--prompts", prompts, "--out", tmp_path / "scores",
+        tmp_path, "zeroshot", "--model", tmp_path / "run", "--data", made_data, "--finding", "mass",
+        "--n-resamples", "5", "--prompts", prompts, "--out", tmp_path / "scores",
     )  # fmt: skip
     assert scored.code == 0, scored.err
 
@@ -826,7 +826,7 @@ def test_one_data_folder_serves_models_of_several_sizes(
         )  # fmt: skip
         assert ended.code == 0, ended.err
         scored = mmclip(
-            tmp_path, "zeroshot", "--run", out, "--data", made_data, "--n-resamples", "5", "--out",
-            tmp_path / f"scores-{px}",
+            tmp_path, "zeroshot", "--model", out, "--data", made_data, "--n-resamples", "5",
+            "--out", tmp_path / f"scores-{px}",
         )  # fmt: skip
         assert scored.code == 0, scored.err

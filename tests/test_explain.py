@@ -295,7 +295,7 @@ def texts_of(phrase: str) -> list[str]:
 TOKENIZER = train_tokenizer([*texts_of(BRIGHT), *texts_of(DARK)], vocab_size=200, min_frequency=1)
 
 
-def grey_checkpoint(*overrides: str) -> Checkpoint:
+def grey_run(*overrides: str) -> Run:
     """A model whose patches answer by their mean grey: BRIGHT asks for bright ones, DARK for dark.
 
     The encoder's layers add nothing, so that a patch's features are its mean grey m as
@@ -329,12 +329,16 @@ def grey_checkpoint(*overrides: str) -> Checkpoint:
         pooled = model.text_model(input_ids=ids, attention_mask=is_valid.long()).pooler_output
         model.text_projection.weight.zero_()
         model.text_projection.weight[0] = torch.linalg.lstsq(pooled, signs).solution
-    return Checkpoint(Path("run"), model, TOKENIZER, config, {})
+    meta = {
+        "step": 1, "config_hash": "", "data_hash": "", "shuffle_pairs": False,
+        "sha256": {"model.safetensors": ""},
+    }  # fmt: skip
+    return Run("made", Checkpoint(Path("run"), model, TOKENIZER, config, meta))
 
 
 @pytest.fixture(scope="module")
-def grey() -> Checkpoint:
-    return grey_checkpoint(*made.WHOLE)
+def grey() -> Run:
+    return grey_run(*made.WHOLE)
 
 
 def image_with(row: int, column: int, level: int = 220, seed: int = 0) -> np.ndarray:
@@ -345,7 +349,7 @@ def image_with(row: int, column: int, level: int = 220, seed: int = 0) -> np.nda
 
 
 @pytest.mark.parametrize("score", ["contribution", "prompt_pair"])
-def test_a_shifted_finding_shifts_the_map(grey: Checkpoint, score):
+def test_a_shifted_finding_shifts_the_map(grey: Run, score):
     for phrase, level in ((BRIGHT, 220), (DARK, 10)):
         for row, column in ((0, 0), (1, 2), (3, 1)):
             sample = image_with(row, column, level)
@@ -357,7 +361,7 @@ def test_a_shifted_finding_shifts_the_map(grey: Checkpoint, score):
             assert facts["unseen_ratio"] == 0
 
 
-def test_the_map_depends_on_the_phrase(grey: Checkpoint):
+def test_the_map_depends_on_the_phrase(grey: Run):
     sample = image_with(1, 1, 220)
     sample[24:36, 18:27] = 10
     bright, dark = (explain_image(grey, sample, p, "contribution", PROMPTS) for p in (BRIGHT, DARK))
@@ -366,7 +370,7 @@ def test_the_map_depends_on_the_phrase(grey: Checkpoint):
     np.testing.assert_allclose(bright.patches, -dark.patches, atol=1e-5)
 
 
-def test_masses_of_halves_and_thirds_by_hand(grey: Checkpoint):
+def test_masses_of_halves_and_thirds_by_hand(grey: Run):
     mass = explain_image(grey, image_with(0, 3), BRIGHT, "contribution", PROMPTS).facts()["mass"]
     assert mass["image left"] + mass["image right"] == pytest.approx(1, abs=1e-4)
     thirds = [mass[f"{name} third"] for name in ("upper", "middle", "lower")]
@@ -377,7 +381,7 @@ def test_masses_of_halves_and_thirds_by_hand(grey: Checkpoint):
     assert flat.facts()["highest_at_px"] is None
 
 
-def test_a_resized_copy_gives_the_map_of_the_published_image(grey: Checkpoint):
+def test_a_resized_copy_gives_the_map_of_the_published_image(grey: Run):
     sample = image_with(2, 2)
     copy = resize_image(sample, made.IMAGE_SIZE)
     size = (HEIGHT, WIDTH)
@@ -403,13 +407,13 @@ def test_padded_and_cropped_images_are_explained_where_they_are_bright(grey: Che
     draw_explanation(found, facts, "made")
 
 
-def test_attention_is_the_decoders_and_needs_one(grey: Checkpoint):
+def test_attention_is_the_decoders_and_needs_one(grey: Run):
     images = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     phrases = ["left pleural effusion", "zzz"]  # the second has no entity: all words are asked
-    maps = saliency_maps(grey.model, grey, images, phrases, [0, 0], "decoder_attention", PROMPTS)
+    maps = saliency_maps(grey, images, phrases, [0, 0], "decoder_attention", PROMPTS)
     assert maps.shape == (2, 16) and (maps > 0).all() and (maps.sum(1) < 1).all()
     with pytest.raises(ValueError, match="this run has none; choose contribution"):
-        explain_image(grey_checkpoint(), image_with(0, 0), BRIGHT, "decoder_attention", PROMPTS)
+        explain_image(grey_run(), image_with(0, 0), BRIGHT, "decoder_attention", PROMPTS)
     with pytest.raises(ValueError, match="the phrase is empty"):
         explain_image(grey, image_with(0, 0), "  ", "contribution", PROMPTS)
 
@@ -452,9 +456,10 @@ def write_boxes(root: Path, lines: Sequence[tuple]) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(marked: Path, grey: Checkpoint) -> Path:
+def run(marked: Path, grey: Run) -> Path:
     """The model that is set by hand, as a run on disk."""
-    save_checkpoint(marked / "run", 1, grey.model, TOKENIZER, grey.config, {}, {}, keep=1)
+    facts = {"data_hash": "", "shuffle_pairs": False}
+    save_checkpoint(marked / "run", 1, grey.model, TOKENIZER, grey.config, {}, facts, keep=1)
     return marked / "run"
 
 
@@ -570,7 +575,7 @@ def test_the_overlay_leaves_unseen_pixels_and_quiet_patches_as_they_are():
     assert shown[0, 0].tolist() == shown[9, 2].tolist() == shown[5, 4].tolist() == [100] * 3
 
 
-def test_the_picture_shows_the_map_with_its_scale(grey: Checkpoint):
+def test_the_picture_shows_the_map_with_its_scale(grey: Run):
     grid = Grid(2, 8, 20)
     figure = explanation_figure(
         np.full((40, 20), 90, np.uint8), np.array([[0.0, 1.0], [2.0, 4.0]], np.float32), grid,
@@ -592,7 +597,7 @@ def test_the_picture_shows_the_map_with_its_scale(grey: Checkpoint):
 def test_the_command_writes_picture_and_map_and_prints_json(
     run: Path, marked: Path, tmp_path: Path
 ):
-    given = ("explain", "--run", run, "--phrase", BRIGHT, "--cpu")
+    given = ("explain", "--model", run, "--phrase", BRIGHT, "--cpu")
     out = tmp_path / "new" / "map.png"
     ended = mmclip(tmp_path, *given, "--image", marked / "40.png", "--out", out)
     assert ended.code == 0, ended.err
@@ -618,7 +623,7 @@ def test_the_command_writes_picture_and_map_and_prints_json(
 def test_the_command_evaluates(run: Path, marked: Path, tmp_path: Path, results: dict):
     out = tmp_path / "a.json"
     ended = mmclip(
-        tmp_path, "explain", "--run", run, "--data", marked / "data", "--evaluate",
+        tmp_path, "explain", "--model", run, "--data", marked / "data", "--evaluate",
         "--boxes", f"ms-cxr={marked}", "--prompts", "sentence", "--n-resamples", "200",
         "--out", out, "--cpu",
     )  # fmt: skip
@@ -651,11 +656,11 @@ def test_options_that_do_not_go_together_are_one_line(
         if "--out" in given
         else ["--out", tmp_path / ("a.json" if "--evaluate" in given else "a.png")]
     )
-    assert message in mmclip(tmp_path, "explain", "--run", run, *out, *given).error()
+    assert message in mmclip(tmp_path, "explain", "--model", run, *out, *given).error()
 
 
 def test_a_lateral_of_a_folder_is_mapped_with_one_warning_and_a_frontal_without(
-    grey: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    grey: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     samples = [replace(sample, image=f"{sample.image_id}.png") for sample in map(image_of, "abc")]
     for sample in samples:
@@ -663,16 +668,17 @@ def test_a_lateral_of_a_folder_is_mapped_with_one_warning_and_a_frontal_without(
     views = [replace(f, view=v) for f, v in zip(samples, ("PA", "L", "unknown"), strict=True)]
     build_data(views, tmp_path, tmp_path / "data", image_size=made.IMAGE_SIZE)
     for sample in views:
-        image_of_folder(Run("made", grey), tmp_path / "data", sample.image_id)
+        image_of_folder(grey, tmp_path / "data", sample.image_id)
     (said,) = caplog.messages
     assert "image b of" in said and "lateral" in said and "PA, AP, unknown" in said
     caplog.clear()
-    laterals = replace(grey, config=made.small_config('data.views=["PA", "L"]'))
-    image_of_folder(Run("made", laterals), tmp_path / "data", "b")  # a run that has learnt them
+    learnt = made.small_config('data.views=["PA", "L"]')
+    laterals = replace(grey, checkpoint=replace(grey.checkpoint, config=learnt))
+    image_of_folder(laterals, tmp_path / "data", "b")  # a run that has learnt them
     assert caplog.messages == []
 
 
 def test_an_image_that_is_not_in_the_folder_is_one_line(run: Path, marked: Path, tmp_path: Path):
     given = ("--data", marked / "data", "--image-id", "g", "--phrase", "a", "--out", "a.png")
-    error = mmclip(tmp_path, "explain", "--run", run, *given).error()
+    error = mmclip(tmp_path, "explain", "--model", run, *given).error()
     assert "has no image 'g'; its images are f0, f1, f2" in error

@@ -559,7 +559,7 @@ def test_a_vit_of_the_hub_is_fine_tuned_as_ours_is(
     ("changes", "said"),
     [
         ({"init": "hf:"}, "none of run, random, hf:FOLDER_OR_NAME"),
-        ({"run": None}, "--init run needs --run"),
+        ({"run": None}, "--init run needs --model"),
         ({"findings": ()}, "name a --protocol, or the findings to learn by --finding"),
         ({"findings": ("gout",)}, "is labelled with gout"),
         ({"findings": (), "protocol": "montgomery"}, "for zero-shot alone; those with fine-tuning"),
@@ -579,7 +579,7 @@ def test_what_does_not_fit_together_is_one_line(
 @pytest.fixture(scope="module")
 def words(made_data: Path, made_run: Path) -> list[str]:
     """A command of full fine-tuning, without --out."""
-    given = ["finetune", "--run", made_run, "--data", made_data, "--finding", "pneumothorax"]
+    given = ["finetune", "--model", made_run, "--data", made_data, "--finding", "pneumothorax"]
     given += ["--method", "full", "--fraction", "1", "--seed", "3", "--n-resamples", "20", "--cpu"]
     return [str(word) for word in given] + [w for key in SHORT for w in ("--set", key)]
 

@@ -25,8 +25,8 @@ LAYERS = (
     {"mmclip.evaluation"},
     {"mmclip.training"},
     {
-        "mmclip.checkpoint", "mmclip.embed", "mmclip.embedding_store", "mmclip.prompt_check",
-        "mmclip.run",
+        "mmclip.checkpoint", "mmclip.embed", "mmclip.embedding_store", "mmclip.model_loading",
+        "mmclip.prompt_check", "mmclip.run",
     },
     {"mmclip.data", "mmclip.models"},
     {

@@ -181,7 +181,7 @@ def test_studies_of_dicom_files_are_told_by_their_headers(made_run: Path, tmp_pa
 
 def test_thresholds_decide(made_run: Path, made_data: Path, tmp_path: Path):
     ended = mmclip(
-        tmp_path, "zeroshot", "--run", made_run, "--data", made_data, "--out", tmp_path / "z",
+        tmp_path, "zeroshot", "--model", made_run, "--data", made_data, "--out", tmp_path / "z",
         "--n-resamples", "10",
     )  # fmt: skip
     assert ended.code == 0, ended.err
@@ -316,7 +316,7 @@ def test_both_commands_refuse_what_the_model_cannot_read(
     given = ["--prompts", tmp_path / "same.toml"]
     assert "'pneumothorax'" in predict(tmp_path, made_run, made_data, *given).error()
     ended = mmclip(
-        tmp_path, "zeroshot", "--run", made_run, "--data", made_data, "--out", tmp_path / "z",
+        tmp_path, "zeroshot", "--model", made_run, "--data", made_data, "--out", tmp_path / "z",
         "--finding", "pneumothorax", *given,
     )  # fmt: skip
     assert "same to the model" in ended.error()
@@ -326,7 +326,7 @@ def test_zeroshot_names_predict_where_labels_are_missing(
     made_run: Path, made_data: Path, tmp_path: Path
 ):
     ended = mmclip(
-        tmp_path, "zeroshot", "--run", made_run, "--data", made_data, "--out", tmp_path / "z",
+        tmp_path, "zeroshot", "--model", made_run, "--data", made_data, "--out", tmp_path / "z",
         "--finding", "scoliosis",
     )  # fmt: skip
     assert "`mmclip predict" in ended.error()

@@ -364,7 +364,7 @@ def test_a_run_from_a_pretrained_text_encoder_needs_its_folder_only_once(
     assert mmclip(tmp_path, *named, "--out", resumed, "--resume").code == 0
     assert weights_of(resumed) == weights_of(run)
     scored = mmclip(
-        tmp_path, "zeroshot", "--run", run, "--data", made_data, "--out", tmp_path / "scores",
+        tmp_path, "zeroshot", "--model", run, "--data", made_data, "--out", tmp_path / "scores",
         "--n-resamples", "10",
     )  # fmt: skip
     assert scored.code == 0, scored.err

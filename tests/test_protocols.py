@@ -165,7 +165,7 @@ def test_a_protocol_runs_from_the_data_set_as_published_to_results(
     )
     data, out = build(case, planned, tmp_path), tmp_path / "out"
     split = set_its_split(data, rules, samples)
-    given = ("--run", made_run, "--data", data, "--protocol", name, "--out", out)
+    given = ("--model", made_run, "--data", data, "--protocol", name, "--out", out)
     run(zeroshot_command, *given, "--n-resamples", "10", "--cpu")
 
     built = {sample.image_id: sample for sample in read_manifest(data)}
@@ -282,7 +282,7 @@ def rsna(made_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for step in (4, 6):
         out = found[f"step {step}"] = folder / f"step-{step}"
         checkpoint = made_run / f"checkpoints/step_{step:06}"
-        given = ("--run", checkpoint, "--data", found["data"], "--protocol", "rsna", "--out", out)
+        given = ("--model", checkpoint, "--data", found["data"], "--protocol", "rsna", "--out", out)
         run(zeroshot_command, *given, "--n-resamples", "5", "--cpu")
     return found
 
@@ -389,7 +389,7 @@ def test_results_that_do_not_compare_and_careless_calls_are_one_clear_line(
     assert (
         "would share a folder in --out" in judged(rsna, tmp_path, table, tmp_path / table).error()
     )
-    other = ("zeroshot", "--run", made_run, "--data", made_data, "--n-resamples", "2", "--cpu")
+    other = ("zeroshot", "--model", made_run, "--data", made_data, "--n-resamples", "2", "--cpu")
     ended = mmclip(tmp_path, *other, "--finding", "nodule", "--out", tmp_path / "other")
     assert ended.code == 0, ended.err
     assert "are not of the same images" in error("results", folder, tmp_path / "other")
@@ -415,8 +415,8 @@ def test_zeroshot_by_a_protocol_refuses_what_is_not_its_own(
     rsna: dict[str, Path], made_run: Path, made_data: Path, tmp_path: Path
 ):
     def error(data: Path, *given: str) -> str:
-        out = ("--out", tmp_path / "out", "--cpu")
-        return mmclip(tmp_path, "zeroshot", "--run", made_run, "--data", data, *out, *given).error()
+        out = ("--model", made_run, "--out", tmp_path / "out", "--cpu")
+        return mmclip(tmp_path, "zeroshot", "--data", data, *out, *given).error()
 
     for option in ("--finding", "--source"):
         assert "leave --source and --finding out" in error(

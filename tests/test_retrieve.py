@@ -67,7 +67,7 @@ class Made:
         return search(self.opened, [self.data], **asked)
 
     def embed(self) -> np.ndarray:
-        return image_embeddings(self.checkpoint, self.dataset, [self.data])
+        return image_embeddings(self.opened, self.dataset, [self.data])
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +208,10 @@ def test_embeddings_are_made_once_and_then_read(fresh: Made, monkeypatch: pytest
     monkeypatch.setattr(embedding_store, "_CHUNK", 50)
     made = fresh.embed()
     np.testing.assert_allclose(
-        made, embed_images(fresh.checkpoint.model, fresh.dataset, show=False).numpy(), atol=1e-5
+        made, embed_images(fresh.opened, fresh.dataset, show=False).numpy(), atol=1e-5
     )
     texts = ["No edema.", "Edema.", "No edema."]
-    of_texts = text_embeddings(fresh.checkpoint, texts)
+    of_texts = text_embeddings(fresh.opened, texts)
     model, tokenizer = fresh.checkpoint.model, fresh.checkpoint.tokenizer
     np.testing.assert_array_equal(of_texts, embed_texts(model, tokenizer, texts, 64).numpy())
     assert np.load(next((fresh.run / STORE_FOLDER).glob("texts-*.npy"))).shape[0] == 2
@@ -220,19 +220,19 @@ def test_embeddings_are_made_once_and_then_read(fresh: Made, monkeypatch: pytest
         raise AssertionError("embedded again")
 
     monkeypatch.setattr(embedding_store, "embed_images", refuse)
-    monkeypatch.setattr(embedding_store, "embed_texts", refuse)
+    monkeypatch.setattr(Run, "encode_texts", refuse)
     again = fresh.embed()
     np.testing.assert_array_equal(again, made)
     assert isinstance(again, np.memmap)
-    np.testing.assert_array_equal(text_embeddings(fresh.checkpoint, texts), of_texts)
+    np.testing.assert_array_equal(text_embeddings(fresh.opened, texts), of_texts)
 
 
 def test_other_images_have_embeddings_of_their_own(fresh: Made, monkeypatch: pytest.MonkeyPatch):
     fresh.embed()
     some = fresh.dataset.select([sample.split == "val" for sample in fresh.dataset.samples])
-    assert len(image_embeddings(fresh.checkpoint, some, [fresh.data])) == len(some)
+    assert len(image_embeddings(fresh.opened, some, [fresh.data])) == len(some)
     other = replace(fresh.dataset, data_hash="other")
-    image_embeddings(fresh.checkpoint, other, [fresh.data])
+    image_embeddings(fresh.opened, other, [fresh.data])
     monkeypatch.setattr(embedding_store, "read_meta", lambda folder: {"images_sha256": "other"})
     fresh.embed()  # the same records, of which another version made other images
     assert len(list((fresh.run / STORE_FOLDER).glob("images-*.npy"))) == 4
@@ -332,7 +332,7 @@ def test_the_nearest_patients_by_hand():
 def test_an_image_of_the_data_finds_the_images_nearest_to_it_and_not_itself(made: Made):
     sample = made.dataset.samples[5]
     found = made.search(image=sample.image_id, top=4)
-    images = embed_images(made.checkpoint.model, made.dataset, show=False)
+    images = embed_images(made.opened, made.dataset, show=False)
     similarity = (images @ images[5]).numpy()
     similarity[[patient_key(f) == patient_key(sample) for f in made.dataset.samples]] = -2
     assert found.found[0].row == similarity.argmax()
@@ -359,7 +359,7 @@ def test_images_without_reports_are_found_once_a_patient_and_not_of_the_own_one(
     assert sorted(said) == [("other", 1), ("ours", 2), ("ours", 3)]
     assert not {record["image_id"] for record in found.records()} & {"f0", "f1", "f2"}
     # Each is shown by the nearest image.
-    embedded = embed_images(made.checkpoint.model, found.dataset, show=False)
+    embedded = embed_images(made.opened, found.dataset, show=False)
     similarity = (embedded @ embedded[0]).numpy()
     patients = np.array([patient_key(sample) for sample in found.dataset.samples])
     for one in found.found:
@@ -430,7 +430,7 @@ def test_a_phrase_finds_images_of_the_split_that_is_asked_for(made: Made):
     assert [record["split"] for record in found.records()] == ["val"] * 5
     model, tokenizer = made.checkpoint.model, made.checkpoint.tokenizer
     text = embed_texts(model, tokenizer, ["Large left pleural effusion."], 64)[0]
-    similarity = (embed_images(model, made.dataset, show=False) @ text).numpy()
+    similarity = (embed_images(made.opened, made.dataset, show=False) @ text).numpy()
     val = [i for i, sample in enumerate(made.dataset.samples) if sample.split == "val"]
     best = [f.similarity for f in found.found]
     assert best[0] == pytest.approx(similarity[val].max(), abs=1e-5)
@@ -466,14 +466,14 @@ def test_a_phrase_that_is_spelt_letter_by_letter_is_searched_with_a_warning(
     made.search(phrase="Edema.")
     assert "spells it" not in caplog.text
     made.search(phrase="Edema xqzvkj.")
-    assert "xqzvkj: not in the vocabulary of the run" in caplog.text
+    assert "xqzvkj: not in the vocabulary of the model" in caplog.text
 
 
 # --- the command
 
 
 def command(made: Made, folder: Path, *more: str | Path):
-    return mmclip(folder, "retrieve", "--run", made.run, "--data", made.data, *more)
+    return mmclip(folder, "retrieve", "--model", made.run, "--data", made.data, *more)
 
 
 def test_a_search_prints_json_on_stdout_and_a_table_on_stderr(made: Made, tmp_path: Path):
@@ -537,7 +537,7 @@ def test_images_that_the_run_was_trained_on_are_not_scored(made: Made, tmp_path:
     run = shutil.copytree(made.run, tmp_path / "run")
     tested = [sample for sample in made.dataset.samples if sample.split == "test"]
     trained_on(run, tested[:1])
-    given = ("--run", run, "--data", made.data, "--out", tmp_path / "out", "--evaluate")
+    given = ("--model", run, "--data", made.data, "--out", tmp_path / "out", "--evaluate")
     error = mmclip(tmp_path, "retrieve", *given).error()
     assert "the run was trained on 1 of these" in error and not (tmp_path / "out").exists()
 

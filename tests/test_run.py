@@ -25,8 +25,8 @@ def copied(made_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_a_run_is_opened_by_its_folder_or_by_a_checkpoint(made_run: Path):
     by_run, by_step = open_run(made_run), open_run(made_run / "checkpoints" / "step_000004")
-    assert (by_run.name, by_run.step) == ("first", 6)
-    assert (by_step.name, by_step.step) == ("step_000004", 4)
+    assert (by_run.name, by_run.step) == ("first at step 6", 6)
+    assert (by_step.name, by_step.step) == ("step_000004 at step 4", 4)
     assert by_run.folder == by_step.folder == made_run.resolve()
     assert by_run.config_hash == by_run.checkpoint.meta["config_hash"]
 

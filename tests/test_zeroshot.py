@@ -15,7 +15,7 @@ from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Sample
 from mmclip.data.synthetic import FINDINGS
-from mmclip.embed import PromptEmbeddings, embed_texts, probabilities
+from mmclip.embed import embed_texts
 from mmclip.evaluation.results import About, FindingScores
 from mmclip.evaluation.scores import select_samples
 from mmclip.evaluation.zeroshot import (
@@ -27,6 +27,8 @@ from mmclip.evaluation.zeroshot import (
     write_zeroshot,
     zeroshot,
 )
+from mmclip.model_loading import ModelRequest
+from mmclip.models.dual_encoder import PromptEmbeddings, Scoring
 from mmclip.prompts import PromptSet, load_prompts
 from mmclip.run import Run, open_run
 
@@ -66,7 +68,7 @@ def test_probabilities_of_two_images_by_hand():
         positive=torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]),
         negative=torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]),
     )
-    found = probabilities(images, prompts, scale=math.log(3))
+    found = Scoring("prompt_pair", math.log(3)).scores(images, prompts)
     # 3 / (3 + 1/3 * 3) = 3/4 where the positive prompt is nearer by 1; equal prompts give 1/2.
     expected = [[3 / 4, 1 / 2, 3**0.6 / (1 + 3**0.6)], [1 / 4, 1 / 2, 1 / (1 + 3**0.2)]]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -77,7 +79,7 @@ def test_probabilities_are_the_softmax_over_the_pair(scored: ZeroShot):
     images, positive, negative = (torch.randn(n, 8, generator=generator) for n in (5, 3, 3))
     pair = torch.stack([images @ positive.T, images @ negative.T], -1) * 14.0
     expected = pair.double().softmax(-1)[..., 0].numpy()
-    found = probabilities(images, PromptEmbeddings(positive, negative), 14.0)
+    found = Scoring("prompt_pair", 14.0).scores(images, PromptEmbeddings(positive, negative))
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert ((scored.test.scores > 0) & (scored.test.scores < 1)).all()
 
@@ -269,7 +271,7 @@ def test_what_is_not_in_the_data_is_named_with_what_is(
 def test_the_files_hold_what_the_results_say(made_run: Path, made_data: Path, tmp_path: Path):
     results = evaluate(
         ZeroshotRequest(
-            made_run,
+            ModelRequest(str(made_run)),
             (made_data,),
             tmp_path,
             "mmclip zeroshot",

@@ -22,12 +22,12 @@ from jaxtyping import Float, Float32
 from PIL import Image
 from torch import Tensor
 
-from mmclip.checkpoint import Checkpoint
 from mmclip.data.inputs import ImageInput, ImageInputs, name_of, read_input
 from mmclip.data.pixels import ImageError
-from mmclip.embed import embed_texts
 from mmclip.files import write_atomic
 from mmclip.finetuning.saved import FineTuned
+from mmclip.model_loading import ModelRequest
+from mmclip.models.dual_encoder import DualEncoder, ZeroshotRule, rule_named
 from mmclip.prediction.model import (
     Encoded,
     ImageInputError,
@@ -43,7 +43,7 @@ from mmclip.prediction.reference import Reference, find_reference, read_referenc
 from mmclip.prediction.tables import PredictionTable
 from mmclip.prediction.thresholds import decide, read_thresholds
 from mmclip.prompts import PromptSet, plain_name
-from mmclip.run import Run, Seen
+from mmclip.run import Seen
 
 if TYPE_CHECKING:
     from mmclip.explanation.explain import Explanation
@@ -175,22 +175,28 @@ class Saliency:
 
 
 class Model:
-    """A trained model: of a run, of a checkpoint, or fine-tuned."""
+    """A trained model: a run, a fine-tuned result, or a model of others."""
 
-    def __init__(self, model: Checkpoint | FineTuned, batch_size: int | None = None) -> None:
+    def __init__(self, model: DualEncoder | FineTuned, batch_size: int | None = None) -> None:
         """Takes a model that is read and on its device; `load` does both.
 
         Args:
             model: See `prediction.model.open_model`.
-            batch_size: Images that are encoded together; by default what fits.
+            batch_size: Of a fine-tuned model: images that are encoded together.
         """
         self._model, self._batch_size = model, batch_size
         self._encoder = encoder_of(model, batch_size)
 
     def __repr__(self) -> str:
-        """Folder, kind and device."""
-        kind = "run" if isinstance(self._model, Checkpoint) else f"{self._model.method} fine-tuned"
-        return f"Model({str(self._model.folder)!r}, {kind}, {self.device})"
+        """Name, kind and device."""
+        return f"Model({self.name!r}, {self.device})"
+
+    @property
+    def name(self) -> str:
+        """For people, such as "first at step 600" or "CLIPModel xray-clip"."""
+        if isinstance(self._model, FineTuned):
+            return f"{self._model.folder}, {self._model.method} fine-tuned"
+        return self._model.name
 
     @property
     def device(self) -> torch.device:
@@ -198,19 +204,24 @@ class Model:
         return self._encoder.device
 
     @property
-    def image_size(self) -> int:
-        """Side of the square that an image becomes, px."""
-        return self._encoder.image_size
+    def image_size(self) -> int | None:
+        """Side of the square that an image becomes, px; None where an own model does not say."""
+        return self._model.image_size
 
     @property
     def findings(self) -> tuple[str, ...] | None:
-        """What a fine-tuned model scores; None of a run, which scores any finding by prompts."""
+        """What a fine-tuned model scores; None of others, which score any finding by prompts."""
         return self._model.findings if isinstance(self._model, FineTuned) else None
 
     @property
     def logit_scale(self) -> float:
         """The inverse temperature that multiplies similarities in training and classification."""
-        return float(self._run("logit_scale").model.scale().detach())
+        return self._dual("logit_scale").scoring.scale
+
+    @property
+    def zeroshot_rule(self) -> ZeroshotRule | None:
+        """By which `classify` scores; None of a fine-tuned model. See docs/models.md."""
+        return None if isinstance(self._model, FineTuned) else self._model.scoring.rule
 
     def encode_images(self, images: ImageInputs, errors: str = "raise") -> ImageEmbeddings:
         """The embeddings of images.
@@ -227,7 +238,7 @@ class Model:
             ImageInputError: With errors="raise".
             ValueError: Of a fine-tuned model, which has no space that images share with texts.
         """
-        self._run("encode_images")
+        self._dual("encode_images")
         found = encode_inputs(self._encoder, images, errors)
         _say_skipped(found)
         embeddings = found.vectors.numpy().view(ImageEmbeddings)
@@ -241,16 +252,15 @@ class Model:
             ValueError: Of a fine-tuned model, which has no text encoder, and of a text that is
                 empty.
         """
-        run = self._run("encode_texts")
+        encoder = self._dual("encode_texts")
         several: list[str] = []
         for number, text in enumerate([texts] if isinstance(texts, str) else texts):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text {number} is {text!r}; give texts with words in them")
             several.append(text)
         if not several:
-            return np.zeros((0, run.config.model.embed_dim), np.float32)
-        max_tokens = run.config.data.max_tokens
-        return embed_texts(run.model, run.tokenizer, several, max_tokens).numpy()
+            return np.zeros((0, encoder.embed_dim), np.float32)
+        return encoder.encode_texts(several).numpy()
 
     def similarity(
         self, images: np.ndarray | Tensor, texts: np.ndarray | Tensor
@@ -330,7 +340,7 @@ class Model:
         """
         from mmclip.explanation.explain import UNITS, explain_image
 
-        run = self._run("explain")
+        encoder = self._dual("explain")
         kinds: dict[str, ExplainScore] = {name: name for name in UNITS}
         kind = kinds.get(score)
         if kind is None:
@@ -340,7 +350,7 @@ class Model:
             pixels = read_input(image)
         except ImageError as error:
             raise ImageInputError(f"{image_id}: {error}; give another image") from None
-        found = explain_image(run, pixels, phrase, kind, prompt_set_of(prompts))
+        found = explain_image(encoder, pixels, phrase, kind, prompt_set_of(prompts))
         return Saliency(image_id, phrase, found.similarity, found)
 
     def reference(
@@ -362,17 +372,17 @@ class Model:
         return {} if path is None else read_reference(path, self._model, prompt_set)
 
     def seen(self, findings: Sequence[str]) -> dict[str, Seen]:
-        """How training named each finding; see `run.Seen`. Empty where the model does not say."""
+        """How training named each finding; see `dual_encoder.Seen`. Empty where the model does not say."""
         if isinstance(self._model, FineTuned):
             known = {plain_name(name) for name in self._model.findings}
             return {name: "label" for name in findings if plain_name(name) in known}
-        return Run("", self._model).seen(findings)
+        return self._model.seen(findings)
 
     def facts(self) -> dict[str, str | int | float]:
         """What the weights follow from, as far as the model says: steps, training pairs, data."""
         if isinstance(self._model, FineTuned):
             return {"method": self._model.method, "findings": len(self._model.findings)}
-        return Run("", self._model).facts()
+        return self._model.facts()
 
     def index(self, folders: Sequence[str | Path]) -> "ImageIndex":
         """The images of data folders, to be searched by `ImageIndex.nearest`.
@@ -383,18 +393,18 @@ class Model:
         """
         from mmclip.retrieval.retrieve import open_index
 
-        return open_index(Run("", self._run("index")), [Path(folder) for folder in folders])
+        return open_index(self._dual("index"), [Path(folder) for folder in folders])
 
-    def _run(self, asked: str) -> Checkpoint:
-        """The run, for what needs its text encoder or its joint space.
+    def _dual(self, asked: str) -> DualEncoder:
+        """The dual encoder, for what needs its text encoder or its joint space.
 
         Raises:
             ValueError: When the model is fine-tuned.
         """
-        if isinstance(self._model, Checkpoint):
+        if not isinstance(self._model, FineTuned):
             return self._model
         raise ValueError(
-            f"{asked} needs image and text encoder of a run, and {self._model.folder} is a "
+            f"{asked} needs an image and a text encoder, and {self._model.folder} is a "
             f"fine-tuned classifier without a text encoder; load the run that it was made of, or "
             f"use classify"
         )
@@ -404,23 +414,30 @@ def load(
     path: str | Path,
     device: str | torch.device = "auto",
     batch_size: int | None = None,
+    rule: str | None = None,
 ) -> Model:
     """Loads a model.
 
     Args:
-        path: Folder of a run of `mmclip pretrain`, of one of its checkpoints, or of a result of
-            `mmclip finetune`.
+        path: Folder of a run of `mmclip pretrain`, of one of its checkpoints, of a result of
+            `mmclip finetune`, or of a dual encoder of transformers; the id of one on the hub; or
+            module:function. See docs/models.md.
         device: "auto" takes the GPU that torch sees, else the CPU; or a name such as "cpu".
         batch_size: Images that are encoded together; by default what fits. The numbers of one
             batch size are equal to the last digit, those of two are equal to rounding.
+        rule: How `classify` scores: "prompt_pair", "similarity" or "sigmoid"; None takes what is
+            usual for the model.
 
     Raises:
         CheckpointError: When the folder holds no weights, or damaged ones.
-        ValueError: When there is no such device.
+        EncoderError: When a model of others cannot be had, or is no pair of encoders.
+        ValueError: When there is no such device or rule.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} encodes nothing; give 1 or more")
-    return Model(open_model(Path(path), device_named(device)), batch_size)
+    named = None if rule is None else rule_named(rule)
+    request = ModelRequest(str(path), named, batch_size=batch_size)
+    return Model(open_model(request, device_named(device)), batch_size)
 
 
 def _say_skipped(found: Encoded) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from mmclip.checkpoint import CheckpointError
 from mmclip.config import Config, load_config
@@ -19,7 +18,7 @@ from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.data.synthetic.dataset import PRESET_FILE
-from mmclip.embed import embed_images, embed_prompts, probabilities
+from mmclip.embed import embed_images, embed_prompts
 from mmclip.evaluation.baselines import thumbnail_scores
 from mmclip.evaluation.compute_metrics import control_of, metrics_by_finding
 from mmclip.evaluation.protocols import BUILT
@@ -117,7 +116,7 @@ def _demo(
         gallery=_gallery(result),
         controls={
             "thumbnails": _thumbnails(ordinary, result),
-            "untrained": _untrained(config, run.tokenizer, result),
+            "untrained": _untrained(config, run, result),
         },
         combinations=_combinations(dataset, held_out, run, prompts, seed),
     )
@@ -248,16 +247,17 @@ def _thumbnails(dataset: ImageTextDataset, result: ZeroShot) -> Control:
     )
 
 
-def _untrained(config: Config, tokenizer: PreTrainedTokenizerFast, result: ZeroShot) -> Control:
+def _untrained(config: Config, run: Run, result: ZeroShot) -> Control:
     """The same model before any training, over ten initialisations."""
     found, test = [], result.test
     prompts = load_prompts("default")
     for seed in UNTRAINED_SEEDS:
         torch.manual_seed(seed)
-        model = build_model(config, tokenizer).eval()
-        pair = embed_prompts(model, tokenizer, prompts, test.names(), config.data.max_tokens)
-        images = embed_images(model, result.dataset, show=False)
-        scores = probabilities(images, pair, float(model.scale().detach()))
+        model = build_model(config, run.tokenizer).eval().to(run.device)
+        untrained = replace(run, checkpoint=replace(run.checkpoint, model=model))
+        pair = embed_prompts(untrained, prompts, test.names())
+        images = embed_images(untrained, result.dataset, show=False)
+        scores = untrained.scoring.scores(images, pair)
         evaluation = metrics_by_finding(
             test.labels, scores, test.patients(), test.names(), n_resamples=1
         )

@@ -1,49 +1,30 @@
-"""Embeddings of images, texts and prompts by a trained model, and what an image says of a
-prompt."""
+"""Embeddings of images, texts and prompts by a dual encoder."""
 
 import logging
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from scipy.special import expit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
+from mmclip.data.ingest.shards import n_cores
+from mmclip.data.pixels import ImageError
 from mmclip.data.text import tokenise
+from mmclip.models.dual_encoder import DualEncoder, PromptEmbeddings, images_at_once
 from mmclip.models.mmclip import MMCLIP
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PromptEmbeddings:
-    """One embedding a finding and side: the normalised mean over the wordings."""
-
-    positive: Float[Tensor, "k e"]
-    negative: Float[Tensor, "k e"]
-
-
-PIXELS_AT_ONCE = {"cuda": 256 * 224**2, "cpu": 8 * 224**2}
-"""Pixels of a batch by device. [chosen: a ViT-B fits any GPU so; on a CPU one image alone takes
-the time of a batch, and more at once are no faster]"""
-
-MOST_IMAGES = {"cuda": 256, "cpu": 32}
-"""Images of a batch by device, however small they are."""
-
-
-def images_at_once(device: torch.device, image_size: int) -> int:
-    """How many images are encoded together, a power of two; it follows from these two alone."""
-    kind = "cpu" if device.type == "cpu" else "cuda"
-    fits = max(1, PIXELS_AT_ONCE[kind] // image_size**2)
-    return min(MOST_IMAGES[kind], 1 << (fits.bit_length() - 1))
 
 
 def batch_size_of(dataset: ImageTextDataset, device: torch.device) -> int:
@@ -76,21 +57,54 @@ def encode_batch(
     return encode(normalise(pixels.to(device, non_blocking=True)))[:n].float().cpu()
 
 
+BATCHES_AHEAD = 2
+"""Batches of images that are read while another is encoded: memory stays flat. [chosen]"""
+
+
 def embed_images(
-    model: MMCLIP, dataset: ImageTextDataset, batch_size: int | None = None, show: bool = True
+    encoder: DualEncoder, dataset: ImageTextDataset, show: bool = True
 ) -> Float[Tensor, "n e"]:
     """The embeddings of all images, on the CPU, in the order of the rows."""
     out: list[Tensor] = []
     with progress("embedding images", len(dataset), show=show) as advance:
-        size = batch_size or batch_size_of(dataset, model.logit_scale.device)
-        for start in range(0, len(dataset), size):
-            part = np.arange(start, min(start + size, len(dataset)))
-            out.append(embed_batch(model, dataset.pixels(part), size))
-            advance(len(part))
+        for images in _prepared(encoder, dataset):
+            out.append(encoder.encode_images(images))
+            advance(len(images))
     return torch.cat(out)
 
 
-def embed_batch(
+def _prepared(encoder: DualEncoder, dataset: ImageTextDataset) -> Iterator[list[Any]]:
+    """All images as the encoder takes them, a batch at a time, read by threads ahead of it.
+
+    Raises:
+        ManifestError: When an image cannot be read.
+    """
+
+    def read(row: int) -> Any:
+        try:
+            return encoder.prepare(dataset.image(row))
+        except ImageError as error:
+            raise ManifestError(
+                f"image {dataset.samples[row].image_id} cannot be read: {error}; build the data "
+                f"folder again, which leaves such images out"
+            ) from None
+
+    size, n = encoder.batch_size, len(dataset)
+    waiting: deque[list[Future[Any]]] = deque()
+    with ThreadPoolExecutor(n_cores()) as pool:
+        try:
+            for start in range(0, n, size):
+                rows = range(start, min(start + size, n))
+                waiting.append([pool.submit(read, row) for row in rows])
+                if len(waiting) > BATCHES_AHEAD:
+                    yield [each.result() for each in waiting.popleft()]
+            while waiting:
+                yield [each.result() for each in waiting.popleft()]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def encode_squares(
     model: MMCLIP, pixels: UInt8[Tensor, "n h w"], batch_size: int
 ) -> Float[Tensor, "n e"]:
     """The embeddings of up to `batch_size` images, on the CPU; see `encode_batch`."""
@@ -138,12 +152,15 @@ def words_hardly_known(tokenizer: PreTrainedTokenizerFast, text: str) -> list[st
     return out
 
 
-def warn_of_unread(tokenizer: PreTrainedTokenizerFast, phrase: str, max_tokens: int) -> None:
-    """Says what of a phrase a model cannot read, or has hardly read in training.
+def warn_of_unread(encoder: DualEncoder, phrase: str) -> None:
+    """Says what of a phrase a model cannot read, or has hardly read in training, where it tells.
 
     Raises:
         ValueError: When it can read no word of it.
     """
+    tokenizer, max_tokens = encoder.tokenizer, encoder.max_tokens
+    if tokenizer is None:
+        return
     tokens = tokenise(tokenizer, [phrase], max_tokens=max_tokens)
     words = tokens.ids[0][tokens.offsets[0, :, 1] > tokens.offsets[0, :, 0]]
     n_unknown = int((words == tokenizer.unk_token_id).sum())
@@ -158,7 +175,7 @@ def warn_of_unread(tokenizer: PreTrainedTokenizerFast, phrase: str, max_tokens: 
         logger.warning("the model does not read all of the phrase: %s", ", and ".join(faults))
     if spelt := words_hardly_known(tokenizer, phrase):
         logger.warning(
-            "%s: not in the vocabulary of the run, which spells it letter by letter; the model can "
+            "%s: not in the vocabulary of the model, which spells it letter by letter and can "
             "hardly know what it means: check the spelling, or say it as a report would",
             ", ".join(spelt),
         )
@@ -187,11 +204,7 @@ def embed_texts(
 
 
 def embed_prompts(
-    model: MMCLIP,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: PromptSet,
-    findings: Sequence[str],
-    max_tokens: int,
+    encoder: DualEncoder, prompts: PromptSet, findings: Sequence[str]
 ) -> PromptEmbeddings:
     """Embeds the prompts of each finding and averages the wordings of a side.
 
@@ -199,35 +212,10 @@ def embed_prompts(
     """
 
     def averaged(texts: Sequence[str]) -> Tensor:
-        return F.normalize(embed_texts(model, tokenizer, texts, max_tokens).mean(0), dim=-1)
+        return F.normalize(encoder.encode_texts(texts).mean(0), dim=-1)
 
     sides = [prompts.texts(finding) for finding in findings]
     return PromptEmbeddings(
         positive=torch.stack([averaged(side.positives) for side in sides]),
         negative=torch.stack([averaged(side.negatives) for side in sides]),
     )
-
-
-def probabilities(
-    images: Float[Tensor, "n e"], prompts: PromptEmbeddings, scale: float
-) -> Float[np.ndarray, "n k"]:
-    """Softmax over the pair of prompts: the probability that the positive one fits the image.
-
-    Source: CheXzero (Tiu et al. 2022), methods, "softmax evaluation".
-    """
-    difference = (prompts.positive - prompts.negative).double()
-    logits = torch.stack([row_products(images, each) for each in difference], 1)
-    return sigmoid(scale * logits)
-
-
-def sigmoid(logits: Float[Tensor, "n k"]) -> Float[np.ndarray, "n k"]:
-    """Probabilities in float64. torch's own differ in the last digit with an element's place."""
-    return expit(logits.double().cpu().numpy())
-
-
-def row_products(rows: Float[Tensor, "n d"], vector: Float[Tensor, " d"]) -> Float[Tensor, " n"]:
-    """The product of each row with a vector, in float64: the same whatever stands in other rows.
-
-    A matrix product would add in an order that depends on the number of rows.
-    """
-    return (rows.double() * vector.double()).sum(1)

@@ -25,8 +25,9 @@ from torch import Tensor
 from mmclip.checkpoint import Checkpoint, run_folder
 from mmclip.data.folder import read_meta
 from mmclip.data.image_text_dataset import ImageTextDataset
-from mmclip.embed import embed_images, embed_texts
+from mmclip.embed import embed_images
 from mmclip.files import file_sha256, write_text_atomic
+from mmclip.models.dual_encoder import DualEncoder
 from mmclip.progress import console, progress
 
 logger = logging.getLogger(__name__)
@@ -38,12 +39,12 @@ _CHUNK = 1024
 
 
 def image_embeddings(
-    checkpoint: Checkpoint, dataset: ImageTextDataset, folders: Sequence[Path]
+    encoder: DualEncoder, dataset: ImageTextDataset, folders: Sequence[Path]
 ) -> Float32[np.ndarray, "n e"]:
-    """The embeddings of some images, from the run's folder where they are stored, else made.
+    """The embeddings of some images, from the encoder's store where they are, else made.
 
     Args:
-        checkpoint: Whose weights they must be of.
+        encoder: Whose weights they must be of.
         dataset: All with an image.
         folders: That the rows are of: the checksums of their images are part of the key, too.
 
@@ -55,37 +56,37 @@ def image_embeddings(
     """
     of = [dataset.data_hash, *(str(read_meta(folder).get("images_sha256")) for folder in folders)]
     of += [sample.image_id for sample in dataset.samples]
+    of += ["a copy" if root is None else "files" for root in dataset.roots]
 
     def parts() -> Iterator[Tensor]:
         with progress("embedding images", len(dataset)) as advance:
             for start in range(0, len(dataset), _CHUNK):
                 cut = slice(start, start + _CHUNK)
                 part = replace(dataset, samples=dataset.samples[cut], where=dataset.where[cut])
-                yield embed_images(checkpoint.model, part, show=False)
+                yield embed_images(encoder, part, show=False)
                 advance(len(part))
 
-    return _of_checkpoint(checkpoint, "images", of, len(dataset), parts())
+    return _of_encoder(encoder, "images", of, len(dataset), parts())
 
 
-def text_embeddings(checkpoint: Checkpoint, texts: Sequence[str]) -> Float32[np.ndarray, "n e"]:
+def text_embeddings(encoder: DualEncoder, texts: Sequence[str]) -> Float32[np.ndarray, "n e"]:
     """The embeddings of some texts, as `image_embeddings`; only distinct ones are made and stored.
 
     Args:
-        checkpoint: Whose weights they must be of.
+        encoder: Whose weights they must be of.
         texts: In any order, some of them equal.
     """
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     distinct = list(number)
-    max_tokens = checkpoint.config.data.max_tokens
 
     def parts() -> Iterator[Tensor]:
         with progress("embedding reports", len(distinct)) as advance:
             for start in range(0, len(distinct), _CHUNK):
                 part = distinct[start : start + _CHUNK]
-                yield embed_texts(checkpoint.model, checkpoint.tokenizer, part, max_tokens)
+                yield encoder.encode_texts(part)
                 advance(len(part))
 
-    found = _of_checkpoint(checkpoint, "texts", distinct, len(distinct), parts())
+    found = _of_encoder(encoder, "texts", distinct, len(distinct), parts())
     return found[[number[text] for text in texts]]
 
 
@@ -94,12 +95,10 @@ def store_folder(checkpoint: Checkpoint) -> Path:
     return run_folder(checkpoint.folder) / STORE_FOLDER
 
 
-def _of_checkpoint(
-    checkpoint: Checkpoint, kind: str, of: Sequence[str], n: int, parts: Iterable[Tensor]
+def _of_encoder(
+    encoder: DualEncoder, kind: str, of: Sequence[str], n: int, parts: Iterable[Tensor]
 ) -> Float32[np.ndarray, "n e"]:
-    weights = checkpoint.meta["sha256"]["model.safetensors"]
-    shape = (n, checkpoint.config.model.embed_dim)
-    return stored(store_folder(checkpoint), weights, kind, of, shape, parts)
+    return stored(encoder.store, encoder.weights_hash, kind, of, (n, encoder.embed_dim), parts)
 
 
 def stored(
@@ -192,6 +191,6 @@ def finite(part: Tensor) -> Float32[np.ndarray, "..."]:
     if not part.isfinite().all():
         raise ValueError(
             "the model gives embeddings that are not finite; its training has diverged: take an "
-            "older checkpoint by --run"
+            "older checkpoint by --model"
         )
     return part.numpy()

@@ -40,7 +40,7 @@ class _Text(NamedTuple):
 
 
 def check_prompts(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     prompt_sets: Iterable[PromptSet],
     findings: Sequence[str],
     max_tokens: int,
@@ -48,7 +48,7 @@ def check_prompts(
     """Warns of what a model hardly reads of the prompts of some findings.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Of the model; where it does not tell what it reads, None, nothing is checked.
         prompt_sets: What stands for the findings.
         findings: As they are asked for.
         max_tokens: The model reads so many tokens of a text.
@@ -56,6 +56,8 @@ def check_prompts(
     Raises:
         PromptError: When the prompts of a finding cannot stand for it.
     """
+    if tokenizer is None:
+        return
     refused: dict[str, None] = {}
     warned: dict[str, None] = {}
     for prompts in prompt_sets:
@@ -96,7 +98,7 @@ def prompt_faults(
     said = [text for side in texts for text in side] if own else [names[0]]
     if words := dict.fromkeys(w for t in said for w in words_hardly_known(tokenizer, t)):
         warned.append(
-            f"{', '.join(words)}: not in the vocabulary of the run, which spells it letter by "
+            f"{', '.join(words)}: not in the vocabulary of the model, which spells it letter by "
             f"letter; the model can hardly know what it means: check the spelling, or say it as a "
             f"report would"
         )

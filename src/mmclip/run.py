@@ -6,20 +6,24 @@ checkpoints/step_000500/
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint, run_file, run_folder
-from mmclip.config import Config, recipe_hash
+from mmclip.config import Config, ResizeMode, recipe_hash
 from mmclip.data.batches import SEEN_FILE
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.images import resize_image
+from mmclip.data.inputs import read_input
 from mmclip.data.leakage.trained import (
     KEY_FILE,
     LOOKS_FILE,
@@ -29,25 +33,18 @@ from mmclip.data.leakage.trained import (
     refuse_trained,
 )
 from mmclip.data.sample import Split
+from mmclip.embed import embed_texts, encode_squares
+from mmclip.embedding_store import store_folder
+from mmclip.models.dual_encoder import (
+    Scoring,
+    Seen,
+    Weights,
+    ZeroshotRule,
+    images_at_once,
+)
 from mmclip.models.mmclip import MMCLIP
 
 logger = logging.getLogger(__name__)
-
-Seen = Literal["report", "prompt", "label", "none"]
-"""How a finding was named in training: in reports, in prompts made of labels, as a label of its
-own, or not at all. Only the first and the last make a score zero-shot."""
-
-
-class Weights(NamedTuple):
-    """What weights follow from, for results; None where it is not known."""
-
-    config_hash: str | None = None
-    train_seed: int | None = None
-    recipe_hash: str | None = None  # of all that they follow from but that seed
-
-
-UNKNOWN_WEIGHTS = Weights()
-"""Those of a model that is not ours."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,21 @@ class Run:
     """A run with one of its checkpoints: its weights, and where they come from.
 
     Attributes:
-        name: For people: the last part of the path that it was opened by.
+        folder_name: The last part of the path that it was opened by.
         checkpoint: Model, tokenizer, configuration and meta.json of the step that is used.
+        rule: Of zero-shot scores, see `dual_encoder.Scoring`.
+        most_images: Images that are encoded together; None takes what fits.
     """
 
-    name: str
+    folder_name: str
     checkpoint: Checkpoint
+    rule: ZeroshotRule = "prompt_pair"
+    most_images: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Folder and step."""
+        return f"{self.folder_name} at step {self.step}"
 
     @property
     def model(self) -> MMCLIP:
@@ -108,13 +114,82 @@ class Run:
         """What the weights follow from."""
         return Weights(self.config_hash, self.config.train.seed, self.recipe_hash)
 
-    def open_data(self, folders: Sequence[Path]) -> ImageTextDataset:
+    @property
+    def scoring(self) -> Scoring:
+        """By its rule and the learnt scale."""
+        return Scoring(self.rule, float(self.model.scale().detach()))
+
+    @property
+    def image_size(self) -> int:
+        """Side of the squares that it reads, px."""
+        return self.config.data.image_size
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the joint space."""
+        return self.config.model.embed_dim
+
+    @property
+    def batch_size(self) -> int:
+        """Images that are encoded together."""
+        return self.most_images or images_at_once(self.device, self.image_size)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that are read of a text."""
+        return self.config.data.max_tokens
+
+    @property
+    def prepare(self) -> Callable[[object], UInt8[np.ndarray, "s s"]]:
+        """Makes the grey square of an image that the model reads."""
+        return partial(square_of, image_size=self.image_size, resize=self.config.data.resize)
+
+    def encode_images(self, images: Sequence[UInt8[np.ndarray, "s s"]]) -> Float[Tensor, "n e"]:
+        """See `DualEncoder.encode_images`."""
+        return encode_squares(self.model, torch.from_numpy(np.stack(images)), self.batch_size)
+
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "n e"]:
+        """See `DualEncoder.encode_texts`."""
+        return embed_texts(self.model, self.tokenizer, texts, self.max_tokens)
+
+    @property
+    def weights_hash(self) -> str:
+        """Of the file of the weights."""
+        return self.checkpoint.meta["sha256"]["model.safetensors"]
+
+    @property
+    def store(self) -> Path:
+        """In the run's folder."""
+        return store_folder(self.checkpoint)
+
+    def open_data(
+        self, folders: Sequence[Path], roots: Sequence[Path] | None = None
+    ) -> ImageTextDataset:
         """Data folders, with images at the size and by the resizing that the model reads.
 
         Raises:
             ManifestError: When a folder is unfinished, or holds images of another size.
+            ValueError: When roots are given: a run reads what its training read.
         """
+        if roots is not None:
+            raise ValueError(
+                f"--root is for models of others, which read files, and {self.folder_name} is a "
+                f"run, which reads the data folder; leave --root out"
+            )
         return open_dataset(folders, self.config.data.image_size, resize=self.config.data.resize)
+
+    def used(self, rule: ZeroshotRule | None, most_images: int | None) -> "Run":
+        """The same, by another rule of zero-shot scores or in other batches, where they are given.
+
+        Raises:
+            ValueError: When the rule is that of another loss.
+        """
+        if rule == "sigmoid":
+            raise ValueError(
+                f"rule sigmoid is for models that a sigmoid loss trained, and {self.folder_name} "
+                f"learnt by softmax; take prompt_pair or similarity"
+            )
+        return replace(self, rule=rule or self.rule, most_images=most_images)
 
     def check_unseen(self, dataset: ImageTextDataset, split: Split) -> str:
         """Stops before images are scored that trained; of split train it says so alone.
@@ -203,6 +278,17 @@ def _concepts(names: Sequence[str]) -> list[list[str]]:
         [name, *(entity.concept for entity in entities)]
         for name, entities in zip(names, find_entities(names), strict=True)
     ]
+
+
+def square_of(image: object, image_size: int, resize: ResizeMode) -> UInt8[np.ndarray, "s s"]:
+    """An image in the square that a model of ours reads; see `inputs.read_input`.
+
+    A square of that size, as a data folder holds it, is taken as it is.
+    """
+    is_square = isinstance(image, np.ndarray) and image.shape == (image_size, image_size)
+    if is_square and image.dtype == np.uint8:
+        return image
+    return resize_image(read_input(image), image_size, resize)
 
 
 def open_run(path: Path, device: torch.device | None = None) -> Run:

@@ -10,10 +10,12 @@ from rich.table import Table
 from mmclip.cli.plain import EVALUATION, IN_OUT, PlainCommand
 from mmclip.cli.shared import (
     CpuOption,
+    ModelOption,
     OverwriteOption,
     check_inputs,
     command_line,
     device_of,
+    model_request,
     split_name,
 )
 from mmclip.files import locked_file
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from mmclip.data.ingest.annotations import Annotation
     from mmclip.explanation.pointing_game import PointingRequest
     from mmclip.explanation.saliency import ExplainScore
+    from mmclip.models.dual_encoder import DualEncoder
     from mmclip.prompts import PromptSet
     from mmclip.run import Run
 
@@ -37,15 +40,7 @@ MAPS = "Maps and boxes"
 
 @app.command(cls=PlainCommand)
 def explain(
-    run: Annotated[
-        Path,
-        typer.Option(
-            "--run",
-            rich_help_panel=IN_OUT,
-            help="Run or checkpoint of `mmclip pretrain`.",
-            metavar="PATH",
-        ),
-    ],
+    model: ModelOption,
     out: Annotated[
         Path,
         typer.Option(
@@ -135,9 +130,9 @@ def explain(
 ) -> None:
     """Maps where an image answers to a phrase; or, with --evaluate, how well such maps point.
 
-    Example: `mmclip explain --run runs/a --image a.png --phrase cardiomegaly --out a.png`
+    Example: `mmclip explain --model runs/a --image a.png --phrase cardiomegaly --out a.png`
 
-    Example: `mmclip explain --run runs/a --data data/b --evaluate --boxes rsna=rsna/ --out a.json`
+    Example: `mmclip explain --model runs/a --data b --evaluate --boxes rsna=rsna/ --out a.json`
     """
     kind = _score_name(score)
     files = _files(out, evaluate)
@@ -146,16 +141,18 @@ def explain(
     )
     of_split = split_name(split)
     marked = None if boxes is None else _boxes(boxes)
-    check_inputs(run, data or (), prompts=[prompts])
+    check_inputs(model, data or (), prompts=[prompts])
 
+    from mmclip.model_loading import open_dual_encoder
     from mmclip.prompts import load_prompts
-    from mmclip.run import open_run
 
-    opened, prompt_set = open_run(run, device_of(cpu)), load_prompts(prompts)
+    opened = open_dual_encoder(model_request(model), device_of(cpu))
+    prompt_set = load_prompts(prompts)
     if evaluate:
         from mmclip.explanation.pointing_game import PointingRequest
 
         assert data and marked
+        opened = _only_run(opened, "--evaluate")
         request = PointingRequest(
             *marked, kind, prompt_set, split=of_split, n_resamples=n_resamples, seed=seed
         )
@@ -167,6 +164,19 @@ def explain(
     _check_free(files, overwrite)
     with locked_file(out):
         _explain(opened, shown, phrase, kind, prompt_set, files)
+
+
+def _only_run(encoder: "DualEncoder", what: str) -> "Run":
+    """The run, for what needs one.
+
+    Raises:
+        ValueError: When it is a model of others.
+    """
+    from mmclip.run import Run
+
+    if isinstance(encoder, Run):
+        return encoder
+    raise ValueError(f"{what} needs a run of `mmclip pretrain`, and {encoder.name} is none")
 
 
 def _evaluate(
@@ -196,7 +206,7 @@ class _Shown(NamedTuple):
 
 
 def _read(
-    run: "Run",
+    encoder: "DualEncoder",
     name: str,
     image: Path | None,
     data: list[Path] | None,
@@ -208,7 +218,7 @@ def _read(
 
     if image is None:
         assert data
-        return _Shown(name, *image_of_folder(run, data[0], name, marked))
+        return _Shown(name, *image_of_folder(encoder, data[0], name, marked))
     try:
         return _Shown(name, read_image(image), None, [])
     except ImageError as error:
@@ -216,7 +226,7 @@ def _read(
 
 
 def _explain(
-    run: "Run",
+    encoder: "DualEncoder",
     shown: _Shown,
     phrase: str,
     score: "ExplainScore",
@@ -227,18 +237,17 @@ def _explain(
     from mmclip.explanation.explain import explain_image, write_explanation
 
     found = explain_image(
-        run.checkpoint, shown.pixels, phrase, score, prompts, shown.size_px, shown.annotations
+        encoder, shown.pixels, phrase, score, prompts, shown.size_px, shown.annotations
     )
     facts = found.facts()
     picture, arrays = files
-    caption = f"{shown.name}; run {run.name} at step {run.step}"
+    caption = f"{shown.name}; {encoder.name}"
     write_explanation(picture, found, facts, caption)
     metadata = {
         "command": command_line(),
         "image": shown.name,
-        "run": str(run.checkpoint.folder),
-        "step": run.step,
-        "config_hash": run.config_hash,
+        "model": encoder.name,
+        **encoder.weights._asdict(),
         "picture": str(picture),
         "arrays": str(arrays),
     }

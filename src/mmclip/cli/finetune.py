@@ -36,13 +36,13 @@ def finetune(
             metavar="PATH",
         ),
     ],
-    run: Annotated[
-        Path | None,
+    model: Annotated[
+        str | None,
         typer.Option(
-            "--run",
+            "--model",
             rich_help_panel=IN_OUT,
             help="Run or checkpoint of `mmclip pretrain`.",
-            metavar="PATH",
+            metavar="MODEL",
         ),
     ] = None,
     init: Annotated[
@@ -122,9 +122,9 @@ def finetune(
 
     A call that was interrupted goes on where it was; finished runs are skipped.
 
-    Example: `mmclip finetune --run runs/a --data data/chestxray14 --protocol chestxray14 --out ft`
+    Example: `mmclip finetune --model runs/a --data data/nih --protocol chestxray14 --out ft`
 
-    Example: `mmclip finetune --run runs/a --init random --data data/images --finding tuberculosis
+    Example: `mmclip finetune --model runs/a --init random --data data/images --finding tuberculosis
     --method full --fraction 0.1 --seed 0 --out runs/random/ft`
     """
     from mmclip.config import load_config_as
@@ -146,7 +146,7 @@ def finetune(
         protocol=protocol,
         findings=tuple(finding or ()),
         sources=tuple(source or ()),
-        run=run,
+        run=None if model is None else Path(model),
         init=init,
         method="full" if method == "full" else "probe",
         fractions=tuple(fraction or ()),

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mmclip.cli.plain import IN_OUT, SELECTION, PlainCommand
-from mmclip.cli.shared import CpuOption, check_inputs, device_of
+from mmclip.cli.shared import CpuOption, RuleOption, check_inputs, device_of, model_request
 from mmclip.files import locked_file
 from mmclip.progress import console
 
@@ -22,9 +22,12 @@ def predict(
         ),
     ],
     model: Annotated[
-        Path,
+        str,
         typer.Option(
-            rich_help_panel=IN_OUT, help="Run, checkpoint or fine-tuned result.", metavar="PATH"
+            rich_help_panel=IN_OUT,
+            help="A run, checkpoint or fine-tuned result; a CLIP, SigLIP or dual encoder of "
+            "transformers, as a folder or hub id; or module:function.",
+            metavar="MODEL",
         ),
     ],
     out: Annotated[
@@ -47,6 +50,7 @@ def predict(
             metavar="NAME",
         ),
     ] = "default",
+    rule: RuleOption = None,
     by: Annotated[
         str,
         typer.Option(
@@ -94,6 +98,7 @@ def predict(
 
     if by not in ("image", "study"):
         raise ValueError(f"--by {by!r} is neither image nor study")
+    asked = model_request(model, rule)
     find_model(model)
     check_inputs(prompts=[prompts])
     if out.suffix != ".csv":
@@ -106,7 +111,7 @@ def predict(
     with locked_file(out):
         done = score(
             PredictRequest(
-                model=model,
+                model=asked,
                 inputs=tuple(inputs),
                 out=out,
                 findings=tuple(finding or ()),

@@ -13,11 +13,16 @@ from mmclip.cli.plain import EVALUATION, IN_OUT, SELECTION, PlainCommand
 from mmclip.cli.shared import (
     CpuOption,
     FolderOption,
+    ModelOption,
     OverwriteOption,
+    RootOption,
+    SourceOption,
+    TrainedOnOption,
     check_inputs,
     check_results,
     command_line,
     device_of,
+    model_request,
     split_name,
 )
 from mmclip.files import locked
@@ -41,16 +46,9 @@ REPORT_LEAST = 16
 
 @app.command(cls=PlainCommand)
 def retrieve(
-    run: Annotated[
-        Path,
-        typer.Option(
-            "--run",
-            rich_help_panel=IN_OUT,
-            help="Run or checkpoint of `mmclip pretrain`.",
-            metavar="PATH",
-        ),
-    ],
+    model: ModelOption,
     data: FolderOption,
+    root: RootOption = None,
     image: Annotated[
         str | None,
         typer.Option(
@@ -92,12 +90,8 @@ def retrieve(
             metavar="NAME",
         ),
     ] = None,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel=SELECTION, help="Only these; may be repeated.", metavar="NAME"
-        ),
-    ] = None,
+    source: SourceOption = None,
+    trained_on: TrainedOnOption = None,
     n_resamples: Annotated[
         int,
         typer.Option(
@@ -112,24 +106,25 @@ def retrieve(
 ) -> None:
     """Finds the nearest patients for an image or a phrase; `--evaluate` scores retrieval.
 
-    Example: `mmclip retrieve --run runs/a --data data/images --image new.dcm --out found`
+    Example: `mmclip retrieve --model runs/a --data data/images --image new.dcm --out found`
 
-    Example: `mmclip retrieve --run runs/a --data data/images --evaluate --out runs/a/retrieval`
+    Example: `mmclip retrieve --model runs/a --data data/images --evaluate --out runs/a/retrieval`
 
     A search prints a table on stderr, and on stdout a line of JSON for each patient.
     """
     from mmclip.data.folder import check_place
+    from mmclip.model_loading import open_dual_encoder
     from mmclip.retrieval.ranking import RETRIEVAL_FILE, RetrievalRequest, evaluate_retrieval
     from mmclip.retrieval.retrieve import SHEET_FILE, search, write_sheet
-    from mmclip.run import open_run
 
     if (image is not None) + (phrase is not None) + evaluate != 1:
         raise ValueError("give one of --image, --phrase and --evaluate")
     of_split = None if split is None else split_name(split)
+    asked, roots = model_request(model, None, trained_on), tuple(root) if root else None
     if not evaluate:
         found = search(
-            open_run(run, device_of(cpu)), tuple(data), image=image, phrase=phrase, top=top,
-            split=of_split, sources=tuple(source or ()),
+            open_dual_encoder(asked, device_of(cpu)), tuple(data), image=image, phrase=phrase,
+            top=top, split=of_split, sources=tuple(source or ()), roots=roots,
         )  # fmt: skip
         print_found(found, top)
         if out is not None:
@@ -138,12 +133,12 @@ def retrieve(
         return
     if out is None:
         raise ValueError("--evaluate writes results: name their folder by --out")
-    check_inputs(run, data)
+    check_inputs(model, data)
     check_place(out, (RETRIEVAL_FILE, SHEET_FILE))
     if not overwrite:
         check_results(out, RETRIEVAL_FILE)
     request = RetrievalRequest(
-        run=run,
+        model=asked,
         folders=tuple(data),
         out=out,
         command=command_line(),
@@ -151,6 +146,7 @@ def retrieve(
         sources=tuple(source or ()),
         n_resamples=n_resamples,
         seed=seed,
+        roots=roots,
         device=device_of(cpu),
     )
     with locked(out):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mmclip.cli.plain import IN_OUT, OTHER, TRAINING
+from mmclip.cli.plain import IN_OUT, INTERVALS, OTHER, SELECTION, TRAINING
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mmclip.data.sample import Split
     from mmclip.evaluation.results import RunResults
+    from mmclip.model_loading import ModelRequest
 
 FolderOption = Annotated[
     list[Path],
@@ -29,8 +30,106 @@ FolderOption = Annotated[
         metavar="PATH",
     ),
 ]
-RunOption = Annotated[
-    Path, typer.Option("--run", help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        rich_help_panel=IN_OUT,
+        help="A run or checkpoint; a CLIP, SigLIP or dual encoder of transformers, as a folder or "
+        "hub id; or module:function.",
+        metavar="MODEL",
+    ),
+]
+RootOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--root",
+        rich_help_panel=IN_OUT,
+        help="Model of others: where the image files of each data folder are. [where they were]",
+        metavar="PATH",
+    ),
+]
+TrainedOnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trained-on",
+        rich_help_panel=SELECTION,
+        help="Model of others: data sets that it was trained on, such as mimic-cxr,chexpert:train.",
+        metavar="NAMES",
+    ),
+]
+RuleOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rule",
+        rich_help_panel=SELECTION,
+        help="Zero-shot rule: prompt_pair, similarity or sigmoid. [the model's]",
+        metavar="NAME",
+    ),
+]
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option(
+        "--protocol",
+        rich_help_panel=SELECTION,
+        help="Images, findings and rules of a benchmark: a name or a path.",
+        metavar="NAME",
+    ),
+]
+SplitOption = Annotated[
+    str,
+    typer.Option("--split", rich_help_panel=SELECTION, help="train, val or test.", metavar="NAME"),
+]
+SourceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--source",
+        rich_help_panel=SELECTION,
+        help="Only these; may be repeated.",
+        metavar="NAME",
+    ),
+]
+FindingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--finding",
+        rich_help_panel=SELECTION,
+        help="Only these, in order; may be repeated.",
+        metavar="NAME",
+    ),
+]
+PromptsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompts",
+        rich_help_panel=SELECTION,
+        help="Prompt set, by name or path; the first scores, others show the spread. "
+        "[the protocol's, or default, pair, sentence]",
+        metavar="NAME",
+    ),
+]
+ResamplesOption = Annotated[
+    int,
+    typer.Option(
+        "--n-resamples",
+        rich_help_panel=INTERVALS,
+        help="Bootstrap resamples of patients.",
+        min=1,
+        metavar="N",
+    ),
+]
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", rich_help_panel=INTERVALS, help="Of the bootstrap.", metavar="N"),
+]
+ResultsOption = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        rich_help_panel=IN_OUT,
+        help="Folder for results.json, scores.npz and the page.",
+        metavar="PATH",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -83,27 +182,43 @@ def split_name(name: str) -> "Split":
     return name
 
 
+def model_request(
+    model: str, rule: str | None = None, trained_on: Sequence[str] | None = None
+) -> "ModelRequest":
+    """The model that was named on the command line.
+
+    Raises:
+        ValueError: When there is no such rule.
+    """
+    from mmclip.model_loading import ModelRequest
+    from mmclip.models.dual_encoder import rule_named
+
+    named = None if rule is None else rule_named(rule)
+    return ModelRequest(model, named, tuple(trained_on or ()))
+
+
 def check_inputs(
-    run: Path | None = None,
+    model: str | None = None,
     data: Sequence[Path] = (),
     protocol: str | None = None,
     prompts: Sequence[str] = (),
 ) -> None:
     """Refuses what is not there, at once: each command calls this before it looks at --out.
 
-    Whoever misspells a run must not first be told to replace results. So the order of every command
-    is: options that do not go together, what it reads, where it writes, the work.
+    Whoever misspells a model must not first be told to replace results. So the order of every
+    command is: options that do not go together, what it reads, where it writes, the work.
 
     Raises:
-        ValueError: When a run, data folder, protocol or prompt set is not there.
+        ValueError: When a model, data folder, protocol or prompt set is not there.
     """
-    from mmclip.checkpoint import find_checkpoint
     from mmclip.data.folder import read_meta
     from mmclip.evaluation.protocols import load_protocol
     from mmclip.prompts import load_prompts
 
-    if run is not None:
-        find_checkpoint(run)
+    if model is not None:
+        from mmclip.model_loading import check_model
+
+        check_model(model)
     for folder in data:
         read_meta(folder)
     if protocol is not None:

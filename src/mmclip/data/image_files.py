@@ -3,20 +3,16 @@
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
-
-from mmclip.config import ResizeMode
 from mmclip.data.dicom import is_dicom, read_header
-from mmclip.data.images import decode_image, read_bytes, resize_image
 from mmclip.data.ingest.dicom_folder import VIEW_KEYWORDS, view_of
 from mmclip.data.ingest.shards import WorkersError, end_with_parent
 from mmclip.data.pixels import ImageError
@@ -130,33 +126,31 @@ class DecodedFile:
 
 @dataclass(frozen=True)
 class DecodedChunk:
-    """Some files in order, and the squares of those without a fault."""
+    """Some files in order, and what was prepared of those without a fault."""
 
     files: tuple[DecodedFile, ...]
-    squares: UInt8[np.ndarray, "n s s"]
+    images: tuple[Any, ...]
 
 
 def decode_files(
     chunks: Sequence[Sequence[Path]],
-    image_size: int,
-    resize: ResizeMode,
+    prepare: Callable[[Path], Any],
     *,
     with_study: bool = False,
     workers: int = 1,
 ) -> Iterator[DecodedChunk]:
-    """Decodes and resizes files as `mmclip data build` does, chunk after chunk.
+    """Decodes files and prepares them for a model, chunk after chunk.
 
     Args:
         chunks: Paths.
-        image_size: Side of the squares, px.
-        resize: How images become squares.
+        prepare: Makes of a file what a model takes, or raises ImageError; it goes to the processes.
         with_study: Also read study and view, of DICOM.
         workers: Processes; 1 is this one.
 
     Raises:
         WorkersError: When a process was killed.
     """
-    decode = partial(decode_chunk, image_size=image_size, resize=resize, with_study=with_study)
+    decode = partial(decode_chunk, prepare=prepare, with_study=with_study)
     workers = min(workers, len(chunks))
     if workers <= 1:
         yield from map(decode, chunks)
@@ -182,22 +176,21 @@ def decode_files(
 
 
 def decode_chunk(
-    paths: Sequence[Path], image_size: int, resize: ResizeMode, with_study: bool
+    paths: Sequence[Path], prepare: Callable[[Path], Any], with_study: bool
 ) -> DecodedChunk:
     """One chunk of `decode_files`, in this process."""
     files: list[DecodedFile] = []
-    squares: list[np.ndarray] = []
+    images: list[Any] = []
     for path in paths:
         try:
-            square = resize_image(decode_image(read_bytes(path)), image_size, resize)
+            image = prepare(path)
         except ImageError as error:
             files.append(DecodedFile(path, (str(error.reason), error.detail)))
             continue
-        squares.append(square)
+        images.append(image)
         study, view = _study_of(path) if with_study else (None, "unknown")
         files.append(DecodedFile(path, None, study, view))
-    empty = np.zeros((0, image_size, image_size), np.uint8)
-    return DecodedChunk(tuple(files), np.stack(squares) if squares else empty)
+    return DecodedChunk(tuple(files), tuple(images))
 
 
 def _study_of(path: Path) -> tuple[str | None, View]:

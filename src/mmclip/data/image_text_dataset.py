@@ -92,6 +92,7 @@ class ImageTextDataset:
     where: np.ndarray  # int64 [n, 2]: folder, and row of its image cache (-1 without an image)
     data_hash: str  # over the hashes of the folders
     image_size: int | None = None  # side of what is read of an image; None as it is cached
+    roots: tuple[Path | None, ...] = ()  # one a folder, where the files of the images are read
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -115,6 +116,36 @@ class ImageTextDataset:
             sample = cache.images[row]
             out.append(sample if self.image_size is None else resize_image(sample, self.image_size))
         return torch.from_numpy(np.stack(out))
+
+    def image(self, row: int) -> Path | UInt8[np.ndarray, "s s"]:
+        """One image: its file where files are read, else the folder's square copy of it.
+
+        Raises:
+            ManifestError: When the file is missing, or is not the one that the folder was built of.
+        """
+        sample, root = self.samples[row], self.root(row)
+        if root is None:
+            return self.pixels(np.array([row]))[0].numpy()
+        assert sample.image is not None
+        path = root / sample.image
+        try:
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ManifestError(
+                f"{path} cannot be read ({error.strerror}); give the folder that holds the images "
+                f"by --root"
+            ) from None
+        if sample.image_sha256 is not None and sha256 != sample.image_sha256:
+            raise ManifestError(
+                f"{path} was changed since the data folder was built (its checksum differs); build "
+                f"the folder again, or give the folder that holds the images by --root"
+            )
+        return path
+
+    def root(self, row: int) -> Path | None:
+        """The folder of an image's file; None where the data folder's copy is read."""
+        return self.roots[self.where[row, 0]] if self.roots else None
 
     def labels(self, findings: Sequence[str]) -> np.ndarray:
         """float64 [n, k]: 1 present, 0 absent, NaN unknown or uncertain."""

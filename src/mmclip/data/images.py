@@ -8,6 +8,8 @@ anything of a DICOM header but technical facts: names and dates stay where they 
 import io
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +95,23 @@ def refuse_blank(image: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
     return image
 
 
+def decode_rgb(content: bytes, max_px: int = MAX_PX) -> Image.Image:
+    """An image in colour, as `rgb_of`, from the bytes of a file; DICOM as `read_image` reads it."""
+    if is_dicom(content):
+        return Image.fromarray(decode_image(content, max_px)).convert("RGB")
+    with _opened(content, max_px) as image:
+        return rgb_of(image, max_px)
+
+
 def decode_raster(content: bytes, max_px: int) -> UInt8[np.ndarray, "h w"]:
     """As `read_image`, from the bytes of a file that is no DICOM; a blank image is one, too."""
+    with _opened(content, max_px) as image:
+        return grey_of(image, max_px)
+
+
+@contextmanager
+def _opened(content: bytes, max_px: int) -> Iterator[Image.Image]:
+    """The bytes of a raster file as Pillow opens it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on sizes (our limit stands) and on metadata
         try:
@@ -104,7 +121,7 @@ def decode_raster(content: bytes, max_px: int) -> UInt8[np.ndarray, "h w"]:
         except FAULTS:
             raise ImageError(Reason.IMAGE_UNREADABLE, "not PNG, JPEG, DICOM or the like") from None
         with image:
-            return grey_of(image, max_px)
+            yield image
 
 
 def grey_of(image: Image.Image, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w"]:
@@ -117,6 +134,32 @@ def grey_of(image: Image.Image, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w"
     Raises:
         ImageError: When it is truncated, too large, an animation, or of a mode without grey.
     """
+    pixels = _to_grey(_upright(image, max_px))
+    return 255 - pixels if _is_white_at_zero(image) else pixels
+
+
+def rgb_of(image: Image.Image, max_px: int = MAX_PX) -> Image.Image:
+    """The image in colour, upright: what transformers' `load_image` makes of it.
+
+    Pillow would clip grey of more than 8 bits, so that is scaled by its own range as in `grey_of`.
+
+    Raises:
+        ImageError: As `grey_of`, and when the image is blank.
+    """
+    upright = _upright(image, max_px)
+    if image.mode in _DEEP_MODES:
+        grey = _to_grey(upright)
+        upright = Image.fromarray(255 - grey if _is_white_at_zero(image) else grey)
+    try:
+        colour = upright.convert("RGB")
+    except FAULTS:
+        raise ImageError(Reason.IMAGE_UNREADABLE, f"pixel mode {image.mode}") from None
+    refuse_blank(np.asarray(colour.convert("L")))
+    return colour
+
+
+def _upright(image: Image.Image, max_px: int) -> Image.Image:
+    """The image with its pixels decoded, turned as its metadata says."""
     check_size(*image.size, max_px)
     try:
         frames = getattr(image, "n_frames", 1)
@@ -129,8 +172,7 @@ def grey_of(image: Image.Image, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w"
         raise ImageError(reason, detail) from None
     if frames > 1:
         raise ImageError(Reason.IMAGE_UNREADABLE, "several frames: an animation, not an image")
-    pixels = _to_grey(upright)
-    return 255 - pixels if _is_white_at_zero(image) else pixels
+    return upright
 
 
 def _is_white_at_zero(image: Image.Image) -> bool:

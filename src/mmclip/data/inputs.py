@@ -14,7 +14,14 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from mmclip.data.images import decode_image, grey_of, read_bytes, refuse_blank
+from mmclip.data.images import (
+    decode_image,
+    decode_rgb,
+    grey_of,
+    read_bytes,
+    refuse_blank,
+    rgb_of,
+)
 from mmclip.data.pixels import MAX_PX, ImageError, check_size, stretch
 from mmclip.data.sample import Reason
 
@@ -83,14 +90,38 @@ def read_input(image: object, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w"]:
         ImageError: When it is missing, no image, of a range or shape that is not told, or blank.
     """
     if isinstance(image, str | os.PathLike):
-        try:
-            return decode_image(read_bytes(Path(image)), max_px)
-        except ImageError:
-            raise
-        except ValueError as error:  # such as a null byte in a path
-            raise ImageError(Reason.IMAGE_MISSING, str(error)) from None
+        return decode_image(_content_of(image), max_px)
+    return refuse_blank(grey_of(_pillow_of(image, max_px), max_px))
+
+
+def read_rgb(image: object, max_px: int = MAX_PX) -> Image.Image:
+    """One image in colour, for models of others; see `images.rgb_of`.
+
+    Args:
+        image: An `ImageInput`.
+        max_px: A larger image is refused.
+
+    Raises:
+        ImageError: As `read_input`.
+    """
+    if isinstance(image, str | os.PathLike):
+        return decode_rgb(_content_of(image), max_px)
+    return rgb_of(_pillow_of(image, max_px), max_px)
+
+
+def _content_of(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return read_bytes(Path(path))
+    except ImageError:
+        raise
+    except ValueError as error:  # such as a null byte in a path
+        raise ImageError(Reason.IMAGE_MISSING, str(error)) from None
+
+
+def _pillow_of(image: object, max_px: int) -> Image.Image:
+    """An input that is no file, as Pillow has it."""
     if isinstance(image, Image.Image):
-        return refuse_blank(grey_of(image, max_px))
+        return image
     if isinstance(image, Tensor):
         plain = image.detach().cpu()
         plain = plain.float() if plain.dtype in (torch.bfloat16, torch.float16) else plain
@@ -100,13 +131,12 @@ def read_input(image: object, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w"]:
     raise ImageError(Reason.IMAGE_UNREADABLE, f"a {type(image).__name__}; give {KINDS}")
 
 
-def _of_array(pixels: np.ndarray, max_px: int, channels_last: bool) -> UInt8[np.ndarray, "h w"]:
+def _of_array(pixels: np.ndarray, max_px: int, channels_last: bool) -> Image.Image:
     pixels = _with_channels_last(pixels, channels_last)
     if pixels.size == 0:
         raise ImageError(Reason.IMAGE_EMPTY, f"an array of shape {_shape(pixels)}")
     check_size(pixels.shape[1], pixels.shape[0], max_px)
-    grey = grey_of(Image.fromarray(np.ascontiguousarray(_to_8_bits(pixels))), max_px)
-    return refuse_blank(grey)
+    return Image.fromarray(np.ascontiguousarray(_to_8_bits(pixels)))
 
 
 def _with_channels_last(pixels: np.ndarray, channels_last: bool) -> np.ndarray:

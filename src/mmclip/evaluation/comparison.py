@@ -219,10 +219,14 @@ def differs(base: RunResults, results: RunResults) -> tuple[str, ...]:
     def data(of: RunResults) -> str:
         return f"data folder {of.provenance.data_hash[:12]}, split {of.provenance.split}"
 
+    def rule(of: RunResults) -> str:
+        return f"zero-shot rule {of.provenance.zeroshot_rule or 'not known'}"
+
     facts = (
         (base.kind, results.kind),
         (data(base), data(results)),
         (rules(base), rules(results)),
+        (rule(base), rule(results)),
         (f"prompts {base.provenance.prompt_set}", f"prompts {results.provenance.prompt_set}"),
         (f"macro from {base.min_count} images", f"macro from {results.min_count} images"),
     )

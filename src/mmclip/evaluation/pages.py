@@ -101,14 +101,17 @@ def write_evaluation(
 
 
 def gallery_of(
-    checkpoint: Checkpoint, dataset: ImageTextDataset, test: Predictions, rows: Sequence[int]
+    checkpoint: Checkpoint | None,
+    dataset: ImageTextDataset,
+    test: Predictions,
+    rows: Sequence[int],
 ) -> list[GalleryItem]:
     """Some images as the page shows them, with pictures where the checkpoint has decoders.
 
     Behind them stand the images that the model is most right and most wrong about.
 
     Args:
-        checkpoint: Whose pictures are shown.
+        checkpoint: Whose pictures are shown; None of a model of others, which has no decoders.
         dataset: The images that were scored.
         test: Their scores.
         rows: The numbers of those to be shown.
@@ -117,7 +120,8 @@ def gallery_of(
     rows = [*rows, *cases]
     pixels = dataset.pixels(np.array(rows, np.int64)).numpy()
     samples = [dataset.samples[row] for row in rows]
-    pictures = make_pictures(checkpoint, dataset.select(np.isin(np.arange(len(dataset)), rows)))
+    shown = dataset.select(np.isin(np.arange(len(dataset)), rows))
+    pictures = {} if checkpoint is None else make_pictures(checkpoint, shown)
     return [
         GalleryItem(
             row,

@@ -13,8 +13,8 @@ from mmclip.checkpoint import code_version
 from mmclip.evaluation.metrics import ThresholdOrigin
 from mmclip.evaluation.protocols import BUILT, Protocol
 from mmclip.files import write_text_atomic
+from mmclip.models.dual_encoder import UNKNOWN_WEIGHTS, Seen, Weights, ZeroshotRule
 from mmclip.prompts import PromptSet
-from mmclip.run import UNKNOWN_WEIGHTS, Seen, Weights
 
 RESULTS_FILE = "results.json"
 
@@ -156,6 +156,7 @@ class Provenance(_Model):
     split: str = "built"  # name of the split, and where it has one, its hash
     prompt_set: str | None = None
     prompt_hash: str | None = None
+    zeroshot_rule: ZeroshotRule | None = None  # None where no prompts were asked
     commit: str | None
     versions: dict[str, str]
     device: str
@@ -303,6 +304,7 @@ def provenance(
     wall_s: float,
     weights: Weights = UNKNOWN_WEIGHTS,
     prompts: PromptSet | None = None,
+    zeroshot_rule: ZeroshotRule | None = None,
 ) -> Provenance:
     """The provenance of results that are made now, with commit, versions, threads and time.
 
@@ -314,6 +316,7 @@ def provenance(
         wall_s: How long it took.
         weights: What the weights follow from, as far as it is known.
         prompts: That were asked, where any were.
+        zeroshot_rule: By which scores follow from them.
     """
     versions = code_version()
     commit = versions.pop("commit")
@@ -326,6 +329,7 @@ def provenance(
             **weights._asdict(),
             "prompt_set": None if prompts is None else f"{prompts.id} version {prompts.version}",
             "prompt_hash": None if prompts is None else prompts.hash,
+            "zeroshot_rule": zeroshot_rule,
             "device": f"{device.type}, {n_threads} thread{'s' * (n_threads != 1)}",
             "wall_s": wall_s,
             "commit": commit,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.data.original_images import images_said
 from mmclip.data.sample import Split
-from mmclip.embed import PromptEmbeddings, embed_images, embed_prompts, probabilities
+from mmclip.embed import embed_images, embed_prompts
 from mmclip.evaluation.compute_metrics import (
     compute_metrics,
     control_of,
@@ -42,9 +43,11 @@ from mmclip.evaluation.scores import (
     unknown_views,
 )
 from mmclip.evaluation.selection import Selection
+from mmclip.model_loading import ModelRequest, open_dual_encoder
+from mmclip.models.dual_encoder import DualEncoder, PromptEmbeddings
 from mmclip.prompt_check import check_prompts
 from mmclip.prompts import PromptSet, load_prompts
-from mmclip.run import Run, open_run
+from mmclip.run import Run
 
 GALLERY_SIZE = 12
 """Images on the page, evenly spaced over the rows: not chosen by how well they came out."""
@@ -59,7 +62,7 @@ class ZeroshotRequest:
     """What to score by prompts, on what, and where to.
 
     Attributes:
-        run: Run or checkpoint of pre-training.
+        model: A run, or a model of others.
         folders: Data folders.
         out: Folder of the results.
         command: For results.
@@ -71,10 +74,12 @@ class ZeroshotRequest:
             result, the others its spread over wordings.
         n_resamples: Bootstrap resamples of patients.
         seed: Of the bootstrap.
+        roots: For a model of others, where the files of each folder's images lie; None asks the
+            folders.
         device: Where the model runs; None for the CPU.
     """
 
-    run: Path
+    model: ModelRequest
     folders: tuple[Path, ...]
     out: Path
     command: str
@@ -85,6 +90,7 @@ class ZeroshotRequest:
     prompt_sets: tuple[str, ...] = ()
     n_resamples: int = 1000
     seed: int = 0
+    roots: tuple[Path, ...] | None = None
     device: torch.device | None = None
 
 
@@ -92,7 +98,7 @@ class ZeroshotRequest:
 class Scored:
     """Images, and what the prompts say of them: raw scores, not judged yet."""
 
-    run: Run
+    encoder: DualEncoder
     prompts: PromptSet
     selection: Selection
     dataset: ImageTextDataset  # the images that are judged, of whatever split
@@ -102,7 +108,8 @@ class Scored:
 
     def scores(self, prompts: PromptSet, names: Sequence[str]) -> Float[np.ndarray, "n k"]:
         """What other prompts say of the same images."""
-        return probabilities(self.embeddings, embed(self.run, prompts, names), scale_of(self.run))
+        pair = embed(self.encoder, prompts, names)
+        return self.encoder.scoring.scores(self.embeddings, pair)
 
 
 @dataclass(frozen=True)
@@ -125,28 +132,26 @@ class ZeroShot:
         return self.scored.test
 
 
-def embed(run: Run, prompts: PromptSet, names: Sequence[str]) -> PromptEmbeddings:
-    """The prompts of some findings, as the run's text encoder reads them.
+def embed(encoder: DualEncoder, prompts: PromptSet, names: Sequence[str]) -> PromptEmbeddings:
+    """The prompts of some findings, as the text encoder reads them.
 
     Raises:
         PromptError: When the prompts of a finding cannot stand for it.
     """
-    check_prompts(run.tokenizer, [prompts], names, run.config.data.max_tokens)
-    return embed_prompts(run.model, run.tokenizer, prompts, names, run.config.data.max_tokens)
-
-
-def scale_of(run: Run) -> float:
-    """The learnt factor of cosines."""
-    return float(run.model.scale().detach())
+    check_prompts(encoder.tokenizer, [prompts], names, encoder.max_tokens)
+    return embed_prompts(encoder, prompts, names)
 
 
 def score_images(
-    run: Run, dataset: ImageTextDataset, prompts: PromptSet, selection: Selection = Selection()
+    encoder: DualEncoder,
+    dataset: ImageTextDataset,
+    prompts: PromptSet,
+    selection: Selection = Selection(),
 ) -> Scored:
     """Raw scores of the selected images: how far the positive prompt of a finding fits.
 
     Args:
-        run: Its model scores.
+        encoder: It scores.
         dataset: Of the data folders.
         prompts: What stands for a finding.
         selection: Which images and findings.
@@ -156,29 +161,28 @@ def score_images(
     """
     selected = selection.samples(dataset)
     names = selection.names(selected)
-    pair = embed(run, prompts, names)
-    embeddings = embed_images(run.model, selected)
-    scores = probabilities(embeddings, pair, scale_of(run))
+    pair = embed(encoder, prompts, names)
+    embeddings = embed_images(encoder, selected)
+    scores = encoder.scoring.scores(embeddings, pair)
     test = make_predictions(selected, names, selection.labels(selected, names), scores)
-    return Scored(run, prompts, selection, selected, embeddings, pair, test)
+    return Scored(encoder, prompts, selection, selected, embeddings, pair, test)
 
 
 def score_val(scored: Scored, dataset: ImageTextDataset) -> Predictions | None:
     """Scores of the validation images of the same sources; None where there are no others."""
-    selection, run, names = scored.selection, scored.run, scored.test.names()
+    selection, encoder, names = scored.selection, scored.encoder, scored.test.names()
     if selection.split == "val":
         return None
     try:
         images = selection.samples(dataset, "val")
     except ManifestError:
         return None  # this source has no validation images
-    embeddings = embed_images(run.model, images, show=False)
-    scores = probabilities(embeddings, scored.pair, scale_of(run))
+    scores = encoder.scoring.scores(embed_images(encoder, images, show=False), scored.pair)
     return make_predictions(images, names, selection.labels(images, names), scores)
 
 
 def zeroshot(
-    run: Run,
+    encoder: DualEncoder,
     dataset: ImageTextDataset,
     prompts: PromptSet,
     selection: Selection = Selection(),
@@ -190,7 +194,7 @@ def zeroshot(
     """Scores the images of a split for each finding, with intervals over patients.
 
     Args:
-        run: Its model scores.
+        encoder: It scores.
         dataset: Of the data folders.
         prompts: What stands for a finding.
         selection: Which images and findings, by which rules.
@@ -201,13 +205,13 @@ def zeroshot(
     Raises:
         ManifestError: When there is nothing to score, or a finding is labelled in no image.
     """
-    scored = score_images(run, dataset, prompts, selection)
+    scored = score_images(encoder, dataset, prompts, selection)
     val = score_val(scored, dataset)
     evaluation = compute_metrics(
         scored.test,
         val,
         rule=selection.rule,
-        equal_prompts=0.5,
+        equal_prompts=encoder.scoring.equal_prompts,
         min_count=selection.min_count,
         n_resamples=n_resamples,
         seed=seed,
@@ -293,10 +297,11 @@ def made_now(result: ZeroShot, command: str, seed: int, *, split: str, wall_s: f
         command,
         seed,
         ScoredImages(scored.dataset.data_hash, split, images_hash(scored.dataset.samples)),
-        device=scored.run.device,
+        device=scored.encoder.device,
         wall_s=wall_s,
-        weights=scored.run.weights,
+        weights=scored.encoder.weights,
         prompts=scored.prompts,
+        zeroshot_rule=scored.encoder.scoring.rule,
     )
 
 
@@ -322,7 +327,7 @@ def write_zeroshot(
         combinations: See `results.run_results`.
     """
     scored, names = result.scored, result.test.names()
-    seen = scored.run.seen(names)
+    seen, encoder = scored.encoder.seen(names), scored.encoder
     results = run_results(
         result.evaluation.with_findings({name: {"seen": how} for name, how in seen.items()}),
         about,
@@ -338,7 +343,12 @@ def write_zeroshot(
         result.test,
         val=result.val,
         protocol=scored.selection.protocol,
-        gallery=gallery_of(scored.run.checkpoint, result.dataset, result.test, gallery),
+        gallery=gallery_of(
+            encoder.checkpoint if isinstance(encoder, Run) else None,
+            result.dataset,
+            result.test,
+            gallery,
+        ),
         prompts={finding: scored.prompts.texts(finding) for finding in names},
     )
 
@@ -348,14 +358,14 @@ def evaluate(request: ZeroshotRequest) -> RunResults:
     began = time.monotonic()
     rules = None if request.protocol is None else load_protocol(request.protocol)
     named = split_of(request.folders, rules)
-    run = open_run(request.run, request.device)
+    encoder = open_dual_encoder(request.model, request.device)
     asked = request.prompt_sets or (DEFAULT_PROMPT_SETS if rules is None else rules.prompt_sets)
     prompts, *others = [load_prompts(name) for name in asked]
-    dataset = run.open_data(request.folders)
+    dataset = encoder.open_data(request.folders, request.roots)
     selection = Selection(request.split, request.sources, request.findings, rules)
-    leak_check = run.check_unseen(selection.samples(dataset), request.split)
+    leak_check = encoder.check_unseen(selection.samples(dataset), request.split)
     result = zeroshot(
-        run,
+        encoder,
         dataset,
         prompts,
         selection,
@@ -368,9 +378,13 @@ def evaluate(request: ZeroshotRequest) -> RunResults:
     about = About(
         title=f"Scored by prompts: {where if rules is None else rules.title}",
         kind="zeroshot",
-        summary=f"{n:,} images, {where}, scored by {run.name} at step {run.step}",
+        summary=f"{n:,} images, {where}, scored by {encoder.name}",
         leak_check=leak_check,
-        facts={"images of unknown view": unknown_views(result.dataset), **run.facts()},
+        facts={
+            "images of unknown view": unknown_views(result.dataset),
+            "images read": images_said(result.dataset),
+            **encoder.facts(),
+        },
     )
     return write_zeroshot(
         request.out,

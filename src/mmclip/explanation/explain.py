@@ -9,23 +9,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 
-from mmclip.checkpoint import Checkpoint
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import normalise
-from mmclip.data.images import resize_image, unsquared
+from mmclip.data.images import read_image, resize_image, unsquared
 from mmclip.data.ingest.annotations import Annotation, read_annotations
-from mmclip.embed import embed_texts, warn_of_unread
+from mmclip.data.sample import View
+from mmclip.embed import warn_of_unread
 from mmclip.evaluation.pictures import explanation_figure
 from mmclip.explanation.grounding import mass_above_median
 from mmclip.explanation.saliency import ExplainScore, grid_of, saliency_maps
 from mmclip.files import write_atomic
+from mmclip.models.dual_encoder import DualEncoder
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet, plain_name
 from mmclip.run import Run
@@ -128,7 +129,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def explain_image(
-    checkpoint: Checkpoint,
+    encoder: DualEncoder,
     pixels: UInt8[np.ndarray, "h w"],
     phrase: str,
     score: ExplainScore,
@@ -139,7 +140,7 @@ def explain_image(
     """The answer of one image to a phrase.
 
     Args:
-        checkpoint: Its model is asked.
+        encoder: It is asked.
         pixels: 0..255, air dark, of any size; the model sees it as `images.resize_image` makes it.
         phrase: What is asked, in a report's words.
         score: What the map shows.
@@ -154,15 +155,15 @@ def explain_image(
     """
     if not phrase.strip():
         raise ValueError("the phrase is empty; say what to look for, such as 'pleural effusion'")
-    model, data = checkpoint.model, checkpoint.config.data
-    warn_of_unread(checkpoint.tokenizer, phrase, data.max_tokens)
-    seen = torch.from_numpy(resize_image(pixels, data.image_size, data.resize).copy())[None]
-    image = normalise(seen)
-    patches = saliency_maps(model, checkpoint, image, [phrase], [0], score, prompts)[0]
-    with torch.inference_mode():
-        embedding = model.encode_image(image.to(model.logit_scale.device)).embedding.cpu()
-    text = embed_texts(model, checkpoint.tokenizer, [phrase], data.max_tokens)
-    grid = grid_of(checkpoint)
+    warn_of_unread(encoder, phrase)
+    if not isinstance(encoder, Run):
+        raise ValueError(f"{encoder.name} gives no saliency maps")
+    prepared = resize_image(pixels, encoder.image_size, encoder.config.data.resize)
+    image = normalise(torch.from_numpy(prepared.copy())[None])
+    patches = saliency_maps(encoder, image, [phrase], [0], score, prompts)[0]
+    embedding = encoder.encode_images([prepared])
+    text = encoder.encode_texts([phrase])
+    grid = grid_of(encoder)
     made = prompts.texts(phrase) if score == "prompt_pair" else None
     return Explanation(
         phrase=phrase,
@@ -226,14 +227,14 @@ def draw_explanation(found: Explanation, facts: dict[str, Any], caption: str) ->
 
 
 def image_of_folder(
-    run: Run, folder: Path, image_id: str, boxes: tuple[str, Path] | None = None
+    encoder: DualEncoder, folder: Path, image_id: str, boxes: tuple[str, Path] | None = None
 ) -> tuple[UInt8[np.ndarray, "s s"], tuple[int, int], list[Annotation]]:
     """An image of a data folder as the model sees it, its published size, its annotations.
 
     An image of a view that the run has not learnt gives a warning.
 
     Args:
-        run: Says the image size, and the views that it has learnt.
+        encoder: Says the image size, and of a run the views that it has learnt.
         folder: As `mmclip data build` leaves it.
         image_id: Of the folder.
         boxes: Name and folder of a data set of boxes or masks, see `annotations.read_annotations`.
@@ -242,7 +243,7 @@ def image_of_folder(
         ManifestError: When there is no such image, or it is a report alone.
         SourceError: See `annotations.read_annotations`.
     """
-    dataset = run.open_data([folder])
+    dataset = encoder.open_data([folder])
     ids = [sample.image_id for sample in dataset.samples]
     if image_id not in ids:
         some = ", ".join(ids[:3])
@@ -251,7 +252,8 @@ def image_of_folder(
     sample = dataset.samples[row]
     if sample.image is None or sample.height_px is None or sample.width_px is None:
         raise ManifestError(f"{image_id} of {folder} is a report without an image; choose another")
-    if sample.view not in (views := run.config.data.views):
+    views = encoder.config.data.views if isinstance(encoder, Run) else get_args(View)
+    if sample.view not in views:
         logger.warning(
             "image %s of %s %s, and the run was trained on the views %s alone: do not trust its "
             "map; choose an image of one of these views",
@@ -263,7 +265,8 @@ def image_of_folder(
     annotations: list[Annotation] = []
     if boxes is not None:
         annotations = list(read_annotations(*boxes, {image_id: sample}, Counter()))
-    seen = dataset.pixels(np.array([row]))[0].numpy()
+    image = dataset.image(row)
+    seen = read_image(image) if isinstance(image, Path) else image
     return seen, (sample.height_px, sample.width_px), annotations
 
 

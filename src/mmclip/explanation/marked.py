@@ -153,7 +153,7 @@ def find_marked(run: Run, dataset: ImageTextDataset, request: PointingRequest) -
     samples = {sample.image_id: sample for sample in dataset.samples}
     left_out: Counter[str] = Counter()
     annotations = read_annotations(request.boxes, request.root, samples, left_out)
-    every = find_targets(dataset, annotations, grid_of(run.checkpoint), left_out)
+    every = find_targets(dataset, annotations, grid_of(run), left_out)
     split, scored = request.split, every.of([request.split])
     if not scored.image_rows:
         counts = Counter(str(dataset.samples[i].split) for i in every.image_rows)

@@ -33,7 +33,6 @@ from mmclip.explanation.marked import (
 )
 from mmclip.explanation.mechanism import PatientMean, patient_means
 from mmclip.explanation.saliency import grid_of, random_weights, saliency_maps
-from mmclip.models.mmclip import MMCLIP
 from mmclip.patches import Grid, patchify
 from mmclip.progress import progress
 from mmclip.run import Run
@@ -103,7 +102,6 @@ def choose_thresholds(score: Float[Tensor, "m n"], targets: Targets) -> dict[str
 
 
 def _maps(
-    model: MMCLIP,
     run: Run,
     targets: Targets,
     phrases: Sequence[str],
@@ -111,7 +109,7 @@ def _maps(
     what: str,
     size: int = 128,
 ) -> Float[Tensor, "m n"]:
-    """The map of each place's image for its phrase, by a model in the place of the run's own."""
+    """The map of each place's image for its phrase."""
     score, prompts = request.score, request.prompts
     found = []
     with progress(what, len(phrases)) as advance:
@@ -120,9 +118,7 @@ def _maps(
             distinct, row = np.unique(targets.image_rows[some], return_inverse=True)
             images = normalise(targets.dataset.pixels(distinct))
             rows, said = row.tolist(), phrases[some]
-            found.append(
-                saliency_maps(model, run.checkpoint, images, said, rows, score, prompts, size)
-            )
+            found.append(saliency_maps(run, images, said, rows, score, prompts, size))
             advance(len(row))
     return torch.cat(found) if found else torch.zeros(targets.total.shape)
 
@@ -147,12 +143,12 @@ Maps = dict[str, Float[Tensor, "_ n"]]
 def _all_maps(run: Run, marked: Marked, request: PointingRequest) -> tuple[Maps, Maps]:
     """The maps of the model and of the controls: for the scored places, and for those that choose
     thresholds. Random weights come apart from them."""
-    grid = grid_of(run.checkpoint)
+    grid = grid_of(run)
     scored, others, known, split = marked.scored, marked.others, marked.known, request.split
     phrases = request.asked(scored)
-    shown = {"model": _maps(run.model, run, scored, phrases, request, "maps")}
+    shown = {"model": _maps(run, scored, phrases, request, "maps")}
     said = f"maps of split {CHOSEN_ON[split]}"
-    chooses = {"model": _maps(run.model, run, others, request.asked(others), request, said)}
+    chooses = {"model": _maps(run, others, request.asked(others), request, said)}
     beside = [(shown, scored), (chooses, others)] if others.image_rows else [(shown, scored)]
     if known.image_rows:
         prior = mean_annotations(known.inside / known.total.clamp(min=1), known.findings)
@@ -169,7 +165,7 @@ def _all_maps(run: Run, marked: Marked, request: PointingRequest) -> tuple[Maps,
     wrong = other_phrases(scored.findings, phrases)
     if wrong is not None:
         shown["another finding's phrase"] = _maps(
-            run.model, run, scored, wrong, request, "maps by other phrases"
+            run, scored, wrong, request, "maps by other phrases"
         )
     return shown, chooses
 
@@ -184,9 +180,9 @@ def _random_values(
     """What maps of random weights reach, the mean of some models, by metric."""
     each = []
     for i in range(RANDOM_SEEDS):
-        model = random_weights(run.checkpoint, request.seed + i).to(run.device)
+        untrained = random_weights(run, request.seed + i)
         said = f"maps of random weights {i + 1} of {RANDOM_SEEDS}"
-        found = _maps(model, run, scored, request.asked(scored), request, said)
+        found = _maps(untrained, scored, request.asked(scored), request, said)
         each.append(point_metrics(found, scored, {}))
     return {metric: np.mean([one[metric] for one in each], 0) for metric in each[0]}
 
@@ -232,7 +228,7 @@ def evaluate_explanations(
 
 def _of_what(run: Run, marked: Marked, request: PointingRequest) -> dict[str, Any]:
     """Which model, images, boxes and words the numbers are of."""
-    scored, side = marked.scored, grid_of(run.checkpoint).side
+    scored, side = marked.scored, grid_of(run).side
     return {
         "run": str(run.checkpoint.folder),
         "step": run.step,

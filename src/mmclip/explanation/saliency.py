@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmclip.batch import TextBatch
-from mmclip.checkpoint import Checkpoint
 from mmclip.config import WHOLE_TEXT_SCORES, ScoreKind, ScoreTokens
 from mmclip.data.corpus import mark_concepts
 from mmclip.data.entities import find_entities
@@ -20,10 +19,12 @@ from mmclip.data.text import tokenise
 from mmclip.data.tokenizer import frame_of
 from mmclip.embed import embed_prompts
 from mmclip.masking import contribution_score, relevance_score
+from mmclip.models.dual_encoder import DualEncoder
 from mmclip.models.encoders import image_layout, patch_grid, rebuild_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet
+from mmclip.run import Run
 
 ExplainScore = Literal["contribution", "prompt_pair", "decoder_attention"]
 """What a map shows. contribution: the part of each patch in the similarity of image and phrase.
@@ -35,7 +36,7 @@ PAIR = "contribution, prompt pair"
 
 
 def phrase_texts(
-    checkpoint: Checkpoint,
+    run: Run,
     phrases: Sequence[str],
     entities: Sequence[Sequence[Entity]],
     rows: Sequence[int],
@@ -43,18 +44,18 @@ def phrase_texts(
     """Phrases as texts of images, with all of their entities masked in `masked_ids`.
 
     Args:
-        checkpoint: Its tokenizer reads the phrases.
+        run: Its tokenizer reads the phrases.
         phrases: None of them empty.
         entities: Of each phrase.
         rows: The image that each is asked of.
     """
-    tokens = tokenise(checkpoint.tokenizer, phrases, max_tokens=checkpoint.config.data.max_tokens)
+    tokens = tokenise(run.tokenizer, phrases, max_tokens=run.max_tokens)
     concepts = np.stack(
         [mark_concepts(e, o)[0] for e, o in zip(entities, tokens.offsets, strict=True)]
     )
     ids, is_valid = torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.is_valid)
     is_name = torch.from_numpy(concepts > 0) & is_valid
-    masked_ids = ids.masked_fill(is_name, frame_of(checkpoint.tokenizer).mask)
+    masked_ids = ids.masked_fill(is_name, frame_of(run.tokenizer).mask)
     return TextBatch(torch.tensor(rows), ids, is_valid, is_name, is_name, masked_ids)
 
 
@@ -130,7 +131,7 @@ def saliency_by_score(
 
 
 def pair_asks(
-    model: MMCLIP, checkpoint: Checkpoint, prompts: PromptSet, names: Sequence[str]
+    encoder: DualEncoder, prompts: PromptSet, names: Sequence[str]
 ) -> Float[Tensor, "m e"]:
     """The embedding of a finding's positive prompts less that of its negative ones.
 
@@ -138,28 +139,26 @@ def pair_asks(
     denial beside it.
 
     Args:
-        model: Of the checkpoint, or of other weights.
-        checkpoint: Its tokenizer reads the prompts.
+        encoder: It reads the prompts.
         prompts: A name without wordings of its own is put into the templates.
         names: Findings, or phrases in the place of a finding's name.
     """
     distinct = sorted(set(names))
-    tokens = checkpoint.config.data.max_tokens
-    pair = embed_prompts(model, checkpoint.tokenizer, prompts, distinct, tokens)
+    pair = embed_prompts(encoder, prompts, distinct)
     return (pair.positive - pair.negative)[[distinct.index(name) for name in names]]
 
 
-def random_weights(checkpoint: Checkpoint, seed: int = 0) -> MMCLIP:
-    """The model of the checkpoint before any training."""
+def random_weights(run: Run, seed: int = 0) -> Run:
+    """The run before any training, on its device."""
     torch.manual_seed(seed)
-    meta, config = checkpoint.meta, checkpoint.config
+    meta, config = run.checkpoint.meta, run.config
     vision, text = (rebuild_encoder(meta[f"{name}_config"]) for name in ("vision", "text"))
-    return build_mmclip(config, vision, text).eval()
+    model = build_mmclip(config, vision, text).eval().to(run.device)
+    return replace(run, checkpoint=replace(run.checkpoint, model=model))
 
 
 def saliency_maps(
-    model: MMCLIP,
-    checkpoint: Checkpoint,
+    run: Run,
     images: Float[Tensor, "b 1 h w"],
     phrases: Sequence[str],
     rows: Sequence[int],
@@ -170,8 +169,7 @@ def saliency_maps(
     """The score of each patch of an image for a phrase, one row a phrase.
 
     Args:
-        model: Of the checkpoint, or of other weights.
-        checkpoint: Its tokenizer and sizes.
+        run: Its model is asked.
         images: In model space.
         phrases: As they are read; for "prompt_pair" the names that prompts are made of.
         rows: The image that each phrase is asked of.
@@ -180,8 +178,9 @@ def saliency_maps(
         size: Phrases at a time.
 
     Raises:
-        ValueError: When the score needs a decoder that the checkpoint lacks.
+        ValueError: When the score needs a decoder that the run lacks.
     """
+    model = run.model
     if score == "decoder_attention" and model.text_decoder is None:
         raise ValueError(
             "the score decoder_attention is the text decoder's, and this run has none; choose "
@@ -190,9 +189,9 @@ def saliency_maps(
     # Whole texts need no entities, and the lexicon takes seconds to load.
     is_attention = score == "decoder_attention"
     entities = list(find_entities(phrases)) if is_attention else [[]] * len(phrases)
-    texts = phrase_texts(checkpoint, phrases, entities, rows)
+    texts = phrase_texts(run, phrases, entities, rows)
     if score == "prompt_pair":
-        asks = pair_asks(model, checkpoint, prompts, phrases)
+        asks = pair_asks(run, prompts, phrases)
         return saliency_by_score(model, images, texts, size, asks, [])[PAIR]
     if score == "contribution":
         return saliency_by_score(model, images, texts, size, None, [("contribution", "all")])[score]
@@ -204,10 +203,9 @@ def saliency_maps(
 
 
 @torch.inference_mode()
-def grid_of(checkpoint: Checkpoint) -> Grid:
-    """How the patches of a checkpoint lie on its images."""
-    model, data = checkpoint.model, checkpoint.config.data
-    image_size = data.image_size
+def grid_of(run: Run) -> Grid:
+    """How the patches of a run lie on its images."""
+    model, data, image_size = run.model, run.config.data, run.image_size
     blank = torch.zeros(1, 1, image_size, image_size, device=model.logit_scale.device)
     n_patches = model.encode_image(blank).features.shape[1] - 1
     patch_size = image_layout(model.vision_model).patch_size

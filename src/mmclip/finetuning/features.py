@@ -82,11 +82,11 @@ def start_of(init: str, run: Path | None, folder: Path, features: Features | Non
         )
     if run is None:
         raise ValueError(
-            f"--init {init} needs --run, the run of pre-training "
+            f"--init {init} needs --model, the run of pre-training "
             + ("whose architecture is taken" if init == "random" else "to start from")
         )
     opened = open_run(run)
-    said = f"run {opened.name}, step {opened.step}"
+    said = f"run {opened.folder_name}, step {opened.step}"
     if init == "random":
         said = f"random weights, architecture of {said}"
     data = opened.config.data

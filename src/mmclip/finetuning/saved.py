@@ -23,9 +23,9 @@ from mmclip.checkpoint import (
     write_checkpoint,
 )
 from mmclip.config import ResizeMode
-from mmclip.embed import sigmoid
 from mmclip.evaluation.baselines import LogisticFit
 from mmclip.models.classifier import Classifier, Features, ImageEncoder
+from mmclip.models.dual_encoder import sigmoid
 from mmclip.models.encoders import image_layout, rebuild_encoder
 
 PROBE_STEP = 0

@@ -30,11 +30,12 @@ from mmclip.config import AugmentConfig, Frozen, TrainConfig
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, augmented
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
-from mmclip.embed import batch_size_of, encode_batch, sigmoid
+from mmclip.embed import batch_size_of, encode_batch
 from mmclip.evaluation.metrics import auroc
 from mmclip.finetuning.task import Labelled
 from mmclip.losses import label_sum
 from mmclip.models.classifier import Classifier, Features, freeze_unused, image_of, lr_scales
+from mmclip.models.dual_encoder import sigmoid
 from mmclip.models.encoders import no_decay_names
 from mmclip.training.gather import all_gather_rows
 from mmclip.training.loop import fit

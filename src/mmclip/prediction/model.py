@@ -1,7 +1,8 @@
-"""A model as it is read from any folder of ours, and what turns images into probabilities by it."""
+"""Any model, fine-tuned ones among them, and what turns images into scores by it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,24 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from mmclip.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    checkpoint_meta,
-    find_checkpoint,
-    load_checkpoint,
-)
-from mmclip.config import ResizeMode
-from mmclip.data.images import resize_image
-from mmclip.data.inputs import each_input, name_of, read_input
+from mmclip.checkpoint import CheckpointError, checkpoint_meta, find_checkpoint
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.inputs import each_input, name_of
 from mmclip.data.pixels import ImageError
-from mmclip.embed import (
-    embed_batch,
-    embed_prompts,
-    encode_batch,
-    images_at_once,
-    probabilities,
-)
+from mmclip.embed import embed_prompts, encode_batch
 from mmclip.evaluation.results import RESULTS_FILE
 from mmclip.finetuning.saved import FineTuned, is_fine_tuned, load_fine_tuned
+from mmclip.model_loading import (
+    ModelRequest,
+    check_model,
+    is_function,
+    is_of_transformers,
+    open_dual_encoder,
+)
+from mmclip.models.dual_encoder import DualEncoder, images_at_once, probe_image
 from mmclip.prompt_check import check_prompts
 from mmclip.prompts import PromptSet, load_prompts, own_prompts, plain_name
+from mmclip.run import square_of
 
 
 class ImageInputError(ValueError):
@@ -52,26 +49,21 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What turns squares of pixels into vectors.
+    """What turns images into vectors: embeddings of a dual encoder, or what a head reads.
 
     Attributes:
-        image_size: Side of the squares, px.
-        resize: How images become squares.
+        prepare: Makes of an image what `encode` takes; it can be sent to another process.
         device: Where the model is.
         batch_size: Images that are encoded together.
-        encode: Up to `batch_size` squares to vectors on the CPU; the numbers of an image do not
-            depend on the others.
+        encode: Up to `batch_size` prepared images to vectors on the CPU.
+        open_data: Data folders with images as the model reads them.
     """
 
-    image_size: int
-    resize: ResizeMode
+    prepare: Callable[[object], Any]
     device: torch.device
     batch_size: int
-    encode: Callable[[UInt8[Tensor, "n s s"]], Float[Tensor, "n d"]]
-
-    def square(self, image: object) -> UInt8[np.ndarray, "s s"]:
-        """An image as the model sees it; see `inputs.read_input`."""
-        return resize_image(read_input(image), self.image_size, self.resize)
+    encode: Callable[[Sequence[Any]], Float[Tensor, "n d"]]
+    open_data: Callable[[Sequence[Path]], ImageTextDataset]
 
 
 @dataclass(frozen=True)
@@ -82,9 +74,9 @@ class Scorer:
     findings: tuple[str, ...]
     probabilities: Callable[[Float[Tensor, "n d"]], Float[np.ndarray, "n k"]]
 
-    def scores(self, squares: UInt8[np.ndarray, "n s s"]) -> Float[np.ndarray, "n k"]:
-        """The probability of each finding in up to `batch_size` images."""
-        return self.probabilities(self.encoder.encode(torch.from_numpy(squares)))
+    def scores(self, images: Sequence[Any]) -> Float[np.ndarray, "n k"]:
+        """The score of each finding in up to `batch_size` prepared images."""
+        return self.probabilities(self.encoder.encode(images))
 
 
 @dataclass(frozen=True)
@@ -116,32 +108,42 @@ def device_named(name: str | torch.device) -> torch.device:
     return device
 
 
-def find_model(path: Path) -> Path:
-    """The checkpoint of a run, a checkpoint or a fine-tuned result.
+def find_model(source: str) -> None:
+    """Refuses a model that is not there: a dual encoder, or a fine-tuned result.
 
     Raises:
-        CheckpointError: When the folder holds none.
+        CheckpointError: When a folder holds none.
+        EncoderError: When a model of others cannot be had.
     """
     try:
-        return find_checkpoint(path)
+        check_model(source)
     except CheckpointError as error:
-        raise CheckpointError(_why_no_model(path) or str(error)) from None
+        raise CheckpointError(_why_no_model(Path(source)) or str(error)) from None
 
 
-def open_model(path: Path, device: torch.device) -> Checkpoint | FineTuned:
-    """The model of a run, a checkpoint or a fine-tuned result, on a device.
+def open_model(request: ModelRequest, device: torch.device) -> DualEncoder | FineTuned:
+    """A dual encoder or a fine-tuned result, on a device.
 
     Raises:
-        CheckpointError: When the folder holds no weights, or damaged ones.
+        CheckpointError: When a folder holds no weights, or damaged ones.
+        EncoderError: When a model of others cannot be had.
+        ValueError: When a fine-tuned result is to score by a rule of prompts.
     """
-    folder = find_model(path)
-    if is_fine_tuned(checkpoint_meta(folder)):
-        found = load_fine_tuned(folder)
-        found.model.to(device)
-        return found
-    checkpoint = load_checkpoint(folder)
-    checkpoint.model.to(device)
-    return checkpoint
+    source = request.source
+    find_model(source)
+    if is_function(source) or is_of_transformers(source):
+        return open_dual_encoder(request, device)
+    folder = find_checkpoint(Path(source))
+    if not is_fine_tuned(checkpoint_meta(folder)):
+        return open_dual_encoder(request, device)
+    if request.rule is not None:
+        raise ValueError(
+            f"rule {request.rule} is for scores by prompts, and {source} is a fine-tuned model, "
+            f"which reads none; leave the rule out"
+        )
+    found = load_fine_tuned(folder)
+    found.model.to(device)
+    return found
 
 
 def _why_no_model(path: Path) -> str | None:
@@ -161,27 +163,30 @@ def _why_no_model(path: Path) -> str | None:
     return None
 
 
-def encoder_of(model: Checkpoint | FineTuned, batch_size: int | None = None) -> Encoder:
-    """What turns images into vectors: embeddings of a run, or what a fine-tuned head reads.
+def encoder_of(model: DualEncoder | FineTuned, batch_size: int | None = None) -> Encoder:
+    """What turns images into vectors: embeddings, or what a fine-tuned head reads.
 
     Args:
         model: See `open_model`.
-        batch_size: Images at once; by default what fits, see `embed.images_at_once`.
+        batch_size: Of a fine-tuned model: images at once; by default what fits, see
+            `dual_encoder.images_at_once`. A dual encoder has its own.
     """
-    if isinstance(model, Checkpoint):
-        data = model.config.data
-        size_px, resize, device = data.image_size, data.resize, model.model.logit_scale.device
-    else:
-        size_px, resize = model.image_size, model.resize
-        device = next(model.model.parameters()).device
-    n = batch_size or images_at_once(device, size_px)
+    if not isinstance(model, FineTuned):
+        return Encoder(
+            model.prepare, model.device, model.batch_size, model.encode_images, model.open_data
+        )
+    size, resize = model.image_size, model.resize
+    device = next(model.model.parameters()).device
+    n = batch_size or images_at_once(device, size)
 
-    def encode(pixels: UInt8[Tensor, "n s s"]) -> Float[Tensor, "n d"]:
-        if isinstance(model, Checkpoint):
-            return embed_batch(model.model, pixels, n)
-        return encode_batch(model.encode, pixels, device, n)
+    def encode(squares: Sequence[UInt8[np.ndarray, "s s"]]) -> Float[Tensor, "n d"]:
+        return encode_batch(model.encode, torch.from_numpy(np.stack(squares)), device, n)
 
-    return Encoder(size_px, resize, device, n, encode)
+    def open_data(folders: Sequence[Path]) -> ImageTextDataset:
+        return open_dataset(folders, size, resize=resize)
+
+    prepare = partial(square_of, image_size=size, resize=resize)
+    return Encoder(prepare, device, n, encode, open_data)
 
 
 def prompt_set_of(prompts: str | Path | PromptSet | Mapping[str, Any]) -> PromptSet:
@@ -194,7 +199,7 @@ def prompt_set_of(prompts: str | Path | PromptSet | Mapping[str, Any]) -> Prompt
 
 
 def scorer_of(
-    model: Checkpoint | FineTuned,
+    model: DualEncoder | FineTuned,
     findings: Sequence[str],
     prompts: PromptSet,
     batch_size: int | None = None,
@@ -222,11 +227,9 @@ def scorer_of(
             "no finding is named; name what to look for by --finding, such as --finding "
             "'pleural effusion' (in Python: findings=['pleural effusion'])"
         )
-    max_tokens = model.config.data.max_tokens
-    check_prompts(model.tokenizer, [prompts], findings, max_tokens)
-    pair = embed_prompts(model.model, model.tokenizer, prompts, findings, max_tokens)
-    scale = float(model.model.scale().detach())
-    return Scorer(encoder, tuple(findings), lambda vectors: probabilities(vectors, pair, scale))
+    check_prompts(model.tokenizer, [prompts], findings, model.max_tokens)
+    pair = embed_prompts(model, prompts, findings)
+    return Scorer(encoder, tuple(findings), lambda vectors: model.scoring.scores(vectors, pair))
 
 
 def _fine_tuned_scorer(model: FineTuned, findings: Sequence[str], encoder: Encoder) -> Scorer:
@@ -263,8 +266,8 @@ def encode_inputs(encoder: Encoder, images: object, errors: str) -> Encoded:
     ids: list[str] = []
     skipped: list[Skipped] = []
     parts: list[Tensor] = []
-    batch: list[np.ndarray] = []
-    for found in _squares(encoder, images):
+    batch: list[Any] = []
+    for found in _prepared(encoder, images):
         if isinstance(found, Skipped):
             if errors == "raise":
                 raise ImageInputError(
@@ -275,22 +278,20 @@ def encode_inputs(encoder: Encoder, images: object, errors: str) -> Encoded:
         ids.append(found[0])
         batch.append(found[1])
         if len(batch) == encoder.batch_size:
-            parts.append(encoder.encode(torch.from_numpy(np.stack(batch))))
+            parts.append(encoder.encode(batch))
             batch = []
     if batch:
-        parts.append(encoder.encode(torch.from_numpy(np.stack(batch))))
-    if not parts:
-        side = encoder.image_size
-        grey = torch.zeros(1, side, side, dtype=torch.uint8)
-        parts.append(encoder.encode(grey)[:0])  # no image: a vector's width is still known
+        parts.append(encoder.encode(batch))
+    if not parts:  # no image: a vector's width is still known
+        parts.append(encoder.encode([encoder.prepare(probe_image())])[:0])
     return Encoded(torch.cat(parts), tuple(ids), tuple(skipped))
 
 
-def _squares(encoder: Encoder, images: object) -> Iterator[tuple[str, np.ndarray] | Skipped]:
-    """Each image by name as the model sees it, or why it cannot be seen."""
+def _prepared(encoder: Encoder, images: object) -> Iterator[tuple[str, Any] | Skipped]:
+    """Each image by name as the model takes it, or why it cannot be read."""
     for number, image in enumerate(each_input(images)):
         name = name_of(image, number)
         try:
-            yield name, encoder.square(image)
+            yield name, encoder.prepare(image)
         except ImageError as error:
             yield Skipped(name, str(error.reason), error.detail)

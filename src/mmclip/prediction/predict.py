@@ -5,20 +5,21 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
-from mmclip.checkpoint import Checkpoint
 from mmclip.data.folder import MANIFEST_FILE, META_FILE
 from mmclip.data.image_files import decode_files, find_image_files
-from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.images import read_image
 from mmclip.data.sample import View
 from mmclip.explanation.explain import explain_image, write_explanation
 from mmclip.finetuning.saved import FineTuned
+from mmclip.model_loading import ModelRequest
+from mmclip.models.dual_encoder import DualEncoder
 from mmclip.prediction.model import Scorer, Skipped, open_model, prompt_set_of, scorer_of
 from mmclip.prediction.tables import PredictionTable, write_skipped
 from mmclip.prediction.thresholds import read_thresholds
@@ -38,7 +39,7 @@ class PredictRequest:
     """What to score, by what, and where to.
 
     Attributes:
-        model: A run, a checkpoint, or a fine-tuned result.
+        model: A run, a fine-tuned result, or a model of others.
         inputs: Image files, folders of them, and data folders of `mmclip data build`.
         out: The CSV.
         findings: In order; see `model.scorer_of`.
@@ -50,7 +51,7 @@ class PredictRequest:
         device: Of the model.
     """
 
-    model: Path
+    model: ModelRequest
     inputs: tuple[Path, ...]
     out: Path
     findings: tuple[str, ...] = ()
@@ -100,7 +101,7 @@ class _Image:
 @dataclass(frozen=True)
 class _Batch:
     images: list[_Image]
-    squares: UInt8[np.ndarray, "n s s"]
+    prepared: Sequence[Any]  # as the model takes them
     skipped: list[Skipped]
 
 
@@ -138,7 +139,7 @@ def predict(request: PredictRequest) -> Predicted:
     if request.explain is not None and isinstance(model, FineTuned):
         raise ValueError(
             f"--explain asks where an image answers to a phrase, and the fine-tuned model "
-            f"{request.model} has no text encoder; give the run that it was made of"
+            f"{request.model.source} has no text encoder; give the run that it was made of"
         )
     thresholds = None
     if request.thresholds is not None:
@@ -157,7 +158,7 @@ def predict(request: PredictRequest) -> Predicted:
     batches = _batches(found.images, datasets, scorer, request)
     explainer = None
     if request.explain is not None:
-        assert isinstance(model, Checkpoint)
+        assert not isinstance(model, FineTuned)
         explainer = _Explainer(request.explain, model, prompts, scorer.findings)
     return _write(request, scorer, thresholds, batches, total, found.n_others, explainer)
 
@@ -168,8 +169,8 @@ def is_data_folder(path: Path) -> bool:
 
 
 def _open_data(folder: Path, scorer: Scorer) -> ImageTextDataset:
-    """The images of a data folder, at the size that the model reads."""
-    dataset = open_dataset([folder], scorer.encoder.image_size, resize=scorer.encoder.resize)
+    """The images of a data folder, as the model reads them."""
+    dataset = scorer.encoder.open_data([folder])
     return dataset.select([sample.image is not None for sample in dataset.samples])
 
 
@@ -187,8 +188,7 @@ def _batches(
     chunks = [files[i : i + per_chunk] for i in range(0, len(files), per_chunk)]
     for chunk in decode_files(
         chunks,
-        scorer.encoder.image_size,
-        scorer.encoder.resize,
+        scorer.encoder.prepare,
         with_study=request.by == "study",
         workers=request.workers,
     ):
@@ -200,15 +200,15 @@ def _batches(
         skipped = [
             Skipped(str(file.path), *file.fault) for file in chunk.files if file.fault is not None
         ]
-        yield _Batch([], chunk.squares[:0], skipped)
+        yield _Batch([], [], skipped)
         for i in range(0, len(images), size):
-            yield _Batch(images[i : i + size], chunk.squares[i : i + size], [])
+            yield _Batch(images[i : i + size], chunk.images[i : i + size], [])
     sources = {sample.source for dataset in datasets for sample in dataset.samples}
     for dataset in datasets:
         for i in range(0, len(dataset), size):
-            rows = np.arange(i, min(i + size, len(dataset)))
-            images = [_image_of_data(dataset, int(row), len(sources) > 1) for row in rows]
-            yield _Batch(images, dataset.pixels(rows).numpy(), [])
+            rows = range(i, min(i + size, len(dataset)))
+            images = [_image_of_data(dataset, row, len(sources) > 1) for row in rows]
+            yield _Batch(images, [scorer.encoder.prepare(dataset.image(row)) for row in rows], [])
 
 
 def _image_of_data(dataset: ImageTextDataset, row: int, with_source: bool) -> _Image:
@@ -242,7 +242,7 @@ def _write(
             advance(len(batch.skipped))
             if not batch.images:
                 continue
-            scores = scorer.scores(batch.squares)
+            scores = scorer.scores(batch.prepared)
             for image, row in zip(batch.images, scores, strict=True):
                 n_images += 1
                 if explainer is not None:
@@ -289,9 +289,9 @@ class _Explainer:
     """Writes the saliency maps of images, as `mmclip explain` does."""
 
     def __init__(
-        self, folder: Path, checkpoint: Checkpoint, prompts: PromptSet, findings: Sequence[str]
+        self, folder: Path, encoder: DualEncoder, prompts: PromptSet, findings: Sequence[str]
     ) -> None:
-        self.folder, self.checkpoint = folder, checkpoint
+        self.folder, self.encoder = folder, encoder
         self.prompts, self.findings = prompts, findings
 
     def explain(self, image: _Image, number: int) -> None:
@@ -307,7 +307,7 @@ class _Explainer:
         stem = _plain(Path(image.image_id).stem)
         for finding in self.findings:
             found = explain_image(
-                self.checkpoint, pixels, finding, "contribution", self.prompts, size_px
+                self.encoder, pixels, finding, "contribution", self.prompts, size_px
             )
             out = self.folder / f"{number:06d}-{stem}-{_plain(finding)}.png"
             write_explanation(out, found, found.facts(), f"{image.image_id}")

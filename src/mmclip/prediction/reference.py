@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from mmclip.checkpoint import Checkpoint, run_folder
+from mmclip.checkpoint import run_folder
 from mmclip.evaluation.results import RESULTS_FILE, ResultsError, read_results
 from mmclip.evaluation.scores import SCORES_FILE, ScoresError, load_scores
 from mmclip.finetuning.saved import FineTuned
+from mmclip.models.dual_encoder import DualEncoder
 from mmclip.prediction.thresholds import folder_of, refuse_other
 from mmclip.prompts import PromptSet, plain_name
+from mmclip.run import Run
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Reference:
 
 
 def read_reference(
-    path: Path, model: Checkpoint | FineTuned, prompts: PromptSet
+    path: Path, model: DualEncoder | FineTuned, prompts: PromptSet
 ) -> dict[str, Reference]:
     """The reference of each finding that results have validation scores of, by its plain name.
 
@@ -72,12 +74,14 @@ def read_reference(
     return found
 
 
-def find_reference(model: Checkpoint | FineTuned, prompts: PromptSet) -> Path | None:
+def find_reference(model: DualEncoder | FineTuned, prompts: PromptSet) -> Path | None:
     """Results of the model with these prompts in or around its run, if there are any.
 
     `mmclip zeroshot` is often told to write into the run, and `mmclip demo` and `mmclip finetune`
     write around it.
     """
+    if not isinstance(model, Run | FineTuned):
+        return None  # the folder of a model of others is not looked into
     run = run_folder(model.folder)
     for folder in (run, run.parent, *sorted(path.parent for path in run.glob(f"*/{RESULTS_FILE}"))):
         if (folder / RESULTS_FILE).is_file():

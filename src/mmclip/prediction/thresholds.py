@@ -7,17 +7,16 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from mmclip.checkpoint import Checkpoint
 from mmclip.evaluation.results import RESULTS_FILE, ResultsError, RunResults, read_results
 from mmclip.finetuning.saved import FineTuned
+from mmclip.models.dual_encoder import DualEncoder
 from mmclip.prompts import PromptSet, plain_name
-from mmclip.run import Run
 
 logger = logging.getLogger(__name__)
 
 
 def read_thresholds(
-    path: Path, model: Checkpoint | FineTuned, prompts: PromptSet, findings: Sequence[str]
+    path: Path, model: DualEncoder | FineTuned, prompts: PromptSet, findings: Sequence[str]
 ) -> dict[str, float | None]:
     """The threshold of each finding: a probability of this or more is a decision for it.
 
@@ -67,7 +66,7 @@ def folder_of(path: Path) -> Path:
 def refuse_other(
     results: RunResults,
     path: Path,
-    model: Checkpoint | FineTuned,
+    model: DualEncoder | FineTuned,
     prompts: PromptSet,
     what: str,
 ) -> None:
@@ -84,16 +83,18 @@ def refuse_other(
 
 
 def _why_other(
-    results: RunResults, model: Checkpoint | FineTuned, prompts: PromptSet
+    results: RunResults, model: DualEncoder | FineTuned, prompts: PromptSet
 ) -> str | None:
     """Why results are not of a model, or None where they are."""
     made = results.provenance
     if isinstance(model, FineTuned):
         is_same = results.facts.get("run") == model.meta["run"]
         return None if is_same else "they are of other weights"
-    recipe, seed = Run("", model).recipe_hash, model.config.train.seed
-    if (made.recipe_hash, made.train_seed) != (recipe, seed):
-        return "they are of another run or step"
+    weights, rule = model.weights, model.scoring.rule
+    if (made.recipe_hash, made.train_seed) != (weights.recipe_hash, weights.train_seed):
+        return "they are of another model, run or step"
+    if made.zeroshot_rule != rule:
+        return f"they are by the rule {made.zeroshot_rule}, and these scores by {rule}"
     if made.prompt_hash != prompts.hash:
         here = f"{prompts.id} version {prompts.version}"
         return f"they are of the prompts {made.prompt_set}, and these are {here}"

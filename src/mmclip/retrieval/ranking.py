@@ -18,6 +18,7 @@ from mmclip.config import Frozen
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.leakage.check import patient_key, study_key
+from mmclip.data.original_images import images_said
 from mmclip.data.sample import Sample, Split
 from mmclip.data.sampling import image_key
 from mmclip.data.text import tokenise
@@ -36,7 +37,8 @@ from mmclip.evaluation.results import (
 from mmclip.evaluation.scores import FRONTAL, check_sources, split_of, unknown_views
 from mmclip.files import made_beside
 from mmclip.losses import positive_pairs
-from mmclip.run import Run, Weights, open_run
+from mmclip.model_loading import ModelRequest, open_dual_encoder
+from mmclip.models.dual_encoder import DualEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -125,22 +127,26 @@ def select_pairs(
     return kept
 
 
-def report_keys(run: Run, samples: Sequence[Sample]) -> Int[Tensor, "n 2"]:
+def report_keys(encoder: DualEncoder, samples: Sequence[Sample]) -> Int[Tensor, "n 2"]:
     """Study and report of each image, as training compares them (`losses.positive_pairs`).
 
     Two reports are equal when they are after cleaning, and up to where the text encoder reads: it
-    could not tell them apart.
+    could not tell them apart. Where its tokenizer does not say, they are compared whole.
 
     Args:
-        run: Its tokenizer reads them.
+        encoder: Its tokenizer reads them.
         samples: All with a report.
     """
-    key_of: dict[str, int] = {}
     texts = list(dict.fromkeys(str(sample.report) for sample in samples))
-    max_tokens = run.config.data.max_tokens
+    tokenizer = encoder.tokenizer
+    key_of: dict[str, int] = {}
+    if tokenizer is None:
+        key_of = {text: image_key(text) >> 1 for text in texts}
+        texts = []
     for start in range(0, len(texts), _CHUNK_TEXTS):
         part = texts[start : start + _CHUNK_TEXTS]
-        tokens = tokenise(run.tokenizer, part, max_tokens=max_tokens)
+        assert tokenizer is not None
+        tokens = tokenise(tokenizer, part, max_tokens=encoder.max_tokens)
         for text, ids, is_valid in zip(part, tokens.ids, tokens.is_valid, strict=True):
             key_of[text] = image_key(ids[is_valid].tobytes().hex()) >> 1
     keys = [[image_key(study_key(sample)) >> 1, key_of[str(sample.report)]] for sample in samples]
@@ -268,7 +274,7 @@ class RetrievalRequest:
     """What to rank, and where to.
 
     Attributes:
-        run: Run or checkpoint of pre-training.
+        model: A run, or a model of others.
         folders: Data folders.
         out: Folder of retrieval.json and ranks.npz.
         command: For results.
@@ -276,10 +282,11 @@ class RetrievalRequest:
         sources: Only these, when named.
         n_resamples: Bootstrap resamples of patients.
         seed: Of the bootstrap.
+        roots: For a model of others, where the files of each folder's images lie.
         device: Where the model runs; None for the CPU.
     """
 
-    run: Path
+    model: ModelRequest
     folders: tuple[Path, ...]
     out: Path
     command: str
@@ -287,6 +294,7 @@ class RetrievalRequest:
     sources: tuple[str, ...] = ()
     n_resamples: int = 1000
     seed: int = 0
+    roots: tuple[Path, ...] | None = None
     device: torch.device | None = None
 
 
@@ -298,12 +306,14 @@ class Ranked(NamedTuple):
     ranks: dict[str, np.ndarray]  # for ranks.npz
 
 
-def rank_pairs(run: Run, dataset: ImageTextDataset, request: RetrievalRequest) -> Ranked:
+def rank_pairs(
+    encoder: DualEncoder, dataset: ImageTextDataset, request: RetrievalRequest
+) -> Ranked:
     """Ranks all reports for each image, and all images for each report."""
     patients = [patient_key(sample) for sample in dataset.samples]
-    keys = report_keys(run, dataset.samples)
-    images = image_embeddings(run.checkpoint, dataset, request.folders)
-    reports = text_embeddings(run.checkpoint, [str(sample.report) for sample in dataset.samples])
+    keys = report_keys(encoder, dataset.samples)
+    images = image_embeddings(encoder, dataset, request.folders)
+    reports = text_embeddings(encoder, [str(sample.report) for sample in dataset.samples])
     ks = [k for k in KS if k <= len(dataset)]
     if len(ks) < len(KS):
         logger.warning("there are %d candidates: R@%d is left out", len(dataset), KS[len(ks)])
@@ -329,21 +339,21 @@ def evaluate_retrieval(request: RetrievalRequest) -> RetrievalResults:
         ManifestError: When there is nothing to rank, or the run was trained on it.
     """
     began = time.monotonic()
-    run = open_run(request.run, request.device)
-    dataset = select_pairs(run.open_data(request.folders), request.split, request.sources)
+    encoder = open_dual_encoder(request.model, request.device)
+    dataset = encoder.open_data(request.folders, request.roots)
+    dataset = select_pairs(dataset, request.split, request.sources)
     views = unknown_views(dataset)
     if views != "none":
         logger.warning("views are unknown, and laterals may be ranked as frontal: %s", views)
-    leak_check = run.check_unseen(dataset, request.split)
-    ranked = rank_pairs(run, dataset, request)
+    leak_check = encoder.check_unseen(dataset, request.split)
+    ranked = rank_pairs(encoder, dataset, request)
     patients = [patient_key(sample) for sample in dataset.samples]
     where = f"split {request.split}"
     where += f" of {', '.join(request.sources)}" if request.sources else ""
     results = RetrievalResults(
         title=f"Retrieval: {where}",
         kind="retrieval",
-        summary=f"{len(dataset)} images with reports, {where}, ranked by {run.name} at step "
-        f"{run.step}",
+        summary=f"{len(dataset)} images with reports, {where}, ranked by {encoder.name}",
         image_to_report=ranked.directions["image_to_report"],
         report_to_image=ranked.directions["report_to_image"],
         n_images=len(dataset),
@@ -356,11 +366,15 @@ def evaluate_retrieval(request: RetrievalRequest) -> RetrievalResults:
             request.command,
             request.seed,
             ScoredImages(dataset.data_hash, split_of(request.folders)),
-            device=run.device,
+            device=encoder.device,
             wall_s=round(time.monotonic() - began, 1),
-            weights=Weights(run.config_hash),
+            weights=encoder.weights,
         ),
-        facts={"images of unknown view": views, **run.facts()},
+        facts={
+            "images of unknown view": views,
+            "images read": images_said(dataset),
+            **encoder.facts(),
+        },
     )
     _write(request.out, results, dataset, ranked)
     return results

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from jaxtyping import Float32, UInt8
 from matplotlib.figure import Figure
 
@@ -16,15 +15,18 @@ from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.images import ImageError, decode_image, read_bytes, resize_image
 from mmclip.data.leakage.check import patient_key
 from mmclip.data.sample import Split
-from mmclip.embed import embed_batch, embed_texts, images_at_once, warn_of_unread
+from mmclip.embed import warn_of_unread
 from mmclip.embedding_store import finite, image_embeddings
 from mmclip.evaluation.plots import INK, QUIET
 from mmclip.evaluation.scores import check_sources
 from mmclip.files import write_atomic
+from mmclip.models.dual_encoder import DualEncoder
 from mmclip.progress import console
-from mmclip.run import Run
 
 SHEET_FILE = "found.png"
+
+SHOWN_PX = 224
+"""Side of a query in the picture. [chosen: more than the picture shows]"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def nearest_patients(
 
 
 def search(
-    run: Run,
+    encoder: DualEncoder,
     folders: Sequence[Path],
     *,
     image: str | None = None,
@@ -122,6 +124,7 @@ def search(
     top: int = 10,
     split: Split | None = None,
     sources: Sequence[str] = (),
+    roots: Sequence[Path] | None = None,
 ) -> Search:
     """What `mmclip retrieve` does without --evaluate: the nearest patients for an image or a
     phrase.
@@ -129,28 +132,29 @@ def search(
     The whole comparison is exact: one product of the stored embeddings with the query.
 
     Args:
-        run: Its model compares.
+        encoder: It compares.
         folders: Data folders to search.
         image: An image id of the folders, or the path of an image file.
         phrase: In the place of an image.
         top: How many patients.
         split: Only of this split, when named.
         sources: Only of these, when named.
+        roots: For a model of others, where the files of each folder's images lie.
 
     Raises:
         ValueError: When the query cannot be read, or there is nothing to search.
     """
-    dataset = _images_of(run, folders)
+    dataset = _images_of(encoder, folders, roots)
     is_searched = _searched(dataset, split, sources)
     # Asked before images are embedded, which can take hours: a mistyped path must not wait for it.
     row = next((i for i, f in enumerate(dataset.samples) if f.image_id == image), None)
     if image is not None and row is None:
-        query = query_of_file(run, dataset, Path(image))
+        query = query_of_file(encoder, dataset, Path(image))
     elif phrase is not None:
-        query = query_of_phrase(run, phrase)
+        query = query_of_phrase(encoder, phrase)
     else:
         query = None
-    index = ImageIndex(dataset, image_embeddings(run.checkpoint, dataset, folders))
+    index = ImageIndex(dataset, image_embeddings(encoder, dataset, folders))
     if query is None:
         assert row is not None, "an image or a phrase was given"
         pixels = dataset.pixels(np.array([row]))[0].numpy()
@@ -194,19 +198,21 @@ class ImageIndex:
         return next((patient_key(sample) for sample in samples), None)
 
 
-def open_index(run: Run, folders: Sequence[Path]) -> ImageIndex:
-    """The images of data folders with the run's embeddings of them, made where not yet stored.
+def open_index(encoder: DualEncoder, folders: Sequence[Path]) -> ImageIndex:
+    """The images of data folders with their embeddings, made where not yet stored.
 
     Raises:
         ManifestError: When a folder is unfinished, or there is no image.
     """
-    dataset = _images_of(run, folders)
+    dataset = _images_of(encoder, folders)
     _searched(dataset, None, ())
-    return ImageIndex(dataset, image_embeddings(run.checkpoint, dataset, folders))
+    return ImageIndex(dataset, image_embeddings(encoder, dataset, folders))
 
 
-def _images_of(run: Run, folders: Sequence[Path]) -> ImageTextDataset:
-    dataset = run.open_data(folders)
+def _images_of(
+    encoder: DualEncoder, folders: Sequence[Path], roots: Sequence[Path] | None = None
+) -> ImageTextDataset:
+    dataset = encoder.open_data(folders, roots)
     return dataset.select([sample.image is not None for sample in dataset.samples])
 
 
@@ -229,8 +235,7 @@ def _searched(dataset: ImageTextDataset, split: Split | None, sources: Sequence[
     return is_searched
 
 
-@torch.inference_mode()
-def query_of_file(run: Run, dataset: ImageTextDataset, path: Path) -> Query:
+def query_of_file(encoder: DualEncoder, dataset: ImageTextDataset, path: Path) -> Query:
     """An image that need not be in the data: a PNG, JPEG, other raster or DICOM file.
 
     Where the data has the very same file, its patient is the query's own.
@@ -245,13 +250,11 @@ def query_of_file(run: Run, dataset: ImageTextDataset, path: Path) -> Query:
         )
     try:
         content = read_bytes(path)
-        radiograph = decode_image(content)
+        prepared = encoder.prepare(path)
+        pixels = resize_image(decode_image(content), SHOWN_PX)
     except ImageError as error:
         raise ValueError(f"{path} gives no image: {error}; give another file") from None
-    pixels = resize_image(radiograph, run.config.data.image_size, run.config.data.resize)
-    # As everywhere, in a batch of the usual size: so the numbers are those of `encode_images`.
-    seen = torch.from_numpy(pixels.copy())[None]
-    embedding = embed_batch(run.model, seen, images_at_once(run.device, seen.shape[-1]))
+    embedding = encoder.encode_images([prepared])[0]
     sha256 = hashlib.sha256(content).hexdigest()
     own = next((f for f in dataset.samples if f.image_sha256 == sha256), None)
     if own is not None:
@@ -259,22 +262,20 @@ def query_of_file(run: Run, dataset: ImageTextDataset, path: Path) -> Query:
         console.print(said, markup=False, soft_wrap=True)
     return Query(
         f"image {path.name}",
-        finite(embedding[0]),
+        finite(embedding),
         pixels,
         None if own is None else patient_key(own),
     )
 
 
-def query_of_phrase(run: Run, phrase: str) -> Query:
+def query_of_phrase(encoder: DualEncoder, phrase: str) -> Query:
     """A phrase, as a report would say it; it says what of it the model cannot read.
 
     Raises:
         ValueError: When the model can read no word of it.
     """
-    max_tokens, tokenizer = run.config.data.max_tokens, run.tokenizer
-    warn_of_unread(tokenizer, phrase, max_tokens)
-    embedding = embed_texts(run.model, tokenizer, [phrase], max_tokens)[0]
-    return Query(f"“{phrase}”", finite(embedding))
+    warn_of_unread(encoder, phrase)
+    return Query(f"“{phrase}”", finite(encoder.encode_texts([phrase])[0]))
 
 
 def write_sheet(folder: Path, search: Search, columns: int = 5) -> Path:

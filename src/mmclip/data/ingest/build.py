@@ -151,7 +151,11 @@ def _build(
         raise _nothing_left(root, out, excluded)
     found = _entities_of([sample.report for _, sample in samples], out)
     counts: Counter[str] = Counter()
-    made = {"resize": options.resize, "entities": options.entities}
+    made = {
+        "root": None if options.hides_paths else str(root.resolve()),
+        "resize": options.resize,
+        "entities": options.entities,
+    }
     meta = write_manifest(
         out,
         assign_splits(kept, options.split),
