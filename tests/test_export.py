@@ -223,7 +223,7 @@ def test_the_card_has_the_hubs_metadata_and_the_results(
     vit_run: Path, made_data: Path, tmp_path: Path
 ):
     scored = mmclip(
-        tmp_path, "zeroshot", "--run", vit_run, "--data", made_data, "--n-resamples", "5",
+        tmp_path, "zeroshot", "--model", vit_run, "--data", made_data, "--n-resamples", "5",
         "--split", "train", "--finding", "nodule", "--finding", "pleural effusion", "--out",
         tmp_path / "scores",
     )  # fmt: skip
@@ -249,7 +249,7 @@ def test_results_of_other_weights_are_refused(
     vit_run: Path, made_run: Path, made_data: Path, tmp_path: Path
 ):
     scored = mmclip(
-        tmp_path, "zeroshot", "--run", made_run, "--data", made_data, "--n-resamples", "5",
+        tmp_path, "zeroshot", "--model", made_run, "--data", made_data, "--n-resamples", "5",
         "--finding", "mass", "--out", tmp_path / "scores",
     )  # fmt: skip
     assert scored.code == 0, scored.err
@@ -370,7 +370,7 @@ def test_a_fine_tuned_result_and_a_folder_that_is_no_run_are_told_of(
     vit_run: Path, made_data: Path, tmp_path: Path
 ):
     tuned = mmclip(
-        tmp_path, "finetune", "--run", vit_run, "--data", made_data, "--finding", "mass",
+        tmp_path, "finetune", "--model", vit_run, "--data", made_data, "--finding", "mass",
         "--fraction", "1", "--seed", "0", "--n-resamples", "5", "--out", tmp_path / "ft",
     )  # fmt: skip
     assert tuned.code == 0, tuned.err

@@ -45,7 +45,7 @@ def results(made_run: Path, made_data: Path, tmp_path_factory: pytest.TempPathFa
     out = tmp_path_factory.mktemp("results") / "test"
     named = [word for finding in FINDINGS for word in ("--finding", finding)]
     ended = command(
-        out, "zeroshot", "--run", made_run, "--data", made_data, "--out", out / "r",
+        out, "zeroshot", "--model", made_run, "--data", made_data, "--out", out / "r",
         "--n-resamples", "10", *named,
     )  # fmt: skip
     assert ended.code == 0, ended.err
@@ -583,7 +583,7 @@ def test_a_fine_tuned_model_scores_and_says_what_it_cannot(
 ):
     out = tmp_path / "tuned"
     ended = command(
-        tmp_path, "finetune", "--run", made_run, "--data", made_data, "--out", out, "--method",
+        tmp_path, "finetune", "--model", made_run, "--data", made_data, "--out", out, "--method",
         "probe", "--fraction", "1", "--seed", "0", "--n-resamples", "10",
         "--finding", "pleural effusion",
     )  # fmt: skip

@@ -372,7 +372,7 @@ class Model:
         return {} if path is None else read_reference(path, self._model, prompt_set)
 
     def seen(self, findings: Sequence[str]) -> dict[str, Seen]:
-        """How training named each finding; see `dual_encoder.Seen`. Empty where the model does not say."""
+        """How training named each finding (`dual_encoder.Seen`); empty where it is not known."""
         if isinstance(self._model, FineTuned):
             known = {plain_name(name) for name in self._model.findings}
             return {name: "label" for name in findings if plain_name(name) in known}

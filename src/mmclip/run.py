@@ -285,8 +285,8 @@ def square_of(image: object, image_size: int, resize: ResizeMode) -> UInt8[np.nd
 
     A square of that size, as a data folder holds it, is taken as it is.
     """
-    is_square = isinstance(image, np.ndarray) and image.shape == (image_size, image_size)
-    if is_square and image.dtype == np.uint8:
+    side = (image_size, image_size)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == side:
         return image
     return resize_image(read_input(image), image_size, resize)
 

@@ -8,7 +8,7 @@
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -256,7 +256,7 @@ class DualEncoder(Protocol):
         """
         ...
 
-    def seen(self, findings: Sequence[str]) -> Mapping[str, Seen]:
+    def seen(self, findings: Sequence[str]) -> dict[str, Seen]:
         """How training named each finding; empty where that is not known."""
         ...
 

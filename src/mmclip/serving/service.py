@@ -205,7 +205,7 @@ class Service:
 
     def explain_command(self, name: str, phrase: str, score: str) -> str:
         """Of `explain`."""
-        words = ["mmclip", "explain", "--run", self.request.model, "--image", name]
+        words = ["mmclip", "explain", "--model", self.request.model, "--image", name]
         words += ["--phrase", phrase]
         if score != "contribution":
             words += ["--score", score]
@@ -213,7 +213,7 @@ class Service:
 
     def search_command(self, image: str | None, phrase: str, top: int) -> str:
         """Of `search`."""
-        words = ["mmclip", "retrieve", "--run", self.request.model]
+        words = ["mmclip", "retrieve", "--model", self.request.model]
         for folder in self.request.index:
             words += ["--data", str(folder)]
         words += ["--phrase", phrase] if image is None else ["--image", image]
