@@ -18,7 +18,7 @@ from mmclip.data.batches import SEEN_FILE
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.sample import Split
 from mmclip.data.synthetic import FINDINGS, Preset, read_masks
-from mmclip.embed import batch_size_of, embed_images, embed_texts, encode_batch, sigmoid
+from mmclip.embed import batch_size_of, embed_images, encode_batch
 from mmclip.evaluation.baselines import fit_logistic
 from mmclip.evaluation.bootstrap import (
     bootstrap_metrics,
@@ -37,6 +37,7 @@ from mmclip.finetuning.supervised import FineTuneConfig, predict, train_classifi
 from mmclip.finetuning.task import Task, open_task, own_protocol, training_ids
 from mmclip.losses import positive_pairs
 from mmclip.models.classifier import Classifier, ImageEncoder
+from mmclip.models.dual_encoder import sigmoid
 from mmclip.models.encoders import patch_grid, token_features
 from mmclip.prompts import load_prompts
 from mmclip.retrieval.ranking import rank_candidates, report_keys, select_pairs
@@ -198,7 +199,7 @@ def by_label_head(bench: Bench, run: Run, dataset: ImageTextDataset) -> Found:
     selection = Selection(bench.split, findings=tuple(names))
     images = selection.samples(dataset)
     with torch.inference_mode():
-        logits = head(run.model.scale() * embed_images(run.model, images))
+        logits = head(run.model.scale() * embed_images(run, images))
     test = make_predictions(images, names, selection.labels(images, names), sigmoid(logits))
     return aurocs(bench, "label head", test)
 
@@ -302,9 +303,9 @@ def by_reports(bench: Bench, run: Run, dataset: ImageTextDataset) -> Found:
     pairs = select_pairs(dataset, bench.split)
     keys = report_keys(run, pairs.samples)
     assert positive_pairs(keys, keys).diagonal().all()
-    images = embed_images(run.model, pairs).numpy()
+    images = embed_images(run, pairs).numpy()
     texts = [str(sample.report) for sample in pairs.samples]
-    reports = embed_texts(run.model, run.tokenizer, texts, run.config.data.max_tokens).numpy()
+    reports = run.encode_texts(texts).numpy()
     found, _ = rank_candidates(images, reports, keys, keys, (min(10, len(pairs)),))
     patients = [sample.patient_id for sample in pairs.samples]
     return {"retrieval R@10 | all": mean_of(found.hit[:, 0], patients, bench.size.n_resamples)}

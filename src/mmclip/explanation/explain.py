@@ -171,7 +171,9 @@ def explain_image(
         score=score,
         patches=patches.unflatten(0, (grid.side, grid.side)).numpy(),
         grid=grid,
-        image=pixels if size_px is None else unsquared(pixels, *size_px, data.resize),
+        image=pixels
+        if size_px is None
+        else unsquared(pixels, *size_px, encoder.config.data.resize),
         similarity=float((embedding * text).sum()),
         annotations=tuple(annotations),
     )
