@@ -67,3 +67,15 @@ def made_run(made_data: Path, small_config: Path, tmp_path_factory: pytest.TempP
     ended = mmclip(folder, "pretrain", "--data", made_data, "--out", run, "--config", small_config)
     assert ended.code == 0, ended.err
     return run
+
+
+@pytest.fixture(scope="session")
+def made_results(made_run: Path, made_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of the run for two findings, with the scores of its validation images."""
+    out = tmp_path_factory.mktemp("results") / "test"
+    ended = mmclip(
+        out.parent, "zeroshot", "--model", made_run, "--data", made_data, "--out", out,
+        "--n-resamples", "10", "--finding", "pleural effusion", "--finding", "pneumothorax",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    return out

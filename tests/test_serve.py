@@ -40,21 +40,8 @@ PLENTY = Limits(per_minute=1_000_000)
 
 
 @pytest.fixture(scope="module")
-def results(made_run: Path, made_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of the run, with the scores of its validation images."""
-    out = tmp_path_factory.mktemp("results") / "test"
-    named = [word for finding in FINDINGS for word in ("--finding", finding)]
-    ended = command(
-        out, "zeroshot", "--model", made_run, "--data", made_data, "--out", out / "r",
-        "--n-resamples", "10", *named,
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
-    return out / "r"
-
-
-@pytest.fixture(scope="module")
-def service(made_run: Path, made_data: Path, results: Path) -> Service:
-    return open_service(ServeRequest(str(made_run), (made_data,), results, "cpu"))
+def service(made_run: Path, made_data: Path, made_results: Path) -> Service:
+    return open_service(ServeRequest(str(made_run), (made_data,), made_results, "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +150,12 @@ def test_the_nearest_patients_are_those_of_the_command_without_the_patient_asked
 
 
 def test_each_finding_says_how_training_named_it_and_where_its_score_lies(
-    client: TestClient, results: Path, files: list[Path]
+    client: TestClient, made_results: Path, files: list[Path]
 ):
     asked = [*FINDINGS, "left-handedness"]
     answer = client.post("/api/classify", files=sent(files[0]), data={"finding": asked}).json()
     known, _, other = answer["findings"]
-    stored = np.load(results / "scores.npz")
+    stored = np.load(made_results / "scores.npz")
     val, labels = stored["val_scores"][:, 0], stored["val_labels"][:, 0]
     p = answer["images"][0]["probabilities"][0]
     assert answer["images"][0]["below"][0] == {
@@ -186,12 +173,12 @@ def test_each_finding_says_how_training_named_it_and_where_its_score_lies(
 
 
 def test_reference_scores_of_another_prompt_set_or_model_are_not_taken(
-    service: Service, made_run: Path, results: Path, tmp_path: Path
+    service: Service, made_run: Path, made_results: Path, tmp_path: Path
 ):
     assert set(service.references) == {"default"}
     older = next(iter(sorted((made_run / "checkpoints").iterdir())))
     with pytest.raises(ValueError, match="another run or step"):
-        open_service(ServeRequest(str(older), (), results, "cpu"))
+        open_service(ServeRequest(str(older), (), made_results, "cpu"))
     assert open_service(ServeRequest(str(made_run), (), None, "cpu")).references == {}
 
 

@@ -90,7 +90,7 @@ async function select(image) {
   state.current = image;
   viewer.show(image);
   for (const id of ["zoom-in", "zoom-out", "zoom-fit", "save-png", "seek-image", "opacity"]) $(id).disabled = false;
-  $("drop").querySelector(".drop-title").textContent = "Add images";
+  $("more").hidden = false;
   $("stage").setAttribute("aria-label", `Chest X-ray ${image.name}, ${image.width} by ${image.height} pixels`);
   drawStrip();
   drawFindings();
@@ -138,7 +138,12 @@ async function prepareWindow(image) {
   for (const value of pixels) if (value > most) most = value;
   const high = low + unit * most;
   const [center, width] = window ?? [(low + high) / 2, high - low];
-  const set = (id, min, max, value) => Object.assign($(id), { min, max, step: Math.max(unit, (max - min) / 1000), value });
+  // Some 500 steps, of which one is the value that the file names.
+  const set = (id, min, max, value) => {
+    const size = unit * Math.max(1, Math.round((max - min) / unit / 500));
+    const first = value - size * Math.ceil((value - min) / size);
+    Object.assign($(id), { min: first, max, step: size, value });
+  };
   set("level", Math.min(low, center), Math.max(high, center), center);
   set("width", unit, Math.max(high - low, width), width);
   image.filed = [center, width];
@@ -253,7 +258,7 @@ function drawBadge() {
   const { current: image, mapped } = state;
   if (!image) return;
   const parts = [image.name];
-  if (!viewer.canvas.hidden) parts.push(`own window, level ${Math.round($("level").value)}`);
+  if (!viewer.canvas.hidden) parts.push(`level ${Math.round($("level").value)}, window ${Math.round($("width").value)}`);
   const badge = $("badge");
   badge.replaceChildren(...(mapped ? [element("b", { text: mapped }), " · "] : []), parts.join(" · "));
   badge.hidden = false;

@@ -24,6 +24,7 @@ export class Viewer {
     this.radiograph.hidden = false;
     this.layers.hidden = false;
     this.stage.classList.add("loaded");
+    this.stage.querySelector(".drop").hidden = true;
     this.layers.style.width = `${image.width}px`;
     this.layers.style.height = `${image.height}px`;
     this.map(null);
@@ -123,7 +124,7 @@ export class Viewer {
       this.zoomBy(Math.exp(-event.deltaY / 400), ...place(event));
     }, { passive: false });
     this.stage.addEventListener("pointerdown", (event) => {
-      if (!this.size || event.target.closest(".drop")) return;
+      if (!this.size || event.target.closest("label")) return;
       this.pointers.set(event.pointerId, place(event));
       this.stage.setPointerCapture(event.pointerId);
       this.stage.classList.add("dragging");
@@ -149,7 +150,7 @@ export class Viewer {
     this.stage.addEventListener("pointerup", end);
     this.stage.addEventListener("pointercancel", end);
     this.stage.addEventListener("dblclick", (event) => {
-      if (this.size && !event.target.closest(".drop")) this.zoom > 1 ? this.fit() : this.zoomBy(3, ...place(event));
+      if (this.size && !event.target.closest("label")) this.zoom > 1 ? this.fit() : this.zoomBy(3, ...place(event));
     });
     this.stage.addEventListener("keydown", (event) => {
       if (!this.size || event.ctrlKey || event.metaKey || event.altKey) return;
