@@ -10,7 +10,7 @@ import re
 import shlex
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,9 @@ from mmclip.serving.batching import Batcher, BusyError
 from mmclip.serving.limits import Access, Limits, RateLimit, name_in
 from mmclip.serving.service import ServeRequest, Service, open_service
 from tests.commands import mmclip as command
+from tests.dual_encoders import save_clip, save_siglip
 from tests.made_files import NAME, NUMBER, dicom, encoded, huge_png, ramp
+from tests.test_cli import COMMANDS
 
 FINDINGS = ["pleural effusion", "pneumothorax"]
 HERE = "http://127.0.0.1"
@@ -587,6 +589,36 @@ def test_a_fine_tuned_model_scores_and_says_what_it_cannot(
     for path, data in (("/api/explain", {"phrase": "nodule"}), ("/api/embed/image", {})):
         refused = client.post(path, files=image, data=data)
         assert refused.status_code == 422 and "without a text encoder" in refused.json()["error"]
+
+
+@pytest.mark.parametrize("save", [save_clip, save_siglip], ids=lambda save: save.__name__)
+def test_a_model_of_others_is_served_with_its_own_numbers(
+    save: Callable[[Path], Path], made_data: Path, files: list[Path], tmp_path: Path
+):
+    path = save(tmp_path / "other")
+    served = open_service(ServeRequest(str(path), (made_data,), None, "cpu"))
+    client = TestClient(create_app(served, Access(), PLENTY), base_url=HERE)
+    about = client.get("/api/model").json()
+    assert about["has_text_encoder"] and not about["has_reference"] and about["index"]
+    answer = client.post("/api/classify", files=sent(*files[:2]), data={"finding": FINDINGS}).json()
+    expected = mmclip.load(path).classify([str(f) for f in files[:2]], FINDINGS).probabilities
+    assert [image["probabilities"] for image in answer["images"]] == expected.tolist()
+    assert [each["seen"] for each in answer["findings"]] == [None, None]
+    assert client.post("/api/search", files=sent(files[0])).status_code == 200
+    refused = client.post("/api/explain", files=sent(files[0]), data={"phrase": "nodule"})
+    assert refused.status_code == 422 and "saliency" in refused.json()["error"]
+
+
+def test_the_commands_that_are_shown_can_be_typed(client: TestClient, files: list[Path]):
+    odd = [("image", ("an image; rm -rf.png", files[0].read_bytes()))]
+    for path, data in (
+        ("classify", {"finding": ["it's 'here'"], "prompts": "sentence"}),
+        ("explain", {"phrase": "a 'nodule'", "score": "prompt_pair"}), ("search", {}),
+    ):  # fmt: skip
+        said = client.post(f"/api/{path}", files=odd, data=data).json()["command"]
+        program, name, *words = shlex.split(said)
+        assert program == "mmclip" and "an image; rm -rf.png" in words
+        COMMANDS[(name,)].make_context("mmclip", words)  # raises where it cannot be parsed
 
 
 @pytest.mark.parametrize(
