@@ -179,7 +179,7 @@ def test_reference_scores_of_another_prompt_set_or_model_are_not_taken(
 ):
     assert set(service.references) == {"default"}
     older = next(iter(sorted((made_run / "checkpoints").iterdir())))
-    with pytest.raises(ValueError, match="another run or step"):
+    with pytest.raises(ValueError, match="another model, run or step"):
         open_service(ServeRequest(str(older), (), made_results, "cpu"))
     assert open_service(ServeRequest(str(made_run), (), None, "cpu")).references == {}
 
