@@ -133,12 +133,10 @@ def main() -> None:
     parser.add_argument("table", type=Path, help="negex_annotations.tsv")
     parser.add_argument("--negspacy", type=Path, help="Python where negspacy is installed")
     parser.add_argument("--medspacy", type=Path, help="Python where medspaCy is installed")
-    parser.add_argument(
-        "--half", choices=["odd", "equal_prompts"], default="equal_prompts", help="report numbers"
-    )
+    parser.add_argument("--half", choices=["odd", "even"], default="even", help="report numbers")
     parser.add_argument("--misses", type=Path, help="file for our wrong answers; odd half only")
     args = parser.parse_args()
-    if args.misses and args.half == "equal_prompts":
+    if args.misses and args.half == "even":
         parser.error("--misses would show the half that is kept for scoring; add --half odd")
     is_odd = args.half == "odd"
     found, lost = read_sentences(args.table)

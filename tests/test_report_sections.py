@@ -161,6 +161,7 @@ ADVERSARIAL = {
     "a huge hexadecimal number": "&#x" + "f" * 5_000 + ";",
     "blank lines": "a\n \n" * 20_000,
     "marks in brackets": "(___;" + "___;" * 20_000,
+    "decimals": "1.1," * 250_000,
     "stops": ". " * 20_000 + "a",
 }
 
@@ -209,3 +210,22 @@ def test_several_reports_of_a_study_are_one_by_the_rule_for_addenda(
     raws, findings, impression, text, empty
 ):
     assert parse_reports(raws) == (Report(findings, impression, text), empty)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ("IMPRESSION: Nodule. Critical result notification documented through Primordial.",
+         "Nodule."),
+        ("IMPRESSION: Nodule. Findings were discussed with Dr. ___ at 9:12 a.m. by phone.",
+         "Nodule."),
+        ("IMPRESSION: Findings communicated primordial. Nodule.", "Nodule."),
+        ("IMPRESSION: These findings were discussed with Dr. Smith: small pneumothorax.",
+         "These findings were discussed with Dr. Smith: small pneumothorax."),
+        ("IMPRESSION: Findings are consistent with edema.", "Findings are consistent with edema."),
+        ("FINDINGS: The previously<BR>described mass. Clear<br/>lungs.",
+         "The previously described mass. Clear lungs."),
+    ],
+)  # fmt: skip
+def test_a_sentence_that_only_tells_who_was_called_is_boilerplate(raw, text):
+    assert parse_report(raw).text == text

@@ -50,6 +50,7 @@ _ACCENT = (
     r"[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u064b-\u065f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]"
 )
 _ACCENTS = re.compile(rf"({_ACCENT}{{8}}){_ACCENT}+")  # NFKC sorts a run of them in quadratic time
+_BREAK = re.compile(r"<(?:br|p|/p)\s?/?>", re.IGNORECASE)
 _SPACES = re.compile(r"[^\S\n]{2,}")
 _EMPTY_LINES = re.compile(r"\n(?: ?\n){2,}")
 _LABEL = r"(?:[-*\u2022] )?[A-Z][\w /()-]{2,40}:"
@@ -57,7 +58,11 @@ _STRUCTURED_LINE = re.compile(
     rf"^( ?{_LABEL} [^\n:]{{0,200}}[A-Za-z0-9)]) ?$(?=\n ?{_LABEL})", re.MULTILINE
 )
 _BOILERPLATE = re.compile(
-    r"this report has been anonymized\.?(?: all dates are offset[^.\n]{0,250}\.?)?"
+    r"(?:^|(?<=[.!?:] )|(?<=[.!?])) ?(?:(?:critical|urgent|abnormal|these|this|the|above) ){0,3}"
+    r"(?:result|finding|report)s? (?:notification )?(?:(?:was|were|is|are|has|have|been) ){0,2}"
+    r"(?:documented|communicated|conveyed|relayed|telephoned|called|discussed|reported to)\b"
+    r"(?:\b(?:drs?|mrs?|ms|[ap]\.m)\.|\.(?=\d)|(?<=\d):(?=\d)|[^.:\n]){0,300}+(?:\.|$)"
+    r"|this report has been anonymized\.?(?: all dates are offset[^.\n]{0,250}\.?)?"
     r"|(?:\bas the attending[^.,\n]{0,60}, )?\bI,? ?(?:[^.,\n]{0,60}, )?(?:have )?(?:personally )?"
     r"(?:reviewed|viewed|interpreted) (?:the|these|this) "
     r"(?:images?|images?|stud(?:y|ies)|radiographs?)[^.\n]{0,250}(?:agree|report|findings|interpret)[^.\n]{0,150}\.?"
@@ -73,7 +78,7 @@ def normalise(raw: str) -> str:
 
     Numbers of characters that do not exist become a space.
     """
-    text = _ACCENTS.sub(r"\1", _HUGE_ENTITY.sub(" ", raw))
+    text = _BREAK.sub("\n", _ACCENTS.sub(r"\1", _HUGE_ENTITY.sub(" ", raw)))
     text = unicodedata.normalize("NFKC", html.unescape(text)).translate(_CHARACTERS)
     text = _SPACES.sub(" ", "\n".join(text.splitlines()).replace("\t", " "))
     text = _EMPTY_LINES.sub("\n\n", text)

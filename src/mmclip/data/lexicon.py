@@ -29,6 +29,7 @@ _ALIASES = {"\n": ".", ")": "]", "\u2019": "'"}
 """Words of a text that stand for another one; forms cannot have a bracket or a line break."""
 _NO_LETTER = "\0"  # stands for a word that no phrase has
 _SENTENCE_ENDS = ".!?"
+_OPENERS = ("", ",", ";", ":", "(", "-", ".")  # before a "?" that asks of what follows
 _GAP = re.compile(r"\s*<(\d+)>\s*")
 _SET = re.compile(r"\{(\w+)\}")
 _GROUP = re.compile(r"\(([^()]*)\)")
@@ -196,8 +197,10 @@ def _words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
         words = [_ALIASES.get(word, word) for word in words]
     if "?" in text:
         for i, (_, end) in enumerate(places):
-            if words[i] == "?" and text[end : end + 1].isalpha():
-                words[i] = "\u00bf"  # of "?pneumonia"
+            behind = text[max(0, end - 3) : end - 1].strip()[-1:]
+            is_loose = behind in _OPENERS and text[end : end + 2].lstrip()[:1].isalpha()
+            if words[i] == "?" and (is_loose or text[end : end + 1].isalpha()):
+                words[i] = "\u00bf"  # of "?pneumonia" and "opacity, ? pneumonia"
     words.append(".")
     places.append((len(text), len(text)))
     return words, places
@@ -242,13 +245,14 @@ def _meaning(roles: frozenset[str]) -> Mark:
     """A mark of the roles that a phrase has in cues.toml; "stop" alone says nothing of findings."""
     said: dict[str, EntityStatus] = {}
     for status in ("negated", "uncertain"):
-        for place in ("before", "after", "either", "between", "copula"):
+        for place in ("before", "after", "either", "between", "copula", "purpose"):
             if f"{status} {place}" in roles:
                 said.setdefault(place, status)
     both = said.get("either") or said.get("between") or said.get("copula")
-    before, after = said.get("before") or both, said.get("after") or both
+    before, after = said.get("before") or said.get("purpose") or both, said.get("after") or both
     is_between = "between" in said and "after" not in said
-    return Mark(0, 0, before, after, "either" in said, is_between, "copula" in said)
+    is_purpose = "purpose" in said
+    return Mark(0, 0, before, after, "either" in said, is_between, "copula" in said, is_purpose)
 
 
 def _entity(entity: Entity, heard: Heard | None, places: Sequence[tuple[int, int]]) -> Entity:

@@ -17,9 +17,11 @@ _OR = frozenset(("or", "nor", "/"))
 _AND = frozenset(("and", "&"))
 _CLAUSE_ENDS = frozenset((*_OR, *_AND, ",", ".", ";", ":", "but", "which", "that", "with"))
 _SINGULAR, _PLURAL = frozenset(("is", "was", "has")), frozenset(("are", "were", "have", ":"))
+_DENIALS = frozenset(("no", "not", "without", "nor"))
 _LISTING = frozenset(("differential", "include", "includes", "including", "either"))
 _CONJUNCTION_WORDS = 8  # [chosen: "and a small left-sided layering ..." fits]
 _LIST_WORDS = 60  # [chosen: longer than any list of a report; keeps the time linear]
+_ALTERNATIVE_WORDS = 5  # [chosen: "or mild chronic basilar scarring" fits]
 _VERB_WORDS = 7  # [chosen: "opacity in the left lower lobe base is ..." fits]
 
 
@@ -40,6 +42,7 @@ class Mark(NamedTuple):
             only where it has one.
         is_copula: `after` holds only where no finding follows the mark directly, else `before`.
         is_between: `after` holds for one finding, and those that "or" joins to it.
+        is_purpose: What it joins to a denied finding is denied, too ("no opacity to suggest").
     """
 
     start: int
@@ -49,6 +52,7 @@ class Mark(NamedTuple):
     is_either: bool = False
     is_between: bool = False
     is_copula: bool = False
+    is_purpose: bool = False
     reach: int = 0
 
 
@@ -66,11 +70,13 @@ class ListWords:
     Attributes:
         size: Adjectives with which a statement of its own begins ("mild", "stable").
         verb: Verbs that a finding may have for itself.
+        residue: Names of what is left of an old disease.
         seen: Participles that a list shares ("no effusion or pneumothorax is seen").
     """
 
     size: frozenset[str]
     verb: frozenset[str]
+    residue: frozenset[str]
     seen: frozenset[str]
 
 
@@ -99,6 +105,7 @@ def statuses(
         return []
     marks = [_directed(mark, i, marks, findings, words) for i, mark in enumerate(marks)]
     marks = _with_ends_of_lists(words, findings, marks, lists)
+    marks = _with_denied_purposes(words, findings, marks)
     starts, ends = [m.start for m in marks], [m.end for m in marks]
     said = []
     for finding in findings:
@@ -108,7 +115,67 @@ def statuses(
             said.append(Heard(min(str(m.before) for m in own), own[0]))  # pyright: ignore
             continue
         said.append(_heard(finding, marks, starts, ends))
-    return said
+    return _with_alternatives(words, findings, said, lists)
+
+
+def _with_denied_purposes(
+    words: Sequence[str], findings: Sequence[Span], marks: Sequence[Mark]
+) -> list[Mark]:
+    """The marks, and those of a purpose as denials where they follow what is denied.
+
+    In "no opacity to suggest pneumonia" the purpose is of one finding, or of a list with "or".
+    """
+    out: list[Mark] = []
+    for mark in marks:
+        prior = out[-1] if out else None
+        if mark.is_purpose and prior is not None and prior.before == "negated":
+            between = words[prior.end : mark.start]
+            ends = {",", *_AND} if _OR.isdisjoint(between) else set()
+            at = bisect_left(findings, prior.end, key=attrgetter("start"))
+            has_finding = at < len(findings) and findings[at].end <= mark.start
+            if ends.isdisjoint(between) and (has_finding or len(between) <= _VERB_WORDS):
+                mark = mark._replace(before="negated")
+        out.append(mark)
+    return out
+
+
+def _with_alternatives(
+    words: Sequence[str], findings: Sequence[Span], said: Sequence[Heard], lists: ListWords
+) -> list[Heard]:
+    """What is said of the findings, with "A or B" in doubt where nothing else is said of them.
+
+    Of "A, B, or C" all three are; of "A, B or C" the last two, as A may be what they explain.
+    "Atelectasis or scarring" is a set phrase for one harmless band, and states both.
+    """
+    out = list(said)
+    for i in range(1, len(findings)):
+        left, right = findings[i - 1], findings[i]
+        joint = words[left.end : right.start]
+        at = next((k for k, word in enumerate(joint) if word == "or"), None)
+        if at is None or len(joint) - at > _ALTERNATIVE_WORDS:
+            continue
+        if joint[:at] not in ([], [","], ["and", "/"], ["/"]) or not _CLAUSE_ENDS.isdisjoint(
+            joint[at + 1 :]
+        ):
+            continue
+        first = i - 1
+        while joint[:at] == [","] and first and words[findings[first - 1].end] == ",":
+            first -= 1
+            if findings[first + 1].start - findings[first].end > _ALTERNATIVE_WORDS:
+                break
+        some = range(first, i + 1)
+        if any(said[k].status != "present" for k in some):
+            continue
+        if not lists.residue.isdisjoint(words[left.start : right.end]):
+            continue
+        lead = list(words[max(0, left.start - _CONJUNCTION_WORDS) : left.start])
+        lead = lead[len(lead) - lead[::-1].index(".") :] if "." in lead else lead
+        if not _DENIALS.isdisjoint(lead):
+            continue  # "no change in effusion or edema" has both
+        word = left.end + at
+        for k in some:
+            out[k] = Heard("uncertain", Mark(word, word + 1, "uncertain", "uncertain"))
+    return out
 
 
 def _heard(
@@ -177,8 +244,8 @@ def _with_ends_of_lists(
     """The marks, and a bare one wherever a list that is denied or doubted ends.
 
     It ends at "and a/an"; at a finding with its own verb ("no effusion, the heart is enlarged");
-    and at a comma before a size ("no effusion, mild cardiomegaly") unless an "or" goes on with the
-    list. A doubt goes on over "and a" without a size: "includes pneumonia and a neoplasm".
+    and at a comma or "and" before a size ("no effusion, mild cardiomegaly") unless an "or" goes on
+    with the list. A doubt goes on over "and a" without a size: "includes pneumonia and a neoplasm".
     """
     out = list(marks)
     previous = 0
@@ -215,9 +282,9 @@ def _begins_anew(
     lead = words[at + 1 : max(finding.start, min(at + 5, finding.end))]
     has_article = bool(lead) and lead[0] in ("a", "an")
     is_sized = any(word in lists.size or word[0].isdigit() for word in lead)
-    if words[at] in _AND:
-        return has_article and (is_denied or is_sized)
-    if not is_sized:
+    if words[at] in _AND and has_article:
+        return is_denied or is_sized
+    if not is_sized or (words[at] in _AND and not is_denied):
         return False
     following = bisect_left(marks, finding.end, key=attrgetter("start"))
     clause_end = marks[following].start + 1 if following < len(marks) else len(words)  # or a "nor"

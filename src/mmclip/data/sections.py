@@ -57,16 +57,17 @@ _HEADER = re.compile(
 )
 
 _DONE_WORD = (
-    r"(?:chest|cxr|thorax|two|one|single|three|four|views?|pa|ap|lateral|lat|frontal|portable"
+    r"(?:a\.?m|p\.?m|chest|cxr|thorax|two|one|single|three|four|views?|pa|ap|lateral|lat|frontal|portable"
     r"|upright|supine|erect|semi|semi-?(?:upright|erect|supine)|and|of|the|with|for|an?"
     r"|radiographs?|radiographic|radiography|radiology|x-?rays?|x|rays?|images?|images?|imaging"
     r"|exam(?:ination)?|study|studies|projections?|bedside|digital|postero-?anterior"
     r"|antero-?posterior|decubitus|right|left|bilateral|ribs?|expiratory|inspiratory|lordotic"
-    r"|oblique|at|on|dated?|from|hours?|hrs?|a\.?m|p\.?m|today|series|line|placement"
+    r"|oblique|at|on|dated?|from|hours?|hrs?|today|series|line|placement"
     r"|_{2,40}|\d{1,4}(?:[:/.-]\d{1,4}){0,3})"
 )
-_EXAM = re.compile(
-    rf"(?<![\w-]){_DONE_WORD}(?:[ ,/&()+.-]{{1,3}}{_DONE_WORD}){{0,14}}[ ).,]{{0,2}}:",
+_EXAM = re.compile(  # atomic: "1.1,1.1," could be parted in many ways
+    rf"(?<![\w-])(?>{_DONE_WORD}(?!\w)(?:[ ,/&()+.-]{{1,3}}{_DONE_WORD}(?!\w)){{0,14}})"
+    r"[ ).,]{0,2}:",
     re.IGNORECASE,
 )
 _EXAM_NAME = re.compile(
