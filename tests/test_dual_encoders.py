@@ -1,20 +1,36 @@
 """Models of others by our protocols: equal to transformers by hand, and told apart where they
 cannot be."""
 
+import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 import mmclip
+from mmclip.checkpoint import CheckpointError
+from mmclip.data.folder import ManifestError
 from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.sources import open_reader
+from mmclip.data.inputs import read_rgb
+from mmclip.data.leakage.trained_on import trained_on
 from mmclip.data.manifest import read_manifest
+from mmclip.data.sample import Sample
+from mmclip.evaluation.comparison import compare
 from mmclip.evaluation.protocols import load_protocol
 from mmclip.evaluation.results import read_results
 from mmclip.evaluation.scores import load_scores
+from mmclip.models.layout import EncoderError
 from mmclip.prompts import load_prompts
+from mmclip.retrieval.retrieve import search
 from tests.commands import mmclip as run_mmclip
 from tests.dual_encoders import SAVE, ByHand
 from tests.made_layouts import of_chexpert
@@ -89,3 +105,345 @@ def test_zeroshot_by_a_protocol_is_a_loop_of_transformers_finding_by_finding(
     assert results.leak_check.startswith("not made: what ")
     assert results.facts["trained on"] == "unknown" and results.facts["images read"] == "files"
     assert "Pil" in str(results.facts["image processor"])
+
+
+def test_four_models_of_four_makes_stand_in_one_table_and_are_scored_once(
+    models: dict[str, Path], chexpert: Path, made_run: Path, tmp_path: Path
+):
+    given = [
+        "compare-models", made_run, *models.values(), "--data", chexpert, "--protocol",
+        "chexpert-5", "--out", tmp_path / "out", "--n-resamples", "20", "--cpu",
+    ]  # fmt: skip
+    first = run_mmclip(tmp_path, *given, "--save", tmp_path / "table.md")
+    assert first.code == 0, first.err
+    found = json.loads(first.out)
+    assert [run["name"] for run in found["runs"]] == ["first", *models]
+    folders = [tmp_path / "out" / name for name in ("first", *models)]
+    for folder, run in zip(folders, found["runs"], strict=True):
+        results = read_results(folder)
+        assert run["macro_auroc"] == results.macro_auroc is not None
+    paired = compare(folders, n_resamples=20)
+    for run, one in zip(found["runs"][1:], paired[1:], strict=True):
+        assert one.macro is not None and run["difference"]["interval"] is not None
+        assert run["difference"]["value"] == one.macro.value
+    (of_siglip,) = (run for run in found["runs"] if run["name"] == "siglip")
+    assert any("zero-shot rule sigmoid" in said for said in of_siglip["differs"])
+    assert not any("rule" in said for said in found["runs"][1]["differs"])
+    table = (tmp_path / "table.md").read_text("utf-8")
+    assert all(f"| {name} |" in table for name in ("first", *models))
+    # Again: nothing is scored; one more model: it alone is.
+    stamps = [(folder / "results.json").stat().st_mtime_ns for folder in folders]
+    (tmp_path / "own.py").write_text(OWN, "utf-8")
+    again = run_mmclip(tmp_path, *given[:2], "own:Pair", *given[2:])
+    assert again.code == 0, again.err
+    assert again.err.count("is done:") == 4 and again.err.count("is scored:") == 1
+    assert stamps == [(folder / "results.json").stat().st_mtime_ns for folder in folders]
+    assert [run["name"] for run in json.loads(again.out)["runs"]][1] == "own-Pair"
+    # Other prompts are other results.
+    other = run_mmclip(tmp_path, *given, "--prompts", "pair")
+    assert "holds results of another model, data, protocol or prompts" in other.error()
+
+
+OWN = '''
+import numpy as np
+
+class Pair:
+    """Grey levels of an image, letters of a text."""
+
+    def encode_images(self, images):
+        return np.stack([np.asarray(i.convert("L").resize((5, 1)), float)[0] + 1 for i in images])
+
+    def encode_texts(self, texts):
+        return [[1.0 + text.count(letter) for letter in "aeiou"] for text in texts]
+
+
+class OtherWidth(Pair):
+    def encode_texts(self, texts):
+        return np.ones((len(texts), 6))
+
+
+class OneRow(Pair):
+    def encode_images(self, images):
+        return np.ones(5)
+
+
+class Zero(Pair):
+    def encode_texts(self, texts):
+        return np.zeros((len(texts), 5))
+
+
+class Words(Pair):
+    def encode_texts(self, texts):
+        return texts
+
+
+class Broken(Pair):
+    def encode_images(self, images):
+        raise KeyError("no weights")
+
+
+def nothing():
+    return None
+
+
+def failing():
+    raise RuntimeError("no GPU here")
+
+
+NUMBER = 3
+'''
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere:Pair", "cannot import 'nowhere' of 'nowhere:Pair' (ModuleNotFoundError"),
+        ("broken:Pair", "cannot import 'broken' of 'broken:Pair' (SyntaxError"),
+        ("own:Missing", "module 'own' has no function 'Missing'; it has"),
+        ("own:NUMBER", "module 'own' has no function 'NUMBER'"),
+        ("own:nothing", "own:nothing returned a NoneType without encode_images"),
+        ("own:failing", "own:failing() failed with RuntimeError: no GPU here"),
+        ("own:Broken", "encode_images of own:Broken failed with KeyError"),
+        ("own:OtherWidth", "gives images of 5 numbers and texts of 6, which do not compare"),
+        ("own:OneRow", "returned shape [5] for 1 images; return one row for each"),
+        ("own:Zero", "returned a row that is 0 or not finite"),
+        ("own:Words", "encode_texts of own:Words returned a list"),
+    ],
+)
+def test_an_own_model_that_is_none_is_told_in_a_line(source: str, message: str, tmp_path: Path):
+    (tmp_path / "own.py").write_text(OWN, "utf-8")
+    (tmp_path / "broken.py").write_text("def Pair(:\n", "utf-8")
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "a.png")
+    said = run_mmclip(
+        tmp_path, "predict", "--model", source, tmp_path / "a.png", "--finding", "edema", "--out",
+        tmp_path / "out.csv",
+    )  # fmt: skip
+    assert message in said.error()
+
+
+def test_an_own_model_scores_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "own_one.py").write_text(OWN, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    model = mmclip.load("own_one:Pair")
+    image = np.tile(np.linspace(0, 255, 50).astype(np.uint8), (9, 1))
+    ours = model.encode_images(image)
+    expected = np.asarray(Image.fromarray(image).resize((5, 1)), float)[0] + 1
+    np.testing.assert_allclose(ours[0], expected / np.linalg.norm(expected), atol=1e-6)
+    assert model.logit_scale == 1.0 and model.zeroshot_rule == "prompt_pair"
+    texts = load_prompts("pair").texts("edema")
+    p, n = (model.encode_texts(side).mean(0) for side in texts)
+    logits = ours @ np.stack([p / np.linalg.norm(p), n / np.linalg.norm(n)]).T
+    found = model.classify(image, ["edema"], "pair").probabilities[0, 0]
+    assert found == pytest.approx(float(np.exp(logits[0, 0]) / np.exp(logits[0]).sum()), abs=1e-6)
+    alike = mmclip.load("own_one:Pair", rule="similarity").classify(image, ["edema"], "pair")
+    assert alike.probabilities[0, 0] == pytest.approx(float(logits[0, 0]), abs=1e-6)
+
+
+def of_bert(folder: Path) -> None:
+    save_dual_encoder(folder)
+    BertModel(BertConfig(**SMALL, vocab_size=99)).save_pretrained(folder)
+
+
+def of_vit(folder: Path) -> None:
+    save_dual_encoder(folder)
+    ViTModel(ViTConfig(**VISION)).save_pretrained(folder)
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        save_clip(folder)
+        for name in names:
+            (folder / name).unlink()
+
+    return make
+
+
+def of_half_weights(folder: Path) -> None:
+    save_clip(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "text" not in k}, folder / "model.safetensors",
+        {"format": "pt"},
+    )  # fmt: skip
+
+
+def of_other_size(folder: Path) -> None:
+    save_clip(folder, size=40, crop=40)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (of_bert, "a 'bert' model, a text encoder without an image encoder; give a CLIPModel"),
+        (of_vit, "a 'vit' model, an image encoder without a text encoder; give a CLIPModel"),
+        (without("tokenizer.json", "tokenizer_config.json"), "holds no tokenizer that can be read"),
+        (without("processor_config.json"), "holds no image processor that can be read"),
+        (without("model.safetensors"), "cannot load the weights of"),
+        (of_half_weights, "of the parameters of CLIPModel"),
+        (of_other_size, "cannot read an image or a text as its own image processor"),
+    ],
+    ids=["text alone", "image alone", "no tokenizer", "no processor", "no weights", "half", "size"],
+)
+def test_a_folder_that_is_no_whole_dual_encoder_is_told_in_a_line(
+    make: Callable[[Path], None], message: str, tmp_path: Path
+):
+    make(tmp_path / "model")
+    with pytest.raises(EncoderError, match=re.escape(message)) as caught:
+        mmclip.load(tmp_path / "model", device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedRepoError, "it is gated: accept the terms at https://huggingface.co/a/gated"),
+        (RepositoryNotFoundError, "not found: there is no such folder, and no such model"),
+        (OSError, "not found, no network: it is no folder here"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_told_with_the_next_step(
+    error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise error.__new__(error, "refused")
+
+    monkeypatch.setattr("mmclip.hub.get_hf_file_metadata", refuse)
+    with pytest.raises(EncoderError, match=re.escape(message)) as caught:
+        mmclip.load("a/gated")
+    assert ("HF_TOKEN" in str(caught.value)) == (error is not OSError)
+
+
+def test_a_mistyped_path_of_a_run_is_no_id_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(CheckpointError, match="runs/frist holds no finished checkpoint"):
+        mmclip.load("runs/frist")
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        ("mimic-cxr", None),
+        ("mimic-cxr,CheXpert", "chexpert (chexpert)"),
+        ("chexpert_plus", "chexpert (chexpert-plus)"),
+        ("chexpert:train", None),
+        ("chexpert:test", "chexpert (chexpert:test)"),
+    ],
+)
+def test_training_that_is_named_is_recorded_and_spoils_its_images(
+    names: str, refused: str | None, models: dict[str, Path], chexpert: Path
+):
+    request = ModelRequest(str(models["clip"]), trained_on=(names,))
+    encoder = open_dual_encoder(request)
+    dataset = encoder.open_data([chexpert])
+    if refused is None:
+        said = encoder.check_unseen(dataset, "test")
+        assert "by name alone" in said and encoder.facts()["trained on"] == names.lower()
+    else:
+        with pytest.raises(ManifestError, match=re.escape(refused)):
+            encoder.check_unseen(dataset, "test")
+        assert "split train" in encoder.check_unseen(dataset, "train")
+
+
+def test_images_of_one_data_set_in_another_are_known(caplog: pytest.LogCaptureFixture):
+    rsna = [Sample(image_id="a", study_id="a", patient_id="a", source="rsna")]
+    with pytest.raises(ManifestError, match=re.escape("rsna (chestxray14:train)")):
+        trained_on(["chestxray14:train"]).check_unseen("m", rsna, "test")
+    assert not caplog.text
+    trained_on(["our-hospital"])
+    assert "our-hospital is no data set that is known here" in caplog.text
+    with pytest.raises(ValueError, match="names split 'dev', which is none of"):
+        trained_on(["chexpert:dev"])
+
+
+def test_copies_of_a_data_folder_stand_in_for_files_that_moved(
+    models: dict[str, Path], chexpert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    data = shutil.copytree(chexpert, tmp_path / "data")
+    meta = json.loads((data / "meta.json").read_text("utf-8"))
+    (data / "meta.json").write_text(json.dumps({**meta, "root": str(tmp_path / "gone")}))
+    encoder = open_dual_encoder(ModelRequest(str(models["siglip"])))
+    dataset = encoder.open_data([data])
+    assert "reads the copies in" in caplog.text and "enlarged" not in caplog.text
+    row = next(i for i, sample in enumerate(dataset.samples) if sample.image)
+    pixels = dataset.pixels(np.array([row]))[0].numpy()
+    np.testing.assert_array_equal(dataset.image(row), pixels)
+    again = encoder.open_data([data], [chexpert.parent / "raw"])
+    assert isinstance(again.image(row), Path)
+    raw = shutil.copytree(chexpert.parent / "raw", tmp_path / "raw")
+    changed = encoder.open_data([data], [raw])
+    (raw / str(changed.samples[row].image)).write_bytes(b"other")
+    with pytest.raises(ManifestError, match="was changed since the data folder was built"):
+        changed.image(row)
+
+
+def test_a_deep_image_is_scaled_and_a_colour_image_keeps_its_colours(tmp_path: Path):
+    deep = np.linspace(0, 4000, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    found = np.asarray(read_rgb(tmp_path / "deep.png"))
+    assert found.shape == (8, 8, 3) and found.min() == 0 and found.max() == 255
+    colour = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    np.testing.assert_array_equal(read_rgb(tmp_path / "colour.png"), colour)
+    np.testing.assert_array_equal(read_rgb(colour), colour)
+
+
+def test_siglip_2_that_keeps_the_aspect_is_read_by_its_own_processor(
+    chexpert: Path, tmp_path: Path
+):
+    hand = ByHand(save_siglip2(tmp_path / "model"))
+    files = sorted((chexpert.parent / "raw").rglob("*.jpg"))[:3]
+    model = mmclip.load(tmp_path / "model", device="cpu")
+    expected = torch.stack([hand.embed_image(file) for file in files]).numpy()
+    np.testing.assert_allclose(model.encode_images(files), expected, atol=1e-6)
+    assert model.zeroshot_rule == "sigmoid"
+
+
+def test_scores_of_predict_are_those_of_zeroshot(
+    models: dict[str, Path], chexpert: Path, tmp_path: Path
+):
+    given = ("--model", models["siglip"], "--cpu")
+    ended = run_mmclip(
+        tmp_path, "zeroshot", *given, "--data", chexpert, "--finding", "edema", "--out",
+        tmp_path / "out", "--n-resamples", "5",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    scores = load_scores(tmp_path / "out" / "scores.npz")
+    image_of = {sample.image_id: str(sample.image) for sample in read_manifest(chexpert)}
+    raw = chexpert.parent / "raw"
+    files = [raw / image_of[str(image_id)] for image_id in scores.image_id]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG no more")
+    ended = run_mmclip(
+        tmp_path, "predict", *given, *files, broken, "--finding", "edema", "--thresholds",
+        tmp_path / "out", "--out", tmp_path / "p.csv",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    lines = (tmp_path / "p.csv").read_text("utf-8").splitlines()[1:]
+    np.testing.assert_array_equal(
+        [float(line.split(",")[1]) for line in lines], scores.scores[:, 0]
+    )
+    assert "broken.png" in (tmp_path / "p.skipped.csv").read_text("utf-8")
+    other = run_mmclip(
+        tmp_path, "predict", *given, files[0], "--finding", "edema", "--rule", "similarity",
+        "--thresholds", tmp_path / "out", "--out", tmp_path / "q.csv",
+    )  # fmt: skip
+    assert "they are of another model, run or step" in other.error()
+
+
+def test_retrieval_by_a_model_of_others_is_cosines_by_hand(
+    models: dict[str, Path], made_data: Path, made_raw: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    encoder = open_dual_encoder(ModelRequest(str(models["clip"])))
+    found = search(encoder, [made_data], phrase="pleural effusion", top=3)
+    hand = ByHand(models["clip"])
+    text = hand.embed_text("pleural effusion")
+    for one in found.found:
+        file = made_raw / str(found.dataset.samples[one.row].image)
+        assert one.similarity == pytest.approx(float(hand.embed_image(file) @ text), abs=1e-6)
+    assert list((tmp_path / "cache" / "mmclip" / "embeddings").glob("*/images-*.npy"))
+    assert not list(models["clip"].glob("*.npy"))

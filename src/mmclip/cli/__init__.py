@@ -52,21 +52,22 @@ app.add_typer(data.app, name="data")
 MAP = """\
 Pre-train on chest X-rays and reports; classify zero-shot. The commands, in order of use:
 
-  mmclip doctor       what is installed, and what of a folder is sound
-  mmclip demo         all of it on synthetic images, in a few minutes
-  mmclip data build   a data set as downloaded -> a data folder
-  mmclip data labels  label images by what their reports say
-  mmclip data split   set a named split of a data folder
-  mmclip data check   what splits and data sets share
-  mmclip pretrain     data folders -> a run
-  mmclip zeroshot     a run, scored by text prompts
-  mmclip predict      images without labels, scored by a run or a fine-tuned result
-  mmclip finetune     a run, fine-tuned on few labels
-  mmclip results      results side by side
-  mmclip retrieve     the nearest patients for an image or a phrase
-  mmclip explain      where an image answers to a phrase
-  mmclip serve        scores, maps and search on a local web page
-  mmclip export       a run for transformers, the hub or onnxruntime
+  mmclip doctor          what is installed, and what of a folder is sound
+  mmclip demo            all of it on synthetic images, in a few minutes
+  mmclip data build      a data set as downloaded -> a data folder
+  mmclip data labels     label images by what their reports say
+  mmclip data split      set a named split of a data folder
+  mmclip data check      what splits and data sets share
+  mmclip pretrain        data folders -> a run
+  mmclip zeroshot        a run or a public model, scored by text prompts
+  mmclip predict         images without labels, scored by any model
+  mmclip finetune        a run, fine-tuned on few labels
+  mmclip results         results side by side
+  mmclip compare-models  models of any make, scored and set side by side
+  mmclip retrieve        the nearest patients for an image or a phrase
+  mmclip explain         where an image answers to a phrase
+  mmclip serve           scores, maps and search on a local web page
+  mmclip export          a run for transformers, the hub or onnxruntime
 
 mmclip COMMAND --help says more of each."""
 

@@ -1,8 +1,12 @@
-"""`mmclip zeroshot`: what scores a model by prompts."""
+"""`mmclip zeroshot` and `mmclip compare-models`: what scores models by prompts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from mmclip.cli.plain import PlainCommand
+from mmclip.cli.plain import IN_OUT, SELECTION, PlainCommand
 from mmclip.cli.shared import (
     CpuOption,
     FindingOption,
@@ -25,9 +29,11 @@ from mmclip.cli.shared import (
     device_of,
     model_request,
     print_results,
+    resume_hint,
     split_name,
 )
 from mmclip.files import locked
+from mmclip.progress import console
 
 app = typer.Typer()
 
@@ -87,3 +93,113 @@ def zeroshot(
     )
     with locked(out):
         print_results(evaluate(request), out)
+
+
+@app.command(name="compare-models", cls=PlainCommand)
+def compare_models(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Models as --model of zeroshot takes them; the first is the base.", metavar="MODEL"
+        ),
+    ],
+    data: FolderOption,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            rich_help_panel=IN_OUT,
+            help="Folder that gets the results of each model.",
+            metavar="PATH",
+        ),
+    ],
+    root: RootOption = None,
+    protocol: ProtocolOption = None,
+    split: SplitOption = "test",
+    source: SourceOption = None,
+    finding: FindingOption = None,
+    prompts: PromptsOption = None,
+    rule: RuleOption = None,
+    trained_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trained-on",
+            rich_help_panel=SELECTION,
+            help="Data sets that one of the models was trained on; may be repeated.",
+            metavar="MODEL=NAMES",
+        ),
+    ] = None,
+    n_resamples: ResamplesOption = 1000,
+    seed: SeedOption = 0,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            "--save", rich_help_panel=IN_OUT, help="Write the table as Markdown.", metavar="PATH"
+        ),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    cpu: CpuOption = False,
+) -> None:
+    """Scores models by prompts, each once, and compares them pair by pair on the same images.
+
+    Each model reads images as it was trained and scores by its own rule; the table says where rules
+    differ. Models whose results are there are skipped, so the same command goes on.
+
+    Example: `mmclip compare-models runs/a openai/clip-vit-base-patch32 mymodels:biomedclip
+    --data data/chexpert --protocol chexpert-5 --out peers`
+    """
+    from mmclip.cli.results import show_side_by_side
+    from mmclip.evaluation.compare_models import folder_names, score_models
+    from mmclip.evaluation.zeroshot import ZeroshotRequest
+
+    if protocol is not None and (source or finding):
+        raise ValueError(
+            "--protocol names sources and findings itself; leave --source and --finding out"
+        )
+    of_split, known = split_name(split), _trained_on(models, trained_on or ())
+    folder_names(models)
+    for model in models:
+        check_inputs(model)
+    check_inputs(data=data, protocol=protocol, prompts=prompts or ())
+    asked = [model_request(model, rule, known.get(model)) for model in models]
+    request = ZeroshotRequest(
+        model=asked[0],
+        folders=tuple(data),
+        out=out,
+        command=command_line(),
+        protocol=protocol,
+        split=of_split,
+        sources=tuple(source or ()),
+        findings=tuple(finding or ()),
+        prompt_sets=tuple(prompts or ()),
+        n_resamples=n_resamples,
+        seed=seed,
+        roots=tuple(root) if root else None,
+        device=device_of(cpu),
+    )
+    folders = []
+    with resume_hint(), locked(out):
+        for scored in score_models(asked, request, overwrite):
+            folders.append(scored.folder)
+            what = "is done" if scored.was_done else "is scored"
+            said = f"{scored.source} {what}: {scored.folder / 'page.html'}"
+            console.print(said, markup=False, soft_wrap=True)
+    show_side_by_side(folders, n_resamples, seed, False, save)
+
+
+def _trained_on(models: list[str], given: Sequence[str]) -> dict[str, list[str]]:
+    """What each model was trained on, of MODEL=NAMES.
+
+    Raises:
+        ValueError: When a text is none, or names another model.
+    """
+    found: dict[str, list[str]] = {}
+    for text in given:
+        model, is_given, names = text.rpartition("=")
+        if not is_given or model not in models:
+            raise ValueError(
+                f"--trained-on {text!r} is no MODEL=NAMES with a model that is compared, such as "
+                f"{models[0]}=mimic-cxr"
+            )
+        found.setdefault(model, []).append(names)
+    return found

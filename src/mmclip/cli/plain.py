@@ -15,8 +15,8 @@ OTHER = "Other options"
 
 ORDER = (
     "doctor", "demo", "data", "build", "labels", "split", "check",
-    "pretrain", "zeroshot", "predict", "finetune", "results", "retrieve", "explain",
-    "serve", "export",
+    "pretrain", "zeroshot", "predict", "finetune", "results", "compare-models",
+    "retrieve", "explain", "serve", "export",
 )  # fmt: skip
 """The commands in order of use, those of `mmclip data` in their place."""
 

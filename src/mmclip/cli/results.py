@@ -106,7 +106,7 @@ def results(
 
     Example: `mmclip results runs/a-0/test runs/a-1/test runs/b-0/test runs/b-1/test --over-seeds`
     """
-    from mmclip.evaluation.comparison import compute_metrics_of_csv, published
+    from mmclip.evaluation.comparison import compute_metrics_of_csv
 
     tables = _tables(given, data, protocol, out, over_seeds)
     check_inputs(data=data or (), protocol=protocol)
@@ -122,6 +122,15 @@ def results(
                 n_resamples=n_resamples, seed=seed, command=command_line(),
             )  # fmt: skip
         console.print(f"{path}: {out / path.stem / 'page.html'}", markup=False, soft_wrap=True)
+    show_side_by_side(folders, n_resamples, seed, over_seeds, save)
+
+
+def show_side_by_side(
+    folders: list[Path], n_resamples: int, seed: int, over_seeds: bool, save: Path | None
+) -> None:
+    """Prints results side by side, on stderr for people and on stdout as a line of JSON."""
+    from mmclip.evaluation.comparison import published
+
     table = _table(folders, over_seeds, n_resamples, seed)
     first, parts, drawn, said = table.first, table.parts, table.drawn, table.said
     known = [] if first.protocol is None else published(first.protocol.id)

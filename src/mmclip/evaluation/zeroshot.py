@@ -30,9 +30,11 @@ from mmclip.evaluation.results import (
     Evaluation,
     OtherPromptSet,
     Provenance,
+    ResultsError,
     RunResults,
     ScoredImages,
     provenance,
+    read_results,
     run_results,
 )
 from mmclip.evaluation.scores import (
@@ -353,44 +355,109 @@ def write_zeroshot(
     )
 
 
-def evaluate(request: ZeroshotRequest) -> RunResults:
-    """What `mmclip zeroshot` does: load, score, write results, plots and page."""
-    began = time.monotonic()
+@dataclass(frozen=True)
+class ZeroshotTask:
+    """A request with all that it names opened: what is scored, by what, under which rules."""
+
+    request: ZeroshotRequest
+    encoder: DualEncoder
+    prompts: PromptSet
+    other_prompts: tuple[PromptSet, ...]
+    dataset: ImageTextDataset
+    selection: Selection
+    split: str  # of the data folders, by name and hash
+    leak_check: str
+
+    def facts(self) -> dict[str, str | int | float]:
+        """What results say of model and images."""
+        selected = self.selection.samples(self.dataset)
+        return {
+            "images of unknown view": unknown_views(selected),
+            "images read": images_said(selected),
+            **self.encoder.facts(),
+        }
+
+    def is_done(self) -> bool:
+        """Whether the folder of the request holds these very results.
+
+        Equal are model, rule, data, images, split, protocol, findings, prompts, intervals, and what
+        is said of the model.
+        """
+        try:
+            found = read_results(self.request.out)
+        except ResultsError:
+            return False
+        selected, made, rules = (
+            self.selection.samples(self.dataset), found.provenance, self.selection.protocol,
+        )  # fmt: skip
+        weights, names = self.encoder.weights, self.selection.names(selected)
+        scored = sorted(row.finding for row in (*found.findings, *found.undefined))
+        return (
+            (made.recipe_hash, made.train_seed) == (weights.recipe_hash, weights.train_seed)
+            and made.zeroshot_rule == self.encoder.scoring.rule
+            and (made.data_hash, made.split) == (self.dataset.data_hash, self.split)
+            and made.images_hash == images_hash(selected.samples)
+            and (found.protocol and found.protocol.hash) == (rules and rules.hash)
+            and scored == sorted(names)
+            and made.prompt_hash == self.prompts.hash
+            and [o.prompt_hash for o in found.other_prompt_sets]
+            == [prompts.hash for prompts in self.other_prompts]
+            and (found.n_resamples, made.seed) == (self.request.n_resamples, self.request.seed)
+            and found.facts == self.facts()
+        )
+
+
+def open_task(request: ZeroshotRequest) -> ZeroshotTask:
+    """Opens what a request names, and looks whether the model was trained on the images.
+
+    Raises:
+        ValueError: When something named is not there, or does not fit the rest.
+        ManifestError: When there is nothing to score, or it was trained on.
+    """
     rules = None if request.protocol is None else load_protocol(request.protocol)
-    named = split_of(request.folders, rules)
-    encoder = open_dual_encoder(request.model, request.device)
-    asked = request.prompt_sets or (DEFAULT_PROMPT_SETS if rules is None else rules.prompt_sets)
-    prompts, *others = [load_prompts(name) for name in asked]
-    dataset = encoder.open_data(request.folders, request.roots)
+    split = split_of(request.folders, rules)
+    named = request.prompt_sets or (DEFAULT_PROMPT_SETS if rules is None else rules.prompt_sets)
+    prompts, *others = map(load_prompts, named)
     selection = Selection(request.split, request.sources, request.findings, rules)
+    encoder = open_dual_encoder(request.model, request.device)
+    dataset = encoder.open_data(request.folders, request.roots)
     leak_check = encoder.check_unseen(selection.samples(dataset), request.split)
+    return ZeroshotTask(
+        request, encoder, prompts, tuple(others), dataset, selection, split, leak_check
+    )
+
+
+def evaluate(request: ZeroshotRequest) -> RunResults:
+    """What `mmclip zeroshot` does: open, score, write results, plots and page."""
+    return score_task(open_task(request))
+
+
+def score_task(task: ZeroshotTask) -> RunResults:
+    """Scores what is opened, and writes results, plots and page."""
+    began, request = time.monotonic(), task.request
     result = zeroshot(
-        encoder,
-        dataset,
-        prompts,
-        selection,
-        other_prompt_sets=others,
+        task.encoder,
+        task.dataset,
+        task.prompts,
+        task.selection,
+        other_prompt_sets=task.other_prompts,
         n_resamples=request.n_resamples,
         seed=request.seed,
     )
-    wall_s = time.monotonic() - began
-    n, where = len(result.dataset), selection.said()
+    n, where, rules = len(result.dataset), task.selection.said(), task.selection.protocol
     about = About(
         title=f"Scored by prompts: {where if rules is None else rules.title}",
         kind="zeroshot",
-        summary=f"{n:,} images, {where}, scored by {encoder.name}",
-        leak_check=leak_check,
-        facts={
-            "images of unknown view": unknown_views(result.dataset),
-            "images read": images_said(result.dataset),
-            **encoder.facts(),
-        },
+        summary=f"{n:,} images, {where}, scored by {task.encoder.name}",
+        leak_check=task.leak_check,
+        facts=task.facts(),
     )
+    wall_s = time.monotonic() - began
     return write_zeroshot(
         request.out,
         result,
         about,
-        made_now(result, request.command, request.seed, split=named, wall_s=wall_s),
+        made_now(result, request.command, request.seed, split=task.split, wall_s=wall_s),
         gallery=np.linspace(0, n - 1, min(GALLERY_SIZE, n)).astype(int).tolist(),
         controls={
             "shortcut baseline": shortcut_baseline(
