@@ -28,11 +28,20 @@ from mmclip.evaluation.comparison import compare
 from mmclip.evaluation.protocols import load_protocol
 from mmclip.evaluation.results import read_results
 from mmclip.evaluation.scores import load_scores
+from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.layout import EncoderError
 from mmclip.prompts import load_prompts
 from mmclip.retrieval.retrieve import search
 from tests.commands import mmclip as run_mmclip
-from tests.dual_encoders import SAVE, ByHand
+from tests.dual_encoders import (
+    SAVE,
+    SMALL,
+    VISION,
+    ByHand,
+    save_clip,
+    save_dual_encoder,
+    save_siglip2,
+)
 from tests.made_layouts import of_chexpert
 from tests.published import lay_out
 from tests.test_protocols import CASES, plan
