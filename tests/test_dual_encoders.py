@@ -28,6 +28,7 @@ from mmclip.evaluation.comparison import compare
 from mmclip.evaluation.protocols import load_protocol
 from mmclip.evaluation.results import read_results
 from mmclip.evaluation.scores import load_scores
+from mmclip.explanation.explain import explain_image
 from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.layout import EncoderError
 from mmclip.prompts import load_prompts
@@ -456,3 +457,76 @@ def test_retrieval_by_a_model_of_others_is_cosines_by_hand(
         assert one.similarity == pytest.approx(float(hand.embed_image(file) @ text), abs=1e-6)
     assert list((tmp_path / "cache" / "mmclip" / "embeddings").glob("*/images-*.npy"))
     assert not list(models["clip"].glob("*.npy"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_map_is_of_patches_pooled_and_projected_alone(family: str, models: dict[str, Path]):
+    encoder = open_dual_encoder(ModelRequest(str(models[family])))
+    grey = np.random.default_rng(1).integers(0, 256, (40, 60), dtype=np.uint8)
+    found = explain_image(encoder, grey, "edema", "contribution", load_prompts("default"))
+    assert found.patches.shape == (4, 4)
+    hand, prepared = ByHand(models[family]), encoder.prepare(grey)
+    with torch.inference_mode():
+        vision = hand.model.vision_model
+        hidden = vision(pixel_values=torch.from_numpy(prepared["pixel_values"])[None])[0]
+        patch = hidden[:, -16 + 5 : -16 + 6]  # second row, second column
+        if family == "clip":
+            alone = hand.model.visual_projection(vision.post_layernorm(patch[:, 0]))
+        elif family == "siglip":
+            alone = vision.head(patch)
+        else:
+            alone = hand.model.visual_projection(vision.pooler(patch))
+    text = hand.embed_text("edema")
+    expected = float(torch.nn.functional.normalize(alone, dim=-1)[0] @ text)
+    assert found.patches[1, 1] == pytest.approx(expected, abs=1e-6)
+    # The processor of CLIP crops the middle square; those of the others squash the whole image.
+    seen = ~np.isnan(found.saliency)
+    assert seen.all() == (family != "clip")
+    if family == "clip":
+        assert seen[:, 10:50].all() and not seen[:, :10].any() and not seen[:, 50:].any()
+    with pytest.raises(ValueError, match="text decoder of a run, and .* has none"):
+        explain_image(encoder, grey, "edema", "decoder_attention", load_prompts("default"))
+
+
+def test_models_without_patches_on_the_image_give_no_maps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    grey = np.random.default_rng(1).integers(0, 256, (40, 60), dtype=np.uint8)
+    (tmp_path / "own_two.py").write_text(OWN, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    save_siglip2(tmp_path / "naflex")
+    save_clip(tmp_path / "cut", size=40, crop=32)
+    for source, message in {
+        "own_two:Pair": "own_two:Pair gives no saliency maps: it returns one embedding",
+        str(tmp_path / "naflex"): "Siglip2Model naflex gives no saliency maps",
+        str(tmp_path / "cut"): "neither scales to a square nor crops the middle",
+    }.items():
+        model = mmclip.load(source, device="cpu")
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model.explain(grey, "edema")
+
+
+def test_a_probe_on_a_model_of_others_reads_its_embeddings(
+    models: dict[str, Path], made_data: Path, made_raw: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = ["finetune", "--model", models["clip"], "--data", made_data, "--finding", "mass"]
+    given += ["--fraction", "1", "--seed", "0", "--n-resamples", "5", "--cpu"]
+    ended = run_mmclip(tmp_path, *given, "--out", tmp_path / "ft")
+    assert ended.code == 0, ended.err
+    folder = tmp_path / "ft" / "probe-100-0"
+    results, scores = read_results(folder), load_scores(folder / "scores.npz")
+    assert results.leak_check.startswith("not made: what CLIPModel clip was trained on")
+    assert results.facts["features"] == "embedding" and results.facts["images read"] == "files"
+    # By hand: the regression of the result on embeddings of transformers.
+    tuned = mmclip.load(folder, device="cpu")
+    image_of = {sample.image_id: str(sample.image) for sample in read_manifest(made_data)}
+    files = [made_raw / image_of[str(image_id)] for image_id in scores.image_id[:4]]
+    np.testing.assert_allclose(tuned.classify(files).probabilities, scores.scores[:4], atol=1e-6)
+    hand = ByHand(models["clip"])
+    fit = tuned._model.model.fit()  # pyright: ignore[reportPrivateUsage]
+    embedded = torch.stack([hand.embed_image(file) for file in files]).numpy()
+    np.testing.assert_allclose(fit.scores(embedded), scores.scores[:4], atol=1e-5)
+    full = run_mmclip(tmp_path, *given, "--method", "full", "--out", tmp_path / "full")
+    assert "--method full trains an image encoder of a run" in full.error()

@@ -10,7 +10,14 @@ import typer
 from rich.table import Table
 
 from mmclip.cli.plain import IN_OUT, INTERVALS, SELECTION, TRAINING, PlainCommand
-from mmclip.cli.shared import CpuOption, SetOption, command_line, resume_hint
+from mmclip.cli.shared import (
+    CpuOption,
+    SetOption,
+    TrainedOnOption,
+    command_line,
+    model_request,
+    resume_hint,
+)
 from mmclip.files import locked
 from mmclip.progress import console
 
@@ -41,7 +48,8 @@ def finetune(
         typer.Option(
             "--model",
             rich_help_panel=IN_OUT,
-            help="Run or checkpoint of `mmclip pretrain`.",
+            help="A run or checkpoint; a CLIP, SigLIP or dual encoder of transformers, as a folder "
+            "or hub id; or module:function.",
             metavar="MODEL",
         ),
     ] = None,
@@ -85,6 +93,7 @@ def finetune(
             metavar="NAME",
         ),
     ] = "probe",
+    trained_on: TrainedOnOption = None,
     fraction: Annotated[
         list[float] | None,
         typer.Option(
@@ -131,6 +140,7 @@ def finetune(
     from mmclip.finetuning.finetune import FinetuneRequest
     from mmclip.finetuning.finetune import finetune as learn
     from mmclip.finetuning.supervised import FineTuneConfig
+    from mmclip.model_loading import is_function, is_of_transformers
 
     if protocol is not None and (source or finding):
         raise ValueError(
@@ -138,6 +148,9 @@ def finetune(
         )
     if method not in ("probe", "full"):
         raise ValueError(f"--method {method!r} is none of probe, full")
+    is_of_others = model is not None and (is_function(model) or is_of_transformers(model))
+    if trained_on and not is_of_others:
+        raise ValueError("--trained-on is for models of others; leave it out")
     request = FinetuneRequest(
         folder=data,
         out=out,
@@ -146,7 +159,8 @@ def finetune(
         protocol=protocol,
         findings=tuple(finding or ()),
         sources=tuple(source or ()),
-        run=None if model is None else Path(model),
+        run=None if model is None or is_of_others else Path(model),
+        others=model_request(model, None, trained_on) if model and is_of_others else None,
         init=init,
         method="full" if method == "full" else "probe",
         fractions=tuple(fraction or ()),

@@ -24,9 +24,11 @@ from mmclip.data.sample import View
 from mmclip.embed import warn_of_unread
 from mmclip.evaluation.pictures import explanation_figure
 from mmclip.explanation.grounding import mass_above_median
-from mmclip.explanation.saliency import ExplainScore, grid_of, saliency_maps
+from mmclip.explanation.saliency import ExplainScore, grid_of, pair_asks, saliency_maps
 from mmclip.files import write_atomic
 from mmclip.models.dual_encoder import DualEncoder
+from mmclip.models.hub_encoder import HubEncoder
+from mmclip.models.patch_embeddings import patch_embeddings
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet, plain_name
 from mmclip.run import Run
@@ -156,14 +158,16 @@ def explain_image(
     if not phrase.strip():
         raise ValueError("the phrase is empty; say what to look for, such as 'pleural effusion'")
     warn_of_unread(encoder, phrase)
-    if not isinstance(encoder, Run):
-        raise ValueError(f"{encoder.name} gives no saliency maps")
-    prepared = resize_image(pixels, encoder.image_size, encoder.config.data.resize)
-    image = normalise(torch.from_numpy(prepared.copy())[None])
-    patches = saliency_maps(encoder, image, [phrase], [0], score, prompts)[0]
+    if isinstance(encoder, Run):
+        prepared: Any = resize_image(pixels, encoder.image_size, encoder.config.data.resize)
+        image = normalise(torch.from_numpy(prepared.copy())[None])
+        patches = saliency_maps(encoder, image, [phrase], [0], score, prompts)[0]
+        grid = grid_of(encoder)
+    else:
+        prepared = encoder.prepare(pixels)
+        patches, grid = _patches_of_others(encoder, prepared, phrase, score, prompts)
     embedding = encoder.encode_images([prepared])
     text = encoder.encode_texts([phrase])
-    grid = grid_of(encoder)
     made = prompts.texts(phrase) if score == "prompt_pair" else None
     return Explanation(
         phrase=phrase,
@@ -171,12 +175,34 @@ def explain_image(
         score=score,
         patches=patches.unflatten(0, (grid.side, grid.side)).numpy(),
         grid=grid,
-        image=pixels
-        if size_px is None
-        else unsquared(pixels, *size_px, encoder.config.data.resize),
+        image=pixels if size_px is None else unsquared(pixels, *size_px, grid.resize),
         similarity=float((embedding * text).sum()),
         annotations=tuple(annotations),
     )
+
+
+def _patches_of_others(
+    encoder: DualEncoder, prepared: Any, phrase: str, score: ExplainScore, prompts: PromptSet
+) -> tuple[Float[torch.Tensor, " n"], Grid]:
+    """The score of each patch by a model of others, and how the patches lie on the image.
+
+    Raises:
+        ValueError: When it has no patch tokens, or no such score.
+    """
+    if not isinstance(encoder, HubEncoder):
+        raise ValueError(
+            f"{encoder.name} gives no saliency maps: it returns one embedding for an image, and no "
+            f"patches"
+        )
+    if score == "decoder_attention":
+        raise ValueError(
+            f"the score decoder_attention is that of the text decoder of a run, and {encoder.name} "
+            f"has none; choose contribution or prompt_pair"
+        )
+    patches, grid = patch_embeddings(encoder, prepared)
+    if score == "prompt_pair":
+        return patches @ pair_asks(encoder, prompts, [phrase])[0], grid
+    return patches @ encoder.encode_texts([phrase])[0], grid
 
 
 def draw_explanation(found: Explanation, facts: dict[str, Any], caption: str) -> Figure:
@@ -230,8 +256,10 @@ def draw_explanation(found: Explanation, facts: dict[str, Any], caption: str) ->
 
 def image_of_folder(
     encoder: DualEncoder, folder: Path, image_id: str, boxes: tuple[str, Path] | None = None
-) -> tuple[UInt8[np.ndarray, "s s"], tuple[int, int], list[Annotation]]:
+) -> tuple[UInt8[np.ndarray, "h w"], tuple[int, int] | None, list[Annotation]]:
     """An image of a data folder as the model sees it, its published size, its annotations.
+
+    For a model of others it is the file, whole, and the size None.
 
     An image of a view that the run has not learnt gives a warning.
 
@@ -268,8 +296,14 @@ def image_of_folder(
     if boxes is not None:
         annotations = list(read_annotations(*boxes, {image_id: sample}, Counter()))
     image = dataset.image(row)
-    seen = read_image(image) if isinstance(image, Path) else image
-    return seen, (sample.height_px, sample.width_px), annotations
+    if isinstance(image, Path):
+        return read_image(image), None, annotations
+    if not isinstance(encoder, Run):
+        raise ManifestError(
+            f"the file of {image_id} of {folder} is not where it was, and maps of {encoder.name} "
+            f"are laid over files; name the file by --image"
+        )
+    return image, (sample.height_px, sample.width_px), annotations
 
 
 def write_explanation(out: Path, found: Explanation, facts: dict[str, Any], caption: str) -> None:

@@ -1,6 +1,5 @@
 """Image encoders to start from, and what they make of images: a vector each, kept on disk."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +8,19 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from jaxtyping import Float32
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmclip.checkpoint import load_checkpoint
 from mmclip.config import ImageEncoderConfig, ResizeMode
 from mmclip.data.folder import read_meta
-from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.embed import batch_size_of, encode_batch
 from mmclip.embedding_store import stored
+from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.classifier import Features, ImageEncoder
+from mmclip.models.dual_encoder import DualEncoder
 from mmclip.models.encoders import build_image_encoder, rebuild_encoder
+from mmclip.models.hub_encoder import weights_hash
 from mmclip.progress import progress
 from mmclip.run import Run, open_run
 
@@ -31,8 +33,15 @@ class Start:
     run: Run | None  # of pre-training, where one is given
     init: str
     features: Features
-    image_size: int
+    image_size: int | None
     resize: ResizeMode = "squash"
+    others: DualEncoder | None = None  # a model of others, whose embeddings are read
+
+    def open_data(self, folder: Path) -> ImageTextDataset:
+        """A data folder, with images as the encoder reads them."""
+        if self.others is not None:
+            return self.others.open_data([folder])
+        return open_dataset([folder], self.image_size, resize=self.resize)
 
     @property
     def is_random(self) -> bool:
@@ -93,14 +102,32 @@ def start_of(init: str, run: Path | None, folder: Path, features: Features | Non
     return Start(said, opened, init, features or "pooled", data.image_size, data.resize)
 
 
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of all weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def start_of_others(
+    model: ModelRequest, init: str, features: Features | None, device: torch.device
+) -> Start:
+    """A model of others, whose embeddings a probe reads as they are.
+
+    Args:
+        model: Which.
+        init: Must be "run", as its own weights are taken.
+        features: Must be "embedding", or not be asked for.
+        device: Where the model goes.
+
+    Raises:
+        ValueError: When something else is asked of it.
+    """
+    if init != "run":
+        raise ValueError(
+            f"--init {init} is for a run, and {model.source} is a model of others; leave --model "
+            f"out to start from an image encoder by --init hf:NAME"
+        )
+    if features not in (None, "embedding"):
+        raise ValueError(
+            f"features={features} is not to be had of {model.source}, whose embeddings are read; "
+            f"take features=embedding, or start from its image encoder by --init hf:NAME"
+        )
+    others = open_dual_encoder(model, device)
+    return Start(others.name, None, init, "embedding", others.image_size, others=others)
 
 
 def stored_features(

@@ -23,7 +23,8 @@ from mmclip.config import config_hash
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.leakage.check import patient_key
-from mmclip.embedding_store import STORE_FOLDER, store_folder
+from mmclip.data.original_images import images_said
+from mmclip.embedding_store import STORE_FOLDER, image_embeddings, store_folder
 from mmclip.evaluation.baselines import LogisticFit, fit_logistic, shortcut_features
 from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_of_resamples
 from mmclip.evaluation.compute_metrics import compute_metrics, control_of
@@ -49,7 +50,7 @@ from mmclip.evaluation.scores import (
     unknown_views,
 )
 from mmclip.files import write_text_atomic
-from mmclip.finetuning.features import Start, start_of, stored_features, weights_hash
+from mmclip.finetuning.features import Start, start_of, start_of_others, stored_features
 from mmclip.finetuning.request import Common, FinetuneRequest, Method, Part, recipe_of, run_hash
 from mmclip.finetuning.saved import save_probe
 from mmclip.finetuning.supervised import (
@@ -58,10 +59,11 @@ from mmclip.finetuning.supervised import (
     predict,
     train_classifier,
 )
-from mmclip.finetuning.task import Labelled, Task, open_task, own_protocol, rules_of
+from mmclip.finetuning.task import Labelled, Task, own_protocol, rules_of, task_of
 from mmclip.models.classifier import Classifier, ImageEncoder
+from mmclip.models.dual_encoder import Seen, Weights
+from mmclip.models.hub_encoder import weights_hash
 from mmclip.progress import console
-from mmclip.run import Seen, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -105,15 +107,13 @@ def finetune(request: FinetuneRequest) -> Path:
             f"a linear probe is fitted by one process, and this is one of {n_processes}; start it "
             f"without torchrun or accelerate launch"
         )
-    start = start_of(request.init, request.run, request.folder, request.config.features)
-    if start.features == "embedding" and request.method == "full":
-        raise ValueError("features=embedding is for a linear probe; take pooled or class")
+    start = _start(request)
     if request.protocol is None:
         protocol = own_protocol(request.folder, request.findings, request.sources)
     else:
         protocol = load_protocol(request.protocol)
     rules = rules_of(protocol)
-    task = open_task(request.folder, protocol, start.image_size, start.resize)
+    task = task_of(request.folder, protocol, start.open_data(request.folder))
     said, seen = _leak_check(start, task)
     common = Common(request, start, task, said, seen)
     parts = [
@@ -136,6 +136,28 @@ def finetune(request: FinetuneRequest) -> Path:
     return request.out / SUMMARY_FILE
 
 
+def _start(request: FinetuneRequest) -> Start:
+    """Where weights come from.
+
+    Raises:
+        ValueError: When that does not go with the method.
+    """
+    features = request.config.features
+    if request.others is not None:
+        if request.method == "full":
+            raise ValueError(
+                f"--method full trains an image encoder of a run, and {request.others.source} is a "
+                f"model of others; take --method probe, or start from its image encoder by --init "
+                f"hf:NAME without --model"
+            )
+        device = torch.device("cpu" if request.cpu or not torch.cuda.is_available() else "cuda")
+        return start_of_others(request.others, request.init, features, device)
+    start = start_of(request.init, request.run, request.folder, features)
+    if start.features == "embedding" and request.method == "full":
+        raise ValueError("features=embedding is for a linear probe; take pooled or class")
+    return start
+
+
 def _leak_check(start: Start, task: Task) -> tuple[str, dict[str, Seen]]:
     """What is known of the images that scored ones may have leaked to, and of findings' names.
 
@@ -143,10 +165,11 @@ def _leak_check(start: Start, task: Task) -> tuple[str, dict[str, Seen]]:
         ManifestError: When images that would be scored were trained on.
     """
     if start.init == "run":
-        assert start.run is not None
-        found = [start.run.check_unseen(task.val.dataset, "val")]
-        found += [start.run.check_unseen(task.test.dataset, "test")]
-        return "; ".join(dict.fromkeys(found)), start.run.seen(task.protocol.findings)
+        encoder = start.others or start.run
+        assert encoder is not None
+        found = [encoder.check_unseen(task.val.dataset, "val")]
+        found += [encoder.check_unseen(task.test.dataset, "test")]
+        return "; ".join(dict.fromkeys(found)), encoder.seen(task.protocol.findings)
     said = "no image of train is in val or test, nor its patient"
     if start.is_random:
         return said, dict.fromkeys(task.protocol.findings, "none")
@@ -174,8 +197,9 @@ def run_one(common: Common, part: Part) -> None:
         ValueError: When the folder holds results of another run.
     """
     began = time.monotonic()
-    encoder = common.start.encoder(part.seed)
-    weights = weights_hash(encoder)
+    others = common.start.others
+    encoder = None if others is not None else common.start.encoder(part.seed)
+    weights = str(others.weights.recipe_hash) if encoder is None else weights_hash(encoder)
     this = run_hash(common.request, common.start, part.task, weights, part.seed)
     if (part.folder / RESULTS_FILE).is_file():
         if read_results(part.folder).facts.get("run") == this:
@@ -186,8 +210,11 @@ def run_one(common: Common, part: Part) -> None:
             f"--out, or remove that folder"
         )
     facts = _facts(common, part, this)
-    learn = _probed if common.request.method == "probe" else _trained
-    learnt = learn(common, part, encoder, this)
+    if encoder is None:
+        learnt = _probed_others(common, part, this)
+    else:
+        learn = _probed if common.request.method == "probe" else _trained
+        learnt = learn(common, part, encoder, this)
     if learnt is None:
         return
     made = provenance(
@@ -265,6 +292,19 @@ def _probed(common: Common, part: Part, encoder: ImageEncoder, this: str) -> Lea
     return Learnt(val, test, device, {})
 
 
+def _probed_others(common: Common, part: Part, this: str) -> Learnt:
+    """A linear probe on the embeddings of a model of others, which is named and not copied."""
+    others, dataset = common.start.others, common.task.dataset
+    assert others is not None
+    features = np.asarray(image_embeddings(others, dataset, [common.request.folder]))
+    fit, val, test = fit_probe(part.task, features, dataset)
+    source = common.request.others
+    assert source is not None
+    of_model = {"dual_encoder": source.source, "dual_encoder_hash": others.weights.recipe_hash}
+    save_probe(part.folder, None, fit, {**_said(common, this), **of_model})
+    return Learnt(val, test, others.device, {**others.facts(), "images read": images_said(dataset)})
+
+
 def _trained(common: Common, part: Part, encoder: ImageEncoder, this: str) -> Learnt | None:
     """Encoder and head learn together; None in all processes but the first."""
     request, task = common.request, part.task
@@ -292,16 +332,23 @@ def _trained(common: Common, part: Part, encoder: ImageEncoder, this: str) -> Le
 
 def described(common: Common, encoder: ImageEncoder, this: str) -> dict[str, Any]:
     """What meta.json says of fine-tuned weights: all that it takes to score images by them."""
-    request, task = common.request, common.task
     return {
-        "run": this,
-        "method": request.method,
-        "findings": list(task.protocol.findings),
-        "features": common.start.features,
-        "image_size": task.dataset.pixels(np.zeros(1, np.int64)).shape[-1],
+        **_said(common, this),
+        "image_size": common.task.dataset.pixels(np.zeros(1, np.int64)).shape[-1],
         "resize": common.start.resize,
         "embed_dim": None if encoder.projection is None else encoder.projection.out_features,
         "vision_config": encoder.encoder.config.to_dict(),
+    }
+
+
+def _said(common: Common, this: str) -> dict[str, Any]:
+    """What meta.json says of any fine-tuned weights; `this` identifies them."""
+    request = common.request
+    return {
+        "run": this,
+        "method": request.method,
+        "findings": list(common.task.protocol.findings),
+        "features": common.start.features,
         "config": request.config.model_dump(mode="json"),
         "command": request.command,
     }

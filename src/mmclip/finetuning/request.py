@@ -14,7 +14,8 @@ from mmclip.finetuning.supervised import (
     FineTuneConfig,
 )
 from mmclip.finetuning.task import Task, training_ids
-from mmclip.run import Seen
+from mmclip.model_loading import ModelRequest
+from mmclip.models.dual_encoder import Seen
 
 Method = Literal["probe", "full"]
 
@@ -30,6 +31,7 @@ class FinetuneRequest:
         findings: Without a protocol.
         sources: Without a protocol; empty takes all.
         run: Of pre-training; None where `init` needs none.
+        others: A model of others, in place of a run: a probe reads its embeddings.
         init: "run", "random" (weights of the run's architecture), or "hf:" and a folder or hub id.
         method: A linear probe, or encoder and head together.
         fractions: In place of the protocol's.
@@ -48,6 +50,7 @@ class FinetuneRequest:
     findings: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     run: Path | None = None
+    others: ModelRequest | None = None
     init: str = "run"
     method: Method = "probe"
     fractions: tuple[float, ...] = ()

@@ -24,8 +24,9 @@ from mmclip.checkpoint import (
 )
 from mmclip.config import ResizeMode
 from mmclip.evaluation.baselines import LogisticFit
+from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.classifier import Classifier, Features, ImageEncoder
-from mmclip.models.dual_encoder import sigmoid
+from mmclip.models.dual_encoder import DualEncoder, sigmoid
 from mmclip.models.encoders import image_layout, rebuild_encoder
 
 PROBE_STEP = 0
@@ -33,12 +34,15 @@ PROBE_STEP = 0
 
 
 class Probe(nn.Module):
-    """An image encoder as it was, and a logistic regression a finding on its vector."""
+    """An image encoder as it was, and a logistic regression a finding on its vector.
 
-    def __init__(self, image_encoder: ImageEncoder, n_findings: int) -> None:
+    The encoder of others is not copied: there is None.
+    """
+
+    def __init__(self, image_encoder: ImageEncoder | None, n_findings: int, width: int) -> None:
         super().__init__()
         self.image_encoder = image_encoder
-        shape = (n_findings, image_encoder.width)
+        shape = (n_findings, width)
         for name in ("mean", "std", "weight"):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("bias", torch.zeros(n_findings, dtype=torch.float64))
@@ -69,20 +73,23 @@ class FineTuned:
         image_size: Side of the images that it reads, px.
         resize: How they become squares.
         meta: What meta.json says.
+        others: The model of others whose embeddings the probe reads, in place of an encoder.
     """
 
     folder: Path
     model: Classifier | Probe
     method: Literal["full", "probe"]
     findings: tuple[str, ...]
-    image_size: int
+    image_size: int | None
     resize: ResizeMode
     meta: dict[str, Any]
+    others: DualEncoder | None = None
 
     def encode(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b d"]:
         """What `probabilities` reads: logits, or of a probe the vectors of its encoder."""
         if isinstance(self.model, Classifier):
             return self.model(image)
+        assert self.model.image_encoder is not None, "a model of others reads images itself"
         return self.model.image_encoder(image)
 
     def probabilities(self, encoded: Float[Tensor, "n d"]) -> Float[np.ndarray, "n k"]:
@@ -93,17 +100,17 @@ class FineTuned:
 
 
 def save_probe(
-    folder: Path, encoder: ImageEncoder, fit: LogisticFit, metadata: Mapping[str, Any]
+    folder: Path, encoder: ImageEncoder | None, fit: LogisticFit, metadata: Mapping[str, Any]
 ) -> Path:
     """Writes a probe's weights into the folder of its result.
 
     Args:
         folder: Of the result.
-        encoder: Whose vectors were read.
+        encoder: Whose vectors were read; None of a model of others, which `metadata` names.
         fit: On them.
         metadata: Entries of meta.json; see `load_fine_tuned` for those that are needed.
     """
-    probe = Probe(encoder, len(fit.bias)).cpu()
+    probe = Probe(encoder, *fit.weight.shape).cpu()
     probe.put(fit)
     written = write_checkpoint(folder, PROBE_STEP, probe, {}, metadata, keep=1)
     (written / "trainer.pt").unlink()  # nothing goes on from a probe
@@ -115,8 +122,32 @@ def is_fine_tuned(meta: Mapping[str, Any]) -> bool:
     return "text_config" not in meta and "findings" in meta
 
 
-def load_fine_tuned(path: Path) -> FineTuned:
+def _probe_of_others(folder: Path, meta: dict[str, Any], device: torch.device | None) -> FineTuned:
+    """A probe on a model of others, which is opened by its name.
+
+    Raises:
+        CheckpointError: When that model is not what it was.
+        EncoderError: When it cannot be had.
+    """
+    others = open_dual_encoder(ModelRequest(meta["dual_encoder"]), device)
+    if others.weights.recipe_hash != meta["dual_encoder_hash"]:
+        raise CheckpointError(
+            f"{folder} is a probe on {meta['dual_encoder']}, which has other weights or another "
+            f"processor by now; run `mmclip finetune` again into a new folder"
+        )
+    model = Probe(None, len(meta["findings"]), others.embed_dim)
+    put_weights(model, read_weights(folder, meta), folder)
+    size = others.image_size
+    findings = tuple(meta["findings"])
+    return FineTuned(folder, model.eval(), "probe", findings, size, "squash", meta, others)
+
+
+def load_fine_tuned(path: Path, device: torch.device | None = None) -> FineTuned:
     """Reads the weights that `mmclip finetune` left in a result's folder. Executes no pickle.
+
+    Args:
+        path: The folder of the result, or of its checkpoint.
+        device: Where a model of others goes whose embeddings a probe reads.
 
     Raises:
         CheckpointError: When there are none, files were changed, or an older version wrote them,
@@ -124,6 +155,8 @@ def load_fine_tuned(path: Path) -> FineTuned:
     """
     folder = find_checkpoint(path)
     meta = checkpoint_meta(folder)
+    if "dual_encoder" in meta:
+        return _probe_of_others(folder, meta, device)
     needed = (
         "method",
         "findings",
@@ -146,7 +179,9 @@ def load_fine_tuned(path: Path) -> FineTuned:
     encoder = ImageEncoder(backbone, features, projection)
     n_findings = len(meta["findings"])
     is_probe = meta["method"] == "probe"
-    model = Probe(encoder, n_findings) if is_probe else Classifier(encoder, n_findings)
+    model = (
+        Probe(encoder, n_findings, encoder.width) if is_probe else Classifier(encoder, n_findings)
+    )
     put_weights(model, read_weights(folder, meta), folder)
     return FineTuned(
         folder=folder,

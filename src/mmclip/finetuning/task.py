@@ -141,7 +141,12 @@ def training_labels(protocol: Protocol, samples: Sequence[Sample]) -> Float[np.n
 def open_task(
     folder: Path, protocol: Protocol, image_size: int | None, resize: ResizeMode | None = None
 ) -> Task:
-    """The images of a data folder as a protocol reads them.
+    """The images of a data folder as a protocol reads them, see `task_of`."""
+    return task_of(folder, protocol, open_dataset([folder], image_size, resize=resize))
+
+
+def task_of(folder: Path, protocol: Protocol, dataset: ImageTextDataset) -> Task:
+    """The images of an opened data folder as a protocol reads them.
 
     Raises:
         ManifestError: When no training image is labelled with a finding, a split has no labelled
@@ -149,7 +154,6 @@ def open_task(
         ValueError: When the folder does not fit the protocol.
     """
     split = split_of([folder], protocol)
-    dataset = open_dataset([folder], image_size, resize=resize)
     if not any(sample.split == "val" for sample in dataset.samples):
         raise ManifestError(
             f"{folder} has no validation images, and nothing else may choose; draw some from the "

@@ -141,7 +141,7 @@ def open_model(request: ModelRequest, device: torch.device) -> DualEncoder | Fin
             f"rule {request.rule} is for scores by prompts, and {source} is a fine-tuned model, "
             f"which reads none; leave the rule out"
         )
-    found = load_fine_tuned(folder)
+    found = load_fine_tuned(folder, device)
     found.model.to(device)
     return found
 
@@ -171,10 +171,12 @@ def encoder_of(model: DualEncoder | FineTuned, batch_size: int | None = None) ->
         batch_size: Of a fine-tuned model: images at once; by default what fits, see
             `dual_encoder.images_at_once`. A dual encoder has its own.
     """
-    if not isinstance(model, FineTuned):
+    dual = model.others if isinstance(model, FineTuned) else model
+    if dual is not None:
         return Encoder(
-            model.prepare, model.device, model.batch_size, model.encode_images, model.open_data
+            dual.prepare, dual.device, dual.batch_size, dual.encode_images, dual.open_data
         )
+    assert isinstance(model, FineTuned) and model.image_size is not None
     size, resize = model.image_size, model.resize
     device = next(model.model.parameters()).device
     n = batch_size or images_at_once(device, size)
