@@ -245,6 +245,8 @@ def test_an_own_model_scores_as_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     logits = ours @ np.stack([p / np.linalg.norm(p), n / np.linalg.norm(n)]).T
     found = model.classify(image, ["edema"], "pair").probabilities[0, 0]
     assert found == pytest.approx(float(np.exp(logits[0, 0]) / np.exp(logits[0]).sum()), abs=1e-6)
+    with pytest.raises(ValueError, match="zero-shot rule 'softmax' is none of prompt_pair"):
+        mmclip.load("own_one:Pair", rule="softmax")
     alike = mmclip.load("own_one:Pair", rule="similarity").classify(image, ["edema"], "pair")
     assert alike.probabilities[0, 0] == pytest.approx(float(logits[0, 0]), abs=1e-6)
 
@@ -484,7 +486,7 @@ def test_a_map_is_of_patches_pooled_and_projected_alone(family: str, models: dic
     assert seen.all() == (family != "clip")
     if family == "clip":
         assert seen[:, 10:50].all() and not seen[:, :10].any() and not seen[:, 50:].any()
-    with pytest.raises(ValueError, match="text decoder of a run, and .* has none"):
+    with pytest.raises(ValueError, match=r"text decoder of a run, and .* has none"):
         explain_image(encoder, grey, "edema", "decoder_attention", load_prompts("default"))
 
 

@@ -202,7 +202,8 @@ def write_page(
     environment = _environment(autoescape=True)
     environment.filters["at"] = lambda value: f"{100 * _position(value, low):.2f}%"
     environment.filters["percent"] = lambda value: f"{100 * value:.0f}"
-    reliability = reliability_svg(test.labels, test.scores)
+    are_cosines = results.provenance.zeroshot_rule == "similarity"
+    reliability = None if are_cosines else reliability_svg(test.labels, test.scores)
     # Runs that are scored on the folder that they trained on name it once.
     trained_on = {("training data", results.provenance.data_hash[:12])}
     page = environment.from_string(_template("results.html")).render(

@@ -222,9 +222,16 @@ def zeroshot(
     return ZeroShot(
         scored,
         val,
-        evaluation.with_findings(one_sided(scored)),
+        evaluation.with_findings(one_sided(scored)).with_findings(uncalibrated(scored)),
         tuple(other_prompt_set(scored, other, counted) for other in other_prompt_sets),
     )
+
+
+def uncalibrated(scored: Scored) -> dict[str, dict[str, None]]:
+    """No calibration error where scores are cosines, which may look like probabilities."""
+    if scored.encoder.scoring.rule != "similarity":
+        return {}
+    return {name: {"calibration_error": None} for name in scored.test.names()}
 
 
 def one_sided(scored: Scored) -> dict[str, dict[str, float | None]]:
@@ -364,16 +371,16 @@ class ZeroshotTask:
     prompts: PromptSet
     other_prompts: tuple[PromptSet, ...]
     dataset: ImageTextDataset
+    selected: ImageTextDataset  # the images of it that are scored
     selection: Selection
     split: str  # of the data folders, by name and hash
     leak_check: str
 
     def facts(self) -> dict[str, str | int | float]:
         """What results say of model and images."""
-        selected = self.selection.samples(self.dataset)
         return {
-            "images of unknown view": unknown_views(selected),
-            "images read": images_said(selected),
+            "images of unknown view": unknown_views(self.selected),
+            "images read": images_said(self.selected),
             **self.encoder.facts(),
         }
 
@@ -387,16 +394,14 @@ class ZeroshotTask:
             found = read_results(self.request.out)
         except ResultsError:
             return False
-        selected, made, rules = (
-            self.selection.samples(self.dataset), found.provenance, self.selection.protocol,
-        )  # fmt: skip
-        weights, names = self.encoder.weights, self.selection.names(selected)
+        made, rules = found.provenance, self.selection.protocol
+        weights, names = self.encoder.weights, self.selection.names(self.selected)
         scored = sorted(row.finding for row in (*found.findings, *found.undefined))
         return (
             (made.recipe_hash, made.train_seed) == (weights.recipe_hash, weights.train_seed)
             and made.zeroshot_rule == self.encoder.scoring.rule
             and (made.data_hash, made.split) == (self.dataset.data_hash, self.split)
-            and made.images_hash == images_hash(selected.samples)
+            and made.images_hash == images_hash(self.selected.samples)
             and (found.protocol and found.protocol.hash) == (rules and rules.hash)
             and scored == sorted(names)
             and made.prompt_hash == self.prompts.hash
@@ -421,9 +426,10 @@ def open_task(request: ZeroshotRequest) -> ZeroshotTask:
     selection = Selection(request.split, request.sources, request.findings, rules)
     encoder = open_dual_encoder(request.model, request.device)
     dataset = encoder.open_data(request.folders, request.roots)
-    leak_check = encoder.check_unseen(selection.samples(dataset), request.split)
+    selected = selection.samples(dataset)
+    leak_check = encoder.check_unseen(selected, request.split)
     return ZeroshotTask(
-        request, encoder, prompts, tuple(others), dataset, selection, split, leak_check
+        request, encoder, prompts, tuple(others), dataset, selected, selection, split, leak_check
     )
 
 
