@@ -21,12 +21,12 @@ from mmclip.evaluation.scores import select_samples
 from mmclip.evaluation.zeroshot import (
     Selection,
     ZeroShot,
-    ZeroshotRequest,
     evaluate,
     made_now,
     write_zeroshot,
     zeroshot,
 )
+from mmclip.evaluation.zeroshot_task import ZeroshotRequest
 from mmclip.model_loading import ModelRequest
 from mmclip.models.dual_encoder import PromptEmbeddings, Scoring
 from mmclip.prompts import PromptSet, load_prompts

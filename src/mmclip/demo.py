@@ -25,7 +25,6 @@ from mmclip.evaluation.protocols import BUILT
 from mmclip.evaluation.results import RESULTS_FILE, About, Combination, Control, RunResults
 from mmclip.evaluation.scores import select_samples
 from mmclip.evaluation.zeroshot import (
-    DEFAULT_PROMPT_SETS,
     GALLERY_SIZE,
     Selection,
     ZeroShot,
@@ -34,6 +33,7 @@ from mmclip.evaluation.zeroshot import (
     write_zeroshot,
     zeroshot,
 )
+from mmclip.evaluation.zeroshot_task import DEFAULT_PROMPT_SETS
 from mmclip.files import locked, move_in
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet, load_prompts

@@ -10,7 +10,7 @@ import torch
 from mmclip.checkpoint import find_checkpoint
 from mmclip.data.leakage.trained_on import trained_on
 from mmclip.models.dual_encoder import DualEncoder, ZeroshotRule
-from mmclip.models.hub_encoder import check_hub_encoder, open_hub_encoder
+from mmclip.models.hub_loading import check_hub_encoder, open_hub_encoder
 from mmclip.models.own_encoder import load_function, open_own_encoder
 from mmclip.run import open_run
 

@@ -65,7 +65,8 @@ def zeroshot(
     """
     from mmclip.data.folder import check_place
     from mmclip.evaluation.pages import RESULT_FILES
-    from mmclip.evaluation.zeroshot import ZeroshotRequest, evaluate
+    from mmclip.evaluation.zeroshot import evaluate
+    from mmclip.evaluation.zeroshot_task import ZeroshotRequest
 
     if protocol is not None and (source or finding):
         raise ValueError(
@@ -150,7 +151,7 @@ def compare_models(
     """
     from mmclip.cli.results import show_side_by_side
     from mmclip.evaluation.compare_models import folder_names, score_models
-    from mmclip.evaluation.zeroshot import ZeroshotRequest
+    from mmclip.evaluation.zeroshot_task import ZeroshotRequest
 
     if protocol is not None and (source or finding):
         raise ValueError(

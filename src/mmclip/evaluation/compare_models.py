@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmclip.evaluation.results import RESULTS_FILE, ResultsError
-from mmclip.evaluation.zeroshot import ZeroshotRequest, open_task, score_task
+from mmclip.evaluation.zeroshot import score_task
+from mmclip.evaluation.zeroshot_task import ZeroshotRequest, open_task
 from mmclip.model_loading import ModelRequest
 
 
