@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     Siglip2Config,
     Siglip2Model,
+    Siglip2Tokenizer,
     SiglipConfig,
     SiglipModel,
     SiglipProcessor,
@@ -116,11 +117,18 @@ def save_siglip(folder: Path) -> Path:
     return folder
 
 
+def siglip2_tokenizer() -> Siglip2Tokenizer:
+    """Of letters, in lower case."""
+    listed = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz.,"]
+    vocab = {word: i for i, word in enumerate(listed)}
+    return Siglip2Tokenizer(vocab=vocab, merges=[], model_max_length=64)
+
+
 def save_siglip2(folder: Path) -> Path:
     """A Siglip2Model, whose processor keeps the aspect and gives patches."""
-    tokenizer = siglip_tokenizer(folder)
+    tokenizer = siglip2_tokenizer()
     text = {**SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
-    text |= {"projection_size": 32, "pad_token_id": 1, "eos_token_id": 1}
+    text |= {"projection_size": 32, "pad_token_id": 0, "eos_token_id": 1}
     vision = {**SMALL, "num_patches": 16, "patch_size": 8}
     torch.manual_seed(3)
     model = Siglip2Model(Siglip2Config(text_config=text, vision_config=vision))

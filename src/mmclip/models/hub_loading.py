@@ -15,6 +15,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from mmclip.data.leakage.trained_on import TrainedOn
 from mmclip.hub import why_unavailable
@@ -166,14 +171,18 @@ def _load_weights(source: str) -> PreTrainedModel:
     Raises:
         EncoderError: When they cannot be read, or some are missing and would be random.
     """
+    shows_bars = is_progress_bar_enabled()
+    disable_progress_bar()
     try:
         model, info = AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except LOAD_FAULTS as error:
-        raise EncoderError(
-            f"cannot load the weights of {source!r} ({first_line(error)})"
-        ) from error
+        said = first_line(error)
+        raise EncoderError(f"cannot load the weights of {source!r} ({said})") from error
+    finally:
+        if shows_bars:
+            enable_progress_bar()
     missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
     if missing:
         raise EncoderError(
