@@ -178,14 +178,19 @@ def compare_models(
         roots=tuple(root) if root else None,
         device=device_of(cpu),
     )
-    folders = []
+    folders: list[Path] = []
+    unchecked: list[str] = []
     with resume_hint(), locked(out):
         for scored in score_models(asked, request, overwrite):
             folders.append(scored.folder)
+            unchecked += [scored.folder.name] if scored.is_unchecked else []
             what = "is done" if scored.was_done else "is scored"
             said = f"{scored.source} {what}: {scored.folder / 'page.html'}"
             console.print(said, markup=False, soft_wrap=True)
     show_side_by_side(folders, n_resamples, seed, False, save)
+    if unchecked:
+        said = f"leaks are not checked of {', '.join(unchecked)}: what trained them is not known"
+        console.print(said, style="yellow", markup=False, soft_wrap=True)
 
 
 def _trained_on(models: list[str], given: Sequence[str]) -> dict[str, list[str]]:

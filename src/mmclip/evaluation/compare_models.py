@@ -18,6 +18,7 @@ class ScoredModel(NamedTuple):
     source: str
     folder: Path
     was_done: bool  # before this command
+    is_unchecked: bool  # whether it is not known what it was trained on
 
 
 def folder_names(sources: Sequence[str]) -> list[str]:
@@ -62,7 +63,7 @@ def score_models(
                     f"asked for; add --overwrite to replace them, or choose another --out"
                 )
             score_task(task)
-        yield ScoredModel(model.source, folder, is_done)
+        yield ScoredModel(model.source, folder, is_done, task.leak_check.startswith("not made"))
 
 
 def _plain(text: str) -> str:
