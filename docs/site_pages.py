@@ -235,7 +235,8 @@ def site_link(target: str, is_root_page: bool) -> str:
     return page + (f"#{anchor}" if anchor else "")
 
 
-LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
+LINK = re.compile(r'(?<=\]\()([^)\s]+)(?=\))|(?<=<img src=")([^"]+)(?=")')
+"""The target of a link or a picture, also of one in HTML."""
 
 
 def files_linked() -> list[str]:
@@ -243,8 +244,8 @@ def files_linked() -> list[str]:
     found = set()
     documents = [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in ROOT_PAGES.values())]
     for document in documents:
-        for target in LINK.findall(document.read_text("utf-8")):
-            link = site_link(target, document.parent == ROOT).partition("#")[0]
+        for target in LINK.finditer(document.read_text("utf-8")):
+            link = site_link(target[0], document.parent == ROOT).partition("#")[0]
             if link.startswith("files/") and (ROOT / link.removeprefix("files/")).is_file():
                 found.add(link.removeprefix("files/"))
     return sorted(found)
@@ -281,7 +282,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri.startswith("reference/"):
         return markdown
     is_root = page.file.src_uri in ROOT_PAGES
-    return LINK.sub(lambda link: site_link(link[1], is_root), markdown)
+    return LINK.sub(lambda link: site_link(link[0], is_root), markdown)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

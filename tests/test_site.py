@@ -85,6 +85,16 @@ def test_links_lead_to_the_pages_of_the_site(
     assert site_pages.site_link(target, of_root) == link
 
 
+def test_pictures_of_the_readme_are_found_from_the_start_page(site_pages: ModuleType):
+    class Page:
+        class file:
+            src_uri = "index.md"
+
+    text = '<img src="docs/pictures/a.png" width="9"> ![b](docs/pictures/b.png) <https://a.org>'
+    made = site_pages.on_page_markdown(text, Page)
+    assert made == '<img src="pictures/a.png" width="9"> ![b](pictures/b.png) <https://a.org>'
+
+
 @pytest.mark.parametrize(
     ("page", "n_loads"),
     [
