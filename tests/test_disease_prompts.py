@@ -10,6 +10,7 @@ from mmclip.data.disease_prompts import (
     DiseasePromptSet,
     load_disease_prompts,
 )
+from mmclip.data.readers.vocabulary import load_vocabulary
 
 PLAIN = DiseasePromptSet(
     id="plain",
@@ -92,6 +93,40 @@ def test_wordings_names_and_order_vary_with_the_draws():
     labels = {"cardiomegaly": 1, "pleural effusion": 1, "mass": 0}
     said = {p.text for s in range(60) if (p := write(labels, 0.5, DEFAULT, s))}
     assert len(said) > 20
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"pacemaker": 1}, "There is a pacemaker."),
+        ({"multiple nodules": 1}, "There are multiple nodules."),
+        ({"kerley lines": 1}, "There are Kerley lines."),
+        ({"empyema": 1}, "There is an empyema."),
+        ({"pleural plaques": 0}, "There are no pleural plaques."),
+        ({"stent": 0}, "There is no stent."),
+        ({"rib fracture": 1}, "There is a rib fracture."),
+        ({"edema": 1}, "There is pulmonary edema."),
+        ({"support devices": 1}, "There are lines and tubes."),
+        ({"abscess": 1, "cavity": 1}, "There is an abscess and a cavity."),
+    ],
+)
+def test_findings_have_their_article_and_number(labels, expected):
+    said = {p.text for s in range(200) if (p := write(labels, 0.0, DEFAULT, s))}
+    assert expected in said
+    assert not any(text.startswith(("There is multiple", "There is support")) for text in said)
+
+
+def test_every_finding_of_the_vocabulary_has_a_sentence_in_good_english():
+    for finding in load_vocabulary().findings:
+        said = {p.text for s in range(60) if (p := write({finding: 1}, 0.0, DEFAULT, s))}
+        for sentence in said:
+            if sentence.startswith("There "):
+                verb, first, *rest = sentence.removeprefix("There ").split()
+                is_plural = " ".join((first, *rest)).rstrip(".").endswith(
+                    ("nodules", "devices", "tubes", "lines", "changes", "plaques", "opacities",
+                     "volumes", "densities", "nodes", "markings", "signs", "bullae", "sequelae")
+                )  # fmt: skip
+                assert (verb == "are") == (is_plural and first not in ("a", "an")), sentence
 
 
 def test_too_few_draws_are_refused():

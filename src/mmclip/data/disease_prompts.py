@@ -6,7 +6,8 @@ present nor as absent; an uncertain one likewise.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +15,9 @@ from pydantic import Field, field_validator
 
 from mmclip.config import Frozen, parse, read_toml
 from mmclip.data.sample import ABSENT, PRESENT, Entity
+from mmclip.prompts import Phrase, load_prompts
+
+_T = TypeVar("_T")
 
 NO_FINDING = "no finding"
 """The label that says of an image that nothing is wrong with it."""
@@ -27,6 +31,12 @@ class DiseasePrompt(NamedTuple):
 
     text: str
     entities: tuple[Entity, ...]
+
+
+class _Name(NamedTuple):
+    with_article: str
+    bare: str
+    verb: str  # "is" or "are"
 
 
 class DiseasePromptSet(Frozen):
@@ -44,6 +54,8 @@ class DiseasePromptSet(Frozen):
     most_absent: int = Field(ge=1)
     normal_from: int = Field(ge=1)
     names: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    plural: tuple[str, ...] = ()
+    grammar: str | None = None
 
     @field_validator("present", "absent")
     @classmethod
@@ -88,8 +100,7 @@ class DiseasePromptSet(Frozen):
         order, name_uniforms = np.split(uniforms[PROMPT_UNIFORMS:][: 2 * len(looked_for)], 2)
         shuffled = [looked_for[i] for i in np.argsort(order, kind="stable")]
         name = {
-            f: _pick(self.names.get(f, (f,)), u)
-            for f, u in zip(looked_for, name_uniforms, strict=True)
+            f: _pick(self._names_of(f), u) for f, u in zip(looked_for, name_uniforms, strict=True)
         }
         present = [f for f in shuffled if labels[f] == PRESENT]
         absent = [f for f in shuffled if labels[f] == ABSENT]
@@ -106,14 +117,34 @@ class DiseasePromptSet(Frozen):
             parts.append((_pick(self.absent, uniforms[3]), some, False))
         return _joined(parts, name) if parts else None
 
+    def _names_of(self, finding: str) -> Sequence[_Name]:
+        """The names of a finding: those of the set, or else the one of its grammar."""
+        if finding in self.names:
+            return [
+                _Name(n, n.removeprefix("an ").removeprefix("a "), self._verb(n))
+                for n in self.names[finding]
+            ]
+        phrase = _phrases(self.grammar).get(finding, Phrase())
+        bare = phrase.finding or finding
+        return [_Name(phrase.a_finding or bare, bare, phrase.verb)]
+
+    def _verb(self, name: str) -> str:
+        return "are" if name in self.plural else "is"
+
+
+@cache
+def _phrases(prompt_set: str | None) -> Mapping[str, Phrase]:
+    return {} if prompt_set is None else load_prompts(prompt_set).phrases
+
 
 def _joined(
-    parts: Sequence[tuple[str, Sequence[str], bool]], name: Mapping[str, str]
+    parts: Sequence[tuple[str, Sequence[str], bool]], name: Mapping[str, _Name]
 ) -> DiseasePrompt:
     text, entities = "", []
     for template, findings, is_present in parts:
         text += " " if text else ""
-        head, _, tail = template.partition("{findings}")
+        verb = name[findings[0]].verb if findings else "is"
+        head, _, tail = template.replace("{is}", verb).partition("{findings}")
         cue = None
         if not is_present:
             at = head.lower().find("no ")
@@ -125,18 +156,14 @@ def _joined(
             text += "" if i == 0 else " and " if is_present and i == len(findings) - 1 else between
             status = "present" if is_present else "negated"
             start = len(text)
-            text += name[finding] if is_present else _without_article(name[finding])
+            text += name[finding].with_article if is_present else name[finding].bare
             entities.append(Entity(start, len(text), "finding", finding, status, cue))
         text += tail
         text = text[:sentence_start] + text[sentence_start].upper() + text[sentence_start + 1 :]
     return DiseasePrompt(text, tuple(entities))
 
 
-def _without_article(name: str) -> str:
-    return name.removeprefix("an ").removeprefix("a ")
-
-
-def _pick(choices: Sequence[str], draw: float) -> str:
+def _pick(choices: Sequence[_T], draw: float) -> _T:
     return choices[int(draw * len(choices))]
 
 
