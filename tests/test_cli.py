@@ -219,7 +219,7 @@ ERRORS = {
     ),
     "unknown configuration": (
         pretrain_on("data", "--config", "huge"),
-        ["no configuration 'huge'", "demo, paper, tiny"],
+        ["no configuration 'huge'", "demo, paper, recommended"],
     ),
     "no such TOML": (pretrain_on("data", "--config", "a.toml"), ["a.toml cannot be read"]),
     "no override": (pretrain_on("data", "--set", "steps"), ["'steps' is no override"]),

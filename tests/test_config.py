@@ -82,7 +82,8 @@ def test_files_that_extend_in_a_circle_are_refused(tmp_path: Path):
     [
         (
             "huge",
-            r"name one of ablation, demo, paper, tiny, or of arms/ one of .*, pixels, prompts, ",
+            r"name one of ablation, demo, paper, recommended, recommended_random, tiny, "
+            r"or of arms/ one of .*, pixels, prompts, ",
         ),
         (
             "whole",

@@ -36,9 +36,9 @@ OTHERS_OPTIONS = {
     "--half", "--raw", "--base", "--jsonl", "--cache", "--batch-size", "--steps", "--image-size",
     "--tokens", "--lengths", "--array", "--cpus-per-task", "--wait", "--port", "--nworkers",
     "--nthreads", "--reports", "--plain-images", "--repeats", "--kill", "--device", "--misses",
-    "--runs", "--boxes", "--also",
+    "--runs", "--boxes", "--also", "--user", "--ask-password",
 }  # fmt: skip
-"""Of torchrun, ruff, sbatch, dask, and the scripts of bench/."""
+"""Of torchrun, ruff, wget, sbatch, dask, and the scripts of bench/."""
 
 
 class Block(NamedTuple):

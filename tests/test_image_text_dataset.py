@@ -4,11 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmclip.config import AugmentConfig
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import augment, augmented, normalise, open_dataset
+from mmclip.data.image_text_dataset import augment, augmented, grid_of, normalise, open_dataset
 from mmclip.data.images import resize_image
+from mmclip.files import sealed
 from tests.made import write_folder
 
 
@@ -40,6 +42,38 @@ def test_a_shift_by_whole_pixels_moves_the_image_and_fills_with_black():
     moved = augment(image, uniforms, config)
     torch.testing.assert_close(moved[..., :-2], image[..., 2:], atol=1e-5, rtol=0)
     assert torch.allclose(moved[..., -2:], torch.tensor(-2.0))
+
+
+@pytest.mark.ledger("augmentation")
+def test_a_crop_is_a_square_of_the_image_and_lies_where_the_numbers_say():
+    image = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    config = AugmentConfig(
+        rotation_deg=0, translate_ratio=0, scale_ratio=0, brightness=0, contrast=0, crop_scale=0.25
+    )
+
+    def cropped(*last: float, size: int = 8) -> torch.Tensor:
+        return augment(image, torch.tensor([[0.5] * 6 + list(last)]), config, size)
+
+    whole, middle, corner = (
+        cropped(0.0, 0.9, 0.1, size=16), cropped(1.0, 0.5, 0.5), cropped(1.0, 1.0, 0.0),
+    )  # fmt: skip
+    torch.testing.assert_close(whole, image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(middle, image[..., 4:12, 4:12], atol=1e-5, rtol=0)
+    torch.testing.assert_close(corner, image[..., :8, 8:], atol=1e-5, rtol=0)
+
+
+def test_the_grid_is_that_of_torch():
+    theta = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
+    for size in (1, 7, 32):
+        theirs = F.affine_grid(theta, [5, 1, size, size], align_corners=False)
+        torch.testing.assert_close(grid_of(theta, size), theirs, atol=1e-6, rtol=0)
+
+
+def test_crops_are_cut_from_larger_images_as_far_as_the_folder_holds_them(folder: Path):
+    rows = np.arange(2)
+    for px, crop_scale, side in ((16, 1.0, 16), (16, 0.5, 23), (16, 0.25, 32), (16, 0.1, 32)):
+        read = open_dataset([folder], px).to_crop(AugmentConfig(crop_scale=crop_scale))
+        assert read.pixels(rows).shape == (2, side, side)
 
 
 def test_labels_tell_unknown_from_absent(folder: Path):
@@ -82,7 +116,7 @@ def test_a_folder_made_with_other_words_is_told_and_read(
     meta = json.loads(path.read_text())
     meta["made_with"]["words"]["lexicon/cues"] = "other"
     meta["made_with"]["vocabulary"] = 0
-    path.write_text(json.dumps(meta))
+    path.write_text(json.dumps(sealed(meta)))
     assert len(open_dataset([folder])) == n
     (record,) = caplog.records
     assert "(findings/vocabulary.toml (version 0, now 1), lexicon/cues.toml changed)" in (

@@ -22,8 +22,8 @@ LAYERS = (
     {"mmclip.api", "mmclip.demo", "mmclip.doctor", "mmclip.prediction"},
     {"mmclip.export"},
     {"mmclip.explanation", "mmclip.finetuning", "mmclip.retrieval"},
-    {"mmclip.evaluation"},
     {"mmclip.training"},
+    {"mmclip.evaluation"},
     {
         "mmclip.checkpoint", "mmclip.embed", "mmclip.embedding_store", "mmclip.model_loading",
         "mmclip.prompt_check", "mmclip.run",

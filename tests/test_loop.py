@@ -21,10 +21,11 @@ from mmclip.config import TrainConfig
 from mmclip.patches import PatchGrid
 from mmclip.training import log
 from mmclip.training.finite import NonFiniteLoss
-from mmclip.training.interrupt import interrupt_between_steps
+from mmclip.training.interrupt import STOP_SIGNALS, stop_between_steps
 from mmclip.training.loop import fit
 from mmclip.training.objective import Objective
 from mmclip.training.optimizer import learning_rate, make_optimizer
+from mmclip.training.processes import start_accelerator
 from mmclip.training.state import TrainState
 from mmclip.training.step import train_step
 from mmclip.training.step_loader import batch_slices, step_loader
@@ -331,23 +332,31 @@ def test_a_batch_that_cannot_be_made_fails_at_its_own_step():
             next(steps)
 
 
-def test_the_first_control_c_waits_for_the_step_and_the_second_does_not():
+@pytest.mark.parametrize("asks", STOP_SIGNALS)
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not(asks: signal.Signals):
     def before(*_: object) -> None:
         raise InterruptedError
 
-    theirs = signal.signal(signal.SIGINT, before)
+    theirs = {each: signal.signal(each, before) for each in STOP_SIGNALS}
     try:
-        with interrupt_between_steps(1) as is_interrupted:
-            assert not is_interrupted()
-            signal.raise_signal(signal.SIGINT)
-            assert is_interrupted()
-            with pytest.raises(InterruptedError):
-                signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is before
-        with interrupt_between_steps(2), pytest.raises(InterruptedError):
-            signal.raise_signal(signal.SIGINT)
+        with stop_between_steps(1) as asked_to_stop:
+            assert asked_to_stop() is None
+            signal.raise_signal(asks)
+            assert asked_to_stop() == asks
+            for each in STOP_SIGNALS:
+                with pytest.raises(InterruptedError):
+                    signal.raise_signal(each)
+        assert {signal.getsignal(each) for each in STOP_SIGNALS} == {before}
     finally:
-        signal.signal(signal.SIGINT, theirs)
+        for each, handler in theirs.items():
+            signal.signal(each, handler)
+
+
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch: pytest.MonkeyPatch):
+    start_accelerator(CONFIG, cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=2 processes were started"):
+        start_accelerator(CONFIG, cpu=True)
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 2, 4])

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -162,27 +163,32 @@ def test_ten_kills_change_neither_weights_nor_log(arguments: list, tmp_path: Pat
     assert not list((run / CHECKPOINTS).glob("*.tmp"))
 
 
-def test_control_c_ends_a_run_after_its_step_and_resume_changes_nothing(
-    arguments: list, tmp_path: Path
+@pytest.mark.parametrize(("asks", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_a_signal_ends_a_run_after_its_step_and_resume_changes_nothing(
+    arguments: list, tmp_path: Path, asks: str, code: int
 ):
-    long = [*arguments, "--set", "train.steps=160", "--set", "train.save_every_steps=1000"]
-    assert mmclip(tmp_path, *long, "--out", tmp_path / "whole").code == 0
+    steps = 160 if asks == "SIGINT" else 60
+    long = [*arguments, "--set", f"train.steps={steps}", "--set", "train.save_every_steps=1000"]
     run = tmp_path / "run"
     running = start(tmp_path / "interrupted", *long, "--out", run)
     until(lambda: (run / "metrics.jsonl").exists(), running)
     assert running.process.pid is not None
-    os.kill(running.process.pid, signal.SIGINT)
+    os.kill(running.process.pid, getattr(signal, asks))
     ended = running.wait()
-    assert ended.code == 130 and ended.out == "" and "Traceback" not in ended.err
+    assert ended.code == code and ended.out == "" and "Traceback" not in ended.err
     step = int(find_checkpoint(run).name.removeprefix("step_"))
-    assert 0 < step < 160
-    assert ended.err.splitlines()[-3:] == [
-        f"stopped after step {step} of 160, which {run} holds",
-        "the same command with --resume goes on",
-        "interrupted",
-    ]
-    assert mmclip(tmp_path, *long, "--out", run, "--resume").code == 0
-    assert weights_of(run) == weights_of(tmp_path / "whole")
+    assert 0 < step < steps
+    said = ended.err.splitlines()
+    assert f"stopped after step {step} of {steps}, which {run} holds" in said
+    assert any(
+        line.startswith("the same command with --resume goes on: mmclip pretrain ")
+        and line.endswith(f"--out {run} --resume")
+        for line in said
+    )
+    if asks == "SIGINT":
+        assert mmclip(tmp_path, *long, "--out", tmp_path / "whole").code == 0
+        assert mmclip(tmp_path, *long, "--out", run, "--resume").code == 0
+        assert weights_of(run) == weights_of(tmp_path / "whole")
 
 
 def test_resuming_a_finished_run_changes_nothing(arguments: list, made_run: Path, tmp_path: Path):
@@ -241,6 +247,21 @@ def test_what_repeats_is_told_of_each_stream_and_only_where_it_does():
     assert told(16, 0.5).endswith("reads 8 unpaired images and there are 4; with "
                                   "train.batch_size=8 it reads 4")  # fmt: skip
     assert told(16, 1).endswith("there are 4; set it to at most 0.5")
+
+
+def test_pairs_train_alone_and_a_line_says_so_where_no_image_is_unpaired(
+    arguments: list, made_run: Path, tmp_path: Path
+):
+    for number, key in enumerate(("unpaired.rows_per_pair=1", "unpaired.rows_per_pair=0.01")):
+        run = tmp_path / str(number)
+        ended = mmclip(tmp_path, *arguments, "--out", run, "--set", key)
+        assert ended.code == 0, ended.err
+        assert ended.err.count("no training image has labels and no report") == 1
+        assert "pairs train alone" in ended.err and "repeat within" not in ended.err
+        assert weights_of(run) == weights_of(made_run)
+    labels = ["--set", "loss.label=1", "--set", "unpaired.rows_per_pair=1"]
+    error = mmclip(tmp_path, *arguments, "--out", tmp_path / "label", *labels).error()
+    assert "of which loss.label=1 learns; add a data folder with labelled images" in error
 
 
 def test_another_configuration_does_not_resume(arguments: list, made_run: Path, tmp_path: Path):
@@ -302,9 +323,9 @@ def test_two_processes_train_the_model_of_one_and_print_its_path_once(
     root = Path(__file__).parents[1]
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "mmclip", *map(str, arguments), "--out", str(run), "--cpu"],
+         "-m", "mmclip", *map(str, arguments), "--out", str(run)],
         check=False, capture_output=True, text=True, timeout=120, cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == f"{run / CHECKPOINTS / 'step_000006'}\n"
@@ -312,6 +333,57 @@ def test_two_processes_train_the_model_of_one_and_print_its_path_once(
     losses = [[line["loss"] for line in log_of(r)] for r in (run, made_run)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert load_checkpoint(run).meta["step"] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asks", "hosts"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 2)])
+def test_a_signal_ends_all_processes_after_one_step_and_resume_changes_nothing(
+    arguments: list, tmp_path: Path, asks: str, hosts: int
+):
+    """Two processes of one `torchrun`, or two `torchrun`s of one process that meet by 127.0.0.1."""
+    long = [*arguments, "--set", "train.steps=400", "--set", "train.save_every_steps=1000"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {
+        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    }  # fmt: skip
+
+    def launch(*more: object) -> list[subprocess.Popen]:
+        meet = ["--standalone", "--nproc-per-node=2"]
+        if hosts > 1:
+            meet = [f"--nnodes={hosts}", "--nproc-per-node=1", "--rdzv-backend=c10d",
+                    f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]  # fmt: skip
+        command = [sys.executable, "-m", "torch.distributed.run", *meet, "-m", "mmclip", *long]
+        return [
+            subprocess.Popen(
+                [*map(str, command), *map(str, more)], stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=env,
+            )
+            for _ in range(hosts)
+        ]  # fmt: skip
+
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    started = launch("--out", run)
+    end = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists():
+        assert time.monotonic() < end and all(each.poll() is None for each in started)
+        time.sleep(0.01)
+    started[-1].send_signal(getattr(signal, asks))  # one host alone is told
+    said = "".join(each.communicate(timeout=120)[1] for each in started)
+    step = int(find_checkpoint(run).name.removeprefix("step_"))
+    assert 0 < step < 400
+    assert said.count(f"stopped after step {step} of 400") == 1
+    assert said.count("the same command with --resume goes on: mmclip pretrain") == 1
+    for command in (("--out", run, "--resume"), ("--out", whole)):
+        for each in launch(*command):
+            _, err = each.communicate(timeout=240)
+            assert each.returncode == 0, err
+    assert weights_of(run) == weights_of(whole)
+    assert [{**line, "images_per_s": 0} for line in log_of(run)] == [
+        {**line, "images_per_s": 0} for line in log_of(whole)
+    ]
 
 
 @pytest.fixture

@@ -100,7 +100,8 @@ def save_checkpoint(
         tokenizer: Of the text encoder.
         config: The resolved configuration.
         trainer: Tensors and plain values that training needs to go on.
-        facts: Further entries of meta.json (data hash, commands).
+        facts: Further entries of meta.json (data hash, commands). The checkpoint of "best_step"
+            stays, and is what `find_checkpoint` finds.
         keep: Number of newest checkpoints that stay.
 
     Returns:
@@ -114,7 +115,11 @@ def save_checkpoint(
         "versions": code_version(),
         **facts,
     }
-    return write_checkpoint(run, step, model, trainer, metadata, keep, tokenizer=tokenizer)
+    best = facts.get("best_step")
+    spare = () if best is None else (best,)
+    return write_checkpoint(
+        run, step, model, trainer, metadata, keep, spare=spare, tokenizer=tokenizer
+    )
 
 
 def write_checkpoint(
@@ -198,6 +203,21 @@ def _finished(run: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that a path names: itself, or of a run's folder the best by
+    validation; the newest where the run did not validate.
+
+    Raises:
+        CheckpointError: When there is none.
+    """
+    newest = newest_checkpoint(path)
+    if newest == path:
+        return path
+    best = checkpoint_meta(newest).get("best_step")
+    found = newest if best is None else newest.with_name(f"step_{best:06d}")
+    return found if found.is_dir() else newest
+
+
+def newest_checkpoint(path: Path) -> Path:
     """The checkpoint folder that a path names: itself, or the newest of a run's folder.
 
     Raises:

@@ -6,6 +6,7 @@ the known ones. Values derived from the configuration are computed where they ar
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -218,6 +219,9 @@ class AugmentConfig(Frozen):
     scale_ratio: float = Field(default=0.1, ge=0, lt=0.5)  # 0.1: between 0.9 and 1.1 times
     brightness: float = Field(default=0.1, ge=0, le=1)  # added, as a share of the grey range
     contrast: float = Field(default=0.2, ge=0, lt=1)  # 0.2: between 0.8 and 1.2 times
+    # Smallest share of the image's area that a square crop keeps; 1 crops nothing. Crops are cut
+    # from images as large as the data folder holds them.
+    crop_scale: float = Field(default=1.0, gt=0, le=1)
 
 
 class TrainConfig(Frozen):
@@ -225,17 +229,20 @@ class TrainConfig(Frozen):
 
     seed: int = 0
     steps: int = Field(default=1000, gt=0)  # optimiser steps
+    epochs: float | None = Field(default=None, gt=0)  # in their place: passes over the pairs
     batch_size: int = Field(default=64, gt=1)  # pairs a step, over all processes and micro-batches
     # Gradient accumulation: pairs of a micro-batch, over all processes; negatives are its own.
     micro_batch_size: int | None = Field(default=None, gt=1)  # None: the whole batch at once
     gradient_cache: bool = False  # the negatives of a micro-batch are those of the whole batch
-    base_lr: float = Field(default=8e-3, gt=0)  # per 256 pairs; lr = base_lr * batch_size / 256
+    base_lr: float = Field(default=8e-3, gt=0)  # at 256 pairs a step
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # with batch_size / 256
     pretrained_lr_ratio: float = Field(default=1.0, gt=0, le=1)  # of it, for pretrained encoders
     weight_decay: float = Field(default=0.05, ge=0)
     beta2: float = Field(default=0.98, gt=0, lt=1)
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)  # of all steps
     final_lr_ratio: float = Field(default=0.01, ge=0, le=1)  # of the peak, at the end of the cosine
     clip_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)  # of the average of the weights; 0: none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False  # the layers of the transformers, by torch.compile: for a GPU
     log_every_steps: int = Field(default=10, gt=0)
@@ -251,10 +258,53 @@ class TrainConfig(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _says_its_length_once(self) -> "TrainConfig":
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            raise ValueError(
+                f"steps={self.steps} and epochs={self.epochs} are both given; keep one"
+            )
+        return self
+
+    def in_steps(self, n_pairs: int) -> "TrainConfig":
+        """The same with its length in steps, which the number of pairs to train on decides."""
+        if self.epochs is None:
+            return self
+        steps = math.ceil(self.epochs * n_pairs / self.batch_size)
+        return self.model_copy(update={"steps": steps, "epochs": None})
+
+    @property
+    def peak_lr(self) -> float:
+        """What the optimiser gets at the peak, base_lr scaled by the size of a batch.
+
+        Source: linear scaling [Goyal et al., arXiv:1706.02677]; by the root, as Adam's steps do not
+        grow with the gradient [Malladi et al., arXiv:2205.10287].
+        """
+        ratio = self.batch_size / 256
+        return self.base_lr * (ratio if self.lr_scaling == "linear" else math.sqrt(ratio))
+
     @property
     def n_micro_batches(self) -> int:
         """Micro-batches in a step."""
         return self.batch_size // (self.micro_batch_size or self.batch_size)
+
+
+class ValidationConfig(Frozen):
+    """Loss and zero-shot AUROC on split val as training goes, and what follows from them."""
+
+    every_steps: int = Field(default=0, ge=0)  # and after the last step; 0: never
+    # What the best step has: the lowest loss, for which no label is read, or the highest AUROC.
+    select_by: Literal["loss", "auroc"] = "loss"
+    patience: int = Field(default=0, ge=0)  # validations without a better one; 0: train to the end
+
+    @model_validator(mode="after")
+    def _patience_needs_validations(self) -> "ValidationConfig":
+        if self.patience and not self.every_steps:
+            raise ValueError(
+                f"patience={self.patience} counts validations, and every_steps=0 makes none; give "
+                f"validation.every_steps a value"
+            )
+        return self
 
 
 class Config(Frozen):
@@ -269,6 +319,7 @@ class Config(Frozen):
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
 
     @model_validator(mode="after")
     def _score_is_trained(self) -> "Config":
@@ -489,13 +540,16 @@ def load_config_as(
             value = tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:
             value = text.strip()
-        node = values
         *parents, last = key.strip().split(".")
+        node: Any = values
         for part in parents:
-            node = node.setdefault(part, {})
+            node = node.get(part, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"{override!r}: {part!r} is a value, not a section")
-        node[last] = value
+        top: Any = {last: value}
+        for part in reversed(parents):
+            top = {part: top}
+        values = _merge(values, top)
     return parse(model, values, f"configuration {name_or_path}")
 
 
@@ -509,8 +563,12 @@ def _read(folder: str, name_or_path: str, seen: tuple[str, ...]) -> dict[str, An
     return values if base is None else _merge(_read(folder, base, (*seen, name_or_path)), values)
 
 
+OTHER_LENGTH = {"steps": "epochs", "epochs": "steps"}
+"""Two keys that say how long to train: the one that is given later counts."""
+
+
 def _merge(base: dict, top: dict) -> dict:
-    merged = dict(base)
+    merged = {key: value for key, value in base.items() if OTHER_LENGTH.get(key) not in top}
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merge(base[key], value) if both else value

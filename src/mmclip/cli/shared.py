@@ -1,6 +1,7 @@
 """What several commands have in common: options, checks of what was given, printed results."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -156,11 +157,12 @@ def command_line() -> str:
 
 @contextmanager
 def resume_hint(how: str = "the same command goes on") -> Iterator[None]:
-    """Says behind Ctrl-C how a long task that keeps its work goes on."""
+    """Says behind Ctrl-C and other signals how a long task that keeps its work goes on."""
     try:
         yield
-    except KeyboardInterrupt:
-        console.print(how)
+    except (KeyboardInterrupt, SystemExit):
+        if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start several processes
+            console.print(how, markup=False, soft_wrap=True)
         raise
 
 

@@ -153,7 +153,7 @@ def pretrain(
         tensorboard=tensorboard,
         cpu=cpu,
     )
-    with resume_hint("the same command with --resume goes on"):
+    with resume_hint(f"the same command with --resume goes on: {_resuming(request.command)}"):
         newest = run(request)
     if os.environ.get("RANK", "0") == "0":  # torchrun and accelerate start this once a process
         print(newest)
@@ -178,3 +178,8 @@ def _start_of(init: str | None) -> list[str]:
         f"model.projections={name}",
         f"model.embed_dim={embed_dim_of(init)}",
     ]
+
+
+def _resuming(command: str) -> str:
+    """A command with --resume; of several processes, what each of them runs."""
+    return command if " --resume" in command else f"{command} --resume"

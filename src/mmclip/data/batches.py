@@ -30,7 +30,13 @@ from mmclip.data.disease_prompts import (
     load_disease_prompts,
 )
 from mmclip.data.given_away import leave_given_away
-from mmclip.data.image_text_dataset import ImageTextDataset, affine_of, augmented, warp
+from mmclip.data.image_text_dataset import (
+    AUGMENT_UNIFORMS,
+    ImageTextDataset,
+    affine_of,
+    augmented,
+    warp,
+)
 from mmclip.data.leakage.check import patient_key, study_key
 from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Entity, Sample, finds_nothing
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
@@ -236,11 +242,12 @@ class RawBatch:
     """A batch whose images are bytes yet: they are augmented on the device that they go to."""
 
     pixels: UInt8[Tensor, "b h w"]
-    uniforms: Float[Tensor, "b 6"]  # of the augmentation
+    uniforms: Float[Tensor, "b u"]  # of the augmentation
     lesions: Bool[Tensor, "b lh lw"] | None  # of the folder's images, which may be larger
     rest: Batch  # without pixels: its images are of 0 x 0
     augment: AugmentConfig
     grid: PatchGrid
+    image_size: int  # side of the augmented images
 
     @property
     def image_ids(self) -> tuple[str, ...]:
@@ -254,14 +261,14 @@ class RawBatch:
     def to(self, device: torch.device) -> Batch:
         """The finished batch on a device."""
         there = on_each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
-        image = augmented(there.pixels, there.uniforms, self.augment)
+        image = augmented(there.pixels, there.uniforms, self.augment, self.image_size)
         if there.lesions is None:
             return there.rest.with_images(image, None)
         theta = affine_of(there.uniforms, self.augment)
         inside = there.lesions.float().unsqueeze(1)
-        if inside.shape != image.shape:  # of images that are made smaller as they are read
-            inside = F.interpolate(inside, size=image.shape[-2:], mode="area")
-        moved = warp(inside, theta)
+        if inside.shape[-2:] != there.pixels.shape[-2:]:  # of images made smaller as they are read
+            inside = F.interpolate(inside, size=there.pixels.shape[-2:], mode="area")
+        moved = warp(inside, theta, self.image_size)
         return there.rest.with_images(image, self.grid.lesion_ratio(moved))
 
 
@@ -292,6 +299,7 @@ class TrainingBatches:
             lesions: For the oracle and for measuring; None where there are none.
         """
         self.dataset, self.tokenizer, self.config, self.grid = dataset, tokenizer, config, grid
+        self.to_crop = dataset.to_crop(config.augment)
         self.lesions, self.seed = lesions, config.train.seed
         self.image_keys = np.array([image_key(f.image_id) for f in dataset.samples], np.uint64)
         self.pairs, self.unpaired, self.lone, self.bare = (
@@ -337,13 +345,15 @@ class TrainingBatches:
     def streams(self) -> list[tuple[Int[np.ndarray, " s"], Schedule]]:
         """The pairs, and the other images where they are asked for, with their order.
 
+        Unpaired images are left out where there are none; a line says so before training.
+
         Raises:
-            ValueError: When there are none.
+            ValueError: When there are no pairs.
         """
         unpaired = self.config.unpaired
         wanted = (
             (self.pairs, 1.0),
-            (self.unpaired, unpaired.rows_per_pair),
+            (self.unpaired, unpaired.rows_per_pair if len(self.unpaired) else 0.0),
             (self.bare, unpaired.bare_per_pair),
         )
         return [self._stream(rows, ratio) for rows, ratio in wanted if ratio]
@@ -413,8 +423,9 @@ class TrainingBatches:
         lone: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> RawBatch:
         reports, prompts = self._reports(rows, epochs), self._prompts(rows, epochs)
-        pixels = self.dataset.pixels(rows)
-        n_patches = (pixels.shape[-1] // self.grid.patch_size) ** 2
+        pixels = self.to_crop.pixels(rows)
+        size = self.dataset.image_size or pixels.shape[-1]
+        n_patches = (size // self.grid.patch_size) ** 2
         rest = Batch(
             image=torch.zeros(len(rows), 1, 0, 0),
             reports=self._mask(reports, rows, epochs, np.ones(len(reports.rows), bool)),
@@ -429,9 +440,11 @@ class TrainingBatches:
             labels=None if self.labels is None else torch.from_numpy(self.labels[rows]),
             lone_reports=None if lone is None else self._lone_reports(*lone),
         )
-        uniforms = torch.from_numpy(self._uniforms(Purpose.AUGMENT, rows, epochs, 6)).float()
+        uniforms = torch.from_numpy(
+            self._uniforms(Purpose.AUGMENT, rows, epochs, AUGMENT_UNIFORMS)
+        ).float()
         lesions = self._lesions_of(rows, pixels.shape[-2:])
-        return RawBatch(pixels, uniforms, lesions, rest, self.config.augment, self.grid)
+        return RawBatch(pixels, uniforms, lesions, rest, self.config.augment, self.grid, size)
 
     def _lone_reports(self, rows: np.ndarray, epochs: np.ndarray) -> TextBatch:
         texts = self._reports(rows, epochs)

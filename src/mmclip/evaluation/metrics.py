@@ -125,6 +125,13 @@ def auroc(labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> f
     return None if pair is None else float(roc_auc_score(*pair))
 
 
+def macro_auroc(labels: Float[np.ndarray, "n k"], scores: Float[np.ndarray, "n k"]) -> float | None:
+    """The mean AUROC over the findings that have both classes; None where none has."""
+    values = [auroc(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]
+    some = [value for value in values if value is not None]
+    return float(np.mean(some)) if some else None
+
+
 def auprc(labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float | None:
     """Average precision over known labels; None when a class is missing.
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from jaxtyping import Float
 
@@ -64,6 +63,7 @@ from mmclip.models.classifier import Classifier, ImageEncoder
 from mmclip.models.dual_encoder import Seen, Weights
 from mmclip.models.hub_encoder import weights_hash
 from mmclip.progress import console
+from mmclip.training.processes import start_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -309,8 +309,7 @@ def _trained(common: Common, part: Part, encoder: ImageEncoder, this: str) -> Le
     """Encoder and head learn together; None in all processes but the first."""
     request, task = common.request, part.task
     config = request.config
-    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.train.precision]
-    accelerator = Accelerator(mixed_precision=precision, cpu=request.cpu)
+    accelerator = start_accelerator(config.train, request.cpu)
     device, is_main = accelerator.device, accelerator.is_main_process
     set_seed(part.seed)
     trained = train_classifier(

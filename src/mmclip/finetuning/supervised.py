@@ -2,7 +2,7 @@
 it."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,19 +28,21 @@ from mmclip.checkpoint import (
 )
 from mmclip.config import AugmentConfig, Frozen, TrainConfig
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import ImageTextDataset, augmented
+from mmclip.data.image_text_dataset import AUGMENT_UNIFORMS, ImageTextDataset, augmented
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
 from mmclip.embed import batch_size_of, encode_batch
-from mmclip.evaluation.metrics import auroc
+from mmclip.evaluation.metrics import macro_auroc
 from mmclip.finetuning.task import Labelled
 from mmclip.losses import label_sum
 from mmclip.models.classifier import Classifier, Features, freeze_unused, image_of, lr_scales
 from mmclip.models.dual_encoder import sigmoid
 from mmclip.models.encoders import no_decay_names
+from mmclip.training.early_stop import best_of, has_ended
 from mmclip.training.gather import all_gather_rows
 from mmclip.training.loop import fit
 from mmclip.training.optimizer import make_optimizer
 from mmclip.training.state import TrainState, restore_trainer_state, trainer_state
+from mmclip.training.terms import Verdict
 
 
 class FineTuneConfig(Frozen):
@@ -76,6 +78,11 @@ class FineTuneConfig(Frozen):
                 "train.gradient_cache=true is for the contrastive term, which fine-tuning does not "
                 "have; leave it out"
             )
+        if self.train.epochs is not None or self.train.ema_decay:
+            raise ValueError(
+                f"train.epochs={self.train.epochs} and train.ema_decay={self.train.ema_decay:g} "
+                f"are for pre-training; set train.steps, and leave them out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -105,10 +112,11 @@ class RawLabelledBatch:
     """The same with images that are bytes yet: they are augmented on the device that they go to."""
 
     pixels: UInt8[Tensor, "b h w"]
-    uniforms: Float[Tensor, "b 6"]
+    uniforms: Float[Tensor, "b u"]
     labels: Float[Tensor, "b k"]
     image_ids: tuple[str, ...]
     augment: AugmentConfig
+    image_size: int  # side of the augmented images
 
     def pin_memory(self) -> "RawLabelledBatch":
         """The same batch in memory that a GPU reads from while the CPU works."""
@@ -117,7 +125,8 @@ class RawLabelledBatch:
     def to(self, device: torch.device) -> LabelledBatch:
         """The finished batch on a device."""
         there = on_each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
-        return LabelledBatch(augmented(there.pixels, there.uniforms, self.augment), there.labels)
+        image = augmented(there.pixels, there.uniforms, self.augment, self.image_size)
+        return LabelledBatch(image, there.labels)
 
 
 @dataclass(frozen=True)
@@ -156,15 +165,17 @@ class LabelledBatches:
         cut = batch_slice.of_rows(len(rows))
         rows, epochs = rows[cut], epochs[cut]
         uniforms = keyed_uniform(
-            self.seed, Purpose.AUGMENT, epochs, self.schedule.image_keys[rows], 6
+            self.seed, Purpose.AUGMENT, epochs, self.schedule.image_keys[rows], AUGMENT_UNIFORMS
         )
         whole = self.labelled.dataset
+        pixels = whole.to_crop(self.config.augment).pixels(rows)
         return RawLabelledBatch(
-            whole.pixels(rows),
+            pixels,
             torch.from_numpy(uniforms).float(),
             torch.from_numpy(self.labelled.labels[rows]).float(),
             tuple(whole.samples[row].image_id for row in rows),
             self.config.augment,
+            whole.image_size or pixels.shape[-1],
         )
 
 
@@ -177,26 +188,6 @@ def positive_weights(labels: Float[np.ndarray, "n k"], most: float) -> Float[np.
     n_positive, n_negative = (labels == 1).sum(0), (labels == 0).sum(0)
     ratio = np.clip(n_negative / np.maximum(n_positive, 1), 1 / most, most)
     return np.where((n_positive > 0) & (n_negative > 0), ratio, 1.0)
-
-
-def macro_auroc(labels: Float[np.ndarray, "n k"], scores: Float[np.ndarray, "n k"]) -> float | None:
-    """The mean AUROC over the findings that have both classes; None where none has."""
-    values = [auroc(labels[:, k], scores[:, k]) for k in range(labels.shape[1])]
-    some = [value for value in values if value is not None]
-    return float(np.mean(some)) if some else None
-
-
-def best_of(history: Sequence[tuple[int, float]]) -> int:
-    """The step of the highest validation score, the first of equals."""
-    return max(history, key=lambda entry: (entry[1], -entry[0]))[0]
-
-
-def has_ended(history: Sequence[tuple[int, float]], patience: int) -> bool:
-    """Whether the last `patience` validations were no better than one before them."""
-    if not history:
-        return False
-    steps = [step for step, _ in history]
-    return len(history) - 1 - steps.index(best_of(history)) >= patience
 
 
 @torch.no_grad()
@@ -276,7 +267,9 @@ def train_classifier(
     found = _checkpoint_of(run, metadata)
     history = [] if found is None else _restored(model, found)
     state = _state_of(accelerator, model, config, found)
-    validations = _Validations(accelerator, val, history, config.patience)
+    validations = _Validations(
+        accelerator, val, history, config.patience, config.train.save_every_steps
+    )
     weight = torch.from_numpy(positive_weights(train.labels, config.max_positive_weight))
 
     def save(state: TrainState) -> None:
@@ -298,7 +291,7 @@ def train_classifier(
             config.train,
             run,
             save,
-            validations.is_over,
+            validations,
         )
     best, chosen = checkpoint_at(run, best_of(history)), accelerator.unwrap_model(state.model)
     put_weights(chosen, read_weights(best, checkpoint_meta(best)), best)
@@ -344,8 +337,10 @@ class _Validations:
     history: list[tuple[int, float]]  # grows: step, validation macro AUROC
     patience: int
 
-    def is_over(self, state: TrainState) -> bool:
-        """Scores them now; whether that is no better than `patience` times before."""
+    every_steps: int
+
+    def __call__(self, state: TrainState) -> Verdict:
+        """Scores them now; it is over when that is no better than `patience` times before."""
         accelerator, val = self.accelerator, self.val
         batch_slice = BatchSlice(accelerator.process_index, accelerator.num_processes)
         own = accelerator.unwrap_model(state.model)
@@ -354,7 +349,7 @@ class _Validations:
         )
         assert reached is not None
         self.history.append((state.step, reached))
-        return has_ended(self.history, self.patience)
+        return Verdict({}, saves=True, ends=has_ended(self.history, self.patience))
 
 
 def _checkpoint_of(run: Path, metadata: Mapping[str, Any]) -> Path | None:

@@ -29,12 +29,19 @@ def say_what_runs(
         f"{accelerator.num_processes}, {train.precision}, "
         f"{n_threads} thread{'s' * (n_threads != 1)}"
     )
-    if train.n_micro_batches > 1:
+    if train.n_micro_batches > 1 and not train.gradient_cache:
         console.print(
             f"gradient accumulation: the contrastive negatives (and a ResNet's batch statistics) "
             f"are the {train.micro_batch_size} pairs of a micro-batch, not the "
             f"{train.batch_size} of the batch"
         )
+    if config.unpaired.rows_per_pair and not counts["n_unpaired"]:
+        console.print(
+            f"no training image has labels and no report, so there are no prompts of labels, for "
+            f"which unpaired.rows_per_pair={config.unpaired.rows_per_pair:g} is set: pairs train "
+            f"alone. A further --data folder with labelled images adds them",
+            style="yellow", soft_wrap=True,
+        )  # fmt: skip
     for line in repeats(config, counts["n_pairs"], counts["n_unpaired"]):
         console.print(line, style="yellow", soft_wrap=True)
 
@@ -52,7 +59,7 @@ def repeats(config: Config, n_pairs: int, n_unpaired: int) -> list[str]:
             f"images repeat within every step: train.batch_size={size} and there are {n_pairs} "
             f"pairs; set it to at most {n_pairs}"
         )
-    if (asked := round(ratio * size)) > n_unpaired:
+    if n_unpaired and (asked := round(ratio * size)) > n_unpaired:
         if round(ratio * fits) <= n_unpaired:
             remedy = f"with train.batch_size={fits} it reads {round(ratio * fits)}"
         else:

@@ -48,6 +48,12 @@ class TrainingLog:
         self.add({"step": state.step, "loss": loss, **state.log, "images_per_s": images_per_s})
         return f"loss {loss:.3f}  {images_per_s:.0f} images/s"
 
+    def add_validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs what a validation found, whose time does not count as training's."""
+        if metrics:
+            self.add({"step": step, **metrics})
+        self._restart()
+
     def add(self, line: Mapping[str, float | int]) -> None:
         """Adds a line, which has a step."""
         self.accelerator.log(dict(line), step=int(line["step"]))

@@ -1,8 +1,10 @@
 """One training loop on Accelerate: micro-batches, precision, processes, logs, exact resume."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import Accelerator
 
@@ -10,12 +12,12 @@ from mmclip.batch import BatchSlice
 from mmclip.config import TrainConfig
 from mmclip.progress import console, progress
 from mmclip.training.finite import NonFiniteLoss, save_failed_batch
-from mmclip.training.interrupt import interrupt_between_steps
+from mmclip.training.interrupt import Stopped, stop_between_steps
 from mmclip.training.log import TrainingLog
 from mmclip.training.state import TrainState
 from mmclip.training.step import train_step
 from mmclip.training.step_loader import batch_slices, step_loader
-from mmclip.training.terms import B, ReadBatch, Terms
+from mmclip.training.terms import B, ReadBatch, Terms, Validate, Verdict
 
 
 def fit(
@@ -26,11 +28,11 @@ def fit(
     config: TrainConfig,
     run: Path,
     save: Callable[[TrainState], None],
-    is_over: Callable[[TrainState], bool] | None = None,
+    validate: Validate | None = None,
 ) -> TrainState:
     """Trains from state.step to config.steps; logs, saves, and stops on a non-finite loss.
 
-    Ctrl-C ends the step in progress, saves a checkpoint, and says how to go on.
+    Ctrl-C, SIGTERM and SIGUSR1 end the step in progress in all processes, and save a checkpoint.
 
     Args:
         accelerator: Prepared; it decides device, precision and processes.
@@ -40,43 +42,64 @@ def fit(
         config: The optimisation.
         run: Folder of metrics.jsonl and of what a failure leaves.
         save: Writes a checkpoint; called on the main process.
-        is_over: Asked on every process before each checkpoint, with the same answer on all: True
-            ends training there.
+        validate: May save, and end training early.
 
     Raises:
         NonFiniteLoss: The batch is saved as safetensors beside the names of its images.
-        KeyboardInterrupt: After the checkpoint; at once if Ctrl-C is pressed again.
+        KeyboardInterrupt: After Ctrl-C and the checkpoint.
+        Stopped: After another signal and the checkpoint.
     """
     log = TrainingLog(run, state.step, objective.weights, accelerator)
     mine = batch_slices(config.n_micro_batches, accelerator)
     steps = iter(step_loader(read_batch, mine, state.step, config.steps, accelerator.device))
     with (
         progress("training", config.steps, state.step, show=accelerator.is_main_process) as advance,
-        interrupt_between_steps(accelerator.num_processes) as is_interrupted,
+        stop_between_steps(accelerator.num_processes) as asked_to_stop,
     ):
         while state.step < config.steps:
-            is_last = state.step + 1 == config.steps
-            due = is_last or (state.step + 1) % config.save_every_steps == 0
-            logs = is_last or (state.step + 1) % config.log_every_steps == 0
+            now = _due(state.step + 1, config, validate)
             with _failures_saved(state, read_batch, mine, accelerator.process_index, run):
                 values = train_step(accelerator, state, next(steps), objective, config)
-                stops_here = is_interrupted()
-                if due or logs or stops_here:
+                stops_here = asked_to_stop()
+                if any(now) or stops_here:
                     state.settle()
             log.count(values.pop("n_images"))
-            advance(1, log.write(state, values) if logs else None)
-            ends_here = due and is_over is not None and is_over(state)
-            if due or stops_here:
+            advance(1, log.write(state, values) if now.log else None)
+            verdict = Verdict({}, saves=False, ends=False)
+            if validate is not None and now.validate:
+                verdict = validate(state)
+                log.add_validation(state.step, verdict.metrics)
+            if now.save or verdict.saves or stops_here:
                 if accelerator.is_main_process:
                     save(state)
                 accelerator.wait_for_everyone()
             if stops_here:
-                said = f"stopped after step {state.step:,} of {config.steps:,}, which {run} holds"
-                console.print(said, markup=False, soft_wrap=True)
-                raise KeyboardInterrupt
-            if ends_here:
+                if accelerator.is_main_process:
+                    said = (
+                        f"stopped after step {state.step:,} of {config.steps:,}, which {run} holds"
+                    )
+                    console.print(said, markup=False, soft_wrap=True)
+                raise KeyboardInterrupt if stops_here == signal.SIGINT else Stopped(stops_here)
+            if verdict.ends:
                 break
     return state
+
+
+class _Due(NamedTuple):
+    """What follows a step."""
+
+    save: bool
+    log: bool
+    validate: bool
+
+
+def _due(step: int, config: TrainConfig, validate: Validate | None) -> _Due:
+    every = (
+        config.save_every_steps,
+        config.log_every_steps,
+        0 if validate is None else validate.every_steps,
+    )
+    return _Due(*(n > 0 and (step == config.steps or step % n == 0) for n in every))
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from mmclip.config import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to the peak, then a cosine to final_lr_ratio of it.
+    """Linear warm-up to `config.peak_lr`, then a cosine to final_lr_ratio of it.
 
-    The peak is base_lr * batch_size / 256. The first step is not at 0.
+    The first step is not at 0.
 
-    Source: linear scaling [Goyal et al., arXiv:1706.02677]; cosine [arXiv:1608.03983].
+    Source: cosine [arXiv:1608.03983].
     """
-    peak = config.base_lr * config.batch_size / 256
+    peak = config.peak_lr
     warmup = round(config.warmup_ratio * config.steps)
     if step < warmup:
         return peak * (step + 1) / warmup

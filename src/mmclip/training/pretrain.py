@@ -6,9 +6,10 @@ run/config.json, trained_on.npy, seen.json, metrics.jsonl, tensorboard/, checkpo
 import importlib.util
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from transformers import PreTrainedTokenizerFast
 from mmclip.checkpoint import (
     CHECKPOINTS,
     RUN_FILES_KEY,
-    CheckpointError,
     checkpoint_meta,
-    find_checkpoint,
     load_checkpoint,
+    newest_checkpoint,
+    put_weights,
+    read_weights,
     run_file,
     save_checkpoint,
 )
-from mmclip.config import Config, config_hash
+from mmclip.config import Config
 from mmclip.data.batches import (
     SEEN_FILE,
     TrainingBatches,
@@ -64,21 +66,28 @@ from mmclip.models.mmclip import MMCLIP, build_mmclip, compile_layers
 from mmclip.models.trainable import lr_ratios, set_trainable
 from mmclip.progress import console
 from mmclip.training.announce import say_what_runs
+from mmclip.training.ema import WeightAverage
 from mmclip.training.log import METRICS_FILE
 from mmclip.training.loop import fit
 from mmclip.training.objective import Objective
 from mmclip.training.optimizer import make_optimizer
+from mmclip.training.processes import start_accelerator
+from mmclip.training.resume import flat, resumable
 from mmclip.training.state import TrainState, restore_trainer_state, trainer_state
+from mmclip.training.validation import Histories, Validation, validation_data
 
 logger = logging.getLogger(__name__)
 
 
 CONFIG_FILE = "config.json"
 
-RUN_FILES = (
-    CONFIG_FILE, TRAINED_FILE, LOOKS_FILE, KEY_FILE, SEEN_FILE, METRICS_FILE, "tensorboard",
-    CHECKPOINTS,
-)  # fmt: skip
+AVERAGE_FOLDER = "ema"
+"""A run's folder with the average of its weights, a run like any other to what scores it."""
+
+DESCRIPTION = (CONFIG_FILE, TRAINED_FILE, LOOKS_FILE, KEY_FILE, SEEN_FILE)
+"""What says of a run what it is, trained on and saw."""
+
+RUN_FILES = (*DESCRIPTION, METRICS_FILE, "tensorboard", CHECKPOINTS, AVERAGE_FOLDER)
 """What a run leaves in its folder."""
 
 
@@ -161,21 +170,19 @@ def pretrain(request: PretrainRequest) -> Path:
         CheckpointError: When the run exists and `resume` is False, or differs from what resumes.
         LockedError: When another command writes into the run's folder.
     """
-    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[request.config.train.precision]
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        cpu=request.cpu,
-        log_with=_trackers(request) or None,
-        project_dir=request.run,
+    accelerator = start_accelerator(
+        request.config.train, request.cpu, _trackers(request), request.run
     )
     set_seed(request.config.train.seed)
     dataset = _prepare(request)
     facts = _facts(request, dataset)
+    train = request.config.train.in_steps(facts["n_pairs"])
+    request = replace(request, config=request.config.model_copy(update={"train": train}))
     with locked(request.run) if accelerator.is_main_process else nullcontext():
-        found = _resumable(request, facts)
+        found = resumable(request.run, request.config, facts, request.resume)
         start = _begin(request, dataset, facts) if found is None else _resume(request, found, facts)
-        _train(request, accelerator, training_dataset(dataset, request.config), start)
-    return find_checkpoint(request.run)
+        _train(request, accelerator, dataset, start)
+    return newest_checkpoint(request.run)
 
 
 @dataclass(frozen=True)
@@ -249,13 +256,14 @@ def _resume(request: PretrainRequest, found: Path, facts: dict[str, Any]) -> _St
 def _train(
     request: PretrainRequest, accelerator: Accelerator, dataset: ImageTextDataset, start: _Start
 ) -> None:
-    """Trains a model on images to its last step, and leaves a run in the request's folder."""
+    """Trains a model to its last step, and leaves a run in the request's folder."""
     config, model = request.config, start.model
+    chosen = training_dataset(dataset, config)
     # transformers loads weights in evaluation mode, in which batch norm learns nothing.
     set_trainable(model.train(), config.model)
     objective = Objective(config, patch_grid(model.vision_model))
     batches = TrainingBatches(
-        dataset,
+        chosen,
         start.tokenizer,
         config,
         objective.grid,
@@ -265,39 +273,66 @@ def _train(
     optimizer = make_optimizer(
         model, model.no_decay_names(), config.train, lr_ratios(model, config)
     )
+    average = None
+    if config.train.ema_decay:
+        average = WeightAverage(model, config.train.ema_decay, accelerator.device)
     if config.train.compile:
         compile_layers(model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    state = TrainState(wrapped, optimizer)
+    state = TrainState(wrapped, optimizer, average=average)
+    histories: Histories = {}
     if start.found is not None:
-        restore_trainer_state(accelerator, state, start.found)
+        histories = _restore(request, accelerator, state, start.found)
+    validate = None
+    if config.validation.every_steps:
+        data = validation_data(dataset, config)
+        validate = Validation(accelerator, config, data, start.tokenizer, objective.grid, histories)
     facts = start.facts
     if accelerator.is_main_process:
-        facts = _describe_run(request, dataset, start)
-        say_what_runs(config, accelerator, dataset, state)
+        facts = _describe_run(request, chosen, start)
+        say_what_runs(config, accelerator, chosen, state)
         if request.shuffle_pairs:
             console.print("control: every image has the report of another image")
         if state.step:
             console.print(f"resumed at step {state.step} of {config.train.steps}")
     accelerator.init_trackers(
         "mmclip" if request.wandb else "tensorboard",
-        config=_flat(config.model_dump(mode="json")),
+        config=flat(config.model_dump(mode="json")),
     )
 
     def save(state: TrainState) -> None:
-        save_checkpoint(
-            request.run,
-            state.step,
-            accelerator.unwrap_model(state.model),
-            start.tokenizer,
-            config,
-            trainer_state(accelerator, state),
-            facts,
-            config.train.keep_checkpoints,
-        )
+        trainer = trainer_state(accelerator, state) | {"validations": histories}
+        parts = {"model": (request.run, accelerator.unwrap_model(state.model), trainer)}
+        if state.average is not None:  # first: the run itself is never ahead of its average
+            average = request.run / AVERAGE_FOLDER, state.average.module, {"step": state.step}
+            parts = {"average": average, **parts}
+        for which, (run, weights, own) in parts.items():
+            best = None if validate is None else validate.best_step(which)
+            of_best = {} if best is None else {"best_step": best}
+            save_checkpoint(
+                run, state.step, weights, start.tokenizer, config, own, facts | of_best,
+                config.train.keep_checkpoints,
+            )  # fmt: skip
 
-    fit(accelerator, state, batches.read, objective, config.train, request.run, save)
+    if validate is None or not validate.has_ended:
+        fit(accelerator, state, batches.read, objective, config.train, request.run, save, validate)
     accelerator.end_training()
+
+
+def _restore(
+    request: PretrainRequest, accelerator: Accelerator, state: TrainState, found: Path
+) -> Histories:
+    """Puts a state back as a checkpoint holds it; returns what its validations said."""
+    saved = restore_trainer_state(accelerator, state, found)
+    if state.average is not None:
+        averaged = request.run / AVERAGE_FOLDER / CHECKPOINTS / found.name
+        put_weights(
+            state.average.module, read_weights(averaged, checkpoint_meta(averaged)), averaged
+        )
+    return {
+        which: [(int(step), float(score)) for step, score in history]
+        for which, history in saved.get("validations", {}).items()
+    }
 
 
 def _describe_run(
@@ -305,20 +340,28 @@ def _describe_run(
 ) -> dict[str, Any]:
     """Writes what the run is, trained on and saw, before its first step.
 
+    The average of its weights is a run of its own to whatever scores it, so its folder has that
+    too.
+
     Returns:
         The facts for its checkpoints, with checksums of what was written.
     """
     request.run.mkdir(parents=True, exist_ok=True)
     resolved = {"config": request.config.model_dump(mode="json"), **start.facts}
     write_text_atomic(request.run / CONFIG_FILE, json.dumps(resolved, indent=2) + "\n")
-    if start.found is not None:
-        return start.facts
-    sha256 = write_trained(request.run, dataset)
-    seen = seen_in_training(dataset, request.config)
-    write_text_atomic(request.run / SEEN_FILE, json.dumps(seen, indent=2) + "\n")
-    sha256[SEEN_FILE] = file_sha256(request.run / SEEN_FILE)
-    collections = collections_of(dataset.samples)
-    return {**start.facts, "collections": collections, RUN_FILES_KEY: sha256}
+    facts = start.facts
+    if start.found is None:
+        sha256 = write_trained(request.run, dataset)
+        seen = seen_in_training(dataset, request.config)
+        write_text_atomic(request.run / SEEN_FILE, json.dumps(seen, indent=2) + "\n")
+        sha256[SEEN_FILE] = file_sha256(request.run / SEEN_FILE)
+        collections = collections_of(dataset.samples)
+        facts = {**facts, "collections": collections, RUN_FILES_KEY: sha256}
+    if request.config.train.ema_decay:
+        (request.run / AVERAGE_FOLDER).mkdir(exist_ok=True)
+        for name in DESCRIPTION:
+            shutil.copy(request.run / name, request.run / AVERAGE_FOLDER / name)
+    return facts
 
 
 def _check_enough(
@@ -331,9 +374,13 @@ def _check_enough(
             f"'train' and a view in {request.config.data.views}; contrastive training needs at "
             f"least two"
         )
+    if request.config.loss.label and not counts["n_unpaired"]:
+        raise ManifestError(
+            f"{folders}: no training image has labels and no report, of which "
+            f"loss.label={request.config.loss.label:g} learns; add a data folder with labelled "
+            f"images"
+        )
     for key, ratio, name, missing, remedy in (
-        ("rows_per_pair", unpaired.rows_per_pair, "n_unpaired",
-         "image has labels and no report", "labelled images"),
         ("reports_per_pair", unpaired.reports_per_pair, "n_lone_reports",
          "report has no image", "reports alone"),
         ("bare_per_pair", unpaired.bare_per_pair, "n_bare",
@@ -361,55 +408,3 @@ def read_lesions(folder: Path) -> dict[str, np.ndarray]:
     for (image_id, _), mask in read_masks(folder).items():
         joined[image_id] = joined.get(image_id, False) | mask
     return joined
-
-
-def _resumable(request: PretrainRequest, facts: dict[str, Any]) -> Path | None:
-    try:
-        found = find_checkpoint(request.run)
-    except CheckpointError:
-        return None  # killed before the first checkpoint, or new: either way from the start
-    if not request.resume:
-        raise CheckpointError(
-            f"{request.run} already holds a run ({found.name}); add --resume to go on with it, or "
-            f"choose another --out"
-        )
-    theirs = checkpoint_meta(found)
-    ours = {**facts, "config_hash": config_hash(request.config)}
-    if theirs["config_hash"] != ours["config_hash"]:
-        was, now = _flat(theirs["config"]), _flat(request.config.model_dump(mode="json"))
-        changed = [
-            f"{key} was {was.get(key, 'not there')}, is {now.get(key, 'not there')}"
-            for key in sorted(was.keys() | now.keys())
-            if was.get(key) != now.get(key)
-        ]
-        raise CheckpointError(
-            f"{request.run} was trained with another config: {'; '.join(changed)}; resume with the "
-            f"same one, or choose another --out"
-        )
-    if theirs["data_hash"] != ours["data_hash"]:
-        raise CheckpointError(
-            f"{request.run} was trained with other data ({theirs['data_hash'][:12]}, now "
-            f"{ours['data_hash'][:12]}); resume with the same folders, or choose another --out"
-        )
-    if theirs["shuffle_pairs"] != ours["shuffle_pairs"]:
-        how = "with" if theirs["shuffle_pairs"] else "without"
-        raise CheckpointError(
-            f"{request.run} was trained {how} --shuffle-pairs; resume {how} it, or choose another "
-            f"--out"
-        )
-    return found
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """The values of a configuration by their full keys, such as "train.steps"."""
-    out: dict[str, Any] = {}
-
-    def walk(prefix: str, node: dict[str, Any]) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                walk(f"{prefix}{key}.", value)
-            else:
-                out[prefix + key] = value if isinstance(value, int | float | str) else str(value)
-
-    walk("", config)
-    return out

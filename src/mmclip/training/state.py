@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from mmclip.checkpoint import load_trainer_state
+from mmclip.training.ema import WeightAverage
 from mmclip.training.finite import NonFiniteLoss, Unsettled
 
 
@@ -20,6 +21,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0  # optimiser steps done
     log: dict[str, float] = field(default_factory=dict)  # of the last step
+    average: WeightAverage | None = None
     unsettled: Unsettled | None = None  # the last step on a GPU, until it is known to be finite
 
     def settle(self) -> None:
@@ -48,11 +50,18 @@ def trainer_state(accelerator: Accelerator, state: TrainState) -> dict[str, Any]
     }
 
 
-def restore_trainer_state(accelerator: Accelerator, state: TrainState, folder: Path) -> None:
-    """Puts optimiser, scaler, random state and step back as `trainer_state` gave them."""
+def restore_trainer_state(
+    accelerator: Accelerator, state: TrainState, folder: Path
+) -> dict[str, Any]:
+    """Puts optimiser, scaler, random state and step back as `trainer_state` gave them.
+
+    Returns:
+        All that the checkpoint holds beside the weights.
+    """
     saved = load_trainer_state(folder)
     state.step = saved["step"]
     state.optimizer.load_state_dict(saved["optimizer"])
     if accelerator.scaler is not None and saved["scaler"] is not None:
         accelerator.scaler.load_state_dict(saved["scaler"])
     torch.set_rng_state(saved["torch_rng"])
+    return saved

@@ -59,6 +59,8 @@ def train_step(
         group["lr"] = lr * group.get("lr_scale", 1.0)  # older checkpoints have no scale
     state.optimizer.step()
     state.optimizer.zero_grad()
+    if state.average is not None:
+        state.average.update()
     state.step += 1
     return {**means, "grad_norm": grad_norm, "lr": torch.tensor(lr), "n_images": n_images}
 

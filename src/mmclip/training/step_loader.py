@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
 from mmclip.batch import BatchSlice
+from mmclip.training.interrupt import STOP_SIGNALS
 from mmclip.training.terms import B, ReadBatch
 
 
@@ -73,6 +74,13 @@ def _as_it_is(batches: list[B]) -> list[B]:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C is for the training process, which ends its step first; tokenizers warn of forks.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals are for the training process, which ends its step first and then this worker.
+    for each in STOP_SIGNALS:
+        signal.signal(each, _ignore_once)
+    # Tokenizers warn of forks.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _ignore_once(number: int, _: object) -> None:
+    # The training process ends a worker that does not end by itself with a SIGTERM of its own.
+    signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)

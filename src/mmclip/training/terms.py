@@ -54,6 +54,28 @@ class Terms(Protocol):
         ...
 
 
+class Verdict(NamedTuple):
+    """What a validation found, and what is to follow."""
+
+    metrics: dict[str, float]  # for the log
+    saves: bool  # a checkpoint of this step
+    ends: bool  # training, here
+
+
+@runtime_checkable
+class Validate(Protocol):
+    """What looks at validation images as training goes."""
+
+    @property
+    def every_steps(self) -> int:
+        """Steps from one validation to the next; there is one after the last step, too."""
+        ...
+
+    def __call__(self, state: Any) -> Verdict:
+        """Validates a state, on every process, with the same verdict on all."""
+        ...
+
+
 class Embeddings(NamedTuple):
     """What a contrastive term reads of the model."""
 

@@ -1,0 +1,23 @@
+#!/bin/bash
+# As torchrun.sh, by `accelerate launch`, for who keeps its settings in a file of `accelerate config`:
+#   sbatch examples/slurm/accelerate.sh --data /data/mimic-288 --config recommended --out /runs/first
+#SBATCH --job-name=mmclip
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+per_node=${PROCESSES_PER_NODE:-4}
+srun accelerate launch --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * per_node))" \
+  --rdzv_backend c10d --main_process_ip "$first" --main_process_port "${PORT:-29500}" \
+  --mixed_precision no --dynamo_backend no \
+  -m mmclip pretrain "$@" --resume &
+step=$!
+trap 'trap "" USR1; scancel --signal=USR1 "$SLURM_JOB_ID.0"; wait "$step" || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+wait "$step"

@@ -1,0 +1,24 @@
+#!/bin/bash
+# Pre-trains on the GPUs of some nodes, and goes on in a new job where time ran out:
+#   sbatch examples/slurm/torchrun.sh --data /data/mimic-288 --config recommended --out /runs/first
+# Two minutes before the end SLURM sends USR1 to this script. It passes it on, all processes save the
+# same step, and the job is queued again. A node that dies ends the job; SLURM queues it again too,
+# and it goes on from the last checkpoint (train.save_every_steps).
+#SBATCH --job-name=mmclip
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${PROCESSES_PER_NODE:-4}" \
+  --rdzv-backend c10d --rdzv-endpoint "$first:${PORT:-29500}" --rdzv-id "$SLURM_JOB_ID" \
+  -m mmclip pretrain "$@" --resume &
+step=$!
+trap 'trap "" USR1; scancel --signal=USR1 "$SLURM_JOB_ID.0"; wait "$step" || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+wait "$step"

@@ -1,0 +1,51 @@
+"""One process or several: what starts them, and that each knows of the others."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType
+
+from mmclip.config import TrainConfig
+
+
+def start_accelerator(
+    train: TrainConfig,
+    cpu: bool,
+    trackers: Sequence[str | LoggerType | GeneralTracker] = (),
+    folder: Path | None = None,
+) -> Accelerator:
+    """What knows device, precision and processes of a training.
+
+    Several processes talk by NCCL where there are GPUs, else by gloo.
+
+    Args:
+        train: Says the precision.
+        cpu: Leave GPUs alone.
+        trackers: Log to these, too.
+        folder: Where trackers write.
+
+    Raises:
+        RuntimeError: When `torchrun` or `accelerate` started several processes and this one does
+            not find the others: each would train the whole, and all write to one folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[train.precision]
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        # Accelerate looks for other processes on CPUs only where it is told that there is no GPU.
+        cpu=cpu or (started > 1 and not torch.cuda.is_available()),
+        log_with=list(trackers) or None,
+        project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != started:
+        raise RuntimeError(
+            f"WORLD_SIZE={started} processes were started, and this one knows of "
+            f"{accelerator.num_processes}; start them by `torchrun --nproc-per-node N -m mmclip "
+            f"...`, or unset WORLD_SIZE to train in one"
+        )
+    return accelerator

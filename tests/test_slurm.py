@@ -1,0 +1,104 @@
+"""The job files of examples/slurm, with a scheduler of a few lines in the place of SLURM."""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmclip.checkpoint import newest_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+STANDS_FOR = {
+    # Both "nodes" are this machine.
+    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$LOG"; fi',
+    "srun": (
+        'for node in $(seq "$SLURM_NNODES"); do "$@" & echo $! >> "$PIDS"; done\n'
+        "code=0; for pid in $(cat $PIDS); do wait $pid || code=$?; done; exit $code"
+    ),
+    "scancel": 'echo "$@" >> "$LOG"; kill -USR1 $(cat "$PIDS")',
+    "torchrun": 'exec "$PYTHON" -m torch.distributed.run "$@"',
+    "accelerate": 'exec "$PYTHON" -m accelerate.commands.accelerate_cli "$@"',
+    "mmclip": 'exec "$PYTHON" -m mmclip "$@"',
+}
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """What a job sees, with the commands of the scheduler in front of the path."""
+    commands = folder / "bin"
+    commands.mkdir()
+    for name, content in STANDS_FOR.items():
+        (commands / name).write_text(f"#!/bin/bash\n{content}\n")
+        (commands / name).chmod(0o755)
+    return {
+        **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": sys.executable,
+        "LOG": str(folder / "log"), "PIDS": str(folder / "pids"), "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), **more,
+    }  # fmt: skip
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.parametrize("name", ["build.sh", "torchrun.sh", "accelerate.sh"])
+def test_a_job_file_can_be_run_and_is_sound_bash(name: str):
+    path = ROOT / "examples/slurm" / name
+    assert path.stat().st_mode & stat.S_IXUSR
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchrun.sh", "accelerate.sh"])
+def test_a_job_of_two_hosts_saves_where_its_time_ends_and_goes_on(
+    name: str, made_data: Path, small_config: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    command = [
+        str(ROOT / "examples/slurm" / name), "--data", str(made_data), "--config",
+        str(small_config), "--set", "train.steps=300", "--set", "train.save_every_steps=1000",
+        "--out", str(run),
+    ]  # fmt: skip
+    job = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "two",
+           "PROCESSES_PER_NODE": "1", "PORT": free_port()}  # fmt: skip
+    env = environment(tmp_path, **job)
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path)
+    end = time.monotonic() + 180
+    while not (run / "metrics.jsonl").exists():
+        assert first.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    first.send_signal(signal.SIGUSR1)
+    _, said = first.communicate(timeout=180)
+    assert first.returncode == 0, said
+    step = int(newest_checkpoint(run).name.removeprefix("step_"))
+    assert 0 < step < 300 and said.count(f"stopped after step {step} of 300") == 1
+    assert (tmp_path / "log").read_text().splitlines() == ["--signal=USR1 7.0", "requeue 7"]
+    (tmp_path / "pids").unlink()
+    again = subprocess.run(command, env=env, cwd=tmp_path, timeout=300, check=False)
+    assert again.returncode == 0
+    assert newest_checkpoint(run).name == "step_000300"
+
+
+@pytest.mark.slow
+def test_an_array_builds_shards_that_join(made_raw: Path, tmp_path: Path):
+    env = environment(tmp_path)
+    arguments = [
+        "csv", "--root", str(made_raw), "--mapping", str(made_raw / "mapping.toml"),
+        "--out", str(tmp_path / "data"), "--image-size", "32",
+    ]  # fmt: skip
+    for task in ("1", "2"):
+        job = {"SLURM_CPUS_PER_TASK": "1", "SLURM_ARRAY_TASK_ID": task,
+               "SLURM_ARRAY_TASK_COUNT": "2"}  # fmt: skip
+        build = [str(ROOT / "examples/slurm/build.sh"), *arguments]
+        subprocess.run(build, env={**env, **job}, cwd=tmp_path, check=True)
+    join = [sys.executable, "-m", "mmclip", "data", "build", *arguments]
+    subprocess.run(join, env=env, cwd=tmp_path, check=True)
+    assert (tmp_path / "data/samples.parquet").is_file()
