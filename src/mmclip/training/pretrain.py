@@ -3,7 +3,6 @@
 run/config.json, trained_on.npy, seen.json, metrics.jsonl, tensorboard/, checkpoints/step_000500/
 """
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -15,8 +14,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
-from accelerate.utils import LoggerType, set_seed
+from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.checkpoint import (
@@ -71,7 +69,7 @@ from mmclip.training.log import METRICS_FILE
 from mmclip.training.loop import fit
 from mmclip.training.objective import Objective
 from mmclip.training.optimizer import make_optimizer
-from mmclip.training.processes import start_accelerator
+from mmclip.training.processes import installed_trackers, start_accelerator
 from mmclip.training.resume import flat, resumable
 from mmclip.training.state import TrainState, restore_trainer_state, trainer_state
 from mmclip.training.validation import Histories, Validation, validation_data
@@ -142,24 +140,6 @@ def make_tokenizer(config: Config, dataset: ImageTextDataset) -> PreTrainedToken
     return train_tokenizer(reports, vocab_size=config.model.text.vocab_size)
 
 
-def _trackers(request: PretrainRequest) -> list[str | LoggerType | GeneralTracker]:
-    """What a job logs to beside metrics.jsonl.
-
-    Raises:
-        ValueError: When the package of one is not installed.
-    """
-    trackers: list[str | LoggerType | GeneralTracker] = []
-    for name, is_wanted in (("tensorboard", request.tensorboard), ("wandb", request.wandb)):
-        if is_wanted and importlib.util.find_spec(name) is None:
-            raise ValueError(
-                f"--{name} needs the package {name}, which is not installed; "
-                f"pip install 'mmclip[{name}]', or leave it out: metrics.jsonl has the same numbers"
-            )
-        if is_wanted:
-            trackers.append(name)
-    return trackers
-
-
 def pretrain(request: PretrainRequest) -> Path:
     """Trains, or goes on training, and returns the newest checkpoint's folder.
 
@@ -170,9 +150,8 @@ def pretrain(request: PretrainRequest) -> Path:
         CheckpointError: When the run exists and `resume` is False, or differs from what resumes.
         LockedError: When another command writes into the run's folder.
     """
-    accelerator = start_accelerator(
-        request.config.train, request.cpu, _trackers(request), request.run
-    )
+    trackers = installed_trackers(request.tensorboard, request.wandb)
+    accelerator = start_accelerator(request.config.train, request.cpu, trackers, request.run)
     set_seed(request.config.train.seed)
     dataset = _prepare(request)
     facts = _facts(request, dataset)

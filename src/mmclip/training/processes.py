@@ -1,5 +1,6 @@
 """One process or several: what starts them, and that each knows of the others."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,24 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType
 
 from mmclip.config import TrainConfig
+
+
+def installed_trackers(tensorboard: bool, wandb: bool) -> list[str | LoggerType | GeneralTracker]:
+    """What a run logs to beside metrics.jsonl.
+
+    Raises:
+        ValueError: When the package of one is not installed.
+    """
+    trackers: list[str | LoggerType | GeneralTracker] = []
+    for name, is_wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
+        if is_wanted and importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"--{name} needs the package {name}, which is not installed; "
+                f"pip install 'mmclip[{name}]', or leave it out: metrics.jsonl has the same numbers"
+            )
+        if is_wanted:
+            trackers.append(name)
+    return trackers
 
 
 def start_accelerator(
