@@ -194,7 +194,7 @@ def test_the_best_step_stays_and_is_what_a_run_is_used_at(arguments: list, tmp_p
 
 def test_the_average_is_a_run_of_its_own(validated: Path, made_data: Path, tmp_path: Path):
     ended = mmclip(
-        tmp_path, "zeroshot", "--run", validated / "ema", "--data", made_data, "--split", "val",
+        tmp_path, "zeroshot", "--model", validated / "ema", "--data", made_data, "--split", "val",
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert ended.code == 0, ended.err
