@@ -93,7 +93,7 @@ def test_files_and_folders_give_a_line_each_and_the_unreadable_a_reason(
         ("empty.png", "the image file has 0 bytes"),
     ]
     assert "WARNING 2 images have no numbers" in ended.err
-    assert "4 other files passed over" in ended.err
+    assert "files that are no images: 4, ignored" in ended.err
     by_name = {Path(line["image_id"]).name: line["mass"] for line in lines}
     assert by_name["a.PNG"] == by_name["c"] == by_name["d.tif"] == by_name["=cmd.png"]
     assert by_name["e.dcm"] == by_name["IM0001"]

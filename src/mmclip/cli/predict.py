@@ -127,7 +127,7 @@ def predict(
     if by == "study":
         said += f", {done.n_lines:,} studies"
     if done.n_others:
-        said += f"; {done.n_others:,} other files passed over"
+        said += f"; files that are no images: {done.n_others:,}, ignored"
     console.print(said, markup=False, soft_wrap=True)
     if done.n_alone:
         _warn(

@@ -150,8 +150,8 @@ def predict(request: PredictRequest) -> Predicted:
     total = len(found.images) + sum(map(len, datasets))
     if not total:
         raise ValueError(
-            f"no image is in {', '.join(map(str, request.inputs))} ({found.n_others:,} other files "
-            f"were passed over); give image files, folders that hold some, or a data folder"
+            f"no image is in {', '.join(map(str, request.inputs))} (other files: "
+            f"{found.n_others:,}); give image files, folders that hold some, or a data folder"
         )
     if found.n_again:
         logger.info("%d files were named more than once, and are scored once", found.n_again)
