@@ -11,20 +11,15 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
-from jaxtyping import Float
 
 from mmclip.config import config_hash
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.leakage.check import patient_key
-from mmclip.data.original_images import images_said
-from mmclip.embedding_store import STORE_FOLDER, image_embeddings, store_folder
-from mmclip.evaluation.baselines import LogisticFit, fit_logistic, shortcut_features
+from mmclip.evaluation.baselines import shortcut_features
 from mmclip.evaluation.bootstrap import bootstrap_metrics, macro_of_resamples
 from mmclip.evaluation.compute_metrics import compute_metrics, control_of
 from mmclip.evaluation.intervals import share_over_seeds
@@ -49,46 +44,29 @@ from mmclip.evaluation.scores import (
     unknown_views,
 )
 from mmclip.files import write_text_atomic
-from mmclip.finetuning.features import Start, start_of, start_of_others, stored_features
+from mmclip.finetuning.features import Start, start_of, start_of_others
+from mmclip.finetuning.learning import (
+    Facts,
+    Learnt,
+    fit_probe,
+    probed,
+    probed_on_others,
+    trained_fully,
+)
 from mmclip.finetuning.request import Common, FinetuneRequest, Method, Part, recipe_of, run_hash
-from mmclip.finetuning.saved import save_probe
 from mmclip.finetuning.supervised import (
     keep_only,
     macro_auroc,
-    predict,
-    train_classifier,
 )
-from mmclip.finetuning.task import Labelled, Task, own_protocol, rules_of, task_of
-from mmclip.models.classifier import Classifier, ImageEncoder
+from mmclip.finetuning.task import Task, own_protocol, rules_of, task_of
 from mmclip.models.dual_encoder import Seen, Weights
 from mmclip.models.hub_encoder import weights_hash
 from mmclip.progress import console
-from mmclip.training.processes import start_accelerator
 
 logger = logging.getLogger(__name__)
 
 
 SUMMARY_FILE = "summary.json"
-
-
-def fit_probe(
-    task: Task, features: Float[np.ndarray, "n d"], dataset: ImageTextDataset
-) -> tuple[LogisticFit, Float[np.ndarray, "v k"], Float[np.ndarray, "t k"]]:
-    """A logistic regression a finding, with its scores of the validation and the test images.
-
-    Args:
-        task: With the images that train. Labels of its test images are not looked at.
-        features: Of the images of the data set.
-        dataset: Whose order the features have.
-    """
-    at = {sample.image_id: i for i, sample in enumerate(dataset.samples)}
-
-    def of(part: Labelled) -> np.ndarray:
-        return features[[at[sample.image_id] for sample in part.dataset.samples]].astype(np.float64)
-
-    train, val, test = map(of, (task.train, task.val, task.test))
-    fit = fit_logistic(train, task.train.labels, val, task.val.labels)
-    return fit, fit.scores(val), fit.scores(test)
 
 
 def finetune(request: FinetuneRequest) -> Path:
@@ -211,9 +189,9 @@ def run_one(common: Common, part: Part) -> None:
         )
     facts = _facts(common, part, this)
     if encoder is None:
-        learnt = _probed_others(common, part, this)
+        learnt = probed_on_others(common, part, this)
     else:
-        learn = _probed if common.request.method == "probe" else _trained
+        learn = probed if common.request.method == "probe" else trained_fully
         learnt = learn(common, part, encoder, this)
     if learnt is None:
         return
@@ -236,9 +214,6 @@ def run_one(common: Common, part: Part) -> None:
     _write(common, part, learnt, {**facts, **learnt.facts}, made)
     if common.request.method == "full":
         keep_only(part.folder, int(learnt.facts["step"]))
-
-
-Facts = dict[str, str | int | float]
 
 
 def _facts(common: Common, part: Part, this: str) -> Facts:
@@ -267,90 +242,6 @@ def _facts(common: Common, part: Part, this: str) -> Facts:
             part.folder.name, len(train), ", ".join(one_class),
         )  # fmt: skip
     return facts
-
-
-class Learnt(NamedTuple):
-    """Scores of what was learnt, where, and what there is to say of it."""
-
-    val: Float[np.ndarray, "v k"]
-    test: Float[np.ndarray, "t k"]
-    device: torch.device
-    facts: Facts
-
-
-def _probed(common: Common, part: Part, encoder: ImageEncoder, this: str) -> Learnt:
-    """A linear probe on vectors of the encoder; `this` identifies it."""
-    request, run = common.request, common.start.run
-    device = torch.device("cpu" if request.cpu or not torch.cuda.is_available() else "cuda")
-    home = request.out / STORE_FOLDER
-    if run is not None and not common.start.is_random:
-        home = store_folder(run.checkpoint)
-    dataset = common.task.dataset
-    features = stored_features(encoder.to(device), dataset, request.folder, home, device)
-    fit, val, test = fit_probe(part.task, features, dataset)
-    save_probe(part.folder, encoder, fit, described(common, encoder, this))
-    return Learnt(val, test, device, {})
-
-
-def _probed_others(common: Common, part: Part, this: str) -> Learnt:
-    """A linear probe on the embeddings of a model of others, which is named and not copied."""
-    others, dataset = common.start.others, common.task.dataset
-    assert others is not None
-    features = np.asarray(image_embeddings(others, dataset, [common.request.folder]))
-    fit, val, test = fit_probe(part.task, features, dataset)
-    source = common.request.others
-    assert source is not None
-    of_model = {"dual_encoder": source.source, "dual_encoder_hash": others.weights.recipe_hash}
-    save_probe(part.folder, None, fit, {**_said(common, this), **of_model})
-    return Learnt(val, test, others.device, {**others.facts(), "images read": images_said(dataset)})
-
-
-def _trained(common: Common, part: Part, encoder: ImageEncoder, this: str) -> Learnt | None:
-    """Encoder and head learn together; None in all processes but the first."""
-    request, task = common.request, part.task
-    config = request.config
-    accelerator = start_accelerator(config.train, request.cpu)
-    device, is_main = accelerator.device, accelerator.is_main_process
-    set_seed(part.seed)
-    trained = train_classifier(
-        accelerator,
-        Classifier(encoder, len(task.protocol.findings)),
-        task.train,
-        task.val,
-        config.model_copy(update={"lr_decay": 1.0}) if common.start.is_random else config,
-        part.seed,
-        part.folder,
-        described(common, encoder, this),
-    )
-    val, test = (predict(trained.model, of.dataset, device) for of in (task.val, task.test))
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
-    facts: Facts = {"step": trained.step, "steps": trained.history[-1][0]}
-    return Learnt(val, test, device, facts) if is_main else None
-
-
-def described(common: Common, encoder: ImageEncoder, this: str) -> dict[str, Any]:
-    """What meta.json says of fine-tuned weights: all that it takes to score images by them."""
-    return {
-        **_said(common, this),
-        "image_size": common.task.dataset.pixels(np.zeros(1, np.int64)).shape[-1],
-        "resize": common.start.resize,
-        "embed_dim": None if encoder.projection is None else encoder.projection.out_features,
-        "vision_config": encoder.encoder.config.to_dict(),
-    }
-
-
-def _said(common: Common, this: str) -> dict[str, Any]:
-    """What meta.json says of any fine-tuned weights; `this` identifies them."""
-    request = common.request
-    return {
-        "run": this,
-        "method": request.method,
-        "findings": list(common.task.protocol.findings),
-        "features": common.start.features,
-        "config": request.config.model_dump(mode="json"),
-        "command": request.command,
-    }
 
 
 def _write(common: Common, part: Part, learnt: Learnt, facts: Facts, made: Provenance) -> None:

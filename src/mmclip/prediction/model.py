@@ -26,9 +26,13 @@ from mmclip.model_loading import (
     open_dual_encoder,
 )
 from mmclip.models.dual_encoder import DualEncoder, images_at_once, probe_image
+from mmclip.models.own_encoder import OwnEncoder
 from mmclip.prompt_check import check_prompts
 from mmclip.prompts import PromptSet, load_prompts, own_prompts, plain_name
 from mmclip.run import square_of
+
+CHUNK_FILES = 64
+"""Files that a process prepares at a time. [chosen: a second or two of work]"""
 
 
 class ImageInputError(ValueError):
@@ -57,6 +61,7 @@ class Encoder:
         batch_size: Images that are encoded together.
         encode: Up to `batch_size` prepared images to vectors on the CPU.
         open_data: Data folders with images as the model reads them.
+        chunk_files: Files that a process prepares at a time.
     """
 
     prepare: Callable[[object], Any]
@@ -64,6 +69,7 @@ class Encoder:
     batch_size: int
     encode: Callable[[Sequence[Any]], Float[Tensor, "n d"]]
     open_data: Callable[[Sequence[Path]], ImageTextDataset]
+    chunk_files: int = CHUNK_FILES
 
 
 @dataclass(frozen=True)
@@ -173,8 +179,10 @@ def encoder_of(model: DualEncoder | FineTuned, batch_size: int | None = None) ->
     """
     dual = model.others if isinstance(model, FineTuned) else model
     if dual is not None:
+        # An own model is given images whole, which fill the memory.
+        chunk = dual.batch_size if isinstance(dual, OwnEncoder) else CHUNK_FILES
         return Encoder(
-            dual.prepare, dual.device, dual.batch_size, dual.encode_images, dual.open_data
+            dual.prepare, dual.device, dual.batch_size, dual.encode_images, dual.open_data, chunk
         )
     assert isinstance(model, FineTuned) and model.image_size is not None
     size, resize = model.image_size, model.resize

@@ -28,9 +28,6 @@ from mmclip.prompts import PromptSet
 
 logger = logging.getLogger(__name__)
 
-CHUNK_FILES = 64
-"""Files that a process decodes at a time. [chosen: a second or two of work]"""
-
 LATERAL = "a lateral image, which the mean of a study leaves out"
 
 
@@ -184,7 +181,7 @@ def _batches(
     request: PredictRequest,
 ) -> Iterator[_Batch]:
     size = scorer.encoder.batch_size
-    per_chunk = -(-CHUNK_FILES // size) * size
+    per_chunk = -(-scorer.encoder.chunk_files // size) * size
     chunks = [files[i : i + per_chunk] for i in range(0, len(files), per_chunk)]
     for chunk in decode_files(
         chunks,
