@@ -1,7 +1,8 @@
 """A dual encoder of transformers out of a folder or the hub, refused by name where it is none."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.logging import (
     disable_progress_bar,
     enable_progress_bar,
+    get_verbosity,
     is_progress_bar_enabled,
+    set_verbosity,
+    set_verbosity_error,
 )
 
 from mmclip.data.leakage.trained_on import TrainedOn
@@ -165,24 +169,34 @@ def _lacks(source: str, what: str, file: str) -> str:
     )
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar and its table of missing weights, which are told in one line."""
+    shows_bars, level = is_progress_bar_enabled(), get_verbosity()
+    disable_progress_bar()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(level)
+        if shows_bars:
+            enable_progress_bar()
+
+
 def _load_weights(source: str) -> PreTrainedModel:
     """The weights, in float32.
 
     Raises:
         EncoderError: When they cannot be read, or some are missing and would be random.
     """
-    shows_bars = is_progress_bar_enabled()
-    disable_progress_bar()
     try:
-        model, info = AutoModel.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
+        with _quiet():
+            model, info = AutoModel.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
     except LOAD_FAULTS as error:
         said = first_line(error)
         raise EncoderError(f"cannot load the weights of {source!r} ({said})") from error
-    finally:
-        if shows_bars:
-            enable_progress_bar()
     missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
     if missing:
         raise EncoderError(
