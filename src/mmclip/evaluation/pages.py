@@ -208,7 +208,7 @@ def write_page(
     trained_on = {("training data", results.provenance.data_hash[:12])}
     page = environment.from_string(_template("results.html")).render(
         r=results,
-        is_zero_shot=not any(row.seen in ("prompt", "label") for row in results.findings),
+        is_zero_shot=all(row.seen in ("report", "none") for row in results.findings),
         is_of_training_data=lambda name, value: (name, value) in trained_on,
         is_one_data=bool(trained_on & set(results.facts.items())),
         scale_ticks=_ticks(low),
