@@ -332,7 +332,7 @@ def test_the_page_of_real_images_warns_of_shortcuts_instead(tmp_path, results, t
 
 
 def test_the_page_calls_zero_shot_only_what_training_did_not_name(tmp_path, results, table):
-    def eyebrow(seen: str) -> str:
+    def eyebrow(seen: str | None) -> str:
         found = changed(results, {"kind": "zeroshot"}).with_findings(
             {name: {"seen": seen} for name in FINDINGS}
         )
@@ -342,6 +342,7 @@ def test_the_page_calls_zero_shot_only_what_training_did_not_name(tmp_path, resu
 
     assert eyebrow("report") == "MMCLIP · zero-shot"
     assert eyebrow("prompt") == eyebrow("label") == "MMCLIP · scored by prompts"
+    assert eyebrow(None) == "MMCLIP · scored by prompts"  # what trained it is not known
 
 
 def test_the_page_names_the_data_of_training_where_they_are_not_those_scored(
