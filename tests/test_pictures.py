@@ -322,3 +322,21 @@ def test_the_gallery_has_the_pictures_of_its_images_in_its_order(
         None,
         None,
     ]
+
+
+def test_panels_of_patches_that_lie_between_those_of_the_image_are_put_back_over_it():
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    is_masked = np.zeros((2, 2), bool)
+    is_masked[1, 1] = True  # around pixel (4, 4)
+    picture = Picture(image, is_masked.astype(float), is_masked, image, (), False, shift_px=2)
+    panels = picture.panels()
+    changed = (panels["relevance"] != image[..., None]).any(-1)
+    wanted = np.zeros((8, 8), bool)
+    wanted[2:6, 2:6] = True
+    np.testing.assert_array_equal(changed, wanted)
+    hidden = panels["masked"]
+    scale = len(hidden) // 8
+    whole = np.stack([image.repeat(scale, 0).repeat(scale, 1)] * 3, -1)
+    is_hidden = wanted.repeat(scale, 0).repeat(scale, 1)
+    np.testing.assert_array_equal(hidden[~is_hidden], whole[~is_hidden])
+    assert (hidden[is_hidden] != whole[is_hidden]).any(-1).mean() > 0.9

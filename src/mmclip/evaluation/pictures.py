@@ -71,8 +71,7 @@ class Picture:
     """What the masked terms make of one image and its text.
 
     Args:
-        image: 0..255, air dark; where a ResNet's features lie between the image's patches, moved so
-            that patches are those of features, see `patches.PatchGrid`.
+        image: 0..255, air dark.
         relevance: Of each patch to the text, by the score of the run; None where the choice of
             patches does not look at the text, or where no patch responds more than another.
         is_masked: The patches that are masked; None where the run masks none.
@@ -81,6 +80,8 @@ class Picture:
             `is_masked`.
         spans: Of the text; their texts, joined, are the text.
         is_prompt: Whether the text was written from the image's labels, for want of a report.
+        shift_px: How far up and left of the image's own grid the patches lie; see
+            `patches.PatchGrid`.
     """
 
     image: UInt8[np.ndarray, "h w"]
@@ -89,16 +90,39 @@ class Picture:
     rebuilt: UInt8[np.ndarray, "h w"] | None
     spans: tuple[Span, ...]
     is_prompt: bool
+    shift_px: int = 0
 
     def panels(self) -> dict[str, UInt8[np.ndarray, "..."]]:
         """Images to stand beside the image, grey [h w] or colour [h w 3], by what they show."""
         shown: dict[str, np.ndarray] = {}
+        moved = _moved(self.image, self.shift_px)
         if self.relevance is not None:
-            shown["relevance"] = warmed(self.image, self.relevance)
+            shown["relevance"] = _put_back(warmed(moved, self.relevance), self.image, self.shift_px)
         if self.is_masked is not None and self.rebuilt is not None:
-            shown["masked"] = hatched(self.image, self.is_masked)
+            hidden = hatched(moved, self.is_masked)
+            shown["masked"] = _put_back(hidden, self.image, self.shift_px)
             shown["rebuilt"] = self.rebuilt
         return shown
+
+
+def _moved(image: UInt8[np.ndarray, "h w"], shift_px: int) -> UInt8[np.ndarray, "h w"]:
+    """The image as `PatchGrid.shifted` moves it."""
+    kept = image[: len(image) - shift_px, : image.shape[1] - shift_px]
+    return np.pad(kept, ((shift_px, 0), (shift_px, 0)), mode="edge")
+
+
+def _put_back(
+    panel: UInt8[np.ndarray, "..."], image: UInt8[np.ndarray, "h w"], shift_px: int
+) -> UInt8[np.ndarray, "..."]:
+    """A panel of a moved image, perhaps enlarged, over the image: what no patch covers stays."""
+    if not shift_px:
+        return panel
+    scale = len(panel) // len(image)
+    whole = image.repeat(scale, 0).repeat(scale, 1)
+    out = whole if panel.ndim == 2 else np.stack([whole] * 3, -1)
+    s = scale * shift_px
+    out[:-s, :-s] = panel[s:, s:]
+    return out
 
 
 @torch.inference_mode()
@@ -130,7 +154,7 @@ def make_pictures(checkpoint: Checkpoint, dataset: ImageTextDataset) -> dict[str
     there = batch.to(model.logit_scale.device)
     out = model(there, mask if shows_patches else None, mask_noise=0.0)
     predicted = _predicted(batch, _guesses(model, out))
-    images = grid.shifted(dataset.pixels(everyone)[:, None].float())[:, 0].byte()
+    images = dataset.pixels(everyone)
     patches = _patches(batch, out, images, grid)
     prompts = batches.prompts(everyone, np.zeros_like(everyone))
     pictures = {}
@@ -150,7 +174,7 @@ def make_pictures(checkpoint: Checkpoint, dataset: ImageTextDataset) -> dict[str
                     checkpoint.tokenizer, text, entities,
                     texts.ids[i][read], texts.is_masked[i][read], said_ids[i][read],
                 ),
-                is_prompt=sample.report is None,
+                is_prompt=sample.report is None, shift_px=grid.shift_px,
             )  # fmt: skip
     return pictures
 
@@ -391,7 +415,15 @@ def _patches(
         "relevance": [r if np.ptp(r) else None for r in relevance],
         "is_masked": list(is_masked),
         "rebuilt": [
-            np.where(_filling(masked).over_image(masked, *image.shape), predicted, image)
+            _put_back(
+                np.where(
+                    _filling(masked).over_image(masked, *image.shape),
+                    predicted,
+                    _moved(image, grid.shift_px),
+                ),
+                image,
+                grid.shift_px,
+            )
             for masked, predicted, image in zip(is_masked, grey, images.numpy(), strict=True)
         ],
     }
