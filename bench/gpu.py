@@ -41,8 +41,9 @@ from transformers import (
 
 from mmclip.batch import Batch, BatchSlice
 from mmclip.config import Config, load_config
-from mmclip.data.batches import TrainingBatches, training_dataset
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
+from mmclip.data.streams import training_dataset
 from mmclip.data.text import train_tokenizer
 from mmclip.embed import encode_squares
 from mmclip.models.encoders import build_image_encoder, build_text_encoder, patch_grid

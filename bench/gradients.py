@@ -29,8 +29,9 @@ from compare import markdown
 from mmclip.batch import BatchSlice
 from mmclip.checkpoint import load_checkpoint
 from mmclip.config import Config, MaskStage
-from mmclip.data.batches import TrainingBatches, training_dataset
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.image_text_dataset import open_dataset
+from mmclip.data.streams import training_dataset
 from mmclip.models.encoders import patch_grid
 from mmclip.models.mmclip import MMCLIP
 from mmclip.training.objective import Objective

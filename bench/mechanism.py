@@ -38,10 +38,11 @@ from torch import Tensor
 from mmclip.batch import Batch, BatchSlice, TextBatch
 from mmclip.checkpoint import Checkpoint, load_checkpoint
 from mmclip.config import WHOLE_TEXT_SCORES, ImageMaskConfig, MaskPolicy, MaskStage
-from mmclip.data.batches import TrainingBatches, deterministic_config, is_pair
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.disease_prompts import PROMPT_UNIFORMS, load_disease_prompts
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise, open_dataset
 from mmclip.data.sample import PRESENT
+from mmclip.data.streams import deterministic_config, is_pair
 from mmclip.data.synthetic import read_masks
 from mmclip.explanation.grounding import expected_hits, mean_annotations
 from mmclip.explanation.mechanism import (

@@ -37,12 +37,12 @@ from ablation import Key, losses_at_end, read_lines, run_name, train, unfinished
 from compare import markdown
 from mmclip.checkpoint import code_version
 from mmclip.config import Config, config_hash, load_config
-from mmclip.data.batches import STREAMS as STREAMS_READ
 from mmclip.data.folder import META_FILE
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.sample import Split
+from mmclip.data.streams import STREAMS as STREAMS_READ
 from mmclip.evaluation.compute_metrics import metrics_by_finding, shortcut_baseline
 from mmclip.evaluation.metrics import known
 from mmclip.evaluation.results import Control

@@ -44,10 +44,11 @@ from transformers import PreTrainedTokenizerFast
 
 from mmclip.batch import BatchSlice, TextBatch
 from mmclip.config import Config, TextEncoderConfig, load_config
-from mmclip.data.batches import RawBatch, TrainingBatches, training_dataset
+from mmclip.data.batches import RawBatch, TrainingBatches
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Sample
+from mmclip.data.streams import training_dataset
 from mmclip.data.text import train_tokenizer
 from mmclip.models.encoders import build_image_encoder, build_text_encoder, patch_grid
 from mmclip.models.mmclip import MMCLIP, build_mmclip

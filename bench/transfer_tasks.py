@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from mmclip.config import load_config_as
-from mmclip.data.batches import SEEN_FILE
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.sample import Split
+from mmclip.data.streams import SEEN_FILE
 from mmclip.data.synthetic import FINDINGS, Preset, read_masks
 from mmclip.embed import batch_size_of, embed_images, encode_batch
 from mmclip.evaluation.baselines import fit_logistic

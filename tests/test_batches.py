@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from mmclip.batch import Batch, BatchSlice, cheapest_cuts, plan_encoding
-from mmclip.data.batches import TrainingBatches, label_names, training_dataset
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.corpus import MAX_SENTENCES, mark_concepts, sentences_read, tokenise_corpus
 from mmclip.data.entities import find_entities
 from mmclip.data.image_text_dataset import normalise, open_dataset
 from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Entity
+from mmclip.data.streams import label_names, training_dataset
 from mmclip.data.synthetic import FINDINGS
 from mmclip.data.text import train_tokenizer
 from mmclip.patches import PatchGrid

@@ -46,8 +46,9 @@ from mmclip.config import (
     ImageEncoderConfig,
     TrainConfig,
 )
-from mmclip.data.batches import TrainingBatches, training_dataset
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.streams import training_dataset
 from mmclip.data.text import tokenise, train_tokenizer
 from mmclip.finetuning.features import Start
 from mmclip.finetuning.supervised import FineTuneConfig

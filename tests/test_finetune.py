@@ -20,11 +20,11 @@ import mmclip.finetuning.supervised as supervised
 import mmclip.finetuning.task as tasks
 from mmclip.checkpoint import checkpoint_meta, find_checkpoint, load_checkpoint, read_weights
 from mmclip.config import load_config_as
-from mmclip.data.batches import SEEN_FILE
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise, open_dataset
 from mmclip.data.leakage.splits import set_split, subsets_of
 from mmclip.data.sample import Sample
+from mmclip.data.streams import SEEN_FILE
 from mmclip.data.synthetic import FINDINGS
 from mmclip.evaluation.protocols import FineTuning, Protocol, load_protocol
 from mmclip.evaluation.results import read_results

@@ -13,8 +13,9 @@ from transformers import AutoModel, ViTImageProcessor
 from mmclip.batch import BatchSlice
 from mmclip.checkpoint import save_checkpoint
 from mmclip.config import GREY_MEAN, GREY_STD, Config, parse
-from mmclip.data.batches import TrainingBatches, training_dataset
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
+from mmclip.data.streams import training_dataset
 from mmclip.export.export import ExportRequest, export
 from mmclip.models.encoders import EncoderError, patch_grid
 from mmclip.models.joint_space import embed_dim_of

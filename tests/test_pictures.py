@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from mmclip.checkpoint import Checkpoint
-from mmclip.data.batches import TrainingBatches, deterministic_config
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Entity
+from mmclip.data.streams import deterministic_config
 from mmclip.data.text import tokenise, train_tokenizer
 from mmclip.evaluation.pages import gallery_of
 from mmclip.evaluation.pictures import (

@@ -16,12 +16,13 @@ from rich.console import Console
 from mmclip import embedding_store
 from mmclip.checkpoint import Checkpoint
 from mmclip.cli import retrieve as cli
-from mmclip.data.batches import TrainingBatches, deterministic_config
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.ingest.build import build_data
 from mmclip.data.leakage.check import patient_key
 from mmclip.data.sample import Sample
+from mmclip.data.streams import deterministic_config
 from mmclip.data.text import train_tokenizer
 from mmclip.embed import embed_images, embed_texts, words_hardly_known
 from mmclip.embedding_store import STORE_FOLDER, image_embeddings, text_embeddings

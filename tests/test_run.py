@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mmclip.checkpoint import CheckpointError
-from mmclip.data.batches import SEEN_FILE
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.leakage.trained import KEY_FILE, LOOKS_FILE, TRAINED_FILE
+from mmclip.data.streams import SEEN_FILE
 from mmclip.run import Run, open_run
 from tests.made import put_run_file, trained_on
 

@@ -10,11 +10,12 @@ import torch
 
 from mmclip.batch import Batch, BatchSlice
 from mmclip.config import Config, ConfigError
-from mmclip.data.batches import TrainingBatches, rows_by_stream, seen_in_training, training_dataset
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Sample
+from mmclip.data.streams import rows_by_stream, seen_in_training, training_dataset
 from mmclip.models.encoders import patch_grid
 from mmclip.models.mmclip import MMCLIP
 from mmclip.patches import PatchGrid

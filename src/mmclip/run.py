@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 
 from mmclip.checkpoint import Checkpoint, load_checkpoint, run_file, run_folder
 from mmclip.config import Config, ResizeMode, recipe_hash
-from mmclip.data.batches import SEEN_FILE
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
@@ -34,6 +33,7 @@ from mmclip.data.leakage.trained import (
     refuse_trained,
 )
 from mmclip.data.sample import Split
+from mmclip.data.streams import SEEN_FILE
 from mmclip.embed import embed_texts, encode_squares
 from mmclip.embedding_store import store_folder
 from mmclip.models.dual_encoder import (

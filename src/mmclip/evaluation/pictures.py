@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerFast
 from mmclip.batch import Batch
 from mmclip.checkpoint import Checkpoint
 from mmclip.config import GREY_MEAN, GREY_STD
-from mmclip.data.batches import TrainingBatches, deterministic_config, is_pair, is_unpaired
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.sample import Entity
+from mmclip.data.streams import deterministic_config, is_pair, is_unpaired
 from mmclip.data.tokenizer import frame_of
 from mmclip.models.encoders import patch_grid
 from mmclip.models.mmclip import MMCLIP, Outputs

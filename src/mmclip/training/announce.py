@@ -4,9 +4,9 @@ import torch
 from accelerate import Accelerator
 
 from mmclip.config import Config
-from mmclip.data.batches import rows_by_stream
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.leakage.check import patient_key
+from mmclip.data.streams import rows_by_stream
 from mmclip.progress import console
 from mmclip.training.state import TrainState
 

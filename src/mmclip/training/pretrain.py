@@ -29,15 +29,7 @@ from mmclip.checkpoint import (
     save_checkpoint,
 )
 from mmclip.config import Config
-from mmclip.data.batches import (
-    SEEN_FILE,
-    TrainingBatches,
-    label_names,
-    reserved_for_evaluation,
-    rows_by_stream,
-    seen_in_training,
-    training_dataset,
-)
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.leakage.check import refuse_leaks
@@ -47,6 +39,14 @@ from mmclip.data.leakage.trained import (
     TRAINED_FILE,
     collections_of,
     write_trained,
+)
+from mmclip.data.streams import (
+    SEEN_FILE,
+    label_names,
+    reserved_for_evaluation,
+    rows_by_stream,
+    seen_in_training,
+    training_dataset,
 )
 from mmclip.data.synthetic import read_masks
 from mmclip.data.text import train_tokenizer
