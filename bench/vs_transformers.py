@@ -25,7 +25,8 @@ from transformers import BertConfig, BertModel, VisionTextDualEncoderModel, ViTC
 
 from mmclip.batch import Batch, BatchSlice
 from mmclip.config import Config, load_config
-from mmclip.data.batches import TrainingBatches, training_dataset
+from mmclip.data.batches import TrainingBatches
+from mmclip.data.streams import training_dataset
 from mmclip.data.text import train_tokenizer
 from mmclip.models.layout import patch_grid
 from mmclip.training.objective import Objective

@@ -18,14 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from mmclip.batch import BatchSlice
 from mmclip.checkpoint import Checkpoint
 from mmclip.config import Config
-from mmclip.data.batches import (
-    TrainingBatches,
-    deterministic_config,
-    is_pair,
-    reserved_for_evaluation,
-)
+from mmclip.data.batches import TrainingBatches
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.data.streams import deterministic_config, is_pair, reserved_for_evaluation
 from mmclip.embed import embed_images, embed_prompts
 from mmclip.evaluation.metrics import macro_auroc
 from mmclip.models.mmclip import MMCLIP
