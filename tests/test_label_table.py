@@ -11,21 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.ingest.sources import open_reader
-from mmclip.data.sample import LabelOrigin, Sample
+from mmclip.data.sample import LABEL_MAKERS, LabelOrigin, Sample
 from mmclip.evaluation.protocols import Protocol, load_protocol, protocol_names
-from mmclip.evaluation.scores import protocol_labels
+from mmclip.evaluation.scores import label_makers, protocol_labels
 from tests.published import lay_out
 from tests.test_protocols import CASES, plan
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "data.md"
 START, END = "<!-- by tests/test_label_table.py -->\n", "<!-- end -->\n"
-WHO: dict[LabelOrigin | None, str] = {
-    "image-reader": "people who read the images",
-    "report-reader": "people who read the reports",
-    "report-program": "a program that read the reports",
-    None: "the source does not say",
-}
 
 
 def read_small(rules: Protocol, root: Path) -> list[Sample]:
@@ -49,7 +44,7 @@ def row_of(rules: Protocol, root: Path) -> list[str]:
         and (not sources or s.source in sources)
     ]
     labels = protocol_labels(rules, test)
-    makers = Counter(WHO[sample.label_origin] for sample in test)
+    makers = Counter(LABEL_MAKERS[sample.label_origin] for sample in test)
     known = (~np.isnan(labels)).all(axis=1).mean()
     blank = "absent" if known == 1 else "absent, unless a label leaves it open"
     trained = "zero-shot only"
@@ -76,6 +71,20 @@ def test_the_table_of_labels_is_what_the_readers_give(tmp_path: Path):
     text = DOCUMENT.read_text("utf-8")
     written = re.search(re.escape(START) + "(.*?)" + re.escape(END), text, re.DOTALL)
     assert written is not None and written[1] == label_table(tmp_path)
+
+
+def test_results_say_who_made_the_labels_and_how_many():
+    def of(*origins: LabelOrigin | None) -> str:
+        samples = tuple(
+            Sample(image_id=str(i), study_id="s", patient_id="p", source="x", label_origin=origin)
+            for i, origin in enumerate(origins)
+        )
+        return label_makers(ImageTextDataset(samples, (), np.zeros((len(samples), 2), int), "x"))
+
+    assert of("image-reader", "image-reader") == "people who read the images"
+    assert of(None) == "the source does not say"
+    mixed = of("report-program", "report-program", "image-reader")
+    assert mixed == "a program that read the reports (2), people who read the images (1)"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from mmclip.checkpoint import load_checkpoint
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
-from mmclip.data.sample import Sample
+from mmclip.data.sample import LABEL_MAKERS, Sample
 from mmclip.data.synthetic import FINDINGS
 from mmclip.embed import embed_texts
 from mmclip.evaluation.results import About, FindingScores
@@ -292,4 +292,5 @@ def test_the_files_hold_what_the_results_say(made_run: Path, made_data: Path, tm
     assert left["provenance"]["train_seed"] == meta["config"]["train"]["seed"]
     assert left["provenance"]["recipe_hash"] == open_run(made_run).recipe_hash
     assert left["facts"]["step"] == 6
+    assert left["facts"]["labelled by"] in LABEL_MAKERS.values()
     assert (tmp_path / "page.html").is_file() and (tmp_path / "plots" / "auroc.png").is_file()

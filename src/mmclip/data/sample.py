@@ -13,6 +13,14 @@ LabelOrigin = Literal["image-reader", "report-reader", "report-program"]
 """Who made an image's labels: people who read the image, people who read its report, or a program
 that read its report."""
 
+LABEL_MAKERS: dict[LabelOrigin | None, str] = {
+    "image-reader": "people who read the images",
+    "report-reader": "people who read the reports",
+    "report-program": "a program that read the reports",
+    None: "the source does not say",
+}
+"""Who made labels, in words."""
+
 BY_PEOPLE: tuple[LabelOrigin, ...] = ("image-reader", "report-reader")
 
 PRESENT, ABSENT, UNCERTAIN = 1, 0, -1

@@ -5,6 +5,7 @@ runs be compared image by image.
 """
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.leakage.check import content_key, patient_key
 from mmclip.data.leakage.splits import ids_hash
 from mmclip.data.readers.vocabulary import is_unfinished
-from mmclip.data.sample import ABSENT, PRESENT, Sample, Split
+from mmclip.data.sample import ABSENT, LABEL_MAKERS, PRESENT, Sample, Split
 from mmclip.evaluation.protocols import BUILT, Protocol
 
 SCORES_FILE = "scores.npz"
@@ -254,6 +255,14 @@ def folders_without_laterals(dataset: ImageTextDataset) -> dict[int, str]:
         if all(sample.view != "L" for sample in samples):
             found[k] = ", ".join(sorted({sample.source for sample in samples}))
     return found
+
+
+def label_makers(dataset: ImageTextDataset) -> str:
+    """Who labelled the images, for results; with the number of each where they are several."""
+    counts = Counter(LABEL_MAKERS[sample.label_origin] for sample in dataset.samples)
+    if len(counts) <= 1:
+        return "".join(counts)
+    return ", ".join(f"{who} ({n:,})" for who, n in counts.most_common())
 
 
 def unknown_views(dataset: ImageTextDataset) -> str:

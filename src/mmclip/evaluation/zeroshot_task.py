@@ -10,7 +10,7 @@ from mmclip.data.original_images import images_said
 from mmclip.data.sample import Split
 from mmclip.evaluation.protocols import load_protocol
 from mmclip.evaluation.results import ResultsError, read_results
-from mmclip.evaluation.scores import images_hash, split_of, unknown_views
+from mmclip.evaluation.scores import images_hash, label_makers, split_of, unknown_views
 from mmclip.evaluation.selection import Selection
 from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.dual_encoder import DualEncoder
@@ -74,6 +74,7 @@ class ZeroshotTask:
     def facts(self) -> dict[str, str | int | float]:
         """What results say of model and images."""
         return {
+            "labelled by": label_makers(self.selected),
             "images of unknown view": unknown_views(self.selected),
             "images read": images_said(self.selected),
             **self.encoder.facts(),

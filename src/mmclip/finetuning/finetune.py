@@ -39,6 +39,7 @@ from mmclip.evaluation.scores import (
     SCORES_FILE,
     Predictions,
     images_hash,
+    label_makers,
     load_scores,
     make_predictions,
     unknown_views,
@@ -227,6 +228,8 @@ def _facts(common: Common, part: Part, this: str) -> Facts:
         "fraction": part.fraction,
         "training images": len(train),
         "training patients": len({patient_key(sample) for sample in train.dataset.samples}),
+        "test images labelled by": label_makers(task.test.dataset),
+        "training images labelled by": label_makers(train.dataset),
         "images of unknown view": unknown_views(task.test.dataset),
     }
     facts |= rules_of(task.protocol).label_rules(task.protocol.findings)
