@@ -177,8 +177,11 @@ def run_one(common: Common, part: Part) -> None:
     """
     began = time.monotonic()
     others = common.start.others
-    encoder = None if others is not None else common.start.encoder(part.seed)
-    weights = str(others.weights.recipe_hash) if encoder is None else weights_hash(encoder)
+    if others is None:
+        encoder = common.start.encoder(part.seed)
+        weights = weights_hash(encoder)
+    else:
+        encoder, weights = None, str(others.weights.recipe_hash)
     this = run_hash(common.request, common.start, part.task, weights, part.seed)
     if (part.folder / RESULTS_FILE).is_file():
         if read_results(part.folder).facts.get("run") == this:
