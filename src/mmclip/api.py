@@ -120,7 +120,7 @@ class Classification:
 
 @dataclass(frozen=True)
 class Saliency:
-    """Where an image answers to a phrase.
+    """Which parts of an image match a phrase.
 
     Attributes:
         image_id: What the image is called in the picture.
@@ -326,7 +326,7 @@ class Model:
         score: str = "contribution",
         prompts: Prompts = "default",
     ) -> Saliency:
-        """Where an image answers to a phrase, in the image's own pixels.
+        """Which parts of an image match a phrase, in the image's own pixels.
 
         Args:
             image: One image.

@@ -230,7 +230,7 @@ FINETUNED = re.compile(r"(probe|full)-[\d.e+-]+-\d+")
 def examine_finetuned(folder: Path) -> Iterator[HealthCheck]:
     """Whether all runs of `mmclip finetune` are there and sound, and the summary is of them."""
     runs = {p.name: p for p in sorted(folder.iterdir()) if FINETUNED.fullmatch(p.name)}
-    again = "the same `mmclip finetune` goes on where it was"
+    again = "the same `mmclip finetune` resumes it"
     try:
         summary = json.loads((folder / SUMMARY_FILE).read_text("utf-8"))
         reached = {

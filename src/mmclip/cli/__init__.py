@@ -65,7 +65,7 @@ Pre-train on chest X-rays and reports; classify zero-shot. The commands, in orde
   mmclip results         results side by side
   mmclip compare-models  models of any make, scored and set side by side
   mmclip retrieve        the nearest patients for an image or a phrase
-  mmclip explain         where an image answers to a phrase
+  mmclip explain         which parts of an image match a phrase
   mmclip serve           scores, maps and search on a local web page
   mmclip export          a run for transformers, the hub or onnxruntime
 

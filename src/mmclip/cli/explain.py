@@ -1,4 +1,4 @@
-"""`mmclip explain`: where an image answers to a phrase, and how well such maps point."""
+"""`mmclip explain`: which parts of an image match a phrase, and how well such maps point."""
 
 import json
 from pathlib import Path
@@ -128,7 +128,7 @@ def explain(
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
-    """Maps where an image answers to a phrase; or, with --evaluate, how well such maps point.
+    """Maps which parts of an image match a phrase; or, with --evaluate, how well such maps point.
 
     Example: `mmclip explain --model runs/a --image a.png --phrase cardiomegaly --out a.png`
 

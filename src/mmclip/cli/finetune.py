@@ -129,7 +129,7 @@ def finetune(
 ) -> None:
     """Learns findings from 1, 10 and 100 % of the training patients, and scores the test images.
 
-    A call that was interrupted goes on where it was; finished runs are skipped.
+    Rerun an interrupted call to resume it; finished runs are skipped.
 
     Example: `mmclip finetune --model runs/a --data data/nih --protocol chestxray14 --out ft`
 

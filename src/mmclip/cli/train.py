@@ -48,7 +48,7 @@ def demo(
         typer.Option(
             "--shuffle-pairs",
             rich_help_panel=CONTROLS,
-            help="Control: deal images the reports and labels of others.",
+            help="Control: give each image the report and labels of another.",
         ),
     ] = False,
     set_: SetOption = None,
@@ -56,7 +56,7 @@ def demo(
 ) -> None:
     """Synthetic images and reports, a tiny model, a result by text prompts and a page to look at.
 
-    The same command goes on where it was, or makes a finished demo anew.
+    Rerun an interrupted demo to resume it; a finished one is made anew.
 
     Example: `mmclip demo --seed 1 --out runs/demo-seed1`
     """
@@ -104,7 +104,7 @@ def pretrain(
         typer.Option(
             "--shuffle-pairs",
             rich_help_panel=CONTROLS,
-            help="Control: deal images the reports of others.",
+            help="Control: give each image the report of another.",
         ),
     ] = False,
     lesion_masks: Annotated[
