@@ -643,6 +643,7 @@ OPTIONS_OF_EVERY_READER = {
 }  # fmt: skip
 OPTIONS_OF_ONE = {
     "csv": {"--mapping", "--table"},
+    "own": {"--reader"},
     "dicom": {"--mapping", "--reports", "--id-key", "--keep-age-sex"},
 }
 

@@ -233,7 +233,7 @@ def test_the_example_table_is_read_as_the_document_says(tmp_path: Path):
 
 def test_every_reader_is_in_the_tables_and_has_its_command():
     named = [spans_of(name)[0] for name, *_ in rows(DATA, "reader")]
-    assert ["csv", "dicom", *named] == list(READERS)
+    assert ["csv", "dicom", "own", *named] == list(READERS)
     assert {line.split()[2] for line in commands(DATA) if "data build" in line} == set(READERS)
     (row,) = (cells for cells in rows(README, "command") if "data build" in cells[0])
     assert set(spans_of(row[1])) == set(READERS)

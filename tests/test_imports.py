@@ -31,7 +31,7 @@ LAYERS = (
     {"mmclip.data", "mmclip.models"},
     {
         "mmclip", "mmclip.batch", "mmclip.config", "mmclip.files", "mmclip.hub", "mmclip.losses",
-        "mmclip.masking", "mmclip.patches", "mmclip.progress", "mmclip.prompts",
+        "mmclip.masking", "mmclip.own_code", "mmclip.patches", "mmclip.progress", "mmclip.prompts",
     },
 )  # fmt: skip
 """A module may import from its own layer and those behind it. A new one at the top of the package

@@ -1,10 +1,12 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import SiglipModel
 
 from mmclip.losses import (
     contrastive_sum,
@@ -13,8 +15,10 @@ from mmclip.losses import (
     masked_token_sum,
     masked_token_sum_in_blocks,
     positive_pairs,
+    sigmoid_sum,
 )
 from tests.oracles import contrastive_sum_loop, positive_pairs_loop
+from tests.towers import TEXT_ROWS
 
 
 def unit(n: int, e: int, seed: int) -> torch.Tensor:
@@ -183,3 +187,68 @@ def test_logits_of_masked_tokens_in_blocks_are_those_at_once_with_their_gradient
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     logits = torch.cat(features) @ (torch.arange(21.0).view(7, 3) / 10).T
     torch.testing.assert_close(found[0][0], masked_token_sum(logits, torch.cat(targets)))
+
+
+def test_two_orthogonal_pairs_by_hand_of_the_sigmoid():
+    e = torch.eye(2)
+    both = torch.tensor([3.0, -1.0])  # logits: 2 of the pairs, -1 of the others
+    loss = sigmoid_sum(e, e, torch.eye(2, dtype=torch.bool), all_candidates(2), both)
+    by_hand = 2 * math.log(1 + math.exp(-2)) + 2 * math.log(1 + math.exp(-1))
+    assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+@torch.no_grad()
+def test_the_sigmoid_loss_is_that_of_siglip(tmp_path: Path):
+    TEXT_ROWS["siglip"].save(tmp_path)
+    model = SiglipModel.from_pretrained(tmp_path).eval()
+    model.logit_scale.fill_(math.log(7.0))
+    model.logit_bias.fill_(-3.0)
+    ids = torch.randint(3, 20, (5, 40), generator=torch.Generator().manual_seed(0))
+    found = model(input_ids=ids, pixel_values=torch.randn(5, 3, 32, 32), return_loss=True)
+    both, eye = torch.tensor([7.0, -3.0]), torch.eye(5, dtype=torch.bool)
+    pair = found.image_embeds, found.text_embeds
+    ours = sum(sigmoid_sum(a, b, eye, all_candidates(5), both) / 2 for a, b in (pair, pair[::-1]))
+    assert float(ours) / 5 == pytest.approx(found.loss.item(), rel=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 6), st.integers(1, 7))
+def test_the_sigmoid_loss_is_its_slow_loop_whole_and_in_blocks(seed: int, a: int, b: int):
+    generator = torch.Generator().manual_seed(seed)
+    query, candidates = unit(a, 4, seed), unit(b, 4, seed + 1)
+    keys, others = (torch.randint(-1, 3, (n, 2), generator=generator) for n in (a, b))
+    is_candidate = torch.rand(b, generator=generator) < 0.7
+    both = torch.tensor([9.0, -2.0])
+    wanted = 0.0
+    for i in range(a):
+        positive = [
+            bool(is_candidate[j])
+            and any(x == y and x >= 0 for x, y in zip(keys[i], others[j], strict=True))
+            for j in range(b)
+        ]
+        if any(positive):
+            for j in range(b):
+                if is_candidate[j]:
+                    logit = 9.0 * float(query[i] @ candidates[j]) - 2.0
+                    z = 1.0 if positive[j] else -1.0
+                    wanted += math.log1p(math.exp(-z * logit))
+    for block_rows in (1, 2, 100):
+        found = contrastive_sum_in_blocks(
+            query, candidates, keys, others, is_candidate, both, block_rows, sigmoid_sum
+        )
+        assert found.item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_sigmoid_gradients_in_blocks_are_those_of_the_whole():
+    both = torch.tensor([9.0, -2.0], requires_grad=True)
+    query, candidates = (unit(7, 4, seed).requires_grad_() for seed in (0, 1))
+    keys = torch.arange(7)[:, None]
+    grads = []
+    for block_rows in (3, 7):
+        loss = contrastive_sum_in_blocks(
+            query, candidates, keys, keys, all_candidates(7), both, block_rows, sigmoid_sum
+        )
+        grads.append(torch.autograd.grad(loss, [query, candidates, both]))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+    assert grads[0][2].abs().min() > 0

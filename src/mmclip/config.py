@@ -14,7 +14,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mmclip.own_code import is_own_code
 
 RESOURCES = resources.files("mmclip") / "resources"
 """The data of the package: configurations, prompts, vocabularies, protocols, templates."""
@@ -131,16 +133,28 @@ class ModelConfig(Frozen):
         default=0.07, gt=0
     )  # at the start; learned as a log scale [CLIP 2.5]
     max_logit_scale: float = Field(default=100.0, gt=1)  # clamp of the learned scale [CLIP 2.5]
+    logit_bias: float = -10.0  # at the start; of the sigmoid loss alone [SigLIP 3.2]
 
 
 class LossConfig(Frozen):
-    """Weights of the terms beside the contrastive one, whose weight is 1."""
+    """The contrastive term, whose weight is 1, and the weights of the terms beside it."""
 
+    contrastive: str = "softmax"  # or "sigmoid", or module:function of your own
     image: float = Field(default=0.0, ge=0)  # AttMIM
     text: float = Field(default=0.0, ge=0)  # EntMLM
     label: float = Field(
         default=0.0, ge=0
     )  # control: labels of unpaired images, in place of prompts
+
+    @field_validator("contrastive")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in ("softmax", "sigmoid") and not is_own_code(name):
+            raise ValueError(
+                f"contrastive={name!r} is neither 'softmax' nor 'sigmoid', nor a function of yours "
+                f"as module:function"
+            )
+        return name
 
 
 class ContrastiveConfig(Frozen):

@@ -65,26 +65,65 @@ def contrastive_sum(
     return -(picked / n_positive.clamp(min=1)).sum()
 
 
+def sigmoid_sum(
+    query: Float[Tensor, "a e"],
+    candidates: Float[Tensor, "b e"],
+    is_positive: Bool[Tensor, "a b"],
+    is_candidate: Bool[Tensor, " b"],
+    scale_and_bias: Float[Tensor, "2"],
+) -> Float[Tensor, ""]:
+    """Sigmoid contrastive loss of one direction, summed over the rows of `query`.
+
+    -sum_i sum_j log sigmoid(z_ij * (scale * <query_i, candidates_j> + bias)), z_ij = 1 or -1
+
+    Each pair is a question of its own, with no softmax over the batch. Both directions ask about
+    the same pairs, so the mean of the two is SigLIP's loss. Rows without a positive candidate add
+    nothing, as in `contrastive_sum`.
+
+    Args:
+        query: Normalised embeddings.
+        candidates: Normalised embeddings of the other modality, gathered over all processes.
+        is_positive: The pairs with z = 1; SigLIP has one a row, equal texts give several.
+        is_candidate: False for rows that have no text: no pair is made with them.
+        scale_and_bias: The inverse temperature, not its logarithm, and the bias.
+
+    Source: SigLIP (arXiv:2303.15343), equation in section 3.2; several positives: ours, as in
+        `contrastive_sum`.
+    """
+    scale, bias = scale_and_bias.unbind()
+    logits = scale * query @ candidates.T + bias
+    is_positive = is_positive & is_candidate
+    loss = -F.logsigmoid(torch.where(is_positive, logits, -logits))
+    is_asked = is_candidate & is_positive.any(1, keepdim=True)
+    return torch.where(is_asked, loss, 0.0).sum()
+
+
+ContrastiveSum = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A contrastive loss of one direction: `contrastive_sum`, `sigmoid_sum`, or one of your own with
+the arguments of the former."""
+
+
 def contrastive_sum_in_blocks(
     query: Float[Tensor, "a e"],
     candidates: Float[Tensor, "b e"],
     query_keys: Int[Tensor, "a m"],
     candidate_keys: Int[Tensor, "b m"],
     is_candidate: Bool[Tensor, " b"],
-    logit_scale: Float[Tensor, ""],
+    logit_scale: Float[Tensor, "..."],
     block_rows: int = CONTRASTIVE_BLOCK_ROWS,
+    sum_of: ContrastiveSum = contrastive_sum,
 ) -> Float[Tensor, ""]:
-    """`contrastive_sum` with the positives of `positive_pairs`, some rows of `query` at a time.
+    """A contrastive loss with the positives of `positive_pairs`, some rows of `query` at a time.
 
     Nothing of size a x b is kept for the backward pass, which computes each block's logits again:
-    memory grows with block_rows * b. Up to block_rows rows it is `contrastive_sum` itself.
+    memory grows with block_rows * b. Up to block_rows rows it is `sum_of` itself.
 
     Source: ours; as memory-efficient attention does it (arXiv:2112.05682).
     """
 
     def block(query: Tensor, candidates: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
         is_positive = positive_pairs(keys, candidate_keys)
-        return contrastive_sum(query, candidates, is_positive, is_candidate, scale)
+        return sum_of(query, candidates, is_positive, is_candidate, scale)
 
     if len(query) <= block_rows:
         return block(query, candidates, query_keys, logit_scale)

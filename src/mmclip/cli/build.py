@@ -32,12 +32,14 @@ OF_READER = {
     "reports": ("dicom",),
     "id_key": ("dicom",),
     "keep_age_sex": ("dicom",),
+    "reader": ("own",),
 }
 """The options that some readers take alone. The help of the others leaves them out; given all the
 same, they are refused by the reader, which says why."""
 
 EXAMPLES = {
     "csv": "--root raw/ --mapping raw.toml --image-size 64 --out data/a",
+    "own": "--reader my_readers:read_hospital --root raw/ --out data/own",
     "dicom": "--root PACS/ --reports reports.csv --mapping reports.toml --out data/hospital",
 }
 """Behind the name of a reader; of the others the root alone differs."""
@@ -60,6 +62,12 @@ TablePath = Annotated[
 ]
 Reports = Annotated[
     Path | None, _option(IN_OUT, help="Table of reports, if not the mapping's.", metavar="PATH")
+]
+Reader = Annotated[
+    str | None,
+    _option(
+        IN_OUT, "--reader", help="module:name of a function or class of yours.", metavar="NAME"
+    ),
 ]
 ImageSize = Annotated[
     int,
@@ -112,6 +120,7 @@ class ReaderCommand:
         mapping: Mapping = None,
         table: TablePath = None,
         reports: Reports = None,
+        reader: Reader = None,
         image_size: ImageSize = 224,
         resize: Resize = "squash",
         entities: Entities = "lexicon",
@@ -136,7 +145,7 @@ class ReaderCommand:
             entities=entities,
             split=RandomSplit(seed, val_ratio, test_ratio),
             hides_paths=self.name == "dicom",
-            metadata={"reader": self.name, "command": command_line()},
+            metadata={"reader": reader or self.name, "command": command_line()},
         )
         dicom = _dicom_options(self.name, out, reports, id_key, keep_age_sex)
         if scheduler is not None and workers:
@@ -149,7 +158,9 @@ class ReaderCommand:
                 f"a shard never replaces a build; leave --overwrite out, and remove {out} first if "
                 f"it holds an old one"
             )
-        records = open_reader(self.name, root_, mapping=mapping, table=table, dicom=dicom)
+        records = open_reader(
+            self.name, root_, mapping=mapping, table=table, dicom=dicom, own=reader
+        )
         with resume_hint():
             if share is not None:
                 build_shard(
@@ -191,7 +202,9 @@ class ReaderGroup(PlainGroup):
         return ["READER [OPTIONS]"]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Says that the reader comes first where an option does."""
+        """Says that the reader comes first where an option does; `--reader` alone means own."""
+        if args and args[0].partition("=")[0] == "--reader":
+            args = ["own", *args]
         if args and args[0].startswith("-") and args[0] != "--help":
             raise ValueError(
                 f"{args[0]} stands before the reader; write `mmclip data build READER {args[0]}`, "

@@ -161,6 +161,7 @@ def facts_of(plain: Plain) -> dict[str, Any]:
         "image_pooling": image_layout(model.vision_model).pooling,
         "text_pooling": text_layout(model.text_model).pooling,
         "logit_scale": model.scale().item(),
+        "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
         "resize": plain.data.resize,
         "image_size": plain.data.image_size,
         "max_tokens": plain.data.max_tokens,

@@ -129,3 +129,5 @@ def start_from(model: MMCLIP, space: JointSpace, name: str) -> None:
         )
     with torch.no_grad():
         model.logit_scale.fill_(space.logit_scale)
+        if model.logit_bias is not None and space.logit_bias is not None:
+            model.logit_bias.fill_(space.logit_bias)

@@ -65,6 +65,7 @@ class Outputs(NamedTuple):
     image_embedding: Float[Tensor, "b e"]
     text_embedding: Float[Tensor, "b e"]
     scale: Float[Tensor, ""]
+    bias: Float[Tensor, ""] | None  # of the sigmoid loss
     masked_token_features: Float[Tensor, "h w"] | None  # in the order of `Batch.masked_texts`
     masked_token_loss: Float[Tensor, ""] | None  # its sum over them, see `losses`
     patches: Float[Tensor, "b n p"] | None  # predicted pixels, see `ImageDecoder`
@@ -106,6 +107,7 @@ class MMCLIP(nn.Module):
         image_decoder: ImageDecoder | None = None,
         text_decoder: TextDecoder | None = None,
         n_label_findings: int = 0,
+        has_bias: bool = False,
     ) -> None:
         """Puts a new joint space on top of two encoders.
 
@@ -116,6 +118,7 @@ class MMCLIP(nn.Module):
             image_decoder: None where no masked patches are rebuilt.
             text_decoder: None where no masked words are recovered.
             n_label_findings: Outputs of the label head; 0 leaves it out.
+            has_bias: Learn the bias of the sigmoid loss.
         """
         super().__init__()
         embed_dim = config.embed_dim
@@ -124,6 +127,9 @@ class MMCLIP(nn.Module):
         self.visual_projection = nn.Linear(image_layout(image_encoder).width, embed_dim, bias=False)
         self.text_projection = nn.Linear(text_layout(text_encoder).width, embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+        self.register_parameter("logit_bias", None)
+        if has_bias:
+            self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias))
         self.max_logit_scale = config.max_logit_scale
         for layer in (self.visual_projection, self.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # [CLIP, released code]
@@ -203,6 +209,7 @@ class MMCLIP(nn.Module):
             image.embedding,
             text_embedding,
             scale,
+            self.logit_bias,
             token_features,
             token_loss,
             *rebuilt,
@@ -216,8 +223,8 @@ class MMCLIP(nn.Module):
             for each in (batch.prompts, batch.reports)
         ]
         text = self._texts_of_rows(image.embedding, texts)
-        nothing = dict.fromkeys(Outputs._fields[3:])
-        return Outputs(image.embedding, text, self.scale(), **nothing)
+        nothing = dict.fromkeys(Outputs._fields[4:])
+        return Outputs(image.embedding, text, self.scale(), self.logit_bias, **nothing)
 
     def _rebuild(
         self,
@@ -457,4 +464,5 @@ def build_mmclip(
         image_decoder,
         text_decoder,
         n_label_findings if config.loss.label else 0,
+        has_bias=config.loss.contrastive == "sigmoid",
     )

@@ -19,12 +19,16 @@ from mmclip.batch import PROMPT, REPORT, Batch
 from mmclip.config import Config
 from mmclip.data.batches import RawBatch
 from mmclip.losses import (
+    ContrastiveSum,
+    contrastive_sum,
     contrastive_sum_in_blocks,
     label_sum,
     masked_patch_sum,
+    sigmoid_sum,
 )
 from mmclip.masking import mask_noise_at, masked_patch_count
 from mmclip.models.mmclip import Outputs
+from mmclip.own_code import load_own
 from mmclip.patches import PatchGrid, normalise_patches
 from mmclip.training.gather import all_gather_rows
 from mmclip.training.terms import Embeddings
@@ -41,8 +45,20 @@ class Objective:
     def weights(self) -> dict[str, float]:
         """The weight of each term that is trained."""
         loss = self.config.loss
-        wanted = {"contrastive": 1.0, **loss.model_dump()}
+        wanted = {"contrastive": 1.0, **loss.model_dump(exclude={"contrastive"})}
         return {name: weight for name, weight in wanted.items() if weight}
+
+    @property
+    def contrastive_sum(self) -> ContrastiveSum:
+        """The contrastive loss of one direction.
+
+        Raises:
+            ValueError: When it is a function of yours that cannot be had.
+        """
+        name = self.config.loss.contrastive
+        if name == "sigmoid":
+            return sigmoid_sum
+        return contrastive_sum if name == "softmax" else load_own(name, "loss.contrastive")
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Runs the model on a batch as training does at the step that the batch is of."""
@@ -59,7 +75,9 @@ class Objective:
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Runs the model on this process's rows and sums each term over them."""
         out = self.outputs(model, batch)
-        contrastive = contrastive_sums(embeddings_of(out), batch, self.config.contrastive.by_kind)
+        contrastive = contrastive_sums(
+            embeddings_of(out), batch, self.config.contrastive.by_kind, self.contrastive_sum
+        )
         return {"contrastive": contrastive} | self._others(out, batch)
 
     def sums_given(self, model: nn.Module, batch: Batch, gradient: Embeddings) -> dict[str, Tensor]:
@@ -108,7 +126,9 @@ class Objective:
         kinds = torch.cat([batch.text_kinds for batch in rows])
         text_rows = (kinds >= 0).nonzero()[:, 0].to(device)
         by_kind = self.config.contrastive.by_kind
-        term = contrastive_sum_of(leaves, keys, kinds.to(device), text_rows, by_kind)
+        term = contrastive_sum_of(
+            leaves, keys, kinds.to(device), text_rows, by_kind, self.contrastive_sum
+        )
         gradients = torch.autograd.grad(weight * term, list(leaves))
         return term.detach(), Embeddings(*gradients)
 
@@ -130,12 +150,20 @@ class Objective:
 
 def embeddings_of(out: Outputs) -> Embeddings:
     """What the contrastive term reads of a model's output."""
-    return Embeddings(out.image_embedding, out.text_embedding, out.scale)
+    scale = out.scale if out.bias is None else torch.stack([out.scale, out.bias])
+    return Embeddings(out.image_embedding, out.text_embedding, scale)
 
 
-def contrastive_sums(embeddings: Embeddings, batch: Batch, by_kind: bool = False) -> Tensor:
+def contrastive_sums(
+    embeddings: Embeddings,
+    batch: Batch,
+    by_kind: bool = False,
+    sum_of: ContrastiveSum = contrastive_sum,
+) -> Tensor:
     """`contrastive_sum_of` the rows of a batch."""
-    return contrastive_sum_of(embeddings, batch.keys, batch.text_kinds, batch.text_rows, by_kind)
+    return contrastive_sum_of(
+        embeddings, batch.keys, batch.text_kinds, batch.text_rows, by_kind, sum_of
+    )
 
 
 def contrastive_sum_of(
@@ -144,6 +172,7 @@ def contrastive_sum_of(
     text_kinds: Int[Tensor, " b"],
     text_rows: Int[Tensor, " r"],
     by_kind: bool = False,
+    sum_of: ContrastiveSum = contrastive_sum,
 ) -> Tensor:
     """The mean of the two directions, summed over this process's rows that have a text.
 
@@ -155,6 +184,7 @@ def contrastive_sum_of(
         text_kinds: See `Batch.text_kinds`.
         text_rows: The numbers of the rows that have a text.
         by_kind: Compare rows with a report among themselves, and those with a prompt likewise.
+        sum_of: The loss of one direction.
 
     Source: paper, figure 1B; docs/method.md, row "contrastive term".
     """
@@ -168,7 +198,8 @@ def contrastive_sum_of(
         # Rows of the other kind lose their keys: without a positive they add nothing.
         mine = own_keys if kind is None else own_keys.masked_fill((own_kinds != kind)[:, None], -1)
         for query, others in ((image, all_text), (text, all_image)):
-            sums.append(
-                contrastive_sum_in_blocks(query, others, mine, all_keys, is_here, scale) / 2
+            part = contrastive_sum_in_blocks(
+                query, others, mine, all_keys, is_here, scale, sum_of=sum_of
             )
+            sums.append(part / 2)
     return torch.stack(sums).sum()

@@ -81,7 +81,7 @@ class Embeddings(NamedTuple):
 
     image: Float[Tensor, "b e"]
     text: Float[Tensor, "b e"]  # 0 in rows without a text
-    scale: Float[Tensor, ""]
+    scale: Float[Tensor, "..."]  # [], or of the sigmoid loss [2]: the scale and its bias
 
 
 @runtime_checkable

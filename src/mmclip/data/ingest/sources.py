@@ -2,7 +2,8 @@
 order."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mmclip.data.ingest.csv_mapping import CsvMapping, load_mapping
@@ -19,7 +20,8 @@ from mmclip.data.readers.padchest import read_padchest
 from mmclip.data.readers.rsna import read_rsna
 from mmclip.data.readers.siim import read_siim
 from mmclip.data.readers.vindr import read_vindr
-from mmclip.data.sample import Record
+from mmclip.data.sample import Excluded, Record, Sample
+from mmclip.own_code import load_own
 
 __all__ = [
     "PATIENTS_UNKNOWN",
@@ -56,6 +58,7 @@ _PUBLISHED: dict[str, Callable[[Path], Iterator[Record]]] = {
 READERS = {
     "csv": "A table of your own, by a mapping of its columns.",
     "dicom": "A folder of DICOM files, with a table of reports or without.",
+    "own": "By a reader of your own, in Python.",
     "chestxray14": "ChestX-ray14 of the NIH: 14 findings, text-mined.",
     "chexpert": "CheXpert: 14 observations, text-mined; valid by radiologists.",
     "chexpert-plus": "CheXpert Plus: the images of CheXpert with reports.",
@@ -104,6 +107,7 @@ def open_reader(
     mapping: Path | None,
     table: Path | None,
     dicom: DicomOptions | None = None,
+    own: str | None = None,
 ) -> Iterator[Record]:
     """The records of a data set.
 
@@ -113,6 +117,8 @@ def open_reader(
         mapping: TOML file of a `CsvMapping`, or of a `ReportMapping` for dicom; for no other.
         table: Read in place of the table that the mapping names; csv only.
         dicom: What the reader dicom needs; for it only.
+        own: module:name of a function or class that gives the records of a folder; see
+            `read_own`. For the reader own only.
 
     Raises:
         SourceError: When the name is unknown, an argument is missing or has no use here, or a
@@ -122,6 +128,10 @@ def open_reader(
     check_reader(name)
     if not root.exists():
         raise SourceError(f"there is no folder {root}; give the data set's by --root")
+    if own is not None and name != "own":
+        raise SourceError(
+            f"{name} takes no --reader; leave it out, or write own in place of {name}"
+        )
     if name == "csv" and dicom is None:
         if mapping is None:
             raise SourceError(
@@ -141,6 +151,12 @@ def open_reader(
         raise SourceError(f"{name} has a layout of its own; leave --mapping and --table out")
     if name != "openi" and not root.is_dir():
         raise SourceError(f"{root} is a file; give the folder of the data set by --root")
+    if name == "own":
+        if not any(root.iterdir()):
+            raise SourceError(f"{root} holds no files; give the folder of your images by --root")
+        if own is None:
+            raise SourceError("own needs --reader module:name, such as my_readers:read_hospital")
+        return read_own(own, root)
     records = _PUBLISHED[name](root)
     if name in PATIENTS_UNKNOWN:
         logger.warning(
@@ -149,3 +165,38 @@ def open_reader(
             PATIENTS_UNKNOWN[name],
         )
     return records
+
+
+def read_own(name: str, root: Path) -> Iterator[Record]:
+    """The records that code of yours gives; they are checked as those of the readers here.
+
+    Called with the root folder, a function returns the records, and a class makes an object to be
+    iterated over. The row of an `Excluded` is counted here.
+
+    Args:
+        name: module:name, see `own_code.load_own`.
+        root: The folder of the images.
+
+    Raises:
+        SourceError: When it gives anything but records.
+    """
+    records = load_own(name, "--reader")(root)
+    if not isinstance(records, Iterable):
+        raise SourceError(
+            f"--reader {name} gave a {type(records).__name__} for {root}; return or yield a record "
+            f"for each image"
+        )
+    return _checked(records, name)
+
+
+def _checked(records: Iterable[object], name: str) -> Iterator[Record]:
+    for row, record in enumerate(records):
+        if isinstance(record, Excluded):
+            yield replace(record, row=row)
+        elif isinstance(record, Sample):
+            yield record
+        else:
+            raise SourceError(
+                f"--reader {name}: record {row} is a {type(record).__name__}; yield "
+                f"mmclip.data.sample.Sample, or Excluded with the reason"
+            )
