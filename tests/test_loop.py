@@ -81,13 +81,13 @@ CASES = {  # rows, those without a report, those with a prompt
 PIXELS = (*WHOLE, "image_mask.mask_stage='pixels'")
 RESNET = ("model.image.kind='resnet'", "model.image.depth=1")
 ARMS = {
-    "contrastive": (), "whole": WHOLE, "pixels": PIXELS,
+    "contrastive": (), "sigmoid": ("loss.contrastive='sigmoid'",), "whole": WHOLE, "pixels": PIXELS,
     "contrastive, resnet": RESNET, "whole, resnet": (*WHOLE, *RESNET),
     "pixels, resnet": (*PIXELS, *RESNET), "labels, resnet": (*LABELS, *RESNET),
 }  # fmt: skip
 
 
-CACHED = ("contrastive", "whole")
+CACHED = ("contrastive", "sigmoid", "whole")
 """Arms that two processes also train with a gradient cache."""
 
 
@@ -193,7 +193,7 @@ def fit_here(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("arm", ["contrastive", "whole"])
+@pytest.mark.parametrize("arm", CACHED)
 def test_a_gradient_cache_gives_loss_and_gradients_of_one_batch(arm: str):
     batches = MadeBatches(8, without_report=(1, 5, 6), with_prompt=(1, 5))
     objective = Objective(small_config(*ARMS[arm]), PatchGrid(PATCH_SIZE))

@@ -51,7 +51,7 @@ def run(model: MMCLIP, objective: Objective, batch: Batch) -> Outputs:
 @pytest.mark.parametrize(
     "overrides",
     [
-        (), WHOLE, PIXELS, RANDOM, ("loss.text=1",),
+        (), WHOLE, PIXELS, RANDOM, ("loss.text=1",), ("loss.contrastive=sigmoid",),
         ("loss.image=1",), (*WHOLE, "image_mask.score='decoder_attention'"),
         (*WHOLE, "image_mask.policy='oracle'"), LABELS, (*WHOLE, *LABELS),
     ],
