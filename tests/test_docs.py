@@ -23,6 +23,7 @@ from mmclip.data.ingest.sources import READERS
 from mmclip.data.manifest import SCHEMA
 from mmclip.data.sample import Reason, Sample
 from mmclip.evaluation.pages import CARD_FILE
+from mmclip.evaluation.protocols import Protocol
 from mmclip.prompts import PromptSet
 from tests.test_cli import COMMANDS, NAMES
 
@@ -204,6 +205,8 @@ def test_every_toml_block_is_valid(document: Path):
                 assert parse(ReportMapping, values, document.name).columns
             elif "columns" in values:
                 assert parse(CsvMapping, values, document.name).columns
+            elif "readers" in values:
+                assert parse(Protocol, values, document.name).findings
             elif "templates" in values:
                 assert parse(PromptSet, values, document.name).templates
             else:
