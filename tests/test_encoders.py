@@ -28,6 +28,7 @@ from transformers import (
     T5EncoderModel,
     VideoMAEConfig,
     VideoMAEModel,
+    VisionTextDualEncoderModel,
     ViTImageProcessor,
     ViTMAEModel,
     Wav2Vec2Config,
@@ -37,7 +38,7 @@ from transformers import (
 )
 
 from mmclip.batch import Batch
-from mmclip.checkpoint import load_checkpoint, save_checkpoint
+from mmclip.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mmclip.config import (
     GREY_MEAN,
     GREY_STD,
@@ -50,6 +51,8 @@ from mmclip.data.batches import TrainingBatches
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.streams import training_dataset
 from mmclip.data.text import tokenise, train_tokenizer
+from mmclip.export.dual_encoder import dual_encoder
+from mmclip.export.towers import embed_pixels, embed_tokens, encoder_alone, plain_model
 from mmclip.finetuning.features import Start
 from mmclip.finetuning.supervised import FineTuneConfig
 from mmclip.models.classifier import Classifier, Features, freeze_unused, lr_scales
@@ -246,6 +249,36 @@ def test_a_row_comes_back_from_a_checkpoint_as_it_was(
                 want = (*image, *text)
         for wanted, got in zip(want, (*image, *text), strict=True):
             assert torch.equal(wanted, got)
+
+
+@every_row
+def test_a_row_is_exported_with_its_embeddings_or_refused_by_name(
+    folders: dict, dataset: ImageTextDataset, tmp_path: Path, modality: str, name: str
+):
+    made = make(dataset, folders[modality, name], modality)
+    model, texts = made.model.eval(), made.batch.reports
+    plain = plain_model(Checkpoint(tmp_path, model, made.tokenizer, made.config, {}))
+    rgb = plain.as_rgb(made.batch.image)
+    tokens = {"input_ids": texts.ids, "attention_mask": texts.is_valid.long()}
+    with torch.no_grad():
+        image = model.encode_image(made.batch.image).embedding
+        text = model.encode_text(texts.ids, texts.is_valid).embedding
+        torch.testing.assert_close(embed_pixels(plain, rgb), image, rtol=0, atol=1e-5)
+        torch.testing.assert_close(embed_tokens(plain, **tokens), text, rtol=0, atol=1e-5)
+        encoder = encoder_alone(plain, "vision" if modality == "image" else "text")
+        encoder.save_pretrained(tmp_path / "alone")
+        again = type(encoder).from_pretrained(tmp_path / "alone").eval()
+        given = {"pixel_values": rgb} if modality == "image" else tokens
+        torch.testing.assert_close(again(**given)[0], encoder(**given)[0], rtol=0, atol=1e-5)
+        if not row_of(modality, name).exports:
+            with pytest.raises(EncoderError, match=r"^--to hf: .*; take --to onnx, .*--to vision"):
+                dual_encoder(plain)
+            return
+        dual_encoder(plain).save_pretrained(tmp_path / "hf")
+        theirs = VisionTextDualEncoderModel.from_pretrained(tmp_path / "hf").eval()
+        found = theirs(pixel_values=rgb, **tokens)
+    torch.testing.assert_close(found.image_embeds, image, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.text_embeds, text, rtol=0, atol=1e-5)
 
 
 # Images
@@ -740,7 +773,8 @@ def test_the_tables_of_the_document_are_those_that_are_tried():
         said = {spans_of(cells[1])[0]: cells[2:] for cells in table_of(document, heading)}
         assert list(said) == list(dict.fromkeys(name.split(",")[0] for name in tried))
         for name, row in tried.items():
-            pools, refused, third, recomputes = said[name.split(",")[0]]
+            pools, refused, third, recomputes, exports = said[name.split(",")[0]]
+            assert exports == ("yes" if row.exports else "no")
             assert spans_of(pools) == [row.pools] and tuple(spans_of(refused)) == row.refuses
             assert recomputes == ("yes" if row.recomputes else "no")
             if isinstance(row, ImageRow):
@@ -811,6 +845,17 @@ def test_a_row_trains_resumes_and_scores_by_the_commands(
         "--n-resamples", "5", "--prompts", prompts, "--out", tmp_path / "scores",
     )  # fmt: skip
     assert scored.code == 0, scored.err
+    predicted = mmclip(
+        tmp_path, "predict", "--model", tmp_path / "run", made_data, "--finding", "mass",
+        "--prompts", prompts, "--out", tmp_path / "predictions.csv",
+    )  # fmt: skip
+    assert predicted.code == 0, predicted.err
+    forms = ["onnx", "vision" if modality == "image" else "text"]
+    forms += ["hf"] if row_of(modality, name).exports else []
+    for form in forms:
+        out = tmp_path / form
+        ended = mmclip(tmp_path, "export", tmp_path / "run", "--to", form, "--out", out)
+        assert ended.code == 0 and (out / "README.md").is_file(), ended.err
 
 
 @pytest.mark.slow

@@ -116,6 +116,7 @@ class ImageRow:
         patch_size: Side of the part of an image that a feature is of.
         hides_pixels: Whether image_mask.mask_stage="pixels" works.
         recomputes: Whether gradient checkpointing works.
+        exports: Whether `mmclip export --to hf` can express it.
     """
 
     save: Maker
@@ -124,6 +125,7 @@ class ImageRow:
     patch_size: int = 8
     hides_pixels: bool = False
     recomputes: bool = True
+    exports: bool = True
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
@@ -208,6 +210,7 @@ IMAGE_ROWS = {
         refuses=NO_CLASS,
         hides_pixels=True,
         recomputes=False,
+        exports=False,
     ),
     "swin": ImageRow(of(SwinModel, SwinConfig, **SWIN), refuses=NO_CLASS),
     "convnextv2": ImageRow(
@@ -330,6 +333,7 @@ class TextRow:
     pools: str = "pooler"
     refuses: tuple[str, ...] = ()
     recomputes: bool = True
+    exports: bool = True
 
     def save(self, folder: Path) -> None:
         """Writes model and tokenizer to a folder."""
@@ -350,7 +354,7 @@ def text(
     return {"make": of(model, config, **ids_of(tokenizer), **values), "tokenizer": tokenizer}
 
 
-T5_ROW: dict[str, Any] = {"pools": "mean", "refuses": ("cls", "pooler")}
+T5_ROW: dict[str, Any] = {"pools": "mean", "refuses": ("cls", "pooler"), "exports": False}
 TEXT_ROWS = {
     "bert": TextRow(**text("wordpiece", BertModel, BertConfig, **TEXT)),
     "roberta": TextRow(
@@ -360,16 +364,19 @@ TEXT_ROWS = {
         **text("wordpiece", DistilBertModel, DistilBertConfig, **DISTILBERT),
         pools="cls",
         refuses=NO_POOLER,
+        exports=False,
     ),
     "electra": TextRow(
         **text("wordpiece", ElectraModel, ElectraConfig, **TEXT, embedding_size=16),
         pools="cls",
         refuses=NO_POOLER,
+        exports=False,
     ),
     "deberta-v2": TextRow(
         **text("wordpiece", DebertaV2Model, DebertaV2Config, **DEBERTA),
         pools="cls",
         refuses=NO_POOLER,
+        exports=False,
     ),
     "modernbert": TextRow(
         **text(
@@ -383,6 +390,7 @@ TEXT_ROWS = {
         ),
         pools="cls",
         refuses=NO_POOLER,
+        exports=False,
     ),
     "mpnet": TextRow(
         **text("byte_bpe", MPNetModel, MPNetConfig, **SIZES, max_position_embeddings=42),
@@ -395,8 +403,9 @@ TEXT_ROWS = {
     "siglip_text_model": TextRow(
         **text("siglip", SiglipTextModel, SiglipTextConfig, **TEXT, projection_size=32),
         refuses=NO_CLASS,
+        exports=False,
     ),
-    "siglip": TextRow(whole(siglip), "siglip", refuses=NO_CLASS),
+    "siglip": TextRow(whole(siglip), "siglip", refuses=NO_CLASS, exports=False),
     "t5": TextRow(**text("unigram", T5Model, T5Config, **T5), **T5_ROW),
     "t5, its encoder alone": TextRow(**text("unigram", T5EncoderModel, T5Config, **T5), **T5_ROW),
     "vision-text-dual-encoder": TextRow(whole(dual_encoder)),
