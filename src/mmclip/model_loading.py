@@ -11,10 +11,10 @@ from mmclip.checkpoint import find_checkpoint
 from mmclip.data.leakage.trained_on import trained_on
 from mmclip.models.dual_encoder import DualEncoder, ZeroshotRule
 from mmclip.models.hub_loading import check_hub_encoder, open_hub_encoder
-from mmclip.models.own_encoder import load_function, open_own_encoder
+from mmclip.models.own_encoder import open_own_encoder
+from mmclip.own_code import is_own_code, load_own
 from mmclip.run import open_run
 
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -38,7 +38,7 @@ class ModelRequest:
 
 def is_function(source: str) -> bool:
     """Whether a name is module:function."""
-    return _FUNCTION.fullmatch(source) is not None and not Path(source).exists()
+    return is_own_code(source) and not Path(source).exists()
 
 
 def is_of_transformers(source: str) -> bool:
@@ -68,7 +68,7 @@ def check_model(source: str) -> None:
         EncoderError: When a model of others cannot be had.
     """
     if is_function(source):
-        load_function(source)
+        load_own(source, "--model")
     elif is_of_transformers(source):
         check_hub_encoder(source)
     else:

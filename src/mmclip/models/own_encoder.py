@@ -1,9 +1,6 @@
 """A dual encoder of your own: an object with encode_images and encode_texts, by module:function."""
 
 import hashlib
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +31,7 @@ from mmclip.models.dual_encoder import (
 )
 from mmclip.models.layout import EncoderError
 from mmclip.models.pretrained import first_line
+from mmclip.own_code import load_own
 
 BATCH_SIZE = 16
 """Whole images that are held at once. [chosen: 16 radiographs of 3,000 x 2,500 px take 360 MB]"""
@@ -157,33 +155,6 @@ class OwnEncoder:
         }
 
 
-def load_function(source: str) -> Callable[[], Any]:
-    """The function of module:function; modules of the working folder are found, too.
-
-    Raises:
-        EncoderError: When it cannot be imported, or is nothing to be called.
-    """
-    module, _, name = source.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:  # as in a notebook or `python -m`; the command does not put it there
-        sys.path.insert(0, here)
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:
-        raise EncoderError(
-            f"cannot import {module!r} of {source!r} ({type(error).__name__}: "
-            f"{first_line(error)}); the module must lie in this folder or be installed"
-        ) from error
-    function = vars(found).get(name)
-    if not callable(function):
-        there = ", ".join(n for n, v in vars(found).items() if callable(v) and n[0] != "_")
-        raise EncoderError(
-            f"module {module!r} has no function {name!r}; it has {there or 'none'}; name it as "
-            f"module:function"
-        )
-    return function
-
-
 def open_own_encoder(
     source: str, rule: ZeroshotRule | None = None, known: TrainedOn = TrainedOn()
 ) -> OwnEncoder:
@@ -197,7 +168,7 @@ def open_own_encoder(
     Raises:
         EncoderError: When it cannot be imported, or gives no pair of encoders of one space.
     """
-    function = load_function(source)
+    function = load_own(source, "--model")
     made = _called(f"{source}()", function)
     for method in ("encode_images", "encode_texts"):
         if not callable(getattr(made, method, None)):
