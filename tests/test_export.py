@@ -137,6 +137,19 @@ def test_the_pipeline_classifies_with_scale_times_our_similarity(
         assert row["score"] == pytest.approx(value.item(), abs=1e-4)
 
 
+def test_load_gives_the_embeddings_and_scores_of_the_run(
+    vit_run: Path, hf: Path, pictures: list[Path]
+):
+    ours, words, scale = ours_of(vit_run, pictures, REPORTS)
+    again = package.load(hf, device="cpu")
+    close(torch.from_numpy(np.asarray(again.encode_images(pictures))), ours, 1e-4)
+    close(torch.from_numpy(np.asarray(again.encode_texts(REPORTS))), words, 1e-5)
+    assert again.logit_scale == pytest.approx(scale, rel=1e-5)
+    run, findings = package.load(vit_run, device="cpu"), ["pleural effusion", "mass"]
+    want = run.classify(pictures, findings).probabilities
+    np.testing.assert_allclose(again.classify(pictures, findings).probabilities, want, atol=1e-3)
+
+
 def test_the_folder_holds_nothing_of_ours_or_of_this_machine(hf: Path):
     files = {path.name for path in hf.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files
