@@ -71,25 +71,28 @@ class Running:
         return self.wait()
 
 
-def start(log: Path, *arguments: str | Path) -> Running:
+def start(log: Path, *arguments: str | Path, cwd: Path | None = None) -> Running:
     """Starts a command.
 
     Args:
         log: Its stdout and stderr go to this path with the endings .out and .err.
         arguments: As typed after `mmclip`.
+        cwd: Where it is typed; None where the tests run.
     """
-    process = _forks.Process(target=_run, args=(log, [str(a) for a in arguments]))
+    process = _forks.Process(target=_run, args=(log, [str(a) for a in arguments], cwd))
     process.start()
     return Running(process, log)
 
 
-def mmclip(folder: Path, *arguments: str | Path) -> Ended:
+def mmclip(folder: Path, *arguments: str | Path, cwd: Path | None = None) -> Ended:
     """Runs a command to its end; the folder takes its output."""
     folder.mkdir(parents=True, exist_ok=True)
-    return start(folder / f"command-{time.monotonic_ns()}", *arguments).wait()
+    return start(folder / f"command-{time.monotonic_ns()}", *arguments, cwd=cwd).wait()
 
 
-def _run(log: Path, arguments: list[str]) -> None:
+def _run(log: Path, arguments: list[str], cwd: Path | None) -> None:
+    if cwd is not None:
+        os.chdir(cwd)
     for stream, ending in ((1, ".out"), (2, ".err")):
         handle = os.open(log.with_suffix(ending), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, stream)

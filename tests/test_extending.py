@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 from transformers import VisionTextDualEncoderModel
 
-from mmclip.cli import main
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.ingest.sources import read_own
+from tests.commands import Ended, mmclip
 from tests.test_docs import ROOT, blocks
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -51,22 +52,17 @@ def desk(made_raw: Path, made_data: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def run(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
-    """Runs a line of the page in the folder; gives the exit code."""
-    monkeypatch.chdir(desk)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def run(desk: Path) -> Callable[[str], Ended]:
+    """Runs a line of the page in the folder."""
 
-    def line(text: str) -> int:
-        words = shlex.split(text)
-        if words[1:3] == ["data", "build"]:
+    def line(text: str) -> Ended:
+        name, *words = shlex.split(text)
+        if name == "python":
+            made = subprocess.run([sys.executable, *words], cwd=desk, check=False)
+            return Ended(made.returncode, "", "")
+        if words[:2] == ["data", "build"]:
             words += ["--workers", "1"]  # processes take longer to start than this takes
-        if words[0] == "python":
-            exec(compile((desk / words[1]).read_text("utf-8"), words[1], "exec"), {})
-            return 0
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return int(ended.value.code or 0)
+        return mmclip(desk / "logs", *words, cwd=desk)
 
     return line
 
@@ -76,13 +72,12 @@ def lines_of_page() -> list[str]:
     return [line for b in blocks(PAGE) if not b.language for line in b.text.splitlines() if line]
 
 
-def test_every_command_of_the_page_runs_in_its_order(
-    desk: Path, run: Callable[[str], int], capsys: pytest.CaptureFixture
-):
+def test_every_command_of_the_page_runs_in_its_order(desk: Path, run: Callable[[str], Ended]):
     lines = lines_of_page()
     assert {line.split()[1] for line in lines} >= {"data", "pretrain", "predict", "zeroshot"}
     for line in lines:
-        assert run(line) == 0, (line, capsys.readouterr().err)
+        ended = run(line)
+        assert ended.code == 0, (line, ended.err)
     meta = json.loads((desk / "data/own/meta.json").read_text("utf-8"))
     assert meta["reader"] == "my_readers:read_hospital"
     assert (meta["n_rows"], meta["n_samples"], meta["n_excluded"]) == (123, 120, 3)
@@ -97,9 +92,7 @@ def test_every_command_of_the_page_runs_in_its_order(
     assert VisionTextDualEncoderModel.from_pretrained(desk / "exports/vit").vision_model
 
 
-def test_a_reader_may_be_a_class_and_may_be_named_first(
-    desk: Path, run: Callable[[str], int], capsys: pytest.CaptureFixture
-):
+def test_a_reader_may_be_a_class_and_may_be_named_first(desk: Path, run: Callable[[str], Ended]):
     (desk / "of_class.py").write_text(
         "from my_readers import read_hospital\n"
         "class Hospital:\n"
@@ -108,14 +101,14 @@ def test_a_reader_may_be_a_class_and_may_be_named_first(
         "utf-8",
     )
     options = "--root raw --image-size 16 --out"
-    assert run(f"mmclip data build --reader of_class:Hospital {options} data/class") == 0
-    assert run(f"mmclip data build own --reader my_readers:read_hospital {options} data/same") == 0
+    assert run(f"mmclip data build --reader of_class:Hospital {options} data/class").code == 0
+    same = f"mmclip data build own --reader my_readers:read_hospital {options} data/same"
+    assert run(same).code == 0
     one, other = (
         json.loads((desk / f"data/{n}/meta.json").read_text("utf-8")) for n in ("class", "same")
     )
     assert one["data_hash"] == other["data_hash"]
-    assert run(f"mmclip data build own --reader my_readers:read_hospital {options} data/same") == 1
-    assert "--overwrite" in capsys.readouterr().err  # as of every reader
+    assert "--overwrite" in run(same).error()  # as of every reader
 
 
 @pytest.mark.parametrize(
@@ -130,7 +123,7 @@ def test_a_reader_may_be_a_class_and_may_be_named_first(
     ],
 )
 def test_a_reader_that_is_none_is_told_of_in_a_line(
-    name: str, words: str, desk: Path, run: Callable[[str], int], capsys: pytest.CaptureFixture
+    name: str, words: str, desk: Path, run: Callable[[str], Ended]
 ):
     (desk / "faulty.py").write_text("def f(:\n", "utf-8")
     (desk / "gives.py").write_text(
@@ -141,26 +134,28 @@ def test_a_reader_that_is_none_is_told_of_in_a_line(
         "    yield {'image_id': 'b'}\n",
         "utf-8",
     )
-    assert run(f"mmclip data build own --reader {name} --root raw --out data/none") == 1
-    (error,) = (e for e in capsys.readouterr().err.splitlines() if e.startswith("error: "))
-    assert words in error
+    ended = run(f"mmclip data build own --reader {name} --root raw --out data/none")
+    assert words in ended.error()
     assert not (desk / "data/none/meta.json").exists()
 
 
-def test_own_needs_a_reader_and_others_take_none(
-    desk: Path, run: Callable[[str], int], capsys: pytest.CaptureFixture
+def test_own_needs_a_reader_and_others_take_none(run: Callable[[str], Ended]):
+    ended = run("mmclip data build own --root raw --out data/none")
+    assert "own needs --reader module:name" in ended.error()
+    ended = run("mmclip data build csv --reader a:b --root raw --out data/none")
+    assert "csv takes no --reader" in ended.error()
+
+
+def test_rows_that_a_reader_leaves_out_are_counted_where_they_stand(
+    desk: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    assert run("mmclip data build own --root raw --out data/none") == 1
-    assert "own needs --reader module:name" in capsys.readouterr().err
-    assert run("mmclip data build csv --reader a:b --root raw --out data/none") == 1
-    assert "csv takes no --reader" in capsys.readouterr().err
-
-
-def test_rows_that_a_reader_leaves_out_are_counted_where_they_stand(desk: Path):
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (desk / "three.py").write_text("def number(root): return 3\n", "utf-8")
     rows = [r.row for r in read_own("my_readers:read_hospital", desk / "raw") if hasattr(r, "row")]
     assert rows == [120]
     with pytest.raises(SourceError, match="gave a int"):
-        read_own("gives:number", desk / "raw")
+        read_own("three:number", desk / "raw")
 
 
 @pytest.mark.parametrize(
@@ -172,9 +167,8 @@ def test_rows_that_a_reader_leaves_out_are_counted_where_they_stand(desk: Path):
     ],
 )
 def test_a_loss_that_is_none_is_told_of_in_a_line(
-    value: str, words: str, made_data: Path, run: Callable[[str], int],
-    capsys: pytest.CaptureFixture,
-):  # fmt: skip
+    value: str, words: str, made_data: Path, run: Callable[[str], Ended]
+):
     given = f"--data {made_data} --set data.image_size=32 --set train.batch_size=8"
-    assert run(f"mmclip pretrain {given} --set loss.contrastive={value} --out runs/none") == 1
-    assert words in capsys.readouterr().err
+    ended = run(f"mmclip pretrain {given} --set loss.contrastive={value} --out runs/none")
+    assert words in ended.error()
