@@ -289,7 +289,7 @@ def untrained(folder: Path, *settings: str) -> Path:
     config = config_of("data.max_tokens=24", *settings)
     tokenizer = train_tokenizer(REPORTS)
     model = build_model(config, tokenizer)
-    facts = {"n_pairs": 4, "data_hash": "0" * 64}
+    facts = {"n_pairs": 4, "data_hash": "0" * 64, "shuffle_pairs": False}
     save_checkpoint(folder, 1, model, tokenizer, config, {}, facts, 1)
     return folder
 

@@ -60,7 +60,7 @@ def source(dataset: ImageTextDataset, tmp_path_factory: pytest.TempPathFactory) 
     model = build_model(config, tokenizer).eval()
     with torch.no_grad():
         model.logit_scale.fill_(3.1)
-    facts = {"n_pairs": 4, "data_hash": "0" * 64}
+    facts = {"n_pairs": 4, "data_hash": "0" * 64, "shuffle_pairs": False}
     save_checkpoint(root / "run", 1, model, tokenizer, config, {}, facts, 1)
     export(ExportRequest(root / "run", "hf", root / "hf"))
     return model, config, root / "hf"
