@@ -39,7 +39,8 @@ def write_hospital(made_raw: Path, made_data: Path, root: Path) -> None:
 
 def n_radiographs(desk: Path) -> int:
     """Lines of the list that become images."""
-    return len((desk / "raw" / "list.csv").read_text("utf-8").splitlines()) - 1 - 3
+    with (desk / "raw" / "list.csv").open(newline="", encoding="utf-8") as file:
+        return len(list(csv.DictReader(file))) - 3
 
 
 @pytest.fixture(scope="module")

@@ -39,8 +39,14 @@ def load_own(name: str, option: str) -> Any:
             f"{option} {name}: {module} cannot be imported ({error}); it must lie in the working "
             f"folder or be installed"
         ) from error
-    own = vars(found).get(attribute)
-    if not callable(own):
-        there = ", ".join(n for n, value in vars(found).items() if callable(value) and n[0] != "_")
-        raise ValueError(f"{option} {name}: {module} has no {attribute}; it has {there or 'none'}")
-    return own
+    called = vars(found).get(attribute)
+    if not callable(called):
+        own = [n for n, value in vars(found).items() if _is_of(value, module) and n[0] != "_"]
+        there = ", ".join(own) or "none"
+        raise ValueError(f"{option} {name}: {module} has no {attribute}; it has {there}")
+    return called
+
+
+def _is_of(value: Any, module: str) -> bool:
+    """Whether something can be called and was written in a module, not imported into it."""
+    return callable(value) and getattr(value, "__module__", None) == module
