@@ -235,7 +235,7 @@ ERRORS = {
     "unknown finding": (score("--finding", "gout"), ["labelled with gout", "nodule"]),
     "a finding named twice": (score(*["--finding", "mass"] * 2), ["name each column once"]),
     "unknown prompts": (score("--prompts", "rare"), ["no prompt set 'rare'", "default"]),
-    "unknown reader": (build("mimic"), ["no reader 'mimic'", "csv, dicom, chestxray14"]),
+    "unknown reader": (build("mimic"), ["no reader 'mimic'", "csv, dicom, own, chestxray14"]),
     "nothing to build from": (build("openi"), ["no folder", "--root"]),
 }
 

@@ -258,7 +258,7 @@ def test_readers_say_what_they_lack(tmp_path: Path):
         with pytest.raises(SourceError, match=match):
             open_reader(name, root, **{"mapping": None, "table": None, **options})
 
-    fails("the readers are csv, dicom, chestxray14", name="mimic")
+    fails("the readers are csv, dicom, own, chestxray14", name="mimic")
     fails("there is no folder", root=tmp_path / "no")
     fails("give it by --mapping")
     fails("leave --mapping and --table out", name="openi", table=tmp_path)

@@ -17,7 +17,7 @@ HUB = "Hugging Face hub"
 @app.command(cls=PlainCommand)
 def export(
     run: Annotated[
-        Path, typer.Argument(help="Run or checkpoint of `mmclip pretrain`.", metavar="RUN")
+        Path, typer.Argument(help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
     ],
     out: Annotated[
         Path, typer.Option(rich_help_panel=IN_OUT, help="Folder to write.", metavar="PATH")
