@@ -146,8 +146,7 @@ def compare_models(
     Each model reads images as it was trained and scores by its own rule; the table says where rules
     differ. Models whose results are there are skipped, so the same command goes on.
 
-    Example: `mmclip compare-models runs/a openai/clip-vit-base-patch32 mymodels:biomedclip
-    --data data/chexpert --protocol chexpert-5 --out peers`
+    Example: `mmclip compare-models runs/a models/clip mine:biomedclip --data data/a --out peers`
     """
     from mmclip.cli.results import show_side_by_side
     from mmclip.evaluation.compare_models import folder_names, score_models
