@@ -188,7 +188,9 @@ def configuration_page() -> str:
             section = now
             parts += ["", f"## {section}", "", "| key | type | default | rule | meaning |"]
             parts.append("|---|---|---|---|---|")
-        meaning = re.sub(r"\]\((\w+\.md)", r"](../\1", said.get(key, ""))
+        # The page is one folder further in than training.md, which may link to its own parts.
+        meaning = said.get(key, "").replace("](#", "](training.md#")
+        meaning = re.sub(r"\]\((\w+\.md)", r"](../\1", meaning)
         cells = (f"`{key}`", _type(field.annotation), _default(field), _rule(field), meaning)
         parts.append("| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", c) for c in cells) + " |")
     for model, title in OTHER_MODELS.items():

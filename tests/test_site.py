@@ -48,6 +48,7 @@ def test_the_reference_of_the_configuration_holds_every_key_with_its_meaning(
     assert [key for key, _ in rows] == list(KEYS)
     assert all(kind for _, kind in rows)
     assert site_pages.meanings().keys() == KEYS.keys()
+    assert "](#" not in first and "](training.md" not in first  # links lead out of reference/
     assert "| `train.base_lr` | number | `0.008` | > 0 |" in first
     assert '| `data.resize` | `"squash"` or `"pad"` or `"crop"` | `"squash"` |' in first
 
