@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import mmclip
+from mmclip import api
 from mmclip.api import ImageInputError, Model
 from mmclip.checkpoint import CheckpointError
 from mmclip.config import ConfigError
@@ -103,6 +104,25 @@ def test_an_image_has_the_same_numbers_whatever_stands_beside_it(model: Model, f
         np.testing.assert_array_equal(part.probabilities, whole[first:last])
     backwards = model.classify(files[::-1], FINDINGS[::-1]).probabilities
     np.testing.assert_array_equal(backwards[::-1, ::-1], whole)
+
+
+def test_prompts_are_embedded_once_and_their_number_stays_small(
+    made_run: Path, files: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    model = mmclip.load(made_run)
+    first = model.classify(files[:3], FINDINGS).probabilities
+    made = []
+    real = api.scorer_of
+    monkeypatch.setattr(api, "scorer_of", lambda *given: made.append(given) or real(*given))
+    np.testing.assert_array_equal(model.classify(files[:3], FINDINGS).probabilities, first)
+    assert not made
+    assert not np.array_equal(model.classify(files[:3], FINDINGS, "pair").probabilities, first)
+    backwards = model.classify(files[:3], FINDINGS[::-1])
+    assert len(made) == 2 and backwards.findings == tuple(FINDINGS[::-1])
+    for number in range(2 * api.KEPT_SCORERS):
+        model.classify(files[:1], [f"nodule {number}"])
+    assert len(model._scorers) == api.KEPT_SCORERS
+    np.testing.assert_array_equal(model.classify(files[:3], FINDINGS).probabilities, first)
 
 
 def test_api_predict_and_zeroshot_give_the_same_numbers(

@@ -184,10 +184,13 @@ def test_reference_scores_of_another_prompt_set_or_model_are_not_taken(
     assert open_service(ServeRequest(str(made_run), (), None, "cpu")).references == {}
 
 
-def test_words_that_the_model_cannot_read_are_told(client: TestClient, files: list[Path]):
-    form = {"finding": ["xyzzy effusion"]}
-    answer = client.post("/api/classify", files=sent(files[0]), data=form)
-    assert answer.status_code == 422 or "xyzzy" in " ".join(answer.json()["warnings"])
+def test_words_that_the_model_cannot_read_are_told_each_time(client: TestClient, files: list[Path]):
+    form = {"finding": ["xyzzyq effusion"]}
+    answers = [client.post("/api/classify", files=sent(f), data=form).json() for f in files[:2]]
+    assert "xyzzyq" in " ".join(answers[0]["warnings"])
+    assert answers[1]["warnings"] == answers[0]["warnings"]
+    refused = client.post("/api/classify", files=sent(files[0]), data={"finding": ["\u4e2d\u6587"]})
+    assert refused.status_code == 422 and "\u4e2d\u6587" in refused.json()["error"]
 
 
 # Images of every kind, and files that attack.

@@ -31,6 +31,7 @@ from mmclip.models.dual_encoder import DualEncoder, ZeroshotRule, rule_named
 from mmclip.prediction.model import (
     Encoded,
     ImageInputError,
+    Scorer,
     Skipped,
     device_named,
     encode_inputs,
@@ -63,6 +64,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+KEPT_SCORERS = 16
+"""Embedded prompts that a model keeps. [chosen: a few lists of findings by a few prompt sets]"""
 
 Prompts = str | Path | PromptSet | Mapping[str, Any]
 """A prompt set by name, by the path of its file, or by its content; see `prompts.own_prompts`."""
@@ -186,6 +190,7 @@ class Model:
         """
         self._model, self._batch_size = model, batch_size
         self._encoder = encoder_of(model, batch_size)
+        self._scorers: dict[tuple[tuple[str, ...], str], Scorer] = {}
 
     def __repr__(self) -> str:
         """Name, kind and device."""
@@ -305,7 +310,7 @@ class Model:
         """
         named = [findings] if isinstance(findings, str) else list(findings or ())
         prompt_set = prompt_set_of(prompts)
-        scorer = scorer_of(self._model, named, prompt_set, self._batch_size)
+        scorer = self._scorer(named, prompt_set)
         chosen = None
         if thresholds is not None:
             chosen = read_thresholds(Path(thresholds), self._model, prompt_set, scorer.findings)
@@ -394,6 +399,17 @@ class Model:
         from mmclip.retrieval.retrieve import open_index
 
         return open_index(self._dual("index"), [Path(folder) for folder in folders])
+
+    def _scorer(self, findings: Sequence[str], prompts: PromptSet) -> Scorer:
+        """See `scorer_of`. The last few are kept: prompts take a large text encoder seconds."""
+        key = (tuple(findings), prompts.hash)
+        scorer = self._scorers.pop(key, None)
+        if scorer is None:
+            scorer = scorer_of(self._model, findings, prompts, self._batch_size)
+        self._scorers[key] = scorer
+        if len(self._scorers) > KEPT_SCORERS:
+            del self._scorers[next(iter(self._scorers))]
+        return scorer
 
     def _dual(self, asked: str) -> DualEncoder:
         """The dual encoder, for what needs its text encoder or its joint space.

@@ -33,6 +33,9 @@ FEW_PAIRS = 10_000
 """Training pairs below which the page says that a model knows next to nothing. [chosen: the models
 that are used for chest X-rays have seen 200,000 and more]"""
 
+KEPT_WARNINGS = 1000
+"""Questions whose warnings are kept: more than the prompts that `api.Model` keeps."""
+
 BINS = 24
 """Of the histogram of reference scores."""
 
@@ -82,6 +85,7 @@ class Service:
     model: Model
     index: "ImageIndex | None" = None
     references: dict[str, dict[str, Reference]] = field(default_factory=dict)  # by prompt set
+    _warned: dict[Question, tuple[str, ...]] = field(default_factory=dict)
 
     def classify(self, question: Question, images: Sequence[Grey]) -> list[Answer]:
         """What the model says of some images.
@@ -91,7 +95,11 @@ class Service:
         """
         with _warnings() as said:
             found = self.model.classify(list(images), question.findings or None, question.prompts)
-        return [Answer(found.findings, row, tuple(said)) for row in found.probabilities]
+        # The model warns where it first reads a prompt; who asks later is to know as well.
+        warnings = self._warned.setdefault(question, tuple(said))
+        if len(self._warned) > KEPT_WARNINGS:
+            del self._warned[next(iter(self._warned))]
+        return [Answer(found.findings, row, warnings) for row in found.probabilities]
 
     def explain(
         self, phrase: str, score: str, prompts: str, images: Sequence[Grey]
