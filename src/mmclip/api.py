@@ -390,7 +390,7 @@ class Model:
         return self._model.facts()
 
     def index(self, folders: Sequence[str | Path]) -> "ImageIndex":
-        """The images of data folders, to be searched by `ImageIndex.nearest`.
+        """The images of data folders, to be searched by `ImageIndex.search`.
 
         Raises:
             ManifestError: When a folder is unfinished, or holds no image.

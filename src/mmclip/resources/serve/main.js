@@ -95,15 +95,16 @@ async function select(image) {
   drawStrip();
   drawFindings();
   drawBadge();
-  await Promise.all([showMap(), prepareWindow(image)]);
+  prepareWindow(image);
+  await showMap();
 }
 
 function drawStrip() {
   const many = state.images.length > 1 || state.images.some((image) => image.error);
   $("strip").replaceChildren(...(many ? state.images : []).map((image) => {
     const thumb = element("button", {
-      type: "button", role: "option", class: image.error ? "thumb bad" : "thumb",
-      "aria-selected": String(image === state.current), "aria-label": image.error ?? image.name, title: image.error ?? image.name,
+      type: "button", class: image.error ? "thumb bad" : "thumb",
+      "aria-current": String(image === state.current), "aria-label": image.error ?? image.name, title: image.error ?? image.name,
     });
     if (image.error) thumb.textContent = "!"; else thumb.append(element("img", { src: image.url, alt: "" }));
     thumb.addEventListener("click", () => (image.error ? say(image.error, true) : select(image)));
@@ -164,32 +165,57 @@ function resetWindow() {
 
 // Findings.
 
-async function scoreMissing() {
+let scoring = Promise.resolve();
+
+// One after another: who types while an image is scored must not have it scored twice.
+function scoreMissing() {
+  scoring = scoring.then(scoreAll);
+  return scoring;
+}
+
+async function scoreAll() {
   const todo = [];
   for (const image of state.images.filter((each) => !each.error)) {
     const missing = state.findings.filter((name) => !image.scores.has(name));
     if (missing.length) todo.push([image, missing]);
   }
+  if (todo.length) $("findings-note").textContent = "";
   for (const [i, [image, missing]] of todo.entries()) {
     const text = todo.length > 1 ? `Scoring ${image.name} (${i + 1} of ${todo.length})` : `Scoring ${image.name}`;
-    const prompts = state.prompts;
-    const answer = await during(text, () => postJson("api/classify", [
-      ["image", image.file], ["prompts", prompts], ...missing.map((name) => ["finding", name]),
-    ]));
-    if (!answer) {
-      // What cannot be asked of the model is no finding; the status line says why.
-      if (missing.length === 1) remove(missing[0]);
-      return;
-    }
-    if (prompts !== state.prompts) return; // another prompt set was chosen meanwhile
-    const [scores] = answer.images;
-    answer.findings.forEach((about, k) => {
-      state.abouts.set(about.finding, about);
-      image.scores.set(about.finding, { probability: scores.probabilities[k], below: scores.below[k] });
-    });
-    $("findings-note").textContent = answer.warnings.join(" ");
-    drawFindings();
+    await during(text, () => score(image, missing.filter((name) => state.findings.includes(name))));
   }
+}
+
+function note(text) {
+  const said = $("findings-note").textContent;
+  if (!said.includes(text)) $("findings-note").textContent = `${said} ${text}`.trim();
+}
+
+async function score(image, names) {
+  if (!names.length) return;
+  const prompts = state.prompts;
+  let answer;
+  try {
+    answer = await postJson("api/classify", [
+      ["image", image.file], ["prompts", prompts], ...names.map((name) => ["finding", name]),
+    ]);
+  } catch (error) {
+    if (error.status !== 422) throw error;
+    if (names.length === 1) { note(error.message); remove(names[0]); return; }
+    // One of them cannot be asked of the model: the others can.
+    const half = Math.ceil(names.length / 2);
+    await score(image, names.slice(0, half));
+    await score(image, names.slice(half));
+    return;
+  }
+  if (prompts !== state.prompts) return; // another prompt set was chosen meanwhile
+  const [scores] = answer.images;
+  answer.findings.forEach((about, k) => {
+    state.abouts.set(about.finding, about);
+    image.scores.set(about.finding, { probability: scores.probabilities[k], below: scores.below[k] });
+  });
+  for (const text of answer.warnings) note(text);
+  drawFindings();
 }
 
 function add(names) {
@@ -212,10 +238,10 @@ function remove(name) {
 function drawFindings() {
   const focused = document.activeElement?.closest?.("[data-finding]")?.dataset.finding;
   const names = [...state.findings];
-  const score = (name) => state.current?.scores.get(name);
-  if ($("order").value === "probability") names.sort((a, b) => (score(b)?.probability ?? -1) - (score(a)?.probability ?? -1));
+  const scoreOf = (name) => state.current?.scores.get(name);
+  if ($("order").value === "probability") names.sort((a, b) => (scoreOf(b)?.probability ?? -1) - (scoreOf(a)?.probability ?? -1));
   const canMap = Boolean(state.current) && state.model.has_text_encoder;
-  $("findings").replaceChildren(...names.map((name) => row(name, state.abouts.get(name), score(name), {
+  $("findings").replaceChildren(...names.map((name) => row(name, state.abouts.get(name), scoreOf(name), {
     mapped: state.mapped === name, canMap,
     onMap: () => { toggleMap(name); $("stage").scrollIntoView({ block: "nearest", behavior: "smooth" }); },
     onRemove: () => remove(name),
