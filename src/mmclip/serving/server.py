@@ -33,6 +33,7 @@ def run_server(app: FastAPI, bound: socket.socket, on_start: Callable[[], None])
         access_log=False,
         log_level="warning",
         server_header=False,
+        proxy_headers=False,  # a client could name itself another address for each request
         timeout_graceful_shutdown=2,
         ws="none",
     )
