@@ -102,14 +102,16 @@ def create_app(service: Service, access: Access, limits: Limits) -> FastAPI:
     )
     app.add_middleware(Guard, access=access, limits=limits)
     _add_errors(app)
-    for path, method, route, model in routes.table():
+    for path, method, route, gives in routes.table():
+        kind = gives if isinstance(gives, str) else "application/json"
+        found: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {}}}}
         app.add_api_route(
             path,
             route,
             methods=[method],
-            response_model=model,
-            responses=REFUSALS if path.startswith("/api") else None,
-            response_class=JSONResponse if model else Response,
+            response_model=None if isinstance(gives, str) else gives,
+            responses=found | REFUSALS if path.startswith("/api") else found,
+            response_class=Response if isinstance(gives, str) else JSONResponse,
         )
     app.mount("/", StaticFiles(directory=str(RESOURCES / "serve"), html=True), name="page")
     return app
@@ -122,8 +124,8 @@ class _Routes:
         self._service, self._limits = service, limits
         self._pool, self._batcher = DecodePool(), Batcher()
 
-    def table(self) -> list[tuple[str, str, Callable[..., Any], type | None]]:
-        """Path, method, function and answer of each."""
+    def table(self) -> list[tuple[str, str, Callable[..., Any], type | str]]:
+        """Path, method, function, and the answer of each: a model, or a media type."""
         return [
             ("/health", "GET", self.health, Health),
             ("/api/model", "GET", self.model, ModelAnswer),
@@ -133,8 +135,8 @@ class _Routes:
             ("/api/similarity", "POST", self.similarity, SimilarityAnswer),
             ("/api/explain", "POST", self.explain, ExplainAnswer),
             ("/api/search", "POST", self.search, SearchAnswer),
-            ("/api/image", "POST", self.image, None),
-            ("/api/image/values", "POST", self.values, None),
+            ("/api/image", "POST", self.image, "image/png"),
+            ("/api/image/values", "POST", self.values, "application/octet-stream"),
         ]
 
     def close(self) -> None:

@@ -3,6 +3,8 @@
 import { getJson, post, postJson } from "./api.js";
 import { element, percent, row, shown } from "./findings.js";
 import { saveCsv, savePng } from "./files.js";
+import { during, say } from "./status.js";
+import { listenToTheme } from "./theme.js";
 import { Viewer } from "./viewer.js";
 
 const FIRST_FINDINGS = ["atelectasis", "cardiomegaly", "consolidation", "edema", "pleural effusion"];
@@ -20,43 +22,6 @@ const state = {
 };
 
 const viewer = new Viewer((zoom) => { $("zoom-at").textContent = zoom === 1 ? "fit" : `${Math.round(100 * zoom)} %`; });
-
-// Status: one line, which says how long a large task takes already.
-
-const tasks = new Map();
-let taskNumber = 0;
-
-function say(text, isBad = false) {
-  $("status").className = isBad ? "status bad" : "status";
-  $("status-text").textContent = text;
-}
-
-function showTask() {
-  const task = [...tasks.values()].at(-1);
-  if (!task) return;
-  const seconds = Math.floor((performance.now() - task.began) / 1000);
-  $("status").className = "status busy";
-  $("status-text").textContent = seconds ? `${task.text}, ${seconds} s` : task.text;
-}
-
-async function during(text, work) {
-  const number = taskNumber++;
-  tasks.set(number, { text, began: performance.now() });
-  showTask();
-  const timer = setInterval(showTask, 500);
-  try {
-    const found = await work();
-    tasks.delete(number);
-    if (tasks.size) showTask(); else say("Ready.");
-    return found;
-  } catch (error) {
-    tasks.delete(number);
-    say(error.message, true);
-    return null;
-  } finally {
-    clearInterval(timer);
-  }
-}
 
 // Images.
 
@@ -335,23 +300,6 @@ function drawCommands() {
   }));
 }
 
-// Colours: as the system has them, or as chosen here.
-
-const THEMES = { auto: ["Auto", "as the system has them"], light: ["Light", "light"], dark: ["Dark", "dark"] };
-
-function setTheme(name) {
-  if (name === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = name;
-  const [label, said] = THEMES[name];
-  $("theme").textContent = `Colours: ${label.toLowerCase()}`;
-  $("theme").setAttribute("aria-label", `Colours: ${said}`);
-  try { localStorage.setItem("theme", name); } catch { /* storage may be off */ }
-}
-
-function savedTheme() {
-  try { return localStorage.getItem("theme") in THEMES ? localStorage.getItem("theme") : "auto"; } catch { return "auto"; }
-}
-
 // Wiring.
 
 function listen() {
@@ -416,14 +364,10 @@ function listen() {
     else if (state.current) seek([["image", state.current.file]], state.current.name);
   });
   $("seek-image").addEventListener("click", () => seek([["image", state.current.file]], state.current.name));
-  $("theme").addEventListener("click", () => {
-    const names = Object.keys(THEMES);
-    setTheme(names[(names.indexOf(savedTheme()) + 1) % names.length]);
-  });
 }
 
 async function start() {
-  setTheme(savedTheme());
+  listenToTheme();
   const model = await during("Reading the model", () => getJson("api/model"));
   if (!model) return;
   state.model = model;
