@@ -56,8 +56,10 @@ def stage(name: str, folder: Path, n: int) -> None:
         pretrain(PretrainRequest((data,), run, load_config("tiny", keys), "bench", cpu=True))
     else:
         from mmclip.evaluation.zeroshot import ZeroshotRequest, evaluate
+        from mmclip.model_loading import ModelRequest
 
-        evaluate(ZeroshotRequest(run, (data,), folder / f"out-{n}", "bench", n_resamples=200))
+        out, model = folder / f"out-{n}", ModelRequest(str(run))
+        evaluate(ZeroshotRequest(model, (data,), out, "bench", n_resamples=200))
 
 
 def samples(n: int) -> Iterator["Sample"]:  # noqa: F821 (imported in the stage's process alone)
