@@ -206,13 +206,22 @@ def embed_texts(
 def embed_prompts(
     encoder: DualEncoder, prompts: PromptSet, findings: Sequence[str]
 ) -> PromptEmbeddings:
+    """Embeds the prompts of each finding, see `average_prompts`."""
+    return average_prompts(encoder.encode_texts, prompts, findings)
+
+
+def average_prompts(
+    encode_texts: Callable[[Sequence[str]], Float[Tensor, "n e"]],
+    prompts: PromptSet,
+    findings: Sequence[str],
+) -> PromptEmbeddings:
     """Embeds the prompts of each finding and averages the wordings of a side.
 
     Source: prompt ensembling in embedding space, CLIP section 3.1.4 (arXiv:2103.00020).
     """
 
     def averaged(texts: Sequence[str]) -> Tensor:
-        return F.normalize(encoder.encode_texts(texts).mean(0), dim=-1)
+        return F.normalize(encode_texts(texts).mean(0), dim=-1)
 
     sides = [prompts.texts(finding) for finding in findings]
     return PromptEmbeddings(

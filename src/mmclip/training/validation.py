@@ -7,7 +7,7 @@ step only where validation.select_by asks for it.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.batch import BatchSlice
-from mmclip.checkpoint import Checkpoint
 from mmclip.config import Config
 from mmclip.data.batches import TrainingBatches
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.streams import deterministic_config, is_pair, reserved_for_evaluation
-from mmclip.embed import embed_images, embed_prompts
+from mmclip.embed import average_prompts, batch_size_of, embed_texts, encode_squares
 from mmclip.evaluation.metrics import macro_auroc
+from mmclip.models.dual_encoder import Scoring
 from mmclip.models.mmclip import MMCLIP
 from mmclip.patches import PatchGrid
 from mmclip.prompts import load_prompts
-from mmclip.run import Run
 from mmclip.training.early_stop import best_of, has_ended
 from mmclip.training.gather import all_gather_rows
 from mmclip.training.objective import Objective
@@ -138,9 +137,9 @@ class Validation:
             grid: Of the image encoder.
             histories: Of the validations before, where training is resumed.
         """
-        self.accelerator, self.config, self.data = accelerator, config, data
-        self.tokenizer, self.histories = tokenizer, histories
-        self.settings = config.validation
+        self.accelerator, self.data, self.tokenizer = accelerator, data, tokenizer
+        self.settings, self.histories = config.validation, histories
+        self.max_tokens = config.data.max_tokens
         size = min(config.train.batch_size, len(data.pairs))
         if not config.train.gradient_cache and config.train.micro_batch_size is not None:
             size = min(size, config.train.micro_batch_size)
@@ -216,16 +215,16 @@ class Validation:
     def _auroc(self, model: MMCLIP) -> float:
         """The macro AUROC over the findings, by the prompts of the package."""
         images, findings, accelerator = self.data.labelled, self.data.findings, self.accelerator
-        run = Run("in training", Checkpoint(Path(), model, self.tokenizer, self.config, meta={}))
-        own = BatchSlice(accelerator.process_index, accelerator.num_processes)
-        is_own = np.zeros(len(images), bool)
-        is_own[own.of_rows(len(images))] = True
-        embeddings = torch.zeros(0, run.embed_dim)
-        if is_own.any():
-            embeddings = embed_images(run, images.select(is_own), show=False)
-        everyone = all_gather_rows(embeddings.to(accelerator.device)).cpu()
-        prompts = embed_prompts(run, load_prompts(PROMPTS), findings)
-        scores = run.scoring.scores(everyone, prompts)
+        slice_of_all = BatchSlice(accelerator.process_index, accelerator.num_processes)
+        own, size = slice_of_all.of_rows(len(images)), batch_size_of(images, accelerator.device)
+        parts = [torch.zeros(0, model.visual_projection.out_features)]
+        for start in range(own.start, own.stop, size):
+            rows = np.arange(start, min(start + size, own.stop))
+            parts.append(encode_squares(model, images.pixels(rows), size))
+        everyone = all_gather_rows(torch.cat(parts).to(accelerator.device)).cpu()
+        encode = partial(embed_texts, model, self.tokenizer, max_tokens=self.max_tokens)
+        prompts = average_prompts(encode, load_prompts(PROMPTS), findings)
+        scores = Scoring("prompt_pair", float(model.scale())).scores(everyone, prompts)
         found = macro_auroc(images.labels(findings), scores)
         assert found is not None  # each finding has both classes
         return found
