@@ -409,6 +409,14 @@ def deflated(payload: bytes) -> bytes:
     return content[: transfer_syntax_of(content)[1]] + packer.compress(payload) + packer.flush()
 
 
+@pytest.mark.parametrize("padding", [b"", b"\0"])
+def test_a_large_deflated_file_is_read_with_its_byte_of_padding(padding: bytes):
+    y, x = np.indices((1500, 1500), np.uint16)
+    sound = dicom((x + y).astype(np.uint16))  # more than HEADER_BYTES
+    content = deflated(sound[transfer_syntax_of(sound)[1] :]) + padding
+    np.testing.assert_array_equal(decode_image(content), decode_image(sound))
+
+
 def test_a_deflated_file_is_inflated_no_further_than_its_image():
     sound = dicom(ramp())
     payload = sound[transfer_syntax_of(sound)[1] :]

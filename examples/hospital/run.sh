@@ -22,19 +22,19 @@ $mmclip doctor "$out/data"
 # 3. Pre-training on images with reports, and its score by the derived labels.
 $mmclip pretrain --data "$out/data" --config tiny --set data.resize=pad --set train.steps=40 \
   --set train.batch_size=16 --out "$out/run"
-$mmclip zeroshot --run "$out/run" --data "$out/data" --finding "pleural effusion" \
+$mmclip zeroshot --model "$out/run" --data "$out/data" --finding "pleural effusion" \
   --n-resamples 200 --out "$out/run/test"
 
 # 4. Scores without labels, the nearest patients for a phrase, and a map.
 $mmclip predict --model "$out/run" "$out/data" --finding "pleural effusion" --by study \
   --out "$out/predictions.csv"
-$mmclip retrieve --run "$out/run" --data "$out/data" --phrase "left pleural effusion" --top 3 \
+$mmclip retrieve --model "$out/run" --data "$out/data" --phrase "left pleural effusion" --top 3 \
   --out "$out/found"
-image=$($mmclip retrieve --run "$out/run" --data "$out/data" --phrase "pleural effusion" --top 1 |
+image=$($mmclip retrieve --model "$out/run" --data "$out/data" --phrase "pleural effusion" --top 1 |
   sed -n 's/.*"image_id": "\([^"]*\)".*/\1/p')
-$mmclip explain --run "$out/run" --data "$out/data" --image-id "$image" \
+$mmclip explain --model "$out/run" --data "$out/data" --image-id "$image" \
   --phrase "pleural effusion" --out "$out/map.png"
 
 # 5. Fine-tuning on the derived labels.
-$mmclip finetune --run "$out/run" --data "$out/data" --finding "pleural effusion" --fraction 1 \
+$mmclip finetune --model "$out/run" --data "$out/data" --finding "pleural effusion" --fraction 1 \
   --seed 0 --n-resamples 200 --out "$out/finetuned"

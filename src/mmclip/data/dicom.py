@@ -308,7 +308,7 @@ def _inflated(packed: bytes, max_px: int) -> bytes:
     n_bytes = get_expected_length(data) if rows and columns else 0
     limit = n_bytes + TRAILER_BYTES
     rest = inflater.decompress(inflater.unconsumed_tail, limit)
-    if inflater.unconsumed_tail:
+    if inflater.unconsumed_tail and not inflater.eof:  # a byte of padding may follow the end
         detail = f"deflated, and longer than the {n_bytes:,} pixel bytes that its header announces"
         raise ImageError(Reason.IMAGE_UNREADABLE, detail)
     return head + rest
