@@ -435,8 +435,13 @@ def snippets(document: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", document.read_text("utf-8"), re.M | re.S)
 
 
+OWN_TEST = {"extending.md": "tests/test_extending.py"}
+"""Pages whose blocks are files, which a test of their own writes and runs."""
+
 WITH_SNIPPETS = [
-    path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if snippets(path)
+    path
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if snippets(path) and path.name not in OWN_TEST
 ]
 
 
