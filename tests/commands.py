@@ -15,6 +15,10 @@ from typing import NamedTuple
 
 import torch
 
+from tests.network import block_network
+
+block_network()
+
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     [

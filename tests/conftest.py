@@ -8,6 +8,9 @@ from mmclip.data.ingest.build import build_data
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.synthetic import Preset, write_dataset
 from tests.commands import mmclip
+from tests.network import block_network
+
+block_network()
 
 PRESET = Preset(name="test", version=1, seed=3, image_size=32, n_train=60, n_val=20, n_test=40)
 

@@ -19,7 +19,7 @@ MODULES = {
 LAYERS = (
     {"mmclip.cli", "mmclip.__main__"},
     {"mmclip.serving"},
-    {"mmclip.api", "mmclip.demo", "mmclip.doctor", "mmclip.prediction"},
+    {"mmclip.api", "mmclip.demo", "mmclip.disclosure", "mmclip.doctor", "mmclip.prediction"},
     {"mmclip.export"},
     {"mmclip.explanation", "mmclip.finetuning", "mmclip.retrieval"},
     {"mmclip.training"},
@@ -30,8 +30,9 @@ LAYERS = (
     },
     {"mmclip.data", "mmclip.models"},
     {
-        "mmclip", "mmclip.batch", "mmclip.config", "mmclip.files", "mmclip.hub", "mmclip.losses",
-        "mmclip.masking", "mmclip.own_code", "mmclip.patches", "mmclip.progress", "mmclip.prompts",
+        "mmclip", "mmclip.batch", "mmclip.config", "mmclip.escape", "mmclip.files", "mmclip.hub",
+        "mmclip.losses", "mmclip.masking", "mmclip.own_code", "mmclip.patches", "mmclip.progress",
+        "mmclip.prompts",
     },
 )  # fmt: skip
 """A module may import from its own layer and those behind it. A new one at the top of the package

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmclip.cli.shared import print_results
 from mmclip.data.sample import Entity
 from mmclip.evaluation.compute_metrics import metrics_by_finding
 from mmclip.evaluation.metrics import auroc, choose_thresholds
@@ -414,3 +415,30 @@ def test_the_mean_place_of_positive_images_is_the_auroc(table):
     labels, scores = table.labels[:, 1], np.round(table.scores[:, 1])
     places = [share_below(s, scores[labels == 0]) for s in scores[labels == 1]]
     assert np.mean(places) == pytest.approx(auroc(labels, scores), abs=1e-12)
+
+
+HOSTILE = ["<img src=x onerror=alert(1)>", "edema [/x]", "[red]no[/red]"]
+
+
+def test_findings_of_hostile_names_are_shown_as_they_are(
+    tmp_path, table: Predictions, capfd: pytest.CaptureFixture[str]
+):
+    named = replace(table, findings=np.array(HOSTILE))
+    evaluation = metrics_by_finding(
+        named.labels, named.scores, list(range(80)), HOSTILE, thresholds={}, n_resamples=20
+    )
+    made = MADE.model_copy(update={"command": "mmclip zeroshot --run /home/jo/a --finding '<b>'"})
+    about = ABOUT.model_copy(
+        update={"summary": "Of /home/jo/runs/a.", "leak_check": "made of /home/jo/x"}
+    )
+    found = run_results(evaluation, about, made)
+    card = write_card(tmp_path, found).read_text("utf-8")
+    shown, command = card.replace("\n    mmclip", "\x00").split("\x00")
+    assert "<img" not in shown and "&lt;img src=x onerror=alert(1)&gt;" in shown
+    assert "edema \\[/x\\]" in shown and "/home" not in card
+    assert "Made &lt;images&gt;" in shown and "--run a --finding '<b>'" in command
+    page = write_page(tmp_path, found, [], named, prompts={}).read_text("utf-8")
+    assert "<img src=x" not in page and "&lt;img src=x" in page
+    print_results(found, tmp_path)
+    err = capfd.readouterr().err
+    assert "edema [/x]" in err and "[red]no[/red]" in err

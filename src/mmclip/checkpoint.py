@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -158,8 +159,15 @@ def write_checkpoint(
     aside.mkdir(parents=True)
     shared = shared_names(model)
     weights = {n: t.contiguous() for n, t in model.state_dict().items() if n not in shared}
-    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-    torch.save(trainer, aside / "trainer.pt")
+    try:
+        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+        torch.save(trainer, aside / "trainer.pt")
+    except (RuntimeError, SafetensorError) as error:  # what both say of a full disk
+        shutil.rmtree(aside)
+        raise OSError(
+            f"{final} cannot be written ({_why_not_written(run, error)}); the checkpoints before "
+            f"it are whole: make room, and resume"
+        ) from None
     # safetensors lets only the owner read its files; colleagues may read what the folder lets them.
     (aside / "model.safetensors").chmod((aside / "trainer.pt").stat().st_mode)
     if tokenizer is not None:
@@ -179,6 +187,11 @@ def write_checkpoint(
         if int(old.name.removeprefix("step_")) not in spare:
             _remove(old)
     return final
+
+
+def _why_not_written(run: Path, error: Exception) -> str:
+    free = shutil.disk_usage(run).free
+    return str(error).splitlines()[0] if free > 2**20 else "no space left on device"
 
 
 def _remove(folder: Path) -> None:

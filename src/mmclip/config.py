@@ -60,7 +60,7 @@ class ConfigError(ValueError):
 class Frozen(BaseModel):
     """Base of every configuration model: immutable, and unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ImageEncoderConfig(Frozen):
@@ -107,6 +107,9 @@ class TextEncoderConfig(Frozen):
     vocab_size: int = Field(
         default=8192, gt=5
     )  # upper bound of the WordPiece vocabulary trained here
+    # Of a word that comes into the vocabulary, which a checkpoint shows to all: 5 is the k that
+    # k-anonymity has in practice [El Emam and Dankar, JAMIA 2008, 15:627].
+    vocab_min_patients: int = Field(default=5, ge=1)
     pooling: Pooling = "auto"
     freeze_layers: FreezeLayers = 0
     gradient_checkpointing: bool = False  # less memory for a second forward pass

@@ -15,11 +15,14 @@ import torch
 
 from mmclip.checkpoint import (
     CHECKPOINTS,
+    RUN_FILES_KEY,
+    CheckpointError,
     checkpoint_meta,
     find_checkpoint,
     load_checkpoint,
     load_trainer_state,
     read_weights,
+    run_file,
 )
 from mmclip.data.cache import CacheError, verify_cache
 from mmclip.data.dicom import decoders_installed
@@ -27,6 +30,7 @@ from mmclip.data.folder import MANIFEST_FILE, META_FILE, ManifestError, read_met
 from mmclip.data.leakage.check import find_overlaps, patient_key
 from mmclip.data.manifest import read_manifest
 from mmclip.data.versions import changed_since
+from mmclip.disclosure import given_away
 from mmclip.evaluation.metrics import auroc
 from mmclip.evaluation.pages import PAGE_FILE
 from mmclip.evaluation.results import RESULTS_FILE, checked, read_results
@@ -150,6 +154,7 @@ def examine_run(folder: Path) -> Iterator[HealthCheck]:
     except (ValueError, OSError) as error:
         yield HealthCheck("checkpoint", str(error), is_sound=False)
         return
+    yield from _run_files(where, meta)
     yield HealthCheck(
         "checkpoint",
         f"{found.folder.name} of data {found.meta['data_hash'][:12]}, config "
@@ -161,6 +166,16 @@ def examine_run(folder: Path) -> Iterator[HealthCheck]:
         yield HealthCheck("trainer state", str(error), is_sound=False)
     else:
         yield HealthCheck("trainer state", f"loads; --resume goes on from step {step}")
+    yield from (HealthCheck("shared", said) for said in given_away(found))
+
+
+def _run_files(checkpoint: Path, meta: dict) -> Iterator[HealthCheck]:
+    """What of the run's own folder is not as it was written."""
+    for name in meta.get(RUN_FILES_KEY, {}):
+        try:
+            run_file(checkpoint, name)
+        except CheckpointError as error:
+            yield HealthCheck(name, str(error), is_sound=False)
 
 
 def examine_results(folder: Path) -> Iterator[HealthCheck]:

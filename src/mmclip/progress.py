@@ -15,9 +15,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
 """Messages for people go to stderr, so that stdout carries results alone. Into a file or a pipe
-they are never wrapped: logs are searched by the paths in them."""
+they are never wrapped: logs are searched by the paths in them. No text is markup: it may hold the
+name of somebody's finding."""
 
 LINE_EVERY_S = 15.0
 

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from mmclip.checkpoint import Checkpoint, load_checkpoint, run_file, run_folder
 from mmclip.config import Config, ResizeMode, recipe_hash
 from mmclip.data.entities import find_entities
-from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.images import resize_image
 from mmclip.data.inputs import read_input
@@ -29,6 +28,7 @@ from mmclip.data.leakage.trained import (
     LOOKS_FILE,
     TRAINED_FILE,
     UNDECIDED,
+    TrainedError,
     read_trained,
     refuse_trained,
 )
@@ -204,21 +204,21 @@ class Run:
 
         Raises:
             CheckpointError: When what the run keeps of its training was changed or is missing.
-            ManifestError: When an image of val or test has trained, or looks as one that did, or
+            TrainedError: When an image of val or test has trained, or looks as one that did, or
                 its patient has trained.
         """
         if self._own_file(TRAINED_FILE) is None or self._own_file(LOOKS_FILE) is None:
-            return self._undecided(f"{self.folder} is a checkpoint without the folder of its run")
+            return self._undecided(f"{self.name} is a checkpoint without the folder of its run")
         trained = read_trained(self.folder, self.checkpoint.meta["collections"])
         if trained is None:
             return self._undecided(f"the run came without its {KEY_FILE}")
         try:
             return refuse_trained(dataset, trained)
-        except ManifestError as error:
+        except TrainedError as error:
             if split != "train":
                 raise
             logger.warning("split train: %s", error)
-            return f"split train: {error}"
+            return f"split train: {error.counts}"
 
     def _undecided(self, why: str) -> str:
         logger.warning("whether the run saw these images cannot be checked: %s", why)

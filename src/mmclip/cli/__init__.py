@@ -3,7 +3,9 @@
 Imports of torch and transformers happen inside the commands, so that --help is quick.
 """
 
+import io
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -133,8 +135,15 @@ UsageError = cast("type[Exception]", typer.BadParameter.__base__)
 def main() -> None:
     """Runs the command line; an error is one line, a traceback needs --debug."""
     debug = "--debug" in sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without a sign shows its escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(prog_name="mmclip", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # `mmclip ... | head`: who reads has what he wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141  # as of other programs: 128 and SIGPIPE
     except UsageError as error:
         code = _say_usage_error(error)
     except typer.Abort:  # the older Typers end so at Ctrl-C

@@ -19,7 +19,7 @@ from mmclip.files import locked, write_text_atomic
 from mmclip.progress import console
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from mmclip.evaluation.comparison import Compared, Difference, Published
     from mmclip.evaluation.over_seeds import Arm
@@ -34,6 +34,7 @@ COMPARISON = "Comparison"
 
 @app.command(cls=PlainCommand)
 def results(
+    context: typer.Context,
     given: Annotated[
         list[Path],
         typer.Argument(
@@ -89,6 +90,10 @@ def results(
         ),
     ] = None,
     overwrite: OverwriteOption = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Run the commands that made the results again, and compare."),
+    ] = False,
 ) -> None:
     """Compares results on the same images, pair by pair; refuses what does not compare.
 
@@ -102,12 +107,17 @@ def results(
 
     Example: `mmclip results runs/a/test runs/b/test`
 
+    Example: `mmclip results runs/a/test --verify`
+
     Example: `mmclip results b.csv runs/a --data data/chestxray14 --protocol chestxray14 --out b`
 
     Example: `mmclip results runs/a-0/test runs/a-1/test runs/b-0/test runs/b-1/test --over-seeds`
     """
     from mmclip.evaluation.comparison import compute_metrics_of_csv
 
+    if verify:
+        _verify(context, given)
+        return
     tables = _tables(given, data, protocol, out, over_seeds)
     check_inputs(data=data or (), protocol=protocol)
     if out is not None and not overwrite:
@@ -143,6 +153,24 @@ def show_side_by_side(
         console.print(f"written: {save}", markup=False, soft_wrap=True)
     of_others = {"published": [row.model_dump(mode="json") for row in known]}
     print(json.dumps({**table.plain, **of_others}, ensure_ascii=False))
+
+
+def _verify(context: typer.Context, folders: "Sequence[Path]") -> None:
+    """Runs the command of each folder's results again, and says what differs."""
+    from mmclip.cli.verify import verify
+
+    def run(words: list[str]) -> None:
+        context.find_root().command.main(words, prog_name="mmclip", standalone_mode=False)
+
+    found = {str(folder): verify(folder, run) for folder in folders}
+    for folder, done in found.items():
+        console.print(f"{folder}: `{done.command}`", soft_wrap=True)
+        console.print(f"  {done.n_equal:,} values agree, {len(done.differ):,} differ")
+        for line in done.differ[:20]:
+            console.print(f"  {line}", style="red", soft_wrap=True)
+    print(json.dumps({folder: done._asdict() for folder, done in found.items()}, indent=2))
+    if any(done.differ for done in found.values()):
+        raise typer.Exit(1)
 
 
 class _Table(NamedTuple):
@@ -315,6 +343,15 @@ def _print_published(known: "Sequence[Published]") -> None:
         )
 
 
+def _lines(head: "Sequence[str]", rows: "Sequence[Sequence[str]]") -> "Iterator[Sequence[str]]":
+    """The lines of a table in Markdown, with what users named escaped."""
+    from mmclip.escape import markdown
+
+    yield [markdown(cell) for cell in head]
+    yield ["---"] * len(head)
+    yield from ([markdown(cell) for cell in row] for row in rows)
+
+
 def _markdown(
     parts: "Sequence[Section]",
     said: "Sequence[str]",
@@ -322,8 +359,10 @@ def _markdown(
     known: "Sequence[Published]",
     drawn: str,
 ) -> str:
+    from mmclip.escape import markdown
+
     tables = [
-        "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
+        "".join(f"| {' | '.join(line)} |\n" for line in _lines(head, rows))
         for head, rows in (*parts, (HEAD_PUBLISHED, [_of_others(row) for row in known]))
         if rows
     ]
@@ -332,7 +371,7 @@ def _markdown(
         f"In brackets 95 % intervals over {drawn}, the same for both of a pair. Data "
         f"{made.data_hash[:16]}, split {made.split}."
     )
-    notes = [f"{note}\n", "".join(f"- {sentence}\n" for sentence in said)]
+    notes = [f"{note}\n", "".join(f"- {markdown(sentence)}\n" for sentence in said)]
     return "\n".join(part for part in [*tables, *notes] if part)
 
 

@@ -236,7 +236,8 @@ class RandomSplit:
         Raises:
             ValueError: When the ratios are negative or leave nothing to train on.
         """
-        if min(self.val_ratio, self.test_ratio) < 0 or self.val_ratio + self.test_ratio >= 1:
+        is_sound = min(self.val_ratio, self.test_ratio) >= 0  # False of not a number
+        if not (is_sound and self.val_ratio + self.test_ratio < 1):
             raise ValueError(
                 f"val_ratio={self.val_ratio} and test_ratio={self.test_ratio} must not be negative "
                 f"and must add up to less than 1"

@@ -298,6 +298,40 @@ def _ends_sentence(text: str, stop: int, end: int) -> bool:
     return True
 
 
+def _normalizer() -> normalizers.Normalizer:
+    return normalizers.BertNormalizer(lowercase=True)
+
+
+def words_of_several(
+    reports: Iterable[tuple[str, str]], min_patients: int
+) -> tuple[list[str], int]:
+    """Reports without the words of few patients, such as the name of one, for `train_tokenizer`.
+
+    Args:
+        reports: Text and patient of each.
+        min_patients: In whose reports a word must be.
+
+    Returns:
+        The words that are left of each distinct report, in order, and how many words are left out.
+
+    Source: ours; a vocabulary is part of every checkpoint, and a rare word of it names a patient.
+    """
+    normalizer, splitter = _normalizer(), pre_tokenizers.BertPreTokenizer()
+    words: dict[str, list[str]] = {}
+    patients: dict[str, set[str]] = {}
+    for text, patient in sorted(set(reports)):
+        if text not in words:
+            split = splitter.pre_tokenize_str(normalizer.normalize_str(text))
+            words[text] = [word for word, _ in split]
+        for word in set(words[text]):
+            known = patients.setdefault(word, set())
+            if len(known) < min_patients:
+                known.add(patient)
+    shared = {word for word, known in patients.items() if len(known) >= min_patients}
+    texts = [" ".join(word for word in split if word in shared) for split in words.values()]
+    return texts, len(patients) - len(shared)
+
+
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int = 8192, min_frequency: int = 2
 ) -> PreTrainedTokenizerFast:
@@ -315,7 +349,7 @@ def train_tokenizer(
     """
     texts = list(texts)
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # pyright: ignore[reportCallIssue]
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = _normalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     # The trainer numbers "##a" and its like in the random order of a hash map, and breaks ties by
     # these numbers. Named first, in order, they make equal texts give an equal vocabulary.

@@ -76,6 +76,12 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
                 f"the tokenizer of {name_or_folder!r} is a {kind}, which gives no character "
                 f"offsets; use an encoder with a fast tokenizer (tokenizer.json)"
             )
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{name_or_folder!r} holds no tokenizer: neither tokenizer.json nor a vocabulary "
+            f"(vocab.txt, spiece.model, or vocab.json with merges.txt), so every word would be "
+            f"unknown; copy the tokenizer's files beside config.json, or {remedy}"
+        )
     if tokenizer.pad_token is None:
         raise ValueError(
             f"the tokenizer of {name_or_folder!r} has no pad_token; use a text encoder whose "

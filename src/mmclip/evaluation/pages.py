@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from markupsafe import Markup
 from PIL import Image
 
+from mmclip import escape
 from mmclip.checkpoint import Checkpoint
 from mmclip.config import RESOURCES
 from mmclip.data.image_text_dataset import ImageTextDataset
@@ -224,8 +225,15 @@ def write_page(
 
 
 def write_card(folder: Path, results: RunResults, protocol: Protocol | None = None) -> Path:
-    """Writes MODEL_CARD.md: the same numbers in Markdown, to go with weights."""
+    """Writes MODEL_CARD.md: the same numbers in Markdown, to go with weights.
+
+    It holds no id of an image or a patient, and no path of the machine that made it.
+    """
     environment = _environment(autoescape=False)
+    environment.finalize = lambda value: (
+        escape.markdown(escape.without_paths(value)) if type(value) is str else value
+    )
+    environment.filters["command"] = lambda command: Markup(escape.portable_command(command))
     environment.filters["interval"] = lambda ci: "–" if ci is None else f"{ci[0]:.3f}, {ci[1]:.3f}"
     description = "" if protocol is None else " ".join(protocol.description.split())
     card = environment.from_string(_template("model_card.md")).render(

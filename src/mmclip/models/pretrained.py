@@ -92,8 +92,13 @@ class LoadReport:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
-    said = str(error).strip().splitlines()
-    return said[0] if said else type(error).__name__
+    text = str(error).strip()
+    if isinstance(error, UnpicklingError) or "weights_only" in text:  # torch says how to run it
+        return (
+            "it holds more than tensors and plain values, and nothing of it was run; take its "
+            "model.safetensors"
+        )
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def check_named_encoders(config: ModelConfig) -> None:

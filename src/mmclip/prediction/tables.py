@@ -6,20 +6,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from mmclip.escape import safe_cell
 from mmclip.prediction.model import Skipped
 from mmclip.prediction.thresholds import decide
 
-_RUN = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
-"""What a formula begins with, in either width. Source: OWASP, "CSV injection"."""
-
 DECISION = "{finding} present"
 """The column of a finding's decision."""
-
-
-def safe_cell(text: str) -> str:
-    """A text that a spreadsheet shows and does not run: an apostrophe stands before a formula."""
-    is_formula = text[:1] in ("\t", "\r", "\n") or text.lstrip()[:1] in _RUN
-    return f"'{text}" if text and is_formula else text
 
 
 class PredictionTable:

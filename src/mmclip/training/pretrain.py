@@ -32,7 +32,7 @@ from mmclip.config import Config
 from mmclip.data.batches import TrainingBatches
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
-from mmclip.data.leakage.check import refuse_leaks
+from mmclip.data.leakage.check import patient_key, refuse_leaks
 from mmclip.data.leakage.trained import (
     KEY_FILE,
     LOOKS_FILE,
@@ -49,7 +49,7 @@ from mmclip.data.streams import (
     training_dataset,
 )
 from mmclip.data.synthetic import read_masks
-from mmclip.data.text import train_tokenizer
+from mmclip.data.text import train_tokenizer, words_of_several
 from mmclip.data.tokenizer import frame_of, load_tokenizer
 from mmclip.files import file_sha256, locked, write_text_atomic
 from mmclip.models.encoders import (
@@ -136,8 +136,19 @@ def make_tokenizer(config: Config, dataset: ImageTextDataset) -> PreTrainedToken
     """The text encoder's own tokenizer, or a WordPiece vocabulary of the training reports."""
     if config.model.text.pretrained is not None:
         return load_tokenizer(config.model.text.pretrained)
-    reports = sorted({f.report for f in dataset.samples if f.report and f.split == "train"})
-    return train_tokenizer(reports, vocab_size=config.model.text.vocab_size)
+    least = config.model.text.vocab_min_patients
+    texts, n_left_out = words_of_several(
+        ((f.report, patient_key(f)) for f in dataset.samples if f.report and f.split == "train"),
+        least,
+    )
+    if not any(texts):
+        raise ManifestError(
+            f"no word is in reports of {least} training patients, so the vocabulary is empty; give "
+            f"more reports, name a pretrained text encoder by model.text.pretrained, or set "
+            f"model.text.vocab_min_patients=1: the checkpoint then shows words of single patients"
+        )
+    logger.debug("%d words of fewer than %d patients are no tokens", n_left_out, least)
+    return train_tokenizer(texts, vocab_size=config.model.text.vocab_size)
 
 
 def pretrain(request: PretrainRequest) -> Path:

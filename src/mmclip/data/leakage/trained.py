@@ -175,6 +175,17 @@ def _enciphered(looks: UInt16[np.ndarray, "n 16"], secret: bytes) -> UInt16[np.n
     return looks ^ np.frombuffer(stream, "<u2").reshape(looks.shape).astype(np.uint16)
 
 
+class TrainedError(ManifestError):
+    """Images that would be scored have trained; `counts` says how many, without an id."""
+
+    def __init__(self, counts: str, image_ids: Sequence[str]) -> None:
+        self.counts = counts
+        super().__init__(
+            f"{counts}, such as {', '.join(image_ids)}; score images of other patients, or train "
+            f"on a split that leaves these out (`mmclip data check` on all folders says more)"
+        )
+
+
 CLEAN = "no image and no patient of these was trained on"
 
 UNDECIDED = "not decidable"
@@ -192,7 +203,7 @@ def refuse_trained(dataset: ImageTextDataset, trained: Trained) -> str:
         What was found, for results: that none trained, or that it is not decidable.
 
     Raises:
-        ManifestError: When the content of an image, its look or its patient trained.
+        TrainedError: When the content of an image, its look or its patient trained.
     """
     samples = dataset.samples
     of_patient, of_image = np.isin(_hashed_keys(samples, trained.secret), trained.keys).T
@@ -201,14 +212,13 @@ def refuse_trained(dataset: ImageTextDataset, trained: Trained) -> str:
     if trained.looks is not None:
         of_look[has_look] = near_any(looks, trained.looks, SURE_DISTANCE)
     if (found := of_patient | of_image | of_look).any():
-        shown = [sample.image_id for sample, k in zip(samples, found, strict=True) if k]
-        raise ManifestError(
+        counts = (
             f"the run was trained on {int((of_image | of_look).sum()):,} of these "
             f"{len(samples):,} images ({int((of_look & ~of_image).sum()):,} as another file that "
-            f"looks the same), and on patients of {int(of_patient.sum()):,}, such as "
-            f"{', '.join(shown[:N_EXAMPLES])}; score images of other patients, or train on a split "
-            f"that leaves these out (`mmclip data check` on all folders says more)"
+            f"looks the same), and on patients of {int(of_patient.sum()):,}"
         )
+        shown = [sample.image_id for sample, k in zip(samples, found, strict=True) if k]
+        raise TrainedError(counts, shown[:N_EXAMPLES])
     by = "patient id, content of the file"
     if trained.looks is not None and has_look.any():
         by += " and look"

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
+from mmclip.data.ingest.shards import end_with_parent
 from mmclip.data.sample import Split
 from mmclip.data.synthetic.patient import make_study
 from mmclip.data.synthetic.preset import FINDINGS, Preset
@@ -145,7 +146,9 @@ def write_dataset(
         collect(_save_chunk(*chunk) for chunk in chunks)
     else:
         # Not fork: the caller may already run torch's threads, which a forked child would lack.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=end_with_parent
+        ) as pool:
             collect(pool.map(_save_chunk, *zip(*chunks, strict=True)))
 
     _save_tables(root, rows, preset)
