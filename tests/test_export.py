@@ -113,6 +113,17 @@ def test_transformers_gives_the_same_embeddings_for_the_same_files(
     close(found.logits_per_image, scale * ours @ words.T, 1e-2)
 
 
+def test_an_export_comes_back_by_load_with_the_same_embeddings_and_rule(
+    vit_run: Path, hf: Path, pictures: list[Path]
+):
+    run, back = package.load(vit_run, device="cpu"), package.load(hf, device="cpu")
+    np.testing.assert_allclose(back.encode_texts(REPORTS), run.encode_texts(REPORTS), atol=1e-5)
+    np.testing.assert_allclose(back.encode_images(pictures), run.encode_images(pictures), atol=1e-3)
+    assert back.logit_scale == pytest.approx(run.logit_scale, rel=1e-5)
+    assert back.zeroshot_rule == run.zeroshot_rule == "prompt_pair"
+    assert np.isfinite(back.explain(pictures[0], "effusion").values).all()
+
+
 @torch.no_grad()
 def test_a_colour_image_is_read_as_its_luminance(vit_run: Path, hf: Path):
     colour = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8))

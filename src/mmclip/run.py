@@ -17,7 +17,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mmclip.checkpoint import Checkpoint, load_checkpoint, run_file, run_folder
+from mmclip.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_meta,
+    find_checkpoint,
+    load_checkpoint,
+    run_file,
+    run_folder,
+)
 from mmclip.config import Config, ResizeMode, recipe_hash
 from mmclip.data.entities import find_entities
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
@@ -300,9 +308,16 @@ def open_run(path: Path, device: torch.device | None = None) -> Run:
         device: Where the model goes; None leaves it on the CPU.
 
     Raises:
-        CheckpointError: When there is none, its files were changed, or the weights do not fit.
+        CheckpointError: When there is none, its files were changed, the weights do not fit, or they
+            are fine-tuned ones, without a text encoder.
     """
-    checkpoint = load_checkpoint(path)
+    folder = find_checkpoint(path)
+    if "text_config" not in checkpoint_meta(folder):
+        raise CheckpointError(
+            f"{path} is a fine-tuned result, which has no text encoder; score images by `mmclip "
+            f"predict`, or give the run that it was made of"
+        )
+    checkpoint = load_checkpoint(folder)
     if device is not None:
         checkpoint.model.to(device)
     return Run(path.name, checkpoint)
