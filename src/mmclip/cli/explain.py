@@ -12,6 +12,7 @@ from mmclip.cli.shared import (
     CpuOption,
     ModelOption,
     OverwriteOption,
+    ResamplesOption,
     check_inputs,
     command_line,
     device_of,
@@ -113,12 +114,7 @@ def explain(
     split: Annotated[
         str, typer.Option(rich_help_panel=EVALUATION, help="train, val or test.", metavar="NAME")
     ] = "test",
-    n_resamples: Annotated[
-        int,
-        typer.Option(
-            rich_help_panel=EVALUATION, help="Bootstrap resamples of patients.", min=1, metavar="N"
-        ),
-    ] = 1000,
+    n_resamples: ResamplesOption = 1000,
     seed: Annotated[
         int,
         typer.Option(

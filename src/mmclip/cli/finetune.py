@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mmclip.cli.plain import IN_OUT, INTERVALS, SELECTION, TRAINING, PlainCommand
+from mmclip.cli.plain import IN_OUT, SELECTION, TRAINING, PlainCommand
 from mmclip.cli.shared import (
     CpuOption,
+    ResamplesOption,
     SetOption,
     TrainedOnOption,
     command_line,
@@ -119,12 +120,7 @@ def finetune(
         ),
     ] = "tiny",
     overrides: SetOption = None,
-    n_resamples: Annotated[
-        int,
-        typer.Option(
-            rich_help_panel=INTERVALS, help="Bootstrap resamples of patients.", min=1, metavar="N"
-        ),
-    ] = 1000,
+    n_resamples: ResamplesOption = 1000,
     cpu: CpuOption = False,
 ) -> None:
     """Learns findings from 1, 10 and 100 % of the training patients, and scores the test images.

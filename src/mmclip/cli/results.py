@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.table import Table
 
-from mmclip.cli.plain import INTERVALS, PlainCommand
+from mmclip.cli.plain import PlainCommand
 from mmclip.cli.shared import (
     OverwriteOption,
+    ResamplesOption,
+    SeedOption,
     check_inputs,
     check_results,
     command_line,
@@ -66,15 +68,8 @@ def results(
     split: Annotated[
         str, typer.Option(rich_help_panel=OF_SCORES, help="val or test.", metavar="NAME")
     ] = "test",
-    n_resamples: Annotated[
-        int,
-        typer.Option(
-            rich_help_panel=INTERVALS, help="Bootstrap resamples of patients.", min=1, metavar="N"
-        ),
-    ] = 1000,
-    seed: Annotated[
-        int, typer.Option(rich_help_panel=INTERVALS, help="Of the bootstrap.", metavar="N")
-    ] = 0,
+    n_resamples: ResamplesOption = 1000,
+    seed: SeedOption = 0,
     over_seeds: Annotated[
         bool,
         typer.Option(

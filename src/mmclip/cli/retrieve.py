@@ -15,7 +15,9 @@ from mmclip.cli.shared import (
     FolderOption,
     ModelOption,
     OverwriteOption,
+    ResamplesOption,
     RootOption,
+    SeedOption,
     SourceOption,
     TrainedOnOption,
     check_inputs,
@@ -92,15 +94,8 @@ def retrieve(
     ] = None,
     source: SourceOption = None,
     trained_on: TrainedOnOption = None,
-    n_resamples: Annotated[
-        int,
-        typer.Option(
-            rich_help_panel=EVALUATION, help="Bootstrap resamples of patients.", min=1, metavar="N"
-        ),
-    ] = 1000,
-    seed: Annotated[
-        int, typer.Option(rich_help_panel=EVALUATION, help="Of the bootstrap.", metavar="N")
-    ] = 0,
+    n_resamples: ResamplesOption = 1000,
+    seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
