@@ -114,10 +114,10 @@ def score_images(
     """
     selected = selection.samples(dataset)
     names = selection.names(selected)
+    labels = selection.labels(selected, names)
     pair = embed(encoder, prompts, names)
     embeddings = embed_images(encoder, selected)
-    scores = encoder.scoring.scores(embeddings, pair)
-    test = make_predictions(selected, names, selection.labels(selected, names), scores)
+    test = make_predictions(selected, names, labels, encoder.scoring.scores(embeddings, pair))
     return Scored(encoder, prompts, selection, selected, embeddings, pair, test)
 
 
@@ -130,8 +130,9 @@ def score_val(scored: Scored, dataset: ImageTextDataset) -> Predictions | None:
         images = selection.samples(dataset, "val")
     except ManifestError:
         return None  # this source has no validation images
+    labels = selection.labels(images, names)
     scores = encoder.scoring.scores(embed_images(encoder, images, show=False), scored.pair)
-    return make_predictions(images, names, selection.labels(images, names), scores)
+    return make_predictions(images, names, labels, scores)
 
 
 def zeroshot(
