@@ -143,98 +143,45 @@ def test_four_models_of_four_makes_stand_in_one_table_and_are_scored_once(
     assert all(f"| {name} |" in table for name in ("first", *models))
     # Again: nothing is scored; one more model: it alone is.
     stamps = [(folder / "results.json").stat().st_mtime_ns for folder in folders]
-    (tmp_path / "own.py").write_text(OWN, "utf-8")
-    again = run_mmclip(tmp_path, *given[:2], "own:Pair", *given[2:])
+    again = run_mmclip(tmp_path, *given[:2], "tests.own_models:Pair", *given[2:])
     assert again.code == 0, again.err
     assert again.err.count("is done:") == 4 and again.err.count("is scored:") == 1
     assert stamps == [(folder / "results.json").stat().st_mtime_ns for folder in folders]
-    assert [run["name"] for run in json.loads(again.out)["runs"]][1] == "own-Pair"
+    assert [run["name"] for run in json.loads(again.out)["runs"]][1] == "tests.own_models-Pair"
     # Other prompts are other results.
     other = run_mmclip(tmp_path, *given, "--prompts", "pair")
     assert "holds results of another model, data, protocol or prompts" in other.error()
 
 
-OWN = '''
-import numpy as np
-
-class Pair:
-    """Grey levels of an image, letters of a text."""
-
-    def encode_images(self, images):
-        return np.stack([np.asarray(i.convert("L").resize((5, 1)), float)[0] + 1 for i in images])
-
-    def encode_texts(self, texts):
-        return [[1.0 + text.count(letter) for letter in "aeiou"] for text in texts]
-
-
-class OtherWidth(Pair):
-    def encode_texts(self, texts):
-        return np.ones((len(texts), 6))
-
-
-class OneRow(Pair):
-    def encode_images(self, images):
-        return np.ones(5)
-
-
-class Zero(Pair):
-    def encode_texts(self, texts):
-        return np.zeros((len(texts), 5))
-
-
-class Words(Pair):
-    def encode_texts(self, texts):
-        return texts
-
-
-class Broken(Pair):
-    def encode_images(self, images):
-        raise KeyError("no weights")
-
-
-def nothing():
-    return None
-
-
-def failing():
-    raise RuntimeError("no GPU here")
-
-
-NUMBER = 3
-'''
-
-
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere:Pair", "cannot import 'nowhere' of 'nowhere:Pair' (ModuleNotFoundError"),
-        ("broken:Pair", "cannot import 'broken' of 'broken:Pair' (SyntaxError"),
-        ("own:Missing", "module 'own' has no function 'Missing'; it has"),
-        ("own:NUMBER", "module 'own' has no function 'NUMBER'"),
-        ("own:nothing", "own:nothing returned a NoneType without encode_images"),
-        ("own:failing", "own:failing() failed with RuntimeError: no GPU here"),
-        ("own:Broken", "encode_images of own:Broken failed with KeyError"),
-        ("own:OtherWidth", "gives images of 5 numbers and texts of 6, which do not compare"),
-        ("own:OneRow", "returned shape [5] for 1 images; return one row for each"),
-        ("own:Zero", "returned a row that is 0 or not finite"),
-        ("own:Words", "encode_texts of own:Words returned a list"),
+        ("nowhere:Pair", "nowhere cannot be imported (No module named 'nowhere')"),
+        ("broken_model:Pair", "broken_model cannot be imported (invalid syntax"),
+        ("tests.own_models:Missing", "tests.own_models has no Missing; it has Pair"),
+        ("tests.own_models:NUMBER", "tests.own_models has no NUMBER"),
+        ("tests.own_models:nothing", "nothing returned a NoneType without encode_images"),
+        ("tests.own_models:failing", "failing() failed with RuntimeError: no GPU here"),
+        ("tests.own_models:Broken", "Broken failed with KeyError"),
+        ("tests.own_models:OtherWidth", "images of 5 numbers and texts of 6, which do not compare"),
+        ("tests.own_models:OneRow", "returned shape [5] for 1 images; return one row for each"),
+        ("tests.own_models:Zero", "returned a row that is 0 or not finite"),
+        ("tests.own_models:Words", "Words returned a list"),
     ],
 )
-def test_an_own_model_that_is_none_is_told_in_a_line(source: str, message: str, tmp_path: Path):
-    (tmp_path / "own.py").write_text(OWN, "utf-8")
-    (tmp_path / "broken.py").write_text("def Pair(:\n", "utf-8")
-    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "a.png")
-    said = run_mmclip(
-        tmp_path, "predict", "--model", source, tmp_path / "a.png", "--finding", "edema", "--out",
-        tmp_path / "out.csv",
-    )  # fmt: skip
-    assert message in said.error()
-
-
-def test_an_own_model_scores_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "own_one.py").write_text(OWN, "utf-8")
+def test_an_own_model_that_is_none_is_told_in_a_line(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "broken_model.py").write_text("def Pair(:\n", "utf-8")
     monkeypatch.chdir(tmp_path)
-    model = mmclip.load("own_one:Pair")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        mmclip.load(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_own_model_scores_as_it_says():
+    model = mmclip.load("tests.own_models:Pair")
     image = np.tile(np.linspace(0, 255, 50).astype(np.uint8), (9, 1))
     ours = model.encode_images(image)
     expected = np.asarray(Image.fromarray(image).resize((5, 1)), float)[0] + 1
@@ -246,8 +193,10 @@ def test_an_own_model_scores_as_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     found = model.classify(image, ["edema"], "pair").probabilities[0, 0]
     assert found == pytest.approx(float(np.exp(logits[0, 0]) / np.exp(logits[0]).sum()), abs=1e-6)
     with pytest.raises(ValueError, match="zero-shot rule 'softmax' is none of prompt_pair"):
-        mmclip.load("own_one:Pair", rule="softmax")
-    alike = mmclip.load("own_one:Pair", rule="similarity").classify(image, ["edema"], "pair")
+        mmclip.load("tests.own_models:Pair", rule="softmax")
+    alike = mmclip.load("tests.own_models:Pair", rule="similarity").classify(
+        image, ["edema"], "pair"
+    )
     assert alike.probabilities[0, 0] == pytest.approx(float(logits[0, 0]), abs=1e-6)
 
 
@@ -419,7 +368,7 @@ def test_scores_of_predict_are_those_of_zeroshot(
 ):
     given = ("--model", models["siglip"], "--cpu")
     ended = run_mmclip(
-        tmp_path, "zeroshot", *given, "--data", chexpert, "--finding", "edema", "--out",
+        tmp_path, "zeroshot", *given, "--data", chexpert, "--finding", "atelectasis", "--out",
         tmp_path / "out", "--n-resamples", "5",
     )  # fmt: skip
     assert ended.code == 0, ended.err
@@ -430,7 +379,7 @@ def test_scores_of_predict_are_those_of_zeroshot(
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG no more")
     ended = run_mmclip(
-        tmp_path, "predict", *given, *files, broken, "--finding", "edema", "--thresholds",
+        tmp_path, "predict", *given, *files, broken, "--finding", "atelectasis", "--thresholds",
         tmp_path / "out", "--out", tmp_path / "p.csv",
     )  # fmt: skip
     assert ended.code == 0, ended.err
@@ -440,7 +389,7 @@ def test_scores_of_predict_are_those_of_zeroshot(
     )
     assert "broken.png" in (tmp_path / "p.skipped.csv").read_text("utf-8")
     other = run_mmclip(
-        tmp_path, "predict", *given, files[0], "--finding", "edema", "--rule", "similarity",
+        tmp_path, "predict", *given, files[0], "--finding", "atelectasis", "--rule", "similarity",
         "--thresholds", tmp_path / "out", "--out", tmp_path / "q.csv",
     )  # fmt: skip
     assert "they are of another model, run or step" in other.error()
@@ -491,16 +440,12 @@ def test_a_map_is_of_patches_pooled_and_projected_alone(family: str, models: dic
         explain_image(encoder, grey, "edema", "decoder_attention", load_prompts("default"))
 
 
-def test_models_without_patches_on_the_image_give_no_maps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_models_without_patches_on_the_image_give_no_maps(tmp_path: Path):
     grey = np.random.default_rng(1).integers(0, 256, (40, 60), dtype=np.uint8)
-    (tmp_path / "own_two.py").write_text(OWN, "utf-8")
-    monkeypatch.chdir(tmp_path)
     save_siglip2(tmp_path / "naflex")
     save_clip(tmp_path / "cut", size=40, crop=32)
     for source, message in {
-        "own_two:Pair": "own_two:Pair gives no saliency maps: it returns one embedding",
+        "tests.own_models:Pair": "Pair gives no saliency maps: it returns one embedding",
         str(tmp_path / "naflex"): "Siglip2Model naflex gives no saliency maps",
         str(tmp_path / "cut"): "neither scales to a square nor crops the middle",
     }.items():
