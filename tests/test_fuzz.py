@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmclip.checkpoint import CheckpointError, checkpoint_meta, find_checkpoint, load_checkpoint
+from mmclip.config import load_config
 from mmclip.data.cache import CacheError, ImageCache
 from mmclip.data.folder import ManifestError
 from mmclip.data.images import ImageError
@@ -117,3 +118,17 @@ def test_edited_files_of_a_data_folder_are_refused_or_read_as_they_were(tmp_path
     assert refused > 10
     path.write_bytes(whole)
     assert json.loads((folder / "meta.json").read_text())["data_hash"]
+
+
+@pytest.mark.parametrize("value", ["6", "[]", "true", "{ a = 1 }", "1.5"])
+def test_extends_that_is_no_name_is_refused(tmp_path: Path, value: str):
+    (tmp_path / "c.toml").write_text(f"extends = {value}\n")
+    with pytest.raises(ValueError, match="is no name; name one configuration"):
+        load_config(str(tmp_path / "c.toml"))
+
+
+def test_an_empty_image_cache_is_refused(tmp_path: Path):
+    folder = write_folder(tmp_path)
+    (folder / "images.npy").write_bytes(b"")
+    with pytest.raises(CacheError, match="cannot be opened"):
+        ImageCache.open(folder)

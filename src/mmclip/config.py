@@ -577,6 +577,11 @@ def _read(folder: str, name_or_path: str, seen: tuple[str, ...]) -> dict[str, An
         )
     values = read_toml("configuration", folder, name_or_path)
     base = values.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise ValueError(
+            f"{name_or_path}: extends = {base!r} is no name; name one configuration in quotes, "
+            f'such as extends = "tiny"'
+        )
     return values if base is None else _merge(_read(folder, base, (*seen, name_or_path)), values)
 
 

@@ -181,7 +181,7 @@ class ImageCache:
         path = folder / IMAGES_FILE
         try:
             images = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise CacheError(
                 f"{path} cannot be opened ({error}); build it again with `mmclip data build`"
             ) from None

@@ -230,8 +230,9 @@ def write_card(folder: Path, results: RunResults, protocol: Protocol | None = No
     It holds no id of an image or a patient, and no path of the machine that made it.
     """
     environment = _environment(autoescape=False)
-    environment.finalize = lambda value: (
-        escape.markdown(escape.without_paths(value)) if type(value) is str else value
+    environment.finalize = lambda value: escape.markdown(value) if type(value) is str else value
+    environment.filters["portable"] = lambda value: (
+        escape.without_paths(value) if isinstance(value, str) else value
     )
     environment.filters["command"] = lambda command: Markup(escape.portable_command(command))
     environment.filters["interval"] = lambda ci: "–" if ci is None else f"{ci[0]:.3f}, {ci[1]:.3f}"
