@@ -602,7 +602,7 @@ def test_a_finished_demo_stays_until_the_one_that_replaces_it_is_finished(
 
 def test_mmclip_alone_shows_every_command_in_order_of_use(tmp_path: Path):
     ended = mmclip(tmp_path)
-    shown = re.findall(r"^  mmclip ((?:data )?\w+) ", ended.out, re.MULTILINE)
+    shown = re.findall(r"^  mmclip ((?:data )?[\w-]+) ", ended.out, re.MULTILINE)
     assert ended.code == 0 and sorted(shown) == sorted(NAMES)
     used = ["data build", "pretrain", "zeroshot", "results"]
     assert [name for name in shown if name in used] == used
@@ -611,7 +611,7 @@ def test_mmclip_alone_shows_every_command_in_order_of_use(tmp_path: Path):
 
 METAVARS = {
     "PATH", "NAME", "N", "RATIO", "TEXT", "KEY=V", "ADDRESS", "I/N", "NAME=FOLDER", "SPLIT=FILE",
-    "MODEL", "NAMES", "MODEL=NAMES",
+    "MODEL", "NAMES", "MODEL=NAMES", "FORM",
 }  # fmt: skip
 
 
