@@ -611,7 +611,7 @@ def test_mmclip_alone_shows_every_command_in_order_of_use(tmp_path: Path):
 
 METAVARS = {
     "PATH", "NAME", "N", "RATIO", "TEXT", "KEY=V", "ADDRESS", "I/N", "NAME=FOLDER", "SPLIT=FILE",
-    "MODEL", "NAMES", "MODEL=NAMES", "FORM",
+    "MODEL", "NAMES", "MODEL=NAMES", "FORM", "ID",
 }  # fmt: skip
 
 
