@@ -148,11 +148,10 @@ def fit_full(
         Classifier(encoder, 1),
         task.train,
         task.val,
-        config,
+        config.model_copy(update={"lr_decay": 1.0}) if start.is_random else config,
         seed,
         run,
         {"run": json.dumps(key)},
-        1.0 if start.is_random else config.lr_decay,
     )
     val, test = (predict(trained.model, part.dataset, CPU) for part in (task.val, task.test))
     shutil.rmtree(run)

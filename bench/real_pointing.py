@@ -43,11 +43,11 @@ def write_boxes(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
 def unseen(run: Run, dataset: ImageTextDataset, image_ids: set[str]) -> ImageTextDataset:
     """Those of some images that the run did not train on, all of them as split test."""
     keep = []
-    for sample in dataset.samples:
+    for row, sample in enumerate(dataset.samples):
         is_new = sample.image_id in image_ids and sample.image is not None
         if is_new:
             try:
-                run.check_unseen([sample], "test")
+                run.check_unseen(dataset.select(np.arange(len(dataset)) == row), "test")
             except ManifestError:
                 is_new = False
         keep.append(is_new)

@@ -28,7 +28,6 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +138,7 @@ def models(arms: Sequence[tuple[str, list[Path]]]) -> Iterator[tuple[str, int, R
     for path in arms[0][1]:
         run = open_run(path)
         seed = run.config.train.seed
-        model = random_weights(run.checkpoint, seed)
-        new = replace(run, checkpoint=replace(run.checkpoint, model=model))
-        yield RANDOM, seed, new, f"random-{run.config_hash}"
+        yield RANDOM, seed, random_weights(run, seed), f"random-{run.config_hash}"
 
 
 def main() -> None:

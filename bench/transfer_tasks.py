@@ -285,7 +285,7 @@ def by_maps(bench: Bench, run: Run, dataset: ImageTextDataset) -> Found:
     names, images = sorted(set(scored.image_rows)), scored.image_rows
     place = {row: i for i, row in enumerate(names)}
     maps = saliency_maps(
-        run.model, run.checkpoint, normalise(rows.pixels(np.array(names))), request.asked(scored),
+        run, normalise(rows.pixels(np.array(names))), request.asked(scored),
         [place[row] for row in images], request.score, request.prompts,
     )  # fmt: skip
     hits, patients = point_metrics(maps, scored, {})["hit"], scored.patients()
@@ -314,7 +314,7 @@ def by_reports(bench: Bench, run: Run, dataset: ImageTextDataset) -> Found:
 def measure(bench: Bench, run: Run, seed: int, with_full: bool) -> Found:
     """All that is measured of one model."""
     dataset = run.open_data([bench.data])
-    run.check_unseen([f for f in dataset.samples if f.split == bench.split], bench.split)
+    run.check_unseen(dataset.select([f.split == bench.split for f in dataset.samples]), bench.split)
     tasks: Sequence[Callable[[], Found]] = (
         lambda: by_prompts(bench, run, dataset),
         lambda: by_label_head(bench, run, dataset),

@@ -392,8 +392,9 @@ def test_a_resized_copy_gives_the_map_of_the_published_image(grey: Run):
 
 
 @pytest.mark.parametrize("how", ["pad", "crop"])
-def test_padded_and_cropped_images_are_explained_where_they_are_bright(grey: Checkpoint, how):
-    run = replace(grey, config=made.small_config(*made.WHOLE, f'data.resize="{how}"'))
+def test_padded_and_cropped_images_are_explained_where_they_are_bright(grey: Run, how):
+    config = made.small_config(*made.WHOLE, f'data.resize="{how}"')
+    run = replace(grey, checkpoint=replace(grey.checkpoint, config=config))
     image = np.full((90, 60), 40, np.uint8)
     image[46:66, 22:38] = 250
     found = explain_image(run, image, BRIGHT, "contribution", PROMPTS)

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from mmclip.cli.data import app as data_commands
-from mmclip.cli.evaluate import app as zeroshot_command
+from mmclip.cli.evaluate import app as evaluation_commands
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.leakage.splits import LISTED, NAMES
@@ -166,7 +166,7 @@ def test_a_protocol_runs_from_the_data_set_as_published_to_results(
     data, out = build(case, planned, tmp_path), tmp_path / "out"
     split = set_its_split(data, rules, samples)
     given = ("--model", made_run, "--data", data, "--protocol", name, "--out", out)
-    run(zeroshot_command, *given, "--n-resamples", "10", "--cpu")
+    run(evaluation_commands, "zeroshot", *given, "--n-resamples", "10", "--cpu")
 
     built = {sample.image_id: sample for sample in read_manifest(data)}
     assert len(built) == len(samples)
@@ -283,7 +283,7 @@ def rsna(made_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         out = found[f"step {step}"] = folder / f"step-{step}"
         checkpoint = made_run / f"checkpoints/step_{step:06}"
         given = ("--model", checkpoint, "--data", found["data"], "--protocol", "rsna", "--out", out)
-        run(zeroshot_command, *given, "--n-resamples", "5", "--cpu")
+        run(evaluation_commands, "zeroshot", *given, "--n-resamples", "5", "--cpu")
     return found
 
 

@@ -87,7 +87,11 @@ def results(
     overwrite: OverwriteOption = False,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Run the commands that made the results again, and compare."),
+        typer.Option(
+            "--verify",
+            rich_help_panel="Reproduction",
+            help="Run the commands that made the results again, and compare.",
+        ),
     ] = False,
 ) -> None:
     """Compares results on the same images, pair by pair; refuses what does not compare.

@@ -51,6 +51,7 @@ class Start:
     def encoder(self, seed: int) -> ImageEncoder:
         """New, with the weights to start from; of random ones, those of a seed."""
         if self.init.startswith("hf:"):
+            assert self.image_size is not None, "a data folder says it"
             name = self.init.removeprefix("hf:")
             encoder = build_image_encoder(ImageEncoderConfig(pretrained=name), self.image_size)
             return ImageEncoder(encoder, self.features)
