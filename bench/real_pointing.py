@@ -47,7 +47,7 @@ def unseen(run: Run, dataset: ImageTextDataset, image_ids: set[str]) -> ImageTex
         is_new = sample.image_id in image_ids and sample.image is not None
         if is_new:
             try:
-                run.check_unseen(dataset.select(np.arange(len(dataset)) == row), "test")
+                run.check_unseen(dataset.select([k == row for k in range(len(dataset))]), "test")
             except ManifestError:
                 is_new = False
         keep.append(is_new)
