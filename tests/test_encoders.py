@@ -821,6 +821,8 @@ def test_a_row_trains_resumes_and_scores_by_the_commands(
         f"model.{modality}.pretrained='{folders[modality, name]}'", "train.steps=20",
         "train.batch_size=8", "train.save_every_steps=10",
     ]  # fmt: skip
+    if modality == "text":  # beside an image encoder that every form of export holds
+        settings.append(f"model.image.pretrained='{folders['image', 'vit']}'")
     given += [part for setting in settings for part in ("--set", setting)]
     assert mmclip(tmp_path, *given).code == 0
     last = tmp_path / "run" / "checkpoints" / "step_000020"

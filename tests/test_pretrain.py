@@ -345,16 +345,14 @@ def test_a_signal_ends_all_processes_after_one_step_and_resume_changes_nothing(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {
-        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-    }  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def launch(*more: object) -> list[subprocess.Popen]:
         meet = ["--standalone", "--nproc-per-node=2"]
         if hosts > 1:
             meet = [f"--nnodes={hosts}", "--nproc-per-node=1", "--rdzv-backend=c10d",
                     f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]  # fmt: skip
+        meet += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
         command = [sys.executable, "-m", "torch.distributed.run", *meet, "-m", "mmclip", *long]
         return [
             subprocess.Popen(

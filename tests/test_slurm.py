@@ -22,7 +22,7 @@ STANDS_FOR = {
         'for node in $(seq "$SLURM_NNODES"); do "$@" & echo $! >> "$PIDS"; done\n'
         "code=0; for pid in $(cat $PIDS); do wait $pid || code=$?; done; exit $code"
     ),
-    "scancel": 'echo "$@" >> "$LOG"; kill -USR1 $(cat "$PIDS")',
+    "scancel": 'echo "$@" >> "$LOG"; kill -"${1#--signal=}" $(cat "$PIDS")',
     "torchrun": 'exec "$PYTHON" -m torch.distributed.run "$@"',
     "accelerate": 'exec "$PYTHON" -m accelerate.commands.accelerate_cli "$@"',
     "mmclip": 'exec "$PYTHON" -m mmclip "$@"',
@@ -57,9 +57,11 @@ def test_a_job_file_can_be_run_and_is_sound_bash(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torchrun.sh", "accelerate.sh"])
+@pytest.mark.parametrize(
+    ("name", "passed_on"), [("torchrun.sh", "USR1"), ("accelerate.sh", "TERM")]
+)
 def test_a_job_of_two_hosts_saves_where_its_time_ends_and_goes_on(
-    name: str, made_data: Path, small_config: Path, tmp_path: Path
+    name: str, passed_on: str, made_data: Path, small_config: Path, tmp_path: Path
 ):
     run = tmp_path / "run"
     command = [
@@ -80,7 +82,7 @@ def test_a_job_of_two_hosts_saves_where_its_time_ends_and_goes_on(
     assert first.returncode == 0, said
     step = int(newest_checkpoint(run).name.removeprefix("step_"))
     assert 0 < step < 300 and said.count(f"stopped after step {step} of 300") == 1
-    assert (tmp_path / "log").read_text().splitlines() == ["--signal=USR1 7.0", "requeue 7"]
+    assert (tmp_path / "log").read_text().splitlines() == [f"--signal={passed_on} 7.0", "requeue 7"]
     (tmp_path / "pids").unlink()
     again = subprocess.run(command, env=env, cwd=tmp_path, timeout=300, check=False)
     assert again.returncode == 0

@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+# accelerate passes on TERM, and not USR1.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 per_node=${PROCESSES_PER_NODE:-4}
 srun accelerate launch --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * per_node))" \
@@ -19,5 +19,5 @@ srun accelerate launch --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_
   --mixed_precision no --dynamo_backend no \
   -m mmclip pretrain "$@" --resume &
 step=$!
-trap 'trap "" USR1; scancel --signal=USR1 "$SLURM_JOB_ID.0"; wait "$step" || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+trap 'trap "" USR1; scancel --signal=TERM "$SLURM_JOB_ID.0"; wait "$step" || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
 wait "$step"
