@@ -33,7 +33,7 @@ README, METHOD, DATA, TRAINING = (
 )
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS_OPTIONS = {
-    "--minutes", "--processes",
+    "--minutes", "--processes", "--signals-to-handle",
     "--nproc-per-node", "--check", "--images", "--knob", "--preset", "--arms", "--seeds", "--table",
     "--half", "--raw", "--base", "--jsonl", "--cache", "--batch-size", "--steps", "--image-size",
     "--tokens", "--lengths", "--array", "--cpus-per-task", "--wait", "--port", "--nworkers",
