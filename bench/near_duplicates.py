@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmclip.data.leakage.duplicates import BLOCK_PIXELS, are_alike, image_hashes, near_pairs
+from mmclip.data.leakage.duplicates import are_alike, hash_in_blocks, near_pairs
 
 PX = 32
 PLANTED_RATIO = 0.01
@@ -51,20 +51,13 @@ def passed_on(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     ).astype(np.uint8)
 
 
-def hashes_of(images: np.ndarray) -> np.ndarray:
-    """In blocks, as `read_hashes` does."""
-    step = max(1, BLOCK_PIXELS // images.shape[1] ** 2)
-    parts = [image_hashes(images[at : at + step]) for at in range(0, len(images), step)]
-    return np.concatenate(parts)
-
-
 def measure(images: np.ndarray, rng: np.random.Generator) -> dict[str, object]:
     """Plants copies, hashes all, and compares what is found with what was planted."""
     n = len(images)
     chosen = rng.choice(n, max(1, round(PLANTED_RATIO * n)), replace=False)
     began, cpu = time.monotonic(), time.process_time()
     copies = passed_on(images[chosen], rng)
-    hashes = np.concatenate([hashes_of(images), hashes_of(copies)])
+    hashes = np.concatenate([hash_in_blocks(images), hash_in_blocks(copies)])
     hashed = time.process_time()
     # Equal hashes count as pairs of the first of them, as in `near_groups`.
     different, at, which = np.unique(hashes, axis=0, return_index=True, return_inverse=True)

@@ -1,5 +1,6 @@
 """What a run trained on is refused where it can be told, and never called clean where it cannot."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,9 @@ from PIL import Image
 
 from mmclip.data.cache import ImageCache
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import ImageTextDataset
+from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.leakage.check import patient_key
-from mmclip.data.leakage.duplicates import image_hashes, near_any
+from mmclip.data.leakage.duplicates import HASHES_FILE, image_hashes, near_any
 from mmclip.data.leakage.trained import (
     KEY_FILE,
     LOOKS_FILE,
@@ -20,6 +21,7 @@ from mmclip.data.leakage.trained import (
     UNDECIDED,
     Trained,
     collections_of,
+    looks_of,
     read_trained,
     refuse_trained,
     trained_keys,
@@ -155,6 +157,28 @@ def test_images_of_covidx_and_rsna_are_of_one_patient_where_the_file_is():
     assert patient_key(sample(1, "padchest", patient_id="007")) != patient_key(
         sample(1, "padchest", patient_id="7")
     )
+
+
+def test_the_looks_of_a_data_folder_are_made_once(
+    made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = shutil.copytree(made_data, tmp_path / "data")
+    (folder / HASHES_FILE).unlink(missing_ok=True)
+    found = open_dataset([folder], 32)
+    some = found.select(np.arange(len(found)) % 3 == 0)
+    rows = some.where[some.where[:, 1] >= 0, 1]
+    cache = found.caches[0]
+    assert cache is not None
+    looks, has_look = looks_of(some)
+    assert (folder / HASHES_FILE).is_file()
+    np.testing.assert_array_equal(looks, image_hashes(cache.images[rows]))
+    np.testing.assert_array_equal(has_look, some.where[:, 1] >= 0)
+
+    def made_again(images: np.ndarray) -> np.ndarray:
+        raise AssertionError(f"{len(images)} images are hashed again")
+
+    monkeypatch.setattr("mmclip.data.leakage.duplicates.image_hashes", made_again)
+    np.testing.assert_array_equal(looks_of(some)[0], looks)
 
 
 def test_small_images_and_texts_are_checked_without_looks(tmp_path: Path):

@@ -167,6 +167,7 @@ class ImageCache:
     """The images of a data folder, in memory only where they are read."""
 
     images: np.ndarray  # uint8 [n, px, px], memory-mapped, read-only
+    folder: Path | None = None  # of the data folder; None of images that lie in none
 
     @classmethod
     def open(cls, folder: Path) -> "ImageCache":
@@ -198,7 +199,7 @@ class ImageCache:
                 f"`mmclip data build`"
             )
         _check(path, verified_sha256(path), meta["images_sha256"])
-        return cls(images)
+        return cls(images, folder)
 
 
 def verify_cache(folder: Path, sha256: str) -> None:

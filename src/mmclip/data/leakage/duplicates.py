@@ -114,16 +114,23 @@ def read_hashes(
                 return stored["hashes"]
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
         pass  # not there, or damaged: made anew
-    samples = ImageCache.open(folder).images
-    step = max(1, BLOCK_PIXELS // meta["image_size"] ** 2)
-    made = [np.zeros((0, CHUNKS), np.uint16)]
-    for start in range(0, len(samples), step):
-        made.append(image_hashes(np.ascontiguousarray(samples[start : start + step])))
-        on_progress(len(made[-1]))
-    hashes = np.concatenate(made)
-    with suppress(PermissionError), write_atomic(path) as file:  # a folder that is only read
+    hashes = hash_in_blocks(ImageCache.open(folder).images, on_progress)
+    # Not in a folder that is only read, nor on a full disk.
+    with suppress(OSError), write_atomic(path) as file:
         np.savez(file, hashes=hashes, key=np.array(f"{key} {_sha256(hashes)}"))
     return hashes
+
+
+def hash_in_blocks(
+    images: UInt8[np.ndarray, "n px px"], on_progress: Callable[[int], None] = lambda n: None
+) -> UInt16[np.ndarray, "n 16"]:
+    """As `image_hashes`, of more images than fit into memory."""
+    step = max(1, BLOCK_PIXELS // images.shape[1] ** 2)
+    made = [np.zeros((0, CHUNKS), np.uint16)]
+    for start in range(0, len(images), step):
+        made.append(image_hashes(np.ascontiguousarray(images[start : start + step])))
+        on_progress(len(made[-1]))
+    return np.concatenate(made)
 
 
 def _sha256(array: np.ndarray) -> str:

@@ -24,12 +24,12 @@ from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.leakage.check import N_EXAMPLES, collection_of, content_key, patient_key
 from mmclip.data.leakage.duplicates import (
-    BLOCK_PIXELS,
     CHUNKS,
     SIDE,
     SURE_DISTANCE,
-    image_hashes,
+    hash_in_blocks,
     near_any,
+    read_hashes,
 )
 from mmclip.data.sample import Sample
 from mmclip.files import file_sha256, write_atomic
@@ -90,19 +90,20 @@ def looks_of(
 ) -> tuple[UInt16[np.ndarray, "n 16"], Bool[np.ndarray, " r"]]:
     """The perceptual hash of each image that has one, and which rows these are.
 
-    Images smaller than 16 px have none, nor have reports without an image.
+    Images smaller than 16 px have none, nor have reports without an image. The hashes of a data
+    folder are made once and lie there.
     """
     has_look = np.zeros(len(dataset), bool)
     found = np.zeros((len(dataset), CHUNKS), np.uint16)
     for number, cache in enumerate(dataset.caches):
         if cache is None or cache.images.shape[1] < SIDE:
             continue
-        rows = np.flatnonzero((dataset.where[:, 0] == number) & (dataset.where[:, 1] >= 0))
-        step = max(1, BLOCK_PIXELS // cache.images.shape[1] ** 2)
-        for start in range(0, len(rows), step):
-            some = rows[start : start + step]
-            found[some] = image_hashes(cache.images[dataset.where[some, 1]])
-        has_look[rows] = True
+        is_here = (dataset.where[:, 0] == number) & (dataset.where[:, 1] >= 0)
+        if not is_here.any():
+            continue
+        stored = hash_in_blocks(cache.images) if cache.folder is None else read_hashes(cache.folder)
+        found[is_here] = stored[dataset.where[is_here, 1]]
+        has_look |= is_here
     return found[has_look], has_look
 
 
