@@ -6,20 +6,21 @@ from dataclasses import dataclass
 
 from mmclip.data.folder import ManifestError
 from mmclip.data.ingest.sources import READERS
+from mmclip.data.leakage.check import COLLECTIONS
 from mmclip.data.sample import SPLITS, Sample, Split
 
 logger = logging.getLogger(__name__)
 
-SAME_IMAGES = (
-    ("mimic-cxr", "mimic-cxr-jpg"),
-    ("chexpert", "chexpert-plus"),
-    ("openi", "openi-kaggle", "openi-r2gen"),
-    ("padchest", "padchest-physician"),
-    ("chestxray14", "rsna", "siim", "covidx"),
-)
-"""Data sets that share images: names of readers and sources. Source: the RSNA challenge takes its
-images from ChestX-ray14 (Shih et al. 2019), SIIM-ACR too (docs/splits.md), and COVIDx takes some
-from RSNA (Wang et al. 2020)."""
+IMAGES_OF = {
+    **{source: collection for source, collection in COLLECTIONS.items() if "/" not in source},
+    "covidx": "chestxray14",  # a part of it, and names do not say which images
+    "mimic-cxr-jpg": "mimic-cxr",
+    "openi-kaggle": "openi",
+    "openi-r2gen": "openi",
+}
+"""Data sets, by the names of readers and sources, that have images of another. Source: the RSNA
+challenge takes its images from ChestX-ray14 (Shih et al. 2019), SIIM-ACR too (docs/splits.md), and
+COVIDx takes some from RSNA (Wang et al. 2020)."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def trained_on(said: Iterable[str]) -> TrainedOn:
                 f"--trained-on {name!r} names split {split!r}, which is none of "
                 f"{', '.join(SPLITS)}; write NAME or NAME:SPLIT, such as chexpert:train"
             )
-        known = {*READERS, *(each for group in SAME_IMAGES for each in group)}
+        known = {*READERS, *IMAGES_OF, *IMAGES_OF.values()}
         if _plain(plain) not in known:
             logger.warning(
                 "--trained-on %s is no data set that is known here; only images of a source of "
@@ -114,4 +115,4 @@ def _shares(name: str, source: str, split: Split) -> bool:
     if data_set == source:
         return trained in ("", split)
     # Splits of two data sets with images in common have nothing to do with one another.
-    return any(data_set in group and source in group for group in SAME_IMAGES)
+    return IMAGES_OF.get(data_set, data_set) == IMAGES_OF.get(source, source)
