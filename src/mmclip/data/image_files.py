@@ -4,17 +4,15 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from mmclip.data.dicom import is_dicom, read_header
 from mmclip.data.ingest.dicom_folder import VIEW_KEYWORDS, view_of
-from mmclip.data.ingest.shards import WorkersError, end_with_parent
+from mmclip.data.ingest.shards import process_pool
 from mmclip.data.pixels import ImageError
 from mmclip.data.sample import View
 
@@ -155,24 +153,15 @@ def decode_files(
     if workers <= 1:
         yield from map(decode, chunks)
         return
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=end_with_parent
-    )
     waiting: deque[Future[DecodedChunk]] = deque()
-    try:
+    how = f"run the command again with fewer --workers (now {workers})"
+    with process_pool(workers, how) as pool:
         for chunk in chunks:
             waiting.append(pool.submit(decode, chunk))
             if len(waiting) > CHUNKS_AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise WorkersError(
-            f"a worker process was killed, usually for want of memory; run the command again with "
-            f"fewer --workers (now {workers})"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def decode_chunk(

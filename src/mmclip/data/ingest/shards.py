@@ -237,23 +237,38 @@ def _run(jobs: Iterator[_Job], n_jobs: int, workers: Workers) -> Iterator[tuple[
 
 
 def _in_processes(jobs: Iterator[_Job], workers: int) -> Iterator[tuple[int, str]]:
-    # Not fork: the caller may already run threads, which a forked child would lack.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=end_with_parent
-    )
-    try:
+    how = f"run the same command again with fewer --workers (now {workers})"
+    with process_pool(workers, f"{how}: finished chunks are kept") as pool:
         for done in as_completed([pool.submit(_do_chunk, *job) for job in jobs]):
             yield done.result()
+
+
+@contextmanager
+def process_pool(workers: int, next_step: str) -> Iterator[ProcessPoolExecutor]:
+    """New processes, which end with this one; what was not begun is dropped at the end.
+
+    Args:
+        workers: How many.
+        next_step: What helps when one is killed, for the message.
+
+    Raises:
+        WorkersError: When a process was killed.
+    """
+    # Not fork: the caller may already run threads, which a forked child would lack.
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_end_with_parent
+    )
+    try:
+        yield pool
     except BrokenProcessPool:
         raise WorkersError(
-            f"a worker process was killed, usually for want of memory; run the same command again "
-            f"with fewer --workers (now {workers}): finished chunks are kept"
+            f"a worker process was killed, usually for want of memory; {next_step}"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """Ends this worker when its parent is killed: else it would wait for work for ever."""
     parent = parent_process()
     assert parent is not None  # true of a worker

@@ -4,9 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
-from mmclip.data.ingest.shards import end_with_parent
+from mmclip.data.ingest.shards import process_pool
 from mmclip.data.sample import Split
 from mmclip.data.synthetic.patient import make_study
 from mmclip.data.synthetic.preset import FINDINGS, Preset
@@ -145,10 +143,7 @@ def write_dataset(
     if workers <= 1:
         collect(_save_chunk(*chunk) for chunk in chunks)
     else:
-        # Not fork: the caller may already run torch's threads, which a forked child would lack.
-        with ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=end_with_parent
-        ) as pool:
+        with process_pool(workers, "run the same command again") as pool:
             collect(pool.map(_save_chunk, *zip(*chunks, strict=True)))
 
     _save_tables(root, rows, preset)
