@@ -11,12 +11,9 @@ object.
 """
 
 import argparse
-import json
-import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +32,7 @@ from mmclip.data.image_text_dataset import (
 )
 from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Sample
+from side_by_side import print_line, take_turns
 
 SIDE, BATCH = 224, 32
 KINDS = {"390 x 320 JPEG": (320, 390, "jpg"), "1024 x 1024 PNG": (1024, 1024, "png")}
@@ -58,17 +56,11 @@ def with_affine_grid(pixels: Tensor, uniforms: Tensor, config: AugmentConfig) ->
     return moved * contrast + (u[:, 5] * config.brightness / GREY_STD).view(-1, 1, 1, 1)
 
 
-def take_turns(
-    sides: dict[str, Callable[[], object]], rounds: int
+def compared(
+    sides: Mapping[str, Callable[[], object]], rounds: int
 ) -> tuple[dict[str, float], float]:
     """Median seconds of each side, and the median over rounds of the second over the first."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, work in sides.items():
-            began = time.perf_counter()
-            work()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
+    seconds = take_turns(sides, rounds)
     ours, theirs = seconds.values()
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
     return {name: statistics.median(some) for name, some in seconds.items()}, ratio
@@ -100,7 +92,7 @@ def measure(folder: Path, kind: str, n: int, rounds: int) -> dict[str, object]:
             ]
             augmented(torch.from_numpy(np.stack(images)), uniforms, config)
 
-    seconds, ratio = take_turns({"cache": cached, "decode per epoch": decoded}, rounds)
+    seconds, ratio = compared({"cache": cached, "decode per epoch": decoded}, rounds)
     return {
         "images_per_s": {name: round(n / value) for name, value in seconds.items()},
         "ratio": round(ratio, 2),
@@ -126,18 +118,13 @@ def main() -> None:
         "now": lambda: augmented(pixels, uniforms, config),
         "with affine_grid": lambda: with_affine_grid(pixels, uniforms, config),
     }
-    seconds, ratio = take_turns(sides, 10 * args.rounds)
+    seconds, ratio = compared(sides, 10 * args.rounds)
     found["augmentation"] = {
         "images_per_s": {name: round(BATCH / value) for name, value in seconds.items()},
         "ratio": round(ratio, 2),
     }
-    found["load_of_the_machine"] = [round(x, 1) for x in os.getloadavg()]
     found["torch"] = torch.__version__
-    line = json.dumps(found)
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    print(line)
+    print_line(found, args.out)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import (
-    BertConfig,
-    BertModel,
     PreTrainedTokenizerFast,
-    VisionTextDualEncoderModel,
-    ViTConfig,
-    ViTModel,
 )
 
 from mmclip.batch import Batch, BatchSlice
@@ -53,6 +48,7 @@ from mmclip.training.optimizer import make_optimizer
 from mmclip.training.state import TrainState
 from mmclip.training.step import train_step
 from mmclip.training.step_loader import step_loader
+from side_by_side import take_turns, transformers_model
 from step_cost import PRETRAINED_TEXT, made_rows, synchronise
 
 VOCAB_SIZE = 28996
@@ -346,35 +342,8 @@ def alternate(
     bench: Bench, sides: dict[str, Callable[[], object]], steps: int | None = None
 ) -> dict[str, float]:
     """Median seconds of each side, in turns, after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range((steps or bench.steps) + 3):
-        for name, work in sides.items():
-            synchronise(bench.device)
-            began = time.perf_counter()
-            work()
-            synchronise(bench.device)
-            if turn >= 3:
-                seconds[name].append(time.perf_counter() - began)
+    seconds = take_turns(sides, steps or bench.steps, 3, lambda: synchronise(bench.device))
     return {name: statistics.median(some) for name, some in seconds.items()}
-
-
-def dual_encoder(bench: Bench, channels: int, max_tokens: int) -> VisionTextDualEncoderModel:
-    """transformers' model of the same sizes, with random weights."""
-    config = bench.config(*ALONE)
-    image, text = config.model.image, config.model.text
-    vision = ViTConfig(
-        hidden_size=image.width, num_hidden_layers=image.depth, num_attention_heads=image.heads,
-        intermediate_size=4 * image.width, image_size=config.data.image_size,
-        patch_size=image.patch_size, num_channels=channels,
-    )  # fmt: skip
-    bert = BertConfig(
-        vocab_size=text.vocab_size, hidden_size=text.width, num_hidden_layers=text.depth,
-        num_attention_heads=text.heads, intermediate_size=4 * text.width,
-        max_position_embeddings=max(max_tokens, 64), hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model = VisionTextDualEncoderModel(vision_model=ViTModel(vision), text_model=BertModel(bert))
-    return model.train().to(bench.device)
 
 
 def compile_stacks(model: nn.Module) -> None:
@@ -415,7 +384,10 @@ def vs_transformers(bench: Bench, is_compiled: bool) -> dict[str, Any]:
         ("as users write it", 3, full),
         ("given our settings", 1, ids),
     ):
-        model = dual_encoder(bench, channels, max_tokens)
+        config = bench.config(*ALONE)
+        model = transformers_model(
+            config, channels, config.model.text.vocab_size, max(max_tokens, 64)
+        ).to(bench.device)
         if is_compiled:
             compile_stacks(model)
         inputs = {

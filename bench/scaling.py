@@ -118,6 +118,9 @@ def main() -> None:
     if args.stage:
         stage(args.stage, args.folder, args.first)
         return
+    # Not above: what a stage's process imports is part of what is measured.
+    from side_by_side import print_line
+
     sizes = [args.images // 16, args.images // 4, args.images]
     found: dict[str, object] = {"bench": "scaling", "images": sizes}
     with tempfile.TemporaryDirectory() as name:
@@ -134,12 +137,7 @@ def main() -> None:
                 "growth": round(growth, 2),
             }
             print(each, json.dumps(found[each]), flush=True)
-    found["load_of_the_machine"] = [round(x, 1) for x in os.getloadavg()]
-    line = json.dumps(found)
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    print(line)
+    print_line(found, args.out)
 
 
 if __name__ == "__main__":

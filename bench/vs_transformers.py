@@ -10,18 +10,14 @@ all; a ratio is the median over turns. Ours is `train_step`, with its checks and
 """
 
 import argparse
-import json
-import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import BertConfig, BertModel, VisionTextDualEncoderModel, ViTConfig, ViTModel
 
 from mmclip.batch import Batch, BatchSlice
 from mmclip.config import Config, load_config
@@ -34,6 +30,7 @@ from mmclip.training.optimizer import make_optimizer
 from mmclip.training.pretrain import build_model
 from mmclip.training.state import TrainState
 from mmclip.training.step import train_step
+from side_by_side import print_line, take_turns, transformers_model
 from step_cost import made_rows
 
 MAX_TOKENS = 128
@@ -52,25 +49,6 @@ def settings(image_size: int, batch_size: int) -> Config:
             f"train.batch_size={batch_size}",
         ],
     )  # fmt: skip
-
-
-def theirs(config: Config, vocab_size: int, channels: int) -> VisionTextDualEncoderModel:
-    """transformers' model of the same sizes, with random weights."""
-    image, text = config.model.image, config.model.text
-    vision = ViTConfig(
-        hidden_size=image.width, num_hidden_layers=image.depth, num_attention_heads=image.heads,
-        intermediate_size=4 * image.width, image_size=config.data.image_size,
-        patch_size=image.patch_size, num_channels=channels, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    bert = BertConfig(
-        vocab_size=vocab_size, hidden_size=text.width, num_hidden_layers=text.depth,
-        num_attention_heads=text.heads, intermediate_size=4 * text.width,
-        max_position_embeddings=MAX_TOKENS, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    both = VisionTextDualEncoderModel(vision_model=ViTModel(vision), text_model=BertModel(bert))
-    return both.train()
 
 
 def their_step(
@@ -126,16 +104,10 @@ def measure(image_size: int, batch_size: int, turns: int) -> dict[str, object]:
         ("as users write it", 3, MAX_TOKENS),
         ("given our settings", 1, batch.reports.ids.shape[1]),
     ):
-        other = theirs(config, len(tokenizer), channels)
+        other = transformers_model(config, channels, len(tokenizer), MAX_TOKENS)
         groups = spared(other, config.train.weight_decay) if channels == 1 else None
         sides[name] = their_step(other, batch, channels, width, groups)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(turns + 1):
-        for name, work in sides.items():
-            began = time.perf_counter()
-            work()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
+    seconds = take_turns(sides, turns)
     found: dict[str, object] = {
         "ms": {name: round(1000 * statistics.median(some)) for name, some in seconds.items()},
         "tokens": batch.reports.ids.shape[1],
@@ -160,13 +132,8 @@ def main() -> None:
     }  # fmt: skip
     for image_size in args.image_size or (128, 224):
         found[f"{image_size} px"] = measure(image_size, args.batch_size, args.turns)
-    found["load_of_the_machine"] = [round(x, 1) for x in os.getloadavg()]
     found["torch"] = torch.__version__
-    line = json.dumps(found)
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    print(line)
+    print_line(found, args.out)
 
 
 if __name__ == "__main__":
