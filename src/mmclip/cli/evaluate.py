@@ -29,6 +29,7 @@ from mmclip.cli.shared import (
     device_of,
     model_request,
     print_results,
+    refuse_choice_beside,
     resume_hint,
     split_name,
 )
@@ -68,10 +69,7 @@ def zeroshot(
     from mmclip.evaluation.zeroshot import evaluate
     from mmclip.evaluation.zeroshot_task import ZeroshotRequest
 
-    if protocol is not None and (source or finding):
-        raise ValueError(
-            "--protocol names sources and findings itself; leave --source and --finding out"
-        )
+    refuse_choice_beside(protocol, source, finding)
     of_split, asked = split_name(split), model_request(model, rule, trained_on)
     check_inputs(model, data, protocol, prompts or ())
     check_place(out, RESULT_FILES)
@@ -152,10 +150,7 @@ def compare_models(
     from mmclip.evaluation.compare_models import folder_names, score_models
     from mmclip.evaluation.zeroshot_task import ZeroshotRequest
 
-    if protocol is not None and (source or finding):
-        raise ValueError(
-            "--protocol names sources and findings itself; leave --source and --finding out"
-        )
+    refuse_choice_beside(protocol, source, finding)
     of_split, known = split_name(split), _trained_on(models, trained_on or ())
     folder_names(models)
     for model in models:

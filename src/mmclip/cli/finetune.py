@@ -17,6 +17,7 @@ from mmclip.cli.shared import (
     TrainedOnOption,
     command_line,
     model_request,
+    refuse_choice_beside,
     resume_hint,
 )
 from mmclip.files import locked
@@ -138,10 +139,7 @@ def finetune(
     from mmclip.finetuning.supervised import FineTuneConfig
     from mmclip.model_loading import is_function, is_of_transformers
 
-    if protocol is not None and (source or finding):
-        raise ValueError(
-            "--protocol names sources and findings itself; leave --source and --finding out"
-        )
+    refuse_choice_beside(protocol, source, finding)
     if method not in ("probe", "full"):
         raise ValueError(f"--method {method!r} is none of probe, full")
     is_of_others = model is not None and (is_function(model) or is_of_transformers(model))

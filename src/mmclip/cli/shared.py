@@ -184,6 +184,20 @@ def split_name(name: str) -> "Split":
     return name
 
 
+def refuse_choice_beside(
+    protocol: str | None, source: Sequence[str] | None, finding: Sequence[str] | None
+) -> None:
+    """Refuses --source and --finding where a protocol names both.
+
+    Raises:
+        ValueError: When they are given.
+    """
+    if protocol is not None and (source or finding):
+        raise ValueError(
+            "--protocol names sources and findings itself; leave --source and --finding out"
+        )
+
+
 def model_request(
     model: str, rule: str | None = None, trained_on: Sequence[str] | None = None
 ) -> "ModelRequest":
