@@ -11,10 +11,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
-# accelerate passes on TERM, and not USR1.
+# accelerate passes on TERM, and not USR1. Without --multi_gpu, a host with one GPU or none would train alone.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 per_node=${PROCESSES_PER_NODE:-4}
-srun accelerate launch --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * per_node))" \
+srun bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' accelerate \
+  --multi_gpu --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * per_node))" \
   --rdzv_backend c10d --main_process_ip "$first" --main_process_port "${PORT:-29500}" \
   --mixed_precision no --dynamo_backend no \
   -m mmclip pretrain "$@" --resume &
