@@ -20,7 +20,9 @@ STANDS_FOR = {
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$LOG"; fi',
     "srun": (
         'for node in $(seq "$SLURM_NNODES"); do\n'
-        'SLURM_NODEID=$((node - 1)) "$@" & echo $! >> "$PIDS"; done\n'
+        'SLURM_NODEID=$((node - 1)) "$@" & echo $! >> "$PIDS"\n'
+        # The first opens the port; the second would be taken for it, as both are this machine.
+        'until (exec 3<> "/dev/tcp/127.0.0.1/$PORT") 2> /dev/null; do sleep 0.1; done; done\n'
         "code=0; for pid in $(cat $PIDS); do wait $pid || code=$?; done; exit $code"
     ),
     "scancel": 'echo "$@" >> "$LOG"; kill -"${1#--signal=}" $(cat "$PIDS")',
