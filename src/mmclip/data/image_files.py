@@ -53,46 +53,50 @@ def find_image_files(paths: Sequence[Path]) -> FoundFiles:
     Raises:
         ValueError: When a path is not there.
     """
-    images: dict[Path, None] = {}
+    images: dict[str, None] = {}  # no Path before the end: making and hashing it costs the most
     n_others = n_again = 0
     for path in paths:
         if not path.exists():
             raise ValueError(f"there is no file or folder {path}; check the path")
         if not path.is_dir():
-            n_again += path in images
-            images[path] = None
+            n_again += str(path) in images
+            images[str(path)] = None
             continue
-        for file in _files(path):
-            if not _is_image(file):
+        for folder, name in _files(path):
+            file = os.path.join(folder, name)
+            if not _is_image(file, name):
                 n_others += 1
             else:
                 n_again += file in images
                 images[file] = None
-    return FoundFiles(tuple(images), n_others, n_again)
+    return FoundFiles(tuple(map(Path, images)), n_others, n_again)
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """All files below a folder; a link to a folder is followed, a folder is read once."""
+def _files(root: Path) -> Iterator[tuple[str, str]]:
+    """Folder and name of all files below a folder.
+
+    A link to a folder is followed, a folder is read once.
+    """
     seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(str(root), followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         folders.sort()
-        yield from (Path(folder, name) for name in sorted(names))
+        yield from ((folder, name) for name in sorted(names))
 
 
-def _is_image(path: Path) -> bool:
-    if path.name.startswith(".") or path.name.upper() in _NO_IMAGES:
+def _is_image(path: str, name: str) -> bool:
+    if name.startswith(".") or name.upper() in _NO_IMAGES:
         return False
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
         return True
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # asked first: a pipe would wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # asked first: a pipe would wait for ever
             return False
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             start = file.read(_START_BYTES)
     except OSError:
         return False
