@@ -50,6 +50,12 @@ KINDS: dict[str, str] = {  # the piece that is repeated; {} is where the repeats
     "one word": "{a}",
     "digits": "{1}",
     "decimals": "{1.1,}",
+    "signatures": "{Signed by: x\n}",
+    "banners": "{FINAL REPORT\n}",
+    "numbers on lines": "{1.\n}",
+    "templates on lines": "{[<\n}",
+    "labels": "{AEffusion: none\n}",
+    "names and colons": "{effusion: }",
 }
 
 

@@ -38,7 +38,7 @@ OTHERS_OPTIONS = {
     "--half", "--raw", "--base", "--jsonl", "--cache", "--batch-size", "--steps", "--image-size",
     "--tokens", "--lengths", "--array", "--cpus-per-task", "--wait", "--port", "--nworkers",
     "--nthreads", "--reports", "--plain-images", "--repeats", "--kill", "--device", "--misses",
-    "--runs", "--boxes", "--also", "--user", "--ask-password",
+    "--runs", "--boxes", "--also", "--user", "--ask-password", "--negspacy", "--medspacy",
 }  # fmt: skip
 """Of torchrun, ruff, wget, sbatch, dask, and the scripts of bench/."""
 

@@ -109,6 +109,22 @@ CASES: dict[str, list[tuple[str, str | None, str | None]]] = {
             "Ok. On review there is a rib fracture.",
         ),
     ],
+    "whoever signed and whatever is advised is left out, however it is headed": [
+        ("IMPRESSION: Ok.\n\nAttending radiologist: J. Smith, M.D.", None, "Ok."),
+        ("IMPRESSION: Ok.\n\nSigned: Dr. Foo\nDate: 01/02/2013", None, "Ok."),
+        ("IMPRESSION: Ok.\nSIGNED ON: 1/1/2001", None, "Ok."),
+        ("IMPRESSION: Ok.\nRadiologist: John Doe", None, "Ok."),
+        (
+            "IMPRESSION: Ok.\n\nPhysician to Physician Radiology Consult Line: (650) 1\nSigned",
+            None,
+            "Ok.",
+        ),
+        ("IMPRESSION: Nodule.\n\nRECOMMENDED FOLLOW-UP: CT for malignancy.", None, "Nodule."),
+        ("IMPRESSION: Nodule.\nFOLLOW-UP: CT in 3 months.", None, "Nodule."),
+        ("FINDINGS: Resident fluid: small effusion.", "Resident fluid: small effusion.", None),
+        ("FINDINGS: Follow-up of a nodule. Stable.", "Follow-up of a nodule. Stable.", None),
+        ("EXAM:\nFollow up\n\nA nodule is there.\n\nIMPRESSION: Ok.", "A nodule is there.", "Ok."),
+    ],
     "a misspelt heading is a heading": [
         ("FINIDNGS: Clear.\nIMPRESSON: Normal.", "Clear.", "Normal."),
         ("COMPARISION: None.\nFINDINGS: Clear.", "Clear.", None),
@@ -163,6 +179,10 @@ ADVERSARIAL = {
     "marks in brackets": "(___;" + "___;" * 20_000,
     "decimals": "1.1," * 250_000,
     "stops": ". " * 20_000 + "a",
+    "signatures on lines": "Signed by: x\n" * 3_000,
+    "banners on lines": "FINAL REPORT\n" * 3_000,
+    "numbers on lines": "1.\n" * 3_000,
+    "template marks on lines": "[<\n" * 3_000,
 }
 
 

@@ -1,7 +1,8 @@
 """A report's characters and marks: one way of writing for each, and what masks names taken out.
 
 Every step takes time in proportion to the text, whatever it says: runs of white space are shortened
-first, so that no pattern meets a long one, and the other repeats are bounded.
+first and wherever something is taken out, so that no pattern meets a long one, and the other
+repeats are bounded.
 """
 
 import html
@@ -80,9 +81,13 @@ def normalise(raw: str) -> str:
     """
     text = _BREAK.sub("\n", _ACCENTS.sub(r"\1", _HUGE_ENTITY.sub(" ", raw)))
     text = unicodedata.normalize("NFKC", html.unescape(text)).translate(_CHARACTERS)
-    text = _SPACES.sub(" ", "\n".join(text.splitlines()).replace("\t", " "))
-    text = _EMPTY_LINES.sub("\n\n", text)
+    text = _with_short_space("\n".join(text.splitlines()).replace("\t", " "))
     return _BOILERPLATE.sub("", text)
+
+
+def _with_short_space(text: str) -> str:
+    """The text with one space for several, and no two empty lines beside each other."""
+    return _EMPTY_LINES.sub("\n\n", _SPACES.sub(" ", text))
 
 
 def _remove_numbering(text: str) -> str:
@@ -109,14 +114,14 @@ def clean(text: str) -> str | None:
 
     A structured line ("Effusion: none") before another one ends as a sentence.
     """
-    text = _STRUCTURED_LINE.sub(r"\1.", text)
+    text = _STRUCTURED_LINE.sub(r"\1.", _with_short_space(text))
     text = _MARKED_XRAY.sub(r"\1-ray", text)  # Open-I hides the "ray" of most x-rays
-    text = _remove_numbering(text)
+    text = _with_short_space(_remove_numbering(text))
     text = _MARKS.sub(_GAP, text)
-    text = _TEMPLATE_MARKS.sub(" ", text)
+    text = _with_short_space(_TEMPLATE_MARKS.sub(" ", text))
     text = _PARAGRAPH_WITHOUT_STOP.sub(". ", text)
     for pattern, new in _MENDS:
-        text = _SPACES.sub(" ", pattern.sub(new, text))
+        text = _with_short_space(pattern.sub(new, text))
     text = " ".join(text.split())
     text = re.sub(r"\s+(?=[.,;:)](?:\s|$))", "", text)
     text = _DOUBLE_STOP.sub(r"\1", text)

@@ -22,13 +22,14 @@ from mmclip.data.sample import Entity, EntityKind, EntityStatus
 
 # A line break is a word where a paragraph, an item of a list or a structured line begins behind it.
 _WORD = re.compile(
-    r"\d+(?:[.,]\d+)+|\w+|[^\w\s\-\u2010-\u2015]"
+    r"\d+(?:[.,]\d+)+|\w+|\.{3,}|[^\w\s\-\u2010-\u2015]"
     r"|\n(?=[ \t]*(?:\n|[-*\u2022]|\d+[.)]|[A-Z][\w /()-]{1,40}:))"
 )
 _ALIASES = {"\n": ".", ")": "]", "\u2019": "'"}
 """Words of a text that stand for another one; forms cannot have a bracket or a line break."""
 _NO_LETTER = "\0"  # stands for a word that no phrase has
 _SENTENCE_ENDS = ".!?"
+_LEADER = "..."  # of "Pneumothorax ..... none", which stands for a colon
 _OPENERS = ("", ",", ";", ":", "(", "-", ".")  # before a "?" that asks of what follows
 _GAP = re.compile(r"\s*<(\d+)>\s*")
 _SET = re.compile(r"\{(\w+)\}")
@@ -131,7 +132,9 @@ class Lexicon:
         chosen = longest_disjoint((f for f in found if f[2].kind == "finding"), taken)
         findings = [Span(start, end) for start, end, _ in chosen]
         marks, in_cue = _marks(words, cues, findings)
-        heard = dict(zip(findings, statuses(words, findings, marks, self._lists), strict=True))
+        said = statuses(words, findings, marks, self._lists)
+        said = _with_headings(words, chosen, said)
+        heard = dict(zip(findings, said, strict=True))
         taken |= in_cue
         chosen += longest_disjoint((f for f in found if f[2].kind != "finding"), taken)
         return [
@@ -195,6 +198,8 @@ def _words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     words = [text[start:end].lower() for start, end in places]
     if any(sign in text for sign in _ALIASES):
         words = [_ALIASES.get(word, word) for word in words]
+    if _LEADER in text:
+        words = [":" if word.startswith(_LEADER) else word for word in words]
     if "?" in text:
         for i, (_, end) in enumerate(places):
             behind = text[max(0, end - 3) : end - 1].strip()[-1:]
@@ -204,6 +209,22 @@ def _words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     words.append(".")
     places.append((len(text), len(text)))
     return words, places
+
+
+def _with_headings(
+    words: Sequence[str], chosen: Sequence[_Found], said: Sequence[Heard]
+) -> list[Heard]:
+    """What is said of the findings, where a line names one and then states it ("Edema: no edema").
+
+    The name before the colon says what the same concept in the sentence behind it says.
+    """
+    out = list(said)
+    for i in range(len(chosen) - 2, -1, -1):
+        (_, end, concept), (start, _, following) = chosen[i], chosen[i + 1]
+        is_heading = words[end] == ":" and said[i].mark is None and concept == following
+        if is_heading and "." not in words[end:start]:
+            out[i] = out[i + 1]
+    return out
 
 
 def _marks(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 Kind = Literal["findings", "impression", "exam", "comment", "addendum", "admin", "other"]
@@ -15,11 +16,17 @@ _HEADERS: dict[Kind, tuple[str, ...]] = {
         r"accession", r"mrn", r"report status",
         r"(?:(?:electronically |digitally )?(?:signed|dictated|approved|verified|transcribed"
         r"|finalized|authenticated|attested|interpreted|reviewed|reported))(?: by)",
+        r"(?:electronically |digitally )?signed(?: on| at)?",
+        r"(?:attending|staff|reading|interpreting|resident|fellow)(?: radiologist| physician)?"
+        r"(?=[ \t]*:)",
+        r"radiologist(?=[ \t]*:)",
+        r"physician[ -]to[ -]physician radiology consult line",
         r"signature", r"attestation", r"disclaimer", r"teaching physician(?: statement)?",
         r"wet[ -]?read(?:ing)?s?", r"preliminary read(?:ing)?",
         r"(?:critical |significant )?(?:notifications?|communications?)(?: of results?)?",
         r"critical (?:results?|findings?|values?)",
         r"(?:follow[ -]?up )?recommendations?(?: and notifications?)?",
+        r"(?:recommended )?follow[ -]?up(?=[ \t]*:)", r"recommended (?:management|actions?)",
         r"notifications? and recommendations?",
     ),
     # A section that is both counts as findings, as in MIMIC-CXR's own section files.
@@ -223,14 +230,22 @@ def mend_headings(text: str) -> str:
 
 
 def _mended(match: re.Match[str]) -> str:
-    word = match[0].lower()
-    if word in _SPELT or word in _OTHER_WORDS:
+    right = _spelt_right(match[0].lower())
+    if right is None:
         return match[0]
+    return right.upper() if match[0].isupper() else right.capitalize()
+
+
+@lru_cache(maxsize=4096)  # [chosen: labels of structured reports come again and again]
+def _spelt_right(word: str) -> str | None:
+    """The heading that a word misspells, or None."""
+    if word in _SPELT or word in _OTHER_WORDS:
+        return None
     for right in _SPELT:
         most = 2 if min(len(word), len(right)) >= 9 else 1
         if abs(len(word) - len(right)) <= most and edit_distance(word, right) <= most:
-            return right.upper() if match[0].isupper() else right.capitalize()
-    return match[0]
+            return right
+    return None
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
