@@ -14,6 +14,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEModel, ViTModel
 
 import mmclip.finetuning.supervised as supervised
@@ -23,9 +25,11 @@ from mmclip.config import load_config_as
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise, open_dataset
 from mmclip.data.leakage.splits import set_split, subsets_of
+from mmclip.data.manifest import read_manifest, replace_images
 from mmclip.data.sample import Sample
 from mmclip.data.streams import SEEN_FILE
 from mmclip.data.synthetic import FINDINGS
+from mmclip.evaluation.baselines import STRENGTHS, fit_logistic
 from mmclip.evaluation.protocols import FineTuning, Protocol, load_protocol
 from mmclip.evaluation.results import read_results
 from mmclip.evaluation.scores import load_scores
@@ -40,6 +44,7 @@ from mmclip.finetuning.finetune import (
     recipe_of,
     run_one,
 )
+from mmclip.finetuning.saved import load_fine_tuned
 from mmclip.finetuning.supervised import (
     FineTuneConfig,
     best_of,
@@ -52,6 +57,7 @@ from mmclip.finetuning.supervised import (
 from mmclip.finetuning.task import (
     Labelled,
     Task,
+    multiclass_columns,
     open_task,
     own_protocol,
     training_ids,
@@ -196,6 +202,11 @@ def test_uncertain_labels_train_as_the_protocol_says():
     )  # fmt: skip
     assert training_labels(protocol, [sample])[0, :3].tolist() == [1, 0, 1]
     assert np.isnan(training_labels(protocol, [sample])[0, 3])
+    rules = FineTuning(uncertain="U-MultiClass", uncertain_of={"edema": "ignore"})
+    own_class = protocol.model_copy(update={"finetune": rules})
+    assert training_labels(own_class, [sample])[0, [0, 2]].tolist() == [-1, -1]
+    assert np.isnan(training_labels(own_class, [sample])[0, [1, 3]]).all()
+    assert multiclass_columns(own_class) == (0, 2, 3) and multiclass_columns(protocol) == ()
     ignore = protocol.model_copy(update={"finetune": FineTuning()})
     assert np.isnan(training_labels(ignore, [sample])).all()
 
@@ -223,11 +234,14 @@ def test_blank_labels_and_no_finding_train_as_in_irvin_et_al():
 
 
 def test_policies_of_uncertain_labels_go_by_their_names_in_the_paper():
-    by_name = {"U-Ignore": "ignore", "U-Ones": "positive", "U-zeros": "negative"}
+    by_name = {
+        "U-Ignore": "ignore", "U-Ones": "positive", "U-zeros": "negative",
+        "U-MultiClass": "multiclass",
+    }  # fmt: skip
     for name, policy in by_name.items():
         assert FineTuning(uncertain=name, uncertain_of={"mass": name}).uncertain == policy
-    with pytest.raises(ValueError, match="U-MultiClass is not supported: heads have one number"):
-        FineTuning(uncertain="U-MultiClass")
+    with pytest.raises(ValueError, match="U-SelfTrained is not supported: it labels uncertain"):
+        FineTuning(uncertain="U-SelfTrained")
     rules = load_protocol("chexpert-5").finetune
     assert rules is not None
     assert rules.label_rules(["edema", "cardiomegaly"]) == {
@@ -331,6 +345,70 @@ def test_a_probe_learns_what_one_feature_says_and_leaves_unknown_labels_out(task
     )
     _, val, test = fit_probe(known, np.nan_to_num(told), known.dataset)
     assert macro_auroc(task.val.labels, val) == macro_auroc(task.test.labels, test) == 1.0
+
+
+def test_a_probe_with_uncertain_as_a_class_scores_present_among_present_and_absent():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(90, 3)), np.repeat([-1.0, 0.0, 1.0], 30)
+    x[:, 0] += y
+    fit = fit_logistic(x, y[:, None], x[:0], np.zeros((0, 1)))
+    scaler = StandardScaler().fit(x)
+    usual = LogisticRegression(C=STRENGTHS[0], max_iter=2000).fit(scaler.transform(x), y)
+    _, absent, present = usual.predict_proba(scaler.transform(x)).T
+    np.testing.assert_allclose(fit.scores(x)[:, 0], present / (present + absent), rtol=1e-9)
+    without_absent = np.where(y == 0, np.nan, y)[:, None]
+    assert (fit_logistic(x, without_absent, x, without_absent).scores(x) == 0.5).all()
+
+
+MULTICLASS = """
+id = "doubts"
+version = 1
+title = "t"
+description = "a"
+readers = ["unknown"]
+splits = ["built"]
+findings = ["pleural effusion", "pneumothorax"]
+min_count = 1
+[finetune]
+fractions = [1.0]
+seeds = [0]
+uncertain = "ignore"
+uncertain_of = { pneumothorax = "U-MultiClass" }
+"""
+
+
+@pytest.mark.parametrize("method", ["probe", "full"])
+def test_uncertain_labels_are_learnt_as_a_class_and_the_saved_model_scores_as_the_results(
+    method: str, finetune_request: FinetuneRequest, made_data: Path, tmp_path: Path
+):
+    folder = shutil.copytree(made_data, tmp_path / "doubted")
+    samples = [
+        replace(s, labels={**s.labels, "pneumothorax": -1}) if i % 3 == 0 else s
+        for i, s in enumerate(read_manifest(folder))
+    ]
+    replace_images(folder, samples, {})
+    path = tmp_path / "doubts.toml"
+    path.write_text(MULTICLASS, "utf-8")
+    request = replace(
+        finetune_request, folder=folder, findings=(), protocol=str(path), fractions=(), seeds=(),
+        method=method, init="random",
+    )  # fmt: skip
+    finetune(request)
+    out = request.out / f"{method}-100-0"
+    assert read_results(out).facts["uncertain labels"] == (
+        "pleural effusion ignore, pneumothorax multiclass"
+    )
+    tuned, test = load_fine_tuned(out), load_scores(out / "scores.npz")
+    dataset = open_dataset([folder], tuned.image_size)
+    at = {s.image_id: i for i, s in enumerate(dataset.samples)}
+    pixels = dataset.pixels(np.array([at[name] for name in test.image_id]))
+    with torch.no_grad():
+        again = tuned.probabilities(tuned.encode(normalise(pixels)))
+    assert again.shape == test.scores.shape == (len(pixels), 2)
+    np.testing.assert_allclose(again, test.scores, atol=1e-5)
+    if method == "full":
+        head = tuned.model.head.weight
+        assert head.shape[0] == 3 and (head.abs().sum(1) > 0).all()  # its third class has learnt
 
 
 class Killed(BaseException):

@@ -11,6 +11,7 @@ from transformers import SiglipModel
 from mmclip.losses import (
     contrastive_sum,
     contrastive_sum_in_blocks,
+    label_class_sum,
     label_sum,
     masked_token_sum,
     masked_token_sum_in_blocks,
@@ -147,6 +148,33 @@ def test_an_unknown_label_adds_neither_loss_nor_gradient():
     assert logits.grad is not None and logits.grad[0, :2].tolist() == [0.0, 0.0]
     assert logits.grad[0, 2] > 0
     assert label_sum(logits, torch.full((1, 3), torch.nan)).item() == 0
+
+
+def test_uncertain_as_a_class_of_its_own_by_hand():
+    logits = torch.tensor([[1.0, 0.5], [1.0, 0.5], [1.0, 0.5], [1.0, 0.5]])
+    uncertain = torch.full((4, 1), 2.0)
+    labels = torch.tensor([[1.0, torch.nan], [0.0, torch.nan], [-1.0, 1.0], [torch.nan, 0.0]])
+    weight = torch.tensor([3.0, 2.0])
+    norm = math.log(1 + math.e + math.e**2)
+    own = 3 * (norm - 1) + norm + (norm - 2)
+    other = 2 * math.log(1 + math.exp(-0.5)) + math.log(1 + math.exp(0.5))
+    found = label_class_sum(logits, uncertain, (0,), labels, weight)
+    assert found.item() == pytest.approx(own + other, rel=1e-6)
+
+
+def test_classes_of_uncertain_equal_torchs_cross_entropy_whatever_all_three_logits_move_by():
+    three = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))  # absent, present, ...
+    target = torch.tensor([0, 1, 2, 2, 1])
+    moved = (three - three[:, :1]).requires_grad_()
+    labels = torch.tensor([0.0, 1.0, -1.0])[target].unsqueeze(1)
+    found = label_class_sum(moved[:, 1:2], moved[:, 2:], (0,), labels, torch.ones(1))
+    assert found.item() == pytest.approx(
+        torch.nn.functional.cross_entropy(three, target, reduction="sum").item(), rel=1e-6
+    )
+    found.backward()
+    assert moved.grad is not None and moved.grad.isfinite().all() and (moved.grad[:, 1:] != 0).all()
+    binary = label_class_sum(three[:, :1], three[:, :0], (), labels.abs(), torch.ones(1))
+    assert binary.item() == pytest.approx(label_sum(three[:, :1], labels.abs()).item(), rel=1e-6)
 
 
 def test_losses_in_blocks_are_those_at_once_with_their_gradients():

@@ -172,6 +172,38 @@ def label_sum(
     return torch.where(is_known, per_label, 0.0).sum()
 
 
+def label_class_sum(
+    logits: Float[Tensor, "b k"],
+    uncertain_logits: Float[Tensor, "b m"],
+    columns: Sequence[int],
+    labels: Float[Tensor, "b k"],
+    positive_weight: Float[Tensor, " k"],
+) -> Float[Tensor, ""]:
+    """Cross-entropy of each known label, where "uncertain" is a class of its own for some findings.
+
+    These have the classes absent (logit 0), present and uncertain, so that the sigmoid of `logits`
+    is the probability of present among present and absent. The others are as in `label_sum`.
+
+    Args:
+        logits: Of present against absent, of each finding.
+        uncertain_logits: Of uncertain against absent, of the findings at `columns`.
+        columns: Places of those findings.
+        labels: 1 present, 0 absent, -1 uncertain; NaN is not known and adds nothing.
+        positive_weight: Of the labels that are present, by finding.
+
+    Source: U-MultiClass of Irvin et al. 2019 (arXiv:1901.07031), section 3; one logit of its three
+    is 0 here, as a softmax does not change when all three move alike.
+    """
+    uncertain = torch.full_like(logits, -torch.inf, dtype=torch.float32)
+    uncertain[:, list(columns)] = uncertain_logits.float()
+    present = logits.float()
+    absent = torch.zeros_like(present)
+    of_label = torch.where(labels == 1, present, torch.where(labels == -1, uncertain, absent))
+    per_label = torch.stack((absent, present, uncertain)).logsumexp(0) - of_label
+    per_label = torch.where(labels == 1, positive_weight * per_label, per_label)
+    return torch.where(labels.isnan(), 0.0, per_label).sum()
+
+
 def masked_token_sum(logits: Float[Tensor, "m v"], targets: Int[Tensor, " m"]) -> Float[Tensor, ""]:
     """Cross-entropy of the masked tokens, summed over them.
 

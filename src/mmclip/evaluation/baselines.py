@@ -63,28 +63,39 @@ def fit_logistic(
 
     Unknown labels (NaN) are left out. A finding with one class in the training rows scores 0.5
     throughout; without both classes in the validation rows the strongest regularisation is taken.
+    Labels of -1, uncertain, are a class of its own: what is kept is the difference of the present
+    and the absent class, whose sigmoid is the probability of present among these two.
+
+    Source: U-MultiClass of Irvin et al. 2019 (arXiv:1901.07031), section 3.
     """
     shape = (train_labels.shape[1], train.shape[1])
     fit = LogisticFit(np.zeros(shape), np.ones(shape), np.zeros(shape), np.zeros(shape[0]))
     for k in range(train_labels.shape[1]):
         is_known = ~np.isnan(train_labels[:, k])
         y = train_labels[is_known, k]
-        if len(np.unique(y)) < 2:
+        if not {0.0, 1.0} <= set(y):
             continue
         best = -1.0
         for strength in STRENGTHS:
             scaler = StandardScaler().fit(train[is_known])
             model = LogisticRegression(C=strength, max_iter=2000)
             model.fit(scaler.transform(train[is_known]), y)
-            val_scores = (
-                model.predict_proba(scaler.transform(val))[:, 1] if len(val) else np.zeros(0)
-            )
+            weight, bias = _present_against_absent(model)
+            val_scores = expit(scaler.transform(val) @ weight + bias) if len(val) else np.zeros(0)
             reached = auroc(val_labels[:, k], val_scores) or 0.0
             if reached > best:
                 best = reached
                 fit.mean[k], fit.std[k] = scaler.mean_, scaler.scale_
-                fit.weight[k], fit.bias[k] = model.coef_[0], np.ravel(model.intercept_)[0]
+                fit.weight[k], fit.bias[k] = weight, bias
     return fit
+
+
+def _present_against_absent(model: LogisticRegression) -> tuple[Float[np.ndarray, " d"], float]:
+    """Weight and bias of a fit's logit of class 1 against class 0, which is the last but one."""
+    weight, bias = np.asarray(model.coef_), np.ravel(model.intercept_)
+    if len(weight) == 1:
+        return weight[0], float(bias[0])
+    return weight[-1] - weight[-2], float(bias[-1] - bias[-2])
 
 
 def logistic_scores(

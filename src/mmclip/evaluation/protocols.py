@@ -19,8 +19,9 @@ BUILT = "built"
 OWN_PROTOCOL = "own"
 """The id of the rules of findings that were named on the command line: of no benchmark."""
 
-Uncertain = Literal["ignore", "positive", "negative"]
-"""What a label that the source calls uncertain trains as. Source: U-Ignore, U-Ones and U-Zeros of
+Uncertain = Literal["ignore", "positive", "negative", "multiclass"]
+"""What a label that the source calls uncertain trains as; "multiclass" is a class of its own beside
+present and absent, and scores leave it out. Source: U-Ignore, U-Ones, U-Zeros and U-MultiClass of
 Irvin et al. 2019 (arXiv:1901.07031), section 3."""
 
 Blank = Literal["absent", "unknown"]
@@ -30,6 +31,7 @@ negative (table 1 counts them so), for labels of their own kind."""
 
 _UNCERTAIN_BY_IRVIN: dict[str, Uncertain] = {
     "u-ignore": "ignore", "u-ones": "positive", "u-zeros": "negative",
+    "u-multiclass": "multiclass",
 }  # fmt: skip
 
 
@@ -37,13 +39,13 @@ def _by_its_name(value: object) -> object:
     """The names of the paper, in any case, stand for ours.
 
     Raises:
-        ValueError: For its other two, which a head of one number a finding cannot learn.
+        ValueError: For the one that needs a model that has learnt before.
     """
     name = value.lower() if isinstance(value, str) else ""
-    if name in ("u-multiclass", "u-selftrained"):
+    if name == "u-selftrained":
         raise ValueError(
-            f"{value} is not supported: heads have one number a finding, and no class of its own "
-            f"for uncertain; take U-Ignore, U-Ones or U-Zeros"
+            f"{value} is not supported: it labels uncertain images by a model that has learnt from "
+            f"the others; take U-Ignore, U-Ones, U-Zeros or U-MultiClass"
         )
     return _UNCERTAIN_BY_IRVIN.get(name, value)
 
@@ -60,7 +62,8 @@ class FineTuning(Frozen):
         fractions: Of the training patients; those of 1, 10 and 100 % are saved with a split.
         seeds: Of subset, weights and order; those that a split saves, see `SUBSET_SEEDS`.
         uncertain: What uncertain training labels count as, for findings not in `uncertain_of`;
-            "U-Ignore", "U-Ones" and "U-Zeros" stand for ignore, positive and negative.
+            "U-Ignore", "U-Ones", "U-Zeros" and "U-MultiClass" stand for ignore, positive, negative
+            and multiclass.
         uncertain_of: The same for single findings.
         blank: What a training label counts as that a labelled image does not have.
     """

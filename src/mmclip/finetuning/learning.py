@@ -15,7 +15,7 @@ from mmclip.finetuning.features import stored_features
 from mmclip.finetuning.request import Common, Part
 from mmclip.finetuning.saved import save_probe
 from mmclip.finetuning.supervised import predict, train_classifier
-from mmclip.finetuning.task import Labelled, Task
+from mmclip.finetuning.task import Labelled, Task, multiclass_columns
 from mmclip.models.classifier import Classifier, ImageEncoder
 from mmclip.training.processes import start_accelerator
 
@@ -87,7 +87,7 @@ def trained_fully(common: Common, part: Part, encoder: ImageEncoder, this: str) 
     set_seed(part.seed)
     trained = train_classifier(
         accelerator,
-        Classifier(encoder, len(task.protocol.findings)),
+        Classifier(encoder, len(task.protocol.findings), multiclass_columns(task.protocol)),
         task.train,
         task.val,
         config.model_copy(update={"lr_decay": 1.0}) if common.start.is_random else config,
@@ -120,6 +120,7 @@ def _said(common: Common, this: str) -> dict[str, Any]:
         "run": this,
         "method": request.method,
         "findings": list(common.task.protocol.findings),
+        "multiclass": list(multiclass_columns(common.task.protocol)),
         "features": common.start.features,
         "config": request.config.model_dump(mode="json"),
         "command": request.command,

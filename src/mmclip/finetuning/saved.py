@@ -88,7 +88,7 @@ class FineTuned:
     def encode(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b d"]:
         """What `probabilities` reads: logits, or of a probe the vectors of its encoder."""
         if isinstance(self.model, Classifier):
-            return self.model(image)
+            return self.model(image)[:, : self.model.n_findings]
         assert self.model.image_encoder is not None, "a model of others reads images itself"
         return self.model.image_encoder(image)
 
@@ -180,7 +180,9 @@ def load_fine_tuned(path: Path, device: torch.device | None = None) -> FineTuned
     n_findings = len(meta["findings"])
     is_probe = meta["method"] == "probe"
     model = (
-        Probe(encoder, n_findings, encoder.width) if is_probe else Classifier(encoder, n_findings)
+        Probe(encoder, n_findings, encoder.width)
+        if is_probe
+        else Classifier(encoder, n_findings, meta.get("multiclass", ()))  # older ones have none
     )
     put_weights(model, read_weights(folder, meta), folder)
     return FineTuned(

@@ -33,7 +33,7 @@ from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
 from mmclip.embed import batch_size_of, encode_batch
 from mmclip.evaluation.metrics import macro_auroc
 from mmclip.finetuning.task import Labelled
-from mmclip.losses import label_sum
+from mmclip.losses import label_class_sum, label_sum
 from mmclip.models.classifier import Classifier, Features, freeze_unused, image_of, lr_scales
 from mmclip.models.dual_encoder import sigmoid
 from mmclip.models.encoders import no_decay_names
@@ -131,14 +131,19 @@ class RawLabelledBatch:
 
 @dataclass(frozen=True)
 class LabelTerm:
-    """The one term of fine-tuning: the cross-entropy of known labels."""
+    """The one term of fine-tuning: the cross-entropy of known labels; see `Classifier`."""
 
     positive_weight: Float[Tensor, " k"]
+    multiclass: tuple[int, ...] = ()
     weights: Mapping[str, float] = field(default_factory=lambda: {"label": 1.0})
 
     def sums(self, model: nn.Module, batch: LabelledBatch) -> dict[str, Tensor]:
         """The term, summed over the known labels."""
-        return {"label": label_sum(model(batch.image), batch.labels, self.positive_weight)}
+        labels, weight = batch.labels, self.positive_weight
+        logits, uncertain = model(batch.image).split((labels.shape[1], len(self.multiclass)), 1)
+        if not self.multiclass:
+            return {"label": label_sum(logits, labels, weight)}
+        return {"label": label_class_sum(logits, uncertain, self.multiclass, labels, weight)}
 
     def counts(self, batch: "LabelledBatch | RawLabelledBatch") -> dict[str, int]:
         """Known labels."""
@@ -192,7 +197,7 @@ def positive_weights(labels: Float[np.ndarray, "n k"], most: float) -> Float[np.
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
+    model: Classifier,
     dataset: ImageTextDataset,
     device: torch.device,
     batch_slice: BatchSlice | None = None,
@@ -208,11 +213,12 @@ def predict(
     was_training = model.training
     model.eval()
     cut = (batch_slice or BatchSlice()).of_rows(len(dataset))
-    parts = [torch.zeros(0, model.head.out_features)]  # pyright: ignore
+    parts = [torch.zeros(0, model.n_findings)]
     size = batch_size_of(dataset, device) if len(dataset) else 1
     for start in range(cut.start, cut.stop, size):
         part = np.arange(start, min(start + size, cut.stop))
-        parts.append(encode_batch(model, dataset.pixels(part), device, size))
+        logits = encode_batch(model, dataset.pixels(part), device, size)
+        parts.append(logits[:, : model.n_findings])
     model.train(was_training)
     logits = torch.cat(parts).to(device)
     if batch_slice is not None:
@@ -287,7 +293,7 @@ def train_classifier(
             accelerator,
             state,
             LabelledBatches(train, config, seed).read,
-            LabelTerm(weight.float().to(accelerator.device)),
+            LabelTerm(weight.float().to(accelerator.device), model.multiclass),
             config.train,
             run,
             save,

@@ -35,7 +35,7 @@ class Labelled:
     """Images with an image, and what they are labelled with."""
 
     dataset: ImageTextDataset
-    labels: Float[np.ndarray, "n k"]  # 1, 0 or NaN for unknown
+    labels: Float[np.ndarray, "n k"]  # 1, 0 or NaN for unknown; -1 trains as a class of its own
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -113,11 +113,27 @@ NO_PATHOLOGY = (NO_FINDING, "support devices", "pacemaker", "catheter")
 Source: Irvin et al. 2019, section 2."""
 
 
+_TRAINS_AS = {"positive": 1.0, "negative": 0.0, "multiclass": float(UNCERTAIN)}
+
+
+def multiclass_columns(protocol: Protocol) -> tuple[int, ...]:
+    """The findings, by their place, whose uncertain labels are a class of its own."""
+    rules = rules_of(protocol)
+    return tuple(
+        k
+        for k, finding in enumerate(protocol.findings)
+        if rules.uncertain_of.get(finding, rules.uncertain) == "multiclass"
+    )
+
+
 def training_labels(protocol: Protocol, samples: Sequence[Sample]) -> Float[np.ndarray, "n k"]:
     """Labels to learn from: those of the protocol, uncertain and blank ones as it says.
 
     An image without a finding has no pathology, whatever else its labels leave blank. A blank is
     read as the protocol says where the image has any label.
+
+    Returns:
+        1 present, 0 absent, NaN unknown; -1 uncertain, of `multiclass_columns` alone.
     """
     labels = protocol_labels(protocol, samples)
     rules = rules_of(protocol)
@@ -134,7 +150,7 @@ def training_labels(protocol: Protocol, samples: Sequence[Sample]) -> Float[np.n
         if policy == "ignore" or protocol.own_words:
             continue
         is_uncertain = [sample.labels.get(finding) == UNCERTAIN for sample in samples]
-        labels[is_uncertain, k] = 1.0 if policy == "positive" else 0.0
+        labels[is_uncertain, k] = _TRAINS_AS[policy]
     return labels
 
 

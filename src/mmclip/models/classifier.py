@@ -61,15 +61,25 @@ class Classifier(nn.Module):
     Source: fine-tuning of MAE (arXiv:2111.06377, released code), whose head starts at 2e-5.
     """
 
-    def __init__(self, image_encoder: ImageEncoder, n_findings: int) -> None:
+    def __init__(
+        self, image_encoder: ImageEncoder, n_findings: int, multiclass: Sequence[int] = ()
+    ) -> None:
+        """A new head.
+
+        Args:
+            image_encoder: With its weights.
+            n_findings: Of which the head has a logit each.
+            multiclass: Places of the findings that learn "uncertain" as a class of its own.
+        """
         super().__init__()
-        self.image_encoder = image_encoder
-        self.head = nn.Linear(image_encoder.width, n_findings)
+        self.image_encoder, self.n_findings = image_encoder, n_findings
+        self.multiclass = tuple(multiclass)
+        self.head = nn.Linear(image_encoder.width, n_findings + len(self.multiclass))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k"]:
-        """The logit of each finding."""
+    def forward(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b l"]:
+        """The logit of each finding, against its absence; then those of "uncertain"."""
         return self.head(self.image_encoder(image))
 
 
