@@ -229,6 +229,7 @@ source = "source"
 labels = "labels"
 
 [labels]
+origin = "image-reader"
 map = { "0" = { absent = ["pneumothorax"] }, "1" = { present = ["pneumothorax"] } }
 """
 

@@ -685,3 +685,13 @@ def test_a_word_that_says_two_things_of_a_finding_is_refused(tmp_path: Path):
     labels = {"map": {"sign": {"present": ["mass"], "unknown": ["mass"]}}}
     with pytest.raises(ValueError, match="says one thing of a finding, and names mass twice"):
         read(tmp_path, "film,patient,words\n", columns={"labels": "words"}, labels=labels)
+
+
+def test_a_mapping_says_who_made_the_labels_of_the_rows_that_have_some(tmp_path: Path):
+    text = "f,p,mass,edema\na.png,1,1,\nb.png,2,,-1\nc.png,3,,\n"
+    columns = {"image": "f", "patient_id": "p"}
+    labels = {"columns": {"mass": "mass", "edema": "edema"}, "origin": "report-reader"}
+    found = read(tmp_path, text, columns=columns, labels=labels)
+    assert [sample.label_origin for sample in found] == ["report-reader", "report-reader", None]
+    with pytest.raises(ValueError, match=r"labels.origin"):
+        read(tmp_path, text, columns=columns, labels={**labels, "origin": "me"})

@@ -71,6 +71,7 @@ def test_the_table_of_labels_is_what_the_readers_give(tmp_path: Path):
     text = DOCUMENT.read_text("utf-8")
     written = re.search(re.escape(START) + "(.*?)" + re.escape(END), text, re.DOTALL)
     assert written is not None and written[1] == label_table(tmp_path)
+    assert LABEL_MAKERS[None] not in written[1]  # each reader says who made its labels
 
 
 def test_results_say_who_made_the_labels_and_how_many():

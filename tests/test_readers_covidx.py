@@ -61,6 +61,7 @@ def test_every_row_of_each_list_is_an_image_of_that_split(tmp_path: Path, flat: 
         ("bimcv/5", "val", PRESENT, "bimcv"),  # not the 5 of cohen
         ("rsna/47c78742-4998-4878-aec4-37b11b1354ac", "test", ABSENT, "rsna"),
     ]
+    assert {sample.label_origin for sample in samples} == {"diagnosis"}
     assert [sample.image_id for sample in samples] == files_of(TRAIN) + files_of(VAL) + files_of(
         TEST
     )

@@ -65,6 +65,7 @@ def test_a_report_without_images_is_one_text_only_record(tmp_path: Path):
         impression="Normal chest.",
         report="Lungs are clear. Normal chest.",
         source_labels=("Cardiomegaly/mild", "Opacity/lung/base"),
+        label_origin="report-reader",
     )
 
 

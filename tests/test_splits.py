@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,12 +145,12 @@ def test_near_duplicates_that_link_patients_are_said_too():
 
 
 def test_a_mapping_gives_patients_and_two_data_sets_of_them_agree(tmp_path: Path):
-    one = folder_of(tmp_path / "one", [sample(i, f"n{i // 3}") for i in range(90)])
+    one = folder_of(tmp_path / "one", [sample(i, f"{i // 3 + 1}") for i in range(90)])
     other = folder_of(
         tmp_path / "other", [sample(i, f"x{i}", 1000 + i, source="rsna") for i in range(60)]
     )
     table = tmp_path / "patients.csv"
-    table.write_text("image_id,patient_id\n" + "".join(f"f{i},n{i // 2}\n" for i in range(60)))
+    table.write_text("image_id,patient_id\n" + "".join(f"f{i},{i // 2 + 1}\n" for i in range(60)))
     assert any("patients unknown" in w for w in set_split(other, "clean")["warnings"])
     mapped = set_split(other, "clean", patients=table)
     assert not mapped["warnings"] and mapped["n_patients"] == read_meta(other)["n_patients"] == 30
@@ -159,6 +160,49 @@ def test_a_mapping_gives_patients_and_two_data_sets_of_them_agree(tmp_path: Path
     table.write_text("image_id,patient_id\nf0,n0\n")
     with pytest.raises(ManifestError, match="no patient for 59 of 60 images"):
         set_split(other, "clean", patients=table)
+
+
+def of_rsna(tmp_path: Path, ids: Sequence[str]) -> Path:
+    samples = [
+        replace(sample(i, f"x{i}", source="rsna"), image_id=name) for i, name in enumerate(ids)
+    ]
+    return folder_of(tmp_path / "rsna", samples)
+
+
+def test_image_ids_of_a_mapping_are_found_without_their_leading_zeros_too(tmp_path: Path):
+    folder = of_rsna(tmp_path, ["0007", "0012", "a"])
+    table = tmp_path / "patients.csv"
+    table.write_text("image_id,patient_id\n7,00000001\n12,2\n00a,30805\n")
+    assert set_split(folder, "clean", patients=table)["patients"] == {
+        "0007": "00000001", "0012": "2", "a": "30805",
+    }  # fmt: skip
+    twins = of_rsna(tmp_path / "twins", ["07", "007", "8"])
+    table.write_text("image_id,patient_id\n7,1\n8,2\n")
+    with pytest.raises(ManifestError, match="no patient for 2 of 3 images, such as '07'"):
+        set_split(twins, "clean", patients=table)
+    table.write_text("image_id,patient_id\nz,1\n")
+    with pytest.raises(ManifestError, match="none of its image ids, such as 'z', is one of this"):
+        set_split(folder, "clean", patients=table)
+
+
+@pytest.mark.parametrize(
+    ("ids", "n_strange"),
+    [
+        (["00000001", "30805", "17"], 0),
+        (["P1", "17", "30806"], 2),
+        (["0", "nih-3", "99999"], 3),
+    ],
+)
+def test_ids_of_a_mapping_that_the_collection_does_not_have_are_said(
+    tmp_path: Path, ids: list[str], n_strange: int
+):
+    folder = of_rsna(tmp_path, ["a", "b", "c"])
+    table = tmp_path / "patients.csv"
+    rows = "".join(f"{image},{patient}\n" for image, patient in zip("abc", ids, strict=True))
+    table.write_text("image_id,patient_id\n" + rows)
+    said = [w for w in set_split(folder, "clean", patients=table)["warnings"] if "--patients" in w]
+    assert len(said) == (n_strange > 0)
+    assert not n_strange or f"gives {n_strange} of 3 images an id that chestxray14" in said[0]
 
 
 # Official, and lists.

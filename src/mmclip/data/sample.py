@@ -9,14 +9,15 @@ from typing import Literal, get_args
 Split = Literal["train", "val", "test"]
 View = Literal["PA", "AP", "L", "unknown"]
 Sex = Literal["F", "M"]
-LabelOrigin = Literal["image-reader", "report-reader", "report-program"]
-"""Who made an image's labels: people who read the image, people who read its report, or a program
-that read its report."""
+LabelOrigin = Literal["image-reader", "report-reader", "report-program", "diagnosis"]
+"""Who made an image's labels: people who read the image, people who read its report, a program that
+read its report, or the patient's diagnosis by tests and records, whatever the image shows."""
 
 LABEL_MAKERS: dict[LabelOrigin | None, str] = {
     "image-reader": "people who read the images",
     "report-reader": "people who read the reports",
     "report-program": "a program that read the reports",
+    "diagnosis": "the patients' diagnoses, not a reading of the images",
     None: "the source does not say",
 }
 """Who made labels, in words."""

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmclip.config import ConfigError, Frozen, parse
 from mmclip.data.ingest.csv_rows import SourceError
-from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Split, View
+from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, LabelOrigin, Split, View
 
 KEY_LIKENESS = 0.75
 """A key as much like a known one (`difflib`, 1 is equal) is taken for a misspelling of it.
@@ -112,6 +112,7 @@ class Labels(Frozen):
         yes: Further words for present in those columns, in any case; YES_WORDS are known.
         no: The same of absent; NO_WORDS are known.
         maybe: Words for uncertain.
+        origin: Who made the labels; results say it.
     """
 
     separator: str = Field(default="|", min_length=1)
@@ -123,6 +124,7 @@ class Labels(Frozen):
     yes: tuple[str, ...] = ()
     no: tuple[str, ...] = ()
     maybe: tuple[str, ...] = ()
+    origin: LabelOrigin | None = None
 
     def label_of_word(self) -> dict[str, int]:
         """What each word of a cell of `columns` says, in lower case."""

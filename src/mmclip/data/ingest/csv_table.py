@@ -167,6 +167,7 @@ def _image(row: int, cells: Mapping[str, str], mapping: CsvMapping) -> Record:
         report=report.text,
         labels=labels,
         source_labels=words,
+        label_origin=mapping.labels.origin if labels or words else None,
         age_years=parse_age(_cell(cells, columns.age)),
         sex=_SEXES.get(_cell(cells, columns.sex).lower()),
     )

@@ -1,5 +1,6 @@
 """What splits and data sets share that they should not: patients, equal images, near-duplicates."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ COLLECTIONS = {
 }
 """Sources, or parts of one, whose patients are those of another. Patient ids of other sources are
 not compared: "1" of two hospitals is two people. Source: docs/data.md."""
+
+_ID_FORMS = {
+    "chestxray14": r"0*([1-9]\d{0,3}|[12]\d{4}|30[0-7]\d\d|3080[0-5])",  # 1 to 30805
+}
+"""Of patient ids in a collection that others take images from, and rename: an id of another form
+is of the other's making, and matches no one. Source: Data_Entry_2017, patients 1 to 30805."""
 
 N_EXAMPLES = 3
 
@@ -70,6 +77,12 @@ def patient_key(sample: Sample) -> str:
     if collection == "chestxray14":
         patient = patient.rpartition("/")[2].lstrip("0") or patient
     return f"{collection}/{patient}"
+
+
+def has_own_id(sample: Sample) -> bool:
+    """Whether the patient of an image has the id of the collection that the image comes from."""
+    form = _ID_FORMS.get(collection_of(sample))
+    return form is None or re.fullmatch(form, sample.patient_id.rpartition("/")[2]) is not None
 
 
 def study_key(sample: Sample) -> str:

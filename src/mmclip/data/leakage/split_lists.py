@@ -6,6 +6,7 @@ The lists are never shipped: a user gives the files.
 import csv
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from os.path import splitext
 from pathlib import Path
@@ -159,8 +160,12 @@ def _without_suffix(path: str) -> str:
 def read_patients(path: Path, samples: Sequence[Sample]) -> dict[str, str]:
     """Patient ids by image id, of a CSV with the columns image_id and patient_id.
 
+    An image id that lost its leading zeros in a spreadsheet is found without them, where no other
+    image of the folder has it so.
+
     Raises:
-        ManifestError: When it cannot be read, lacks a column or an image, or names an image twice.
+        ManifestError: When it cannot be read, lacks a column or an image, names an image twice, or
+            names none of the folder's.
     """
     try:
         rows = list(csv.DictReader(path.read_text("utf-8-sig").splitlines()))
@@ -175,9 +180,26 @@ def read_patients(path: Path, samples: Sequence[Sample]) -> dict[str, str]:
             raise ManifestError(
                 f"--patients {path}: image {image_id!r} has no patient, or two; one row per image"
             )
-    if missing := [sample.image_id for sample in samples if sample.image_id not in known]:
+    n_bare = Counter(_without_zeros(sample.image_id) for sample in samples)
+    bare = {_without_zeros(image_id): patient for image_id, patient in known.items()}
+    found: dict[str, str] = {}
+    for image_id in (sample.image_id for sample in samples):
+        without = _without_zeros(image_id)
+        if image_id in known or (without in bare and n_bare[without] == 1):
+            found[image_id] = known.get(image_id) or bare[without]
+    if samples and not found:
+        raise ManifestError(
+            f"--patients {path}: none of its image ids, such as {next(iter(known))!r}, is one of "
+            f"this folder's, such as {samples[0].image_id!r}, with or without leading zeros; give "
+            f"the ids that the folder's samples.parquet has"
+        )
+    if missing := [sample.image_id for sample in samples if sample.image_id not in found]:
         raise ManifestError(
             f"--patients {path} names no patient for {len(missing):,} of {len(samples):,} images, "
             f"such as {missing[0]!r}; add them"
         )
-    return {sample.image_id: known[sample.image_id] for sample in samples}
+    return found
+
+
+def _without_zeros(image_id: str) -> str:
+    return image_id.lstrip("0")

@@ -21,7 +21,14 @@ from mmclip.data.folder import (
     write_split,
 )
 from mmclip.data.ingest.sources import PATIENTS_UNKNOWN
-from mmclip.data.leakage.check import CHEAP, COLLECTIONS, find_overlaps, near_keys
+from mmclip.data.leakage.check import (
+    CHEAP,
+    COLLECTIONS,
+    collection_of,
+    find_overlaps,
+    has_own_id,
+    near_keys,
+)
 from mmclip.data.leakage.split_lists import LISTED, read_lists, read_patients
 from mmclip.data.manifest import data_hash, read_built
 from mmclip.data.sample import BY_PEOPLE, PRESENT, SPLITS, RandomSplit, Sample, Split
@@ -346,6 +353,13 @@ def _warnings(
         said.append(
             f"patients unknown in {', '.join(unknown)}: a {PATIENTS_UNKNOWN[unknown[0]]} counts as "
             f"one, and images of one patient can be in two splits; give ids by --patients"
+        )
+    if strange := [f for f in samples if is_mapped and not has_own_id(f)]:
+        said.append(
+            f"--patients gives {len(strange):,} of {len(samples):,} images an id that "
+            f"{collection_of(strange[0])}, whose images they are, does not have, such as "
+            f"{strange[0].patient_id!r}; these match no patient of it, so whether a run on it has "
+            f"seen them is not decidable (its ids are 1 to 30805, with or without leading zeros)"
         )
     return said
 

@@ -22,7 +22,13 @@ from jaxtyping import Bool, UInt16, UInt64
 
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
-from mmclip.data.leakage.check import N_EXAMPLES, collection_of, content_key, patient_key
+from mmclip.data.leakage.check import (
+    N_EXAMPLES,
+    collection_of,
+    content_key,
+    has_own_id,
+    patient_key,
+)
 from mmclip.data.leakage.duplicates import (
     CHUNKS,
     SIDE,
@@ -37,10 +43,6 @@ from mmclip.files import file_sha256, write_atomic
 logger = logging.getLogger(__name__)
 
 TRAINED_FILE, LOOKS_FILE, KEY_FILE = "trained_on.npy", "trained_looks.npy", "private.key"
-
-_ID_FORMS = {"chestxray14": r"0*[1-9]\d{0,4}"}
-"""Of patient ids in a collection that others take images from, and rename: an id of another form
-is of the other's making, and matches no one. Source: Data_Entry_2017, patients 1 to 30805."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,6 @@ def looks_of(
         found[is_here] = stored[dataset.where[is_here, 1]]
         has_look |= is_here
     return found[has_look], has_look
-
-
-def has_own_id(sample: Sample) -> bool:
-    """Whether the patient of an image has the id of the collection that the image comes from."""
-    form = _ID_FORMS.get(collection_of(sample))
-    return form is None or re.fullmatch(form, sample.patient_id) is not None
 
 
 def collections_of(samples: Iterable[Sample]) -> dict[str, bool]:

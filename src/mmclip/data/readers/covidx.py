@@ -28,9 +28,10 @@ def read_covidx(root: Path) -> Iterator[Record]:
         ("COVID 1", in older lists), so file, class and source are counted from the end. Patient
         ids are those of the collection that an image comes from, and are joined with its name; of
         images of rsna the file's name stands for the patient, who is unknown. These images come
-        from ChestX-ray14, as RSNA's do: who trains on one must not test on the other. "negative"
-        may be any other disease. Without val.txt there is no val. Which collection an image is of
-        is nearly its label: all of stonybrook are positive, all of rsna negative.
+        from ChestX-ray14, as RSNA's do: who trains on one must not test on the other. "positive"
+        is the patient's diagnosis, mostly by a laboratory's test; nobody read it off the image.
+        "negative" may be any other disease. Without val.txt there is no val. Which collection an
+        image is of is nearly its label: all of stonybrook are positive, all of rsna negative.
 
     Args:
         root: The folder that holds all of this.
@@ -89,5 +90,6 @@ def _image(
         split=split,
         image=image,
         labels=labels,
+        label_origin="diagnosis",
         source_labels=(word, collection),
     )

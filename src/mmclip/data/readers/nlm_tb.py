@@ -33,11 +33,12 @@ def read_shenzhen(root: Path) -> Iterator[Record]:
         in the root, in ChinaSet_AllFiles/ or any other folders. Paths with "mask" in them are no
         images.
     Quirks: 0 or 1 at the end of a name is the label: normal, or tuberculosis; nothing else was
-        looked for. A reading is a line of sex and age, written in many ways, and a few words
-        ("normal", "bilateral PTB"). They stay in the source's labels as they are, and are no
-        report: they name the diagnosis, which is the label, half of them are the one word
-        "normal", and a pair of them would count as no positive of another equal one. Patients are
-        unknown: each image counts as one. Images are PA, as the paper says.
+        looked for. Radiologists' readings come with the images. A reading is a line of sex and
+        age, written in many ways, and a few words ("normal", "bilateral PTB"). They stay in the
+        source's labels as they are, and are no report: they name the diagnosis, which is the
+        label, half of them are the one word "normal", and a pair of them would count as no
+        positive of another equal one. Patients are unknown: each image counts as one. Images are
+        PA, as the paper says.
 
     Args:
         root: The folder that holds all of this.
@@ -112,6 +113,7 @@ def _records(
             image=images.get(name, f"CXR_png/{name}.png"),
             view="PA",
             labels=labels,
+            label_origin="image-reader",
             source_labels=(reading,) if reading else (),
             age_years=parse_age(age + unit[:1]),
             sex=_SEXES.get(sex[:1].lower()),

@@ -146,6 +146,7 @@ def _openi_study(
             impression=report.impression,
             report=report.text,
             source_labels=tags,
+            label_origin="report-reader" if tags else None,
         )
         for image in images or [""]
     ]

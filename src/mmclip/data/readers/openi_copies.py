@@ -126,6 +126,7 @@ def _image(
         impression=report.impression,
         report=report.text,
         source_labels=tags,
+        label_origin="report-reader" if tags else None,
     )
 
 
