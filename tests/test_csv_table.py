@@ -371,6 +371,8 @@ def test_splits_are_known_in_any_case_and_by_the_mapping(tmp_path: Path):
         ("010d", 10 / 365.25), ("26W", 26 / 52.18), ("121", None), ("-5", None), ("148Y", None),
         ("abc", None), ("", None), ("inf", None), ("1e1", None), ("5-10", None), ("Y", None),
         ("000Y", None), ("0", None), ("0.0", None), ("000", None), ("000D", None), ("000M", None),
+        ("45 years", 45.0), ("45-year-old", 45.0), ("45 y/o", 45.0), ("18 months", 1.5),
+        ("45 yrs.", 45.0), ("45 my", None), ("years", None),
         ("058Y", 58.0), ("12M", 1.0), ("411", None), ("411Y", None), ("058y ", 58.0),
     ],
 )  # fmt: skip

@@ -134,6 +134,11 @@ def test_a_gold_table_that_cannot_be_compared_says_why(folder: Path, tmp_path: P
         check_labels(folder, RULES, gold)
 
 
+def test_a_gold_table_that_is_not_there_is_said(folder: Path, tmp_path: Path):
+    with pytest.raises(SourceError, match=r"--check .*gold.csv: there is no such file; give a CSV"):
+        check_labels(folder, RULES, tmp_path / "gold.csv")
+
+
 def test_the_command_labels_checks_and_prints_json(folder: Path, tmp_path: Path):
     gold = tmp_path / "gold.csv"
     gold.write_text("image_id,Pleural Effusion\na,1\nb,0\n")

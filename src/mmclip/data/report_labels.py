@@ -233,6 +233,8 @@ def check_labels(folder: Path, rules: LabelRules, gold: Path) -> Check:
         SourceError: When the table cannot be read, has no column of a finding, a value is none of
             these, or none of its images is in the folder.
     """
+    if not gold.is_file():
+        raise SourceError(f"--check {gold}: there is no such file; give a CSV table with image_id")
     samples = [sample for sample in read_built(folder) if sample.report is not None]
     derived = dict(
         zip((sample.image_id for sample in samples), derive_labels(samples, rules), strict=True)

@@ -193,13 +193,19 @@ def _view(word: str, mapping: CsvMapping) -> View:
     return mapping.views.get(word.lower()) or _VIEWS[word.lower()]
 
 
+_AGE = re.compile(
+    r"(\d+(?:\.\d+)?)[\s-]*(?:(Y(?:RS?|EARS?)?|M(?:OS?|ONTHS?)?|W(?:KS?|EEKS?)?|D(?:AYS?)?)\.?"
+    r"(?:[\s-]*(?:/?O|OLD))?)?"
+)
+
+
 def parse_age(text: str) -> float | None:
-    """An age in years from "54", "54.0" or DICOM's "063Y", "018M"; see `known_age`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([YMWD]?)", text.strip().upper())
+    """An age in years from "54", "54.0", DICOM's "063Y", "018M", or "54 years"; see `known_age`."""
+    match = _AGE.fullmatch(text.strip().upper())
     if match is None:
         return None
-    age = float(match[1]) / {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}[match[2]]
-    return known_age(float(age))
+    unit = (match[2] or "Y")[0]
+    return known_age(float(match[1]) / {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}[unit])
 
 
 def known_age(years: float) -> float | None:
