@@ -43,8 +43,9 @@ from mmclip.data.sampling import image_key
 from mmclip.data.synthetic import FINDINGS, PRESETS
 from mmclip.evaluation.compute_metrics import metrics_by_finding
 from mmclip.evaluation.results import Evaluation
-from mmclip.evaluation.scores import Predictions, select_samples
-from mmclip.evaluation.zeroshot import Selection, score_images
+from mmclip.evaluation.scores import Predictions
+from mmclip.evaluation.selection import Selection, select_samples
+from mmclip.evaluation.zeroshot import score_images
 from mmclip.files import write_text_atomic
 from mmclip.prompts import load_prompts
 from mmclip.run import open_run

@@ -24,7 +24,8 @@ from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.synthetic import FINDINGS, PRESETS, Preset, holds_preset, write_dataset
 from mmclip.evaluation.compute_metrics import metrics_by_finding
-from mmclip.evaluation.zeroshot import Selection, score_images
+from mmclip.evaluation.selection import Selection
+from mmclip.evaluation.zeroshot import score_images
 from mmclip.prompts import load_prompts
 from mmclip.run import open_run
 from mmclip.training.pretrain import PretrainRequest, pretrain

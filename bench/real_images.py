@@ -46,7 +46,8 @@ from mmclip.data.streams import STREAMS as STREAMS_READ
 from mmclip.evaluation.compute_metrics import metrics_by_finding, shortcut_baseline
 from mmclip.evaluation.metrics import known
 from mmclip.evaluation.results import Control
-from mmclip.evaluation.zeroshot import Selection, ZeroShot, abnormality_score, zeroshot
+from mmclip.evaluation.selection import Selection
+from mmclip.evaluation.zeroshot import ZeroShot, abnormality_score, zeroshot
 from mmclip.prompts import load_prompts
 from mmclip.run import open_run
 

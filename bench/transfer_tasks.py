@@ -27,8 +27,9 @@ from mmclip.evaluation.bootstrap import (
     patient_weights,
 )
 from mmclip.evaluation.metrics import auroc, calibration_error
-from mmclip.evaluation.scores import FRONTAL, Predictions, make_predictions
-from mmclip.evaluation.zeroshot import Selection, score_images
+from mmclip.evaluation.scores import Predictions, make_predictions
+from mmclip.evaluation.selection import FRONTAL, Selection
+from mmclip.evaluation.zeroshot import score_images
 from mmclip.explanation.marked import PointingRequest, find_marked
 from mmclip.explanation.pointing_game import point_metrics
 from mmclip.explanation.saliency import saliency_maps
@@ -169,7 +170,7 @@ class Bench:
     def scored(self, task: Task, val: np.ndarray, test: np.ndarray) -> Predictions:
         """The predictions of the images of the split."""
         part, scores = (task.val, val) if self.split == "val" else (task.test, test)
-        return make_predictions(part.dataset, task.protocol.findings, part.labels, scores)
+        return make_predictions(part, scores)
 
     def some(self, dataset: ImageTextDataset, split: Split) -> ImageTextDataset:
         """The first frontal images of a split, as many as dense tasks read."""
@@ -197,11 +198,10 @@ def by_label_head(bench: Bench, run: Run, dataset: ImageTextDataset) -> Found:
         return {}
     names = json.loads((run.folder / SEEN_FILE).read_text("utf-8"))["label"]
     selection = Selection(bench.split, findings=tuple(names))
-    images = selection.samples(dataset)
+    images = selection.select(dataset)
     with torch.inference_mode():
-        logits = head(run.model.scale() * embed_images(run, images))
-    test = make_predictions(images, names, selection.labels(images, names), sigmoid(logits))
-    return aurocs(bench, "label head", test)
+        logits = head(run.model.scale() * embed_images(run, images.dataset))
+    return aurocs(bench, "label head", make_predictions(images, sigmoid(logits)))
 
 
 def by_labels(bench: Bench, run: Run, seed: int, with_full: bool) -> Found:

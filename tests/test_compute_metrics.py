@@ -28,12 +28,15 @@ from mmclip.evaluation.results import (
 from mmclip.evaluation.scores import (
     Predictions,
     ScoresError,
-    images_hash,
     load_scores,
     make_predictions,
-    protocol_labels,
     read_scores_csv,
     scores_of_images,
+)
+from mmclip.evaluation.selection import (
+    LabelledImages,
+    images_hash,
+    protocol_labels,
     select_samples,
 )
 
@@ -301,10 +304,11 @@ def test_patients_of_two_sources_with_one_number_are_two():
     )
     dataset = ImageTextDataset(images, (), np.full(2, -1), "d" * 64)
     one_each = np.zeros((2, 1))
-    found = make_predictions(dataset, ["mass"], one_each, one_each)
-    assert len(set(found.patients())) == 2
+    two = LabelledImages(dataset, ("mass",), one_each)
+    assert len(set(make_predictions(two, one_each).patients())) == 2
     of_one = replace(dataset, samples=(images[0], replace(images[1], source="made")))
-    assert len(set(make_predictions(of_one, ["mass"], one_each, one_each).patients())) == 1
+    one = replace(two, dataset=of_one)
+    assert len(set(make_predictions(one, one_each).patients())) == 1
 
 
 def test_results_of_other_images_or_labels_do_not_compare(tmp_path: Path):

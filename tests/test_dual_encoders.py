@@ -32,7 +32,7 @@ from mmclip.explanation.explain import explain_image
 from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.layout import EncoderError
 from mmclip.prompts import load_prompts
-from mmclip.retrieval.retrieve import search
+from mmclip.retrieval.retrieve import SearchRequest, search
 from tests.commands import mmclip as run_mmclip
 from tests.dual_encoders import (
     SAVE,
@@ -400,8 +400,8 @@ def test_retrieval_by_a_model_of_others_is_cosines_by_hand(
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    encoder = open_dual_encoder(ModelRequest(str(models["clip"])))
-    found = search(encoder, [made_data], phrase="pleural effusion", top=3)
+    asked = ModelRequest(str(models["clip"]))
+    found = search(SearchRequest(asked, (made_data,), phrase="pleural effusion", top=3))
     hand = ByHand(models["clip"])
     text = hand.embed_text("pleural effusion")
     for one in found.found:

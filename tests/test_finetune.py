@@ -55,7 +55,6 @@ from mmclip.finetuning.supervised import (
     train_classifier,
 )
 from mmclip.finetuning.task import (
-    Labelled,
     Task,
     multiclass_columns,
     open_task,
@@ -304,7 +303,7 @@ def test_what_the_output_does_not_need_is_frozen_and_all_else_learns():
 
 def opposite(task: Task) -> Task:
     """The task with every test label turned round."""
-    return replace(task, test=Labelled(task.test.dataset, 1 - task.test.labels))
+    return replace(task, test=replace(task.test, labels=1 - task.test.labels))
 
 
 @pytest.mark.parametrize("method", ["probe", "full"])
@@ -339,7 +338,7 @@ def test_test_labels_choose_neither_scores_nor_cut_step_or_weights(
 def test_a_probe_learns_what_one_feature_says_and_leaves_unknown_labels_out(task: Task):
     labels = np.where(np.isnan(task.train.labels), 0.0, task.train.labels)
     labels[::3] = np.nan
-    known = replace(task, train=Labelled(task.train.dataset, labels))
+    known = replace(task, train=replace(task.train, labels=labels))
     told = np.concatenate(
         [np.where(np.isnan(labels), 1e3, labels), task.val.labels, task.test.labels]
     )

@@ -15,7 +15,7 @@ from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.sample import LABEL_MAKERS, LabelOrigin, Sample
 from mmclip.evaluation.protocols import Protocol, load_protocol, protocol_names
-from mmclip.evaluation.scores import label_makers, protocol_labels
+from mmclip.evaluation.selection import label_makers, protocol_labels
 from tests.published import lay_out
 from tests.test_protocols import CASES, plan
 

@@ -26,6 +26,7 @@ from mmclip.evaluation.pictures import (
     warmed,
 )
 from mmclip.evaluation.scores import make_predictions
+from mmclip.evaluation.selection import LabelledImages
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 from mmclip.patches import PatchGrid
@@ -313,7 +314,7 @@ def test_the_gallery_has_the_pictures_of_its_images_in_its_order(
     whole: Checkpoint, dataset: ImageTextDataset
 ):
     n = len(dataset)
-    nothing = make_predictions(dataset, [], np.zeros((n, 0)), np.zeros((n, 0)))
+    nothing = make_predictions(LabelledImages(dataset, (), np.zeros((n, 0))), np.zeros((n, 0)))
     items = gallery_of(whole, dataset, nothing, [6, 0, 7])
     assert [item.name for item in items] == [UNPAIRED, PAIRED, SPEECHLESS]
     for item, has_picture in zip(items, (True, True, False), strict=True):

@@ -23,7 +23,8 @@ from mmclip.evaluation.metrics import auroc
 from mmclip.evaluation.plots import curves_figure
 from mmclip.evaluation.protocols import BUILT, Protocol, load_protocol, protocol_names
 from mmclip.evaluation.results import Undefined, read_results
-from mmclip.evaluation.scores import ScoresError, load_scores, select_samples, unknown_views
+from mmclip.evaluation.scores import ScoresError, load_scores
+from mmclip.evaluation.selection import select_samples, unknown_views
 from mmclip.finetuning.task import open_task
 from tests import made_layouts as made
 from tests.commands import Ended, mmclip

@@ -30,6 +30,7 @@ from mmclip.evaluation.bootstrap import patient_weights
 from mmclip.evaluation.intervals import percentile_interval
 from mmclip.evaluation.metrics import Retrieved
 from mmclip.losses import positive_pairs
+from mmclip.model_loading import ModelRequest
 from mmclip.models.encoders import patch_grid
 from mmclip.retrieval import ranking
 from mmclip.retrieval.ranking import (
@@ -42,7 +43,7 @@ from mmclip.retrieval.ranking import (
     score_direction,
     select_pairs,
 )
-from mmclip.retrieval.retrieve import Search, nearest_patients, search
+from mmclip.retrieval.retrieve import Search, SearchRequest, nearest_patients, search
 from mmclip.run import Run, open_run
 from tests.commands import mmclip
 from tests.made import trained_on
@@ -60,12 +61,16 @@ class Made:
     dataset: ImageTextDataset
 
     @property
+    def asked(self) -> ModelRequest:
+        return ModelRequest(str(self.run))
+
+    @property
     def checkpoint(self) -> Checkpoint:
         return self.opened.checkpoint
 
     def search(self, **asked: object) -> Search:
         # pyright: ignore[reportArgumentType]
-        return search(self.opened, [self.data], **asked)
+        return search(SearchRequest(self.asked, (self.data,), **asked))
 
     def embed(self) -> np.ndarray:
         return image_embeddings(self.opened, self.dataset, [self.data])
@@ -355,7 +360,7 @@ def test_images_without_reports_are_found_once_a_patient_and_not_of_the_own_one(
         for i, (image, patient) in enumerate(zip(images, whose, strict=True))
     ]  # fmt: skip
     build_data(samples, made.raw, tmp_path / "data", image_size=32)
-    found = search(made.opened, [tmp_path / "data"], image="f0")
+    found = search(SearchRequest(made.asked, (tmp_path / "data",), image="f0"))
     said = [(record["source"], record["n_images"]) for record in found.records()]
     assert sorted(said) == [("other", 1), ("ours", 2), ("ours", 3)]
     assert not {record["image_id"] for record in found.records()} & {"f0", "f1", "f2"}

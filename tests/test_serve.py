@@ -23,8 +23,8 @@ from pydicom.encaps import encapsulate
 
 import mmclip
 from mmclip.data.decode_worker import DecodeWorker
-from mmclip.retrieval.retrieve import search
-from mmclip.run import open_run
+from mmclip.model_loading import ModelRequest
+from mmclip.retrieval.retrieve import SearchRequest, search
 from mmclip.serving import decoding
 from mmclip.serving.app import create_app
 from mmclip.serving.batching import Batcher, BusyError
@@ -138,12 +138,12 @@ def test_a_map_is_that_of_python_and_as_large_as_the_image(
 def test_the_nearest_patients_are_those_of_the_command_without_the_patient_asked_for(
     client: TestClient, made_run: Path, made_data: Path, files: list[Path]
 ):
-    run = open_run(made_run)
+    asked = ModelRequest(str(made_run))
     for given, form in (
         ({"image": str(files[1])}, {"files": sent(files[1])}),
         ({"phrase": "pneumothorax"}, {"data": {"phrase": "pneumothorax"}}),
     ):
-        expected = list(search(run, [made_data], top=4, **given).records())
+        expected = list(search(SearchRequest(asked, (made_data,), top=4, **given)).records())
         form["data"] = {**form.get("data", {}), "top": "4"}
         found = client.post("/api/search", **form).json()["found"]
         assert [{k: v for k, v in each.items() if k != "image"} for each in found] == expected

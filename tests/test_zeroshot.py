@@ -17,7 +17,7 @@ from mmclip.data.sample import LABEL_MAKERS, Sample
 from mmclip.data.synthetic import FINDINGS
 from mmclip.embed import embed_texts
 from mmclip.evaluation.results import About, FindingScores
-from mmclip.evaluation.scores import select_samples
+from mmclip.evaluation.selection import select_samples
 from mmclip.evaluation.zeroshot import (
     Selection,
     ZeroShot,

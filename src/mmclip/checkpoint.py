@@ -172,11 +172,7 @@ def write_checkpoint(
     (aside / "model.safetensors").chmod((aside / "trainer.pt").stat().st_mode)
     if tokenizer is not None:
         tokenizer.save_pretrained(aside / "tokenizer")
-    written = sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*") if p.is_file())
-    sha256 = {name: file_sha256(aside / name) for name in written}
-    meta = {"format": FORMAT, "step": step, **metadata, "sha256": sha256}
-    text = json.dumps(sealed(meta, META_CHECKSUM), indent=2)
-    (aside / "meta.json").write_text(text + "\n", "utf-8")
+    _write_meta(aside, step, metadata)
     for path in [*aside.rglob("*"), aside]:
         _sync(path)
     if final.exists():
@@ -187,6 +183,15 @@ def write_checkpoint(
         if int(old.name.removeprefix("step_")) not in spare:
             _remove(old)
     return final
+
+
+def _write_meta(folder: Path, step: int, metadata: Mapping[str, Any]) -> None:
+    """Writes meta.json, with a checksum of each file that is there."""
+    written = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    sha256 = {name: file_sha256(folder / name) for name in written}
+    meta = {"format": FORMAT, "step": step, **metadata, "sha256": sha256}
+    text = json.dumps(sealed(meta, META_CHECKSUM), indent=2)
+    (folder / "meta.json").write_text(text + "\n", "utf-8")
 
 
 def _why_not_written(run: Path, error: Exception) -> str:

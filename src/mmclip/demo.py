@@ -23,7 +23,7 @@ from mmclip.evaluation.baselines import thumbnail_scores
 from mmclip.evaluation.compute_metrics import control_of, metrics_by_finding
 from mmclip.evaluation.protocols import BUILT
 from mmclip.evaluation.results import RESULTS_FILE, About, Combination, Control, RunResults
-from mmclip.evaluation.scores import select_samples
+from mmclip.evaluation.selection import select_samples
 from mmclip.evaluation.zeroshot import (
     GALLERY_SIZE,
     Selection,

@@ -14,7 +14,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,16 @@ def write_text_atomic(path: Path, text: str) -> None:
     """Writes a text file by `write_atomic`, as UTF-8."""
     with write_atomic(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def check_free(paths: Iterable[Path], overwrite: bool) -> None:
+    """Refuses to replace files, unless that is asked for.
+
+    Raises:
+        ValueError: When one is there.
+    """
+    if not overwrite and (there := [path for path in paths if path.exists()]):
+        raise ValueError(f"{there[0]} is there; add --overwrite to replace it, or change --out")
 
 
 def move_in(made: Path, out: Path, last: str) -> None:

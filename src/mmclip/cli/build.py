@@ -136,7 +136,7 @@ class ReaderCommand:
     ) -> None:
         """Builds a data folder from what the reader reads."""
         from mmclip.data.ingest.build import BuildOptions, build_data, build_shard
-        from mmclip.data.ingest.shards import Shard, n_cores
+        from mmclip.data.ingest.shards import Shard
         from mmclip.data.ingest.sources import open_reader
         from mmclip.data.sample import RandomSplit
 
@@ -148,10 +148,7 @@ class ReaderCommand:
             metadata={"reader": reader or self.name, "command": command_line()},
         )
         dicom = _dicom_options(self.name, out, reports, id_key, keep_age_sex)
-        if scheduler is not None and workers:
-            both = f"--workers {workers} and --scheduler {scheduler}"
-            raise ValueError(f"{both} both say who works; give one of them")
-        who = scheduler or workers or n_cores()
+        who = _who_works(scheduler, workers)
         share = None if shard is None else Shard.parse(shard)
         if share is not None and overwrite:
             raise ValueError(
@@ -249,6 +246,16 @@ def _dicom_options(
         return None
     key = id_key or out.with_name(f"{out.resolve().name}.id-key")
     return DicomOptions(key, reports, keep_age_sex)
+
+
+def _who_works(scheduler: str | None, workers: int) -> str | int:
+    """A Dask scheduler, or a number of processes; all cores where neither is given."""
+    from mmclip.data.ingest.shards import n_cores
+
+    if scheduler is not None and workers:
+        both = f"--workers {workers} and --scheduler {scheduler}"
+        raise ValueError(f"{both} both say who works; give one of them")
+    return scheduler or workers or n_cores()
 
 
 def _resize_mode(name: str) -> "ResizeMode":

@@ -94,24 +94,43 @@ def zeroshot(
         print_results(evaluate(request), out)
 
 
+ModelsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="Models as --model of zeroshot takes them; the first is the base.", metavar="MODEL"
+    ),
+]
+OutOption = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        rich_help_panel=IN_OUT,
+        help="Folder that gets the results of each model.",
+        metavar="PATH",
+    ),
+]
+TrainedOnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trained-on",
+        rich_help_panel=SELECTION,
+        help="Data sets that one of the models was trained on; may be repeated.",
+        metavar="MODEL=NAMES",
+    ),
+]
+SaveOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--save", rich_help_panel=IN_OUT, help="Write the table as Markdown.", metavar="PATH"
+    ),
+]
+
+
 @app.command(name="compare-models", cls=PlainCommand)
 def compare_models(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            help="Models as --model of zeroshot takes them; the first is the base.", metavar="MODEL"
-        ),
-    ],
+    models: ModelsArgument,
     data: FolderOption,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            rich_help_panel=IN_OUT,
-            help="Folder that gets the results of each model.",
-            metavar="PATH",
-        ),
-    ],
+    out: OutOption,
     root: RootOption = None,
     protocol: ProtocolOption = None,
     split: SplitOption = "test",
@@ -119,23 +138,10 @@ def compare_models(
     finding: FindingOption = None,
     prompts: PromptsOption = None,
     rule: RuleOption = None,
-    trained_on: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--trained-on",
-            rich_help_panel=SELECTION,
-            help="Data sets that one of the models was trained on; may be repeated.",
-            metavar="MODEL=NAMES",
-        ),
-    ] = None,
+    trained_on: TrainedOnOption = None,
     n_resamples: ResamplesOption = 1000,
     seed: SeedOption = 0,
-    save: Annotated[
-        Path | None,
-        typer.Option(
-            "--save", rich_help_panel=IN_OUT, help="Write the table as Markdown.", metavar="PATH"
-        ),
-    ] = None,
+    save: SaveOption = None,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
@@ -172,17 +178,15 @@ def compare_models(
         roots=tuple(root) if root else None,
         device=device_of(cpu),
     )
-    folders: list[Path] = []
-    unchecked: list[str] = []
+    done = []
     with resume_hint(), locked(out):
         for scored in score_models(asked, request, overwrite):
-            folders.append(scored.folder)
-            unchecked += [scored.folder.name] if scored.is_unchecked else []
+            done.append(scored)
             what = "is done" if scored.was_done else "is scored"
             said = f"{scored.source} {what}: {scored.folder / 'page.html'}"
             console.print(said, markup=False, soft_wrap=True)
-    show_side_by_side(folders, n_resamples, seed, False, save)
-    if unchecked:
+    show_side_by_side([scored.folder for scored in done], n_resamples, seed, False, save)
+    if unchecked := [scored.folder.name for scored in done if scored.is_unchecked]:
         said = f"leaks are not checked of {', '.join(unchecked)}: what trained them is not known"
         console.print(said, style="yellow", markup=False, soft_wrap=True)
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -23,14 +23,7 @@ from mmclip.files import locked_file
 from mmclip.progress import console
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from mmclip.data.ingest.annotations import Annotation
-    from mmclip.explanation.pointing_game import PointingRequest
     from mmclip.explanation.saliency import ExplainScore
-    from mmclip.models.dual_encoder import DualEncoder
-    from mmclip.prompts import PromptSet
-    from mmclip.run import Run
 
 app = typer.Typer()
 
@@ -39,88 +32,99 @@ MAPS = "Maps and boxes"
 """Titles of panels of the help."""
 
 
+OutOption = Annotated[
+    Path,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="The picture, .png, with an .npz beside it; a .json to evaluate.",
+        metavar="PATH",
+    ),
+]
+ImageOption = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=ONE_IMAGE,
+        help="An image: PNG, JPEG, DICOM or the like.",
+        metavar="PATH",
+    ),
+]
+DataOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="Data folder of `mmclip data build`; may be repeated to evaluate.",
+        metavar="PATH",
+    ),
+]
+ImageIdOption = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=ONE_IMAGE, help="An image of the data folder.", metavar="NAME"),
+]
+PhraseOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=ONE_IMAGE, help="What to look for, as a report says.", metavar="TEXT"
+    ),
+]
+ScoreOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=MAPS,
+        help="contribution, prompt_pair or decoder_attention.",
+        metavar="NAME",
+    ),
+]
+PromptsOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=MAPS,
+        help="Prompt set for findings and prompt_pair: a name or a path.",
+        metavar="NAME",
+    ),
+]
+BoxesOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=MAPS,
+        help="Boxes or masks: chestxdet10, chestxray14, ms-cxr, rsna, siim, synthetic or "
+        "vindr, and the folder that holds them.",
+        metavar="NAME=FOLDER",
+    ),
+]
+EvaluateOption = Annotated[
+    bool,
+    typer.Option(
+        "--evaluate",
+        rich_help_panel=EVALUATION,
+        help="Measure the maps of all images with --boxes.",
+    ),
+]
+SplitOption = Annotated[
+    str, typer.Option(rich_help_panel=EVALUATION, help="train, val or test.", metavar="NAME")
+]
+SeedOption = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel=EVALUATION, help="Of the bootstrap and the random weights.", metavar="N"
+    ),
+]
+
+
 @app.command(cls=PlainCommand)
 def explain(
     model: ModelOption,
-    out: Annotated[
-        Path,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="The picture, .png, with an .npz beside it; a .json to evaluate.",
-            metavar="PATH",
-        ),
-    ],
-    image: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=ONE_IMAGE,
-            help="An image: PNG, JPEG, DICOM or the like.",
-            metavar="PATH",
-        ),
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="Data folder of `mmclip data build`; may be repeated to evaluate.",
-            metavar="PATH",
-        ),
-    ] = None,
-    image_id: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=ONE_IMAGE, help="An image of the data folder.", metavar="NAME"
-        ),
-    ] = None,
-    phrase: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=ONE_IMAGE, help="What to look for, as a report says.", metavar="TEXT"
-        ),
-    ] = None,
-    score: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=MAPS,
-            help="contribution, prompt_pair or decoder_attention.",
-            metavar="NAME",
-        ),
-    ] = "contribution",
-    prompts: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=MAPS,
-            help="Prompt set for findings and prompt_pair: a name or a path.",
-            metavar="NAME",
-        ),
-    ] = "default",
-    boxes: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=MAPS,
-            help="Boxes or masks: chestxdet10, chestxray14, ms-cxr, rsna, siim, synthetic or "
-            "vindr, and the folder that holds them.",
-            metavar="NAME=FOLDER",
-        ),
-    ] = None,
-    evaluate: Annotated[
-        bool,
-        typer.Option(
-            "--evaluate",
-            rich_help_panel=EVALUATION,
-            help="Measure the maps of all images with --boxes.",
-        ),
-    ] = False,
-    split: Annotated[
-        str, typer.Option(rich_help_panel=EVALUATION, help="train, val or test.", metavar="NAME")
-    ] = "test",
+    out: OutOption,
+    image: ImageOption = None,
+    data: DataOption = None,
+    image_id: ImageIdOption = None,
+    phrase: PhraseOption = None,
+    score: ScoreOption = "contribution",
+    prompts: PromptsOption = "default",
+    boxes: BoxesOption = None,
+    evaluate: EvaluateOption = False,
+    split: SplitOption = "test",
     n_resamples: ResamplesOption = 1000,
-    seed: Annotated[
-        int,
-        typer.Option(
-            rich_help_panel=EVALUATION, help="Of the bootstrap and the random weights.", metavar="N"
-        ),
-    ] = 0,
+    seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
@@ -130,124 +134,52 @@ def explain(
 
     Example: `mmclip explain --model runs/a --data b --evaluate --boxes rsna=rsna/ --out a.json`
     """
+    from mmclip.explanation.explain import ExplainRequest, write_map
+    from mmclip.explanation.pointing_game import MapsRequest, PointingRequest, evaluate_maps
+    from mmclip.prompts import load_prompts
+
     kind = _score_name(score)
-    files = _files(out, evaluate)
-    where = _check_given(
-        evaluate, image=image, data=data, image_id=image_id, phrase=phrase, boxes=boxes
-    )
+    _check_suffix(out, ".json" if evaluate else ".png")
+    _check_given(evaluate, image=image, data=data, image_id=image_id, phrase=phrase, boxes=boxes)
     of_split = split_name(split)
     marked = None if boxes is None else _boxes(boxes)
     check_inputs(model, data or (), prompts=[prompts])
-
-    from mmclip.model_loading import open_dual_encoder
-    from mmclip.prompts import load_prompts
-
-    opened = open_dual_encoder(model_request(model), device_of(cpu))
     prompt_set = load_prompts(prompts)
     if evaluate:
-        from mmclip.explanation.pointing_game import PointingRequest
-
         assert data and marked
-        opened = _only_run(opened, "--evaluate")
-        request = PointingRequest(
+        pointing = PointingRequest(
             *marked, kind, prompt_set, split=of_split, n_resamples=n_resamples, seed=seed
         )
+        maps = MapsRequest(
+            model=model_request(model),
+            folders=tuple(data),
+            out=out,
+            command=command_line(),
+            pointing=pointing,
+            overwrite=overwrite,
+            device=device_of(cpu),
+        )
         with locked_file(out):
-            _evaluate(opened, data, request, out, overwrite)
+            _print_pointing(evaluate_maps(maps))
+        print(out.read_text("utf-8"), end="")
         return
     assert phrase is not None
-    shown = _read(opened, where, image, data, marked)
-    _check_free(files, overwrite)
-    with locked_file(out):
-        _explain(opened, shown, phrase, kind, prompt_set, files)
-
-
-def _only_run(encoder: "DualEncoder", what: str) -> "Run":
-    """The run, for what needs one.
-
-    Raises:
-        ValueError: When it is a model of others.
-    """
-    from mmclip.run import Run
-
-    if isinstance(encoder, Run):
-        return encoder
-    raise ValueError(f"{what} needs a run of `mmclip pretrain`, and {encoder.name} is none")
-
-
-def _evaluate(
-    run: "Run", data: list[Path], request: "PointingRequest", out: Path, overwrite: bool
-) -> None:
-    """Measures the maps of all images, and writes and prints what is found."""
-    from mmclip.explanation.pointing_game import evaluate_explanations
-    from mmclip.files import write_text_atomic
-
-    dataset = run.open_data(data)
-    _check_free([out], overwrite)
-    results = evaluate_explanations(run, dataset, request)
-    _print_pointing(results)
-    text = json.dumps({"command": command_line(), **results}, indent=2, ensure_ascii=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(out, text + "\n")
-    print(text)
-
-
-class _Shown(NamedTuple):
-    """An image to explain."""
-
-    name: str
-    pixels: "np.ndarray"
-    size_px: tuple[int, int] | None  # as published, where the pixels are a resized copy
-    annotations: "list[Annotation]"
-
-
-def _read(
-    encoder: "DualEncoder",
-    name: str,
-    image: Path | None,
-    data: list[Path] | None,
-    marked: tuple[str, Path] | None,
-) -> _Shown:
-    """The image of a file, or of a data folder by its id."""
-    from mmclip.data.images import ImageError, read_image
-    from mmclip.explanation.explain import image_of_folder
-
-    if image is None:
-        assert data
-        return _Shown(name, *image_of_folder(encoder, data[0], name, marked))
-    try:
-        return _Shown(name, read_image(image), None, [])
-    except ImageError as error:
-        raise ValueError(f"--image {image}: {error}; give another file") from None
-
-
-def _explain(
-    encoder: "DualEncoder",
-    shown: _Shown,
-    phrase: str,
-    score: "ExplainScore",
-    prompts: "PromptSet",
-    files: list[Path],
-) -> None:
-    """Draws the map of one image, and prints what it says in numbers."""
-    from mmclip.explanation.explain import explain_image, write_explanation
-
-    found = explain_image(
-        encoder, shown.pixels, phrase, score, prompts, shown.size_px, shown.annotations
+    request = ExplainRequest(
+        model=model_request(model),
+        phrase=phrase,
+        out=out,
+        command=command_line(),
+        image=image,
+        folder=data[0] if data else None,
+        image_id=image_id,
+        boxes=marked,
+        score=kind,
+        prompts=prompt_set,
+        overwrite=overwrite,
+        device=device_of(cpu),
     )
-    facts = found.facts()
-    picture, arrays = files
-    caption = f"{shown.name}; {encoder.name}"
-    write_explanation(picture, found, facts, caption)
-    metadata = {
-        "command": command_line(),
-        "image": shown.name,
-        "model": encoder.name,
-        **encoder.weights._asdict(),
-        "picture": str(picture),
-        "arrays": str(arrays),
-    }
-    print(json.dumps({**metadata, **facts}, indent=2, ensure_ascii=False))
+    with locked_file(out):
+        print(json.dumps(write_map(request), indent=2, ensure_ascii=False))
 
 
 def _score_name(name: str) -> "ExplainScore":
@@ -258,18 +190,9 @@ def _score_name(name: str) -> "ExplainScore":
     return name
 
 
-def _files(out: Path, evaluate: bool) -> list[Path]:
-    """The files that will be written."""
-    suffix = ".json" if evaluate else ".png"
+def _check_suffix(out: Path, suffix: str) -> None:
     if out.suffix != suffix:
         raise ValueError(f"--out {out} does not end in {suffix}; name the file to write")
-    return [out] if evaluate else [out, out.with_suffix(".npz")]
-
-
-def _check_free(files: list[Path], overwrite: bool) -> None:
-    """Refuses to replace files, but with --overwrite."""
-    if not overwrite and (there := [str(file) for file in files if file.exists()]):
-        raise ValueError(f"{there[0]} is there; add --overwrite to replace it, or change --out")
 
 
 def _check_given(
@@ -280,8 +203,8 @@ def _check_given(
     image_id: str | None,
     phrase: str | None,
     boxes: str | None,
-) -> str:
-    """Refuses options that do not go together; returns the name of the one image, if it is one."""
+) -> None:
+    """Refuses options that do not go together."""
     given = {"--image": image, "--data": data, "--image-id": image_id, "--phrase": phrase}
     given["--boxes"] = boxes
     if evaluate:
@@ -298,7 +221,6 @@ def _check_given(
         raise ValueError(f"{way} has no use for {', '.join(extra)}; leave it out")
     if not evaluate and data and len(data) > 1:
         raise ValueError(f"--data was given {len(data)} times; one image is in one data folder")
-    return image.name if image is not None else image_id or ""
 
 
 def _boxes(given: str) -> tuple[str, Path]:

@@ -14,51 +14,60 @@ HUB = "Hugging Face hub"
 """Title of a panel of the help."""
 
 
+RunArgument = Annotated[
+    Path, typer.Argument(help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
+]
+OutOption = Annotated[
+    Path, typer.Option(rich_help_panel=IN_OUT, help="Folder to write.", metavar="PATH")
+]
+ToOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="hf (VisionTextDualEncoderModel), onnx (both encoders), vision or text (one).",
+        metavar="FORM",
+    ),
+]
+ResultsOption = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="Folder of `mmclip zeroshot` on this run, for the model card.",
+        metavar="PATH",
+    ),
+]
+LicenceOption = Annotated[
+    str,
+    typer.Option(
+        "--license",
+        rich_help_panel=HUB,
+        help="Of the weights, by the hub's name; ask who owns the training data.",
+        metavar="NAME",
+    ),
+]
+PushToHubOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=HUB,
+        help="Upload to this repository, made private if new; needs HF_TOKEN.",
+        metavar="ID",
+    ),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", rich_help_panel=OTHER, help="Replace an export in --out."),
+]
+
+
 @app.command(cls=PlainCommand)
 def export(
-    run: Annotated[
-        Path, typer.Argument(help="Run or checkpoint of `mmclip pretrain`.", metavar="PATH")
-    ],
-    out: Annotated[
-        Path, typer.Option(rich_help_panel=IN_OUT, help="Folder to write.", metavar="PATH")
-    ],
-    to: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="hf (VisionTextDualEncoderModel), onnx (both encoders), vision or text (one).",
-            metavar="FORM",
-        ),
-    ] = "hf",
-    results: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="Folder of `mmclip zeroshot` on this run, for the model card.",
-            metavar="PATH",
-        ),
-    ] = None,
-    licence: Annotated[
-        str,
-        typer.Option(
-            "--license",
-            rich_help_panel=HUB,
-            help="Of the weights, by the hub's name; ask who owns the training data.",
-            metavar="NAME",
-        ),
-    ] = "other",
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=HUB,
-            help="Upload to this repository, made private if new; needs HF_TOKEN.",
-            metavar="ID",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", rich_help_panel=OTHER, help="Replace an export in --out."),
-    ] = False,
+    run: RunArgument,
+    out: OutOption,
+    to: ToOption = "hf",
+    results: ResultsOption = None,
+    licence: LicenceOption = "other",
+    push_to_hub: PushToHubOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Writes a run for transformers, the hub or onnxruntime, with a model card.
 

@@ -4,7 +4,7 @@ import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -26,100 +26,113 @@ from mmclip.progress import console
 app = typer.Typer()
 
 
+DataOption = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        rich_help_panel=IN_OUT,
+        help="Data folder of `mmclip data build`.",
+        metavar="PATH",
+    ),
+]
+OutOption = Annotated[
+    Path,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="Folder of the results, one folder a run in it.",
+        metavar="PATH",
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        rich_help_panel=IN_OUT,
+        help="A run or checkpoint; a CLIP, SigLIP or dual encoder of transformers, as a folder "
+        "or hub id; or module:function.",
+        metavar="MODEL",
+    ),
+]
+InitOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=TRAINING,
+        help="Weights: run, random (the run's architecture) or hf:FOLDER_OR_NAME.",
+        metavar="NAME",
+    ),
+]
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=SELECTION,
+        help="Findings, images and rules of a benchmark: name or path.",
+        metavar="NAME",
+    ),
+]
+FindingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        rich_help_panel=SELECTION,
+        help="Without a protocol: learn these; may be repeated.",
+        metavar="NAME",
+    ),
+]
+SourceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        rich_help_panel=SELECTION,
+        help="Without a protocol: only these; may be repeated.",
+        metavar="NAME",
+    ),
+]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=TRAINING,
+        help="probe (linear, encoder as it is) or full (encoder and head).",
+        metavar="NAME",
+    ),
+]
+FractionOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        rich_help_panel=TRAINING,
+        help="Of the training patients: 0.01, 0.1 or 1; may be repeated.",
+        metavar="RATIO",
+    ),
+]
+SeedOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        rich_help_panel=TRAINING,
+        help="Of subset, weights and order; may be repeated. [the protocol's]",
+        metavar="N",
+    ),
+]
+ConfigOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=TRAINING,
+        help="Of full fine-tuning: tiny, vit_b, or a path to a TOML.",
+        metavar="NAME",
+    ),
+]
+
+
 @app.command(cls=PlainCommand)
 def finetune(
-    data: Annotated[
-        Path,
-        typer.Option(
-            "--data",
-            rich_help_panel=IN_OUT,
-            help="Data folder of `mmclip data build`.",
-            metavar="PATH",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="Folder of the results, one folder a run in it.",
-            metavar="PATH",
-        ),
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            rich_help_panel=IN_OUT,
-            help="A run or checkpoint; a CLIP, SigLIP or dual encoder of transformers, as a folder "
-            "or hub id; or module:function.",
-            metavar="MODEL",
-        ),
-    ] = None,
-    init: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=TRAINING,
-            help="Weights: run, random (the run's architecture) or hf:FOLDER_OR_NAME.",
-            metavar="NAME",
-        ),
-    ] = "run",
-    protocol: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=SELECTION,
-            help="Findings, images and rules of a benchmark: name or path.",
-            metavar="NAME",
-        ),
-    ] = None,
-    finding: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel=SELECTION,
-            help="Without a protocol: learn these; may be repeated.",
-            metavar="NAME",
-        ),
-    ] = None,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel=SELECTION,
-            help="Without a protocol: only these; may be repeated.",
-            metavar="NAME",
-        ),
-    ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=TRAINING,
-            help="probe (linear, encoder as it is) or full (encoder and head).",
-            metavar="NAME",
-        ),
-    ] = "probe",
+    data: DataOption,
+    out: OutOption,
+    model: ModelOption = None,
+    init: InitOption = "run",
+    protocol: ProtocolOption = None,
+    finding: FindingOption = None,
+    source: SourceOption = None,
+    method: MethodOption = "probe",
     trained_on: TrainedOnOption = None,
-    fraction: Annotated[
-        list[float] | None,
-        typer.Option(
-            rich_help_panel=TRAINING,
-            help="Of the training patients: 0.01, 0.1 or 1; may be repeated.",
-            metavar="RATIO",
-        ),
-    ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(
-            rich_help_panel=TRAINING,
-            help="Of subset, weights and order; may be repeated. [the protocol's]",
-            metavar="N",
-        ),
-    ] = None,
-    config: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=TRAINING,
-            help="Of full fine-tuning: tiny, vit_b, or a path to a TOML.",
-            metavar="NAME",
-        ),
-    ] = "tiny",
+    fraction: FractionOption = None,
+    seed: SeedOption = None,
+    config: ConfigOption = "tiny",
     overrides: SetOption = None,
     n_resamples: ResamplesOption = 1000,
     cpu: CpuOption = False,
@@ -140,8 +153,6 @@ def finetune(
     from mmclip.model_loading import is_function, is_of_transformers
 
     refuse_choice_beside(protocol, source, finding)
-    if method not in ("probe", "full"):
-        raise ValueError(f"--method {method!r} is none of probe, full")
     is_of_others = model is not None and (is_function(model) or is_of_transformers(model))
     if trained_on and not is_of_others:
         raise ValueError("--trained-on is for models of others; leave it out")
@@ -156,7 +167,7 @@ def finetune(
         run=None if model is None or is_of_others else Path(model),
         others=model_request(model, None, trained_on) if model and is_of_others else None,
         init=init,
-        method="full" if method == "full" else "probe",
+        method=_method_named(method),
         fractions=tuple(fraction or ()),
         seeds=tuple(seed or ()),
         n_resamples=n_resamples,
@@ -168,6 +179,12 @@ def finetune(
     if is_first:
         _print_summary(json.loads(summary.read_text("utf-8")))
         print(summary)
+
+
+def _method_named(name: str) -> Literal["probe", "full"]:
+    if name not in ("probe", "full"):
+        raise ValueError(f"--method {name!r} is none of probe, full")
+    return name
 
 
 def _print_summary(summary: dict) -> None:

@@ -1,86 +1,101 @@
 """`mmclip predict`: probabilities of findings for images without labels."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmclip.cli.plain import IN_OUT, SELECTION, PlainCommand
 from mmclip.cli.shared import CpuOption, RuleOption, check_inputs, device_of, model_request
-from mmclip.files import locked_file
+from mmclip.files import check_free, locked_file
 from mmclip.progress import console
+
+if TYPE_CHECKING:
+    from mmclip.prediction.predict import Predicted
 
 app = typer.Typer()
 
 
+InputsArgument = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Image files, folders that are searched through, and data folders.", metavar="PATH"
+    ),
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="A run, checkpoint or fine-tuned result; a CLIP, SigLIP or dual encoder of "
+        "transformers, as a folder or hub id; or module:function.",
+        metavar="MODEL",
+    ),
+]
+OutOption = Annotated[
+    Path,
+    typer.Option(rich_help_panel=IN_OUT, help="The table to write, .csv.", metavar="PATH"),
+]
+FindingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        rich_help_panel=SELECTION,
+        help="What to look for; may be repeated. [a fine-tuned model: all it has learnt]",
+        metavar="NAME",
+    ),
+]
+PromptsOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=SELECTION,
+        help="Prompt set that words the findings: name or path.",
+        metavar="NAME",
+    ),
+]
+ByOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=SELECTION,
+        help="A line for each image, or for each study: the mean of its frontal images.",
+        metavar="NAME",
+    ),
+]
+ThresholdsOption = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="Validated results whose thresholds decide: results.json.",
+        metavar="PATH",
+    ),
+]
+ExplainOption = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="Folder for a saliency map of each image and finding.",
+        metavar="PATH",
+    ),
+]
+WorkersOption = Annotated[
+    int, typer.Option(help="Processes that decode. [all cores]", min=0, metavar="N")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the table and maps that are there.")
+]
+
+
 @app.command(cls=PlainCommand)
 def predict(
-    inputs: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Image files, folders that are searched through, and data folders.", metavar="PATH"
-        ),
-    ],
-    model: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="A run, checkpoint or fine-tuned result; a CLIP, SigLIP or dual encoder of "
-            "transformers, as a folder or hub id; or module:function.",
-            metavar="MODEL",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(rich_help_panel=IN_OUT, help="The table to write, .csv.", metavar="PATH"),
-    ],
-    finding: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel=SELECTION,
-            help="What to look for; may be repeated. [a fine-tuned model: all it has learnt]",
-            metavar="NAME",
-        ),
-    ] = None,
-    prompts: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=SELECTION,
-            help="Prompt set that words the findings: name or path.",
-            metavar="NAME",
-        ),
-    ] = "default",
+    inputs: InputsArgument,
+    model: ModelOption,
+    out: OutOption,
+    finding: FindingOption = None,
+    prompts: PromptsOption = "default",
     rule: RuleOption = None,
-    by: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=SELECTION,
-            help="A line for each image, or for each study: the mean of its frontal images.",
-            metavar="NAME",
-        ),
-    ] = "image",
-    thresholds: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="Validated results whose thresholds decide: results.json.",
-            metavar="PATH",
-        ),
-    ] = None,
-    explain: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="Folder for a saliency map of each image and finding.",
-            metavar="PATH",
-        ),
-    ] = None,
-    workers: Annotated[
-        int, typer.Option(help="Processes that decode. [all cores]", min=0, metavar="N")
-    ] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the table and maps that are there.")
-    ] = False,
+    by: ByOption = "image",
+    thresholds: ThresholdsOption = None,
+    explain: ExplainOption = None,
+    workers: WorkersOption = 0,
+    overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
     """Scores images by what a report would say of them, without labels, into a CSV.
@@ -103,11 +118,8 @@ def predict(
     check_inputs(prompts=[prompts])
     if out.suffix != ".csv":
         raise ValueError(f"--out {out} does not end in .csv; name the table to write")
-    there = [out] if out.exists() else []
-    if explain is not None and explain.exists() and (explain.is_file() or any(explain.iterdir())):
-        there.append(explain)
-    if there and not overwrite:
-        raise ValueError(f"{there[0]} is there; add --overwrite to replace it, or name another")
+    has_maps = explain is not None and (explain.is_file() or any(explain.glob("*")))
+    check_free([out, explain] if explain is not None and has_maps else [out], overwrite)
     with locked_file(out):
         done = score(
             PredictRequest(
@@ -123,6 +135,12 @@ def predict(
                 device=device_of(cpu),
             )
         )
+    _say(done, by)
+    print(out)
+
+
+def _say(done: "Predicted", by: str) -> None:
+    """What was scored, for people, and what of it they must know."""
     said = f"{done.n_images:,} images scored"
     if by == "study":
         said += f", {done.n_lines:,} studies"
@@ -143,7 +161,6 @@ def predict(
         is_of_them = done.n_laterals and by == "study"
         laterals = f", {done.n_laterals:,} of them laterals" if is_of_them else ""
         _warn(f"{done.n_skipped:,} images have no numbers{laterals}; {done.skipped} says why")
-    print(out)
 
 
 def _warn(text: str) -> None:

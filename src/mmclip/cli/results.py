@@ -34,65 +34,73 @@ COMPARISON = "Comparison"
 """Titles of panels of the help."""
 
 
+GivenArgument = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Folders with results.json, or CSV files of scores; the first is the base.",
+        metavar="PATH",
+    ),
+]
+DataOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--data",
+        rich_help_panel=OF_SCORES,
+        help="Data folder of the images; may be repeated.",
+        metavar="PATH",
+    ),
+]
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=OF_SCORES, help="By whose rules; a name or a path.", metavar="NAME"
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(rich_help_panel=OF_SCORES, help="Folder that gets their results.", metavar="PATH"),
+]
+SplitOption = Annotated[
+    str, typer.Option(rich_help_panel=OF_SCORES, help="val or test.", metavar="NAME")
+]
+OverSeedsOption = Annotated[
+    bool,
+    typer.Option(
+        "--over-seeds",
+        rich_help_panel=COMPARISON,
+        help="One row for the runs that differ by their training seed alone.",
+    ),
+]
+SaveOption = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=COMPARISON, help="Write the table as Markdown, too.", metavar="PATH"
+    ),
+]
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        rich_help_panel="Reproduction",
+        help="Run the commands that made the results again, and compare.",
+    ),
+]
+
+
 @app.command(cls=PlainCommand)
 def results(
     context: typer.Context,
-    given: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Folders with results.json, or CSV files of scores; the first is the base.",
-            metavar="PATH",
-        ),
-    ],
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--data",
-            rich_help_panel=OF_SCORES,
-            help="Data folder of the images; may be repeated.",
-            metavar="PATH",
-        ),
-    ] = None,
-    protocol: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=OF_SCORES, help="By whose rules; a name or a path.", metavar="NAME"
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=OF_SCORES, help="Folder that gets their results.", metavar="PATH"
-        ),
-    ] = None,
-    split: Annotated[
-        str, typer.Option(rich_help_panel=OF_SCORES, help="val or test.", metavar="NAME")
-    ] = "test",
+    given: GivenArgument,
+    data: DataOption = None,
+    protocol: ProtocolOption = None,
+    out: OutOption = None,
+    split: SplitOption = "test",
     n_resamples: ResamplesOption = 1000,
     seed: SeedOption = 0,
-    over_seeds: Annotated[
-        bool,
-        typer.Option(
-            "--over-seeds",
-            rich_help_panel=COMPARISON,
-            help="One row for the runs that differ by their training seed alone.",
-        ),
-    ] = False,
-    save: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=COMPARISON, help="Write the table as Markdown, too.", metavar="PATH"
-        ),
-    ] = None,
+    over_seeds: OverSeedsOption = False,
+    save: SaveOption = None,
     overwrite: OverwriteOption = False,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            rich_help_panel="Reproduction",
-            help="Run the commands that made the results again, and compare.",
-        ),
-    ] = False,
+    verify: VerifyOption = False,
 ) -> None:
     """Compares results on the same images, pair by pair; refuses what does not compare.
 

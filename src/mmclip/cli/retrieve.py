@@ -46,52 +46,60 @@ REPORT_LEAST = 16
 """Columns of the terminal under which no report is shown. [chosen: two words]"""
 
 
+ImageOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=SEARCH,
+        help="An image id of the data, or a PNG, JPEG or DICOM.",
+        metavar="NAME",
+    ),
+]
+PhraseOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=SEARCH, help="What a report would say, in quotes.", metavar="TEXT"
+    ),
+]
+EvaluateOption = Annotated[
+    bool,
+    typer.Option(
+        "--evaluate",
+        rich_help_panel=EVALUATION,
+        help="Score how images and reports find one another.",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="Folder for found.png; with --evaluate (needed) for retrieval.json.",
+        metavar="PATH",
+    ),
+]
+TopOption = Annotated[
+    int, typer.Option(rich_help_panel=SEARCH, help="How many patients.", min=1, metavar="N")
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=SELECTION,
+        help="train, val or test. [search: all; --evaluate: test]",
+        metavar="NAME",
+    ),
+]
+
+
 @app.command(cls=PlainCommand)
 def retrieve(
     model: ModelOption,
     data: FolderOption,
     root: RootOption = None,
-    image: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=SEARCH,
-            help="An image id of the data, or a PNG, JPEG or DICOM.",
-            metavar="NAME",
-        ),
-    ] = None,
-    phrase: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=SEARCH, help="What a report would say, in quotes.", metavar="TEXT"
-        ),
-    ] = None,
-    evaluate: Annotated[
-        bool,
-        typer.Option(
-            "--evaluate",
-            rich_help_panel=EVALUATION,
-            help="Score how images and reports find one another.",
-        ),
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="Folder for found.png; with --evaluate (needed) for retrieval.json.",
-            metavar="PATH",
-        ),
-    ] = None,
-    top: Annotated[
-        int, typer.Option(rich_help_panel=SEARCH, help="How many patients.", min=1, metavar="N")
-    ] = 10,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=SELECTION,
-            help="train, val or test. [search: all; --evaluate: test]",
-            metavar="NAME",
-        ),
-    ] = None,
+    image: ImageOption = None,
+    phrase: PhraseOption = None,
+    evaluate: EvaluateOption = False,
+    out: OutOption = None,
+    top: TopOption = 10,
+    split: SplitOption = None,
     source: SourceOption = None,
     trained_on: TrainedOnOption = None,
     n_resamples: ResamplesOption = 1000,
@@ -108,19 +116,24 @@ def retrieve(
     A search prints a table on stderr, and on stdout a line of JSON for each patient.
     """
     from mmclip.data.folder import check_place
-    from mmclip.model_loading import open_dual_encoder
     from mmclip.retrieval.ranking import RETRIEVAL_FILE, RetrievalRequest, evaluate_retrieval
-    from mmclip.retrieval.retrieve import SHEET_FILE, search, write_sheet
+    from mmclip.retrieval.retrieve import SHEET_FILE, SearchRequest, search, write_sheet
 
     if (image is not None) + (phrase is not None) + evaluate != 1:
         raise ValueError("give one of --image, --phrase and --evaluate")
-    of_split = None if split is None else split_name(split)
-    asked, roots = model_request(model, None, trained_on), tuple(root) if root else None
+    searched = SearchRequest(
+        model=model_request(model, None, trained_on),
+        folders=tuple(data),
+        image=image,
+        phrase=phrase,
+        top=top,
+        split=None if split is None else split_name(split),
+        sources=tuple(source or ()),
+        roots=tuple(root) if root else None,
+        device=device_of(cpu),
+    )
     if not evaluate:
-        found = search(
-            open_dual_encoder(asked, device_of(cpu)), tuple(data), image=image, phrase=phrase,
-            top=top, split=of_split, sources=tuple(source or ()), roots=roots,
-        )  # fmt: skip
+        found = search(searched)
         print_found(found, top)
         if out is not None:
             with locked(out):
@@ -133,16 +146,16 @@ def retrieve(
     if not overwrite:
         check_results(out, RETRIEVAL_FILE)
     request = RetrievalRequest(
-        model=asked,
-        folders=tuple(data),
+        model=searched.model,
+        folders=searched.folders,
         out=out,
         command=command_line(),
-        split=of_split or "test",
-        sources=tuple(source or ()),
+        split=searched.split or "test",
+        sources=searched.sources,
         n_resamples=n_resamples,
         seed=seed,
-        roots=roots,
-        device=device_of(cpu),
+        roots=searched.roots,
+        device=searched.device,
     )
     with locked(out):
         print_retrieval(evaluate_retrieval(request))

@@ -23,80 +23,92 @@ DEMO_RUN = Path("runs/demo/run")
 """Where `mmclip demo` leaves its run."""
 
 
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="Run, checkpoint or fine-tuned result. [runs/demo/run]",
+        metavar="PATH",
+    ),
+]
+IndexOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="Data folder to search for similar images; may be repeated.",
+        metavar="PATH",
+    ),
+]
+ReferenceOption = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=IN_OUT,
+        help="Results of the model, for its validation scores. [those in or around the run]",
+        metavar="PATH",
+    ),
+]
+HostOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=NETWORK,
+        help="Address to listen on; any but 127.0.0.1 needs --token.",
+        metavar="ADDRESS",
+    ),
+]
+PortOption = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel=NETWORK, help="Port; 0 takes a free one.", min=0, max=65535, metavar="N"
+    ),
+]
+TokenOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=NETWORK,
+        help="What clients must send; better set MMCLIP_TOKEN, which no process list shows.",
+        envvar="MMCLIP_TOKEN",
+        show_envvar=False,
+        metavar="TEXT",
+    ),
+]
+AllowHostOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        rich_help_panel=NETWORK,
+        help="Further name of this machine, as browsers call it; may be repeated.",
+        metavar="NAME",
+    ),
+]
+MaxMbOption = Annotated[
+    int,
+    typer.Option(rich_help_panel=NETWORK, help="Largest request, in MB.", min=1, metavar="N"),
+]
+PerMinuteOption = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel=NETWORK, help="Requests a minute from one address.", min=1, metavar="N"
+    ),
+]
+TimeoutSOption = Annotated[
+    float,
+    typer.Option(
+        rich_help_panel=NETWORK, help="Seconds that an answer may take.", min=1, metavar="N"
+    ),
+]
+
+
 @app.command(cls=PlainCommand)
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="Run, checkpoint or fine-tuned result. [runs/demo/run]",
-            metavar="PATH",
-        ),
-    ] = None,
-    index: Annotated[
-        list[Path] | None,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="Data folder to search for similar images; may be repeated.",
-            metavar="PATH",
-        ),
-    ] = None,
-    reference: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=IN_OUT,
-            help="Results of the model, for its validation scores. [those in or around the run]",
-            metavar="PATH",
-        ),
-    ] = None,
-    host: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=NETWORK,
-            help="Address to listen on; any but 127.0.0.1 needs --token.",
-            metavar="ADDRESS",
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int,
-        typer.Option(
-            rich_help_panel=NETWORK, help="Port; 0 takes a free one.", min=0, max=65535, metavar="N"
-        ),
-    ] = 7860,
-    token: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=NETWORK,
-            help="What clients must send; better set MMCLIP_TOKEN, which no process list shows.",
-            envvar="MMCLIP_TOKEN",
-            show_envvar=False,
-            metavar="TEXT",
-        ),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel=NETWORK,
-            help="Further name of this machine, as browsers call it; may be repeated.",
-            metavar="NAME",
-        ),
-    ] = None,
-    max_mb: Annotated[
-        int,
-        typer.Option(rich_help_panel=NETWORK, help="Largest request, in MB.", min=1, metavar="N"),
-    ] = 64,
-    per_minute: Annotated[
-        int,
-        typer.Option(
-            rich_help_panel=NETWORK, help="Requests a minute from one address.", min=1, metavar="N"
-        ),
-    ] = 600,
-    timeout_s: Annotated[
-        float,
-        typer.Option(
-            rich_help_panel=NETWORK, help="Seconds that an answer may take.", min=1, metavar="N"
-        ),
-    ] = 60.0,
+    model: ModelOption = None,
+    index: IndexOption = None,
+    reference: ReferenceOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 7860,
+    token: TokenOption = None,
+    allow_host: AllowHostOption = None,
+    max_mb: MaxMbOption = 64,
+    per_minute: PerMinuteOption = 600,
+    timeout_s: TimeoutSOption = 60.0,
     cpu: CpuOption = False,
 ) -> None:
     """Serves a page and an API on this machine: scores, saliency maps and search for your images.

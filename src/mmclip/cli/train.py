@@ -71,57 +71,67 @@ def demo(
     print_results(results, out)
 
 
+OutOption = Annotated[
+    Path, typer.Option(rich_help_panel=IN_OUT, help="Folder of the run.", metavar="PATH")
+]
+ConfigOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=TRAINING,
+        help="Name (tiny, arms/whole, paper, ...) or path to a TOML.",
+        metavar="NAME",
+    ),
+]
+InitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--init",
+        rich_help_panel=TRAINING,
+        help="Start from a dual encoder: export of a run, CLIP or SigLIP folder, or hub id.",
+        metavar="NAME",
+    ),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", rich_help_panel=TRAINING, help="Go on with the run in --out."),
+]
+ShufflePairsOption = Annotated[
+    bool,
+    typer.Option(
+        "--shuffle-pairs",
+        rich_help_panel=CONTROLS,
+        help="Control: give each image the report of another.",
+    ),
+]
+LesionMasksOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--lesion-masks",
+        rich_help_panel=CONTROLS,
+        help="Folder of synthetic images, for image_mask.policy=oracle.",
+        metavar="PATH",
+    ),
+]
+TensorboardOption = Annotated[
+    bool, typer.Option("--tensorboard", rich_help_panel=LOGGING, help="Log to TensorBoard too.")
+]
+WandbOption = Annotated[
+    bool, typer.Option("--wandb", rich_help_panel=LOGGING, help="Log to Weights & Biases too.")
+]
+
+
 @app.command(cls=PlainCommand)
 def pretrain(
     data: FolderOption,
-    out: Annotated[
-        Path, typer.Option(rich_help_panel=IN_OUT, help="Folder of the run.", metavar="PATH")
-    ],
-    config: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=TRAINING,
-            help="Name (tiny, arms/whole, paper, ...) or path to a TOML.",
-            metavar="NAME",
-        ),
-    ] = "tiny",
+    out: OutOption,
+    config: ConfigOption = "tiny",
     set_: SetOption = None,
-    init: Annotated[
-        str | None,
-        typer.Option(
-            "--init",
-            rich_help_panel=TRAINING,
-            help="Start from a dual encoder: export of a run, CLIP or SigLIP folder, or hub id.",
-            metavar="NAME",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", rich_help_panel=TRAINING, help="Go on with the run in --out."),
-    ] = False,
-    shuffle_pairs: Annotated[
-        bool,
-        typer.Option(
-            "--shuffle-pairs",
-            rich_help_panel=CONTROLS,
-            help="Control: give each image the report of another.",
-        ),
-    ] = False,
-    lesion_masks: Annotated[
-        Path | None,
-        typer.Option(
-            "--lesion-masks",
-            rich_help_panel=CONTROLS,
-            help="Folder of synthetic images, for image_mask.policy=oracle.",
-            metavar="PATH",
-        ),
-    ] = None,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", rich_help_panel=LOGGING, help="Log to TensorBoard too.")
-    ] = False,
-    wandb: Annotated[
-        bool, typer.Option("--wandb", rich_help_panel=LOGGING, help="Log to Weights & Biases too.")
-    ] = False,
+    init: InitOption = None,
+    resume: ResumeOption = False,
+    shuffle_pairs: ShufflePairsOption = False,
+    lesion_masks: LesionMasksOption = None,
+    tensorboard: TensorboardOption = False,
+    wandb: WandbOption = False,
     cpu: CpuOption = False,
 ) -> None:
     """Pre-trains image and text encoder on images with reports.

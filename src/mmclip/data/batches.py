@@ -168,14 +168,15 @@ class TrainingBatches:
             self.study_keys = self.image_keys.astype(np.int64) >> 1
         if config.unpaired.shuffle:
             self._rotate(self.labels_of_row, self.unpaired)
-        self.labels: Float[np.ndarray, "n k"] | None = None
-        if config.loss.label:
-            self.labels = dataset.labels(label_names(dataset))[self.labels_of_row].astype(
-                np.float32
-            )
-            self.labels[self.pairs] = np.nan  # a pair is described by its report
+        self.labels = self._labels() if config.loss.label else None
         self.prompt_templates = load_disease_prompts(config.unpaired.prompts)
         self.n_findings = max(len(set(f.labels) - {NO_FINDING}) for f in dataset.samples)
+
+    def _labels(self) -> Float[np.ndarray, "n k"]:
+        """The labels that each row trains by; none of a pair, which its report describes."""
+        labels = self.dataset.labels(label_names(self.dataset))[self.labels_of_row]
+        labels[self.pairs] = np.nan
+        return labels.astype(np.float32)
 
     @cached_property
     def streams(self) -> list[tuple[Int[np.ndarray, " s"], Schedule]]:

@@ -36,15 +36,12 @@ from mmclip.evaluation.scores import (
     SCORES_FILE,
     Predictions,
     ScoresError,
-    images_hash,
     load_scores,
     make_predictions,
-    protocol_labels,
     read_scores_csv,
     scores_of_images,
-    select_samples,
-    split_of,
 )
+from mmclip.evaluation.selection import LabelledImages, Selection, images_hash, split_of
 
 Percent = Field(ge=0, le=100)
 
@@ -292,17 +289,15 @@ def _check_alike(first: Run, other: Run) -> None:
 def _predictions_of(
     path: Path,
     table: Mapping[str, Sequence[float]],
-    selected: ImageTextDataset,
-    rules: Protocol,
+    images: LabelledImages,
 ) -> Predictions:
-    """The scores that a table has of some images, with their labels by a protocol.
+    """The scores that a table has of some images.
 
     Raises:
         ScoresError: When the table lacks an image.
     """
-    labels = protocol_labels(rules, selected.samples)
-    values = scores_of_images(path, table, [sample.image_id for sample in selected.samples])
-    return make_predictions(selected, rules.findings, labels, values)
+    ids = [sample.image_id for sample in images.dataset.samples]
+    return make_predictions(images, scores_of_images(path, table, ids))
 
 
 def _val_of(
@@ -314,8 +309,8 @@ def _val_of(
 ) -> tuple[Predictions | None, str]:
     """The scores of the validation images and a note, or None and the reason why there are none."""
     try:
-        images = select_samples(dataset, "val", protocol=rules)
-        return _predictions_of(path, table, images, rules), note
+        images = Selection("val", protocol=rules).select(dataset)
+        return _predictions_of(path, table, images), note
     except (ScoresError, ManifestError) as error:
         return None, f"no thresholds, as validation images are not scored: {error}"
 
@@ -353,8 +348,8 @@ def compute_metrics_of_csv(
     named = split_of(folders, rules)
     dataset = open_dataset(folders)
     table = read_scores_csv(path, rules.findings)
-    selected = select_samples(dataset, split, protocol=rules)
-    test = _predictions_of(path, table, selected, rules)
+    selected = Selection(split, protocol=rules).select(dataset)
+    test = _predictions_of(path, table, selected)
     val, note = None, "thresholds of F1 and the like by validation images"
     if split != "val":
         val, note = _val_of(path, table, dataset, rules, note)
@@ -371,10 +366,10 @@ def compute_metrics_of_csv(
     made = provenance(
         command,
         seed,
-        ScoredImages(dataset.data_hash, named, images_hash(selected.samples)),
+        ScoredImages(dataset.data_hash, named, images_hash(selected.dataset.samples)),
         device=torch.device("cpu"),
         wall_s=time.monotonic() - began,
     )
-    shortcut = {"shortcut baseline": shortcut_baseline(selected, test, rules.min_count)}
+    shortcut = {"shortcut baseline": shortcut_baseline(selected.dataset, test, rules.min_count)}
     results = run_results(evaluation, about, made, protocol=rules, controls=shortcut)
     return write_evaluation(out, results, test, val=val, protocol=rules)

@@ -35,6 +35,7 @@ from mmclip.evaluation.metrics import (
     choose_thresholds,
     count_labels,
 )
+from mmclip.evaluation.protocols import MIN_COUNT
 from mmclip.evaluation.results import (
     Control,
     Evaluation,
@@ -44,10 +45,6 @@ from mmclip.evaluation.results import (
     Undefined,
 )
 from mmclip.evaluation.scores import Predictions
-
-MIN_COUNT = 10
-"""Images of either kind that a finding needs to count in a macro average. [chosen: below ten, one
-image moves its AUROC by points]"""
 
 AGE_BANDS: tuple[tuple[str, float, float], ...] = (
     ("under 40", -np.inf, 40), ("40 to 59", 40, 60), ("60 to 79", 60, 80),

@@ -13,6 +13,10 @@ from mmclip.config import Frozen, config_hash, packaged_names, parse, read_toml
 from mmclip.data.leakage.splits import SUBSET_SEEDS
 from mmclip.evaluation.metrics import ThresholdRule
 
+MIN_COUNT = 10
+"""Images of either kind that a finding needs to count in a macro average. [chosen: below ten, one
+image moves its AUROC by points]"""
+
 BUILT = "built"
 """In place of the name of a split: as `mmclip data build` left it."""
 
@@ -120,7 +124,7 @@ class Protocol(Frozen):
     closed_by: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     prompt_sets: tuple[str, ...] = Field(default=("default", "pair", "sentence"), min_length=1)
     threshold: ThresholdRule = "f1"
-    min_count: int = Field(default=10, ge=1)
+    min_count: int = Field(default=MIN_COUNT, ge=1)
     finetune: FineTuning | None = None
 
     @model_validator(mode="after")

@@ -152,7 +152,7 @@ class Provenance(_Model):
     train_seed: int | None = None  # of the weights, or of fine-tuning them; None where not known
     recipe_hash: str | None = None  # of what they follow from but that seed: config.recipe_hash
     data_hash: str
-    images_hash: str | None = None  # of the images that were scored, see `scores.images_hash`
+    images_hash: str | None = None  # of the images that were scored, see `selection.images_hash`
     split: str = "built"  # name of the split, and where it has one, its hash
     prompt_set: str | None = None
     prompt_hash: str | None = None
@@ -292,7 +292,7 @@ class ScoredImages(NamedTuple):
 
     data_hash: str
     split: str = BUILT  # by name, and where it has one, its hash
-    images_hash: str | None = None  # see `scores.images_hash`
+    images_hash: str | None = None  # see `selection.images_hash`
 
 
 def provenance(

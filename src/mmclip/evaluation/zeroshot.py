@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.embed import embed_images, embed_prompts
 from mmclip.evaluation.compute_metrics import (
@@ -31,12 +30,8 @@ from mmclip.evaluation.results import (
     provenance,
     run_results,
 )
-from mmclip.evaluation.scores import (
-    Predictions,
-    images_hash,
-    make_predictions,
-)
-from mmclip.evaluation.selection import Selection
+from mmclip.evaluation.scores import Predictions, make_predictions
+from mmclip.evaluation.selection import Selection, images_hash
 from mmclip.evaluation.zeroshot_task import ZeroshotRequest, ZeroshotTask, open_task
 from mmclip.models.dual_encoder import DualEncoder, PromptEmbeddings
 from mmclip.prompt_check import check_prompts
@@ -112,27 +107,20 @@ def score_images(
     Raises:
         ManifestError: When there is nothing to score, or a finding is labelled in no image.
     """
-    selected = selection.samples(dataset)
-    names = selection.names(selected)
-    labels = selection.labels(selected, names)
-    pair = embed(encoder, prompts, names)
-    embeddings = embed_images(encoder, selected)
-    test = make_predictions(selected, names, labels, encoder.scoring.scores(embeddings, pair))
-    return Scored(encoder, prompts, selection, selected, embeddings, pair, test)
+    images = selection.select(dataset)
+    pair = embed(encoder, prompts, images.findings)
+    embeddings = embed_images(encoder, images.dataset)
+    test = make_predictions(images, encoder.scoring.scores(embeddings, pair))
+    return Scored(encoder, prompts, selection, images.dataset, embeddings, pair, test)
 
 
 def score_val(scored: Scored, dataset: ImageTextDataset) -> Predictions | None:
     """Scores of the validation images of the same sources; None where there are no others."""
-    selection, encoder, names = scored.selection, scored.encoder, scored.test.names()
-    if selection.split == "val":
+    images = scored.selection.select_val(dataset, scored.test.names())
+    if images is None:
         return None
-    try:
-        images = selection.samples(dataset, "val")
-    except ManifestError:
-        return None  # this source has no validation images
-    labels = selection.labels(images, names)
-    scores = encoder.scoring.scores(embed_images(encoder, images, show=False), scored.pair)
-    return make_predictions(images, names, labels, scores)
+    embeddings = embed_images(scored.encoder, images.dataset, show=False)
+    return make_predictions(images, scored.encoder.scoring.scores(embeddings, scored.pair))
 
 
 def zeroshot(

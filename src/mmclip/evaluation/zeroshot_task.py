@@ -10,8 +10,14 @@ from mmclip.data.original_images import images_said
 from mmclip.data.sample import Split
 from mmclip.evaluation.protocols import load_protocol
 from mmclip.evaluation.results import ResultsError, read_results
-from mmclip.evaluation.scores import images_hash, label_makers, split_of, unknown_views
-from mmclip.evaluation.selection import Selection
+from mmclip.evaluation.selection import (
+    LabelledImages,
+    Selection,
+    images_hash,
+    label_makers,
+    split_of,
+    unknown_views,
+)
 from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.dual_encoder import DualEncoder
 from mmclip.prompts import PromptSet, load_prompts
@@ -66,7 +72,7 @@ class ZeroshotTask:
     prompts: PromptSet
     other_prompts: tuple[PromptSet, ...]
     dataset: ImageTextDataset
-    selected: ImageTextDataset  # the images of it that are scored
+    selected: LabelledImages  # of it, what is scored
     selection: Selection
     split: str  # of the data folders, by name and hash
     leak_check: str
@@ -74,9 +80,9 @@ class ZeroshotTask:
     def facts(self) -> dict[str, str | int | float]:
         """What results say of model and images."""
         return {
-            "labelled by": label_makers(self.selected),
-            "images of unknown view": unknown_views(self.selected),
-            "images read": images_said(self.selected),
+            "labelled by": label_makers(self.selected.dataset),
+            "images of unknown view": unknown_views(self.selected.dataset),
+            "images read": images_said(self.selected.dataset),
             **self.encoder.facts(),
         }
 
@@ -91,15 +97,15 @@ class ZeroshotTask:
         except ResultsError:
             return False
         made, rules = found.provenance, self.selection.protocol
-        weights, names = self.encoder.weights, self.selection.names(self.selected)
+        weights = self.encoder.weights
         scored = sorted(row.finding for row in (*found.findings, *found.undefined))
         return (
             (made.recipe_hash, made.train_seed) == (weights.recipe_hash, weights.train_seed)
             and made.zeroshot_rule == self.encoder.scoring.rule
             and (made.data_hash, made.split) == (self.dataset.data_hash, self.split)
-            and made.images_hash == images_hash(self.selected.samples)
+            and made.images_hash == images_hash(self.selected.dataset.samples)
             and (found.protocol and found.protocol.hash) == (rules and rules.hash)
-            and scored == sorted(names)
+            and scored == sorted(self.selected.findings)
             and made.prompt_hash == self.prompts.hash
             and [o.prompt_hash for o in found.other_prompt_sets]
             == [prompts.hash for prompts in self.other_prompts]
@@ -122,8 +128,8 @@ def open_task(request: ZeroshotRequest) -> ZeroshotTask:
     selection = Selection(request.split, request.sources, request.findings, rules)
     encoder = open_dual_encoder(request.model, request.device)
     dataset = encoder.open_data(request.folders, request.roots)
-    selected = selection.samples(dataset)
-    leak_check = encoder.check_unseen(selected, request.split)
+    selected = selection.select(dataset)
+    leak_check = encoder.check_unseen(selected.dataset, request.split)
     return ZeroshotTask(
         request, encoder, prompts, tuple(others), dataset, selected, selection, split, leak_check
     )

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -18,14 +18,15 @@ from matplotlib.figure import Figure
 
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import normalise
-from mmclip.data.images import read_image, resize_image, unsquared
+from mmclip.data.images import ImageError, read_image, resize_image, unsquared
 from mmclip.data.ingest.annotations import Annotation, read_annotations
 from mmclip.data.sample import View
 from mmclip.embed import warn_of_unread
 from mmclip.evaluation.pictures import explanation_figure
 from mmclip.explanation.grounding import mass_above_median
 from mmclip.explanation.saliency import ExplainScore, grid_of, pair_asks, saliency_maps
-from mmclip.files import write_atomic
+from mmclip.files import check_free, write_atomic
+from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.dual_encoder import DualEncoder
 from mmclip.models.hub_encoder import HubEncoder
 from mmclip.models.patch_embeddings import patch_embeddings
@@ -130,6 +131,15 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or np.isnan(value) else round(value, 5)
 
 
+class Shown(NamedTuple):
+    """An image to explain."""
+
+    name: str
+    pixels: UInt8[np.ndarray, "h w"]  # 0..255, air dark
+    size_px: tuple[int, int] | None = None  # as published, where the pixels are a resized copy
+    annotations: Sequence[Annotation] = ()
+
+
 def explain_image(
     encoder: DualEncoder,
     pixels: UInt8[np.ndarray, "h w"],
@@ -205,6 +215,80 @@ def _patches_of_others(
     return patches @ encoder.encode_texts([phrase])[0], grid
 
 
+@dataclass(frozen=True)
+class ExplainRequest:
+    """One image to map, by which model, and where to.
+
+    Attributes:
+        model: A run, or a model of others.
+        phrase: What to look for, in a report's words.
+        out: The picture, .png; the numbers of the map go beside it as .npz.
+        command: For what is returned.
+        score: What the map shows.
+        prompts: For "prompt_pair".
+        image: A file; or None, and the image is `image_id` of `folder`.
+        folder: A data folder.
+        image_id: Of the folder.
+        boxes: Name and folder of a data set of boxes or masks, for an image of `folder`.
+        overwrite: Whether picture and numbers may be replaced.
+        device: Where the model runs; None for the CPU.
+    """
+
+    model: ModelRequest
+    phrase: str
+    out: Path
+    command: str
+    score: ExplainScore
+    prompts: PromptSet
+    image: Path | None = None
+    folder: Path | None = None
+    image_id: str | None = None
+    boxes: tuple[str, Path] | None = None
+    overwrite: bool = False
+    device: torch.device | None = None
+
+
+def write_map(request: ExplainRequest) -> dict[str, Any]:
+    """What `mmclip explain` does with one image: writes picture and numbers of its map.
+
+    Returns:
+        What the map says in numbers, and where it comes from.
+
+    Raises:
+        ValueError: When something named is not there, does not fit the rest, or would be replaced.
+    """
+    encoder = open_dual_encoder(request.model, request.device)
+    shown = _image_of(encoder, request)
+    arrays = request.out.with_suffix(".npz")
+    check_free([request.out, arrays], request.overwrite)
+    found = explain_image(
+        encoder, shown.pixels, request.phrase, request.score, request.prompts,
+        shown.size_px, shown.annotations,
+    )  # fmt: skip
+    facts = found.facts()
+    write_explanation(request.out, found, facts, f"{shown.name}; {encoder.name}")
+    return {
+        "command": request.command,
+        "image": shown.name,
+        "model": encoder.name,
+        **encoder.weights._asdict(),
+        "picture": str(request.out),
+        "arrays": str(arrays),
+        **facts,
+    }
+
+
+def _image_of(encoder: DualEncoder, request: ExplainRequest) -> Shown:
+    """The image that a request names."""
+    if request.image is None:
+        assert request.folder is not None and request.image_id is not None
+        return image_of_folder(encoder, request.folder, request.image_id, request.boxes)
+    try:
+        return Shown(request.image.name, read_image(request.image))
+    except ImageError as error:
+        raise ValueError(f"--image {request.image}: {error}; give another file") from None
+
+
 def draw_explanation(found: Explanation, facts: dict[str, Any], caption: str) -> Figure:
     """The picture of an explanation: image, overlay and map, with what they say in words.
 
@@ -256,12 +340,11 @@ def draw_explanation(found: Explanation, facts: dict[str, Any], caption: str) ->
 
 def image_of_folder(
     encoder: DualEncoder, folder: Path, image_id: str, boxes: tuple[str, Path] | None = None
-) -> tuple[UInt8[np.ndarray, "h w"], tuple[int, int] | None, list[Annotation]]:
-    """An image of a data folder as the model sees it, its published size, its annotations.
+) -> Shown:
+    """An image of a data folder as the model sees it, with its published size.
 
-    For a model of others it is the file, whole, and the size None.
-
-    An image of a view that the run has not learnt gives a warning.
+    For a model of others it is the file, whole, and the size None. An image of a view that the run
+    has not learnt gives a warning.
 
     Args:
         encoder: Says the image size, and of a run the views that it has learnt.
@@ -297,13 +380,13 @@ def image_of_folder(
         annotations = list(read_annotations(*boxes, {image_id: sample}, Counter()))
     image = dataset.image(row)
     if isinstance(image, Path):
-        return read_image(image), None, annotations
+        return Shown(image_id, read_image(image), None, annotations)
     if not isinstance(encoder, Run):
         raise ManifestError(
             f"the file of {image_id} of {folder} is not where it was, and maps of {encoder.name} "
             f"are laid over files; name the file by --image"
         )
-    return image, (sample.height_px, sample.width_px), annotations
+    return Shown(image_id, image, (sample.height_px, sample.width_px), annotations)
 
 
 def write_explanation(out: Path, found: Explanation, facts: dict[str, Any], caption: str) -> None:

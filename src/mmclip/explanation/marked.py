@@ -16,7 +16,7 @@ from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.ingest.annotations import EMPTY, Annotation, read_annotations
 from mmclip.data.leakage.check import patient_key
 from mmclip.data.sample import SPLITS, Split
-from mmclip.evaluation.scores import FRONTAL
+from mmclip.evaluation.selection import FRONTAL
 from mmclip.explanation.saliency import ExplainScore, grid_of
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet

@@ -4,8 +4,11 @@ Those read no image (location prior, centre, chance), no phrase (brightest patch
 or come from a model that has learnt nothing: what a map is worth is what it has beyond them.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,8 @@ from mmclip.explanation.marked import (
 )
 from mmclip.explanation.mechanism import PatientMean, patient_means
 from mmclip.explanation.saliency import grid_of, random_weights, saliency_maps
+from mmclip.files import check_free, write_text_atomic
+from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.patches import Grid, patchify
 from mmclip.progress import progress
 from mmclip.run import Run
@@ -224,6 +229,49 @@ def evaluate_explanations(
         **_judged(values, scored, request),
         "commit": code_version()["commit"],
     }
+
+
+@dataclass(frozen=True)
+class MapsRequest:
+    """Maps to measure on data folders, by which model, and where to.
+
+    Attributes:
+        model: A run.
+        folders: Data folders.
+        out: The file to write, .json.
+        command: For results.
+        pointing: What is asked of the maps.
+        overwrite: Whether the file may be replaced.
+        device: Where the model runs; None for the CPU.
+    """
+
+    model: ModelRequest
+    folders: tuple[Path, ...]
+    out: Path
+    command: str
+    pointing: PointingRequest
+    overwrite: bool = False
+    device: torch.device | None = None
+
+
+def evaluate_maps(request: MapsRequest) -> dict[str, Any]:
+    """What `mmclip explain --evaluate` does: opens, measures, writes; returns what it wrote.
+
+    Raises:
+        ValueError: When the model is none of ours, or the file would be replaced.
+        ManifestError: See `evaluate_explanations`.
+    """
+    run = open_dual_encoder(request.model, request.device)
+    if not isinstance(run, Run):
+        raise ValueError(f"--evaluate needs a run of `mmclip pretrain`, and {run.name} is none")
+    dataset = run.open_data(request.folders)
+    check_free([request.out], request.overwrite)
+    measured = evaluate_explanations(run, dataset, request.pointing)
+    results = {"command": request.command, **measured}
+    request.out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2, ensure_ascii=False)
+    write_text_atomic(request.out, text + "\n")
+    return results
 
 
 def _of_what(run: Run, marked: Marked, request: PointingRequest) -> dict[str, Any]:

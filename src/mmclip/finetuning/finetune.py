@@ -38,12 +38,10 @@ from mmclip.evaluation.results import (
 from mmclip.evaluation.scores import (
     SCORES_FILE,
     Predictions,
-    images_hash,
-    label_makers,
     load_scores,
     make_predictions,
-    unknown_views,
 )
+from mmclip.evaluation.selection import images_hash, label_makers, unknown_views
 from mmclip.files import write_text_atomic
 from mmclip.finetuning.features import Start, start_of, start_of_others
 from mmclip.finetuning.learning import (
@@ -252,9 +250,8 @@ def _facts(common: Common, part: Part, this: str) -> Facts:
 
 def _write(common: Common, part: Part, learnt: Learnt, facts: Facts, made: Provenance) -> None:
     """Judges the scores of a run and writes what an evaluation leaves."""
-    task, names = part.task, part.task.protocol.findings
-    val = make_predictions(task.val.dataset, names, task.val.labels, learnt.val)
-    test = make_predictions(task.test.dataset, names, task.test.labels, learnt.test)
+    task = part.task
+    val, test = make_predictions(task.val, learnt.val), make_predictions(task.test, learnt.test)
     chosen_by = macro_auroc(val.labels, val.scores)
     evaluation = compute_metrics(
         test,

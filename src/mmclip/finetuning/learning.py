@@ -11,11 +11,12 @@ from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.original_images import images_said
 from mmclip.embedding_store import STORE_FOLDER, image_embeddings, store_folder
 from mmclip.evaluation.baselines import LogisticFit, fit_logistic
+from mmclip.evaluation.selection import LabelledImages
 from mmclip.finetuning.features import stored_features
 from mmclip.finetuning.request import Common, Part
 from mmclip.finetuning.saved import save_probe
 from mmclip.finetuning.supervised import predict, train_classifier
-from mmclip.finetuning.task import Labelled, Task, multiclass_columns
+from mmclip.finetuning.task import Task, multiclass_columns
 from mmclip.models.classifier import Classifier, ImageEncoder
 from mmclip.training.processes import start_accelerator
 
@@ -34,7 +35,7 @@ def fit_probe(
     """
     at = {sample.image_id: i for i, sample in enumerate(dataset.samples)}
 
-    def of(part: Labelled) -> np.ndarray:
+    def of(part: LabelledImages) -> np.ndarray:
         return features[[at[sample.image_id] for sample in part.dataset.samples]].astype(np.float64)
 
     train, val, test = map(of, (task.train, task.val, task.test))

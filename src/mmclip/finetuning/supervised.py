@@ -32,7 +32,7 @@ from mmclip.data.image_text_dataset import AUGMENT_UNIFORMS, ImageTextDataset, a
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
 from mmclip.embed import batch_size_of, encode_batch
 from mmclip.evaluation.metrics import macro_auroc
-from mmclip.finetuning.task import Labelled
+from mmclip.evaluation.selection import LabelledImages
 from mmclip.losses import label_class_sum, label_sum
 from mmclip.models.classifier import Classifier, Features, freeze_unused, image_of, lr_scales
 from mmclip.models.dual_encoder import sigmoid
@@ -154,7 +154,7 @@ class LabelTerm:
 class LabelledBatches:
     """One endless stream of augmented images, by counter-based random numbers."""
 
-    labelled: Labelled
+    labelled: LabelledImages
     config: FineTuneConfig
     seed: int
 
@@ -243,8 +243,8 @@ class Trained:
 def train_classifier(
     accelerator: Accelerator,
     model: Classifier,
-    train: Labelled,
-    val: Labelled,
+    train: LabelledImages,
+    val: LabelledImages,
     config: FineTuneConfig,
     seed: int,
     run: Path,
@@ -277,6 +277,8 @@ def train_classifier(
         accelerator, val, history, config.patience, config.train.save_every_steps
     )
     weight = torch.from_numpy(positive_weights(train.labels, config.max_positive_weight))
+    term = LabelTerm(weight.float().to(accelerator.device), model.multiclass)
+    batches = LabelledBatches(train, config, seed)
 
     def save(state: TrainState) -> None:
         trainer = trainer_state(accelerator, state)
@@ -289,16 +291,7 @@ def train_classifier(
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
     if not has_ended(history, config.patience):
-        fit(
-            accelerator,
-            state,
-            LabelledBatches(train, config, seed).read,
-            LabelTerm(weight.float().to(accelerator.device), model.multiclass),
-            config.train,
-            run,
-            save,
-            validations,
-        )
+        fit(accelerator, state, batches.read, term, config.train, run, save, validations)
     best, chosen = checkpoint_at(run, best_of(history)), accelerator.unwrap_model(state.model)
     put_weights(chosen, read_weights(best, checkpoint_meta(best)), best)
     return Trained(chosen, best_of(history), history)
@@ -310,7 +303,7 @@ def _restored(model: Classifier, found: Path) -> list[tuple[int, float]]:
     return [(int(step), float(value)) for step, value in load_trainer_state(found)["history"]]
 
 
-def _check_can_choose(val: Labelled) -> None:
+def _check_can_choose(val: LabelledImages) -> None:
     """Refuses validation images of which no finding has both classes."""
     if macro_auroc(val.labels, np.zeros(val.labels.shape)) is None:
         raise ManifestError(
@@ -339,7 +332,7 @@ class _Validations:
     """Scores the validation images as training goes, and says when it is over."""
 
     accelerator: Accelerator
-    val: Labelled
+    val: LabelledImages
     history: list[tuple[int, float]]  # grows: step, validation macro AUROC
     patience: int
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -27,22 +26,13 @@ from mmclip.evaluation.protocols import (
     load_protocol,
     protocol_names,
 )
-from mmclip.evaluation.scores import FRONTAL, protocol_labels, select_samples, split_of
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Images with an image, and what they are labelled with."""
-
-    dataset: ImageTextDataset
-    labels: Float[np.ndarray, "n k"]  # 1, 0 or NaN for unknown; -1 trains as a class of its own
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def select(self, keep: Sequence[bool] | np.ndarray) -> "Labelled":
-        """The images where `keep` is True."""
-        return Labelled(self.dataset.select(keep), self.labels[np.asarray(keep, bool)])
+from mmclip.evaluation.selection import (
+    FRONTAL,
+    LabelledImages,
+    Selection,
+    protocol_labels,
+    split_of,
+)
 
 
 @dataclass(frozen=True)
@@ -50,9 +40,9 @@ class Task:
     """What is learnt: the findings of a protocol, from some images, judged on others."""
 
     protocol: Protocol
-    train: Labelled  # all of it
-    val: Labelled
-    test: Labelled
+    train: LabelledImages  # all of it
+    val: LabelledImages
+    test: LabelledImages
     split: str  # by name and hash
 
     @cached_property
@@ -186,7 +176,8 @@ def task_of(folder: Path, protocol: Protocol, dataset: ImageTextDataset) -> Task
             for sample in dataset.samples
         ]
     )
-    train = Labelled(candidates, training_labels(protocol, candidates.samples))
+    labels = training_labels(protocol, candidates.samples)
+    train = LabelledImages(candidates, protocol.findings, labels)
     train = train.select([not np.isnan(row).all() for row in train.labels])
 
     named = {finding for sample in candidates.samples for finding in sample.labels}
@@ -201,11 +192,8 @@ def task_of(folder: Path, protocol: Protocol, dataset: ImageTextDataset) -> Task
             f"are labelled with {', '.join(there) or 'nothing'}"
         )
 
-    def of(name: Literal["val", "test"]) -> Labelled:
-        some = select_samples(dataset, name, protocol=protocol)
-        return Labelled(some, protocol_labels(protocol, some.samples))
-
-    val, test = of("val"), of("test")
+    val = Selection("val", protocol=protocol).select(dataset)
+    test = Selection("test", protocol=protocol).select(dataset)
     task = Task(protocol, train, val, test, split)
     refuse_leaks(task.dataset.samples)
     return task

@@ -34,7 +34,7 @@ from mmclip.evaluation.results import (
     ScoredImages,
     provenance,
 )
-from mmclip.evaluation.scores import FRONTAL, check_sources, split_of, unknown_views
+from mmclip.evaluation.selection import FRONTAL, check_sources, split_of, unknown_views
 from mmclip.files import made_beside
 from mmclip.losses import positive_pairs
 from mmclip.model_loading import ModelRequest, open_dual_encoder

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from jaxtyping import Float32, UInt8
 from matplotlib.figure import Figure
 
@@ -18,8 +19,9 @@ from mmclip.data.sample import Split
 from mmclip.embed import warn_of_unread
 from mmclip.embedding_store import finite, image_embeddings
 from mmclip.evaluation.plots import INK, QUIET
-from mmclip.evaluation.scores import check_sources
+from mmclip.evaluation.selection import check_sources
 from mmclip.files import write_atomic
+from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.dual_encoder import DualEncoder
 from mmclip.progress import console
 
@@ -115,24 +117,12 @@ def nearest_patients(
     ]
 
 
-def search(
-    encoder: DualEncoder,
-    folders: Sequence[Path],
-    *,
-    image: str | None = None,
-    phrase: str | None = None,
-    top: int = 10,
-    split: Split | None = None,
-    sources: Sequence[str] = (),
-    roots: Sequence[Path] | None = None,
-) -> Search:
-    """What `mmclip retrieve` does without --evaluate: the nearest patients for an image or a
-    phrase.
+@dataclass(frozen=True)
+class SearchRequest:
+    """What to search for, by which model, and where.
 
-    The whole comparison is exact: one product of the stored embeddings with the query.
-
-    Args:
-        encoder: It compares.
+    Attributes:
+        model: A run, or a model of others.
         folders: Data folders to search.
         image: An image id of the folders, or the path of an image file.
         phrase: In the place of an image.
@@ -140,28 +130,48 @@ def search(
         split: Only of this split, when named.
         sources: Only of these, when named.
         roots: For a model of others, where the files of each folder's images lie.
+        device: Where the model runs; None for the CPU.
+    """
+
+    model: ModelRequest
+    folders: tuple[Path, ...]
+    image: str | None = None
+    phrase: str | None = None
+    top: int = 10
+    split: Split | None = None
+    sources: tuple[str, ...] = ()
+    roots: tuple[Path, ...] | None = None
+    device: torch.device | None = None
+
+
+def search(request: SearchRequest) -> Search:
+    """What `mmclip retrieve` does without --evaluate: the nearest patients for an image or a
+    phrase.
+
+    The whole comparison is exact: one product of the stored embeddings with the query.
 
     Raises:
         ValueError: When the query cannot be read, or there is nothing to search.
     """
-    dataset = _images_of(encoder, folders, roots)
-    is_searched = _searched(dataset, split, sources)
+    encoder = open_dual_encoder(request.model, request.device)
+    dataset = _images_of(encoder, request.folders, request.roots)
+    is_searched = _searched(dataset, request.split, request.sources)
     # Asked before images are embedded, which can take hours: a mistyped path must not wait for it.
-    row = next((i for i, f in enumerate(dataset.samples) if f.image_id == image), None)
-    if image is not None and row is None:
-        query = query_of_file(encoder, dataset, Path(image))
-    elif phrase is not None:
-        query = query_of_phrase(encoder, phrase)
+    row = next((i for i, f in enumerate(dataset.samples) if f.image_id == request.image), None)
+    if request.image is not None and row is None:
+        query = query_of_file(encoder, dataset, Path(request.image))
+    elif request.phrase is not None:
+        query = query_of_phrase(encoder, request.phrase)
     else:
         query = None
-    index = ImageIndex(dataset, image_embeddings(encoder, dataset, folders))
+    index = ImageIndex(dataset, image_embeddings(encoder, dataset, request.folders))
     if query is None:
         assert row is not None, "an image or a phrase was given"
         pixels = dataset.pixels(np.array([row]))[0].numpy()
         own = dataset.samples[row]
         vector = np.array(index.embeddings[row])
         query = Query(f"image {own.image_id}", vector, pixels, patient_key(own))
-    return index.search(query, top, is_searched)
+    return index.search(query, request.top, is_searched)
 
 
 @dataclass(frozen=True)

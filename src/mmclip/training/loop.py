@@ -29,7 +29,7 @@ def fit(
     run: Path,
     save: Callable[[TrainState], None],
     validate: Validate | None = None,
-) -> TrainState:
+) -> None:
     """Trains from state.step to config.steps; logs, saves, and stops on a non-finite loss.
 
     Ctrl-C, SIGTERM and SIGUSR1 end the step in progress in all processes, and save a checkpoint.
@@ -74,15 +74,12 @@ def fit(
                     save(state)
                 accelerator.wait_for_everyone()
             if stops_here:
+                said = f"stopped after step {state.step:,} of {config.steps:,}, which {run} holds"
                 if accelerator.is_main_process:
-                    said = (
-                        f"stopped after step {state.step:,} of {config.steps:,}, which {run} holds"
-                    )
                     console.print(said, markup=False, soft_wrap=True)
                 raise KeyboardInterrupt if stops_here == signal.SIGINT else Stopped(stops_here)
             if verdict.ends:
                 break
-    return state
 
 
 class _Due(NamedTuple):

@@ -252,13 +252,9 @@ def _train(
     # transformers loads weights in evaluation mode, in which batch norm learns nothing.
     set_trainable(model.train(), config.model)
     objective = Objective(config, patch_grid(model.vision_model))
+    lesions = None if request.lesions is None else read_lesions(request.lesions)
     batches = TrainingBatches(
-        chosen,
-        start.tokenizer,
-        config,
-        objective.grid,
-        request.shuffle_pairs,
-        None if request.lesions is None else read_lesions(request.lesions),
+        chosen, start.tokenizer, config, objective.grid, request.shuffle_pairs, lesions
     )
     optimizer = make_optimizer(
         model, model.no_decay_names(), config.train, lr_ratios(model, config)

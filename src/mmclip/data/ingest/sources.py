@@ -157,6 +157,11 @@ def open_reader(
         if own is None:
             raise SourceError("own needs --reader module:name, such as my_readers:read_hospital")
         return read_own(own, root)
+    return _read_published(name, root)
+
+
+def _read_published(name: str, root: Path) -> Iterator[Record]:
+    """The records of a published data set; says what it does not tell of patients."""
     records = _PUBLISHED[name](root)
     if name in PATIENTS_UNKNOWN:
         logger.warning(
