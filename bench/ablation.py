@@ -211,7 +211,7 @@ def losses_at_end(run: Path) -> dict[str, float]:
     return {t: round(float(np.mean([line[t] for line in lines[-5:]])), 4) for t in sorted(terms)}
 
 
-def judged(test: Predictions) -> Evaluation:
+def evaluated(test: Predictions) -> Evaluation:
     """What scores are worth, without intervals."""
     return metrics_by_finding(
         test.labels, test.scores, test.patients(), test.names(), n_resamples=1
@@ -314,7 +314,7 @@ def run_all(
         prompt_set = f"{prompts.id} version {prompts.version}"
         line = {
             **key._asdict(),
-            **figures(trained.checkpoint, len(plain), judged(plain), judged(shifted)),
+            **figures(trained.checkpoint, len(plain), evaluated(plain), evaluated(shifted)),
             "loss_end": losses_at_end(run), **cost, "prompt_set": prompt_set, **facts[key],
         }  # fmt: skip
         with jsonl.open("a", encoding="utf-8") as file:

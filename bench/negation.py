@@ -102,7 +102,7 @@ json.dump(out, sys.stdout)
 def run_elsewhere(python: Path, code: str) -> Callable[[Sequence[Sentence]], list[bool]]:
     """A program of others, under the Python where it is installed."""
 
-    def judged(sentences: Sequence[Sentence]) -> list[bool]:
+    def verdicts(sentences: Sequence[Sentence]) -> list[bool]:
         given = json.dumps([(s.text, s.start, s.end) for s in sentences])
         ended = subprocess.run(
             [python, "-W", "ignore", "-c", code],
@@ -112,7 +112,7 @@ def run_elsewhere(python: Path, code: str) -> Callable[[Sequence[Sentence]], lis
             raise RuntimeError(f"{python} failed: {ended.stderr.strip().splitlines()[-1:]}")
         return json.loads(ended.stdout.splitlines()[-1])
 
-    return judged
+    return verdicts
 
 
 def score(sentences: Sequence[Sentence], said: Sequence[bool]) -> dict[str, float]:

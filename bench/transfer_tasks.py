@@ -89,7 +89,7 @@ Found = dict[str, Measured]
 """By "task | findings"."""
 
 
-class Scored(NamedTuple):
+class ScoredRows(NamedTuple):
     """Rows with labels and scores, a column a finding."""
 
     labels: np.ndarray
@@ -111,7 +111,7 @@ def fresh_preset(preset: Preset, size: Size) -> Preset:
 
 
 def macro_aurocs(
-    scored: Scored, groups: Mapping[str, Sequence[str]], n_resamples: int, task: str
+    scored: ScoredRows, groups: Mapping[str, Sequence[str]], n_resamples: int, task: str
 ) -> Found:
     """Macro AUROC over each group of findings; a group of which none is defined is left out."""
     labels, scores, patients, names = scored
@@ -128,7 +128,7 @@ def macro_aurocs(
 
 def aurocs(bench: "Bench", task: str, test: Predictions) -> Found:
     """`macro_aurocs` of the groups of a bench."""
-    scored = Scored(test.labels, test.scores, test.patients(), test.names())
+    scored = ScoredRows(test.labels, test.scores, test.patients(), test.names())
     return macro_aurocs(scored, bench.groups, bench.size.n_resamples, task)
 
 
@@ -271,7 +271,7 @@ def by_patches(bench: Bench, run: Run, dataset: ImageTextDataset) -> Found:
     is_val = bench.split == "val"
     test_x, labels, patients = (val_x, val_y, val_patients) if is_val else read("test")
     scores = fit_logistic(x, y, val_x, val_y).scores(test_x)
-    scored = Scored(labels, scores, patients, FINDINGS)
+    scored = ScoredRows(labels, scores, patients, FINDINGS)
     return macro_aurocs(scored, bench.groups, bench.size.n_resamples, "lesion probe")
 
 

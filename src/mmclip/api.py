@@ -29,7 +29,7 @@ from mmclip.finetuning.saved import FineTuned
 from mmclip.model_loading import ModelRequest
 from mmclip.models.dual_encoder import DualEncoder, ZeroshotRule, rule_named
 from mmclip.prediction.model import (
-    Encoded,
+    EncodedImages,
     ImageInputError,
     Scorer,
     Skipped,
@@ -456,7 +456,7 @@ def load(
     return Model(open_model(request, device_named(device)), batch_size)
 
 
-def _say_skipped(found: Encoded) -> None:
+def _say_skipped(found: EncodedImages) -> None:
     """One warning for all images that were left out."""
     if found.skipped:
         some = "; ".join(map(str, found.skipped[:3]))

@@ -227,7 +227,7 @@ def choose_masked_patches(
 ) -> Bool[Tensor, "b n"]:
     """Masks `masked_patch_count` patches of each image: those with the highest priority.
 
-    priority = (1 - randomness) * rank + randomness * noise
+    priority = (1 - mask_noise) * rank + mask_noise * noise
 
     with rank the place of a patch's score in its image, from 0 (lowest) to 1, so that neither the
     scale nor the spread of a score matters. Patches of equal score are ordered by their noise.

@@ -1,4 +1,4 @@
-"""`mmclip results`: results side by side, and scores of any model judged by the same rules."""
+"""`mmclip results`: results side by side, and scores of any model evaluated by the same rules."""
 
 import json
 from pathlib import Path
@@ -105,7 +105,7 @@ def results(
     """Compares results on the same images, pair by pair; refuses what does not compare.
 
     Published numbers of the same protocol stand below, with what keeps them from comparing. A CSV
-    has a column image_id and one for each finding; it is judged first, and leaves its page in
+    has a column image_id and one for each finding; it is evaluated first, and leaves its page in
     --out.
 
     With --over-seeds, runs of one recipe (configuration but for the seed, training data, step) are
@@ -223,7 +223,7 @@ def _tables(
         )
     if tables and not (data and protocol and out):
         raise ValueError(
-            f"{tables[0]} holds scores alone; give --data, --protocol and --out to have it judged"
+            f"{tables[0]} holds scores alone; give --data, --protocol and --out to evaluate it"
         )
     if not tables and (data or protocol or out):
         raise ValueError(

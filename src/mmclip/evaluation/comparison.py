@@ -1,4 +1,4 @@
-"""Results side by side: paired differences, published numbers, and scores of any model judged.
+"""Results side by side: paired differences, published numbers, and scores of any model evaluated.
 
 Runs of one recipe under several seeds are compared as one in `over_seeds`.
 
@@ -137,7 +137,7 @@ def read_alike(folders: Sequence[Path]) -> list[Run]:
 def compare(folders: Sequence[Path], *, n_resamples: int = 1000, seed: int = 0) -> list[Compared]:
     """Runs side by side, with paired differences to the first.
 
-    Both runs of a pair are judged in each resample on the same resampled patients, so what is hard
+    Both runs of a pair are scored in each resample on the same resampled patients, so what is hard
     for both cancels out.
 
     Args:
@@ -326,7 +326,7 @@ def compute_metrics_of_csv(
     seed: int = 0,
     command: str = "",
 ) -> RunResults:
-    """Scores of any model, judged by the rules of a protocol as one of ours would be.
+    """Scores of any model, evaluated by the rules of a protocol as one of ours would be.
 
     Args:
         path: CSV with image_id and a column for each finding, for every image of the split.

@@ -69,7 +69,7 @@ def compute_metrics(
     """All figures of results.json that follow from raw scores.
 
     Args:
-        test: The images that are judged.
+        test: The images that are scored.
         val: Validation images of the same findings: they alone choose thresholds. None where there
             are none.
         rule: What a threshold does best on them.

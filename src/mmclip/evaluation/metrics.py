@@ -40,7 +40,7 @@ class Counts(NamedTuple):
 class Threshold(NamedTuple):
     """A threshold (score >= value means present), how it came about, and on which images.
 
-    A threshold that was chosen on the images that it is judged on flatters the model, so results
+    A threshold that was chosen on the images that it is evaluated on flatters the model, so results
     always say which split chose it.
     """
 

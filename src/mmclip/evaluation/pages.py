@@ -85,7 +85,7 @@ def write_evaluation(
     Args:
         out: The folder.
         results: See `results.run_results`.
-        test: The raw scores that were judged.
+        test: The raw scores behind the numbers.
         val: Those that chose the thresholds; they stand in scores.npz as val_image_id and so on.
         protocol: By whose rules.
         gallery: Images to show.

@@ -322,7 +322,7 @@ def explanation_figure(
         title: The phrase.
         unit: Of the relevance, beside the scale.
         lines: What else is to be said, under the title and below the images.
-        outlines: Places that readers of the image marked.
+        outlines: Annotations that readers of the image marked.
     """
     height, width = radiograph.shape
     panel = (3.4 * width / height, 3.4)  # inches

@@ -1,4 +1,4 @@
-"""Raw scores of images for findings, with what is known of the images: what evaluations judge.
+"""Raw scores of images for findings, with what is known of the images: what evaluations measure.
 
 They lie in scores.npz beside each results.json, so that any metric can be computed again, and two
 runs be compared image by image.

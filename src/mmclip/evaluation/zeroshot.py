@@ -43,13 +43,13 @@ GALLERY_SIZE = 12
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Images, and what the prompts say of them: raw scores, not judged yet."""
+class PromptScores:
+    """Images, and what the prompts say of them: raw scores, without metrics yet."""
 
     encoder: DualEncoder
     prompts: PromptSet
     selection: Selection
-    dataset: ImageTextDataset  # the images that are judged, of whatever split
+    dataset: ImageTextDataset  # the images that are scored, of whatever split
     embeddings: Float[Tensor, "n e"]  # of the images
     pair: PromptEmbeddings
     test: Predictions
@@ -64,14 +64,14 @@ class Scored:
 class ZeroShot:
     """Raw scores of images, and what they are worth."""
 
-    scored: Scored
+    scored: PromptScores
     val: Predictions | None  # those that chose the thresholds
     evaluation: Evaluation
     other_prompt_sets: tuple[OtherPromptSet, ...] = ()
 
     @property
     def dataset(self) -> ImageTextDataset:
-        """The images that are judged."""
+        """The images that are scored."""
         return self.scored.dataset
 
     @property
@@ -95,7 +95,7 @@ def score_images(
     dataset: ImageTextDataset,
     prompts: PromptSet,
     selection: Selection = Selection(),
-) -> Scored:
+) -> PromptScores:
     """Raw scores of the selected images: how far the positive prompt of a finding fits.
 
     Args:
@@ -111,10 +111,10 @@ def score_images(
     pair = embed(encoder, prompts, images.findings)
     embeddings = embed_images(encoder, images.dataset)
     test = make_predictions(images, encoder.scoring.scores(embeddings, pair))
-    return Scored(encoder, prompts, selection, images.dataset, embeddings, pair, test)
+    return PromptScores(encoder, prompts, selection, images.dataset, embeddings, pair, test)
 
 
-def score_val(scored: Scored, dataset: ImageTextDataset) -> Predictions | None:
+def score_val(scored: PromptScores, dataset: ImageTextDataset) -> Predictions | None:
     """Scores of the validation images of the same sources; None where there are no others."""
     images = scored.selection.select_val(dataset, scored.test.names())
     if images is None:
@@ -167,14 +167,14 @@ def zeroshot(
     )
 
 
-def uncalibrated(scored: Scored) -> dict[str, dict[str, None]]:
+def uncalibrated(scored: PromptScores) -> dict[str, dict[str, None]]:
     """No calibration error where scores are cosines, which may look like probabilities."""
     if scored.encoder.scoring.rule != "similarity":
         return {}
     return {name: {"calibration_error": None} for name in scored.test.names()}
 
 
-def one_sided(scored: Scored) -> dict[str, dict[str, float | None]]:
+def one_sided(scored: PromptScores) -> dict[str, dict[str, float | None]]:
     """What either prompt of its pair reaches alone, by finding and field of `FindingScores`.
 
     The negative one is to find the images without the finding; models that ignore "no" fall below
@@ -196,7 +196,9 @@ def one_sided(scored: Scored) -> dict[str, dict[str, float | None]]:
     }
 
 
-def other_prompt_set(scored: Scored, prompts: PromptSet, counted: Sequence[str]) -> OtherPromptSet:
+def other_prompt_set(
+    scored: PromptScores, prompts: PromptSet, counted: Sequence[str]
+) -> OtherPromptSet:
     """What another prompt set reaches on images that are embedded.
 
     Args:

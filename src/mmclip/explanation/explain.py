@@ -292,7 +292,7 @@ def _image_of(encoder: DualEncoder, request: ExplainRequest) -> Shown:
 def draw_explanation(found: Explanation, facts: dict[str, Any], caption: str) -> Figure:
     """The picture of an explanation: image, overlay and map, with what they say in words.
 
-    Places of findings that the phrase names are outlined; all of them, where it names none.
+    Annotations of findings that the phrase names are outlined; all of them, where it names none.
 
     Args:
         found: To be drawn.

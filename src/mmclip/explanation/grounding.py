@@ -1,8 +1,9 @@
-"""How well a map finds a place that a reader of the image marked.
+"""How well a map finds what a reader of the image marked.
 
 Pure functions. A map has one value a patch, and no finer detail: each pixel of the image has the
 value of the patch that its centre lies in. So everything that is asked of pixels is computed from
-the number of pixels that each patch has, and has of the place; no map of an image's size is made.
+the number of pixels that each patch has, and has of the annotation; no map of an image's size is
+made.
 """
 
 from collections.abc import Sequence
@@ -59,11 +60,11 @@ def overlaps(
     total: Float[Tensor, "m n"],
     thresholds: Sequence[float],
 ) -> Float[Tensor, "m c"]:
-    """Intersection over union of a place and the pixels at or above each threshold.
+    """Intersection over union of an annotation and the pixels at or above each threshold.
 
     Args:
         score: Of each patch; thresholds are of the map as `scaled` gives it.
-        inside: The pixels of each patch that lie in the place.
+        inside: The pixels of each patch that lie in the annotation.
         total: All pixels of each patch.
         thresholds: Above 0, so that a constant map marks nothing and overlaps with nothing.
     """
@@ -76,11 +77,11 @@ def overlaps(
 def contrast_to_noise(
     score: Float[Tensor, "m n"], inside: Float[Tensor, "m n"], total: Float[Tensor, "m n"]
 ) -> Float[Tensor, " m"]:
-    """(mean_in - mean_out) / sqrt(var_in + var_out) of the pixels in a place and out of it.
+    """(mean_in - mean_out) / sqrt(var_in + var_out) of the pixels in an annotation and out of it.
 
-    Negative where the map is lower in the place than around it; 0 for a constant map. NaN where the
-    place is empty or everything, and where the map has one value within and another without, so
-    that there is no noise to measure by.
+    Negative where the map is lower in it than around it; 0 for a constant map. NaN where the
+    annotation is empty or everything, and where the map has one value within and another without,
+    so that there is no noise to measure by.
 
     Source: CNR of Boecking et al. 2022 (arXiv:2204.09817), with its sign.
     """

@@ -33,7 +33,7 @@ class Targets(NamedTuple):
     image_rows: list[int]  # the row of each
     findings: list[str]
     phrases: list[str]  # of the reader of the image; "" where there are none
-    inside: Float[Tensor, "m n"]  # pixels of each patch in the place
+    inside: Float[Tensor, "m n"]  # pixels of each patch in the annotation
     total: Float[Tensor, "m n"]
 
     def patients(self) -> list[str]:
@@ -90,7 +90,7 @@ def find_targets(
 def asked_phrases(
     findings: Sequence[str], phrases: Sequence[str], score: ExplainScore, prompts: PromptSet
 ) -> list[str]:
-    """What the model is asked about each place: the reader's phrase, else one for the finding.
+    """What the model is asked about each annotation: its phrase, else one for the finding.
 
     That is the first positive prompt of the finding; for "prompt_pair", which makes prompts
     itself, the finding's name.
@@ -103,10 +103,10 @@ def asked_phrases(
 
 @dataclass(frozen=True)
 class PointingRequest:
-    """What is asked of a model's maps, and by which boxes or masks they are judged.
+    """What is asked of a model's maps, and by which boxes or masks they are measured.
 
     Attributes:
-        boxes: Name of the data set of boxes or masks, one of `annotations.PLACES`.
+        boxes: Name of the data set of boxes or masks, one of `annotations.ANNOTATION_SETS`.
         root: Its folder.
         score: What the maps show.
         prompts: What a finding is asked by, where the data set has no phrases of its own.
@@ -114,7 +114,7 @@ class PointingRequest:
             val, without this split.
         n_resamples: Bootstrap resamples of patients.
         seed: Of the bootstrap, and the first of the models of random weights.
-        min_count: Places from which on a finding counts in a macro mean. [chosen: as AUROC's]
+        min_count: Annotations from which on a finding counts in a macro mean. [chosen: as AUROC's]
     """
 
     boxes: str
@@ -146,7 +146,7 @@ def find_marked(run: Run, dataset: ImageTextDataset, request: PointingRequest) -
     """The annotations of a data set of boxes or masks on the images of data folders.
 
     Raises:
-        ManifestError: When no place lies on an image of the split, or one of them trained.
+        ManifestError: When no annotation lies on an image of the split, or one of them trained.
         SourceError: See `annotations.read_annotations`.
     """
     dataset = dataset.select([sample.image is not None for sample in dataset.samples])

@@ -57,7 +57,7 @@ SANITY = {
 
 
 def other_phrases(findings: Sequence[str], phrases: Sequence[str]) -> list[str] | None:
-    """For each place the phrase of the next finding in alphabetical order; None of one finding.
+    """For each annotation the phrase of the next finding by name; None of one finding.
 
     A map that points as well by the wrong phrase does not answer to the phrase.
     """
@@ -75,7 +75,7 @@ def point_metrics(
     """What each map reaches for its place, by metric; NaN where it is not defined.
 
     Args:
-        score: A map a place.
+        score: A map an annotation.
         targets: The annotations.
         thresholds: For `iou_chosen`, by finding, as other images chose them.
     """
@@ -114,7 +114,7 @@ def _maps(
     what: str,
     size: int = 128,
 ) -> Float[Tensor, "m n"]:
-    """The map of each place's image for its phrase."""
+    """The map of each annotation's image for its phrase."""
     score, prompts = request.score, request.prompts
     found = []
     with progress(what, len(phrases)) as advance:
@@ -129,7 +129,7 @@ def _maps(
 
 
 def _brightness(targets: Targets, grid: Grid) -> Float[Tensor, "m n"]:
-    """The mean grey of each patch of each place's image."""
+    """The mean grey of each patch of each annotation's image."""
     distinct, row = np.unique(targets.image_rows, return_inverse=True)
     seen = slice(grid.side * grid.patch_size)
     found = [
@@ -142,12 +142,12 @@ def _brightness(targets: Targets, grid: Grid) -> Float[Tensor, "m n"]:
 
 
 Maps = dict[str, Float[Tensor, "_ n"]]
-"""By the name of what made them, a map a place."""
+"""By the name of what made them, a map an annotation."""
 
 
 def _all_maps(run: Run, marked: Marked, request: PointingRequest) -> tuple[Maps, Maps]:
-    """The maps of the model and of the controls: for the scored places, and for those that choose
-    thresholds. Random weights come apart from them."""
+    """The maps of the model and of the controls: for the scored annotations, and for those that
+    choose thresholds. Random weights come apart from them."""
     grid = grid_of(run)
     scored, others, known, split = marked.scored, marked.others, marked.known, request.split
     phrases = request.asked(scored)
@@ -206,7 +206,7 @@ def evaluate_explanations(
         Plain values, ready for JSON; docs/explanation.md says what they mean.
 
     Raises:
-        ManifestError: When no place lies on an image of the split.
+        ManifestError: When no annotation lies on an image of the split.
         SourceError: See `annotations.read_annotations`.
     """
     marked = find_marked(run, dataset, request)
@@ -226,7 +226,7 @@ def evaluate_explanations(
         **_of_what(run, marked, request),
         "thresholds_chosen_on": CHOSEN_ON[request.split] if others.image_rows else None,
         "thresholds": thresholds.get("model", {}),
-        **_judged(values, scored, request),
+        **_summarised(values, scored, request),
         "commit": code_version()["commit"],
     }
 
@@ -301,7 +301,7 @@ def _of_what(run: Run, marked: Marked, request: PointingRequest) -> dict[str, An
     }
 
 
-def _judged(values: Values, scored: Targets, request: PointingRequest) -> dict[str, Any]:
+def _summarised(values: Values, scored: Targets, request: PointingRequest) -> dict[str, Any]:
     """Means over patients with intervals, what the model has beyond each control, sanity checks."""
     patients = scored.patients()
 

@@ -317,7 +317,7 @@ def gallery(task: Task, test: Predictions) -> list[GalleryItem]:
 def summary_line(method: Method, fraction: float, runs: Mapping[int, Path]) -> dict[str, Any]:
     """What a fraction reached under all seeds: mean, each seed, interval over patients and seeds.
 
-    Every seed is judged on the same resamples of patients; see `intervals.interval_over_seeds`.
+    Every seed is evaluated on the same resamples of patients; see `intervals.interval_over_seeds`.
 
     Args:
         method: Of the runs.

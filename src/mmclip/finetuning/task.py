@@ -37,7 +37,7 @@ from mmclip.evaluation.selection import (
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt: the findings of a protocol, from some images, judged on others."""
+    """What is learnt: the findings of a protocol, from some images, evaluated on others."""
 
     protocol: Protocol
     train: LabelledImages  # all of it

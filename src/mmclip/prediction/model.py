@@ -86,7 +86,7 @@ class Scorer:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedImages:
     """Vectors of images, in their order, and the images that have none."""
 
     vectors: Float[Tensor, "n d"]
@@ -264,7 +264,7 @@ def _refuse_twice(findings: Sequence[str]) -> None:
         raise ValueError(f"finding {twice[0]!r} is named twice; name each once")
 
 
-def encode_inputs(encoder: Encoder, images: object, errors: str) -> Encoded:
+def encode_inputs(encoder: Encoder, images: object, errors: str) -> EncodedImages:
     """The vectors of images of any kind, read and encoded a batch at a time.
 
     Raises:
@@ -294,7 +294,7 @@ def encode_inputs(encoder: Encoder, images: object, errors: str) -> Encoded:
         parts.append(encoder.encode(batch))
     if not parts:  # no image: a vector's width is still known
         parts.append(encoder.encode([encoder.prepare(probe_image())])[:0])
-    return Encoded(torch.cat(parts), tuple(ids), tuple(skipped))
+    return EncodedImages(torch.cat(parts), tuple(ids), tuple(skipped))
 
 
 def _prepared(encoder: Encoder, images: object) -> Iterator[tuple[str, Any] | Skipped]:

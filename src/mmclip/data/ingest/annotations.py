@@ -1,4 +1,4 @@
-"""Annotations: places that readers of images marked, as boxes or masks, on the images of a data
+"""Annotations: what readers of images marked, as boxes or masks, on the images of a data
 folder."""
 
 from collections import Counter
@@ -21,7 +21,7 @@ from mmclip.data.synthetic import read_masks
 
 FOREIGN = "the image is not in the data folder"
 EMPTY = "no pixel of the image lies in it"
-"""Why a place is left out."""
+"""Why an annotation is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Annotation:
     Args:
         image_id: Of the data folder.
         finding: The class.
-        phrase: The reader's own words for this place; "" where the data set has none.
+        phrase: The reader's own words for it; "" where the data set has none.
         is_inside: In the pixels of the image, or of a copy of it of another size.
     """
 
@@ -86,14 +86,14 @@ def read_annotations(
     """The annotations of a data set on some images, one per image, finding and phrase.
 
     Args:
-        name: One of PLACES.
+        name: One of ANNOTATION_SETS.
         root: The data set's folder as downloaded.
         samples: By image id.
         left_out: The number of annotations that are left out is added here, by reason.
 
     Raises:
-        SourceError: When the name is unknown, a table is missing or damaged, or a place does not
-            fit its image.
+        SourceError: When the name is unknown, a table is missing or damaged, or an annotation
+            does not fit its image.
     """
     if name not in ANNOTATION_SETS:
         raise SourceError(

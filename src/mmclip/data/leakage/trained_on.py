@@ -40,7 +40,7 @@ class TrainedOn:
         """As `DualEncoder.check_unseen`, by the names of data sets alone.
 
         Args:
-            model: That is judged, by name.
+            model: That is evaluated, by name.
             samples: To be scored.
             split: That they are of.
 
