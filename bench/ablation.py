@@ -34,7 +34,8 @@ from ceiling import with_knobs
 from compare import Runs, Scores, table
 from contrastive import make_data
 from mmclip.checkpoint import Checkpoint, code_version
-from mmclip.config import Config, config_hash, config_names, load_config
+from mmclip.config import Config, config_names, load_config
+from mmclip.config_io import config_hash
 from mmclip.data.cache import ImageCache
 from mmclip.data.folder import read_meta
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ceiling import with_knobs
-from mmclip.config import config_hash, load_config
+from mmclip.config import load_config
+from mmclip.config_io import config_hash
 from mmclip.data.folder import META_FILE, read_meta
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.ingest.build import BuildOptions, build_data

@@ -38,7 +38,7 @@ from jaxtyping import Float
 
 from compare import markdown
 from mmclip.checkpoint import code_version
-from mmclip.config import config_hash, load_config_as
+from mmclip.config_io import config_hash, load_config_as
 from mmclip.data.folder import META_FILE
 from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.sources import open_reader

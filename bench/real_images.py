@@ -36,7 +36,8 @@ import numpy as np
 from ablation import Key, losses_at_end, read_lines, run_name, train, unfinished
 from compare import markdown
 from mmclip.checkpoint import code_version
-from mmclip.config import Config, config_hash, load_config
+from mmclip.config import Config, load_config
+from mmclip.config_io import config_hash
 from mmclip.data.folder import META_FILE
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.ingest.build import BuildOptions, build_data

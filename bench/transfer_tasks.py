@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from mmclip.config import load_config_as
+from mmclip.config_io import load_config_as
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.sample import Split
 from mmclip.data.streams import SEEN_FILE

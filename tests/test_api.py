@@ -17,7 +17,7 @@ import mmclip
 from mmclip import api
 from mmclip.api import ImageInputError, Model
 from mmclip.checkpoint import CheckpointError
-from mmclip.config import ConfigError
+from mmclip.config_io import ConfigError
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.evaluation.results import ResultsError
 from mmclip.prompt_check import PromptError

@@ -21,7 +21,8 @@ from mmclip.checkpoint import (
     load_trainer_state,
     save_checkpoint,
 )
-from mmclip.config import Config, config_hash, parse
+from mmclip.config import Config
+from mmclip.config_io import config_hash, parse
 from mmclip.data.folder import read_meta
 from mmclip.files import file_sha256, sealed
 from mmclip.models.mmclip import build_mmclip

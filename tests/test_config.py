@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.config import RESOURCES, ConfigError, config_hash, config_names, load_config
+from mmclip.config import config_names, load_config
+from mmclip.config_io import RESOURCES, ConfigError, config_hash
 from mmclip.data.disease_prompts import load_disease_prompts
 from mmclip.prompts import load_prompts
 

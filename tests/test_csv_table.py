@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmclip.config import ConfigError
+from mmclip.config_io import ConfigError
 from mmclip.data.folder import ManifestError
 from mmclip.data.ingest.build import build_data
 from mmclip.data.ingest.csv_mapping import CsvMapping, load_mapping

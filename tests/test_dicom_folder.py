@@ -11,7 +11,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from mmclip.config import ConfigError
+from mmclip.config_io import ConfigError
 from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.ingest.dicom_folder import DicomOptions, view_of

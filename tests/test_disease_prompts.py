@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmclip.config import ConfigError
+from mmclip.config_io import ConfigError
 from mmclip.data.disease_prompts import (
     NO_FINDING,
     PROMPT_UNIFORMS,

@@ -15,7 +15,8 @@ from typer.main import get_command
 
 import mmclip
 from mmclip.cli import app
-from mmclip.config import WHOLE_TEXT_SCORES, Config, config_names, load_config, parse
+from mmclip.config import WHOLE_TEXT_SCORES, Config, config_names, load_config
+from mmclip.config_io import parse
 from mmclip.data.ingest.csv_mapping import CsvMapping
 from mmclip.data.ingest.csv_table import read_csv
 from mmclip.data.ingest.report_table import ReportMapping

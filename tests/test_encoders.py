@@ -39,14 +39,8 @@ from transformers import (
 
 from mmclip.batch import Batch
 from mmclip.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mmclip.config import (
-    GREY_MEAN,
-    GREY_STD,
-    Config,
-    ConfigError,
-    ImageEncoderConfig,
-    TrainConfig,
-)
+from mmclip.config import GREY_MEAN, GREY_STD, Config, ImageEncoderConfig, TrainConfig
+from mmclip.config_io import ConfigError
 from mmclip.data.batches import TrainingBatches
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.streams import training_dataset

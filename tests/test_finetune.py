@@ -21,7 +21,7 @@ from transformers import ViTConfig, ViTMAEConfig, ViTMAEModel, ViTModel
 import mmclip.finetuning.supervised as supervised
 import mmclip.finetuning.task as tasks
 from mmclip.checkpoint import checkpoint_meta, find_checkpoint, load_checkpoint, read_weights
-from mmclip.config import load_config_as
+from mmclip.config_io import load_config_as
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise, open_dataset
 from mmclip.data.leakage.splits import set_split, subsets_of

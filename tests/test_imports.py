@@ -30,9 +30,9 @@ LAYERS = (
     },
     {"mmclip.data", "mmclip.models"},
     {
-        "mmclip", "mmclip.batch", "mmclip.config", "mmclip.escape", "mmclip.files", "mmclip.hub",
-        "mmclip.losses", "mmclip.masking", "mmclip.own_code", "mmclip.patches", "mmclip.progress",
-        "mmclip.prompts",
+        "mmclip", "mmclip.batch", "mmclip.config", "mmclip.config_io", "mmclip.escape",
+        "mmclip.files", "mmclip.hub", "mmclip.losses", "mmclip.masking", "mmclip.own_code",
+        "mmclip.patches", "mmclip.progress", "mmclip.prompts",
     },
 )  # fmt: skip
 """A module may import from its own layer and those behind it. A new one at the top of the package

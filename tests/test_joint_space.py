@@ -12,7 +12,8 @@ from transformers import AutoModel, ViTImageProcessor
 
 from mmclip.batch import BatchSlice
 from mmclip.checkpoint import save_checkpoint
-from mmclip.config import GREY_MEAN, GREY_STD, Config, parse
+from mmclip.config import GREY_MEAN, GREY_STD, Config
+from mmclip.config_io import parse
 from mmclip.data.batches import TrainingBatches
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.streams import training_dataset

@@ -18,14 +18,8 @@ from transformers import (
 )
 
 from mmclip import hub
-from mmclip.config import (
-    GREY_MEAN,
-    GREY_STD,
-    Config,
-    ConfigError,
-    ImageEncoderConfig,
-    TextEncoderConfig,
-)
+from mmclip.config import GREY_MEAN, GREY_STD, Config, ImageEncoderConfig, TextEncoderConfig
+from mmclip.config_io import ConfigError
 from mmclip.data.text import train_tokenizer
 from mmclip.losses import contrastive_sum
 from mmclip.models.encoders import (

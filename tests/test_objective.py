@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from mmclip.batch import PROMPT, REPORT, Batch, TextBatch
-from mmclip.config import ConfigError, ScoreKind, TrainConfig
+from mmclip.config import ScoreKind, TrainConfig
+from mmclip.config_io import ConfigError
 from mmclip.losses import contrastive_sum, positive_pairs
 from mmclip.masking import attended_score, blend_scores
 from mmclip.models.mmclip import MMCLIP, Outputs

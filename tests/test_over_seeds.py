@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmclip.config import config_hash, load_config, recipe_hash
+from mmclip.config import load_config
+from mmclip.config_io import config_hash, recipe_hash
 from mmclip.evaluation.comparison import compare
 from mmclip.evaluation.compute_metrics import metrics_by_finding
 from mmclip.evaluation.over_seeds import compare_over_seeds, remarks

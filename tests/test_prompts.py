@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mmclip.config import ConfigError
+from mmclip.config_io import ConfigError
 from mmclip.evaluation.protocols import load_protocol, protocol_names
 from mmclip.prompts import known_prompt_sets, load_prompts
 

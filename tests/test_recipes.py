@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from mmclip.checkpoint import CHECKPOINTS, find_checkpoint, newest_checkpoint
-from mmclip.config import ConfigError, TrainConfig, load_config
+from mmclip.config import TrainConfig, load_config
+from mmclip.config_io import ConfigError
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.evaluation.metrics import macro_auroc

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mmclip.batch import Batch, BatchSlice
-from mmclip.config import Config, ConfigError
+from mmclip.config import Config
+from mmclip.config_io import ConfigError
 from mmclip.data.batches import TrainingBatches
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import open_dataset

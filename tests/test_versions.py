@@ -1,4 +1,4 @@
-from mmclip.config import packaged_names
+from mmclip.config_io import packaged_names
 from mmclip.data.ingest.sources import READERS
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.versions import WORDS_OF, changed_since, made_with

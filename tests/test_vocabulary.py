@@ -1,6 +1,6 @@
 import pytest
 
-from mmclip.config import RESOURCES
+from mmclip.config_io import RESOURCES
 from mmclip.data.readers.vocabulary import SourceWords, load_vocabulary, load_words
 from mmclip.data.sample import ABSENT, PRESENT
 from mmclip.prompts import plain_name

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmclip import __version__
-from mmclip.config import Config, config_hash, parse
+from mmclip.config import Config
+from mmclip.config_io import config_hash, parse
 from mmclip.files import file_sha256, is_sealed, json_sha256, sealed
 from mmclip.models.encoders import rebuild_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip

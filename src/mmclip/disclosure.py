@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from mmclip.checkpoint import RUN_FILES_KEY, Checkpoint, run_folder
-from mmclip.config import packaged_names, read_toml
+from mmclip.config_io import packaged_names, read_toml
 from mmclip.data.leakage.trained import KEY_FILE
 from mmclip.escape import portable_command
 

@@ -28,7 +28,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator
 
-from mmclip.config import Frozen, packaged_names, parse, read_toml
+from mmclip.config_io import Frozen, packaged_names, parse, read_toml
 
 PLACEHOLDERS = ("finding", "a_finding", "is")
 """What a template may hold: the bare name, the name with its article, and "is" or "are"."""

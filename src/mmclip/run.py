@@ -26,7 +26,8 @@ from mmclip.checkpoint import (
     run_file,
     run_folder,
 )
-from mmclip.config import Config, ResizeMode, recipe_hash
+from mmclip.config import Config, ResizeMode
+from mmclip.config_io import recipe_hash
 from mmclip.data.entities import find_entities
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.images import resize_image

@@ -146,7 +146,7 @@ def finetune(
     Example: `mmclip finetune --model runs/a --init random --data data/images --finding tuberculosis
     --method full --fraction 0.1 --seed 0 --out runs/random/ft`
     """
-    from mmclip.config import load_config_as
+    from mmclip.config_io import load_config_as
     from mmclip.finetuning.finetune import FinetuneRequest
     from mmclip.finetuning.finetune import finetune as learn
     from mmclip.finetuning.supervised import FineTuneConfig

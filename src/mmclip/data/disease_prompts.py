@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field, field_validator
 
-from mmclip.config import Frozen, parse, read_toml
+from mmclip.config_io import Frozen, parse, read_toml
 from mmclip.data.sample import ABSENT, PRESENT, Entity
 from mmclip.prompts import Phrase, load_prompts
 

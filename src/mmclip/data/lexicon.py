@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import ahocorasick
 
-from mmclip.config import read_toml
+from mmclip.config_io import read_toml
 from mmclip.data.negation import Heard, ListWords, Mark, Span, statuses
 from mmclip.data.sample import Entity, EntityKind, EntityStatus
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 
 from pydantic import Field
 
-from mmclip.config import Frozen, parse, read_toml
+from mmclip.config_io import Frozen, parse, read_toml
 from mmclip.data.entities import find_entities
 from mmclip.data.folder import (
     SPLIT_FILE,

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mmclip.config import AugmentConfig, Config, ConfigError
+from mmclip.config import AugmentConfig, Config
+from mmclip.config_io import ConfigError
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.leakage.check import patient_key
 from mmclip.data.sample import ABSENT, UNCERTAIN, Sample

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 
 import mmclip
-from mmclip.config import packaged_names, read_toml
+from mmclip.config_io import packaged_names, read_toml
 
 WORDS_OF = {
     "chexpert-plus": "chexpert",

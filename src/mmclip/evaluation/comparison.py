@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mmclip.config import Frozen, parse, read_toml
+from mmclip.config_io import Frozen, parse, read_toml
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Split

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmclip import escape
 from mmclip.checkpoint import Checkpoint
-from mmclip.config import RESOURCES
+from mmclip.config_io import RESOURCES
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.evaluation.pictures import Picture, make_pictures
 from mmclip.evaluation.plots import (

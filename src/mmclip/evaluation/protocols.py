@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmclip.config import Frozen, config_hash, packaged_names, parse, read_toml
+from mmclip.config_io import Frozen, config_hash, packaged_names, parse, read_toml
 from mmclip.data.leakage.splits import SUBSET_SEEDS
 from mmclip.evaluation.metrics import ThresholdRule
 

@@ -150,7 +150,7 @@ class Provenance(_Model):
     seed: int  # of the bootstrap; of fine-tuning, of its training
     config_hash: str | None = None  # None for scores of a model that is not ours
     train_seed: int | None = None  # of the weights, or of fine-tuning them; None where not known
-    recipe_hash: str | None = None  # of what they follow from but that seed: config.recipe_hash
+    recipe_hash: str | None = None  # of what they follow from but that seed: config_io.recipe_hash
     data_hash: str
     images_hash: str | None = None  # of the images that were scored, see `selection.images_hash`
     split: str = "built"  # name of the split, and where it has one, its hash

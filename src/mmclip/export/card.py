@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from mmclip.checkpoint import code_version
-from mmclip.config import RESOURCES
+from mmclip.config_io import RESOURCES
 from mmclip.evaluation.results import RunResults
 from mmclip.export.towers import Plain
 from mmclip.models.encoders import image_layout, text_layout

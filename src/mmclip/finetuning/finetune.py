@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmclip.config import config_hash
+from mmclip.config_io import config_hash
 from mmclip.data.folder import ManifestError
 from mmclip.data.leakage.check import patient_key
 from mmclip.evaluation.baselines import shortcut_features

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mmclip.config import config_hash, recipe_hash
+from mmclip.config_io import config_hash, recipe_hash
 from mmclip.data.leakage.splits import ids_hash
 from mmclip.finetuning.features import Start
 from mmclip.finetuning.supervised import (

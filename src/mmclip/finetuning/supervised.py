@@ -26,7 +26,8 @@ from mmclip.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from mmclip.config import AugmentConfig, Frozen, TrainConfig
+from mmclip.config import AugmentConfig, TrainConfig
+from mmclip.config_io import Frozen
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import AUGMENT_UNIFORMS, ImageTextDataset, augmented
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform

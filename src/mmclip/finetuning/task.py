@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from mmclip.config import ResizeMode, packaged_names
+from mmclip.config import ResizeMode
+from mmclip.config_io import packaged_names
 from mmclip.data.disease_prompts import NO_FINDING
 from mmclip.data.folder import ManifestError, read_meta, read_split
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset

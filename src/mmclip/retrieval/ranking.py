@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Int
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from mmclip.config import Frozen
+from mmclip.config_io import Frozen
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.leakage.check import patient_key, study_key

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartParser
 
 import mmclip
-from mmclip.config import RESOURCES
+from mmclip.config_io import RESOURCES
 from mmclip.prompts import known_prompt_sets
 from mmclip.serving.batching import Batcher, BusyError
 from mmclip.serving.decoding import DecodePool, Upload, UploadError

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mmclip.checkpoint import CheckpointError, checkpoint_meta, newest_checkpoint
-from mmclip.config import Config, config_hash
+from mmclip.config import Config
+from mmclip.config_io import config_hash
 
 
 def resumable(

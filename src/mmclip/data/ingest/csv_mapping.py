@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mmclip.config import ConfigError, Frozen, parse
+from mmclip.config_io import ConfigError, Frozen, parse
 from mmclip.data.ingest.csv_rows import SourceError
 from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, LabelOrigin, Split, View
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import cast, get_args
 
-from mmclip.config import ConfigError
+from mmclip.config_io import ConfigError
 from mmclip.data.ingest.csv_mapping import (
     Columns,
     CsvMapping,

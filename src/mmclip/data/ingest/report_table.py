@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
-from mmclip.config import Frozen, parse
+from mmclip.config_io import Frozen, parse
 from mmclip.data.ingest.csv_mapping import known_encoding, mapping_values
 from mmclip.data.ingest.csv_rows import read_rows
 from mmclip.data.ingest.csv_table import REMEDY

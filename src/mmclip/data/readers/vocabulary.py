@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mmclip.config import Frozen, parse, read_toml
+from mmclip.config_io import Frozen, parse, read_toml
 from mmclip.data.ingest.csv_mapping import Meaning
 from mmclip.data.sample import ABSENT
 from mmclip.data.versions import WORDS_OF
