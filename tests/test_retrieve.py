@@ -453,7 +453,7 @@ def test_what_cannot_be_searched_is_refused_with_the_next_step(made: Made, tmp_p
         with pytest.raises(ValueError, match="no word that the model knows"):
             made.search(phrase=phrase)
     with pytest.raises(ManifestError, match="no source chexpert in this data; there are synthetic"):
-        made.search(phrase="Edema.", sources=["chexpert"])
+        made.search(phrase="Edema.", sources=("chexpert",))
 
 
 def test_words_that_the_vocabulary_only_spells_are_named():
