@@ -109,7 +109,7 @@ OutOption = Annotated[
         metavar="PATH",
     ),
 ]
-TrainedOnOption = Annotated[
+TrainedOnOfEachOption = Annotated[
     list[str] | None,
     typer.Option(
         "--trained-on",
@@ -138,7 +138,7 @@ def compare_models(
     finding: FindingOption = None,
     prompts: PromptsOption = None,
     rule: RuleOption = None,
-    trained_on: TrainedOnOption = None,
+    trained_on: TrainedOnOfEachOption = None,
     n_resamples: ResamplesOption = 1000,
     seed: SeedOption = 0,
     save: SaveOption = None,
