@@ -279,11 +279,23 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+NAMED_BY_FILE = re.compile(r"\[[\w/]+\.md\](?=\(([^)#\s]+\.md)(#[^)]*)?\))")
+"""The text of a link that is the name of a document, as it is read in the tree."""
+
+
+def title_of(target: str, is_root_page: bool) -> str:
+    """The title of the document that a link leads to, without what stands behind its colon."""
+    path = ROOT / target if is_root_page else ROOT / "docs" / target
+    first = path.read_text("utf-8").partition("\n")[0]
+    return first.removeprefix("# ").partition(":")[0]
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Leads the links of a document to the pages of the site."""
+    """Leads the links of a document to the pages of the site, and names pages by their titles."""
     if page.file.src_uri.startswith("reference/"):
         return markdown
     is_root = page.file.src_uri in ROOT_PAGES
+    markdown = NAMED_BY_FILE.sub(lambda link: f"[{title_of(link[1], is_root)}]", markdown)
     return LINK.sub(lambda link: site_link(link[0], is_root), markdown)
 
 

@@ -97,6 +97,29 @@ def test_pictures_of_the_readme_are_found_from_the_start_page(site_pages: Module
 
 
 @pytest.mark.parametrize(
+    ("page", "text", "shown"),
+    [
+        ("models.md", "see [data.md](data.md#splits)", "see [Data](data.md#splits)"),
+        ("models.md", "[CONTRIBUTING.md](../CONTRIBUTING.md)", "[Contributing](contributing.md)"),
+        (
+            "index.md",
+            "[docs/serve.md](docs/serve.md)",
+            "[A page and an API on your machine](serve.md)",
+        ),
+        ("models.md", "[the splits](data.md#splits)", "[the splits](data.md#splits)"),
+    ],
+)
+def test_a_page_that_is_linked_by_the_name_of_its_file_is_named_by_its_title(
+    site_pages: ModuleType, page: str, text: str, shown: str
+):
+    class Page:
+        class file:
+            src_uri = page
+
+    assert site_pages.on_page_markdown(text, Page) == shown
+
+
+@pytest.mark.parametrize(
     ("page", "n_loads"),
     [
         ('<a href="https://arxiv.org/abs/2407.19546">paper</a>', 0),

@@ -2,12 +2,35 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as collective
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes. Each holds a part of the loss, so gradients are
+    summed, too."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def _total(local: Tensor) -> Tensor:
+    total = _SumOverProcesses.apply(local)
+    assert isinstance(total, Tensor)
+    return total
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -38,12 +61,12 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         x = input.float()
         n_local = x.new_tensor([x.numel() / self.num_features])
-        totals = collective.all_reduce(torch.cat([x.sum((0, 2, 3)), n_local]))
+        totals = _total(torch.cat([x.sum((0, 2, 3)), n_local]))
         n = totals[-1]
         mean = totals[:-1] / n
         centred = x - mean.view(1, -1, 1, 1)
         # The deviation from the mean of all, in a second round: x^2 - mean^2 would cancel.
-        var = collective.all_reduce(centred.square().sum((0, 2, 3))) / n
+        var = _total(centred.square().sum((0, 2, 3))) / n
         if self.tracks:
             self._track(mean.detach(), var.detach() * n / (n - 1))
         scale = self.weight * (var + self.eps).rsqrt()
