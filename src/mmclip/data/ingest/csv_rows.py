@@ -17,6 +17,9 @@ DOWNLOAD_AGAIN = "download it again"
 
 EXCEL_SUFFIXES = (".xlsx", ".xlsm")
 
+_MAX_FIELD = 1 << 26
+"""Characters of a cell; Python's own limit, 131,072, would end a build at one long report."""
+
 _PEEK_BYTES = 1 << 16
 """Looked at to tell what a table that cannot be read was written in."""
 
@@ -123,6 +126,7 @@ def _lines(
             first = text.readline()
             if said := re.fullmatch(r'"?sep=(.)"?[,;\t]*\s*', first.removeprefix("\ufeff")):
                 delimiter, first = said[1], ""
+            csv.field_size_limit(_MAX_FIELD)
             # strict: else an unclosed quote swallows all rows behind it in silence.
             reader = csv.reader(_chained(first, text), delimiter=delimiter, strict=strict)
             yield reader
