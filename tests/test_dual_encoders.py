@@ -13,22 +13,26 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 import mmclip
 from mmclip.checkpoint import CheckpointError
 from mmclip.data.folder import ManifestError, read_meta
+from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.inputs import read_rgb
 from mmclip.data.leakage.trained_on import trained_on
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import Sample
+from mmclip.data.sampling import Schedule, image_key
 from mmclip.evaluation.comparison import compare
 from mmclip.evaluation.protocols import load_protocol
 from mmclip.evaluation.results import read_results
 from mmclip.evaluation.scores import load_scores
 from mmclip.explanation.explain import explain_image
+from mmclip.finetuning.task import own_protocol, task_of
 from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.layout import EncoderError
 from mmclip.prompts import load_prompts
@@ -476,5 +480,76 @@ def test_a_probe_on_a_model_of_others_reads_its_embeddings(
     fit = tuned._model.model.fit()  # pyright: ignore[reportPrivateUsage]
     embedded = torch.stack([hand.embed_image(file) for file in files]).numpy()
     np.testing.assert_allclose(fit.scores(embedded), scores.scores[:4], atol=1e-5)
-    full = run_mmclip(tmp_path, *given, "--method", "full", "--out", tmp_path / "full")
-    assert "--method full trains an image encoder of a run" in full.error()
+
+
+PLAINLY = (
+    "train.steps=3", "train.batch_size=16", "train.save_every_steps=3", "train.base_lr=0.02",
+    "train.weight_decay=0", "train.warmup_ratio=0", "train.final_lr_ratio=1", "train.clip_norm=1e9",
+    "lr_decay=1", "max_positive_weight=1", "augment.rotation_deg=0", "augment.translate_ratio=0",
+    "augment.scale_ratio=0", "augment.brightness=0", "augment.contrast=0",
+)  # fmt: skip
+"""Fine-tuning without what a loop in ten lines does not have."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_fine_tuning_is_a_loop_of_transformers(
+    family: str, models: dict[str, Path], made_data: Path, made_raw: Path, tmp_path: Path
+):
+    given = ["finetune", "--model", models[family], "--data", made_data, "--finding", "mass"]
+    given += ["--method", "full", "--fraction", "1", "--seed", "0", "--n-resamples", "5", "--cpu"]
+    given += [part for setting in PLAINLY for part in ("--set", setting)]
+    ended = run_mmclip(tmp_path, *given, "--out", tmp_path / "ft")
+    assert ended.code == 0, ended.err
+    folder = tmp_path / "ft" / "full-100-0"
+    results, scores = read_results(folder), load_scores(folder / "scores.npz")
+    assert results.leak_check.startswith("not made: what ")
+    assert results.facts["features"] == "pooled" and results.facts["images read"] == "files"
+    # By hand.
+    hand = ByHand(models[family])
+    task = task_of(made_data, own_protocol(made_data, ["mass"], []), open_dataset([made_data]))
+    rows, labels = task.train.dataset.samples, torch.from_numpy(task.train.labels).float()
+    pixels = torch.cat(
+        [hand.pixel_values(made_raw / str(row.image))["pixel_values"] for row in rows]
+    )
+    vision, head = hand.model.vision_model.train(), torch.nn.Linear(32, 1)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    learns = [*vision.parameters(), *head.parameters()]
+    lr = 0.02 * 16 / 256
+    optimizer = torch.optim.AdamW(learns, lr=lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0)
+    keys = np.array([image_key(row.image_id) for row in rows], np.uint64)
+    schedule = Schedule(keys, 16, seed=0)
+    for step in range(3):
+        batch, _ = schedule.rows(step)
+        logits = head(vision(pixel_values=pixels[batch]).pooler_output)
+        loss = binary_cross_entropy_with_logits(logits, labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    image_of = {row.image_id: made_raw / str(row.image) for row in read_manifest(made_data)}
+    files = [image_of[str(image_id)] for image_id in scores.image_id]
+    with torch.inference_mode():
+        seen = torch.cat([hand.pixel_values(file)["pixel_values"] for file in files])
+        expected = head(vision.eval()(pixel_values=seen).pooler_output).sigmoid().numpy()
+    assert expected.std() > 1e-3
+    np.testing.assert_allclose(scores.scores, expected, atol=1e-4)
+    tuned = mmclip.load(folder, device="cpu")
+    np.testing.assert_allclose(tuned.classify(files).probabilities, scores.scores, atol=1e-6)
+    table = tmp_path / "p.csv"
+    ended = run_mmclip(tmp_path, "predict", "--model", folder, made_data, "--cpu", "--out", table)
+    assert ended.code == 0, ended.err
+    predicted = {line.split(",")[0]: line.split(",")[-1] for line in table.read_text().split()[1:]}
+    assert all(str(p) in predicted.values() for p in tuned.classify(files[:3]).probabilities[:, 0])
+
+
+def test_full_fine_tuning_of_a_model_that_gives_no_square_or_no_weights_is_refused(
+    made_data: Path, tmp_path: Path
+):
+    save_siglip2(tmp_path / "naflex")
+    given = ["finetune", "--data", made_data, "--finding", "mass", "--method", "full", "--cpu"]
+    for source, message in {
+        "tests.own_models:Pair": "Pair is a function of yours, which gives embeddings alone",
+        str(tmp_path / "naflex"): "gives patches of [16, 192]; take --method probe",
+    }.items():
+        ended = run_mmclip(tmp_path, *given, "--model", source, "--out", tmp_path / "ft")
+        assert message in ended.error()

@@ -67,14 +67,16 @@ def embed_images(
     """The embeddings of all images, on the CPU, in the order of the rows."""
     out: list[Tensor] = []
     with progress("embedding images", len(dataset), show=show) as advance:
-        for images in _prepared(encoder, dataset):
+        for images in prepared_images(encoder.prepare, dataset, encoder.batch_size):
             out.append(encoder.encode_images(images))
             advance(len(images))
     return torch.cat(out)
 
 
-def _prepared(encoder: DualEncoder, dataset: ImageTextDataset) -> Iterator[list[Any]]:
-    """All images as the encoder takes them, a batch at a time, read by threads ahead of it.
+def prepared_images(
+    prepare: Callable[[object], Any], dataset: ImageTextDataset, size: int
+) -> Iterator[list[Any]]:
+    """All images as an encoder takes them, `size` at a time, read by threads ahead of it.
 
     Raises:
         ManifestError: When an image cannot be read.
@@ -82,14 +84,14 @@ def _prepared(encoder: DualEncoder, dataset: ImageTextDataset) -> Iterator[list[
 
     def read(row: int) -> Any:
         try:
-            return encoder.prepare(dataset.image(row))
+            return prepare(dataset.image(row))
         except ImageError as error:
             raise ManifestError(
                 f"image {dataset.samples[row].image_id} cannot be read: {error}; build the data "
                 f"folder again, which leaves such images out"
             ) from None
 
-    size, n = encoder.batch_size, len(dataset)
+    n = len(dataset)
     waiting: deque[list[Future[Any]]] = deque()
     with ThreadPoolExecutor(n_cores()) as pool:
         try:

@@ -4,6 +4,7 @@
     embeddings/images-<hash>.json    the weights that made them, and a checksum; written last
     embeddings/texts-<hash>.npy     the same of distinct texts, and its .json
     embeddings/pooled-<hash>.npy    what a linear probe reads, see `features.stored_features`
+    embeddings/squares-<hash>.npy   uint8 [n, s, s], see `features.with_squares`
 
 The hash in a name is of what was embedded, so a changed data folder has files of its own. No id and
 no text is in them.
@@ -106,9 +107,9 @@ def stored(
     weights: str,
     kind: str,
     of: Sequence[str],
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     parts: Iterable[Tensor],
-) -> Float32[np.ndarray, "n e"]:
+) -> np.ndarray:
     """Reads stored vectors; where there are none that fit, makes and stores them.
 
     Args:
@@ -116,8 +117,11 @@ def stored(
         weights: Hash of the weights that made them.
         kind: How their file's name starts.
         of: What they are of, for the name of the file.
-        shape: How many there are, and how wide.
+        shape: How many there are, and how wide; of three numbers for uint8 images, n x h x w.
         parts: Makes them when it is read, some at a time.
+
+    Returns:
+        float32 [n, e], or uint8 [n, h, w], mapped from the file.
 
     Raises:
         ValueError: When one is not finite.
@@ -157,13 +161,14 @@ def _fault(path: Path, note: Path, metadata: dict[str, str]) -> str | None:
     return None if is_whole else "is unfinished or damaged"
 
 
-def _write(path: Path, parts: Iterable[Tensor], shape: tuple[int, int]) -> str:
-    """Writes parts as one float32 array, aside and renamed; returns the SHA-256 of the file.
+def _write(path: Path, parts: Iterable[Tensor], shape: tuple[int, ...]) -> str:
+    """Writes parts as one array, aside and renamed; returns the SHA-256 of the file.
 
     Not through a memory map: on a full disk that ends in a signal, and this in an error.
     """
     header = io.BytesIO()
-    facts = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    kind = "<f4" if len(shape) == 2 else "|u1"
+    facts = {"descr": kind, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, facts)
     digest = hashlib.sha256(header.getvalue())
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another command may make them, too
@@ -171,7 +176,7 @@ def _write(path: Path, parts: Iterable[Tensor], shape: tuple[int, int]) -> str:
         with aside.open("wb") as file:
             file.write(header.getvalue())
             for part in parts:
-                content = finite(part).astype("<f4").tobytes()
+                content = finite(part).astype(kind).tobytes()
                 file.write(content)
                 digest.update(content)
             file.flush()

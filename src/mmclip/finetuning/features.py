@@ -1,7 +1,7 @@
 """Image encoders to start from, and what they make of images: a vector each, kept on disk."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,19 @@ from torch import Tensor
 
 from mmclip.checkpoint import load_checkpoint
 from mmclip.config import ImageEncoderConfig, ResizeMode
+from mmclip.data.cache import ImageCache
 from mmclip.data.folder import read_meta
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
-from mmclip.embed import batch_size_of, encode_batch
+from mmclip.embed import batch_size_of, encode_batch, prepared_images
 from mmclip.embedding_store import stored
+from mmclip.evaluation.selection import LabelledImages
+from mmclip.files import json_sha256
 from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.classifier import Features, ImageEncoder
 from mmclip.models.dual_encoder import DualEncoder
 from mmclip.models.encoders import build_image_encoder, rebuild_encoder
-from mmclip.models.hub_encoder import weights_hash
+from mmclip.models.hub_encoder import HubEncoder, weights_hash
+from mmclip.models.hub_tower import ProcessedSquare, build_tower_of, square_of_tower
 from mmclip.progress import progress
 from mmclip.run import Run, open_run
 
@@ -35,7 +39,8 @@ class Start:
     features: Features
     image_size: int | None
     resize: ResizeMode = "squash"
-    others: DualEncoder | None = None  # a model of others, whose embeddings are read
+    others: DualEncoder | None = None  # a model of others
+    square: ProcessedSquare | None = None  # what its image encoder is trained on, for full
 
     def open_data(self, folder: Path) -> ImageTextDataset:
         """A data folder, with images as the encoder reads them."""
@@ -50,6 +55,9 @@ class Start:
 
     def encoder(self, seed: int) -> ImageEncoder:
         """New, with the weights to start from; of random ones, those of a seed."""
+        if self.others is not None:
+            assert isinstance(self.others, HubEncoder), "square_of_tower refuses others"
+            return ImageEncoder(build_tower_of(self.others), self.features)
         if self.init.startswith("hf:"):
             assert self.image_size is not None, "a data folder says it"
             name = self.init.removeprefix("hf:")
@@ -104,15 +112,20 @@ def start_of(init: str, run: Path | None, folder: Path, features: Features | Non
 
 
 def start_of_others(
-    model: ModelRequest, init: str, features: Features | None, device: torch.device
+    model: ModelRequest,
+    init: str,
+    features: Features | None,
+    device: torch.device,
+    is_full: bool = False,
 ) -> Start:
-    """A model of others, whose embeddings a probe reads as they are.
+    """A model of others: a probe reads its embeddings, full fine-tuning trains its image encoder.
 
     Args:
         model: Which.
         init: Must be "run", as its own weights are taken.
-        features: Must be "embedding", or not be asked for.
+        features: Of a probe "embedding", of full fine-tuning another; None takes what fits.
         device: Where the model goes.
+        is_full: Whether its image encoder is to be trained.
 
     Raises:
         ValueError: When something else is asked of it.
@@ -122,13 +135,52 @@ def start_of_others(
             f"--init {init} is for a run, and {model.source} is a model of others; leave --model "
             f"out to start from an image encoder by --init hf:NAME"
         )
-    if features not in (None, "embedding"):
+    if not is_full and features not in (None, "embedding"):
         raise ValueError(
             f"features={features} is not to be had of {model.source}, whose embeddings are read; "
             f"take features=embedding, or start from its image encoder by --init hf:NAME"
         )
     others = open_dual_encoder(model, device)
-    return Start(others.name, None, init, "embedding", others.image_size, others=others)
+    square = square_of_tower(others) if is_full else None
+    chosen = (features or "pooled") if is_full else "embedding"
+    return Start(others.name, None, init, chosen, others.image_size, others=others, square=square)
+
+
+def with_squares(
+    labelled: LabelledImages, square: ProcessedSquare, image_size: int, folder: Path
+) -> LabelledImages:
+    """The same images as squares that an image processor makes of them, each made once and stored.
+
+    Args:
+        labelled: Read from files, or from copies in a data folder.
+        square: What makes them.
+        image_size: Of the squares.
+        folder: Where they are stored.
+
+    Raises:
+        ManifestError: When an image cannot be read.
+    """
+    dataset = labelled.dataset
+    shape = (len(dataset), image_size, image_size)
+
+    def parts() -> Iterator[Tensor]:
+        with progress("reading images", len(dataset)) as advance:
+            for squares in prepared_images(square, dataset, _SQUARES_AT_ONCE):
+                yield torch.from_numpy(np.stack(squares))
+                advance(len(squares))
+
+    of = [dataset.data_hash, *(sample.image_id for sample in dataset.samples)]
+    of += ["a copy" if root is None else "files" for root in dataset.roots]
+    images = stored(folder, json_sha256(square.config()), "squares", of, shape, parts())
+    where = np.stack([np.zeros(len(dataset), np.int64), np.arange(len(dataset))], 1)
+    made = replace(
+        dataset, caches=(ImageCache(images),), where=where, image_size=image_size, roots=()
+    )
+    return replace(labelled, dataset=made)
+
+
+_SQUARES_AT_ONCE = 64
+"""Images that are prepared together. [chosen: 10 MB at 384 px]"""
 
 
 def stored_features(

@@ -119,20 +119,14 @@ def _start(request: FinetuneRequest) -> Start:
     Raises:
         ValueError: When that does not go with the method.
     """
-    features = request.config.features
-    if request.others is not None:
-        if request.method == "full":
-            raise ValueError(
-                f"--method full trains an image encoder of a run, and {request.others.source} is a "
-                f"model of others; take --method probe, or start from its image encoder by --init "
-                f"hf:NAME without --model"
-            )
-        device = torch.device("cpu" if request.cpu or not torch.cuda.is_available() else "cuda")
-        return start_of_others(request.others, request.init, features, device)
-    start = start_of(request.init, request.run, request.folder, features)
-    if start.features == "embedding" and request.method == "full":
+    features, is_full = request.config.features, request.method == "full"
+    if features == "embedding" and is_full:
         raise ValueError("features=embedding is for a linear probe; take pooled or class")
-    return start
+    if request.others is not None:
+        has_gpu = not is_full and not request.cpu and torch.cuda.is_available()
+        device = torch.device("cuda" if has_gpu else "cpu")  # training copies its image encoder
+        return start_of_others(request.others, request.init, features, device, is_full)
+    return start_of(request.init, request.run, request.folder, features)
 
 
 def _leak_check(start: Start, task: Task) -> tuple[str, dict[str, Seen]]:
@@ -175,11 +169,13 @@ def run_one(common: Common, part: Part) -> None:
     """
     began = time.monotonic()
     others = common.start.others
-    if others is None:
-        encoder = common.start.encoder(part.seed)
-        weights = weights_hash(encoder)
+    is_read = others is not None and common.request.method == "probe"
+    encoder = None if is_read else common.start.encoder(part.seed)
+    if others is not None:
+        weights = str(others.weights.recipe_hash)
     else:
-        encoder, weights = None, str(others.weights.recipe_hash)
+        assert encoder is not None
+        weights = weights_hash(encoder)
     this = run_hash(common.request, common.start, part.task, weights, part.seed)
     if (part.folder / RESULTS_FILE).is_file():
         if read_results(part.folder).facts.get("run") == this:

@@ -1,5 +1,6 @@
 """What learns from labelled images: a linear probe, or encoder and head together."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from mmclip.data.original_images import images_said
 from mmclip.embedding_store import STORE_FOLDER, image_embeddings, store_folder
 from mmclip.evaluation.baselines import LogisticFit, fit_logistic
 from mmclip.evaluation.selection import LabelledImages
-from mmclip.finetuning.features import stored_features
+from mmclip.finetuning.features import stored_features, with_squares
 from mmclip.finetuning.request import Common, Part
 from mmclip.finetuning.saved import save_probe
 from mmclip.finetuning.supervised import predict, train_classifier
@@ -81,9 +82,12 @@ def probed_on_others(common: Common, part: Part, this: str) -> Learnt:
 
 def trained_fully(common: Common, part: Part, encoder: ImageEncoder, this: str) -> Learnt | None:
     """Encoder and head learn together; None in all processes but the first."""
-    request, task = common.request, part.task
+    request, start, task = common.request, common.start, part.task
     config = request.config
     accelerator = start_accelerator(config.train, request.cpu)
+    if start.square is not None:
+        with accelerator.main_process_first():
+            task = _with_squares(common, task)
     device, is_main = accelerator.device, accelerator.is_main_process
     set_seed(part.seed)
     trained = train_classifier(
@@ -91,7 +95,7 @@ def trained_fully(common: Common, part: Part, encoder: ImageEncoder, this: str) 
         Classifier(encoder, len(task.protocol.findings), multiclass_columns(task.protocol)),
         task.train,
         task.val,
-        config.model_copy(update={"lr_decay": 1.0}) if common.start.is_random else config,
+        config.model_copy(update={"lr_decay": 1.0}) if start.is_random else config,
         part.seed,
         part.folder,
         described(common, encoder, this),
@@ -100,15 +104,30 @@ def trained_fully(common: Common, part: Part, encoder: ImageEncoder, this: str) 
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     facts: Facts = {"step": trained.step, "steps": trained.history[-1][0]}
+    if start.others is not None:
+        facts |= {**start.others.facts(), "images read": images_said(common.task.dataset)}
     return Learnt(val, test, device, facts) if is_main else None
+
+
+def _with_squares(common: Common, task: Task) -> Task:
+    """A task with its images as the image processor of a model of others makes squares of them."""
+    start, folder = common.start, common.request.out / STORE_FOLDER
+    square, size = start.square, start.image_size
+    assert square is not None and size is not None
+    train, val, test = (
+        with_squares(part, square, size, folder) for part in (task.train, task.val, task.test)
+    )
+    return replace(task, train=train, val=val, test=test)
 
 
 def described(common: Common, encoder: ImageEncoder, this: str) -> dict[str, Any]:
     """What meta.json says of fine-tuned weights: all that it takes to score images by them."""
+    square = common.start.square
     return {
         **_said(common, this),
-        "image_size": common.task.dataset.pixels(np.zeros(1, np.int64)).shape[-1],
+        "image_size": common.start.image_size,
         "resize": common.start.resize,
+        "image_processor": None if square is None else square.config(),
         "embed_dim": None if encoder.projection is None else encoder.projection.out_features,
         "vision_config": encoder.encoder.config.to_dict(),
     }

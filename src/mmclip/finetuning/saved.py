@@ -28,6 +28,7 @@ from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.classifier import Classifier, Features, ImageEncoder
 from mmclip.models.dual_encoder import DualEncoder, sigmoid
 from mmclip.models.encoders import image_layout, rebuild_encoder
+from mmclip.models.hub_tower import ProcessedSquare
 
 PROBE_STEP = 0
 """A probe is fitted at once: its one checkpoint is that of no step."""
@@ -74,6 +75,7 @@ class FineTuned:
         resize: How they become squares.
         meta: What meta.json says.
         others: The model of others whose embeddings the probe reads, in place of an encoder.
+        square: What makes a square of an image, where the encoder is of others; else `resize`.
     """
 
     folder: Path
@@ -84,6 +86,7 @@ class FineTuned:
     resize: ResizeMode
     meta: dict[str, Any]
     others: DualEncoder | None = None
+    square: ProcessedSquare | None = None
 
     def encode(self, image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b d"]:
         """What `probabilities` reads: logits, or of a probe the vectors of its encoder."""
@@ -172,6 +175,7 @@ def load_fine_tuned(path: Path, device: torch.device | None = None) -> FineTuned
             f"finetune` again into a new folder"
         )
     features: Features = meta["features"]
+    processor = meta.get("image_processor")
     backbone = rebuild_encoder(meta["vision_config"])
     projection = None
     if meta["embed_dim"] is not None:
@@ -193,4 +197,5 @@ def load_fine_tuned(path: Path, device: torch.device | None = None) -> FineTuned
         image_size=meta["image_size"],
         resize=meta["resize"],
         meta=meta,
+        square=None if processor is None else ProcessedSquare.of_config(processor),
     )

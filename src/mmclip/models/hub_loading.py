@@ -1,8 +1,7 @@
 """A dual encoder of transformers out of a folder or the hub, refused by name where it is none."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +15,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
-from transformers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    get_verbosity,
-    is_progress_bar_enabled,
-    set_verbosity,
-    set_verbosity_error,
-)
 
 from mmclip.data.leakage.trained_on import TrainedOn
 from mmclip.hub import why_unavailable
@@ -36,7 +27,7 @@ from mmclip.models.dual_encoder import (
 )
 from mmclip.models.hub_encoder import FAMILIES, HubEncoder, Processed
 from mmclip.models.layout import EncoderError
-from mmclip.models.pretrained import FORWARD_FAULTS, LOAD_FAULTS, first_line
+from mmclip.models.pretrained import FORWARD_FAULTS, LOAD_FAULTS, first_line, quiet_loading
 
 TAKE_INSTEAD = (
     "give a CLIPModel, SiglipModel, Siglip2Model or VisionTextDualEncoderModel, or name a function "
@@ -169,20 +160,6 @@ def _lacks(source: str, what: str, file: str) -> str:
     )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bar and its table of missing weights, which are told in one line."""
-    shows_bars, level = is_progress_bar_enabled(), get_verbosity()
-    disable_progress_bar()
-    set_verbosity_error()
-    try:
-        yield
-    finally:
-        set_verbosity(level)
-        if shows_bars:
-            enable_progress_bar()
-
-
 def _load_weights(source: str) -> PreTrainedModel:
     """The weights, in float32.
 
@@ -190,7 +167,7 @@ def _load_weights(source: str) -> PreTrainedModel:
         EncoderError: When they cannot be read, or some are missing and would be random.
     """
     try:
-        with _quiet():
+        with quiet_loading():
             model, info = AutoModel.from_pretrained(
                 source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )

@@ -39,7 +39,9 @@ ANTIALIASED = ("dinov2_with_registers",)
 """Models whose positions are resampled with antialiasing. Source: their code in transformers."""
 
 
-def build_image_encoder(config: ImageEncoderConfig, image_size: int) -> PreTrainedModel:
+def build_image_encoder(
+    config: ImageEncoderConfig, image_size: int, folds: bool = True
+) -> PreTrainedModel:
     """An image encoder for one-channel images of image_size x image_size.
 
     A pretrained encoder keeps its weights: a three-channel patch projection is folded into one
@@ -50,6 +52,11 @@ def build_image_encoder(config: ImageEncoderConfig, image_size: int) -> PreTrain
     768 wide layers, shrinks every layer of a narrow one; and its pooler has no tanh, which
     saturates. Both shorten the time in which all embeddings are alike. [docs/log.md]
     A new ResNet has basic blocks and one stage for each halving of the image after the second.
+
+    Args:
+        config: What to build.
+        image_size: Of what it reads.
+        folds: False keeps three channels of a pretrained encoder, see `take_one_channel`.
 
     Raises:
         EncoderError: When the weights cannot be found, are of no image encoder, image_size is not a
@@ -70,7 +77,7 @@ def build_image_encoder(config: ImageEncoderConfig, image_size: int) -> PreTrain
         pooling = "cls"  # a masked autoencoder has no pooler, and its ViT's would be a random one
     encoder = load_tower(name, "image", read)
     _check_patch_size(encoder, image_size)
-    rgb = take_one_channel(encoder, *_normalisation_of(name))
+    rgb = take_one_channel(encoder, *_normalisation_of(name), folds)
     encoder = resize_position_grid(encoder, image_size)
     adapt_batch_norm(encoder)
     find_layout(encoder, image_size, pooling, rgb)
@@ -194,12 +201,19 @@ def take_one_channel(
     encoder: PreTrainedModel,
     rgb_mean: Sequence[float] = RGB_MEAN,
     rgb_std: Sequence[float] = RGB_STD,
+    folds: bool = True,
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Makes a three-channel encoder take one channel, normalised by GREY_MEAN and GREY_STD.
 
     Folded, where that is exact. With x the image in 0..1, channel c of the old input is
     (x - m_c) / s_c, and x = g z + m for the new input z. So w' = g sum_c w_c / s_c, and the bias
     takes up sum_c w_c (m - m_c) / s_c over the kernel.
+
+    Args:
+        encoder: Changed in place.
+        rgb_mean: Of each of the three channels.
+        rgb_std: Likewise.
+        folds: False leaves the weights as they are, so that they also train as they are.
 
     Returns:
         None for a folded encoder; else what `GreyConv2d` needs to be made again.
@@ -215,7 +229,7 @@ def take_one_channel(
             f"{encoder.config.model_type!r} is an encoder of {old.in_channels} channels; only 1 "
             f"and 3 are supported"
         )
-    if old.bias is None or old.padding not in ((0, 0), "valid"):
+    if not folds or old.bias is None or old.padding not in ((0, 0), "valid"):
         repeat_channel(encoder, rgb_mean, rgb_std)
         return tuple(map(float, rgb_mean)), tuple(map(float, rgb_std))
     kernel, stride = ((size[0], size[1]) for size in (old.kernel_size, old.stride))

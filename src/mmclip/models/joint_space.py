@@ -24,7 +24,13 @@ from transformers import (
 
 from mmclip.models.layout import EncoderError, image_layout, text_layout
 from mmclip.models.mmclip import MMCLIP
-from mmclip.models.pretrained import LOAD_FAULTS, cannot_load, first_line, read_config
+from mmclip.models.pretrained import (
+    LOAD_FAULTS,
+    cannot_load,
+    first_line,
+    quiet_loading,
+    read_config,
+)
 
 TAKES = "a VisionTextDualEncoderModel (`mmclip export --to hf`), a CLIPModel or a SiglipModel"
 
@@ -74,7 +80,8 @@ def read_joint_space(name: str) -> JointSpace:
     """
     embed_dim_of(name)
     try:
-        whole = AutoModel.from_pretrained(name, trust_remote_code=False)
+        with quiet_loading():
+            whole = AutoModel.from_pretrained(name, trust_remote_code=False)
     except LOAD_FAULTS as error:
         raise cannot_load(name, first_line(error)) from error
     with torch.no_grad():

@@ -1,7 +1,8 @@
 """One encoder out of whatever a folder or the hub holds: an encoder, or a model with one in it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -28,6 +29,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
+)
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    get_verbosity,
+    is_progress_bar_enabled,
+    set_verbosity,
+    set_verbosity_error,
 )
 
 from mmclip.config import ModelConfig
@@ -68,6 +77,20 @@ FORWARD_FAULTS = (
     AttributeError, TypeError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError,
 )  # fmt: skip
 """What an encoder of another make raises when it is called as ours are."""
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' bar and its table of missing weights, which are told in one line."""
+    shows_bars, level = is_progress_bar_enabled(), get_verbosity()
+    disable_progress_bar()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(level)
+        if shows_bars:
+            enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -220,9 +243,10 @@ def load_tower(name: str, modality: Modality, config: PreTrainedConfig) -> PreTr
     found: Any = tower_class(config, modality, name)
     # A pytorch_model.bin is read by torch.load(weights_only=True): it cannot run code.
     try:
-        model, info = found.from_pretrained(
-            name, config=config, output_loading_info=True, trust_remote_code=False
-        )
+        with quiet_loading():
+            model, info = found.from_pretrained(
+                name, config=config, output_loading_info=True, trust_remote_code=False
+            )
     except LOAD_FAULTS as error:
         raise cannot_load(name, first_line(error)) from error
     report = LoadReport(

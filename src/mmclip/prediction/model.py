@@ -14,6 +14,7 @@ from torch import Tensor
 from mmclip.checkpoint import CheckpointError, checkpoint_meta, find_checkpoint
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.inputs import each_input, name_of
+from mmclip.data.original_images import open_originals
 from mmclip.data.pixels import ImageError
 from mmclip.embed import embed_prompts, encode_batch
 from mmclip.evaluation.results import RESULTS_FILE
@@ -193,9 +194,11 @@ def encoder_of(model: DualEncoder | FineTuned, batch_size: int | None = None) ->
         return encode_batch(model.encode, torch.from_numpy(np.stack(squares)), device, n)
 
     def open_data(folders: Sequence[Path]) -> ImageTextDataset:
+        if model.square is not None:
+            return open_originals(folders, None, size, str(model.folder))
         return open_dataset(folders, size, resize=resize)
 
-    prepare = partial(square_of, image_size=size, resize=resize)
+    prepare = model.square or partial(square_of, image_size=size, resize=resize)
     return Encoder(prepare, device, n, encode, open_data)
 
 
