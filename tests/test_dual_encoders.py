@@ -1,10 +1,12 @@
 """Models of others by our protocols: equal to transformers by hand, and told apart where they
 cannot be."""
 
+import csv
 import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,7 @@ from tests.dual_encoders import (
 )
 from tests.made_layouts import of_chexpert
 from tests.published import lay_out
+from tests.test_explain import write_boxes
 from tests.test_protocols import CASES, plan
 
 FAMILIES = list(SAVE)
@@ -444,7 +447,80 @@ def test_a_map_is_of_patches_pooled_and_projected_alone(family: str, models: dic
         explain_image(encoder, grey, "edema", "decoder_attention", load_prompts("default"))
 
 
-def test_models_without_patches_on_the_image_give_no_maps(tmp_path: Path):
+@pytest.fixture(scope="module")
+def boxed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of 64 x 48 px with one bright place each, a data folder, and MS-CXR's boxes."""
+    root, rng = tmp_path_factory.mktemp("boxed"), np.random.default_rng(3)
+    samples, lines = [], []
+    for i in range(48):
+        pixels = rng.integers(60, 120, (64, 48), dtype=np.uint8)
+        x, y = int(rng.integers(0, 4)) * 12, int(rng.integers(0, 4)) * 16
+        pixels[y : y + 16, x : x + 12] = 240
+        Image.fromarray(pixels).save(root / f"{i}.png")
+        samples.append(Sample(
+            image_id=f"f{i}", study_id=f"s{i}", patient_id=f"p{i}", source="synthetic", view="PA",
+            split="train" if i < 12 else "val" if i < 24 else "test", image=f"{i}.png",
+        ))  # fmt: skip
+        finding = "Edema" if i % 2 else "Pneumothorax"
+        lines.append((f"f{i}", finding, f"there is {finding.lower()}", x, y, 12, 16))
+    build_data(samples, root, root / "data", image_size=32)
+    write_boxes(root, lines)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("family", "score"),
+    [*((family, "contribution") for family in FAMILIES), ("siglip", "prompt_pair")],
+)
+def test_maps_of_others_are_measured_as_they_are_drawn(
+    family: str, score: str, models: dict[str, Path], boxed: Path, tmp_path: Path
+):
+    out = tmp_path / "a.json"
+    given = ["explain", "--model", models[family], "--data", boxed / "data", "--evaluate"]
+    given += ["--boxes", f"ms-cxr={boxed}", "--score", score, "--n-resamples", "20", "--cpu"]
+    ended = run_mmclip(tmp_path, *given, "--out", out)
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found["model"] == str(models[family]) and found["n_images"] == 24
+    assert found["leak_check"].startswith("not made: what ")
+    assert {"random weights", "brightest patch", "location prior"} <= {*found["saliency_maps"]}
+    assert found["saliency_maps"]["brightest patch"]["hit"]["macro"]["mean"] > 0.3
+    # By the maps that are drawn.
+    model = mmclip.load(models[family], device="cpu")
+    hits: dict[str, list[float]] = {"edema": [], "pneumothorax": []}
+    with (boxed / "MS_CXR_Local_Alignment_v1.1.0.csv").open() as file:
+        for row in list(csv.DictReader(file))[24:]:
+            x, y = int(row["x"]), int(row["y"])
+            values = model.explain(boxed / f"{row['dicom_id'][1:]}.png", row["label_text"], score)
+            is_top = values.values == np.nanmax(values.values)
+            inside = np.zeros_like(is_top)
+            inside[y : y + 16, x : x + 12] = True
+            hits[row["category_name"].lower()].append((is_top & inside).sum() / is_top.sum())
+    for finding, each in hits.items():
+        measured = found["saliency_maps"]["model"]["hit"]["findings"][finding]["mean"]
+        assert measured == pytest.approx(np.mean(each), abs=1e-5)
+
+
+def test_maps_of_others_are_not_laid_over_copies(
+    models: dict[str, Path], boxed: Path, tmp_path: Path
+):
+    (tmp_path / "raw").mkdir()
+    for file in boxed.glob("*.png"):
+        shutil.copy(file, tmp_path / "raw")
+    samples = [replace(sample, report=None) for sample in read_manifest(boxed / "data")]
+    build_data(samples, tmp_path / "raw", tmp_path / "data", image_size=32)
+    moved = (tmp_path / "raw").rename(tmp_path / "moved")
+    given = ["explain", "--model", models["clip"], "--data", tmp_path / "data", "--cpu"]
+    evaluate = [*given, "--evaluate", "--boxes", f"ms-cxr={boxed}", "--n-resamples", "5"]
+    one = [*given, "--image-id", "f40", "--phrase", "edema"]
+    for command, name in ((evaluate, "a.json"), (one, "a.png")):
+        refused = run_mmclip(tmp_path, *command, "--out", tmp_path / name).error()
+        assert "is not where it was" in refused and "--root" in refused
+        ended = run_mmclip(tmp_path, *command, "--root", moved, "--out", tmp_path / name)
+        assert ended.code == 0, ended.err
+
+
+def test_models_without_patches_on_the_image_give_no_maps(boxed: Path, tmp_path: Path):
     grey = np.random.default_rng(1).integers(0, 256, (40, 60), dtype=np.uint8)
     save_siglip2(tmp_path / "naflex")
     save_clip(tmp_path / "cut", size=40, crop=32)
@@ -456,6 +532,10 @@ def test_models_without_patches_on_the_image_give_no_maps(tmp_path: Path):
         model = mmclip.load(source, device="cpu")
         with pytest.raises(ValueError, match=re.escape(message)):
             model.explain(grey, "edema")
+        given = ["--data", boxed / "data", "--evaluate", "--boxes", f"ms-cxr={boxed}", "--cpu"]
+        out = tmp_path / "a.json"
+        ended = run_mmclip(tmp_path, "explain", "--model", source, *given, "--out", out)
+        assert message in ended.error()
 
 
 def test_a_probe_on_a_model_of_others_reads_its_embeddings(

@@ -1,6 +1,7 @@
 """`mmclip pretrain --init`: training starts where an export, a CLIP or a SigLIP model stands."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, ViTImageProcessor
 
 from mmclip.batch import BatchSlice
-from mmclip.checkpoint import save_checkpoint
+from mmclip.checkpoint import load_checkpoint, save_checkpoint
 from mmclip.config import GREY_MEAN, GREY_STD, Config
 from mmclip.config_io import parse
 from mmclip.data.batches import TrainingBatches
@@ -26,7 +27,7 @@ from mmclip.training.pretrain import build_model, make_tokenizer
 from tests.commands import mmclip
 from tests.made import small_config as config_of
 from tests.made import write_folder
-from tests.towers import TEXT_ROWS
+from tests.towers import IMAGE_ROWS, TEXT_ROWS
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,70 @@ def test_the_first_step_of_the_command_has_the_loss_of_the_run(
     assert mmclip(tmp_path, *given, "--resume").code == 0
 
 
+RUNS = {
+    "resnet": ("model.image.kind='resnet'", "model.image.patch_size=8"),
+    "mean": ("model.image.pooling='mean'", "model.text.pooling='cls'"),
+    "sigmoid": ("loss.contrastive='sigmoid'", "model.logit_bias=-3"),
+    "rgb": (),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_starts_at_the_loss_of_a_run_however_it_is_built(
+    kind: str, made_data: Path, small_config: Path, tmp_path: Path
+):
+    """Most of these cannot be exported for transformers."""
+    settings = [*RUNS[kind], "data.max_tokens=32"]
+    if kind == "rgb":  # whose first convolution keeps three channels
+        IMAGE_ROWS["clip_vision_model"].save(tmp_path / "clip")
+        ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.2, 0.25, 0.3]).save_pretrained(
+            tmp_path / "clip"
+        )
+        settings.append(f"model.image.pretrained='{tmp_path / 'clip'}'")
+    given = ["pretrain", "--data", made_data, "--config", small_config]
+    own = [part for setting in settings for part in ("--set", setting)]
+    first = tmp_path / "first"
+    ended = mmclip(tmp_path, *given, *own, "--set", "model.temperature=0.11", "--out", first)
+    assert ended.code == 0, ended.err
+    shutil.rmtree(tmp_path / "clip", ignore_errors=True)
+    loss = [part for setting in RUNS[kind] if "loss" in setting for part in ("--set", setting)]
+    given += ["--init", first, *loss, "--set", "data.max_tokens=32", "--out", tmp_path / "run"]
+    ended = mmclip(tmp_path, *given)
+    assert ended.code == 0, ended.err
+    started = json.loads((tmp_path / "run/config.json").read_text("utf-8"))["config"]
+    config = parse(Config, started, "the run")
+    model = load_checkpoint(first).model.train()
+    chosen = training_dataset(open_dataset([made_data], 32), config)
+    grid = patch_grid(model.vision_model)
+    batches = TrainingBatches(chosen, make_tokenizer(config, chosen), config, grid)
+    batch = batches.read(0, BatchSlice()).to(torch.device("cpu"))
+    objective = Objective(config, grid)
+    with torch.no_grad():
+        want = objective.sums(model, batch)["contrastive"] / objective.counts(batch)["contrastive"]
+    found = json.loads((tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()[0])
+    assert found["contrastive"] == pytest.approx(want.item(), abs=1e-5)
+    if kind != "resnet":
+        return
+    assert mmclip(tmp_path, *given, "--resume").code == 0
+    scored = mmclip(
+        tmp_path, "zeroshot", "--model", tmp_path / "run", "--data", made_data, "--n-resamples",
+        "5", "--out", tmp_path / "scores",
+    )  # fmt: skip
+    assert scored.code == 0, scored.err
+
+
+def test_a_run_to_start_from_that_was_changed_is_refused(
+    made_run: Path, made_data: Path, tmp_path: Path
+):
+    run = shutil.copytree(made_run, tmp_path / "first")
+    (newest,) = sorted((run / "checkpoints").iterdir())[-1:]
+    with (newest / "model.safetensors").open("ab") as file:
+        file.write(b"0")
+    given = ("pretrain", "--data", made_data, "--out", tmp_path / "run", "--init")
+    assert "is missing or damaged" in mmclip(tmp_path, *given, run).error()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_a_public_dual_encoder_starts_with_its_own_embeddings(
     kind: str, dataset: ImageTextDataset, tmp_path: Path
@@ -147,13 +212,10 @@ def test_projections_of_other_encoders_are_refused(source: tuple, dataset: Image
         build_model(config, make_tokenizer(config, dataset))
 
 
-def test_folders_without_a_joint_space_are_told_of(
-    source: tuple, made_run: Path, made_data: Path, tmp_path: Path
-):
+def test_folders_without_a_joint_space_are_told_of(made_data: Path, tmp_path: Path):
     TEXT_ROWS["bert"].save(tmp_path / "bert")
     given = ("pretrain", "--data", made_data, "--out", tmp_path / "run", "--init")
     error = mmclip(tmp_path, *given, tmp_path / "bert").error()
     assert "is a 'bert' model, which has no joint space" in error and "export --to hf" in error
-    assert "is a run, and takes what `mmclip export" in mmclip(tmp_path, *given, made_run).error()
     assert "cannot load" in mmclip(tmp_path, *given, tmp_path / "none").error()
     assert not (tmp_path / "run").exists()

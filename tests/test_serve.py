@@ -613,6 +613,18 @@ def test_a_model_of_others_is_served_with_its_own_numbers(
     assert {k: v for k, v in got["facts"].items() if k != "warnings"} == facts
 
 
+@pytest.mark.parametrize("rule", ["similarity", "sigmoid"])
+def test_another_rule_is_served_as_it_is_asked_for(rule: str, files: list[Path], tmp_path: Path):
+    path = save_siglip(tmp_path / "other")
+    served = open_service(ServeRequest(str(path), device="cpu", rule=rule))
+    client = TestClient(create_app(served, Access(), PLENTY), base_url=HERE)
+    assert client.get("/api/model").json()["zeroshot_rule"] == rule
+    answer = client.post("/api/classify", files=sent(files[0]), data={"finding": FINDINGS}).json()
+    expected = mmclip.load(path, rule=rule).classify(str(files[0]), FINDINGS).probabilities
+    assert answer["images"][0]["probabilities"] == expected[0].tolist()
+    assert f"--rule {rule}" in answer["command"]
+
+
 def test_the_commands_that_are_shown_can_be_typed(client: TestClient, files: list[Path]):
     odd = [("image", ("an image; rm -rf.png", files[0].read_bytes()))]
     for path, data in (

@@ -112,7 +112,7 @@ class ModelConfig(Frozen):
     text: TextEncoderConfig = TextEncoderConfig()
     image_decoder: DecoderConfig = DecoderConfig()  # built where loss.image is not 0
     text_decoder: DecoderConfig = DecoderConfig()  # built where loss.text is not 0
-    projections: str | None = None  # folder or hub id of a dual encoder; its temperature, too
+    projections: str | None = None  # checkpoint, folder or hub id; its temperature, too
     embed_dim: int = Field(default=128, gt=0)  # of the joint space
     temperature: float = Field(
         default=0.07, gt=0

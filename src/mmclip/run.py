@@ -64,7 +64,9 @@ class Run:
     Attributes:
         folder_name: The last part of the path that it was opened by.
         checkpoint: Model, tokenizer, configuration and meta.json of the step that is used.
-        rule: Of zero-shot scores, see `dual_encoder.Scoring`.
+        rule: Of zero-shot scores, see `dual_encoder.Scoring`. By either loss, the prompt pair: the
+            sigmoid loss gives the odds that a text is the image's own, and the softmax over two is
+            the probability of the positive prompt, given that one of both is. [docs/log.md]
         most_images: Images that are encoded together; None takes what fits.
     """
 
@@ -126,8 +128,13 @@ class Run:
 
     @property
     def scoring(self) -> Scoring:
-        """By its rule and the learnt scale."""
-        return Scoring(self.rule, float(self.model.scale().detach()))
+        """By its rule and the learnt scale and bias."""
+        bias = self.model.logit_bias
+        return Scoring(
+            self.rule,
+            float(self.model.scale().detach()),
+            0.0 if bias is None else float(bias.detach()),
+        )
 
     @property
     def image_size(self) -> int:
@@ -194,7 +201,7 @@ class Run:
         Raises:
             ValueError: When the rule is that of another loss.
         """
-        if rule == "sigmoid":
+        if rule == "sigmoid" and self.model.logit_bias is None:
             raise ValueError(
                 f"rule sigmoid is for models that a sigmoid loss trained, and {self.folder_name} "
                 f"learnt by softmax; take prompt_pair or similarity"

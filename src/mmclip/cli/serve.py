@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mmclip.cli.plain import IN_OUT, PlainCommand
-from mmclip.cli.shared import CpuOption
+from mmclip.cli.shared import CpuOption, RuleOption
 from mmclip.progress import console
 
 app = typer.Typer()
@@ -102,6 +102,7 @@ def serve(
     model: ModelOption = None,
     index: IndexOption = None,
     reference: ReferenceOption = None,
+    rule: RuleOption = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 7860,
     token: TokenOption = None,
@@ -132,7 +133,7 @@ def serve(
     from mmclip.serving.service import ServeRequest, open_service
 
     device = "cpu" if cpu else "auto"
-    service = open_service(ServeRequest(chosen, tuple(index or ()), reference, device))
+    service = open_service(ServeRequest(chosen, tuple(index or ()), reference, device, rule))
     named = [*(allow_host or ()), *([socket.gethostname()] if token else [])]
     access = Access(token, frozenset(name.lower() for name in named))
     limits = Limits(request_bytes=max_mb << 20, per_minute=per_minute, timeout_s=timeout_s)

@@ -87,7 +87,7 @@ InitOption = Annotated[
     typer.Option(
         "--init",
         rich_help_panel=TRAINING,
-        help="Start from a dual encoder: export of a run, CLIP or SigLIP folder, or hub id.",
+        help="Start from a dual encoder: a run, an export, a CLIP or SigLIP folder, or hub id.",
         metavar="NAME",
     ),
 ]
@@ -138,7 +138,7 @@ def pretrain(
 
     Example: `mmclip pretrain --data data/images --config tiny --set train.steps=2000 --out runs/a`
 
-    Example: `mmclip pretrain --data data/images --init exports/first --out runs/b`
+    Example: `mmclip pretrain --data data/images --init runs/a --out runs/b`
 
     On several GPUs: `accelerate launch -m mmclip pretrain ...` or
     `torchrun --nproc-per-node 2 -m mmclip pretrain ...`, with the same arguments.
@@ -173,21 +173,43 @@ def _start_of(init: str | None) -> list[str]:
     """The keys that `--init` stands for; a `--set` of the same key comes after them and wins."""
     if init is None:
         return []
-    from mmclip.checkpoint import CHECKPOINTS
     from mmclip.models.joint_space import embed_dim_of
 
-    if (Path(init) / CHECKPOINTS).is_dir():
-        raise ValueError(
-            f"--init {init} is a run, and takes what `mmclip export {init} --to hf` writes; to go "
-            f"on with the run itself, give it as --out with --resume"
-        )
-    name = json.dumps(init)
+    source, pooling = _checkpoint_of(init)
+    name = json.dumps(source)
     return [
         f"model.image.pretrained={name}",
         f"model.text.pretrained={name}",
         f"model.projections={name}",
-        f"model.embed_dim={embed_dim_of(init)}",
+        f"model.embed_dim={embed_dim_of(source)}",
+        *pooling,
     ]
+
+
+def _checkpoint_of(init: str) -> tuple[str, list[str]]:
+    """Of a run, its checkpoint and the keys by which it pools; of others, what was given.
+
+    Raises:
+        CheckpointError: When the run has none, or a damaged one.
+    """
+    from mmclip.checkpoint import CHECKPOINTS, checkpoint_meta, find_checkpoint, read_weights
+    from mmclip.models.pretrained import is_checkpoint
+
+    if not (is_checkpoint(init) or (Path(init) / CHECKPOINTS).is_dir()):
+        return init, []
+    folder = find_checkpoint(Path(init))
+    meta = checkpoint_meta(folder)
+    if "text_config" not in meta:
+        raise ValueError(
+            f"--init {init} is a fine-tuned result, which has no text encoder; give the run that "
+            f"it was made of"
+        )
+    read_weights(folder, meta)  # refuses changed files
+    model = meta["config"]["model"]
+    pooling = [
+        f"model.{name}.pooling={json.dumps(model[name]['pooling'])}" for name in ("image", "text")
+    ]
+    return str(folder), pooling
 
 
 def _resuming(command: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -56,6 +57,8 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     remedy = "give a folder that holds tokenizer.json, or the id of a model on the hub"
     if reason := why_unavailable(name_or_folder):
         raise ValueError(f"no tokenizer can be loaded from {name_or_folder!r} ({reason}); {remedy}")
+    if (inside := Path(name_or_folder) / "tokenizer").is_dir():  # of a checkpoint
+        name_or_folder = str(inside)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:

@@ -17,19 +17,17 @@ from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 
 from mmclip.data.folder import ManifestError
-from mmclip.data.image_text_dataset import normalise
-from mmclip.data.images import ImageError, read_image, resize_image, unsquared
+from mmclip.data.images import ImageError, read_image, unsquared
 from mmclip.data.ingest.annotations import Annotation, read_annotations
 from mmclip.data.sample import View
 from mmclip.embed import warn_of_unread
 from mmclip.evaluation.pictures import explanation_figure
 from mmclip.explanation.grounding import mass_above_median
-from mmclip.explanation.saliency import ExplainScore, grid_of, pair_asks, saliency_maps
+from mmclip.explanation.maps import check_files, map_grid, maps_of
+from mmclip.explanation.saliency import ExplainScore
 from mmclip.files import check_free, write_atomic
 from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.dual_encoder import DualEncoder
-from mmclip.models.hub_encoder import HubEncoder
-from mmclip.models.patch_embeddings import patch_embeddings
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet, plain_name
 from mmclip.run import Run
@@ -168,14 +166,9 @@ def explain_image(
     if not phrase.strip():
         raise ValueError("the phrase is empty; say what to look for, such as 'pleural effusion'")
     warn_of_unread(encoder, phrase)
-    if isinstance(encoder, Run):
-        prepared: Any = resize_image(pixels, encoder.image_size, encoder.config.data.resize)
-        image = normalise(torch.from_numpy(prepared.copy())[None])
-        patches = saliency_maps(encoder, image, [phrase], [0], score, prompts)[0]
-        grid = grid_of(encoder)
-    else:
-        prepared = encoder.prepare(pixels)
-        patches, grid = _patches_of_others(encoder, prepared, phrase, score, prompts)
+    prepared = encoder.prepare(pixels)
+    patches = maps_of(encoder, [prepared], [phrase], [0], score, prompts)[0]
+    grid = map_grid(encoder)
     embedding = encoder.encode_images([prepared])
     text = encoder.encode_texts([phrase])
     made = prompts.texts(phrase) if score == "prompt_pair" else None
@@ -189,30 +182,6 @@ def explain_image(
         similarity=float((embedding * text).sum()),
         annotations=tuple(annotations),
     )
-
-
-def _patches_of_others(
-    encoder: DualEncoder, prepared: Any, phrase: str, score: ExplainScore, prompts: PromptSet
-) -> tuple[Float[torch.Tensor, " n"], Grid]:
-    """The score of each patch by a model of others, and how the patches lie on the image.
-
-    Raises:
-        ValueError: When it has no patch tokens, or no such score.
-    """
-    if not isinstance(encoder, HubEncoder):
-        raise ValueError(
-            f"{encoder.name} gives no saliency maps: it returns one embedding for an image, and no "
-            f"patches"
-        )
-    if score == "decoder_attention":
-        raise ValueError(
-            f"the score decoder_attention is that of the text decoder of a run, and {encoder.name} "
-            f"has none; choose contribution or prompt_pair"
-        )
-    patches, grid = patch_embeddings(encoder, prepared)
-    if score == "prompt_pair":
-        return patches @ pair_asks(encoder, prompts, [phrase])[0], grid
-    return patches @ encoder.encode_texts([phrase])[0], grid
 
 
 @dataclass(frozen=True)
@@ -230,6 +199,7 @@ class ExplainRequest:
         folder: A data folder.
         image_id: Of the folder.
         boxes: Name and folder of a data set of boxes or masks, for an image of `folder`.
+        root: Of the image files of `folder`, for a model of others.
         overwrite: Whether picture and numbers may be replaced.
         device: Where the model runs; None for the CPU.
     """
@@ -244,6 +214,7 @@ class ExplainRequest:
     folder: Path | None = None
     image_id: str | None = None
     boxes: tuple[str, Path] | None = None
+    root: Path | None = None
     overwrite: bool = False
     device: torch.device | None = None
 
@@ -282,7 +253,9 @@ def _image_of(encoder: DualEncoder, request: ExplainRequest) -> Shown:
     """The image that a request names."""
     if request.image is None:
         assert request.folder is not None and request.image_id is not None
-        return image_of_folder(encoder, request.folder, request.image_id, request.boxes)
+        return image_of_folder(
+            encoder, request.folder, request.image_id, request.boxes, request.root
+        )
     try:
         return Shown(request.image.name, read_image(request.image))
     except ImageError as error:
@@ -339,7 +312,11 @@ def draw_explanation(found: Explanation, facts: dict[str, Any], caption: str) ->
 
 
 def image_of_folder(
-    encoder: DualEncoder, folder: Path, image_id: str, boxes: tuple[str, Path] | None = None
+    encoder: DualEncoder,
+    folder: Path,
+    image_id: str,
+    boxes: tuple[str, Path] | None = None,
+    root: Path | None = None,
 ) -> Shown:
     """An image of a data folder as the model sees it, with its published size.
 
@@ -351,12 +328,13 @@ def image_of_folder(
         folder: As `mmclip data build` leaves it.
         image_id: Of the folder.
         boxes: Name and folder of a data set of boxes or masks, see `annotations.read_annotations`.
+        root: Of the image files, for a model of others; None asks the data folder.
 
     Raises:
         ManifestError: When there is no such image, or it is a report alone.
         SourceError: See `annotations.read_annotations`.
     """
-    dataset = encoder.open_data([folder])
+    dataset = encoder.open_data([folder], None if root is None else [root])
     ids = [sample.image_id for sample in dataset.samples]
     if image_id not in ids:
         some = ", ".join(ids[:3])
@@ -381,11 +359,7 @@ def image_of_folder(
     image = dataset.image(row)
     if isinstance(image, Path):
         return Shown(image_id, read_image(image), None, annotations)
-    if not isinstance(encoder, Run):
-        raise ManifestError(
-            f"the file of {image_id} of {folder} is not where it was, and maps of {encoder.name} "
-            f"are laid over files; name the file by --image"
-        )
+    check_files(encoder, dataset.select(np.arange(len(dataset)) == row))
     return Shown(image_id, image, (sample.height_px, sample.width_px), annotations)
 
 

@@ -17,10 +17,11 @@ from mmclip.data.ingest.annotations import EMPTY, Annotation, read_annotations
 from mmclip.data.leakage.check import patient_key
 from mmclip.data.sample import SPLITS, Split
 from mmclip.evaluation.selection import FRONTAL
-from mmclip.explanation.saliency import ExplainScore, grid_of
+from mmclip.explanation.maps import check_files, map_grid
+from mmclip.explanation.saliency import ExplainScore
+from mmclip.models.dual_encoder import DualEncoder
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet
-from mmclip.run import Run
 
 CHOSEN_ON: dict[Split, Split] = {"test": "val", "val": "train", "train": "val"}
 """The split on which thresholds are chosen for the images of another. Never test."""
@@ -142,7 +143,9 @@ class Marked(NamedTuple):
     leak_check: str  # whether the run trained on the images that are scored
 
 
-def find_marked(run: Run, dataset: ImageTextDataset, request: PointingRequest) -> Marked:
+def find_marked(
+    encoder: DualEncoder, dataset: ImageTextDataset, request: PointingRequest
+) -> Marked:
     """The annotations of a data set of boxes or masks on the images of data folders.
 
     Raises:
@@ -153,7 +156,7 @@ def find_marked(run: Run, dataset: ImageTextDataset, request: PointingRequest) -
     samples = {sample.image_id: sample for sample in dataset.samples}
     left_out: Counter[str] = Counter()
     annotations = read_annotations(request.boxes, request.root, samples, left_out)
-    every = find_targets(dataset, annotations, grid_of(run), left_out)
+    every = find_targets(dataset, annotations, map_grid(encoder), left_out)
     split, scored = request.split, every.of([request.split])
     if not scored.image_rows:
         counts = Counter(str(dataset.samples[i].split) for i in every.image_rows)
@@ -163,7 +166,8 @@ def find_marked(run: Run, dataset: ImageTextDataset, request: PointingRequest) -
             f"{dict(left_out) or 'none'}); choose another --split, or the folder whose images it is"
         )
     is_scored = np.isin(np.arange(len(dataset)), scored.image_rows)
-    leak_check = run.check_unseen(dataset.select(is_scored), split)
+    check_files(encoder, dataset.select(is_scored))
+    leak_check = encoder.check_unseen(dataset.select(is_scored), split)
     return Marked(
         dataset,
         scored,

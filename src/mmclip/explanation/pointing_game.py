@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmclip.checkpoint import code_version
-from mmclip.data.image_text_dataset import ImageTextDataset, normalise
+from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.explanation.grounding import (
     FIXED_THRESHOLDS,
     best_threshold,
@@ -27,6 +27,7 @@ from mmclip.explanation.grounding import (
     nearness_to_centre,
     overlaps,
 )
+from mmclip.explanation.maps import brightness, map_grid, maps_of, prepared_rows, untrained
 from mmclip.explanation.marked import (
     CHOSEN_ON,
     Marked,
@@ -35,10 +36,10 @@ from mmclip.explanation.marked import (
     find_marked,
 )
 from mmclip.explanation.mechanism import PatientMean, patient_means
-from mmclip.explanation.saliency import grid_of, random_weights, saliency_maps
 from mmclip.files import check_free, write_text_atomic
 from mmclip.model_loading import ModelRequest, open_dual_encoder
-from mmclip.patches import Grid, patchify
+from mmclip.models.dual_encoder import DualEncoder
+from mmclip.patches import Grid
 from mmclip.progress import progress
 from mmclip.run import Run
 
@@ -107,7 +108,7 @@ def choose_thresholds(score: Float[Tensor, "m n"], targets: Targets) -> dict[str
 
 
 def _maps(
-    run: Run,
+    encoder: DualEncoder,
     targets: Targets,
     phrases: Sequence[str],
     request: PointingRequest,
@@ -121,22 +122,18 @@ def _maps(
         for start in range(0, len(phrases), size):
             some = slice(start, start + size)
             distinct, row = np.unique(targets.image_rows[some], return_inverse=True)
-            images = normalise(targets.dataset.pixels(distinct))
-            rows, said = row.tolist(), phrases[some]
-            found.append(saliency_maps(run, images, said, rows, score, prompts, size))
+            images = prepared_rows(encoder, targets.dataset, distinct)
+            found.append(maps_of(encoder, images, phrases[some], row.tolist(), score, prompts))
             advance(len(row))
     return torch.cat(found) if found else torch.zeros(targets.total.shape)
 
 
-def _brightness(targets: Targets, grid: Grid) -> Float[Tensor, "m n"]:
+def _brightness(encoder: DualEncoder, targets: Targets, grid: Grid) -> Float[Tensor, "m n"]:
     """The mean grey of each patch of each annotation's image."""
     distinct, row = np.unique(targets.image_rows, return_inverse=True)
-    seen = slice(grid.side * grid.patch_size)
     found = [
-        patchify(
-            normalise(targets.dataset.pixels(distinct[part]))[..., seen, seen], grid.patch_size
-        ).mean(-1)
-        for part in np.array_split(np.arange(len(distinct)), -(-len(distinct) // 256))
+        brightness(encoder, prepared_rows(encoder, targets.dataset, part), grid)
+        for part in np.array_split(distinct, -(-len(distinct) // 256))
     ]
     return torch.cat(found)[torch.from_numpy(row)]
 
@@ -145,15 +142,15 @@ Maps = dict[str, Float[Tensor, "_ n"]]
 """By the name of what made them, a map an annotation."""
 
 
-def _all_maps(run: Run, marked: Marked, request: PointingRequest) -> tuple[Maps, Maps]:
+def _all_maps(encoder: DualEncoder, marked: Marked, request: PointingRequest) -> tuple[Maps, Maps]:
     """The maps of the model and of the controls: for the scored annotations, and for those that
     choose thresholds. Random weights come apart from them."""
-    grid = grid_of(run)
+    grid = map_grid(encoder)
     scored, others, known, split = marked.scored, marked.others, marked.known, request.split
     phrases = request.asked(scored)
-    shown = {"model": _maps(run, scored, phrases, request, "maps")}
+    shown = {"model": _maps(encoder, scored, phrases, request, "maps")}
     said = f"maps of split {CHOSEN_ON[split]}"
-    chooses = {"model": _maps(run, others, request.asked(others), request, said)}
+    chooses = {"model": _maps(encoder, others, request.asked(others), request, said)}
     beside = [(shown, scored), (chooses, others)] if others.image_rows else [(shown, scored)]
     if known.image_rows:
         prior = mean_annotations(known.inside / known.total.clamp(min=1), known.findings)
@@ -164,13 +161,13 @@ def _all_maps(run: Run, marked: Marked, request: PointingRequest) -> tuple[Maps,
             )
     for found, targets in beside:
         found["centre"] = nearness_to_centre(grid.side).expand(targets.total.shape)
-        found["brightest patch"] = _brightness(targets, grid)
+        found["brightest patch"] = _brightness(encoder, targets, grid)
         found["best on this grid"] = targets.inside / targets.total.clamp(min=1)
     shown["chance"] = torch.zeros(scored.total.shape)
     wrong = other_phrases(scored.findings, phrases)
     if wrong is not None:
         shown["another finding's phrase"] = _maps(
-            run, scored, wrong, request, "maps by other phrases"
+            encoder, scored, wrong, request, "maps by other phrases"
         )
     return shown, chooses
 
@@ -180,25 +177,25 @@ Values = dict[str, dict[str, Float[np.ndarray, " m"]]]
 
 
 def _random_values(
-    run: Run, scored: Targets, request: PointingRequest
+    encoder: DualEncoder, scored: Targets, request: PointingRequest
 ) -> dict[str, Float[np.ndarray, " m"]]:
     """What maps of random weights reach, the mean of some models, by metric."""
     each = []
     for i in range(RANDOM_SEEDS):
-        untrained = random_weights(run, request.seed + i)
+        fresh = untrained(encoder, request.seed + i)
         said = f"maps of random weights {i + 1} of {RANDOM_SEEDS}"
-        found = _maps(untrained, scored, request.asked(scored), request, said)
+        found = _maps(fresh, scored, request.asked(scored), request, said)
         each.append(point_metrics(found, scored, {}))
     return {metric: np.mean([one[metric] for one in each], 0) for metric in each[0]}
 
 
 def evaluate_explanations(
-    run: Run, dataset: ImageTextDataset, request: PointingRequest
+    encoder: DualEncoder, dataset: ImageTextDataset, request: PointingRequest
 ) -> dict[str, Any]:
     """Pointing game, IoU and CNR of a model's maps, beside maps that read no image or no phrase.
 
     Args:
-        run: Its model is asked.
+        encoder: It is asked.
         dataset: Of data folders.
         request: What is asked, and by which boxes.
 
@@ -207,11 +204,12 @@ def evaluate_explanations(
 
     Raises:
         ManifestError: When no annotation lies on an image of the split.
+        ValueError: When the encoder gives no maps.
         SourceError: See `annotations.read_annotations`.
     """
-    marked = find_marked(run, dataset, request)
+    marked = find_marked(encoder, dataset, request)
     scored, others = marked.scored, marked.others
-    shown, chooses = _all_maps(run, marked, request)
+    shown, chooses = _all_maps(encoder, marked, request)
     thresholds = {
         name: choose_thresholds(found, others)
         for name, found in chooses.items()
@@ -221,9 +219,9 @@ def evaluate_explanations(
         name: point_metrics(found, scored, thresholds.get(name, {}))
         for name, found in shown.items()
     }
-    values["random weights"] = _random_values(run, scored, request)
+    values["random weights"] = _random_values(encoder, scored, request)
     return {
-        **_of_what(run, marked, request),
+        **_of_what(encoder, marked, request),
         "thresholds_chosen_on": CHOSEN_ON[request.split] if others.image_rows else None,
         "thresholds": thresholds.get("model", {}),
         **_summarised(values, scored, request),
@@ -236,8 +234,9 @@ class MapsRequest:
     """Maps to measure on data folders, by which model, and where to.
 
     Attributes:
-        model: A run.
+        model: A run, or a model of others.
         folders: Data folders.
+        roots: Of their image files, for a model of others; empty asks the folders.
         out: The file to write, .json.
         command: For results.
         pointing: What is asked of the maps.
@@ -250,6 +249,7 @@ class MapsRequest:
     out: Path
     command: str
     pointing: PointingRequest
+    roots: tuple[Path, ...] = ()
     overwrite: bool = False
     device: torch.device | None = None
 
@@ -258,15 +258,13 @@ def evaluate_maps(request: MapsRequest) -> dict[str, Any]:
     """What `mmclip explain --evaluate` does: opens, measures, writes; returns what it wrote.
 
     Raises:
-        ValueError: When the model is none of ours, or the file would be replaced.
+        ValueError: When the model gives no maps, or the file would be replaced.
         ManifestError: See `evaluate_explanations`.
     """
-    run = open_dual_encoder(request.model, request.device)
-    if not isinstance(run, Run):
-        raise ValueError(f"--evaluate needs a run of `mmclip pretrain`, and {run.name} is none")
-    dataset = run.open_data(request.folders)
+    encoder = open_dual_encoder(request.model, request.device)
+    dataset = encoder.open_data(request.folders, request.roots or None)
     check_free([request.out], request.overwrite)
-    measured = evaluate_explanations(run, dataset, request.pointing)
+    measured = evaluate_explanations(encoder, dataset, request.pointing)
     results = {"command": request.command, **measured}
     request.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2, ensure_ascii=False)
@@ -274,13 +272,11 @@ def evaluate_maps(request: MapsRequest) -> dict[str, Any]:
     return results
 
 
-def _of_what(run: Run, marked: Marked, request: PointingRequest) -> dict[str, Any]:
+def _of_what(encoder: DualEncoder, marked: Marked, request: PointingRequest) -> dict[str, Any]:
     """Which model, images, boxes and words the numbers are of."""
-    scored, side = marked.scored, grid_of(run).side
+    scored, side = marked.scored, map_grid(encoder).side
     return {
-        "run": str(run.checkpoint.folder),
-        "step": run.step,
-        "config_hash": run.config_hash,
+        **_whose(encoder),
         "data_hash": marked.dataset.data_hash,
         "boxes": request.boxes,
         "split": request.split,
@@ -299,6 +295,14 @@ def _of_what(run: Run, marked: Marked, request: PointingRequest) -> dict[str, An
         "n_resamples": request.n_resamples,
         "seed": request.seed,
     }
+
+
+def _whose(encoder: DualEncoder) -> dict[str, Any]:
+    """Which weights, by what is known of them."""
+    if isinstance(encoder, Run):
+        folder = str(encoder.checkpoint.folder)
+        return {"run": folder, "step": encoder.step, "config_hash": encoder.config_hash}
+    return {**encoder.facts(), "recipe_hash": encoder.weights.recipe_hash}
 
 
 def _summarised(values: Values, scored: Targets, request: PointingRequest) -> dict[str, Any]:

@@ -19,9 +19,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from mmclip.config import GREY_MEAN, GREY_STD, ImageEncoderConfig
 from mmclip.models.image_probe import find_layout, side_of
-from mmclip.models.layout import (
-    EncoderError,
-)
+from mmclip.models.layout import LAYOUT_KEY, EncoderError
 from mmclip.models.norm import globalise_batch_norm
 from mmclip.models.pretrained import (
     TAKE_INSTEAD,
@@ -77,7 +75,8 @@ def build_image_encoder(
         pooling = "cls"  # a masked autoencoder has no pooler, and its ViT's would be a random one
     encoder = load_tower(name, "image", read)
     _check_patch_size(encoder, image_size)
-    rgb = take_one_channel(encoder, *_normalisation_of(name), folds)
+    held = vars(encoder.config).get(LAYOUT_KEY, {}).get("rgb")  # of a checkpoint
+    rgb = take_one_channel(encoder, *(held or _normalisation_of(name)), folds)
     encoder = resize_position_grid(encoder, image_size)
     adapt_batch_norm(encoder)
     find_layout(encoder, image_size, pooling, rgb)

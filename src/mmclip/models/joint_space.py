@@ -7,9 +7,12 @@ temperature.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -22,17 +25,20 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from mmclip.models.layout import EncoderError, image_layout, text_layout
+from mmclip.models.layout import EncoderError, Pooled, image_layout, text_layout
 from mmclip.models.mmclip import MMCLIP
 from mmclip.models.pretrained import (
     LOAD_FAULTS,
     cannot_load,
     first_line,
+    is_checkpoint,
     quiet_loading,
     read_config,
 )
 
-TAKES = "a VisionTextDualEncoderModel (`mmclip export --to hf`), a CLIPModel or a SiglipModel"
+TAKES = (
+    "a run, a VisionTextDualEncoderModel (`mmclip export --to hf`), a CLIPModel or a SiglipModel"
+)
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,14 @@ class JointSpace:
         text: Likewise of a text.
         logit_scale: The logarithm of the inverse temperature.
         logit_bias: Of SigLIP's loss; None of others.
+        pools: How the vectors of an image and of a text were pooled.
     """
 
     visual: Float[Tensor, "e v"]
     text: Float[Tensor, "e t"]
     logit_scale: float
     logit_bias: float | None = None
+    pools: tuple[Pooled, Pooled] = ("pooler", "pooler")
 
 
 def embed_dim_of(name: str) -> int:
@@ -81,7 +89,11 @@ def read_joint_space(name: str) -> JointSpace:
     embed_dim_of(name)
     try:
         with quiet_loading():
-            whole = AutoModel.from_pretrained(name, trust_remote_code=False)
+            if is_checkpoint(name):
+                config = read_config(name)
+                whole = VisionTextDualEncoderModel.from_pretrained(name, config=config)
+            else:
+                whole = AutoModel.from_pretrained(name, trust_remote_code=False)
     except LOAD_FAULTS as error:
         raise cannot_load(name, first_line(error)) from error
     with torch.no_grad():
@@ -94,7 +106,19 @@ def read_joint_space(name: str) -> JointSpace:
             whole.visual_projection.weight.clone(),
             whole.text_projection.weight.clone(),
             whole.logit_scale.item(),
+            *_held_by_checkpoint(Path(name), whole) if is_checkpoint(name) else (),
         )
+
+
+def _held_by_checkpoint(
+    folder: Path, whole: VisionTextDualEncoderModel
+) -> tuple[float | None, tuple[Pooled, Pooled]]:
+    """What only a run has: the bias of a sigmoid loss, and poolings other than transformers'."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        has_one = "logit_bias" in file.keys()  # noqa: SIM118 - it is no dictionary
+        bias = float(file.get_tensor("logit_bias")) if has_one else None
+    encoders: tuple[Any, Any] = whole.vision_model, whole.text_model
+    return bias, (image_layout(encoders[0]).pooling, text_layout(encoders[1]).pooling)
 
 
 def start_from(model: MMCLIP, space: JointSpace, name: str) -> None:
@@ -106,10 +130,10 @@ def start_from(model: MMCLIP, space: JointSpace, name: str) -> None:
     """
     layouts = image_layout(model.vision_model), text_layout(model.text_model)
     parts = (
-        ("image", model.visual_projection, space.visual, layouts[0]),
-        ("text", model.text_projection, space.text, layouts[1]),
+        ("image", model.visual_projection, space.visual, layouts[0], space.pools[0]),
+        ("text", model.text_projection, space.text, layouts[1], space.pools[1]),
     )
-    for modality, own, theirs, layout in parts:
+    for modality, own, theirs, layout, pools in parts:
         embed_dim, width = theirs.shape
         if width != layout.width:
             raise EncoderError(
@@ -122,10 +146,10 @@ def start_from(model: MMCLIP, space: JointSpace, name: str) -> None:
                 f"model.embed_dim={own.out_features}, and {name} has a joint space of {embed_dim}; "
                 f"set model.embed_dim={embed_dim}"
             )
-        if layout.pooling != "pooler":
+        if layout.pooling != pools:
             raise EncoderError(
                 f"model.{modality}.pooling gives {layout.pooling!r}, and the projections of {name} "
-                f"read 'pooler'; set it to 'pooler' or 'auto'"
+                f"read {pools!r}; set it to {pools!r}" + " or 'auto'" * (pools == "pooler")
             )
         with torch.no_grad():
             own.weight.copy_(theirs)

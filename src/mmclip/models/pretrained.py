@@ -1,9 +1,11 @@
 """One encoder out of whatever a folder or the hub holds: an encoder, or a model with one in it."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from transformers import (
     SiglipTextModel,
     T5Config,
     UMT5Config,
+    VisionTextDualEncoderConfig,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEModel,
@@ -150,11 +153,30 @@ def read_config(name: str) -> PreTrainedConfig:
     if reason := why_unavailable(name):
         raise cannot_load(name, reason)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if is_checkpoint(name):
+            config: PreTrainedConfig = _config_of_checkpoint(Path(name))
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except LOAD_FAULTS as error:
         raise cannot_load(name, first_line(error)) from error
     _make_deterministic(config)
     return config
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a name is the folder of a checkpoint of `mmclip pretrain`."""
+    folder = Path(name)
+    return (folder / "meta.json").is_file() and not (folder / "config.json").exists()
+
+
+def _config_of_checkpoint(folder: Path) -> VisionTextDualEncoderConfig:
+    """Of the dual encoder whose weights a checkpoint holds, by the names that they have there."""
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    return VisionTextDualEncoderConfig(
+        vision_config=meta["vision_config"],
+        text_config=meta["text_config"],
+        projection_dim=meta["config"]["model"]["embed_dim"],
+    )
 
 
 def cannot_load(name: str, reason: str) -> EncoderError:

@@ -159,6 +159,9 @@ class ModelAnswer(_Body):
     image_size: int | None
     has_text_encoder: bool
     has_reference: bool = Field(description="Whether validation scores are known.")
+    zeroshot_rule: str | None = Field(
+        description="How prompts become scores; null of a fine-tuned model."
+    )
     facts: dict[str, Any]
     caution: str
     prompt_sets: list[PromptSetAbout]

@@ -52,12 +52,14 @@ class ServeRequest:
         reference: Results of the model, for the distribution of its validation scores; None looks
             in and around the run.
         device: As `mmclip.load` takes it.
+        rule: Likewise.
     """
 
     model: str
     index: tuple[Path, ...] = ()
     reference: Path | None = None
     device: str = "auto"
+    rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ class Service:
             "image_size": self.model.image_size,
             "has_text_encoder": learnt is None,
             "has_reference": bool(self.references),
+            "zeroshot_rule": self.model.zeroshot_rule,
             "facts": facts,
             "caution": _caution(facts),
             "prompt_sets": [
@@ -209,6 +212,8 @@ class Service:
             words += ["--finding", finding]
         if question.prompts != "default":
             words += ["--prompts", question.prompts]
+        if self.request.rule is not None:
+            words += ["--rule", self.request.rule]
         return shlex.join([*words, "--out", "predictions.csv"])
 
     def explain_command(self, name: str, phrase: str, score: str) -> str:
@@ -234,7 +239,7 @@ def open_service(request: ServeRequest) -> Service:
     Raises:
         ValueError: When the model, the index or the reference cannot be read; see `mmclip.load`.
     """
-    model = load(request.model, request.device)
+    model = load(request.model, request.device, rule=request.rule)
     index = model.index(request.index) if request.index else None
     return Service(request, model, index, _references(model, request.reference))
 

@@ -372,7 +372,8 @@ async function start() {
   if (!model) return;
   state.model = model;
   const step = model.facts.step === undefined ? "" : `, step ${model.facts.step.toLocaleString("en")}`;
-  $("model-line").textContent = `${model.name}${step}`;
+  const unit = model.zeroshot_rule === "similarity" ? "; scores are cosines" : "";
+  $("model-line").textContent = `${model.name}${step}${unit}`;
   $("model-line").title = Object.entries(model.facts).map(([key, value]) => `${key}: ${value}`).join("\n");
   $("caution").textContent = model.caution;
   $("lists").append(...model.finding_lists.map((list, i) => element("option", { value: String(i), text: `${list.title} (${list.findings.length})` })));
