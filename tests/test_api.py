@@ -1,6 +1,7 @@
 """The Python API: any image in, the numbers of the commands out, and every snippet of its page."""
 
 import csv
+import io
 import json
 import re
 import subprocess
@@ -221,7 +222,11 @@ def test_deep_pixels_take_the_range_of_the_image_as_a_file_of_them_does(
         (12, "an? int"),
         ("no/such/file.png", "does not exist"),
         ("a\0b", "does not exist"),
-        (b"\x89PNG", "a bytes"),
+        (b"\x89PNG", "no image that can be read"),
+        (b"", "0 bytes"),
+        (io.StringIO("a"), "gives str; open it as 'rb'"),
+        ({"image": 1}, "a dict"),
+        ("https://example.org/a.png", "an address; nothing is fetched: download it"),
     ],
     ids=str,
 )  # fmt: skip
@@ -254,8 +259,32 @@ def test_one_many_and_a_generator(model: Model, files: list[str]):
     assert model.encode_images([]).shape == (0, 16)
     assert model.encode_texts([]).shape == (0, 16)
     assert model.classify([], FINDINGS).probabilities.shape == (0, 2)
-    with pytest.raises(TypeError):
-        model.encode_images(5)  # pyright: ignore[reportArgumentType]
+    for wrong in (5, {"image": arrays[0]}):
+        with pytest.raises(TypeError, match="is neither an image nor several"):
+            model.encode_images(wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ImageInputError, match=r"image 0: .*complex128"):
+        model.encode_images(arrays[0].astype(complex))
+
+
+def test_a_file_by_path_by_content_or_opened_is_one_image(model: Model, tmp_path: Path):
+    for name, content in (("a.png", encoded(ramp(), "PNG")), ("a.dcm", dicom(ramp()))):
+        (tmp_path / name).write_bytes(content)
+        (expected,) = model.encode_images(tmp_path / name)
+        with (tmp_path / name).open("rb") as file:
+            forms = [content, bytearray(content), io.BytesIO(content), file]
+            for form in forms[:3]:
+                np.testing.assert_array_equal(model.encode_images(form)[0], expected)
+            for row in model.encode_images([content, io.BytesIO(content), file]):
+                np.testing.assert_array_equal(row, expected)
+            with pytest.raises(ImageInputError, match="image 0: the image file has 0 bytes"):
+                model.encode_images(file)  # it was read to its end
+    with pytest.raises(ImageInputError, match=r"image 0: .*reading failed"):
+        model.encode_images([file])
+    # Models of others read the same.
+    other = mmclip.load("tests.own_models:Pair")
+    np.testing.assert_array_equal(
+        other.encode_images(content), other.encode_images(tmp_path / "a.dcm")
+    )
     with pytest.raises(ValueError, match="errors='ignore'"):
         model.encode_images(files[0], errors="ignore")  # pyright: ignore[reportArgumentType]
 

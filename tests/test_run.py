@@ -1,20 +1,23 @@
 """A run: its folder, what it saw and trained on, and the recipe of its weights."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mmclip.checkpoint import CheckpointError
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.leakage.trained import KEY_FILE, LOOKS_FILE, TRAINED_FILE
 from mmclip.data.streams import SEEN_FILE
+from mmclip.models.dual_encoder import PromptEmbeddings
 from mmclip.run import Run, open_run
-from tests.made import put_run_file, trained_on
+from tests.made import put_run_file, small_config, small_model, trained_on
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,20 @@ def test_data_are_opened_at_the_size_that_the_model_reads(made_run: Path, made_d
     other = replace(run, checkpoint=replace(run.checkpoint, config=config))
     with pytest.raises(ManifestError, match="32"):
         other.open_data([made_data])
+
+
+def test_the_sigmoid_rule_is_that_of_runs_with_a_bias(made_run: Path):
+    run = open_run(made_run)
+    with pytest.raises(ValueError, match="first learnt by softmax; take prompt_pair or"):
+        run.used("sigmoid", None)
+    model = small_model(small_config("loss.contrastive='sigmoid'", "model.logit_bias=-3"))
+    of_sigmoid = replace(run, checkpoint=replace(run.checkpoint, model=model))
+    assert of_sigmoid.scoring.rule == "prompt_pair"
+    scoring = of_sigmoid.used("sigmoid", None).scoring
+    assert (scoring.rule, scoring.bias) == ("sigmoid", -3.0)
+    image, texts = torch.eye(1, 4), torch.tensor([[0.6, 0.8, 0, 0]])
+    found = scoring.scores(image, PromptEmbeddings(texts, -texts)).item()
+    assert found == pytest.approx(1 / (1 + math.exp(3 - 0.6 * model.scale().item())), rel=1e-6)
 
 
 def test_images_that_trained_are_not_scored(

@@ -5,8 +5,10 @@ A file, a Pillow image and an array of the same pixels give the same image: each
 """
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,8 +27,21 @@ from mmclip.data.images import (
 from mmclip.data.pixels import MAX_PX, ImageError, check_size, stretch
 from mmclip.data.sample import Reason
 
-ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-"""One image: the path of a PNG, JPEG, TIFF, DICOM or the like, a Pillow image, or pixels.
+
+@runtime_checkable
+class Readable(Protocol):
+    """A file opened by mode "rb", or what is read as one."""
+
+    def read(self) -> bytes:
+        """All that is left of it."""
+        ...
+
+
+ImageInput = (
+    str | os.PathLike[str] | bytes | bytearray | Readable | Image.Image | np.ndarray | Tensor
+)
+"""One image: the path of a PNG, JPEG, TIFF, DICOM or the like, the bytes of such a file, or the
+file opened by mode "rb"; a Pillow image; or pixels.
 
 Pixels are [h, w], [h, w, c] or [c, h, w] with c 1, 3 or 4, air dark:
 
@@ -41,7 +56,9 @@ ImageInputs = ImageInput | Iterable[object]
 """One image, or several: a list or generator of `ImageInput`, or an array [n, c, h, w] or
 [n, h, w, c]. What is none of these is told of by name as it is read."""
 
-KINDS = "the path of a file, a Pillow image, a numpy array or a torch tensor"
+KINDS = "the path of a file, its bytes, a Pillow image, a numpy array or a torch tensor"
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 FLOAT_SLACK = 1e-6
 """How far a float may lie outside 0..1. [chosen: the rounding of float32]"""
@@ -53,14 +70,14 @@ def each_input(images: object) -> Iterator[object]:
     Raises:
         TypeError: When it is neither an image nor several.
     """
-    if isinstance(images, str | os.PathLike | Image.Image):
+    if isinstance(images, str | os.PathLike | bytes | bytearray | Readable | Image.Image):
         yield images
     elif isinstance(images, Tensor):
         yield from ([images] if images.ndim < 4 else images)
     elif isinstance(images, np.ndarray):
-        is_pixels = images.dtype.kind in "buif" and images.ndim < 4
+        is_pixels = images.dtype.kind not in "OSUT" and images.ndim < 4
         yield from ([images] if is_pixels else images)
-    elif isinstance(images, Iterable):
+    elif isinstance(images, Iterable) and not isinstance(images, Mapping):
         yield from images
     else:
         raise TypeError(
@@ -72,7 +89,7 @@ def each_input(images: object) -> Iterator[object]:
 def name_of(image: object, number: int) -> str:
     """What an image is called in results and errors: its path, else its number, from 0."""
     if isinstance(image, str | os.PathLike):
-        return os.fspath(image) if isinstance(image, str) else str(image)
+        return str(image)
     return f"image {number}"
 
 
@@ -89,8 +106,8 @@ def read_input(image: object, max_px: int = MAX_PX) -> UInt8[np.ndarray, "h w"]:
     Raises:
         ImageError: When it is missing, no image, of a range or shape that is not told, or blank.
     """
-    if isinstance(image, str | os.PathLike):
-        return decode_image(_content_of(image), max_px)
+    if (content := _content_of(image)) is not None:
+        return decode_image(content, max_px)
     return refuse_blank(grey_of(_pillow_of(image, max_px), max_px))
 
 
@@ -104,18 +121,38 @@ def read_rgb(image: object, max_px: int = MAX_PX) -> Image.Image:
     Raises:
         ImageError: As `read_input`.
     """
-    if isinstance(image, str | os.PathLike):
-        return decode_rgb(_content_of(image), max_px)
+    if (content := _content_of(image)) is not None:
+        return decode_rgb(content, max_px)
     return rgb_of(_pillow_of(image, max_px), max_px)
 
 
-def _content_of(path: str | os.PathLike[str]) -> bytes:
-    try:
-        return read_bytes(Path(path))
-    except ImageError:
-        raise
-    except ValueError as error:  # such as a null byte in a path
-        raise ImageError(Reason.IMAGE_MISSING, str(error)) from None
+def _content_of(image: object) -> bytes | None:
+    """The bytes of a file, by its path or as they are; None of what is no file."""
+    if isinstance(image, str | os.PathLike):
+        if isinstance(image, str) and _URL.match(image):
+            raise ImageError(Reason.IMAGE_MISSING, "an address; nothing is fetched: download it")
+        try:
+            return read_bytes(Path(image))
+        except ImageError:
+            raise
+        except ValueError as error:  # such as a null byte in a path
+            raise ImageError(Reason.IMAGE_MISSING, str(error)) from None
+    if isinstance(image, Readable):
+        try:
+            content: object = image.read()
+        except (OSError, ValueError) as error:  # closed, or bytes that are no text
+            raise ImageError(Reason.IMAGE_UNREADABLE, f"reading failed: {error}") from None
+    else:
+        content = image
+    if not isinstance(content, bytes | bytearray):
+        if content is image:
+            return None
+        raise ImageError(
+            Reason.IMAGE_UNREADABLE, f"a file that gives {type(content).__name__}; open it as 'rb'"
+        )
+    if not content:
+        raise ImageError(Reason.IMAGE_EMPTY)
+    return bytes(content)
 
 
 def _pillow_of(image: object, max_px: int) -> Image.Image:

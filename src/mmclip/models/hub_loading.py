@@ -44,7 +44,8 @@ def check_hub_encoder(source: str) -> PreTrainedConfig:
     if reason := why_unavailable(source):
         raise EncoderError(f"cannot load {source!r}: {reason}")
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with quiet_loading():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except LOAD_FAULTS as error:
         raise EncoderError(
             f"cannot load {source!r} ({first_line(error)}); {TAKE_INSTEAD}"
@@ -148,7 +149,8 @@ def _load(what: str, file: str, source: str, load: Callable[[], Any]) -> Any:
         EncoderError: When it is not there.
     """
     try:
-        return load()
+        with quiet_loading():
+            return load()
     except LOAD_FAULTS as error:
         raise EncoderError(f"{_lacks(source, what, file)} ({first_line(error)})") from error
 

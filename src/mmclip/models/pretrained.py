@@ -156,7 +156,8 @@ def read_config(name: str) -> PreTrainedConfig:
         if is_checkpoint(name):
             config: PreTrainedConfig = _config_of_checkpoint(Path(name))
         else:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            with quiet_loading():
+                config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except LOAD_FAULTS as error:
         raise cannot_load(name, first_line(error)) from error
     _make_deterministic(config)
