@@ -501,6 +501,28 @@ def test_maps_of_others_are_measured_as_they_are_drawn(
         assert measured == pytest.approx(np.mean(each), abs=1e-5)
 
 
+def test_maps_beside_predictions_are_of_the_files(
+    models: dict[str, Path], boxed: Path, tmp_path: Path
+):
+    given = ["predict", "--model", models["clip"], "--finding", "edema", "--cpu"]
+    for name, inputs in (("files", boxed / "3.png"), ("data", boxed / "data")):
+        ended = run_mmclip(
+            tmp_path,
+            *given,
+            inputs,
+            "--explain",
+            tmp_path / name,
+            "--out",
+            tmp_path / f"{name}.csv",
+        )
+        assert ended.code == 0, ended.err
+    (of_file,) = (tmp_path / "files").glob("*.npz")
+    (of_data,) = (tmp_path / "data").glob("*-f3-*.npz")
+    with np.load(of_file) as one, np.load(of_data) as other:
+        assert one["saliency"].shape == (64, 48)
+        np.testing.assert_array_equal(one["saliency"], other["saliency"])
+
+
 def test_maps_of_others_are_not_laid_over_copies(
     models: dict[str, Path], boxed: Path, tmp_path: Path
 ):

@@ -76,7 +76,8 @@ def build_image_encoder(
     encoder = load_tower(name, "image", read)
     _check_patch_size(encoder, image_size)
     held = vars(encoder.config).get(LAYOUT_KEY, {}).get("rgb")  # of a checkpoint
-    rgb = take_one_channel(encoder, *(held or _normalisation_of(name)), folds)
+    mean, std = held or _normalisation_of(name)
+    rgb = take_one_channel(encoder, mean, std, folds)
     encoder = resize_position_grid(encoder, image_size)
     adapt_batch_norm(encoder)
     find_layout(encoder, image_size, pooling, rgb)

@@ -6,7 +6,7 @@ temperature.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +102,19 @@ def read_joint_space(name: str) -> JointSpace:
             scale, bias = whole.logit_scale.item(), whole.logit_bias.item()
             return JointSpace(identity, identity, scale, bias)
         assert isinstance(whole, CLIPModel | VisionTextDualEncoderModel)
-        return JointSpace(
+        found = JointSpace(
             whole.visual_projection.weight.clone(),
             whole.text_projection.weight.clone(),
             whole.logit_scale.item(),
-            *_held_by_checkpoint(Path(name), whole) if is_checkpoint(name) else (),
         )
+        if not is_checkpoint(name):
+            return found
+        bias, pools = _held_by_checkpoint(Path(name), whole)
+        return replace(found, logit_bias=bias, pools=pools)
 
 
 def _held_by_checkpoint(
-    folder: Path, whole: VisionTextDualEncoderModel
+    folder: Path, whole: CLIPModel | VisionTextDualEncoderModel
 ) -> tuple[float | None, tuple[Pooled, Pooled]]:
     """What only a run has: the bias of a sigmoid loss, and poolings other than transformers'."""
     with safe_open(folder / "model.safetensors", "pt") as file:

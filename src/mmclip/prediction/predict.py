@@ -17,6 +17,7 @@ from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.data.images import read_image
 from mmclip.data.sample import View
 from mmclip.explanation.explain import explain_image, write_explanation
+from mmclip.explanation.maps import check_files
 from mmclip.finetuning.saved import FineTuned
 from mmclip.model_loading import ModelRequest
 from mmclip.models.dual_encoder import DualEncoder
@@ -292,13 +293,19 @@ class _Explainer:
         self.prompts, self.findings = prompts, findings
 
     def explain(self, image: _Image, number: int) -> None:
-        """One picture and one .npz a finding, named by the image's number in the table."""
-        if image.dataset is None:
-            assert image.path is not None
-            pixels, size_px = read_image(image.path), None
+        """One picture and one .npz a finding, named by the image's number in the table.
+
+        Raises:
+            ManifestError: When a model of others reads a copy, see `maps.check_files`.
+        """
+        dataset, row, size_px = image.dataset, image.row, None
+        given = image.path if dataset is None else dataset.image(row)
+        if isinstance(given, Path):
+            pixels = read_image(given)
         else:
-            sample = image.dataset.samples[image.row]
-            pixels = image.dataset.pixels(np.array([image.row]))[0].numpy()
+            assert dataset is not None and given is not None
+            check_files(self.encoder, dataset.select(np.arange(len(dataset)) == row))
+            sample, pixels = dataset.samples[row], given
             assert sample.height_px is not None and sample.width_px is not None
             size_px = (sample.height_px, sample.width_px)
         stem = _plain(Path(image.image_id).stem)
