@@ -73,10 +73,18 @@ def patient_key(sample: Sample) -> str:
 
     Ids of ChestX-ray14 are the same with leading zeros, as its file names have them, and without.
     """
-    collection, patient = collection_of(sample), sample.patient_id
+    collection, patient = collection_of(sample), plain_patient_id(sample)
     if collection == "chestxray14":
-        patient = patient.rpartition("/")[2].lstrip("0") or patient
+        patient = patient.rpartition("/")[2]
     return f"{collection}/{patient}"
+
+
+def plain_patient_id(sample: Sample) -> str:
+    """The id of a patient as the tables of its collection write it, so that draws by id agree."""
+    part, slash, patient = sample.patient_id.rpartition("/")
+    if collection_of(sample) != "chestxray14":
+        return sample.patient_id
+    return part + slash + (patient.lstrip("0") or patient)
 
 
 def has_own_id(sample: Sample) -> bool:

@@ -28,6 +28,7 @@ from mmclip.data.leakage.check import (
     find_overlaps,
     has_own_id,
     near_keys,
+    plain_patient_id,
 )
 from mmclip.data.leakage.split_lists import LISTED, read_lists, read_patients
 from mmclip.data.manifest import data_hash, read_built
@@ -91,6 +92,8 @@ def set_split(
     built = read_built(folder)
     mapped = {} if patients is None else read_patients(patients, built)
     samples = [replace(f, patient_id=mapped.get(f.image_id, f.patient_id)) for f in built]
+    samples = [replace(f, patient_id=plain_patient_id(f)) for f in samples]
+    mapped = {f.image_id: f.patient_id for f in samples if f.image_id in mapped}
     alike = near_keys(samples, [folder]) if near_duplicates and name not in LISTED else ()
     chosen = _choose(folder, name, samples, how, alike, lists or {})
     warnings = [*chosen.said, *_warnings(name, samples, chosen.images, bool(mapped))]
