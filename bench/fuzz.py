@@ -5,7 +5,7 @@
 Two kinds. *Free* inputs (reports, images, CSV, TOML, XML) may be read or refused with an error that
 the package documents; anything else is a crash. *Sealed* ones (each file of a data folder, of a
 checkpoint, of a run) are one file changed: they must be refused, or read as they were written;
-anything else is a silent accept. An input that takes more than 20 s is a time-out.
+anything else is a silent accept. An input that takes more than 20 s of CPU time is a time-out.
 The last line is one JSON object: inputs tried, crashes, time-outs, silent accepts, by target.
 """
 
@@ -16,6 +16,8 @@ import logging
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from pydicom import uid
+from pydicom.dataset import Dataset, FileMetaDataset
 
 from mmclip.checkpoint import CheckpointError, load_trainer_state
 from mmclip.config import load_config
@@ -36,12 +40,16 @@ from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.images import ImageError, decode_image
 from mmclip.data.ingest.build import build_data
 from mmclip.data.ingest.sources import open_reader
+from mmclip.data.leakage.splits import set_split
 from mmclip.data.synthetic import Preset, write_dataset
 from mmclip.data.text import parse_report, split_sentences
+from mmclip.evaluation.results import read_results, read_scores
+from mmclip.retrieval.ranking import read_retrieval
 from mmclip.run import open_run
 from mmclip.training.pretrain import PretrainRequest, pretrain
 
-TIMEOUT_S = 20
+TIMEOUT_S, HANG_S = 20, 600
+"""CPU time that an input may take, and time on the wall, which on a busy machine says little."""
 
 PRESET = Preset(name="fuzz", version=1, seed=3, image_size=32, n_train=60, n_val=20, n_test=40)
 
@@ -80,14 +88,46 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
             case 4:
                 out[at:at] = out[at : at + rng.randrange(1, 64)]
             case _:
-                word = rng.choice(
-                    (b"\0", b"-1", b"1e999", b"NaN", b"<", b"]", b'"', b"\xff\xfe", b"9" * 40)
-                )
+                word = rng.choice(WORDS)
                 out[at : at + len(word)] = word
     return bytes(out)
 
 
 # -- free inputs: read or refused --
+
+DICOM_SYNTAXES = (
+    uid.ExplicitVRLittleEndian, uid.DeflatedExplicitVRLittleEndian, uid.RLELossless,
+    uid.JPEGLSLossless, uid.JPEG2000Lossless,
+)  # fmt: skip
+
+
+def dicom_file(syntax: uid.UID) -> bytes:
+    """A small DICOM file in a transfer syntax, with padding, rescaling, a window and a LUT."""
+    pixels = np.add.outer(np.arange(40) * 24, np.arange(48) * 39).astype(np.uint16)
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = uid.DigitalXRayImageStorageForPresentation
+    data.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    data.SOPInstanceUID, data.Modality, data.ViewPosition = "1.2.3", "DX", "PA"
+    data.Rows, data.Columns = pixels.shape
+    data.SamplesPerPixel, data.PixelRepresentation = 1, 0
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
+    data.PhotometricInterpretation, data.PixelPaddingValue = "MONOCHROME1", 0
+    data.RescaleSlope, data.RescaleIntercept = "0.5", "-10"
+    data.WindowCenter, data.WindowWidth = ["900", "500"], ["1800", "200"]
+    lut = Dataset()
+    lut.add_new("LUTDescriptor", "US", [1400, 0, 11])
+    lut.add_new("LUTData", "US", list(range(1400)))
+    data.VOILUTSequence = [lut]
+    data.PixelData = pixels.tobytes()
+    data["PixelData"].VR = "OW"
+    if syntax.is_compressed and syntax != uid.DeflatedExplicitVRLittleEndian:
+        data.compress(syntax, generate_instance_uid=False)
+    data.file_meta.TransferSyntaxUID = syntax
+    file = io.BytesIO()
+    data.save_as(file, enforce_file_format=True)
+    return file.getvalue()
 
 
 def free_targets(folder: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], object]]]:
@@ -98,6 +138,7 @@ def free_targets(folder: Path) -> dict[str, tuple[list[bytes], Callable[[bytes],
         made = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (24, 32), np.uint8)).save(made, kind)
         images.append(made.getvalue())
+    images += [dicom_file(syntax) for syntax in DICOM_SYNTAXES]
     reports = [
         b"FINDINGS: The heart is enlarged. No pleural effusion.\n\nIMPRESSION: 1. Cardiomegaly.",
         b"EXAM: CHEST TWO VIEWS\n___ year old [**Name**] with cough.\nFINDINGS:\nClear lungs.",
@@ -157,13 +198,16 @@ def free_targets(folder: Path) -> dict[str, tuple[list[bytes], Callable[[bytes],
 # -- sealed files: refused, or read as they were --
 
 
-def state_of(data: Path, run: Path) -> dict[str, Any]:
-    """All that is read of a data folder and a run, as values that can be compared."""
+def state_of(folder: Path) -> dict[str, Any]:
+    """All that is read of a data folder, a run and its results, as values that can be compared."""
+    data, run = folder / "data", folder / "run"
     dataset = open_dataset([data])
     cache = dataset.caches[0]
     assert cache is not None
     opened = open_run(run)
     test = dataset.select([sample.split == "test" for sample in dataset.samples])
+    results = read_results(folder / "results")
+    scores = read_scores(folder / "results", results).arrays()
     return {
         "samples": repr(dataset.samples),
         "pixels": np.asarray(cache.images).tobytes(),
@@ -174,28 +218,39 @@ def state_of(data: Path, run: Path) -> dict[str, Any]:
         "seen": opened.seen(["mass", "edema"]),
         "leak check": opened.check_unseen(test, "test"),
         "trainer": load_trainer_state(opened.checkpoint.folder)["step"],
+        "results": results.model_dump_json(),
+        "scores": {name: value.tobytes() for name, value in scores.items()},
+        "retrieval": read_retrieval(folder / "ranks").model_dump_json(),
     }
 
 
-def make(folder: Path) -> tuple[Path, Path]:
-    """A data folder and a run."""
+def make(folder: Path) -> None:
+    """A data folder with a split, a run, and what two evaluations leave of it."""
     raw = write_dataset(PRESET, folder / "raw")
     reader = open_reader("csv", raw, mapping=raw / "mapping.toml", table=None)
     build_data(reader, raw, folder / "data", image_size=32)
     request = PretrainRequest(
         (folder / "data",), folder / "run", load_config("tiny", TINY), "mmclip fuzz", cpu=True
     )
+    set_split(folder / "data", "clean")
     pretrain(request)
-    return folder / "data", folder / "run"
+    given = ["--model", folder / "run", "--data", folder / "data", "--cpu", "--n-resamples", "5"]
+    for words in (
+        ["zeroshot", *given, "--finding", "nodule", "--out", folder / "results"],
+        ["retrieve", *given, "--evaluate", "--out", folder / "ranks"],
+    ):
+        subprocess.run([sys.executable, "-m", "mmclip", *map(str, words)], check=True)
 
 
 READ = ("samples.parquet", "images.npy", "meta.json", "model.safetensors", "trainer.pt",
-        "trained_on.npy", "trained_looks.npy", "seen.json")  # fmt: skip
+        "trained_on.npy", "trained_looks.npy", "seen.json", "split.json", "results.json",
+        "scores.npz", "retrieval.json")  # fmt: skip
 
 
-def sealed_files(data: Path, run: Path) -> list[Path]:
+def sealed_files(folder: Path) -> list[Path]:
     """The files that commands read."""
-    found = [p for p in (*data.rglob("*"), *run.rglob("*")) if p.is_file()]
+    places = (folder / name for name in ("data", "run", "results", "ranks"))
+    found = [path for place in places for path in sorted(place.rglob("*")) if path.is_file()]
     return [p for p in found if p.name in READ or p.parent.name == "tokenizer"]
 
 
@@ -212,17 +267,21 @@ class Tally:
     def run(self, target: str, what: str, read: Callable[[], str | None]) -> None:
         """Reads an input; `read` returns what is wrong of an accepted one."""
         self.tried[target] += 1
-        signal.alarm(TIMEOUT_S)
+        signal.setitimer(signal.ITIMER_PROF, TIMEOUT_S)
+        signal.alarm(HANG_S)
         try:
             if wrong := read():
                 self.fail("silent accepts", target, what, wrong)
         except REFUSALS:
             self.counts["refused"] += 1
         except TimedOut:
-            self.fail("time-outs", target, what, f"more than {TIMEOUT_S} s")
+            self.fail(
+                "time-outs", target, what, f"more than {TIMEOUT_S} s of CPU time, or {HANG_S} s"
+            )
         except Exception as error:  # noqa: BLE001  a crash of any kind is what is looked for
             self.fail("crashes", target, what, f"{type(error).__name__}: {error}")
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
 
     def fail(self, kind: str, target: str, what: str, why: str) -> None:
@@ -243,11 +302,12 @@ def main() -> None:
     def time_out(*_: object) -> None:
         raise TimedOut
 
-    signal.signal(signal.SIGALRM, time_out)
+    for alarm in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(alarm, time_out)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        data, run = make(folder)
-        whole, files, targets = state_of(data, run), sealed_files(data, run), free_targets(folder)
+        make(folder)
+        whole, files, targets = state_of(folder), sealed_files(folder), free_targets(folder)
         end = time.monotonic() + 60 * args.minutes
         while time.monotonic() < end:
             for name, (seeds, read) in targets.items():
@@ -258,7 +318,7 @@ def main() -> None:
             before = path.read_bytes()
             path.write_bytes(mutated(before, rng) if rng.random() < 0.9 else b"")
             if path.read_bytes() != before:
-                differs = lambda: _differs(state_of(data, run), whole)  # noqa: E731
+                differs = lambda: _differs(state_of(folder), whole)  # noqa: E731
                 tally.run("sealed", str(path.relative_to(folder)), differs)
             path.write_bytes(before)
             shutil.rmtree(folder / "csv", ignore_errors=True)

@@ -74,11 +74,12 @@ def left(stage: str, place: Path) -> object:
         return {name: stored[name].tobytes() for name in stored.files}
 
 
-def run(words: list[str], kill_after_s: float | None, rng: random.Random) -> int:
-    """Runs a command; kills it, or one of its processes, after some time."""
-    process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+def run(words: list[str], kill_after_s: float | None, rng: random.Random, log: Path) -> int:
+    """Runs a command, which speaks to `log`; kills it, or one of its processes, after some time."""
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
     try:
         return process.wait(timeout=kill_after_s)
     except subprocess.TimeoutExpired:
@@ -94,6 +95,12 @@ def run(words: list[str], kill_after_s: float | None, rng: random.Random) -> int
     return -9
 
 
+def last_line(log: Path) -> str:
+    """The last line that a command said."""
+    lines = log.read_text("utf-8", "replace").strip().splitlines()
+    return lines[-1] if lines else "nothing was said"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -105,12 +112,13 @@ def main() -> None:
     tried: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
+        log = folder / "said"
         write_dataset(PRESET, folder / "raw")
         whole, took = {}, {}
         for stage, words in commands(folder, folder, args.processes).items():
             began = time.monotonic()
-            if code := run(words, None, rng):
-                raise SystemExit(f"{stage} ends with {code} undisturbed: {' '.join(words)}")
+            if code := run(words, None, rng, log):
+                raise SystemExit(f"{stage} ends with {code} undisturbed: {last_line(log)}")
             took[stage], whole[stage] = time.monotonic() - began, left(stage, folder)
         # A split is of its folder: those that follow read the folder with it.
         end = time.monotonic() + 60 * args.minutes
@@ -127,10 +135,12 @@ def main() -> None:
                 while code and n_kills < 20:
                     kill = n_kills < rng.choice((1, 1, 2))
                     after_s = rng.uniform(0, took[stage]) if kill else None
-                    code = run(words, after_s, rng)
+                    code = run(words, after_s, rng, log)
                     n_kills += code == -9
+                    if code == 1 and "already holds" in last_line(log):
+                        code = 0  # it was killed when all was written, and says so
                     if code not in (0, -9):
-                        print(f"{stage}: ends with {code}", flush=True)
+                        print(f"{stage}: ends with {code}: {last_line(log)}", flush=True)
                         break
                 tried[stage] += n_kills
                 if code == 0 and left(stage, place) == whole[stage]:

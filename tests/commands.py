@@ -58,7 +58,7 @@ class Running:
     process: BaseProcess
     log: Path
 
-    def wait(self, timeout_s: float = 120) -> Ended:
+    def wait(self, timeout_s: float = 600) -> Ended:
         """Waits for the end."""
         self.process.join(timeout_s)
         if self.process.is_alive():

@@ -316,3 +316,16 @@ def test_a_file_that_meta_does_not_list_is_refused(made_run: Path, tmp_path: Pat
         load_checkpoint(run)
     added.rename(added.with_name(".DS_Store"))  # what a file system leaves by itself
     load_checkpoint(run)
+
+
+@pytest.mark.parametrize("name", ["step_000008", "step_000005", "step_4000000"])
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(
+    made_run: Path, tmp_path: Path, name: str
+):
+    run = shutil.copytree(made_run, tmp_path / "run")
+    older = find_checkpoint(run).with_name("step_000004")
+    renamed = shutil.copytree(older, older.with_name(name))
+    for read in (load_checkpoint, lambda folder: load_trainer_state(folder)):
+        with pytest.raises(CheckpointError, match="the checkpoint of step 4 under another name"):
+            read(renamed)
+    assert load_checkpoint(shutil.copytree(older, tmp_path / "best")).meta["step"] == 4

@@ -456,6 +456,22 @@ def test_doctor_knows_what_fine_tuning_retrieval_and_explanations_leave(
         assert ended.code == 1 and any(file.name in line for line in bad), (file, ended.err)
 
 
+@pytest.mark.parametrize("file", ["ranks.npz", "retrieval.json"])
+def test_doctor_finds_changed_results_of_retrieval(shared: dict[str, Path], tmp_path: Path, file):
+    given = ("--model", shared["run"], "--data", shared["data"], "--cpu", "--n-resamples", "5")
+    out = tmp_path / "out"
+    assert mmclip(tmp_path, "retrieve", *given, "--evaluate", "--out", out).code == 0
+    if file == "ranks.npz":
+        with np.load(out / file) as stored:
+            arrays = dict(stored)
+        np.savez_compressed(out / file, **{name: a[::-1] for name, a in arrays.items()})
+    else:
+        (out / file).write_text((out / file).read_text().replace('"n_images": ', '"n_images": 9'))
+    ended = mmclip(tmp_path, "doctor", out)
+    (bad,) = (line for line in ended.err.splitlines() if line.startswith("BAD"))
+    assert ended.code == 1 and file in bad and "checksum differs" in bad
+
+
 def test_doctor_knows_results_and_maps_of_explanations(tmp_path: Path):
     results = {"command": "mmclip explain", "saliency_maps": {}, "sanity": {}, "n_images": 1092}
     (tmp_path / "a.json").write_text(json.dumps(results))

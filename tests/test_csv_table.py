@@ -603,6 +603,62 @@ def test_a_wrong_encoding_of_the_mapping_is_told_with_the_right_one(tmp_path: Pa
         CsvMapping.model_validate(mapping | {"encoding": "utf8bom"})
 
 
+@pytest.mark.parametrize(
+    ("written", "told", "said"),
+    [("utf-8", "cp1252", "utf-8"), ("utf-8-sig", "latin-1", "utf-8"), ("utf-8", "l9", "utf-8"),
+     ("cp1252", "latin-1", "cp1252"), ("utf-16-le", "cp1252", "utf-16-le")],
+)  # fmt: skip
+def test_an_encoding_that_reads_everything_is_refused_where_it_reads_nonsense(
+    tmp_path: Path, written: str, told: str, said: str
+):
+    (tmp_path / "studies.csv").write_bytes(TEXT.replace("Kein", "„Kein“ 5 € für").encode(written))
+    mapping = {"columns": IDS, "delimiter": ";", "encoding": told}
+    with pytest.raises(SourceError, match=rf'not {told}; .*say encoding = "{said}" in the mapping'):
+        read_csv(tmp_path, CsvMapping.model_validate(mapping))
+    (one,) = read_csv(tmp_path, CsvMapping.model_validate(mapping | {"encoding": said}))
+    assert one.patient_id == "Müller"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_umlauts_in_an_encoding_of_one_byte_are_read(tmp_path: Path, encoding: str):
+    (tmp_path / "studies.csv").write_bytes(TEXT.encode("latin-1"))
+    mapping = {"columns": IDS | WITH_REPORT, "delimiter": ";", "encoding": encoding}
+    (one,) = read_csv(tmp_path, CsvMapping.model_validate(mapping))
+    assert (one.patient_id, one.report) == ("Müller", "Kein Erguß.")
+
+
+@pytest.mark.parametrize("kind", ["xlsx", "csv"])
+def test_titles_above_the_header_are_told_with_the_row_that_is_meant(tmp_path: Path, kind: str):
+    rows = [["Export of radiology, 2024"], ["page 1"], ["film", "patient"], ["a.png", "p"]]
+    if kind == "xlsx":
+        openpyxl = pytest.importorskip("openpyxl")
+        book = openpyxl.Workbook()
+        for row in rows:
+            book.active.append(row)
+        book.active.merge_cells("A1:B1")
+        book.save(tmp_path / "t.xlsx")
+    else:
+        (tmp_path / "t.csv").write_text("\n".join(map(",".join, rows)))
+    mapping = CsvMapping.model_validate({"table": f"t.{kind}", "columns": IDS})
+    with pytest.raises(SourceError, match="row that starts with 'film' has; delete the rows above"):
+        read_csv(tmp_path, mapping)
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("t.csv", b"PK\x03\x04"),
+        ("t.xls", bytes.fromhex("d0cf11e0a1b11ae1")),
+        ("t.txt", b"PK\x03\x04"),
+    ],
+)
+def test_an_excel_file_of_another_name_or_age_is_told_how_to_be_saved(tmp_path, name, start):
+    (tmp_path / name).write_bytes(start + bytes(600))
+    mapping = CsvMapping.model_validate({"table": name, "columns": IDS})
+    with pytest.raises(SourceError, match=r"Excel file.* by its content; save it as \.xlsx"):
+        read_csv(tmp_path, mapping)
+
+
 @pytest.mark.parametrize(("delimiter", "said"), [(";", '";"'), ("\t", r'"\\t"'), ("|", r'"\|"')])
 def test_a_wrong_delimiter_is_told_with_the_right_one(tmp_path: Path, delimiter, said):
     with pytest.raises(SourceError, match=rf"say delimiter = {said} in the mapping"):

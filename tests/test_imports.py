@@ -32,7 +32,7 @@ LAYERS = (
     {
         "mmclip", "mmclip.batch", "mmclip.config", "mmclip.config_io", "mmclip.escape",
         "mmclip.files", "mmclip.hub", "mmclip.losses", "mmclip.masking", "mmclip.own_code",
-        "mmclip.patches", "mmclip.progress", "mmclip.prompts",
+        "mmclip.patches", "mmclip.progress", "mmclip.prompts", "mmclip.squares",
     },
 )  # fmt: skip
 """A module may import from its own layer and those behind it. A new one at the top of the package
@@ -69,6 +69,13 @@ IMPORTS = {
     module: imported_by(module, ast.parse(path.read_text("utf-8")))
     for module, path in MODULES.items()
 }
+
+
+def test_the_process_that_decodes_starts_without_torch():
+    code = "import mmclip.data.decode_process, sys; print({'torch', 'pyarrow'} & {*sys.modules})"
+    environment = {**os.environ, "PYTHONPATH": str(SRC)}
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
+    assert said == "set()\n"
 
 
 def test_no_module_imports_from_a_layer_before_its_own():

@@ -3,7 +3,9 @@
 import importlib
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,11 +21,13 @@ from mmclip.evaluation.results import (
     About,
     Evaluation,
     Provenance,
+    ResultsError,
     read_results,
     run_results,
     write_results,
 )
 from mmclip.evaluation.scores import Predictions, ScoresError, load_scores
+from mmclip.files import sealed
 from tests.commands import Ended, mmclip
 
 BENCH = str(Path(__file__).parents[1] / "bench")
@@ -234,9 +238,54 @@ def test_results_of_older_versions_are_read_and_compare_pair_by_pair(tmp_path: P
         old = json.loads(path.read_text())
         for key in ("train_seed", "recipe_hash"):
             del old["provenance"][key]
-        path.write_text(json.dumps(old))
+        path.write_text(json.dumps(sealed(old)))
     assert read_results(folders[0]).provenance.train_seed is None
     assert compare(folders, n_resamples=2)[1].macro is not None
+
+
+def of_another_run(folder: Path) -> None:
+    shutil.copy(folder.with_name("a-1") / "scores.npz", folder / "scores.npz")
+
+
+def better_scores(folder: Path) -> None:
+    scores = load_scores(folder / "scores.npz")
+    replace(scores, scores=scores.labels).save(folder / "scores.npz")
+
+
+def without_its_checksum(folder: Path) -> None:
+    stored = json.loads((folder / "results.json").read_text())
+    stored["files_sha256"] = {}
+    (folder / "results.json").write_text(json.dumps(sealed(stored)))
+
+
+def better_results(folder: Path) -> None:
+    path = folder / "results.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"macro_auroc": 0.999}))
+
+
+def unsealed(folder: Path) -> None:
+    path = folder / "results.json"
+    stored = json.loads(path.read_text())
+    del stored["sha256"]
+    path.write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (of_another_run, "scores.npz is not the file of these results"),
+        (better_scores, "scores.npz is not the file of these results"),
+        (without_its_checksum, "scores.npz is not the file of these results"),
+        (better_results, "results.json is damaged .*checksum differs"),
+        (unsealed, "results.json is damaged .*checksum differs"),
+    ],
+)
+def test_results_and_scores_that_were_changed_are_not_compared(tmp_path: Path, change, said):
+    folders = [leave(tmp_path / f"a-{s}", "a", s) for s in (0, 1)]
+    change(folders[0])
+    with pytest.raises((ScoresError, ResultsError), match=said):
+        compare(folders, n_resamples=2)
 
 
 def test_the_recipe_is_all_but_the_seed():

@@ -324,7 +324,7 @@ def test_two_processes_train_the_model_of_one_and_print_its_path_once(
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          "-m", "mmclip", *map(str, arguments), "--out", str(run)],
-        check=False, capture_output=True, text=True, timeout=120, cwd=root,
+        check=False, capture_output=True, text=True, timeout=LIMIT_S, cwd=root,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
@@ -335,12 +335,20 @@ def test_two_processes_train_the_model_of_one_and_print_its_path_once(
     assert load_checkpoint(run).meta["step"] == 6
 
 
+LIMIT_S = 900
+"""Of a part of a test that waits for processes; only one that hangs reaches it."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("asks", "hosts"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 2)])
 def test_a_signal_ends_all_processes_after_one_step_and_resume_changes_nothing(
     arguments: list, tmp_path: Path, asks: str, hosts: int
 ):
-    """Two processes of one `torchrun`, or two `torchrun`s of one process that meet by 127.0.0.1."""
+    """Two processes of one `torchrun`, or two `torchrun`s of one process that meet by 127.0.0.1.
+
+    It takes 20 s on an idle machine and two minutes on a busy one; the limits are for those that
+    are several times as slow.
+    """
     long = [*arguments, "--set", "train.steps=400", "--set", "train.save_every_steps=1000"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -364,19 +372,19 @@ def test_a_signal_ends_all_processes_after_one_step_and_resume_changes_nothing(
 
     run, whole = tmp_path / "run", tmp_path / "whole"
     started = launch("--out", run)
-    end = time.monotonic() + 120
+    end = time.monotonic() + LIMIT_S
     while not (run / "metrics.jsonl").exists():
         assert time.monotonic() < end and all(each.poll() is None for each in started)
         time.sleep(0.01)
     started[-1].send_signal(getattr(signal, asks))  # one host alone is told
-    said = "".join(each.communicate(timeout=120)[1] for each in started)
+    said = "".join(each.communicate(timeout=LIMIT_S)[1] for each in started)
     step = int(find_checkpoint(run).name.removeprefix("step_"))
     assert 0 < step < 400
     assert said.count(f"stopped after step {step} of 400") == 1
     assert said.count("the same command with --resume goes on: mmclip pretrain") == 1
     for command in (("--out", run, "--resume"), ("--out", whole)):
         for each in launch(*command):
-            _, err = each.communicate(timeout=240)
+            _, err = each.communicate(timeout=LIMIT_S)
             assert each.returncode == 0, err
     assert weights_of(run) == weights_of(whole)
     assert [{**line, "images_per_s": 0} for line in log_of(run)] == [

@@ -56,7 +56,7 @@ table.add_row("effusion " * 20)
 console.print(table)
 """
     run = [sys.executable, "-c", code]
-    ended = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True)
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=600, check=True)
     message, *rest = ended.stderr.splitlines()
     assert message == "folder/" * 30 + " holds no images" and ended.stdout == ""
     assert len(rest) > 2 and max(map(len, rest)) <= 80

@@ -25,6 +25,7 @@ from mmclip.evaluation.protocols import BUILT, Protocol, load_protocol, protocol
 from mmclip.evaluation.results import Undefined, read_results
 from mmclip.evaluation.scores import ScoresError, load_scores
 from mmclip.evaluation.selection import select_samples, unknown_views
+from mmclip.files import sealed
 from mmclip.finetuning.task import open_task
 from tests import made_layouts as made
 from tests.commands import Ended, mmclip
@@ -406,7 +407,7 @@ def test_results_of_an_older_version_say_how_to_get_them_again(
     left = json.loads((copy / "results.json").read_text("utf-8"))
     for key in ("macro_auprc", "macro_auprc_ci", "subgroups", "other_prompt_sets"):  # came later
         del left[key]
-    (copy / "results.json").write_text(json.dumps(left), "utf-8")
+    (copy / "results.json").write_text(json.dumps(sealed(left)), "utf-8")
     error = mmclip(tmp_path, "results", rsna["step 6"], copy).error()
     assert "results.json is damaged or of another version of mmclip" in error
     assert "macro_auprc" in error and "run the command that made it again" in error

@@ -231,7 +231,7 @@ def test_a_stopped_run_goes_on_with_its_validations_and_its_average(
     long = [*arguments, *VALIDATES, "--set", "train.steps=40", "--set", "train.save_every_steps=99"]
     run, whole = tmp_path / "run", tmp_path / "whole"
     running = start(tmp_path / "stopped", *long, "--out", run)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not (run / "metrics.jsonl").exists():
         assert running.process.is_alive() and time.monotonic() < end
         time.sleep(0.001)

@@ -36,8 +36,8 @@ from mmclip.retrieval import ranking
 from mmclip.retrieval.ranking import (
     RANKS_FILE,
     RETRIEVAL_FILE,
-    RetrievalResults,
     rank_candidates,
+    read_retrieval,
     report_keys,
     resampled,
     score_direction,
@@ -517,8 +517,7 @@ def test_evaluation_writes_what_it_prints_and_writes_over_nothing_else(made: Mad
     asked = ("--evaluate", "--out", out, "--n-resamples", "20")
     ended = command(made, tmp_path, *asked)
     assert (ended.code, ended.out) == (0, f"{out / RETRIEVAL_FILE}\n"), ended.err
-    text = (out / RETRIEVAL_FILE).read_text("utf-8")
-    results = RetrievalResults.model_validate_json(text)
+    results = read_retrieval(out)
     kept = select_pairs(made.dataset, "test")
     assert results.n_images == len(kept) == results.image_to_report.n_candidates
     assert results.provenance.data_hash == made.dataset.data_hash

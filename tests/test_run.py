@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmclip import doctor
 from mmclip.checkpoint import CheckpointError
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import open_dataset
@@ -109,6 +110,23 @@ def test_a_run_without_its_key_decides_nothing(made_run: Path, made_data: Path, 
     (run.folder / KEY_FILE).unlink()
     verdict = run.check_unseen(run.open_data([made_data]), "test")
     assert verdict.startswith("not decidable: the run came without its private.key")
+
+
+@pytest.mark.parametrize("key", ["0" * 64, "flipped", "of another format", ""])
+def test_the_key_of_another_run_does_not_find_that_nothing_trained(
+    made_run: Path, made_data: Path, tmp_path: Path, key: str
+):
+    run = open_run(shutil.copytree(made_run, tmp_path / "run"))
+    path = run.folder / KEY_FILE
+    text = path.read_text()
+    path.chmod(0o600)
+    path.write_text(("1" if text[0] == "0" else "0") + text[1:] if key == "flipped" else key)
+    with pytest.raises(CheckpointError, match=rf"{KEY_FILE} is missing or damaged"):
+        run.check_unseen(run.open_data([made_data]), "test")
+    (bad,) = (found for found in doctor.examine_run(run.folder) if not found.is_sound)
+    assert bad.what == KEY_FILE
+    path.unlink()
+    assert all(found.is_sound for found in doctor.examine_run(run.folder))
 
 
 def test_what_labels_named_outweighs_prompts_and_prompts_outweigh_reports(copied: Run):

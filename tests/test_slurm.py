@@ -83,12 +83,12 @@ def test_a_job_of_two_hosts_saves_where_its_time_ends_and_goes_on(
         with subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path
         ) as job:
-            end = time.monotonic() + 240
+            end = time.monotonic() + 900
             while not lines.exists() or len(lines.read_bytes().splitlines()) <= before:
                 assert job.poll() is None and time.monotonic() < end
                 time.sleep(0.01)
             job.send_signal(signal.SIGUSR1)
-            _, said = job.communicate(timeout=240)
+            _, said = job.communicate(timeout=900)
         assert job.returncode == 0, said
         step = int(newest_checkpoint(run).name.removeprefix("step_"))
         assert said.count(f"stopped after step {step} of 1,000,000") == 1

@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mmclip import __version__
 from mmclip.config import Config
 from mmclip.config_io import config_hash, parse
+from mmclip.data.leakage.trained import KEY_FILE
 from mmclip.files import file_sha256, is_sealed, json_sha256, sealed
 from mmclip.models.encoders import rebuild_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
@@ -359,6 +360,12 @@ def checkpoint_meta(folder: Path) -> dict[str, Any]:
             f"{path} was changed since it was written (its checksum differs); take an older "
             f"checkpoint, or train again into a new folder"
         )
+    named = re.fullmatch(r"step_(\d+)", folder.name)
+    if named and int(named[1]) != meta["step"]:
+        raise CheckpointError(
+            f"{folder} is the checkpoint of step {meta['step']} under another name; call it "
+            f"step_{meta['step']:06d}, or remove it"
+        )
     if "config_hash" in meta and meta["config_hash"] != json_sha256(meta["config"]):
         raise CheckpointError(
             f"{path} holds another configuration than its config_hash is of; take an older "
@@ -390,6 +397,16 @@ def run_file(checkpoint: Path, name: str) -> Path | None:
             f"{checkpoint.name}); put the file of this run back, or train again into a new folder"
         )
     return folder / name
+
+
+def run_files(checkpoint: Path) -> list[str]:
+    """The files of the run's own folder that `run_file` checks, by name.
+
+    The key of what trained is not among them where the run came without it.
+    """
+    listed = checkpoint_meta(checkpoint).get(RUN_FILES_KEY, {})
+    has_key = (run_folder(checkpoint) / KEY_FILE).is_file()
+    return [name for name in listed if name != KEY_FILE or has_key]
 
 
 def _is_intact(path: Path, sha256: str) -> bool:

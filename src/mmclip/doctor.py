@@ -15,7 +15,6 @@ import torch
 
 from mmclip.checkpoint import (
     CHECKPOINTS,
-    RUN_FILES_KEY,
     CheckpointError,
     checkpoint_meta,
     find_checkpoint,
@@ -23,6 +22,7 @@ from mmclip.checkpoint import (
     load_trainer_state,
     read_weights,
     run_file,
+    run_files,
 )
 from mmclip.data.cache import CacheError, verify_cache
 from mmclip.data.dicom import decoders_installed
@@ -33,10 +33,11 @@ from mmclip.data.versions import changed_since
 from mmclip.disclosure import given_away
 from mmclip.evaluation.metrics import auroc
 from mmclip.evaluation.pages import PAGE_FILE
-from mmclip.evaluation.results import RESULTS_FILE, checked, read_results
+from mmclip.evaluation.results import RESULTS_FILE, ResultsError, read_results, read_scores
+from mmclip.evaluation.scores import ScoresError
 from mmclip.files import file_sha256
 from mmclip.finetuning.finetune import SUMMARY_FILE
-from mmclip.retrieval.ranking import RANKS_FILE, RETRIEVAL_FILE, RetrievalResults
+from mmclip.retrieval.ranking import RANKS_FILE, RETRIEVAL_FILE, read_retrieval
 from mmclip.retrieval.retrieve import SHEET_FILE
 
 PACKAGES = (
@@ -154,7 +155,7 @@ def examine_run(folder: Path) -> Iterator[HealthCheck]:
     except (ValueError, OSError) as error:
         yield HealthCheck("checkpoint", str(error), is_sound=False)
         return
-    yield from _run_files(where, meta)
+    yield from _run_files(where)
     yield HealthCheck(
         "checkpoint",
         f"{found.folder.name} of data {found.meta['data_hash'][:12]}, config "
@@ -169,9 +170,9 @@ def examine_run(folder: Path) -> Iterator[HealthCheck]:
     yield from (HealthCheck("shared", said) for said in given_away(found))
 
 
-def _run_files(checkpoint: Path, meta: dict) -> Iterator[HealthCheck]:
+def _run_files(checkpoint: Path) -> Iterator[HealthCheck]:
     """What of the run's own folder is not as it was written."""
-    for name in meta.get(RUN_FILES_KEY, {}):
+    for name in run_files(checkpoint):
         try:
             run_file(checkpoint, name)
         except CheckpointError as error:
@@ -181,13 +182,9 @@ def _run_files(checkpoint: Path, meta: dict) -> Iterator[HealthCheck]:
 def examine_results(folder: Path) -> Iterator[HealthCheck]:
     """Whether results keep their contract, and the scores beside them give the same AUROC."""
     try:
-        results = checked(json.loads((folder / RESULTS_FILE).read_text("utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        yield HealthCheck(
-            "results",
-            f"{RESULTS_FILE} is damaged ({error}); score again with `mmclip zeroshot --overwrite`",
-            is_sound=False,
-        )
+        results = read_results(folder)
+    except ResultsError as error:
+        yield HealthCheck("results", str(error), is_sound=False)
         return
     made = results.provenance
     again = f"make the results again by `{made.command}`"
@@ -198,18 +195,16 @@ def examine_results(folder: Path) -> Iterator[HealthCheck]:
         f"made by `{made.command}`",
     )
     try:
-        with np.load(folder / "scores.npz") as stored:
-            findings, labels, scores = (stored[key] for key in ("findings", "labels", "scores"))
-        column = {str(finding): k for k, finding in enumerate(findings)}
+        stored = read_scores(folder, results)
+        column = {name: k for k, name in enumerate(stored.names())}
         differ = []
         for row in results.findings:
             k = column[row.finding]
-            found = auroc(labels[:, k], scores[:, k])
+            found = auroc(stored.labels[:, k], stored.scores[:, k])
             if found is None or abs(found - row.auroc) > DIGITS:
                 differ.append(row.finding)
-    except (ValueError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
-        detail = f"scores.npz is missing or damaged ({error}); {again}"
-        yield HealthCheck("scores", detail, is_sound=False)
+    except (ScoresError, LookupError) as error:
+        yield HealthCheck("scores", f"{error}; {again}", is_sound=False)
     else:
         n = len(results.findings)
         yield HealthCheck(
@@ -284,12 +279,9 @@ def _is_close(one: float | None, other: float | None) -> bool:
 def examine_retrieval(folder: Path) -> Iterator[HealthCheck]:
     """Whether results of `mmclip retrieve --evaluate` keep their contract."""
     try:
-        text = (folder / RETRIEVAL_FILE).read_text("utf-8")
-        found = RetrievalResults.model_validate_json(text)
-    except (ValueError, OSError) as error:
-        said = " ".join(str(error).split())
-        detail = f"{RETRIEVAL_FILE} is damaged ({said}); retrieve again with --overwrite"
-        yield HealthCheck("retrieval", detail, is_sound=False)
+        found = read_retrieval(folder)
+    except ValueError as error:
+        yield HealthCheck("retrieval", str(error), is_sound=False)
         return
     made = found.provenance
     yield HealthCheck(
@@ -297,7 +289,12 @@ def examine_retrieval(folder: Path) -> Iterator[HealthCheck]:
         f"{found.n_images:,} images of {found.n_patients:,} patients, data {made.data_hash[:12]}; "
         f"made by `{made.command}`",
     )
-    yield from _arrays(folder / RANKS_FILE, f"make the results again by `{made.command}`")
+    ranks, again = folder / RANKS_FILE, f"make the results again by `{made.command}`"
+    if ranks.is_file() and file_sha256(ranks) != found.files_sha256.get(RANKS_FILE):
+        detail = f"{RANKS_FILE} was changed (its checksum differs from {RETRIEVAL_FILE}); {again}"
+        yield HealthCheck("arrays", detail, is_sound=False)
+    else:
+        yield from _arrays(ranks, again)
 
 
 def examine_explanations(folder: Path, files: list[Path]) -> Iterator[HealthCheck]:

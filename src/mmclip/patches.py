@@ -3,7 +3,6 @@ visible."""
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mmclip.config import ResizeMode
+from mmclip.squares import Span, square_spans
 
 
 def patchify(image: Float[Tensor, "b 1 h w"], patch_size: int) -> Float[Tensor, "b n p"]:
@@ -168,44 +168,6 @@ def scatter_tokens(
     out = x.new_zeros(*is_wanted.shape, x.shape[2])
     out = out.scatter(1, positions[..., None].expand_as(x), x)
     return out.masked_fill(~is_wanted[..., None], 0.0)
-
-
-class Span(NamedTuple):
-    """Which pixels of a side of an image are seen, and where they lie on a side of the square."""
-
-    start: int
-    length: int
-    first: int  # of the square
-    size: int  # on the square, px
-
-
-def square_spans(
-    height: int, width: int, size_px: int, how: ResizeMode = "squash"
-) -> tuple[Span, Span]:
-    """How the height and the width of an image come to lie in a square of size_px.
-
-    Args:
-        height: Of the image, px.
-        width: Of the image, px.
-        size_px: Side of the square.
-        how: "squash" scales both sides on their own; "pad" scales the longer one to size_px and
-            centres the image; "crop" takes the middle square.
-    """
-    if how == "crop":
-        side = min(height, width)
-        return (
-            Span((height - side) // 2, side, 0, size_px),
-            Span((width - side) // 2, side, 0, size_px),
-        )
-    if how == "squash":
-        return Span(0, height, 0, size_px), Span(0, width, 0, size_px)
-    share = size_px / max(height, width)
-    sizes = (max(1, round(height * share)), max(1, round(width * share)))
-    rows, columns = (
-        Span(0, n_px, (size_px - size) // 2, size)
-        for n_px, size in zip((height, width), sizes, strict=True)
-    )
-    return rows, columns
 
 
 @dataclass(frozen=True, slots=True)

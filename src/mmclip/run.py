@@ -24,6 +24,7 @@ from mmclip.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     run_file,
+    run_files,
     run_folder,
 )
 from mmclip.config import Config, ResizeMode
@@ -225,6 +226,8 @@ class Run:
         """
         if self._own_file(TRAINED_FILE) is None or self._own_file(LOOKS_FILE) is None:
             return self._undecided(f"{self.name} is a checkpoint without the folder of its run")
+        if KEY_FILE in run_files(self.checkpoint.folder):
+            self._own_file(KEY_FILE)  # another key would find that nothing trained
         trained = read_trained(self.folder, self.checkpoint.meta["collections"])
         if trained is None:
             return self._undecided(f"the run came without its {KEY_FILE}")

@@ -15,7 +15,8 @@ FILES = ("results.json", "retrieval.json")
 REPEATED = ("zeroshot", "retrieve", "finetune", "demo")
 """Commands that are run again: they write into --out alone."""
 
-OF_THE_RUN = ("command", "commit", "device", "finished_at", "versions", "wall_s", "run")
+OF_THE_RUN = ("command", "commit", "device", "finished_at", "versions", "wall_s", "run",
+              "sha256", "files_sha256")  # fmt: skip
 """What two runs of a command may differ in."""
 
 REL_TOL, ABS_TOL = 1e-4, 1e-6

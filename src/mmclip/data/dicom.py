@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from pydicom import uid
+from pydicom import config, uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.filereader import read_dataset, read_partial
@@ -95,9 +95,8 @@ def transfer_syntax_of(content: bytes) -> tuple[uid.UID | None, int]:
         length = struct.unpack_from("<I", content, at + 8)[0] if is_long else short
         start = at + (12 if is_long else 8)
         if element == 0x10:
-            found = uid.UID(
-                content[start : start + length].rstrip(b"\0 ").decode("ascii", "replace")
-            )
+            said = content[start : start + length].rstrip(b"\0 ").decode("ascii", "replace")
+            found = uid.UID(said, validation_mode=config.IGNORE)  # which would warn, and quote it
         at = start + length
     return found, at
 

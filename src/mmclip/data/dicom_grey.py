@@ -7,7 +7,7 @@ from jaxtyping import UInt16
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
-from pydicom.pixels import apply_color_lut, apply_modality_lut
+from pydicom.pixels import apply_color_lut
 
 from mmclip.data.pixels import stretch
 
@@ -32,7 +32,7 @@ def to_grey(data: Dataset, pixels: np.ndarray) -> np.ndarray:
     if pixels.ndim == 3:  # RGB-stored grey, or colour
         return np.asarray(Image.fromarray(stretch(pixels, 0.0, full)).convert("L"))
     is_padding = None if kind == "PALETTE COLOR" else _padding(data, pixels)
-    values = np.asarray(apply_modality_lut(pixels, data))
+    values = _modality_values(data, pixels)
     image = _windowed(data, values, is_padding)
     image = 255 - image if kind == "MONOCHROME1" else image
     if is_padding is not None:
@@ -67,7 +67,7 @@ def stored_values(data: Dataset, pixels: np.ndarray) -> StoredValues | None:
         return None
     is_inverted = kind == "MONOCHROME1"
     is_padding = _padding(data, pixels)
-    values = np.asarray(apply_modality_lut(pixels, data))
+    values = _modality_values(data, pixels)
     shown = values if is_padding is None else values[~is_padding]
     if not shown.size or not np.isfinite(values).all():
         return None
@@ -77,31 +77,52 @@ def stored_values(data: Dataset, pixels: np.ndarray) -> StoredValues | None:
     steps = np.clip(np.rint((values - low) / step), 0, MAX_STEPS).astype(np.uint16)
     if is_padding is not None:
         steps[is_padding] = steps.max() if is_inverted else 0
-    center, width = _first(data.get("WindowCenter")), _first(data.get("WindowWidth"))
-    has_window = center is not None and width is not None and width >= 1
-    has_window = has_window and not data.get("VOILUTSequence")
-    window = (center, width) if has_window and center is not None and width is not None else None
+    window = None if data.get("VOILUTSequence") else _window(data)
     return StoredValues(steps, low, step, window, is_inverted)
 
 
 def _windowed(data: Dataset, values: np.ndarray, is_padding: np.ndarray | None) -> np.ndarray:
     """Values after the modality LUT, by VOI LUT, first window or their own range, to 0..255."""
-    center, width = _first(data.get("WindowCenter")), _first(data.get("WindowWidth"))
     if data.get("VOILUTSequence"):
-        table, first, bits = _voi_lut(data)
+        table, first, bits = _lut(data, data.VOILUTSequence[0], values)
         index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
         return stretch(table[index], *_range_of(table, bits))
-    if center is None or width is None or width < 1:
+    window = _window(data)
+    if window is None:
         shown = values if is_padding is None else values[~is_padding]
         return stretch(
             values, *((float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0))
         )
-    function = data.get("VOILUTFunction", "LINEAR")
+    center, width = window
+    function = data.get("VOILUTFunction")
     if function == "SIGMOID":
         return stretch(1 / (1 + np.exp(-4 * (values - center) / width)), 0.0, 1.0)
     if function == "LINEAR_EXACT":
         return stretch(values, center - width / 2, center + width / 2)
     return stretch(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
+
+
+def _window(data: Dataset) -> tuple[float, float] | None:
+    """Centre and width of the first window; None without one, or with one that has no width.
+
+    A width below 1 is one of the functions LINEAR_EXACT and SIGMOID, for values with decimals.
+    """
+    center, width = _first(data.get("WindowCenter")), _first(data.get("WindowWidth"))
+    is_linear = data.get("VOILUTFunction") not in ("LINEAR_EXACT", "SIGMOID")
+    if center is None or width is None or width <= 0 or (is_linear and width < 1):
+        return None
+    return center, width
+
+
+def _modality_values(data: Dataset, pixels: np.ndarray) -> np.ndarray:
+    """Values after the modality LUT, or after slope and intercept: empty ones are 1 and 0."""
+    if data.get("ModalityLUTSequence"):
+        table, first, _ = _lut(data, data.ModalityLUTSequence[0], pixels)
+        return table[np.clip(pixels.astype(np.int64) - first, 0, len(table) - 1)]
+    slope, intercept = _first(data.get("RescaleSlope")), _first(data.get("RescaleIntercept"))
+    if slope is None and intercept is None:
+        return pixels
+    return pixels * np.float64(1 if slope is None else slope) + (intercept or 0.0)
 
 
 def _padding(data: Dataset, pixels: np.ndarray) -> np.ndarray | None:
@@ -125,9 +146,8 @@ def _as_stored(value: int, dtype: np.dtype) -> int:
     return (value - int(limits.min)) % span + int(limits.min)
 
 
-def _voi_lut(data: Dataset) -> tuple[np.ndarray, int, int]:
-    """The first VOI LUT: its entries, the value that the first one stands for, and its bits."""
-    item = data.VOILUTSequence[0]
+def _lut(data: Dataset, item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Of a LUT for these values: entries, the value that the first one stands for, and its bits."""
     n, first, bits = (int(v) for v in item.LUTDescriptor)
     n = n or 1 << 16  # the standard's way to say 65,536
     entries = item.LUTData
@@ -136,9 +156,9 @@ def _voi_lut(data: Dataset) -> tuple[np.ndarray, int, int]:
         entries = np.frombuffer(entries, np.uint8 if len(entries) < 2 * n else f"{order}u2")
     table = np.atleast_1d(np.asarray(entries)).astype(np.int64)[:n]
     if len(table) < n:
-        raise ValueError("a VOI LUT with fewer entries than it says")
-    signed = int(data.get("PixelRepresentation") or 0) and first > 0x7FFF
-    return table, first - (1 << 16) if signed else first, bits
+        raise ValueError("a LUT with fewer entries than it says")
+    is_signed = int(data.get("PixelRepresentation") or 0) or values.min() < 0
+    return table, first - (1 << 16) if is_signed and first > 0x7FFF else first, bits
 
 
 def _range_of(table: np.ndarray, bits: int) -> tuple[float, float]:

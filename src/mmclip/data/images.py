@@ -21,7 +21,7 @@ from mmclip.data.decode_worker import decode_apart
 from mmclip.data.dicom import decode_dicom, is_dicom, is_native
 from mmclip.data.pixels import FAULTS, MAX_PX, ImageError, check_size, stretch
 from mmclip.data.sample import Reason
-from mmclip.patches import square_spans
+from mmclip.squares import square_spans
 
 BLANK_RANGE = 3
 """An image whose 1 % and 99 % quantiles differ by less is blank, in grey levels of 255. [chosen:

@@ -30,13 +30,12 @@ from mmclip.evaluation.results import (
     ScoredImages,
     provenance,
     read_results,
+    read_scores,
     run_results,
 )
 from mmclip.evaluation.scores import (
-    SCORES_FILE,
     Predictions,
     ScoresError,
-    load_scores,
     make_predictions,
     read_scores_csv,
     scores_of_images,
@@ -124,7 +123,8 @@ def read_alike(folders: Sequence[Path]) -> list[Run]:
     """
     runs: list[Run] = []
     for folder in folders:
-        results, scores = read_results(folder), load_scores(folder / SCORES_FILE)
+        results = read_results(folder)
+        scores = read_scores(folder, results)
         first = runs[0] if runs else None
         if first is not None:
             scores = _in_image_order(scores.in_order(first.scores.names()), first.scores)

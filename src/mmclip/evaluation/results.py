@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from mmclip.checkpoint import code_version
 from mmclip.evaluation.metrics import ThresholdOrigin
 from mmclip.evaluation.protocols import BUILT, Protocol
-from mmclip.files import write_text_atomic
+from mmclip.evaluation.scores import SCORES_FILE, Predictions, ScoresError, load_scores
+from mmclip.files import file_sha256, is_sealed, sealed, write_text_atomic
 from mmclip.models.dual_encoder import UNKNOWN_WEIGHTS, Seen, Weights, ZeroshotRule
 from mmclip.prompts import PromptSet
 
 RESULTS_FILE = "results.json"
 
-FORMAT = 2
+FORMAT = 3
 """Of results.json: 2 counts images and resamples."""
 
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -221,12 +222,13 @@ class About(_Model):
 class RunResults(Evaluation, About):
     """results.json."""
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     protocol: ByProtocol | None = None
     other_prompt_sets: list[OtherPromptSet] = []
     controls: dict[str, Control] = {}
     combinations: list[Combination] = []
     provenance: Provenance
+    files_sha256: dict[str, str] = {}  # of files beside results.json; `write_results` fills it
 
 
 def run_results(
@@ -343,12 +345,15 @@ def read_results(folder: Path) -> RunResults:
     """Reads results.json.
 
     Raises:
-        ResultsError: When it is missing or breaks the contract.
+        ResultsError: When it is missing, was changed, or breaks the contract.
     """
     path = folder / RESULTS_FILE
     try:
         stored = dict(json.loads(path.read_text("utf-8")))
-        found = checked(stored) if stored.get("format") == FORMAT else None
+        if stored.get("format") == FORMAT and not is_sealed(stored):
+            raise ValueError("its checksum differs from its content")
+        plain = {key: value for key, value in stored.items() if key != "sha256"}
+        found = checked(plain) if stored.get("format") == FORMAT else None
     except OSError:
         raise ResultsError(
             f"{folder} holds no {RESULTS_FILE}; give the --out of `mmclip zeroshot` or the like"
@@ -366,10 +371,34 @@ def read_results(folder: Path) -> RunResults:
     return found
 
 
+def read_scores(
+    folder: Path, results: RunResults, part: Literal["test", "val"] = "test"
+) -> Predictions:
+    """Reads the scores.npz that results were computed from; see `scores.load_scores`.
+
+    Raises:
+        ScoresError: As there, and when the file is not the one that lay beside the results.
+    """
+    path = folder / SCORES_FILE
+    if path.is_file() and file_sha256(path) != results.files_sha256.get(SCORES_FILE):
+        raise ScoresError(
+            f"{path} is not the file of these results (its checksum differs from {RESULTS_FILE}); "
+            f"run the command that made them again"
+        )
+    return load_scores(path, part)
+
+
 def write_results(folder: Path, results: RunResults) -> Path:
-    """Writes results.json: keys sorted, six significant digits, no NaN, never half a file."""
-    plain = _rounded(results.model_dump(mode="json"))
+    """Writes results.json: keys sorted, six significant digits, no NaN, never half a file.
+
+    It holds the checksum of scores.npz, which is written before it, and one of itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    beside = {
+        name: file_sha256(folder / name) for name in (SCORES_FILE,) if (folder / name).is_file()
+    }
+    whole = results.model_copy(update={"files_sha256": beside})
+    plain = sealed(_rounded(whole.model_dump(mode="json")))
     path = folder / RESULTS_FILE
     text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text_atomic(path, text + "\n")

@@ -33,12 +33,11 @@ from mmclip.evaluation.results import (
     ScoredImages,
     provenance,
     read_results,
+    read_scores,
     run_results,
 )
 from mmclip.evaluation.scores import (
-    SCORES_FILE,
     Predictions,
-    load_scores,
     make_predictions,
 )
 from mmclip.evaluation.selection import images_hash, label_makers, unknown_views
@@ -328,7 +327,7 @@ def summary_line(method: Method, fraction: float, runs: Mapping[int, Path]) -> d
     if len(by_seed) == len(runs):
         drawn = []
         for seed, folder in runs.items():
-            test = load_scores(folder / SCORES_FILE)
+            test = read_scores(folder, results[seed])
             columns = [test.names().index(name) for name in results[seed].macro_findings]
             resampled = bootstrap_metrics(
                 test.labels, test.scores, test.patients(), n_resamples=results[seed].n_resamples

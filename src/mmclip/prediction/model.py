@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from mmclip.checkpoint import CheckpointError, checkpoint_meta, find_checkpoint
+from mmclip.checkpoint import CHECKPOINTS, CheckpointError, checkpoint_meta, find_checkpoint
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.inputs import each_input, name_of
 from mmclip.data.original_images import open_originals
@@ -162,7 +162,7 @@ def _why_no_model(path: Path) -> str | None:
         return (
             f"{path} holds several fine-tuned results; give one of them, such as {path / within[0]}"
         )
-    if (path / RESULTS_FILE).is_file():
+    if (path / RESULTS_FILE).is_file() and not (path / CHECKPOINTS).is_dir():
         return (
             f"{path} holds results and no weights; give the run that was scored, or the folder of "
             f"a fine-tuned result of this version of mmclip"

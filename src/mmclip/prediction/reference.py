@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float
 
 from mmclip.checkpoint import run_folder
-from mmclip.evaluation.results import RESULTS_FILE, ResultsError, read_results
-from mmclip.evaluation.scores import SCORES_FILE, ScoresError, load_scores
+from mmclip.evaluation.results import RESULTS_FILE, ResultsError, read_results, read_scores
+from mmclip.evaluation.scores import ScoresError
 from mmclip.finetuning.saved import FineTuned
 from mmclip.models.dual_encoder import DualEncoder
 from mmclip.prediction.thresholds import folder_of, refuse_other
@@ -59,7 +59,7 @@ def read_reference(
     results = read_results(folder)
     refuse_other(results, path, model, prompts, "reference scores")
     thresholds = {row.finding: row.threshold for row in results.findings}
-    val = load_scores(folder / SCORES_FILE, "val")
+    val = read_scores(folder, results, "val")
     found = {}
     for k, name in enumerate(val.names()):
         scores, labels = val.scores[:, k], val.labels[:, k]

@@ -35,7 +35,7 @@ from mmclip.evaluation.results import (
     provenance,
 )
 from mmclip.evaluation.selection import FRONTAL, check_sources, split_of, unknown_views
-from mmclip.files import made_beside
+from mmclip.files import file_sha256, is_sealed, made_beside, sealed
 from mmclip.losses import positive_pairs
 from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.dual_encoder import DualEncoder
@@ -99,6 +99,7 @@ class RetrievalResults(Frozen):
     leak_check: str  # what was found of images that the run was trained on
     provenance: Provenance
     facts: dict[str, str | int | FiniteFloat] = Field(default_factory=dict)
+    files_sha256: dict[str, str] = Field(default_factory=dict)  # of ranks.npz
 
 
 def select_pairs(
@@ -390,9 +391,28 @@ def _write(out: Path, results: RetrievalResults, dataset: ImageTextDataset, rank
         "report_to_image_rank": ranked.ranks["report_to_image_rank"],
         "report_to_image_positives": ranked.ranks["report_to_image_positives"],
     }
-    plain = json.dumps(
-        results.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False
-    )
     with made_beside(out, RETRIEVAL_FILE) as made:
         np.savez_compressed(made / RANKS_FILE, allow_pickle=False, **ranks)
-        (made / RETRIEVAL_FILE).write_text(plain + "\n", "utf-8")
+        beside = {RANKS_FILE: file_sha256(made / RANKS_FILE)}
+        whole = results.model_copy(update={"files_sha256": beside}).model_dump(mode="json")
+        text = json.dumps(sealed(whole), indent=2, sort_keys=True, ensure_ascii=False)
+        (made / RETRIEVAL_FILE).write_text(text + "\n", "utf-8")
+
+
+def read_retrieval(folder: Path) -> RetrievalResults:
+    """Reads retrieval.json.
+
+    Raises:
+        ValueError: When it is missing, was changed, or breaks the contract.
+    """
+    path = folder / RETRIEVAL_FILE
+    try:
+        stored = dict(json.loads(path.read_text("utf-8")))
+        if not is_sealed(stored):
+            raise ValueError("its checksum differs from its content, or it has none")
+        return RetrievalResults.model_validate({k: v for k, v in stored.items() if k != "sha256"})
+    except (ValueError, TypeError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is missing or damaged ({said}); retrieve again with --overwrite"
+        ) from None

@@ -26,6 +26,7 @@ from mmclip.checkpoint import (
     put_weights,
     read_weights,
     run_file,
+    run_files,
     save_checkpoint,
 )
 from mmclip.config import Config
@@ -236,7 +237,7 @@ def _resume(request: PretrainRequest, found: Path, facts: dict[str, Any]) -> _St
     """Model and facts of a checkpoint; its optimiser follows once there is one to put back."""
     checkpoint = load_checkpoint(found)
     meta = checkpoint.meta
-    for name in meta[RUN_FILES_KEY]:
+    for name in run_files(found):
         run_file(found, name)
     kept = {key: meta[key] for key in ("command", "collections", RUN_FILES_KEY)}
     facts = facts | {**kept, "resumed_by": [*meta.get("resumed_by", []), request.command]}

@@ -26,7 +26,6 @@ from mmclip.data.folder import (
     read_meta,
 )
 from mmclip.data.ingest.shards import Shard, ShardContent, Work, Workers, do_chunks, read_facts
-from mmclip.data.language import reads_as_english
 from mmclip.data.manifest import write_excluded, write_manifest
 from mmclip.data.sample import (
     Entity,
@@ -164,7 +163,7 @@ def _build(
         None if checksum is None else image_size,
         {**options.metadata, **made, "images_sha256": checksum},
         n_split_by_source=sum(sample.split is not None for sample in kept),
-        entities=_counted(kept, compress(found, is_kept), counts, options.entities),
+        entities=_counted(kept, compress(found, is_kept), counts),
     )
     _warn_if_not_english(counts, options.entities)
     return meta
@@ -209,19 +208,12 @@ def _with_facts(
 
 
 def _counted(
-    samples: Iterable[Sample],
-    found: Iterable[tuple[Entity, ...]],
-    counts: Counter[str],
-    backend: str,
+    samples: Iterable[Sample], found: Iterable[tuple[Entity, ...]], counts: Counter[str]
 ) -> Iterator[tuple[Entity, ...]]:
-    """The entities of each image, while reports and those with a finding or a place are counted.
-
-    The lexicon's own count only where the report reads as English.
-    """
+    """The entities of each image, while reports and those with a finding or a place are counted."""
     for sample, entities in zip(samples, found, strict=True):
         counts["reports"] += sample.report is not None
-        is_read = backend != "lexicon" or reads_as_english(sample.report or "")
-        counts["known"] += is_read and any(e.kind != "modifier" for e in entities)
+        counts["known"] += any(e.kind != "modifier" for e in entities)
         yield entities
 
 
@@ -229,7 +221,7 @@ def _warn_if_not_english(counts: Counter[str], backend: str) -> None:
     """Warns where few reports have an entity, as reports in another language than English do."""
     if counts["known"] < FEW_REPORTS_RATIO * counts["reports"]:
         logger.warning(
-            "only %d of %d reports have a finding or a place that %r reads (%.0f %%); it is for "
+            "only %d of %d reports have a finding or a place that %r knows (%.0f %%); it reads "
             "English radiology reports: for another language name a model by --entities hf:NAME, "
             "and do not rely on what these reports deny or on labels derived from them",
             counts["known"], counts["reports"], backend,

@@ -5,20 +5,19 @@ import csv
 import datetime
 import gzip
 import io
+import json
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 DOWNLOAD_AGAIN = "download it again"
 
 EXCEL_SUFFIXES = (".xlsx", ".xlsm")
-
-_MAX_FIELD = 1 << 26
-"""Characters of a cell; Python's own limit, 131,072, would end a build at one long report."""
 
 _PEEK_BYTES = 1 << 16
 """Looked at to tell what a table that cannot be read was written in."""
@@ -81,6 +80,9 @@ def read_rows(
         if not first:
             raise SourceError(f"{path} is empty; name a table with a header and rows")
         if missing := [name for name in columns if name not in header]:
+            if remedy != DOWNLOAD_AGAIN:  # a user's own
+                said = {name: repr(name) for name in columns}
+                raise SourceError(f"{path}: {lacking(path, header, said, delimiter, encoding)}")
             raise SourceError(
                 f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
                 f"{', '.join(header)}; {remedy}"
@@ -111,14 +113,14 @@ def _lines(
 ) -> Iterator[Iterator[list[str]]]:
     """The lines of a table as lists of cells; what a damaged one raises becomes one line."""
     if path.suffix.lower() in EXCEL_SUFFIXES:
-        with _excel_lines(path, remedy) as lines:
+        with _excel_lines(path) as lines:
             yield lines
         return
     reader = None
     try:
         # -sig: spreadsheets write a byte order mark, which would hide the first column.
         is_utf_8 = codecs.lookup(encoding).name == "utf-8"
-        _refuse_nulls(path, encoding, remedy)
+        _refuse_other(path, encoding, remedy)
         with (
             _unpacked(path) as file,
             io.TextIOWrapper(file, "utf-8-sig" if is_utf_8 else encoding, newline="") as text,
@@ -126,7 +128,6 @@ def _lines(
             first = text.readline()
             if said := re.fullmatch(r'"?sep=(.)"?[,;\t]*\s*', first.removeprefix("\ufeff")):
                 delimiter, first = said[1], ""
-            csv.field_size_limit(_MAX_FIELD)
             # strict: else an unclosed quote swallows all rows behind it in silence.
             reader = csv.reader(_chained(first, text), delimiter=delimiter, strict=strict)
             yield reader
@@ -163,13 +164,36 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
 # -- what a table was written in --
 
 
-def _refuse_nulls(path: Path, encoding: str, remedy: str) -> None:
-    """UTF-16 without a mark is valid UTF-8 with a zero beside each letter."""
-    if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):
-        return
+_EXCEL_STARTS = {
+    b"PK\x03\x04": "an Excel file",
+    b"\xd0\xcf\x11\xe0": "an Excel file of before 2007",
+}
+"""What the bytes say at the start of a file whose name says that it is no Excel file."""
+
+
+def _refuse_other(path: Path, encoding: str, remedy: str) -> None:
+    """Refuses what its encoding would read without an error and wrongly, and Excel's own files.
+
+    UTF-16 without a mark is valid UTF-8 with a zero beside each letter; encodings of one byte read
+    everything, UTF-8 as well, and Latin-1 has no letter where cp1252 has quotes and the euro.
+    """
     with _unpacked(path) as file:
-        if _is_of_two_bytes(file.read(_PEEK_BYTES)):
-            raise SourceError(_not_in(path, encoding, remedy))
+        start = file.read(_PEEK_BYTES)
+    if (kind := _EXCEL_STARTS.get(start[:4])) is not None:
+        raise SourceError(f"{path} is {kind} by its content; save it as .xlsx, or as CSV UTF-8")
+    name = codecs.lookup(encoding).name
+    if name.startswith(("utf-16", "utf-32")):
+        return
+    is_other = _is_of_two_bytes(start)
+    if not is_other and name in _ONE_BYTE and not start.isascii():
+        is_controls = name == "iso8859-1" and any(0x80 <= byte < 0xA0 for byte in start)
+        is_other = is_controls or _guess(path) != "cp1252"
+    if is_other:
+        raise SourceError(_not_in(path, encoding, remedy))
+
+
+_ONE_BYTE = ("iso8859-1", "iso8859-15", "cp1252")
+"""Encodings of western Europe that read any file, as Python names them."""
 
 
 def _is_of_two_bytes(start: bytes) -> bool:
@@ -181,6 +205,8 @@ def _not_in(path: Path, encoding: str, remedy: str) -> str:
     """That a table is not in its encoding, with the one that it looks like and what to do."""
     name = "UTF-8" if codecs.lookup(encoding).name == "utf-8" else encoding
     line, guess = _first_bad_line(path, encoding), _guess(path)
+    if guess == "utf-8":
+        return f'{path}, line {line}: not {name}; say encoding = "utf-8" in the mapping'
     said = f"{path}, line {line}: not {name}; save the table as UTF-8 (in Excel: Save As, CSV UTF-8"
     said += f"; or iconv -f {guess} -t utf-8)"
     if remedy == DOWNLOAD_AGAIN:
@@ -219,6 +245,41 @@ def _first_bad_line(path: Path, encoding: str) -> int:
     return 1
 
 
+def lacking(
+    path: Path, header: list[str], used: Mapping[str, str], delimiter: str, encoding: str
+) -> str:
+    """What columns a user's table lacks, and what to do.
+
+    Args:
+        path: The table; the first rows below its header are looked at.
+        header: Names of its columns.
+        used: By each name that the mapping gives, how it is told.
+        delimiter: Of the mapping, and so is the encoding.
+    """
+    if (other := parted_by(header, delimiter, used)) is not None:
+        what = {";": "semicolons", ",": "commas", "\t": "tabs", "|": "bars"}[other]
+        return (
+            f"its cells are parted by {what}, not by {delimiter!r}; say delimiter = "
+            f"{json.dumps(other)} in the mapping"
+        )
+    missing = ", ".join(said for name, said in used.items() if name not in header)
+    with _lines(path, delimiter, encoding, "", strict=False) as lines:
+        for cells in islice(lines, _TITLE_ROWS):
+            if used.keys() <= set(_names(cells)):
+                return (
+                    f"the first row has no column {missing}, and the row that starts with "
+                    f"{cells[0]!r} has; delete the rows above that one"
+                )
+    return (
+        f"no column {missing}; its columns are {', '.join(header)}; name them in the mapping as "
+        f"the table does"
+    )
+
+
+_TITLE_ROWS = 20
+"""Rows above a header that are looked at. [chosen: exports have one to five, such as a title]"""
+
+
 def parted_by(header: list[str], delimiter: str, used: Collection[str]) -> str | None:
     """The delimiter by which a header would have more of the columns that a mapping names."""
     line = delimiter.join(header)
@@ -235,7 +296,7 @@ def parted_by(header: list[str], delimiter: str, used: Collection[str]) -> str |
 
 
 @contextmanager
-def _excel_lines(path: Path, remedy: str) -> Iterator[Iterator[list[str]]]:
+def _excel_lines(path: Path) -> Iterator[Iterator[list[str]]]:
     try:
         import openpyxl
         from openpyxl.utils.exceptions import InvalidFileException
@@ -248,7 +309,9 @@ def _excel_lines(path: Path, remedy: str) -> Iterator[Iterator[list[str]]]:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile, InvalidFileException) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
-        raise SourceError(f"{path} cannot be read as an Excel file: {why}; {remedy}") from None
+        raise SourceError(
+            f"{path} cannot be read as an Excel file: {why}; save it as .xlsx, or as CSV UTF-8"
+        ) from None
     try:
         yield _excel_rows(book.worksheets[0])
     finally:

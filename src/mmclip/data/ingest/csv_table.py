@@ -3,7 +3,6 @@
 import codecs
 import difflib
 import hashlib
-import json
 import logging
 import math
 import re
@@ -21,7 +20,7 @@ from mmclip.data.ingest.csv_mapping import (
     mapping_values,
     several,
 )
-from mmclip.data.ingest.csv_rows import Row, SourceError, header_of, parted_by, read_rows
+from mmclip.data.ingest.csv_rows import Row, SourceError, header_of, lacking, read_rows
 from mmclip.data.sample import (
     ABSENT,
     PRESENT,
@@ -73,7 +72,7 @@ def read_mapped(root: Path, mapping: Path, table: Path | None = None) -> Iterato
             labels = meant.get("labels")
             of_findings = labels.get("columns") if isinstance(labels, dict) else None
             used = _used(meant["columns"], of_findings)
-            found = _column_problems(header, used, delimiter)
+            found = _column_problems(path, header, used, delimiter, encoding)
             problems += [f"{path}: {said}" for said in found]
     except SourceError as error:
         problems.append(str(error))
@@ -290,7 +289,7 @@ def _check_table(path: Path, mapping: CsvMapping) -> None:
     header = header_of(path, **how)
     used = _used(dict(columns), rules.columns)
     problems = (
-        _column_problems(header, used, mapping.delimiter) if header else []
+        _column_problems(path, header, used, mapping.delimiter, mapping.encoding) if header else []
     )  # `read_rows` tells of an empty one
     said = {finding for meaning in rules.map.values() for finding, _ in meaning.labels()}
     known_labels = {*rules.map, *rules.unknown}
@@ -351,28 +350,19 @@ def _used(columns: object, of_findings: object) -> dict[str, list[str]]:
 
 
 def _column_problems(
-    header: Sequence[str], used: Mapping[str, Sequence[str]], delimiter: str
+    path: Path,
+    header: list[str],
+    used: Mapping[str, Sequence[str]],
+    delimiter: str,
+    encoding: str,
 ) -> list[str]:
     """What keeps a table from being read by the columns that its mapping names."""
-
-    def listed(names: Sequence[str]) -> str:
-        return ", ".join(f"{name!r} ({', '.join(used[name])})" for name in names)
-
+    said = {name: f"{name!r} ({', '.join(keys)})" for name, keys in used.items()}
     problems = []
-    missing = [name for name in used if name not in header]
-    if missing and (other := parted_by(list(header), delimiter, used)) is not None:
-        what = {";": "semicolons", ",": "commas", "\t": "tabs", "|": "bars"}[other]
-        problems.append(
-            f"its cells are parted by {what}, not by {delimiter!r}; say delimiter = "
-            f"{json.dumps(other)} in the mapping"
-        )
-    elif missing:
-        problems.append(
-            f"no column {listed(missing)}; its columns are {', '.join(header)}; name them in the "
-            f"mapping as the table does"
-        )
-    if doubled := [name for name in used if header.count(name) > 1]:
-        problems.append(f"the column {listed(doubled)} is there twice; rename one in the table")
+    if used.keys() - set(header):
+        problems.append(lacking(path, header, said, delimiter, encoding))
+    if doubled := [said[name] for name in used if header.count(name) > 1]:
+        problems.append(f"the column {', '.join(doubled)} is there twice; rename one in the table")
     return problems
 
 

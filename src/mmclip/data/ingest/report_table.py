@@ -1,6 +1,7 @@
 """A table of reports by the studies that they belong to."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -103,7 +104,8 @@ def read_reports(table: Path, mapping: ReportMapping) -> Reports:
     """All reports of a table; a row without an id or without a text is told in a warning."""
     columns, found = mapping.columns, Reports()
     used = [name for name in dict(columns).values() if name is not None]
-    n_bad_dates = n_no_id = n_empty = n_broken = 0
+    n_no_id = n_empty = n_broken = 0
+    bad_dates: list[str] = []
     for cells, problem in read_rows(
         table, used, delimiter=mapping.delimiter, encoding=mapping.encoding, remedy=REMEDY
     ):
@@ -123,7 +125,8 @@ def read_reports(table: Path, mapping: ReportMapping) -> Reports:
         if problem or not text or not (accession or study):
             continue
         date = _date(cell(columns.date), mapping.date_format)
-        n_bad_dates += date is None and bool(cell(columns.date))
+        if date is None and (said := cell(columns.date)):
+            bad_dates.append(said)
         number = len(found.texts)
         found.texts.append((date, text))
         found.ids.append(accession or study)
@@ -135,11 +138,27 @@ def read_reports(table: Path, mapping: ReportMapping) -> Reports:
         (n_broken, "have another number of fields than the header, and are not read"),
         (n_no_id, "name no study, and are not read"),
         (n_empty, "hold no report, and are not read"),
-        (n_bad_dates, f"have a date that is not {mapping.date_format!r}, and stand last"),
+        (len(bad_dates), f"have a date that is not {mapping.date_format!r}, and stand last"
+         + _proposed(bad_dates)),
     ):  # fmt: skip
         if n:
             logger.warning("%s: %d rows %s", table, n, what)
     return found
+
+
+_DATES = (
+    "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%Y-%m-%d", "%Y/%m/%d", "%Y%m%d", "%d.%m.%y",
+)  # fmt: skip
+_TIMES = ("", " %H:%M", " %H:%M:%S", "%H%M%S")
+"""What exports write; of two that read a date, the day is more often the first number."""
+
+
+def _proposed(dates: Sequence[str]) -> str:
+    """The format that reads all of some dates, for their warning; no date is quoted."""
+    for form in (date + time for date in _DATES for time in _TIMES):
+        if all(_date(text, form) is not None for text in dates):
+            return f'; date_format = "{form}" in the mapping reads them'
+    return ""
 
 
 def _date(text: str, form: str) -> datetime | None:

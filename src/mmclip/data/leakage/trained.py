@@ -134,7 +134,7 @@ def write_trained(folder: Path, dataset: ImageTextDataset) -> dict[str, str]:
     looks, _ = looks_of(dataset)
     with write_atomic(folder / LOOKS_FILE) as file:
         np.save(file, _enciphered(np.unique(looks, axis=0), secret))
-    return {name: file_sha256(folder / name) for name in (TRAINED_FILE, LOOKS_FILE)}
+    return {name: file_sha256(folder / name) for name in (TRAINED_FILE, LOOKS_FILE, KEY_FILE)}
 
 
 def read_trained(folder: Path, collections: Mapping[str, bool]) -> Trained | None:
