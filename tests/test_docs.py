@@ -34,7 +34,7 @@ README, METHOD, DATA, TRAINING = (
 )
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS_OPTIONS = {
-    "--minutes", "--processes", "--signals-to-handle",
+    "--minutes", "--processes", "--signals-to-handle", "--require-hashes", "--no-deps", "--rounds",
     "--nproc-per-node", "--check", "--images", "--knob", "--preset", "--arms", "--seeds", "--table",
     "--half", "--raw", "--base", "--jsonl", "--cache", "--batch-size", "--steps", "--image-size",
     "--tokens", "--lengths", "--array", "--cpus-per-task", "--wait", "--port", "--nworkers",
@@ -42,7 +42,7 @@ OTHERS_OPTIONS = {
     "--runs", "--boxes", "--also", "--user", "--ask-password", "--negspacy", "--medspacy",
     "--before", "--no-full",
 }  # fmt: skip
-"""Of torchrun, ruff, wget, sbatch, dask, and the scripts of bench/."""
+"""Of torchrun, pip, ruff, wget, sbatch, dask, and the scripts of bench/."""
 
 
 class Block(NamedTuple):
