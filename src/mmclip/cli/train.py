@@ -175,19 +175,19 @@ def _start_of(init: str | None) -> list[str]:
         return []
     from mmclip.models.joint_space import embed_dim_of
 
-    source, pooling = _checkpoint_of(init)
+    source, reads = _checkpoint_of(init)
     name = json.dumps(source)
     return [
         f"model.image.pretrained={name}",
         f"model.text.pretrained={name}",
         f"model.projections={name}",
         f"model.embed_dim={embed_dim_of(source)}",
-        *pooling,
+        *reads,
     ]
 
 
 def _checkpoint_of(init: str) -> tuple[str, list[str]]:
-    """Of a run, its checkpoint and the keys by which it pools; of others, what was given.
+    """Of a run, its checkpoint and the keys of how it reads; of others, what was given.
 
     Raises:
         CheckpointError: When the run has none, or a damaged one.
@@ -209,7 +209,8 @@ def _checkpoint_of(init: str) -> tuple[str, list[str]]:
     pooling = [
         f"model.{name}.pooling={json.dumps(model[name]['pooling'])}" for name in ("image", "text")
     ]
-    return str(folder), pooling
+    max_tokens = meta["config"]["data"]["max_tokens"]
+    return str(folder), [*pooling, f"data.max_tokens={max_tokens}"]
 
 
 def _resuming(command: str) -> str:

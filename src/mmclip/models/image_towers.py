@@ -23,6 +23,7 @@ from mmclip.models.layout import LAYOUT_KEY, EncoderError
 from mmclip.models.norm import globalise_batch_norm
 from mmclip.models.pretrained import (
     TAKE_INSTEAD,
+    is_checkpoint,
     load_tower,
     read_config,
 )
@@ -76,7 +77,9 @@ def build_image_encoder(
     encoder = load_tower(name, "image", read)
     _check_patch_size(encoder, image_size)
     held = vars(encoder.config).get(LAYOUT_KEY, {}).get("rgb")  # of a checkpoint
-    mean, std = held or _normalisation_of(name)
+    mean, std = held or (
+        (RGB_MEAN, RGB_STD) if is_checkpoint(name) else _normalisation_of(name)
+    )  # a checkpoint without it reads one channel
     rgb = take_one_channel(encoder, mean, std, folds)
     encoder = resize_position_grid(encoder, image_size)
     adapt_batch_norm(encoder)
