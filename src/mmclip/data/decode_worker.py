@@ -180,7 +180,7 @@ class DecodeWorker:
 
 
 def _widen(pipe: IO[bytes] | None) -> None:
-    if pipe is not None and hasattr(fcntl, "F_SETPIPE_SZ"):
+    if pipe is not None and fcntl is not None and sys.platform == "linux":
         with suppress(OSError):  # where this user has too many such pipes: it is only slower
             fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
