@@ -14,7 +14,7 @@ from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.sample import Sample
 from mmclip.evaluation.comparison import compare, compute_metrics_of_csv, published
 from mmclip.evaluation.compute_metrics import compute_metrics, subgroups
-from mmclip.evaluation.metrics import best_on_these, calibration_error
+from mmclip.evaluation.metrics import calibration_error
 from mmclip.evaluation.pages import extreme_cases, write_evaluation
 from mmclip.evaluation.protocols import Protocol, load_protocol, protocol_names
 from mmclip.evaluation.results import (
@@ -39,6 +39,7 @@ from mmclip.evaluation.selection import (
     protocol_labels,
     select_samples,
 )
+from mmclip.evaluation.thresholds import best_on_these
 
 NAN = float("nan")
 NAMES = ["edema", "mass"]

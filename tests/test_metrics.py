@@ -34,17 +34,19 @@ from mmclip.evaluation.intervals import (
 )
 from mmclip.evaluation.metrics import (
     Counts,
-    Threshold,
-    at_threshold,
     auprc,
     auroc,
-    choose_threshold,
-    choose_thresholds,
     count_labels,
     median_rank,
     recall_at_k,
     retrieved,
     retrieved_by_chance,
+)
+from mmclip.evaluation.thresholds import (
+    Threshold,
+    at_threshold,
+    choose_threshold,
+    choose_thresholds,
 )
 
 NAN = float("nan")

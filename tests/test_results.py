@@ -16,7 +16,7 @@ from PIL import Image
 from mmclip.cli.shared import print_results
 from mmclip.data.sample import Entity
 from mmclip.evaluation.compute_metrics import metrics_by_finding
-from mmclip.evaluation.metrics import auroc, choose_thresholds
+from mmclip.evaluation.metrics import auroc
 from mmclip.evaluation.pages import (
     GalleryItem,
     share_below,
@@ -39,6 +39,7 @@ from mmclip.evaluation.results import (
     write_results,
 )
 from mmclip.evaluation.scores import Predictions
+from mmclip.evaluation.thresholds import choose_thresholds
 from mmclip.prompts import load_prompts
 
 FINDINGS = ["edema", "mass", "tuberculosis"]

@@ -28,6 +28,7 @@ from mmclip.files import write_atomic
 from mmclip.finetuning.saved import FineTuned
 from mmclip.model_loading import ModelRequest
 from mmclip.models.dual_encoder import DualEncoder, ZeroshotRule, rule_named
+from mmclip.prediction.decisions import decide, read_thresholds
 from mmclip.prediction.model import (
     EncodedImages,
     ImageInputError,
@@ -42,7 +43,6 @@ from mmclip.prediction.model import (
 )
 from mmclip.prediction.reference import Reference, find_reference, read_reference
 from mmclip.prediction.tables import PredictionTable
-from mmclip.prediction.thresholds import decide, read_thresholds
 from mmclip.prompts import PromptSet, plain_name
 from mmclip.run import Seen
 

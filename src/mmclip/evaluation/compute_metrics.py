@@ -22,19 +22,7 @@ from mmclip.evaluation.intervals import (
     mean_interval,
     percentile_interval,
 )
-from mmclip.evaluation.metrics import (
-    Counts,
-    Operating,
-    Threshold,
-    ThresholdRule,
-    at_threshold,
-    auprc,
-    auroc,
-    best_on_these,
-    calibration_error,
-    choose_thresholds,
-    count_labels,
-)
+from mmclip.evaluation.metrics import Counts, auprc, auroc, calibration_error, count_labels
 from mmclip.evaluation.protocols import MIN_COUNT
 from mmclip.evaluation.results import (
     Control,
@@ -45,6 +33,14 @@ from mmclip.evaluation.results import (
     Undefined,
 )
 from mmclip.evaluation.scores import Predictions
+from mmclip.evaluation.thresholds import (
+    Operating,
+    Threshold,
+    ThresholdRule,
+    at_threshold,
+    best_on_these,
+    choose_thresholds,
+)
 
 AGE_BANDS: tuple[tuple[str, float, float], ...] = (
     ("under 40", -np.inf, 40), ("40 to 59", 40, 60), ("60 to 79", 60, 80),

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mmclip.config_io import Frozen, config_hash, packaged_names, parse, read_toml
 from mmclip.data.leakage.splits import SUBSET_SEEDS
-from mmclip.evaluation.metrics import ThresholdRule
+from mmclip.evaluation.thresholds import ThresholdRule
 
 MIN_COUNT = 10
 """Images of either kind that a finding needs to count in a macro average. [chosen: below ten, one

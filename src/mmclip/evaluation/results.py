@@ -10,9 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from mmclip.checkpoint import code_version
-from mmclip.evaluation.metrics import ThresholdOrigin
 from mmclip.evaluation.protocols import BUILT, Protocol
 from mmclip.evaluation.scores import SCORES_FILE, Predictions, ScoresError, load_scores
+from mmclip.evaluation.thresholds import ThresholdOrigin
 from mmclip.files import file_sha256, is_sealed, sealed, write_text_atomic
 from mmclip.models.dual_encoder import UNKNOWN_WEIGHTS, Seen, Weights, ZeroshotRule
 from mmclip.prompts import PromptSet

@@ -15,8 +15,8 @@ from mmclip.data.leakage.check import content_key
 from mmclip.data.leakage.splits import ids_hash
 from mmclip.data.readers.vocabulary import is_unfinished
 from mmclip.data.sample import ABSENT, LABEL_MAKERS, PRESENT, Sample, Split
-from mmclip.evaluation.metrics import ThresholdRule
 from mmclip.evaluation.protocols import BUILT, MIN_COUNT, Protocol
+from mmclip.evaluation.thresholds import ThresholdRule
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from mmclip.explanation.maps import check_files
 from mmclip.finetuning.saved import FineTuned
 from mmclip.model_loading import ModelRequest
 from mmclip.models.dual_encoder import DualEncoder
+from mmclip.prediction.decisions import read_thresholds
 from mmclip.prediction.model import Scorer, Skipped, open_model, prompt_set_of, scorer_of
 from mmclip.prediction.tables import PredictionTable, write_skipped
-from mmclip.prediction.thresholds import read_thresholds
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet
 

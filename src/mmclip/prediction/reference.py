@@ -11,7 +11,7 @@ from mmclip.evaluation.results import RESULTS_FILE, ResultsError, read_results, 
 from mmclip.evaluation.scores import ScoresError
 from mmclip.finetuning.saved import FineTuned
 from mmclip.models.dual_encoder import DualEncoder
-from mmclip.prediction.thresholds import folder_of, refuse_other
+from mmclip.prediction.decisions import folder_of, refuse_other
 from mmclip.prompts import PromptSet, plain_name
 from mmclip.run import Run
 

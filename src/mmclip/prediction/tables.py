@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from mmclip.escape import safe_cell
+from mmclip.prediction.decisions import decide
 from mmclip.prediction.model import Skipped
-from mmclip.prediction.thresholds import decide
 
 DECISION = "{finding} present"
 """The column of a finding's decision."""
