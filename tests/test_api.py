@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -386,10 +387,17 @@ def test_a_fine_tuned_result_scores_as_its_own_results_and_reads_no_text(
 
 
 def test_a_folder_without_weights_says_what_to_give(tuned: Path, tmp_path: Path, made_run: Path):
-    with pytest.raises(CheckpointError, match=r"several fine-tuned results.*full-100-0"):
+    with pytest.raises(CheckpointError, match=r"no fine-tuned result.*full-100-0"):
         mmclip.load(tuned)
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         mmclip.load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"as there is no such folder; check the path"):
+        mmclip.load(tmp_path / "nowhere")
+    demo = tmp_path / "demo"
+    shutil.copytree(made_run, demo / "run")
+    (demo / "results.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds results, and a run in .*run; give that"):
+        mmclip.load(demo)
     with pytest.raises(ValueError, match="'cuda:99' cannot be used"):
         mmclip.load(made_run, device="cuda:99")
     with pytest.raises(ValueError, match="batch_size=0"):

@@ -333,6 +333,32 @@ def test_zeroshot_names_predict_where_labels_are_missing(
     assert "--finding scoliosis" in ended.error()
 
 
+@pytest.mark.parametrize(
+    ("finding", "meant"),
+    [
+        ("plural efusion", "pleural effusion"), ("Pleural Efusion", "pleural effusion"),
+        ("cardiomegally", "cardiomegaly"), ("noduel", "nodule"), ("pneumotorax", "pneumothorax"),
+        ("atelactasis", "atelectasis"), ("my findign", "my finding"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_name_that_is_nearly_a_known_one_is_asked_about(
+    words, finding: str, meant: str, has_tokenizer: bool, caplog: pytest.LogCaptureFixture
+):
+    own = own_prompts({"my finding": {"positive": "mass", "negative": "no mass"}})
+    sets = [load_prompts("default"), own]
+    check_prompts(words if has_tokenizer else None, sets, [finding, "mass"], 128)
+    asked = [record.message for record in caplog.records if "did you mean" in record.message]
+    said = f"prompts of '{finding}': no prompt set names it; did you mean '{meant}'?"
+    assert asked == [said]
+
+
+@pytest.mark.parametrize("finding", ["scoliosis", "bronchiolitis", "miliary pattern", "lobster"])
+def test_a_name_of_its_own_is_not_asked_about(finding: str, caplog: pytest.LogCaptureFixture):
+    check_prompts(None, [load_prompts("default")], [finding], 128)
+    assert not caplog.records
+
+
 def test_the_example_of_the_page_is_a_prompt_set_of_ten_lines_or_so(words, tmp_path: Path):
     page = DOC.read_text("utf-8")
     start = page.index('    id = "mine"')

@@ -2,11 +2,12 @@
 
 Refused: a finding of whose name the tokenizer knows no word, a prompt that is cut before the
 finding's name, and a positive prompt that is equal to a negative one. Warned of: words that are
-not in the vocabulary, or that it only spells.
+not in the vocabulary, or that it only spells, and a name that is nearly that of a known finding.
 """
 
 import logging
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from functools import cache
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ def check_prompts(
     """Warns of what a model hardly reads of the prompts of some findings.
 
     Args:
-        tokenizer: Of the model; where it does not tell what it reads, None, nothing is checked.
+        tokenizer: Of the model; None where it does not tell what it reads: then names alone are
+            checked.
         prompt_sets: What stands for the findings.
         findings: As they are asked for.
         max_tokens: The model reads so many tokens of a text.
@@ -56,11 +58,15 @@ def check_prompts(
     Raises:
         PromptError: When the prompts of a finding cannot stand for it.
     """
-    if tokenizer is None:
-        return
+    prompt_sets = tuple(prompt_sets)
+    warned = {
+        f"{finding!r}: no prompt set names it; did you mean {meant!r}?": None
+        for finding in findings
+        if (meant := meant_finding(finding, prompt_sets)) is not None
+    }
     refused: dict[str, None] = {}
-    warned: dict[str, None] = {}
-    for prompts in prompt_sets:
+    for prompts in prompt_sets if tokenizer is not None else ():
+        assert tokenizer is not None
         for finding in findings:
             faults = prompt_faults(tokenizer, prompts, finding, max_tokens)
             if faults.refused:
@@ -75,6 +81,21 @@ def check_prompts(
             f"prompts of {'; '.join(refused)}. Name the finding as reports of the training data "
             f"do, or give prompts of your own by --prompts (in Python: prompts=)"
         )
+
+
+LIKENESS = 0.8
+"""Names so alike, by difflib's ratio, are taken for one that is misspelt. [chosen: "plural efusion"
+and "noduel" are found; "pneumonia" and "pneumothorax" are 0.67]"""
+
+
+def meant_finding(finding: str, prompt_sets: Iterable[PromptSet]) -> str | None:
+    """The known finding that a name misspells, if it seems to; None of a known one."""
+    name = plain_name(finding)
+    own = {n for each in prompt_sets for n in (*each.phrases, *each.findings)}
+    known = own | _shipped()[1]
+    if name in known:
+        return None
+    return next(iter(get_close_matches(name, sorted(known), 1, LIKENESS)), None)
 
 
 def prompt_faults(

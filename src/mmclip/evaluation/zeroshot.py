@@ -1,5 +1,6 @@
 """Zero-shot classification: an image is compared with what a report would say of it."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,9 +35,11 @@ from mmclip.evaluation.scores import Predictions, make_predictions
 from mmclip.evaluation.selection import Selection, images_hash
 from mmclip.evaluation.zeroshot_task import ZeroshotRequest, ZeroshotTask, open_task
 from mmclip.models.dual_encoder import DualEncoder, PromptEmbeddings
-from mmclip.prompt_check import check_prompts
+from mmclip.prompt_check import PromptError, check_prompts
 from mmclip.prompts import PromptSet
 from mmclip.run import Run
+
+logger = logging.getLogger(__name__)
 
 GALLERY_SIZE = 12
 """Images on the page, evenly spaced over the rows: not chosen by how well they came out."""
@@ -218,10 +221,17 @@ def other_prompt_set(
     )
 
 
-def abnormality_score(result: ZeroShot) -> Control:
-    """One score for every finding: how little the model thinks the image normal."""
+def abnormality_score(result: ZeroShot) -> Control | None:
+    """One score for every finding: how little the model thinks the image normal.
+
+    None, and a warning, where the model cannot read the prompts of a normal image.
+    """
     test = result.test
-    normal = result.scored.scores(result.scored.prompts, ["no finding"])
+    try:
+        normal = result.scored.scores(result.scored.prompts, ["no finding"])
+    except PromptError as error:
+        logger.warning("the control 'abnormality score' is left out: %s", error)
+        return None
     sick = np.repeat(1 - normal, len(test.findings), axis=1)
     is_normal = np.array([name == "no finding" for name in test.names()])
     return control_of(
@@ -329,6 +339,13 @@ def score_task(task: ZeroshotTask) -> RunResults:
         leak_check=task.leak_check,
         facts=task.facts(),
     )
+    controls = {
+        "shortcut baseline": shortcut_baseline(
+            result.dataset, result.test, result.evaluation.min_count
+        )
+    }
+    if (abnormality := abnormality_score(result)) is not None:
+        controls["abnormality score"] = abnormality
     wall_s = time.monotonic() - began
     return write_zeroshot(
         request.out,
@@ -336,10 +353,5 @@ def score_task(task: ZeroshotTask) -> RunResults:
         about,
         made_now(result, request.command, request.seed, split=task.split, wall_s=wall_s),
         gallery=np.linspace(0, n - 1, min(GALLERY_SIZE, n)).astype(int).tolist(),
-        controls={
-            "shortcut baseline": shortcut_baseline(
-                result.dataset, result.test, result.evaluation.min_count
-            ),
-            "abnormality score": abnormality_score(result),
-        },
+        controls=controls,
     )

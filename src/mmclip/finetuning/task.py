@@ -188,9 +188,12 @@ def task_of(folder: Path, protocol: Protocol, dataset: ImageTextDataset) -> Task
         if np.isnan(column).all() or not (protocol.own_words or finding in named)
     ]:
         there = sorted(named)
+        known_sources = sorted({sample.source for sample in dataset.samples})
         raise ManifestError(
-            f"no frontal training image of {folder} is labelled with {', '.join(missing)}; they "
-            f"are labelled with {', '.join(there) or 'nothing'}"
+            f"no frontal training image of {folder}, source {', '.join(sources) or 'any'}, is "
+            f"labelled with {', '.join(missing)}; the {len(candidates)} that there are have the "
+            f"labels {', '.join(there) or '(none)'}, and the data has the sources "
+            f"{', '.join(known_sources)}"
         )
 
     val = Selection("val", protocol=protocol).select(dataset)

@@ -160,8 +160,12 @@ def _why_no_model(path: Path) -> str | None:
     within = sorted(p.parent.name for p in path.glob(f"*/{RESULTS_FILE}"))
     if (path / "summary.json").is_file() and within:
         return (
-            f"{path} holds several fine-tuned results; give one of them, such as {path / within[0]}"
+            f"{path} is no fine-tuned result and holds {len(within)}; give {path / within[0]}"
+            + (" or another of them" if len(within) > 1 else "")
         )
+    runs = sorted(each.parent for each in path.glob(f"*/{CHECKPOINTS}"))
+    if (path / RESULTS_FILE).is_file() and runs and not (path / CHECKPOINTS).is_dir():
+        return f"{path} holds results, and a run in {runs[0]}; give that"
     if (path / RESULTS_FILE).is_file() and not (path / CHECKPOINTS).is_dir():
         return (
             f"{path} holds results and no weights; give the run that was scored, or the folder of "
