@@ -20,7 +20,7 @@ from PIL import Image
 from mmclip.checkpoint import Checkpoint, save_checkpoint
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
-from mmclip.data.images import read_image, resize_image, unsquared
+from mmclip.data.images import ImageError, read_image, resize_image, unsquared
 from mmclip.data.ingest.annotations import EMPTY, FOREIGN, read_annotations
 from mmclip.data.ingest.build import build_data
 from mmclip.data.ingest.csv_table import SourceError
@@ -371,14 +371,17 @@ def test_the_map_depends_on_the_phrase(grey: Run):
 
 
 def test_masses_of_halves_and_thirds_by_hand(grey: Run):
-    mass = explain_image(grey, image_with(0, 3), BRIGHT, "contribution", PROMPTS).facts()["mass"]
+    found = explain_image(grey, image_with(0, 3), BRIGHT, "contribution", PROMPTS)
+    mass = found.facts()["mass"]
     assert mass["image left"] + mass["image right"] == pytest.approx(1, abs=1e-4)
     thirds = [mass[f"{name} third"] for name in ("upper", "middle", "lower")]
     assert sum(thirds) == pytest.approx(1, abs=1e-4)
     assert mass["image right"] > 0.7 and thirds[0] > 0.7
-    flat = explain_image(grey, np.full((40, 30), 99, np.uint8), BRIGHT, "contribution", PROMPTS)
+    flat = replace(found, patches=np.full_like(found.patches, 0.5))
     assert set(flat.facts()["mass"].values()) == {None}
     assert flat.facts()["highest_at_px"] is None
+    with pytest.raises(ImageError, match=r"\(nearly\) equal"):
+        explain_image(grey, np.full((40, 30), 99, np.uint8), BRIGHT, "contribution", PROMPTS)
 
 
 def test_a_resized_copy_gives_the_map_of_the_published_image(grey: Run):

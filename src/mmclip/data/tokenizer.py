@@ -57,8 +57,9 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     remedy = "give a folder that holds tokenizer.json, or the id of a model on the hub"
     if reason := why_unavailable(name_or_folder):
         raise ValueError(f"no tokenizer can be loaded from {name_or_folder!r} ({reason}); {remedy}")
-    if (inside := Path(name_or_folder) / "tokenizer").is_dir():  # of a checkpoint
-        name_or_folder = str(inside)
+    folder = Path(name_or_folder)
+    if (folder / "meta.json").is_file() and (folder / "tokenizer").is_dir():  # a checkpoint of ours
+        name_or_folder = str(folder / "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
