@@ -247,14 +247,11 @@ def newest_checkpoint(path: Path) -> Path:
         return path
     finished = _finished(path)
     if not finished:
-        if not path.exists():
-            raise CheckpointError(
-                f"{path} holds no finished checkpoint, as there is no such folder; check the path"
-            )
         runs = path.parent, *(sorted(path.iterdir()) if path.is_dir() else ())
         meant = [run for run in runs if any((s / "tokenizer").is_dir() for s in _finished(run))]
         raise CheckpointError(
-            f"{path} holds no finished checkpoint; "
+            f"{path} holds no finished checkpoint"
+            + ("; " if path.exists() else ", as there is no such folder; check the path, ")
             + (f"did you mean {meant[0]}, which does? Else give" if meant else "give")
             + " the folder of a run that `mmclip pretrain` wrote, or one of its "
             "checkpoints/step_... folders"
