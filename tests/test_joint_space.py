@@ -52,6 +52,18 @@ def first_loss(model: MMCLIP, config: Config, dataset: ImageTextDataset) -> Tens
         return Objective(config, grid).sums(model.eval(), batch)["contrastive"]
 
 
+def contrastive_at_start(model: MMCLIP, config: Config, folder: Path) -> float:
+    """The mean contrastive term of the first batch that the command reads of a data folder."""
+    chosen = training_dataset(open_dataset([folder], 32), config)
+    grid = patch_grid(model.vision_model)
+    batches = TrainingBatches(chosen, make_tokenizer(config, chosen), config, grid)
+    batch = batches.read(0, BatchSlice()).to(torch.device("cpu"))
+    objective = Objective(config, grid)
+    with torch.no_grad():
+        total = objective.sums(model, batch)["contrastive"]
+    return (total / objective.counts(batch)["contrastive"]).item()
+
+
 @pytest.fixture(scope="module")
 def source(dataset: ImageTextDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     """A run whose temperature and projections are not those of a new one, and its export."""
@@ -94,16 +106,9 @@ def test_the_first_step_of_the_command_has_the_loss_of_the_run(
     assert ended.code == 0, ended.err
     said = json.loads((tmp_path / "run/config.json").read_text("utf-8"))["config"]
     assert said["model"]["projections"] == str(folder)
-    config = parse(Config, said, "the run")
-    chosen = training_dataset(open_dataset([made_data], 32), config)
-    grid = patch_grid(model.vision_model)
-    batches = TrainingBatches(chosen, make_tokenizer(config, chosen), config, grid)
-    batch = batches.read(0, BatchSlice()).to(torch.device("cpu"))
-    objective = Objective(config, grid)
-    with torch.no_grad():
-        want = objective.sums(model, batch)["contrastive"] / objective.counts(batch)["contrastive"]
+    want = contrastive_at_start(model, parse(Config, said, "the run"), made_data)
     first = json.loads((tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()[0])
-    assert first["contrastive"] == pytest.approx(want.item(), abs=1e-5)
+    assert first["contrastive"] == pytest.approx(want, abs=1e-5)
     assert mmclip(tmp_path, *given, "--resume").code == 0
 
 
@@ -138,17 +143,10 @@ def test_a_run_starts_at_the_loss_of_a_run_however_it_is_built(
     ended = mmclip(tmp_path, *given)
     assert ended.code == 0, ended.err
     started = json.loads((tmp_path / "run/config.json").read_text("utf-8"))["config"]
-    config = parse(Config, started, "the run")
     model = load_checkpoint(first).model.train()
-    chosen = training_dataset(open_dataset([made_data], 32), config)
-    grid = patch_grid(model.vision_model)
-    batches = TrainingBatches(chosen, make_tokenizer(config, chosen), config, grid)
-    batch = batches.read(0, BatchSlice()).to(torch.device("cpu"))
-    objective = Objective(config, grid)
-    with torch.no_grad():
-        want = objective.sums(model, batch)["contrastive"] / objective.counts(batch)["contrastive"]
+    want = contrastive_at_start(model, parse(Config, started, "the run"), made_data)
     found = json.loads((tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()[0])
-    assert found["contrastive"] == pytest.approx(want.item(), abs=1e-5)
+    assert found["contrastive"] == pytest.approx(want, abs=1e-5)
     if kind != "resnet":
         return
     assert mmclip(tmp_path, *given, "--resume").code == 0

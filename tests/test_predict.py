@@ -259,8 +259,7 @@ def words(made_run: Path):
 def test_the_prompt_sets_of_the_package_are_quiet(words, caplog: pytest.LogCaptureFixture):
     for name in known_prompt_sets():
         prompts = load_prompts(name)
-        named = {finding for each in map(load_prompts, known_prompt_sets())
-                 for finding in (*each.phrases, *each.findings)}  # fmt: skip
+        named = {name for each in map(load_prompts, known_prompt_sets()) for name in each.named}
         check_prompts(words, [prompts], sorted(named), max_tokens=128)
     assert not caplog.records
 

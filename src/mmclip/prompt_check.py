@@ -59,14 +59,16 @@ def check_prompts(
         PromptError: When the prompts of a finding cannot stand for it.
     """
     prompt_sets = tuple(prompt_sets)
-    warned = {
-        f"{finding!r}: no prompt set names it; did you mean {meant!r}?": None
-        for finding in findings
-        if (meant := meant_finding(finding, prompt_sets)) is not None
-    }
+    for finding in dict.fromkeys(findings):
+        if (meant := meant_finding(finding, prompt_sets)) is not None:
+            logger.warning(
+                "prompts of %r: no prompt set names it; did you mean %r?", finding, meant
+            )
+    if tokenizer is None:
+        return
     refused: dict[str, None] = {}
-    for prompts in prompt_sets if tokenizer is not None else ():
-        assert tokenizer is not None
+    warned: dict[str, None] = {}
+    for prompts in prompt_sets:
         for finding in findings:
             faults = prompt_faults(tokenizer, prompts, finding, max_tokens)
             if faults.refused:
@@ -91,8 +93,7 @@ and "noduel" are found; "pneumonia" and "pneumothorax" are 0.67]"""
 def meant_finding(finding: str, prompt_sets: Iterable[PromptSet]) -> str | None:
     """The known finding that a name misspells, if it seems to; None of a known one."""
     name = plain_name(finding)
-    own = {n for each in prompt_sets for n in (*each.phrases, *each.findings)}
-    known = own | _shipped()[1]
+    known = _shipped()[1].union(*(each.named for each in prompt_sets))
     if name in known:
         return None
     return next(iter(get_close_matches(name, sorted(known), 1, LIKENESS)), None)
@@ -191,5 +192,5 @@ def _short(text: str) -> str:
 def _shipped() -> tuple[frozenset[str], frozenset[str]]:
     """The hashes of the package's prompt sets, and the findings that they name by themselves."""
     sets = [load_prompts(name) for name in known_prompt_sets()]
-    names = {name for each in sets for name in (*each.phrases, *each.findings)}
-    return frozenset(each.hash for each in sets), frozenset(names)
+    names = frozenset[str]().union(*(each.named for each in sets))
+    return frozenset(each.hash for each in sets), names

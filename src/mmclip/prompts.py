@@ -97,6 +97,11 @@ class PromptSet(Frozen):
                 raise ValueError(f"finding {name!r} must be written {plain_name(name)!r}")
         return by_name
 
+    @property
+    def named(self) -> frozenset[str]:
+        """The findings that the set names by themselves; templates take any other."""
+        return frozenset((*self.phrases, *self.findings))
+
     def texts(self, finding: str) -> Prompts:
         """The prompts of a finding: its own wording, else the templates with its name filled in.
 

@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +114,11 @@ class Selection:
         return LabelledImages(images, tuple(findings), labels)
 
 
+def sources_in(samples: Iterable[Sample]) -> list[str]:
+    """The names of the data sets that images are of, each once, in order."""
+    return sorted({sample.source for sample in samples})
+
+
 def protocol_labels(protocol: Protocol, samples: Sequence[Sample]) -> Float[np.ndarray, "n k"]:
     """What images are labelled with, as a protocol reads it: 1, 0, or NaN for unknown and
     uncertain.
@@ -152,7 +157,7 @@ FRONTAL = ("PA", "AP", "unknown")
 
 def check_sources(dataset: ImageTextDataset, sources: Sequence[str]) -> None:
     """Refuses a source that the data does not have, and names those that it has."""
-    known = sorted({sample.source for sample in dataset.samples})
+    known = sources_in(dataset.samples)
     if unknown := sorted(set(sources) - set(known)):
         raise ManifestError(
             f"there is no source {', '.join(unknown)} in this data; there are {', '.join(known)}"
@@ -205,7 +210,7 @@ def select_samples(
     )
     if not len(kept):
         splits = sorted({str(f.split) for f in dataset.samples})
-        known_sources = sorted({sample.source for sample in dataset.samples})
+        known_sources = sources_in(dataset.samples)
         raise ManifestError(
             f"no labelled frontal image in split {split!r} of source "
             f"{', '.join(sources) or 'any'}; the data has the splits {', '.join(splits)} and the "
@@ -224,7 +229,7 @@ def folders_without_laterals(dataset: ImageTextDataset) -> dict[int, str]:
     for k in np.unique(dataset.where[:, 0]).tolist():
         samples = [f for f, at in zip(dataset.samples, dataset.where[:, 0], strict=True) if at == k]
         if all(sample.view != "L" for sample in samples):
-            found[k] = ", ".join(sorted({sample.source for sample in samples}))
+            found[k] = ", ".join(sources_in(samples))
     return found
 
 
@@ -246,7 +251,7 @@ def unknown_views(dataset: ImageTextDataset) -> str:
         samples = [f for f, at in zip(dataset.samples, dataset.where[:, 0], strict=True) if at == k]
         n = sum(sample.view == "unknown" for sample in samples)
         if n:
-            sources = ", ".join(sorted({sample.source for sample in samples}))
+            sources = ", ".join(sources_in(samples))
             said.append(f"{n:,} of {len(samples):,} of folder {k + 1} ({sources})")
     return "; ".join(said) or "none"
 

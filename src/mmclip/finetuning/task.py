@@ -32,6 +32,7 @@ from mmclip.evaluation.selection import (
     LabelledImages,
     Selection,
     protocol_labels,
+    sources_in,
     split_of,
 )
 
@@ -188,12 +189,11 @@ def task_of(folder: Path, protocol: Protocol, dataset: ImageTextDataset) -> Task
         if np.isnan(column).all() or not (protocol.own_words or finding in named)
     ]:
         there = sorted(named)
-        known_sources = sorted({sample.source for sample in dataset.samples})
         raise ManifestError(
             f"no frontal training image of {folder}, source {', '.join(sources) or 'any'}, is "
             f"labelled with {', '.join(missing)}; the {len(candidates)} that there are have the "
             f"labels {', '.join(there) or '(none)'}, and the data has the sources "
-            f"{', '.join(known_sources)}"
+            f"{', '.join(sources_in(dataset.samples))}"
         )
 
     val = Selection("val", protocol=protocol).select(dataset)

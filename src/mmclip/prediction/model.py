@@ -163,15 +163,14 @@ def _why_no_model(path: Path) -> str | None:
             f"{path} is no fine-tuned result and holds {len(within)}; give {path / within[0]}"
             + (" or another of them" if len(within) > 1 else "")
         )
-    runs = sorted(each.parent for each in path.glob(f"*/{CHECKPOINTS}"))
-    if (path / RESULTS_FILE).is_file() and runs and not (path / CHECKPOINTS).is_dir():
+    if not (path / RESULTS_FILE).is_file() or (path / CHECKPOINTS).is_dir():
+        return None
+    if runs := sorted(each.parent for each in path.glob(f"*/{CHECKPOINTS}")):
         return f"{path} holds results, and a run in {runs[0]}; give that"
-    if (path / RESULTS_FILE).is_file() and not (path / CHECKPOINTS).is_dir():
-        return (
-            f"{path} holds results and no weights; give the run that was scored, or the folder of "
-            f"a fine-tuned result of this version of mmclip"
-        )
-    return None
+    return (
+        f"{path} holds results and no weights; give the run that was scored, or the folder of "
+        f"a fine-tuned result of this version of mmclip"
+    )
 
 
 def encoder_of(model: DualEncoder | FineTuned, batch_size: int | None = None) -> Encoder:
