@@ -56,6 +56,11 @@ KINDS: dict[str, str] = {  # the piece that is repeated; {} is where the repeats
     "templates on lines": "{[<\n}",
     "labels": "{AEffusion: none\n}",
     "names and colons": "{effusion: }",
+    "accents by their numbers": "a{&#790;&#769;}",
+    "tags that never close": "{<td }",
+    "lines of names": "{Name: A }",
+    "single capitals": "{A }",
+    "resolutions": "{resolution of edema is incomplete }",
 }
 
 

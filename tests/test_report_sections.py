@@ -136,6 +136,101 @@ CASES: dict[str, list[tuple[str, str | None, str | None]]] = {
         ("FINDINGS: Impressive: a mass.", "Impressive: a mass.", None),
         ("FINDINGS: The expression:\nDepression: none.", "The expression: Depression: none.", None),
     ],
+    "headings, line breaks and names as other systems write them": [
+        (
+            "INDICATION: Pain\nXR CHEST 2V: Small effusion.\nIMPRESSION: Effusion.",
+            "Small effusion.",
+            "Effusion.",
+        ),
+        (
+            "TECHNIQUE: PA and lateral.\nCOMPARISON: None.\nREPORT: Clear.\nCONCLUSION: Normal.",
+            "Clear.",
+            "Normal.",
+        ),
+        ("**FINDINGS**\nClear.\n**IMPRESSION**\nNormal.", "Clear.", "Normal."),
+        ("FINDINGS- Clear.\nIMPRESSION- Normal.", "Clear.", "Normal."),
+        ("<b>FINDINGS:</b> Clear.<br/><b>IMPRESSION:</b> Normal.", "Clear.", "Normal."),
+        ("FINDINGS:\\nClear.\\nIMPRESSION:\\nNormal.", "Clear.", "Normal."),
+        ("FINDINGS;Clear.\nIMPRESSION;Normal.", "Clear.", "Normal."),
+        ("FINDINGS: Clear.\nIMPRESSION: Normal.\nADVICE: CT for nodule.", "Clear.", "Normal."),
+        ("IMPRESSION: Normal.\nDictated by: Dr. John Doe\nTranscribed: 3/4/2012", None, "Normal."),
+        ("IMPRESSION: Normal.\n\n***Final***", None, "Normal."),
+        ("IMPRESSION: Normal.\n\nSUMMARY CODE: 4", None, "Normal."),
+        ("IMPRESSION: Normal.\nDr. Smith, consultant radiologist, GMC 1234567", None, "Normal."),
+        (
+            "IMPRESSION: Normal.\n========================================\nAddendum "
+            "Begins\nPneumothorax is seen.\nAddendum Ends",
+            None,
+            "Normal. Pneumothorax is seen.",
+        ),
+        ("FINDINGS: Clear.\nIMPRESSION Normal.", "Clear.", "Normal."),
+        (
+            "Clinical details: cough\nReport: Lungs clear. Heart size normal.\nReported "
+            "by: Dr A Smith, Consultant Radiologist",
+            "Lungs clear. Heart size normal.",
+            None,
+        ),
+        (
+            "Clinical History: SOB ?PE\n\nXR Chest :\n\nNo pneumothorax. No effusion.\n\nDr "
+            "Jane Roe\nConsultant Radiologist\nGMC No: 1234567",
+            "No pneumothorax. No effusion.",
+            None,
+        ),
+        (
+            "Examination: XR Chest\nReport:\nNo focal lesion.\nConclusion:\nNormal chest.",
+            "No focal lesion.",
+            "Normal chest.",
+        ),
+        ("1. FINDINGS: Clear.\n2. IMPRESSION: Normal.", "Clear.", "Normal."),
+        (
+            "FINDINGS: Clear.\n\nIMPRESSION: Normal.\n\nNOTIFICATION:  Findings discussed "
+            "with Dr. X at 8 AM.\n\nADDENDUM  Upon review there is a nodule.",
+            "Clear.",
+            "Normal. Upon review there is a nodule.",
+        ),
+        ("Diagnostic impression: Normal chest.\nFindings: clear.", "clear.", "Normal chest."),
+        (
+            "NARRATIVE:\nCHEST 2 VIEWS: 1/2/2003\n\nCLINICAL HISTORY: 58 year old.\n\nCOMPARISON: "
+            "None.\n\nFINDINGS: Two views show edema.\n\nIMPRESSION:\n1. EDEMA.\nI "
+            "have personally reviewed the images for this examination and agree\nwith "
+            "the report transcribed above.",
+            "Two views show edema.",
+            "EDEMA.",
+        ),
+        (
+            "FINDINGS: Clear\\.br\\No effusion.\\.br\\IMPRESSION: Normal.",
+            "Clear No effusion.",
+            "Normal.",
+        ),
+        ("FINDINGS: Clear._x000D_\nIMPRESSION: Normal._x000D_\n", "Clear.", "Normal."),
+        ("FINDINGS: Clear.|IMPRESSION: Normal.", "Clear.", "Normal."),
+        ("FINDINGS: Clear.~IMPRESSION: Normal.", "Clear.", "Normal."),
+        (
+            "<div class='x'>FINDINGS: Clear.</div><div>IMPRESSION: Normal.</div>",
+            "Clear.",
+            "Normal.",
+        ),
+        (
+            "&lt;p&gt;FINDINGS: Clear.&lt;/p&gt;&lt;p&gt;IMPRESSION: Normal.&lt;/p&gt;",
+            "Clear.",
+            "Normal.",
+        ),
+        ("Findings – Clear.\nImpression – Normal.", "Clear.", "Normal."),
+        ("FINDINGS: Clear.\n\nIMPRESSION: Normal.\n\nCc: Dr. Bob Smith", "Clear.", "Normal."),
+        (
+            "FINDINGS: Clear.\n\nIMPRESSION: Normal.\n\nPrinted: 12/12/2012 by user 1234",
+            "Clear.",
+            "Normal.",
+        ),
+        ("Patient: JOHN DOE\nReferring physician: Dr. Roe\nIMPRESSION: Normal.", None, "Normal."),
+        (
+            "IMPRESSION: Normal.\n\nThank you for referring this patient. Dr. X",
+            None,
+            "Normal.",
+        ),
+        ("IMPRESSION: Normal.\nJ. Doe, M.D., Radiology", None, "Normal."),
+        ("IMPRESSION: Normal.\nDoe, John MD", None, "Normal."),
+    ],
 }
 
 
@@ -183,6 +278,11 @@ ADVERSARIAL = {
     "banners on lines": "FINAL REPORT\n" * 3_000,
     "numbers on lines": "1.\n" * 3_000,
     "template marks on lines": "[<\n" * 3_000,
+    "accents by their numbers": "a" + "&#790;&#769;" * 60_000,
+    "tags that never close": "<td " * 60_000,
+    "names on lines": "Name: A " * 30_000,
+    "capitals without end": "A " * 60_000 + "\n",
+    "resolutions": "resolution of edema is incomplete " * 8_000,
 }
 
 
@@ -200,6 +300,7 @@ def test_a_report_over_the_longest_length_is_cut_and_said(caplog):
     report = parse_report("No effusion. " * 20_000)
     assert report.text is not None and len(report.text) < 50_001
     assert "260000 characters" in caplog.text and "50000" in caplog.text
+    assert "effusion" not in caplog.text  # a log holds no word of a patient's report
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two lists of sentences, each written before the rules were looked at, and then mended by.
+"""Lists of sentences, each written before the rules were looked at, and then mended by.
 
 A line is a sentence, as radiologists word them, and after the bar some words of its findings:
 bare where the finding is present, "-" where it is negated, "?" where it is uncertain.
@@ -464,6 +464,100 @@ Findings are typical of pneumonia. | pneumonia
 Pneumonia without a doubt. | pneumonia
 Effusion is probably slightly larger. | effusion
 Fracture is probably old and healed. | fracture
+""",
+    "outcomes behind the finding": """
+Resolution of edema is incomplete. | edema
+Clearing of the effusion is only partial. | effusion
+Resolution of the pneumothorax is not complete. | pneumothorax
+Resolution of the pneumonia is still incomplete. | pneumonia
+Clearing of the consolidation remains incomplete. | consolidation
+Clearing of the left lower lobe pneumonia has been incomplete. | pneumonia
+Resolution of pulmonary edema has been only partial. | edema
+Resolution of right pneumothorax is partial. | pneumothorax
+Resolution of the effusion is nearly complete. | effusion
+Clearing of the edema is not yet complete. | edema
+Resolution of the opacities has not yet occurred. | opacit
+Resolution of the pneumonia has not occurred. | pneumonia
+Resolution of the pneumonia is awaited. | pneumonia
+Resolution of the consolidation is expected. | consolidation
+Resolution of pneumonia should be documented. | pneumonia
+Clearing of pneumonia must be documented radiographically. | pneumonia
+Complete resolution of the effusion has not been achieved. | effusion
+Resolution of the right pneumothorax, which is only partial. | pneumothorax
+Resolution of effusion, incomplete. | effusion
+Pneumonia has only partly resolved. | pneumonia
+Delayed clearing of pneumonia. | pneumonia
+Resolution of edema cannot be confirmed. | edema
+Resolution of the pneumothorax is not seen. | pneumothorax
+Resolution of both effusions remains incomplete. | effusion
+Clearing of the airspace opacities and effusion is incomplete. | opacit, effusion
+Complete clearing of the pneumonia has not yet taken place. | pneumonia
+Interval clearing of the edema, though incomplete. | edema
+Resolution of the left lung consolidation appears partial at best. | consolidation
+Disappearance of the nodule has not been confirmed. | nodule
+Resolution of the pneumothorax remains to be seen. | pneumothorax
+The resolution of the effusion is not total. | effusion
+Resolution of the pneumothorax is unlikely. | pneumothorax
+Resolution of edema was minimal. | edema
+Resolution of edema has been slow. | edema
+Edema resolution is complete. | -edema
+Resolution of pneumothorax and no effusion. | -pneumothorax, -effusion
+Resolution of pneumothorax. Effusion is not seen. | -pneumothorax, -effusion
+Resolution of the pneumothorax. The effusion is incomplete. | -pneumothorax, effusion
+Interval resolution of pneumothorax, effusion is unchanged. | -pneumothorax, effusion
+Resolution of effusions since the prior study. | -effusion
+Resolution of previously seen edema, small effusion persists. | -edema, effusion
+There has been complete resolution of the right pneumothorax. | -pneumothorax
+Pneumothorax has since resolved. | -pneumothorax
+No nodule in the right upper lobe or effusion in the left. | -nodule, -effusion
+No pneumothorax within the limits of the study. | -pneumothorax
+No effusion, left or right. | -effusion
+No consolidation, left pleural effusion, or pneumothorax. | -consolidation, -effusion, -pneumothorax
+No acute infiltrate, bilateral effusion, or pneumothorax. | -infiltrate, -effusion, -pneumothorax
+""",
+    "terse and European wordings": """
+Pneumothorax: [none] | -pneumothorax
+Pleural effusion (-) | -effusion
+Pneumothorax -ve. | -pneumothorax
+Atelectasis: No significant. | -atelectasis
+Effusion: cannot exclude small. | ?effusion
+Pneumothorax: No. Pneumonia: Possibly. | -pneumothorax, ?pneumonia
+No bigger effusion than yesterday. | effusion
+No shrinkage of the mass. | mass
+No substantial regression of the opacities. | opacit
+Absent any change in the effusion. | effusion
+A pneumothorax has not developed. | -pneumothorax
+Pneumonia would have to be considered in the right clinical setting. | ?pneumonia
+No pneumothorax, left basilar atelectasis. | -pneumothorax, atelectasis
+No pneumothorax, bilateral effusions are present. | -pneumothorax, effusion
+No consolidation and no effusion, two nodules. | -consolidation, -effusion, nodule
+No cavitation within the mass. | mass
+No air bronchograms in the consolidation. | consolidation
+No pneumothorax seen and bibasilar atelectasis again noted. | -pneumothorax, atelectasis
+Lungs hyperinflated, no consolidation, effusion small. | -consolidation, effusion
+No evidence of fracture in the region of the nodule. | -fracture, nodule
+No cavitation or calcification in this nodule. | nodule
+No pleural fluid in the right hemithorax, left effusion. | effusion
+No edema, effusion stable. | -edema, effusion
+No pneumothorax, multiple rib fractures. | -pneumothorax, fracture
+No lobar consolidation, scattered atelectasis. | -consolidation, atelectasis
+Pneumothorax=0 | -pneumothorax
+Consolidation: denied | -consolidation
+Effusion: Small. Pneumothorax: No definite. | effusion, -pneumothorax
+Pneumothorax: (none) | -pneumothorax
+No bigger and no smaller effusion. | effusion
+Pneumonia cannot with certainty be excluded. | ?pneumonia
+Pneumonia can neither be confirmed nor excluded. | ?pneumonia
+Small effusion can hardly be excluded. | ?effusion
+If clinically indicated, CT for nodule. | ?nodule
+Nil acute. No consolidation/collapse/effusion. | -consolidation, -collapse, -effusion
+No focal collapse or consolidation. | -collapse, -consolidation
+Nil consolidation. | -consolidation
+Nil effusion or pneumothorax. | -effusion, -pneumothorax
+W/o effusion. | -effusion
+Neg for pneumothorax. | -pneumothorax
+Ø pneumothorax | -pneumothorax
+Zero evidence of pneumothorax. | -pneumothorax
 """,
 }
 

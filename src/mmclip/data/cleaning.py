@@ -51,7 +51,41 @@ _ACCENT = (
     r"[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u064b-\u065f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]"
 )
 _ACCENTS = re.compile(rf"({_ACCENT}{{8}}){_ACCENT}+")  # NFKC sorts a run of them in quadratic time
-_BREAK = re.compile(r"<(?:br|p|/p)\s?/?>", re.IGNORECASE)
+# Line breaks of HTML, of HL7 version 2 and of XML that Excel wrote.
+_BREAK = re.compile(
+    r"<(?:br|/?p|/?div|/?li|/?tr|/?h\d)(?:\s[^<>]{0,200})?\s?/?>"
+    r"|\\\.(?:br|sp\d{0,2})\\|\\X0[DA]\\|_x000[DA]_",
+    re.IGNORECASE,
+)
+_TAG = re.compile(
+    r"</?(?:b|i|u|em|strong|span|font|ul|ol|td|th|table|tbody|body|html|pre)(?:\s[^<>]{0,200})?/?>",
+    re.IGNORECASE,
+)
+_EMPHASIS = re.compile(r"(?<![\[*])\*\*(?![\]*])([^*\n]{1,80})\*\*(?![\]*])")  # of Markdown
+# Line breaks of JSON and CSV writers, and the signs that HL7 puts between lines.
+_ESCAPED_BREAK = re.compile(
+    r"(?:\\r)?\\n(?=[A-Z\s\\\d*-]|$)|(?<=[.;])(?:\\r)?\\n"
+    r"|(?<=[.:;\s])[|~]+(?=\s?(?:[A-Z]|$))"
+)
+_NUMBERED_HEADING = re.compile(
+    r"^[ \t]*\d{1,2}[.)][ \t]*(?=(?:FINDINGS|IMPRESSION|CONCLUSION|INDICATION|TECHNIQUE|COMPARISON"
+    r"|HISTORY)\b)",
+    re.MULTILINE | re.IGNORECASE,
+)
+# Whole lines that say who the patient is, who asked for the image, and who printed the report.
+_WHO = (
+    r"(?:(?:patient|pt)(?:'?s)?(?: name| id| number| no\.?| #)?|(?:sur|first |last )?name"
+    r"|m\.?r\.?n\.?|d\.?o\.?b\.?|date of birth|birth ?date|accession(?: (?:number|no\.?|id|#))?"
+    r"|(?:nhs|hospital|medical record|case|visit|episode)(?: (?:number|no\.?|id|#))"
+    r"|age(?= ?: ?\d)|sex|gender"
+    r"|(?:referr(?:ed|ing)|request(?:ed|ing)|order(?:ed|ing))(?: (?:by|physician|doctor|provider"
+    r"|clinician|md))|cc|printed|ward|gmc|npi|(?:gmc|npi|licen[cs]e)"
+    r" (?:number|no\.?|id|#))"
+)
+_IDENTITY = re.compile(
+    rf"^ ?(?:{_WHO} ?[:#] ?+(?-i:(?![a-z]))[^\n:]{{1,60}}(?<!\w:)){{1,6}}$",
+    re.IGNORECASE | re.MULTILINE,
+)
 _SPACES = re.compile(r"[^\S\n]{2,}")
 _EMPTY_LINES = re.compile(r"\n(?: ?\n){2,}")
 _LABEL = r"(?:[-*\u2022] )?[A-Z][\w /()-]{2,40}:"
@@ -66,10 +100,26 @@ _BOILERPLATE = re.compile(
     r"|this report has been anonymized\.?(?: all dates are offset[^.\n]{0,250}\.?)?"
     r"|(?:\bas the attending[^.,\n]{0,60}, )?\bI,? ?(?:[^.,\n]{0,60}, )?(?:have )?(?:personally )?"
     r"(?:reviewed|viewed|interpreted) (?:the|these|this) "
-    r"(?:images?|images?|stud(?:y|ies)|radiographs?)[^.\n]{0,250}(?:agree|report|findings|interpret)[^.\n]{0,150}\.?"
+    r"(?:images?|images?|stud(?:y|ies)|radiographs?)[^.\n]{0,250}(?:agree|report|findings|interpret)"
+    r"(?:[^.\n]|\n(?=[a-z])){0,150}\.?"
+    r"|\bthank you for (?:referring|(?:the|your|this) (?:kind )?referral)[^\n]{0,120}"
+    r"|^ ?(?:yours sincerely|(?:kind |best )?regards)[^\n]{0,60}$"
     r"|(?:^|(?<=[.!?] )|(?<=[.!?])) ?(?:report )?(?:electronically |digitally )?"
     r"(?:signed|dictated|approved|verified|transcribed|finali[sz]ed|authenticated)"
     r"(?: electronically| and \w{4,12}){0,2} (?:by|on)\b[^\n]{0,300}",
+    re.IGNORECASE | re.MULTILINE,
+)
+# Whole lines of a signature: a name with its title or degree, a profession.
+_NAME = r"(?-i:[A-Z])[\w.'-]{0,20}"
+_ROLE = r"(?:radiologist|registrar|consultant|radiographer|m\.?d|frcr)"
+_DEGREE = r"(?-i:M\.?D|D\.?O|FRCR|MBBS|PhD)\b\.?"
+_SIGNATURE_LINE = re.compile(
+    rf"^ ?(?:(?:prof\.? )?(?:drs?|prof)\b\.?(?: {_NAME}){{1,4}}"
+    rf"|(?:drs?|prof)\b\.?[^\n:.]{{0,60}}\b{_ROLE}\b[^\n:]{{0,60}}"
+    rf"|(?:(?:consultant|reporting|attending|chest|specialist|senior|staff|radiology) ){{0,3}}"
+    r"(?:radiologist|registrar|radiographer)\.?"
+    rf"|{_NAME}, {_NAME}(?: {_NAME})?,? {_DEGREE}"
+    rf"|{_NAME}(?: {_NAME}){{1,3}}, ?{_DEGREE}[^\n:]{{0,60}}) ?$",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -79,10 +129,14 @@ def normalise(raw: str) -> str:
 
     Numbers of characters that do not exist become a space.
     """
-    text = _BREAK.sub("\n", _ACCENTS.sub(r"\1", _HUGE_ENTITY.sub(" ", raw)))
-    text = unicodedata.normalize("NFKC", html.unescape(text)).translate(_CHARACTERS)
+    text = _ACCENTS.sub(r"\1", html.unescape(_HUGE_ENTITY.sub(" ", raw)))
+    if "\n" not in text:
+        text = _ESCAPED_BREAK.sub("\n", text)
+    text = _EMPHASIS.sub(r"\1", _TAG.sub("", _BREAK.sub("\n", text)))
+    text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
     text = _with_short_space("\n".join(text.splitlines()).replace("\t", " "))
-    return _BOILERPLATE.sub("", text)
+    text = _NUMBERED_HEADING.sub("", _IDENTITY.sub("", text))
+    return _SIGNATURE_LINE.sub("", _BOILERPLATE.sub("", text))
 
 
 def _with_short_space(text: str) -> str:

@@ -22,10 +22,13 @@ from mmclip.data.sample import Entity, EntityKind, EntityStatus
 
 # A line break is a word where a paragraph, an item of a list or a structured line begins behind it.
 _WORD = re.compile(
-    r"\d+(?:[.,]\d+)+|\w+|\.{3,}|[^\w\s\-\u2010-\u2015]"
+    r"\d+(?:[.,]\d+)+|\w+|\.{3,}|[^\w\s\-\u2010-\u2015]|(?<=\()-(?=\))|-ve\b"
     r"|\n(?=[ \t]*(?:\n|[-*\u2022]|\d+[.)]|[A-Z][\w /()-]{1,40}:))"
 )
-_ALIASES = {"\n": ".", ")": "]", "\u2019": "'"}
+_ALIASES = {
+    **{"\n": ".", "(": "[", ")": "]", "\u2019": "'", "=": ":"},
+    **{"-": "negative", "-ve": "negative"},
+}
 """Words of a text that stand for another one; forms cannot have a bracket or a line break."""
 _NO_LETTER = "\0"  # stands for a word that no phrase has
 _SENTENCE_ENDS = ".!?"
@@ -34,7 +37,8 @@ _OPENERS = ("", ",", ";", ":", "(", "-", ".")  # before a "?" that asks of what 
 _GAP = re.compile(r"\s*<(\d+)>\s*")
 _SET = re.compile(r"\{(\w+)\}")
 _GROUP = re.compile(r"\(([^()]*)\)")
-_WALL, _VOID = frozenset(("gap stop",)), frozenset(("void", "degree"))
+_WALL, _OUTCOME = frozenset(("gap stop",)), frozenset(("outcome",))
+_VOID = frozenset(("void", "degree"))
 _KINDS: dict[str, EntityKind] = {
     "findings": "finding",
     "anatomy": "anatomy",
@@ -234,19 +238,20 @@ def _marks(
     starts = [finding.start for finding in findings]
     in_cue: set[int] = set()
     rest: list[_Cue] = []
+    has_resolution = any("negated resolution" in cue.roles for cue in cues)
     for cue in cues:
         if bisect_left(starts, cue.left_end) < bisect_left(starts, cue.right_start):
             continue  # a finding stands in the gap
         if "degree" in cue.roles and not _denies_change(words, cue, findings, starts):
             continue
-        if cue.roles == _WALL:
+        if cue.roles == _WALL or (cue.roles == _OUTCOME and not has_resolution):
             continue
         if not _VOID.isdisjoint(cue.roles):
             in_cue.update(range(cue.start, cue.end))
         else:
             rest.append(cue)
     return [
-        Mark(cue.start, cue.end, *_meaning(cue.roles)[2:])
+        _meaning(cue.roles)._replace(start=cue.start, end=cue.end)
         for cue in longest_disjoint(rest, in_cue)
         if "pseudo" not in cue.roles
     ], in_cue
@@ -266,14 +271,23 @@ def _meaning(roles: frozenset[str]) -> Mark:
     """A mark of the roles that a phrase has in cues.toml; "stop" alone says nothing of findings."""
     said: dict[str, EntityStatus] = {}
     for status in ("negated", "uncertain"):
-        for place in ("before", "after", "either", "between", "copula", "purpose"):
+        for place in ("before", "after", "either", "between", "copula", "purpose", "resolution"):
             if f"{status} {place}" in roles:
                 said.setdefault(place, status)
     both = said.get("either") or said.get("between") or said.get("copula")
-    before, after = said.get("before") or said.get("purpose") or both, said.get("after") or both
-    is_between = "between" in said and "after" not in said
-    is_purpose = "purpose" in said
-    return Mark(0, 0, before, after, "either" in said, is_between, "copula" in said, is_purpose)
+    before = said.get("before") or said.get("purpose") or said.get("resolution") or both
+    return Mark(
+        0,
+        0,
+        before,
+        after=said.get("after") or both,
+        is_either="either" in said,
+        is_between="between" in said and "after" not in said,
+        is_copula="copula" in said,
+        is_purpose="purpose" in said,
+        is_resolution="resolution" in said,
+        is_outcome="outcome" in roles,
+    )
 
 
 def _entity(entity: Entity, heard: Heard | None, places: Sequence[tuple[int, int]]) -> Entity:

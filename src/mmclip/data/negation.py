@@ -19,6 +19,11 @@ _CLAUSE_ENDS = frozenset((*_OR, *_AND, ",", ".", ";", ":", "but", "which", "that
 _SINGULAR, _PLURAL = frozenset(("is", "was", "has")), frozenset(("are", "were", "have", ":"))
 _DENIALS = frozenset(("no", "not", "without", "nor"))
 _LISTING = frozenset(("differential", "include", "includes", "including", "either"))
+_IN = frozenset(("in", "within", "inside"))
+_DEFINITE = frozenset(("the", "this", "that", "these", "those", "its"))
+_PLACE_WORDS = (
+    3  # [chosen: "in the known right upper lobe mass" fits, where lobes are no words of it]
+)
 _CONJUNCTION_WORDS = 8  # [chosen: "and a small left-sided layering ..." fits]
 _LIST_WORDS = 60  # [chosen: longer than any list of a report; keeps the time linear]
 _ALTERNATIVE_WORDS = 5  # [chosen: "or mild chronic basilar scarring" fits]
@@ -43,6 +48,8 @@ class Mark(NamedTuple):
         is_copula: `after` holds only where no finding follows the mark directly, else `before`.
         is_between: `after` holds for one finding, and those that "or" joins to it.
         is_purpose: What it joins to a denied finding is denied, too ("no opacity to suggest").
+        is_resolution: `before` holds unless what follows its findings takes it back.
+        is_outcome: Takes a resolution back ("is incomplete"); says nothing else.
     """
 
     start: int
@@ -53,6 +60,8 @@ class Mark(NamedTuple):
     is_between: bool = False
     is_copula: bool = False
     is_purpose: bool = False
+    is_resolution: bool = False
+    is_outcome: bool = False
     reach: int = 0
 
 
@@ -68,13 +77,15 @@ class ListWords:
     """The words by which the end of a list is seen; cues.toml has them.
 
     Attributes:
-        size: Adjectives with which a statement of its own begins ("mild", "stable").
+        size: Words with which a statement of its own begins ("mild", "stable", "two").
+        side: Words that do so behind a comma, but not behind "and" ("left").
         verb: Verbs that a finding may have for itself.
         residue: Names of what is left of an old disease.
         seen: Participles that a list shares ("no effusion or pneumothorax is seen").
     """
 
     size: frozenset[str]
+    side: frozenset[str]
     verb: frozenset[str]
     residue: frozenset[str]
     seen: frozenset[str]
@@ -103,6 +114,7 @@ def statuses(
     """
     if not findings:
         return []
+    marks = _without_open_resolutions(words, findings, marks)
     marks = [_directed(mark, i, marks, findings, words) for i, mark in enumerate(marks)]
     marks = _with_ends_of_lists(words, findings, marks, lists)
     marks = _with_denied_purposes(words, findings, marks)
@@ -116,6 +128,30 @@ def statuses(
             continue
         said.append(_heard(finding, marks, starts, ends))
     return _with_alternatives(words, findings, said, lists)
+
+
+def _without_open_resolutions(
+    words: Sequence[str], findings: Sequence[Span], marks: Sequence[Mark]
+) -> list[Mark]:
+    """The marks without the outcomes, and without the resolutions that these take back.
+
+    "Resolution of edema is incomplete" and "... is not seen" leave the edema there, and a doubt
+    behind it ("is likely") leaves it in doubt.
+    """
+    out: list[Mark] = []
+    for mark in marks:
+        prior = out[-1] if out else None
+        is_open = False
+        if prior is not None and prior.is_resolution:
+            at = bisect_left(findings, prior.end, key=attrgetter("start"))
+            has_finding = at < len(findings) and findings[at].end <= mark.start
+            is_single = "," not in words[prior.end : mark.start] and not mark.is_between
+            is_open = has_finding and (mark.is_outcome or (mark.after is not None and is_single))
+        if is_open:
+            out.pop()
+        if not mark.is_outcome and not (is_open and mark.after == "negated"):
+            out.append(mark)
+    return out
 
 
 def _with_denied_purposes(
@@ -244,8 +280,9 @@ def _with_ends_of_lists(
     """The marks, and a bare one wherever a list that is denied or doubted ends.
 
     It ends at "and a/an"; at a finding with its own verb ("no effusion, the heart is enlarged");
-    and at a comma or "and" before a size ("no effusion, mild cardiomegaly") unless an "or" goes on
-    with the list. A doubt goes on over "and a" without a size: "includes pneumonia and a neoplasm".
+    and at a comma or "and" before a size, a side or a number ("no effusion, mild cardiomegaly")
+    unless an "or" goes on with the list. What a denied thing would be in is there ("no cavity in
+    the mass"). A doubt goes on over "and a" without a size: "includes pneumonia and a neoplasm".
     """
     out = list(marks)
     previous = 0
@@ -255,6 +292,10 @@ def _with_ends_of_lists(
         if last < 0 or out[last].before is None:
             continue
         first = max(begin, finding.start - _CONJUNCTION_WORDS)
+        at = _place(words, first, finding.start)
+        if at is not None and at > out[last].end and out[last].before == "negated":
+            insort(out, Mark(at, at + 2), key=attrgetter("start"))
+            continue
         at = finding.start - 1
         while at >= first and words[at] != "," and words[at] not in _AND and words[at] not in _OR:
             at -= 1
@@ -266,6 +307,16 @@ def _with_ends_of_lists(
         if _begins_anew(words, finding, at, out, out[last].before == "negated", lists):
             insort(out, Mark(at, at + 1), key=attrgetter("start"))
     return out
+
+
+def _place(words: Sequence[str], first: int, start: int) -> int | None:
+    """The word "in" of "in the known right mass", where words from `first` on lead to it."""
+    for at in range(start - 2, max(first, start - 2 - _PLACE_WORDS) - 1, -1):
+        if words[at] in _IN and words[at + 1] in _DEFINITE:
+            return at
+        if words[at + 1] in _CLAUSE_ENDS or words[at + 1] in ("to", "of", "for"):
+            return None
+    return None
 
 
 def _begins_anew(
@@ -281,9 +332,13 @@ def _begins_anew(
         return True
     lead = words[at + 1 : max(finding.start, min(at + 5, finding.end))]
     has_article = bool(lead) and lead[0] in ("a", "an")
-    is_sized = any(word in lists.size or word[0].isdigit() for word in lead)
+    rest = words[finding.end : finding.end + 2]  # "effusion small."
+    is_sized = any(word in lists.size or word[0].isdigit() for word in lead) or (
+        len(rest) == 2 and rest[0] in lists.size and rest[1] in _CLAUSE_ENDS
+    )
     if words[at] in _AND and has_article:
         return is_denied or is_sized
+    is_sized = is_sized or (words[at] == "," and not lists.side.isdisjoint(lead))
     if not is_sized or (words[at] in _AND and not is_denied):
         return False
     following = bisect_left(marks, finding.end, key=attrgetter("start"))

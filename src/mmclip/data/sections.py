@@ -10,16 +10,18 @@ Kind = Literal["findings", "impression", "exam", "comment", "addendum", "admin",
 _HEADERS: dict[Kind, tuple[str, ...]] = {
     # Who signed, was called or is to do what, and codes: never part of a report's text.
     "admin": (
-        r"end of (?:impression|findings|report|diagnosis|addendum)",
+        r"end of (?:impression|findings|report|diagnosis|addendum)", r"addend(?:um|a) ends?",
+        r"summary code", r"advi[cs]e(?=[ \t]*:)",
         r"summary(?=[ \t]*:\s*\d ?-)",  # CheXpert's "SUMMARY: 2-ABNORMAL"
         r"(?:accession|acc|mrn|medical record|patient|exam|order|report)(?: (?:number|no\.?|id|#))",
         r"accession", r"mrn", r"report status",
         r"(?:(?:electronically |digitally )?(?:signed|dictated|approved|verified|transcribed"
-        r"|finalized|authenticated|attested|interpreted|reviewed|reported))(?: by)",
+        r"|finalized|authenticated|attested|interpreted|reviewed|reported))"
+        r"(?: by|(?: on| at)?(?=[ \t]*:))",
         r"(?:electronically |digitally )?signed(?: on| at)?",
         r"(?:attending|staff|reading|interpreting|resident|fellow)(?: radiologist| physician)?"
         r"(?=[ \t]*:)",
-        r"radiologist(?=[ \t]*:)",
+        r"(?:consultant |reporting |supervising )?radiologist(?=[ \t]*:)",
         r"physician[ -]to[ -]physician radiology consult line",
         r"signature", r"attestation", r"disclaimer", r"teaching physician(?: statement)?",
         r"wet[ -]?read(?:ing)?s?", r"preliminary read(?:ing)?",
@@ -37,12 +39,13 @@ _HEADERS: dict[Kind, tuple[str, ...]] = {
         r"imaging notes?",
     ),
     "impression": (
-        r"impressions?(?: *(?:and|&|/) *recommendations?)?",
+        r"(?:(?:diagnostic|radiologic|radiological|radiographic|final|overall) )?impressions?"
+        r"(?: *(?:and|&|/) *recommendations?)?",
         r"conclusions?", r"interpretation", r"opinion", r"summary",
     ),
     "comment": (r"comments?",),
-    "exam": (r"narrative",),
-    "addendum": (r"addend(?:um|a)(?: ?#? ?\d{1,2})?", r"final addendum"),
+    "exam": (r"narrative", r"(?:radiology |x-?ray )?(?:report|description|results?)(?=[ \t]*:)"),
+    "addendum": (r"addend(?:um|a)(?: ?#? ?\d{1,2}| begins?| starts?)?", r"final addendum"),
     # What was asked, done and discussed: nothing that is seen on this image.
     "other": (
         r"exam(?:ination)?", r"type of exam(?:ination)?", r"study",
@@ -59,16 +62,22 @@ _KIND_OF_GROUP: list[Kind] = list(_HEADERS)
 _HEADER = re.compile(
     r"(?<![\w-])(?:"
     + "|".join("(" + "|".join(names) + ")" for names in _HEADERS.values())
-    + r")(?:\(s\))?(?: (?:and|&|/) \w{4,16}(?:\(s\))?)?[ \t]*(?::|(?=\n|$))",
+    + r")(?:\(s\))?(?: (?:and|&|/) \w{4,16}(?:\(s\))?)?"
+    + r"[ \t]*(?::|(?=\n|$)|;(?=[ \t]*\S)|-{1,2}(?=[ \t]))",
     re.IGNORECASE,
 )
 
+_BARE = re.compile(  # "IMPRESSION Normal." and "IMPRESSION 1. NORMAL."
+    r"^[ \t]*(?:(?P<findings>FINDINGS?)|(?P<impression>IMPRESSIONS?|CONCLUSIONS?)"
+    r"|(?P<addendum>ADDENDUM))(?=[ \t]+(?:[A-Z][a-z]|\d{1,2}[.)][ \t]))",
+    re.MULTILINE,
+)
 _DONE_WORD = (
     r"(?:a\.?m|p\.?m|chest|cxr|thorax|two|one|single|three|four|views?|pa|ap|lateral|lat|frontal|portable"
     r"|upright|supine|erect|semi|semi-?(?:upright|erect|supine)|and|of|the|with|for|an?"
     r"|radiographs?|radiographic|radiography|radiology|x-?rays?|x|rays?|images?|images?|imaging"
-    r"|exam(?:ination)?|study|studies|projections?|bedside|digital|postero-?anterior"
-    r"|antero-?posterior|decubitus|right|left|bilateral|ribs?|expiratory|inspiratory|lordotic"
+    r"|exam(?:ination)?|study|studies|projections?|xr|cr|dx|\d ?v(?:ws?|iews?)?|mobile|stat"
+    r"|bedside|digital|postero-?anterior|antero-?posterior|decubitus|right|left|bilateral|ribs?|expiratory|inspiratory|lordotic"
     r"|oblique|at|on|dated?|from|hours?|hrs?|today|series|line|placement"
     r"|_{2,40}|\d{1,4}(?:[:/.-]\d{1,4}){0,3})"
 )
@@ -184,6 +193,9 @@ def _headings(text: str) -> Iterator[tuple[Kind, int, int]]:
     for match in _HEADER.finditer(text):
         assert match.lastindex is not None
         found.append((match.start(), match.end(), _KIND_OF_GROUP[match.lastindex - 1]))
+    for match in _BARE.finditer(text):
+        kind = next(k for k in ("findings", "impression", "addendum") if match[k])
+        found.append((match.start(), match.end(), kind))
     for match in _EXAM.finditer(text):
         name = match[0]
         if _EXAM_NAME.search(name) and name.rstrip(": ").lower() not in ("view", "views"):

@@ -42,7 +42,7 @@ class Report:
 
 
 _BANNER = re.compile(
-    r"^[ \t]*(?:final|preliminary) (?:report|addendum)[ \t]*:?[ \t]*$", re.I | re.M
+    r"^[ \t*]*(?:final|preliminary)(?: (?:report|addendum|result))?[ \t*]*:?[ \t*]*$", re.I | re.M
 )
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
@@ -217,8 +217,7 @@ def _with_addenda(report: Report, stated: Sequence[str]) -> Report:
 def _cut(raw: str) -> str:
     if len(raw) > MAX_CHARACTERS:
         logger.warning(
-            "a report of %d characters, which begins %r, is cut at %d",
-            len(raw), raw[:40], MAX_CHARACTERS,
+            "a report of %d characters is cut at %d", len(raw), MAX_CHARACTERS,
         )  # fmt: skip
     return raw[:MAX_CHARACTERS]
 
