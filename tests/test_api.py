@@ -319,6 +319,7 @@ def test_thresholds_are_those_of_validation_images_of_the_same_model(
         ended = command(
             tmp_path, "zeroshot", "--model", made_run, "--data", made_data, "--prompts", prompts,
             "--out", tmp_path / prompts, "--n-resamples", "10",
+            *[word for finding in FINDINGS for word in ("--finding", finding)],
         )  # fmt: skip
         assert ended.code == 0, ended.err
     assert model.classify(files[:9], FINDINGS).decisions is None
@@ -454,7 +455,7 @@ def test_a_saliency_map_lies_on_the_pixels_of_the_image(model: Model, tmp_path: 
 
 @pytest.fixture(scope="module")
 def desk(
-    made_run: Path, made_data: Path, tuned: Path, files: list[str],
+    made_run: Path, made_results: Path, tuned: Path, files: list[str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:  # fmt: skip
     """A folder that holds what the documents name: runs, results and images."""
@@ -465,11 +466,7 @@ def desk(
     (desk / "ft").symlink_to(tuned)
     Image.open(files[0]).save(desk / "a.png")
     (desk / "b.dcm").write_bytes(dicom(ramp()))
-    ended = command(
-        desk, "zeroshot", "--model", made_run, "--data", made_data, "--out",
-        desk / "validated", "--n-resamples", "10",
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
+    (desk / "validated").symlink_to(made_results)
     return desk
 
 

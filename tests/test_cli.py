@@ -90,18 +90,13 @@ def test_the_version_is_that_of_the_package_and_alone_on_stdout(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def shared(
-    made_run: Path, made_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def shared(made_run: Path, made_data: Path, made_results: Path) -> dict[str, Path]:
     """Folders that a command can be given by name."""
-    results = tmp_path_factory.mktemp("results")
-    ended = zeroshot_of({"run": made_run, "data": made_data}, results)
-    assert ended.code == 0, ended.err
     return {
         "run": made_run,
         "data": made_data,
         "checkpoint": made_run / "checkpoints/step_000006",
-        "results": results / "out",
+        "results": made_results,
     }
 
 

@@ -76,7 +76,7 @@ def test_a_model_card_names_no_image_no_patient_and_no_path(
     made_run: Path, made_data: Path, tmp_path: Path
 ):
     out = tmp_path / "secret-place" / "out"
-    few = ("--finding", "nodule", "--split", "train")
+    few = ("--finding", "nodule", "--split", "train", "--n-resamples", "5")
     ended = mmclip(
         tmp_path, "zeroshot", "--model", made_run, "--data", made_data, "--out", out, *few
     )

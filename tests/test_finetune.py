@@ -1,10 +1,7 @@
 """Fine-tuning: what validation alone may choose, what resumes exactly, and what is refused."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +69,7 @@ from mmclip.models.classifier import (
     lr_scales,
 )
 from mmclip.models.encoders import build_image_encoder
-from tests.commands import Ended, mmclip
+from tests.commands import Ended, mmclip, mmclip_in_two_processes
 from tests.made import IMAGE_SIZE, small_config, trained_on
 
 ASKED = ("pleural effusion", "pneumothorax")
@@ -684,14 +681,9 @@ def test_the_command_prints_a_table_and_the_path_of_the_summary(
 def test_two_processes_learn_what_one_does(
     by_command: tuple[Path, Ended], words: list[str], tmp_path: Path
 ):
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "--", "mmclip", *words, "--out", str(tmp_path / "out")],
-        check=False, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == f"{tmp_path / 'out' / SUMMARY_FILE}\n"
+    first, second = mmclip_in_two_processes(tmp_path, *words, "--out", tmp_path / "out")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert first.out + second.out == f"{tmp_path / 'out' / SUMMARY_FILE}\n"
     ours, theirs = (
         [json.loads(line)["loss"] for line in (o / "full-100-3/metrics.jsonl").open()]
         for o in (tmp_path / "out", by_command[0])

@@ -152,7 +152,7 @@ def test_a_run_starts_at_the_loss_of_a_run_however_it_is_built(
     assert mmclip(tmp_path, *given, "--resume").code == 0
     scored = mmclip(
         tmp_path, "zeroshot", "--model", tmp_path / "run", "--data", made_data, "--n-resamples",
-        "5", "--out", tmp_path / "scores",
+        "5", "--finding", "pleural effusion", "--out", tmp_path / "scores",
     )  # fmt: skip
     assert scored.code == 0, scored.err
 

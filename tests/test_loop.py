@@ -3,9 +3,7 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +27,7 @@ from mmclip.training.processes import start_accelerator
 from mmclip.training.state import TrainState
 from mmclip.training.step import train_step
 from mmclip.training.step_loader import batch_slices, step_loader
+from tests.commands import in_two_processes
 from tests.made import LABELS, PATCH_SIZE, WHOLE, MadeBatches, small_config, small_model
 
 CONTRASTIVE = Objective(small_config(), PatchGrid(PATCH_SIZE))
@@ -102,9 +101,14 @@ def in_one_process(
     return gradients(config, MadeBatches(n, without, prompted), objective)
 
 
-def write_gradients_of_this_process(folder: Path) -> None:
+ALL_PAIRS = list(product(CASES, ARMS))
+SOME_PAIRS = [(c, a) for c, a in ALL_PAIRS if a == "contrastive" or c.startswith("prompts beside")]
+"""Each case and each arm once at least."""
+
+
+def write_gradients_of_this_process(folder: Path, pairs: Sequence[tuple[str, str]]) -> None:
     """What each of two processes runs: see the test below."""
-    for case, arm in product(CASES, ARMS):
+    for case, arm in pairs:
         losses, kept = in_one_process(case, arm)
         if os.environ["RANK"] == "0":
             torch.save({"losses": losses, "gradients": kept}, folder / f"{case}, {arm}.pt")
@@ -121,19 +125,19 @@ def write_gradients_of_this_process(folder: Path) -> None:
 
 
 @pytest.mark.ledger("batch statistics", "contrastive term")
-def test_two_processes_give_loss_and_gradients_of_one_on_the_joined_batch(tmp_path: Path):
-    code = (
-        "from pathlib import Path; import tests.test_loop as t;"
-        f"t.write_gradients_of_this_process(Path({str(tmp_path)!r}))"
-    )
-    root = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(root), str(root / "src")])  # the code beside the tests
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    subprocess.run([*command, str(script)], check=True, env=environment, cwd=root, timeout=600)
-    for case, arm in product(CASES, ARMS):
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        pytest.param(SOME_PAIRS, id="some"),
+        pytest.param(ALL_PAIRS, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_give_loss_and_gradients_of_one_on_the_joined_batch(
+    tmp_path: Path, pairs: Sequence[tuple[str, str]]
+):
+    for ended in in_two_processes(tmp_path, write_gradients_of_this_process, tmp_path, pairs):
+        assert ended.code == 0, ended.err
+    for case, arm in pairs:
         AcceleratorState._reset_state(reset_partial_state=True)
         losses, alone = in_one_process(case, arm)
         for how in ("", *([", cached"] if arm in CACHED else [])):

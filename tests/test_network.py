@@ -21,6 +21,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_no_module_uses_the_network_at_import():
     names = [name for name in MODULES if not name.endswith("__main__")]
     ended = subprocess.run(

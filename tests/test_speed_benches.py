@@ -33,6 +33,7 @@ def line_of(
     return json.loads(last)
 
 
+@pytest.mark.slow
 def test_data_loading(monkeypatch, capsys, tmp_path: Path):
     found = line_of(
         "data_loading", ["--images", "32", "--rounds", "1"], monkeypatch, capsys, tmp_path

@@ -58,6 +58,7 @@ def test_fresh_patients_are_none_of_pretraining():
     assert (fresh.n_train, fresh.n_unpaired) == (160, 0)
 
 
+@pytest.mark.slow
 def test_the_script_measures_named_and_withheld_findings_of_every_arm(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):

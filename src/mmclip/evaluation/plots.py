@@ -91,20 +91,13 @@ def curves_figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
     columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
     with mpl.rc_context(_STYLE):
-        size = (3.6 * columns, 2.0 * lines + 0.3)
-        figure = Figure(figsize=size, layout="constrained")
-        all_axes = figure.subplots(lines, 2 * columns, squeeze=False).ravel()
-        for axes in all_axes[2 * len(panels) :]:
-            axes.set_axis_off()
+        figure = Figure(figsize=(3.6 * columns, 2.0 * lines + 0.3))
         for i, panel in enumerate(panels):
-            left, right = all_axes[2 * i : 2 * i + 2]
-            _draw_roc(left, panel)
-            _draw_scores(right, panel)
+            corner = (3.6 * (i % columns), 2.0 * (lines - 1 - i // columns))
+            left = _draw_panel(figure, panel, corner, side_in=1.35)
             left.set_title(panel.title, loc="left", fontsize=9)
         keys = [Patch(color=PRESENT, label="images with"), Patch(color=ABSENT, label="without")]
-        figure.legend(
-            handles=keys, loc="outside upper right", ncols=2, frameon=False, handlelength=1
-        )
+        figure.legend(handles=keys, loc="upper right", ncols=2, frameon=False, handlelength=1)
     return figure
 
 
@@ -137,10 +130,8 @@ def curve_svg(panel: Panel) -> str:
     """One finding for the page: an SVG element in theme colours and the page's font."""
     style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": panel.title}  # salts the ids
     with mpl.rc_context(style):
-        figure = Figure(figsize=(3.3, 1.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _draw_roc(left, panel)
-        _draw_scores(right, panel)
+        figure = Figure(figsize=(3.3, 1.6))
+        _draw_panel(figure, panel, (0.0, 0.0), side_in=1.17)
         return _svg(figure)
 
 
@@ -202,6 +193,35 @@ def _plain_axes(axes: Axes) -> None:
     axes.tick_params(colors=QUIET, labelsize=7, width=0.6, length=2.5)
     axes.xaxis.label.set_color(QUIET)
     axes.yaxis.label.set_color(QUIET)
+
+
+def _draw_panel(
+    figure: Figure, panel: Panel, corner_in: tuple[float, float], side_in: float
+) -> Axes:
+    """ROC curve and score distributions, in squares side by side; returns the axes of the curve.
+
+    Their places are given: the words around them are the same for every finding, and to search for
+    a layout takes longer than to draw.
+
+    Args:
+        figure: It has them.
+        panel: The finding.
+        corner_in: Lower left corner of both with their words, in inches.
+        side_in: Side of a square, in inches.
+    """
+    width_in, height_in = figure.get_size_inches()
+    left, right = (
+        figure.add_axes(
+            (
+                (corner_in[0] + x_in) / width_in, (corner_in[1] + 0.35) / height_in,
+                side_in / width_in, side_in / height_in,
+            )
+        )
+        for x_in in (0.44, 0.76 + side_in)
+    )  # fmt: skip
+    _draw_roc(left, panel)
+    _draw_scores(right, panel)
+    return left
 
 
 def _draw_roc(axes: Axes, panel: Panel) -> None:
