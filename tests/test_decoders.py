@@ -1,5 +1,5 @@
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+from mmclip.config import ImageContext
 from mmclip.losses import masked_patch_sum, masked_token_sum
 from mmclip.models.decoders import Attention, ImageDecoder, TextDecoder, grid_positions
 
@@ -24,11 +25,12 @@ def image_decoder(depth: int = 2) -> ImageDecoder:
     )
 
 
-def text_decoder(depth: int = 2) -> TextDecoder:
+def text_decoder(depth: int = 2, image_context: ImageContext = "patches") -> TextDecoder:
     torch.manual_seed(0)
     return TextDecoder(
-        feature_width=6, image_width=10, width=16, depth=depth, heads=2, vocab_size=20, grid=GRID
-    )
+        feature_width=6, image_width=10, width=16, depth=depth, heads=2, vocab_size=20, grid=GRID,
+        image_context=image_context,
+    )  # fmt: skip
 
 
 def some_image(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,6 +295,30 @@ def test_the_text_decoder_knows_where_a_patch_is(depth: int):
     logits = decoder(text, is_valid, image, is_valid, word_embeddings())
     other = decoder(text, is_valid, mirrored, is_valid, word_embeddings())
     assert ((logits - other).abs().amax(-1) > 1e-4).all()
+
+
+@pytest.mark.ledger("text decoder")
+def test_the_text_decoder_sees_of_the_image_what_its_context_says():
+    text, is_valid = some_text()
+    image, words = made(1, 2, 13, 10), word_embeddings()
+    shuffled = torch.cat([image[:, :1], image[:, 1:].flip(1)], 1)
+    other_patches = torch.cat([image[:, :1], made(9, 2, 12, 10)], 1)
+    other_first = torch.cat([made(9, 2, 1, 10), image[:, 1:]], 1)
+
+    def moved(context: ImageContext, changed: torch.Tensor) -> bool:
+        decoder = text_decoder(2, context)
+        logits = [decoder(text, is_valid, x, is_valid, words) for x in (image, changed)]
+        return not torch.allclose(*logits, atol=1e-5)
+
+    seen = {
+        context: [moved(context, x) for x in (shuffled, other_patches, other_first)]
+        for context in get_args(ImageContext)
+    }
+    assert seen == {
+        "patches": [True, True, True],
+        "patches_unplaced": [False, True, True],
+        "pooled": [False, False, True],
+    }
 
 
 @pytest.mark.parametrize("depth", [1, 3])

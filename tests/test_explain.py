@@ -416,8 +416,10 @@ def test_attention_is_the_decoders_and_needs_one(grey: Run):
     phrases = ["left pleural effusion", "zzz"]  # the second has no entity: all words are asked
     maps = saliency_maps(grey, images, phrases, [0, 0], "decoder_attention", PROMPTS)
     assert maps.shape == (2, 16) and (maps > 0).all() and (maps.sum(1) < 1).all()
-    with pytest.raises(ValueError, match="this run has none; choose contribution"):
-        explain_image(grey_run(), image_with(0, 0), BRIGHT, "decoder_attention", PROMPTS)
+    pooled = grey_run("loss.text=1", "model.text_decoder.image_context='pooled'")
+    for none in (grey_run(), pooled):
+        with pytest.raises(ValueError, match="has none that sees patches; choose contribution"):
+            explain_image(none, image_with(0, 0), BRIGHT, "decoder_attention", PROMPTS)
     with pytest.raises(ValueError, match="the phrase is empty"):
         explain_image(grey, image_with(0, 0), "  ", "contribution", PROMPTS)
 

@@ -54,7 +54,8 @@ def run(model: MMCLIP, objective: Objective, batch: Batch) -> Outputs:
     [
         (), WHOLE, PIXELS, RANDOM, ("loss.text=1",), ("loss.contrastive=sigmoid",),
         ("loss.image=1",), (*WHOLE, "image_mask.score='decoder_attention'"),
-        (*WHOLE, "image_mask.policy='oracle'"), LABELS, (*WHOLE, *LABELS),
+        (*WHOLE, "image_mask.policy='oracle'"),
+        (*WHOLE, "model.text_decoder.image_context='pooled'"), LABELS, (*WHOLE, *LABELS),
     ],
 )  # fmt: skip
 def test_every_parameter_gets_a_gradient_in_every_arm(overrides: tuple[str, ...]):
@@ -404,6 +405,12 @@ def test_an_untrained_score_without_its_decoder_is_refused():
         )
     with pytest.raises(ConfigError, match=r"asks the masked words, and loss\.text=0 masks none"):
         small_config("loss.image=1", "image_mask.score='token_attention'")
+    with pytest.raises(ConfigError, match="image_context='pooled' shows it none; choose"):
+        small_config(
+            *WHOLE,
+            "image_mask.score='decoder_attention'",
+            "model.text_decoder.image_context='pooled'",
+        )
     assert small_config("loss.image=1", "image_mask.policy='random'").loss.image == 1
 
 

@@ -40,6 +40,10 @@ Pooling = Literal["auto", "cls", "mean", "pooler"]
 """What of an encoder becomes the embedding: its pooled output, its first token, or the mean of its
 patches or words. auto: the first of these three that the encoder has."""
 
+ImageContext = Literal["patches", "patches_unplaced", "pooled"]
+"""What the text decoder sees of the image: the class token and each patch with its place; the same
+without places; or what comes first alone, the class token or a ResNet's pooled feature."""
+
 FreezeLayers = Annotated[int, Field(ge=0)] | Literal["all"]
 """The layers of a pretrained encoder that keep their weights: none for 0, what embeds and the first
 n blocks for n, and all of it."""
@@ -105,13 +109,19 @@ class DecoderConfig(Frozen):
     heads: int = Field(default=4, gt=0)
 
 
+class TextDecoderConfig(DecoderConfig):
+    """The text decoder, and what it sees of the image."""
+
+    image_context: ImageContext = "patches"
+
+
 class ModelConfig(Frozen):
     """Encoders, decoders, projections and temperature."""
 
     image: ImageEncoderConfig = ImageEncoderConfig()
     text: TextEncoderConfig = TextEncoderConfig()
     image_decoder: DecoderConfig = DecoderConfig()  # built where loss.image is not 0
-    text_decoder: DecoderConfig = DecoderConfig()  # built where loss.text is not 0
+    text_decoder: TextDecoderConfig = TextDecoderConfig()  # built where loss.text is not 0
     projections: str | None = None  # checkpoint, folder or hub id; its temperature, too
     embed_dim: int = Field(default=128, gt=0)  # of the joint space
     temperature: float = Field(
@@ -335,6 +345,18 @@ class Config(Frozen):
             raise ValueError(
                 "image_mask.score='decoder_attention' is the attention of the text decoder, which "
                 "loss.text=0 leaves out; give loss.text a weight or choose another score"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decoder_attends_to_patches(self) -> "Config":
+        asks = self.loss.image and self.image_mask.is_guided()
+        context = self.model.text_decoder.image_context
+        if asks and self.image_mask.score == "decoder_attention" and context == "pooled":
+            raise ValueError(
+                "image_mask.score='decoder_attention' is the attention of the text decoder to the "
+                "patches, and model.text_decoder.image_context='pooled' shows it none; choose "
+                "'patches' or another score"
             )
         return self
 

@@ -59,6 +59,11 @@ def phrase_texts(
     return TextBatch(torch.tensor(rows), ids, is_valid, is_name, is_name, masked_ids)
 
 
+def _decoder_attends(model: MMCLIP) -> bool:
+    """Whether there is a text decoder whose attention to the patches can be shown."""
+    return model.text_decoder is not None and model.text_decoder.sees_patches
+
+
 def score_names(has_decoder: bool) -> list[tuple[ScoreKind, ScoreTokens]]:
     """The scores that a checkpoint can give, without those that equal another for a phrase."""
     every: list[tuple[ScoreKind, ScoreTokens]] = []
@@ -93,7 +98,7 @@ def saliency_by_score(
         asks: What zero-shot scoring asks in the place of each phrase, for `PAIR`; see `pair_asks`.
         names: The scores; all that the model can give if it is not given.
     """
-    device, has_decoder = model.logit_scale.device, model.text_decoder is not None
+    device, has_decoder = model.logit_scale.device, _decoder_attends(model)
     grid = patch_grid(model.vision_model)
     names = score_names(has_decoder) if names is None else names
     maps: dict[str, list[Tensor]] = {}
@@ -181,10 +186,10 @@ def saliency_maps(
         ValueError: When the score needs a decoder that the run lacks.
     """
     model = run.model
-    if score == "decoder_attention" and model.text_decoder is None:
+    if score == "decoder_attention" and not _decoder_attends(model):
         raise ValueError(
-            "the score decoder_attention is the text decoder's, and this run has none; choose "
-            "contribution or prompt_pair, or train with loss.text=1"
+            "the score decoder_attention is the text decoder's, and this run has none that sees "
+            "patches; choose contribution or prompt_pair, or train with loss.text=1"
         )
     # Whole texts need no entities, and the lexicon takes seconds to load.
     is_attention = score == "decoder_attention"

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mmclip.batch import most_in_a_row
+from mmclip.config import ImageContext
 from mmclip.patches import first_positions, gather_tokens, scatter_tokens
 
 MLP_RATIO = 4
@@ -209,6 +210,7 @@ class TextDecoder(nn.Module):
         word_width: Of the word embeddings; None is as wide as the features.
         grid: Rows and columns of patches. Each patch is told its place, as left and right, upper
             and lower are among the masked words and a ResNet's features hardly know theirs.
+        image_context: What it sees of the image; see `config.ImageContext`.
 
     Source: paper, figure 1B; the head is that of BERT's masked language model, the positions are
         those of the image decoder.
@@ -227,11 +229,15 @@ class TextDecoder(nn.Module):
         word_width: int | None = None,
         *,
         grid: tuple[int, int],
+        image_context: ImageContext = "patches",
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(feature_width, width)
         self.embed_image = nn.Linear(image_width, width)
+        self.sees_patches = image_context != "pooled"
         places = F.pad(grid_positions(grid, width), (0, 0, 1, 0))  # the image's own has none
+        if image_context != "patches":
+            places = torch.zeros_like(places)
         self.register_buffer("positions", places, persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -279,7 +285,9 @@ class TextDecoder(nn.Module):
             image = x.new_zeros(len(x), 1, x.shape[2])
             sees = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
         else:
-            image = self.embed_image(image_features) + self.positions
+            if not self.sees_patches:
+                image_features = image_features[:, :1]
+            image = self.embed_image(image_features) + self.positions[: image_features.shape[1]]
         most = most_in_a_row(is_asked) if most_asked is None else most_asked
         asked = first_positions(is_asked, most)
         attention = []

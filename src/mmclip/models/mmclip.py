@@ -456,6 +456,7 @@ def build_mmclip(
             sizes.heads,
             *words.shape,
             grid=(side, side),
+            image_context=sizes.image_context,
         )
     return MMCLIP(
         image_encoder,
