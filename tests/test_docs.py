@@ -40,7 +40,7 @@ OTHERS_OPTIONS = {
     "--tokens", "--lengths", "--array", "--cpus-per-task", "--wait", "--port", "--nworkers",
     "--nthreads", "--reports", "--plain-images", "--repeats", "--kill", "--device", "--misses",
     "--runs", "--boxes", "--also", "--user", "--ask-password", "--negspacy", "--medspacy",
-    "--before", "--no-full",
+    "--before", "--no-full", "--shutdown-timeout",
 }  # fmt: skip
 """Of torchrun, pip, ruff, wget, sbatch, dask, and the scripts of bench/."""
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel
@@ -371,18 +372,26 @@ def test_a_signal_ends_all_processes_after_one_step_and_resume_changes_nothing(
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def launch(*more: object) -> list[subprocess.Popen]:
-        meet = ["--standalone", "--nproc-per-node=2"]
-        if hosts > 1:
-            meet = [f"--nnodes={hosts}", "--nproc-per-node=1", "--rdzv-backend=c10d",
-                    f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]  # fmt: skip
-        meet += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-        command = [sys.executable, "-m", "torch.distributed.run", *meet, "-m", "mmclip", *long]
+        meet = [
+            [
+                f"--nnodes={hosts}",
+                f"--node-rank={host}",
+                "--nproc-per-node=1",
+                "--master-addr=127.0.0.1",
+                f"--master-port={port}",
+            ]
+            for host in range(hosts)
+        ]
+        if hosts == 1:
+            meet = [["--standalone", "--nproc-per-node=2"]]
+        handled = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
         return [
             subprocess.Popen(
-                [*map(str, command), *map(str, more)], stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=env,
+                [sys.executable, "-m", "torch.distributed.run", *each, handled, "-m", "mmclip",
+                 *map(str, [*long, *more])], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True, cwd=Path(__file__).parents[1], env=env,
             )
-            for _ in range(hosts)
+            for each in meet
         ]  # fmt: skip
 
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -391,7 +400,10 @@ def test_a_signal_ends_all_processes_after_one_step_and_resume_changes_nothing(
     while not (run / "metrics.jsonl").exists():
         assert time.monotonic() < end and all(each.poll() is None for each in started)
         time.sleep(0.01)
-    started[-1].send_signal(getattr(signal, asks))  # one host alone is told
+    told = psutil.Process(started[-1].pid)
+    if hosts > 1:  # a process of one host alone: a `torchrun` that is told waits for no other host
+        (told,) = told.children()
+    told.send_signal(getattr(signal, asks))
     said = "".join(each.communicate(timeout=LIMIT_S)[1] for each in started)
     step = int(find_checkpoint(run).name.removeprefix("step_"))
     assert 0 < step < 400

@@ -14,9 +14,10 @@ set -euo pipefail
 # accelerate passes on TERM, and not USR1. Without --multi_gpu, a host with one GPU or none would train alone.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 per_node=${PROCESSES_PER_NODE:-4}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # s to end a step and save, before it kills; its own default is 30
 srun bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' accelerate \
   --multi_gpu --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * per_node))" \
-  --rdzv_backend c10d --main_process_ip "$first" --main_process_port "${PORT:-29500}" \
+  --rdzv_backend static --same_network --main_process_ip "$first" --main_process_port "${PORT:-29500}" \
   --mixed_precision no --dynamo_backend no \
   -m mmclip pretrain "$@" --resume &
 step=$!

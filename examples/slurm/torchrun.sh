@@ -15,9 +15,12 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${PROCESSES_PER_NODE:-4}" \
-  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --rdzv-backend c10d \
-  --rdzv-endpoint "$first:${PORT:-29500}" --rdzv-id "$SLURM_JOB_ID" \
+# A rank for each node, and no c10d rendezvous, in which a node fails when the one that keeps the store ends first.
+# By itself torchrun kills 30 s after a signal, and a large model may take longer to end its step and save.
+srun bash -c 'exec torchrun --node-rank "$SLURM_NODEID" "$@"' torchrun \
+  --nnodes "$SLURM_NNODES" --nproc-per-node "${PROCESSES_PER_NODE:-4}" \
+  --master-addr "$first" --master-port "${PORT:-29500}" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 110 \
   -m mmclip pretrain "$@" --resume &
 step=$!
 trap 'trap "" USR1; scancel --signal=USR1 "$SLURM_JOB_ID.0"; wait "$step" || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
