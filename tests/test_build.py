@@ -429,6 +429,7 @@ def test_an_error_of_the_command_is_one_line(tmp_path: Path):
 # The real images.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (REAL / "studies.csv").is_file(), reason="needs the real chest X-rays")
 def test_every_real_image_is_accounted_for(tmp_path: Path):
     mapping = load_mapping(REPOSITORY / "examples" / "mixed_images.toml")

@@ -87,8 +87,17 @@ LEARNS = (*WHOLE, "unpaired.prompt_pairs=true")
 """The whole method, with prompts beside reports."""
 MEAN, STD = (0.5, 0.45, 0.4), (0.2, 0.25, 0.3)
 ROWS = [*(("image", name) for name in IMAGE_ROWS), *(("text", name) for name in TEXT_ROWS)]
-IDS = [f"{modality}: {name}" for modality, name in ROWS]
-every_row = pytest.mark.parametrize(("modality", "name"), ROWS, ids=IDS)
+OF_OTHERS = (
+    "clip", "siglip", "vision-text-dual-encoder", "vit_mae, with decoder", "t5, its encoder alone",
+)  # fmt: skip
+"""Rows whose encoder is that of another row once it is taken out of its model."""
+every_row = pytest.mark.parametrize(
+    ("modality", "name"),
+    [
+        pytest.param(*row, id=": ".join(row), marks=pytest.mark.slow if row[1] in OF_OTHERS else ())
+        for row in ROWS
+    ],
+)
 every_image_row = pytest.mark.parametrize("name", IMAGE_ROWS)
 every_text_row = pytest.mark.parametrize("name", TEXT_ROWS)
 

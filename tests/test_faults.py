@@ -16,9 +16,10 @@ from mmclip import checkpoint as checkpoints
 from mmclip.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from mmclip.config import load_config
 from mmclip.data.sample import RandomSplit
+from mmclip.data.synthetic import PRESETS, write_dataset
 from mmclip.data.tokenizer import load_tokenizer
 from mmclip.models.pretrained import first_line
-from tests.commands import mmclip
+from tests.commands import fork, mmclip
 
 
 @pytest.mark.parametrize("with_", [(), ("tokenizer_config.json",), ("special_tokens_map.json",)])
@@ -121,30 +122,23 @@ def test_wandb_that_is_not_installed_is_said(made_data: Path, small_config: Path
     assert not (tmp_path / "run").exists()
 
 
+def draw(folder: Path) -> None:
+    """What a process of its own runs."""
+    write_dataset(PRESETS["demo"], folder, workers=2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads children in /proc")
 def test_workers_that_draw_images_end_with_their_parent(tmp_path: Path):
-    code = (
-        "from mmclip.data.synthetic import PRESETS, write_dataset\n"
-        "from pathlib import Path\n"
-        "import sys\n"
-        "if __name__ == '__main__':\n"
-        "    write_dataset(PRESETS['demo'], Path(sys.argv[1]), workers=2)\n"
-    )
-    script = tmp_path / "s.py"
-    script.write_text(code)
-    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path / "raw")])
-    children = f"/proc/{parent.pid}/task/{parent.pid}/children"
-    if not Path(children).exists():
-        parent.kill()
-        pytest.skip("the system lists no children of a process")
+    parent = fork(tmp_path / "log", draw, tmp_path / "raw")
     began = time.monotonic()
-    while len(Path(children).read_text().split()) < 3 and time.monotonic() - began < 60:
-        time.sleep(0.1)
-    pids = [int(pid) for pid in Path(children).read_text().split()]
+    while not any((tmp_path / "raw").rglob("*.png")):
+        assert parent.process.is_alive() and time.monotonic() - began < 60
+        time.sleep(0.05)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    pids = [int(pid) for pid in children.read_text().split()]
     assert len(pids) >= 2
-    time.sleep(3)  # until they have started
     parent.kill()
-    parent.wait()
     began = time.monotonic()
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() - began < 30, "a worker outlives its parent"
-        time.sleep(0.2)
+        time.sleep(0.05)

@@ -150,7 +150,17 @@ def set_its_split(folder: Path, rules: Protocol, samples: dict[str, Planned]) ->
     return name
 
 
-@pytest.mark.parametrize("name", protocol_names())
+MANY_FINDINGS = ("chestxray14-benchx", "padchest-rare", "padchest-unseen", "vindr-benchx")
+"""Protocols that take seconds and whose data set another protocol reads, too."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in MANY_FINDINGS else ())
+        for name in protocol_names()
+    ],
+)
 def test_a_protocol_runs_from_the_data_set_as_published_to_results(
     name: str, made_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
