@@ -69,9 +69,10 @@ def test_who_reads_only_the_head_of_the_output_sees_no_error(made_data: Path):
     assert "error" not in said and "Broken pipe" not in said
 
 
-def test_a_terminal_of_ascii_alone_shows_everything(made_raw: Path, tmp_path: Path):
+@pytest.mark.parametrize("command", ["data check", pytest.param("doctor", marks=pytest.mark.slow)])
+def test_a_terminal_of_ascii_alone_shows_everything(command: str, tmp_path: Path):
     settings = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
-    process = run("doctor", str(tmp_path / "für Größe"), **settings)
+    process = run(*command.split(), str(tmp_path / "für Größe"), **settings)
     _, err = process.communicate(timeout=600)
     assert b"UnicodeEncodeError" not in err and b"Traceback" not in err
     assert b"f\\xfcr" in err or b"f\\udcc3" in err, err

@@ -132,7 +132,7 @@ def test_a_run_starts_at_the_loss_of_a_run_however_it_is_built(
             tmp_path / "clip"
         )
         settings.append(f"model.image.pretrained='{tmp_path / 'clip'}'")
-    given = ["pretrain", "--data", made_data, "--config", small_config]
+    given = ["pretrain", "--data", made_data, "--config", small_config, "--set", "train.steps=2"]
     own = [part for setting in settings for part in ("--set", setting)]
     first = tmp_path / "first"
     ended = mmclip(tmp_path, *given, *own, "--set", "model.temperature=0.11", "--out", first)

@@ -421,7 +421,10 @@ def test_patches_are_only_hidden_where_the_image_loss_is_trained():
 
 
 @pytest.mark.ledger("loss weights")
-@pytest.mark.parametrize("overrides", [WHOLE, PIXELS])
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param(WHOLE, id="whole"), pytest.param(PIXELS, id="pixels", marks=pytest.mark.slow)],
+)
 def test_the_whole_method_can_learn_one_batch_by_heart(overrides: tuple[str, ...], tmp_path):
     class OneBatch(MadeBatches):
         def batch(self, step=0, share=None):
