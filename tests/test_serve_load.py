@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import schemathesis
 import uvicorn
 from hypothesis import HealthCheck, Phase, given, settings
 
@@ -108,6 +107,8 @@ def test_500_requests_16_at_once_a_third_of_them_attacks_and_memory_stays_flat(
 
 
 def test_whatever_the_description_allows_is_never_a_500(port: int):
+    import schemathesis  # it takes seconds, and the quick suite reads this file, too
+
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/api/openapi.json")
     counts: Counter[str] = Counter()
     bounds = settings(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,6 +35,11 @@ from mmclip.cli.shared import (
 )
 from mmclip.files import locked
 from mmclip.progress import console
+
+if TYPE_CHECKING:
+    from mmclip.evaluation.compare_models import ScoredModel
+    from mmclip.evaluation.zeroshot_task import ZeroshotRequest
+    from mmclip.model_loading import ModelRequest
 
 app = typer.Typer()
 
@@ -153,7 +158,7 @@ def compare_models(
     Example: `mmclip compare-models runs/a models/clip mine:biomedclip --data data/a --out peers`
     """
     from mmclip.cli.results import show_side_by_side
-    from mmclip.evaluation.compare_models import folder_names, score_models
+    from mmclip.evaluation.compare_models import folder_names
     from mmclip.evaluation.zeroshot_task import ZeroshotRequest
 
     refuse_choice_beside(protocol, source, finding)
@@ -178,17 +183,27 @@ def compare_models(
         roots=tuple(root) if root else None,
         device=device_of(cpu),
     )
-    done = []
-    with resume_hint(), locked(out):
-        for scored in score_models(asked, request, overwrite):
-            done.append(scored)
-            what = "is done" if scored.was_done else "is scored"
-            said = f"{scored.source} {what}: {scored.folder / 'page.html'}"
-            console.print(said, markup=False, soft_wrap=True)
+    done = _score_each(asked, request, overwrite)
     show_side_by_side([scored.folder for scored in done], n_resamples, seed, False, save)
     if unchecked := [scored.folder.name for scored in done if scored.is_unchecked]:
         said = f"leaks are not checked of {', '.join(unchecked)}: what trained them is not known"
         console.print(said, style="yellow", markup=False, soft_wrap=True)
+
+
+def _score_each(
+    models: "list[ModelRequest]", request: "ZeroshotRequest", overwrite: bool
+) -> "list[ScoredModel]":
+    """Scores models one after another, and says of each when it is done."""
+    from mmclip.evaluation.compare_models import score_models
+
+    done = []
+    with resume_hint(), locked(request.out):
+        for scored in score_models(models, request, overwrite):
+            done.append(scored)
+            what = "is done" if scored.was_done else "is scored"
+            said = f"{scored.source} {what}: {scored.folder / 'page.html'}"
+            console.print(said, markup=False, soft_wrap=True)
+    return done
 
 
 def _trained_on(models: list[str], given: Sequence[str]) -> dict[str, list[str]]:

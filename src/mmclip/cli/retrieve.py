@@ -31,8 +31,8 @@ from mmclip.files import locked
 from mmclip.progress import console
 
 if TYPE_CHECKING:
-    from mmclip.retrieval.ranking import RetrievalResults
-    from mmclip.retrieval.retrieve import Search
+    from mmclip.retrieval.ranking import RetrievalRequest, RetrievalResults
+    from mmclip.retrieval.retrieve import Search, SearchRequest
 
 app = typer.Typer()
 
@@ -115,9 +115,8 @@ def retrieve(
 
     A search prints a table on stderr, and on stdout a line of JSON for each patient.
     """
-    from mmclip.data.folder import check_place
-    from mmclip.retrieval.ranking import RETRIEVAL_FILE, RetrievalRequest, evaluate_retrieval
-    from mmclip.retrieval.retrieve import SHEET_FILE, SearchRequest, search, write_sheet
+    from mmclip.retrieval.ranking import RetrievalRequest
+    from mmclip.retrieval.retrieve import SearchRequest
 
     if (image is not None) + (phrase is not None) + evaluate != 1:
         raise ValueError("give one of --image, --phrase and --evaluate")
@@ -133,18 +132,11 @@ def retrieve(
         device=device_of(cpu),
     )
     if not evaluate:
-        found = search(searched)
-        print_found(found, top)
-        if out is not None:
-            with locked(out):
-                console.print(f"images: {write_sheet(out, found)}", markup=False, soft_wrap=True)
+        _search(searched, out)
         return
     if out is None:
         raise ValueError("--evaluate writes results: name their folder by --out")
     check_inputs(model, data)
-    check_place(out, (RETRIEVAL_FILE, SHEET_FILE))
-    if not overwrite:
-        check_results(out, RETRIEVAL_FILE)
     request = RetrievalRequest(
         model=searched.model,
         folders=searched.folders,
@@ -157,9 +149,32 @@ def retrieve(
         roots=searched.roots,
         device=searched.device,
     )
-    with locked(out):
+    _evaluate(request, overwrite)
+
+
+def _search(request: "SearchRequest", out: Path | None) -> None:
+    """Prints what is found; its images go to the folder, where there is one."""
+    from mmclip.retrieval.retrieve import search, write_sheet
+
+    found = search(request)
+    print_found(found, request.top)
+    if out is not None:
+        with locked(out):
+            console.print(f"images: {write_sheet(out, found)}", markup=False, soft_wrap=True)
+
+
+def _evaluate(request: "RetrievalRequest", overwrite: bool) -> None:
+    """Writes results into the folder of the request, and prints them and their path."""
+    from mmclip.data.folder import check_place
+    from mmclip.retrieval.ranking import RETRIEVAL_FILE, evaluate_retrieval
+    from mmclip.retrieval.retrieve import SHEET_FILE
+
+    check_place(request.out, (RETRIEVAL_FILE, SHEET_FILE))
+    if not overwrite:
+        check_results(request.out, RETRIEVAL_FILE)
+    with locked(request.out):
         print_retrieval(evaluate_retrieval(request))
-    print(out / RETRIEVAL_FILE)
+    print(request.out / RETRIEVAL_FILE)
 
 
 def print_found(search: "Search", top: int) -> None:
