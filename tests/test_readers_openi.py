@@ -266,6 +266,7 @@ def test_what_is_no_archive_is_refused(tmp_path: Path):
 # The real reports.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (REAL / "NLMCXR_reports.tgz").is_file(), reason="needs the Open-I report archive"
 )

@@ -163,6 +163,7 @@ def test_a_missing_table_is_one_line(tmp_path: Path):
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/openi")
 
 
+@pytest.mark.slow
 @needs_real
 def test_every_row_of_the_real_tables_of_kaggle_is_in_a_record(tmp_path: Path):
     texts, without = parted(read_openi_kaggle(REAL))
@@ -179,6 +180,7 @@ def test_every_row_of_the_real_tables_of_kaggle_is_in_a_record(tmp_path: Path):
     assert with_report == {sample.study_id: sample.report for sample in texts}
 
 
+@pytest.mark.slow
 @needs_real
 def test_every_study_of_the_real_annotation_file_is_in_a_record(tmp_path: Path):
     texts, excluded = parted(read_openi_r2gen(REAL))

@@ -321,6 +321,7 @@ def test_a_tokenizer_that_cannot_frame_or_pad_a_text_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not OPENI.is_file(), reason="needs the Open-I report archive")
 def test_every_open_i_report_is_cleaned_and_tokenised():
     reports = []
