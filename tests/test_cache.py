@@ -125,6 +125,7 @@ def test_row_i_is_the_ith_image_that_can_be_read(images: list[Path], tmp_path: P
     verify_cache(tmp_path / "out", checksum)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_chunks")
 def test_the_bytes_do_not_depend_on_the_number_of_workers(images, tmp_path: Path):
     made = [build_cache(images, tmp_path / f"out{n}", 16, workers=n) for n in (1, 2, 3)]

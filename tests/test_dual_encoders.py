@@ -485,7 +485,12 @@ def boxed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("family", "score"),
-    [*((family, "contribution") for family in FAMILIES), ("siglip", "prompt_pair")],
+    [
+        ("clip", "contribution"),
+        ("siglip", "prompt_pair"),
+        pytest.param("siglip", "contribution", marks=pytest.mark.slow),
+        pytest.param("vision-text-dual-encoder", "contribution", marks=pytest.mark.slow),
+    ],
 )
 def test_maps_of_others_are_measured_as_they_are_drawn(
     family: str, score: str, models: dict[str, Path], boxed: Path, tmp_path: Path

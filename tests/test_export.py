@@ -302,7 +302,11 @@ def untrained(folder: Path, *settings: str) -> Path:
     ("setting", "words"),
     [
         ("model.text.pooling=mean", "pools the text encoder in another way"),
-        ("model.text.pooling=cls", "pools the text encoder in another way"),
+        pytest.param(
+            "model.text.pooling=cls",
+            "pools the text encoder in another way",
+            marks=pytest.mark.slow,
+        ),
         ("model.image.pooling=mean", "pools the image encoder in another way"),
         ("data.resize=pad", "data.resize='pad'"),
     ],

@@ -10,7 +10,6 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 
 ROWS = ("whole", "vs_transformers", "large_batch 4", "checkpointing", "inference")
-SOME_ROWS = ("whole", "large_batch 4")
 
 
 @pytest.fixture(scope="module")
@@ -20,32 +19,22 @@ def gpu():
     sys.path.remove(str(BENCH))
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        pytest.param(SOME_ROWS, id="some"),
-        pytest.param(ROWS, id="all", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
 def test_rows_are_measured_once_and_the_last_line_is_their_summary(
-    gpu,
-    rows: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "gpu.jsonl"
     argv = ["gpu.py", "--tiny", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", [*argv, *(part for row in rows for part in ("--row", row))])
+    monkeypatch.setattr(sys, "argv", [*argv, *(part for row in ROWS for part in ("--row", row))])
     gpu.main()
     lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
-    assert [line["row"] for line in lines] == [row for row in gpu_order() if row in rows]
+    assert [line["row"] for line in lines] == [row for row in gpu_order() if row in ROWS]
     found = {line["row"]: line for line in lines}
     assert found["whole"]["images_per_s"] > 0 and 0 <= found["whole"]["waiting"] < 1
     assert found["large_batch 4"]["batch"] == 4 * found["large_batch 4"]["pairs"]
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == len(rows)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == len(ROWS)
     gpu.main()  # again: nothing is left to measure
-    assert len(out.read_text("utf-8").splitlines()) == len(rows)
+    assert len(out.read_text("utf-8").splitlines()) == len(ROWS)
 
 
 def gpu_order() -> list[str]:

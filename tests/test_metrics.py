@@ -286,6 +286,7 @@ def test_intervals_of_results_know_how_few_patients_have_the_finding():
     assert alone.macro_auroc_ci == pytest.approx(alone.findings[0].auroc_ci)
 
 
+@pytest.mark.slow
 @pytest.mark.ledger("intervals")
 def test_intervals_hold_the_truth_where_few_patients_have_several_images_each():
     truth = 0.5 * (1 + math.erf(1.0 / 2))
@@ -345,6 +346,7 @@ def test_the_macro_interval_adds_reaches_as_their_draws_correlate():
     assert fixed == pytest.approx((0.75 - reach[0], 0.75 + reach[1]))
 
 
+@pytest.mark.slow
 def test_halves_of_the_patients_tell_how_far_few_images_raise_average_precision():
     rng = np.random.default_rng(3)
     n, k, trials = 150, 10, 60

@@ -149,8 +149,15 @@ def test_a_run_scores_files_as_it_scores_its_data_folder(
         assert score == pytest.approx(of_data[name], abs=1e-5), name
 
 
-@pytest.mark.parametrize("how", ["pad", "crop"])
-@pytest.mark.parametrize(("name", "number"), [("2.png", 2), ("5.dcm", 5)])
+@pytest.mark.parametrize(
+    ("name", "number", "how"),
+    [
+        ("2.png", 2, "crop"),
+        ("5.dcm", 5, "pad"),
+        pytest.param("2.png", 2, "pad", marks=pytest.mark.slow),
+        pytest.param("5.dcm", 5, "crop", marks=pytest.mark.slow),
+    ],
+)
 def test_a_map_has_the_pixels_of_the_image_that_was_published(
     root: Path, folders, runs: dict[str, Path], tmp_path: Path, how: str, name: str, number: int
 ):

@@ -72,6 +72,7 @@ def test_a_clock_counts_and_leaves_no_trace(step_cost):
     assert "open" not in vars(box)
 
 
+@pytest.mark.slow
 def test_the_script_measures_every_arm(step_cost, monkeypatch, capsys):
     sizes = ["model.image.width=16", "model.text.width=24", "model.image_decoder.width=24",
              "model.text_decoder.width=24", "model.image.depth=1"]  # fmt: skip
