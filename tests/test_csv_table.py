@@ -295,6 +295,7 @@ def test_the_error_comes_before_the_first_record(tmp_path: Path):
     [
         ("", "is empty; name a table with a header and rows"),
         ("film,who\na,p\n", r"no column 'patient' \(patient_id\); its columns are film, who"),
+        ("Film,PATIENT\na,p\n", "its columns are Film, PATIENT"),
         ("film,patient,film\na,p,b\n", r"the column 'film' \(image\) is there twice"),
         ('film,patient\n"a,p\nb,q\n', r"line 3: .*mend the quotes"),
         ('film,patient\n"a"b,q\n', r"line 2: .*mend the quotes"),
@@ -303,6 +304,43 @@ def test_the_error_comes_before_the_first_record(tmp_path: Path):
 def test_a_table_that_cannot_be_read_says_where_and_why(tmp_path: Path, text: str, message: str):
     with pytest.raises(SourceError, match=message):
         read(tmp_path, text)
+
+
+def test_a_decimal_comma_of_excel_is_read(tmp_path: Path):
+    text = "film;patient;e\na;p;1,0\nb;p;0,0\nc;p;-1,00\nd;p;0,5\n"
+    columns = {"columns": {"e": "edema"}}
+    *some, last = read(tmp_path, text, delimiter=";", labels=columns)
+    assert [sample.labels for sample in samples(some)] == [{"edema": v} for v in (1, 0, -1)]
+    assert isinstance(last, Excluded) and "'0,5'" in last.detail
+
+
+@pytest.mark.parametrize("error", ["#N/A", "#NV", "#BEZUG!", "#REF!", "#n/a"])
+@pytest.mark.parametrize("column", ["film", "patient", "text"])
+def test_an_error_of_excel_is_no_value(tmp_path: Path, error: str, column: str):
+    row = {"film": "a", "patient": "p", "text": "Effusion."} | {column: error}
+    text = f"film,patient,text,other\n{','.join(row.values())},#N/A\nb,p,Nodule.,#N/A\n"
+    first, second = read(tmp_path, text, columns={"report": "text"})
+    assert isinstance(first, Excluded) and first.detail == f"{column} is {error}, an error of Excel"
+    assert isinstance(second, Sample) and second.report == "Nodule."
+
+
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_the_first_row_of_a_table_without_a_header_is_not_printed(tmp_path: Path, sign: str):
+    text = sign.join(["a.png", "Mueller Hans", "Large effusion"]) + "\n"
+    with pytest.raises(SourceError, match=r"its first row, with . cells, has none") as caught:
+        read(tmp_path, text, columns={"report": "text"})
+    assert not any(word in str(caught.value) for word in ("Mueller", "effusion", "a.png"))
+
+
+def test_reports_in_a_column_of_labels_are_not_printed(tmp_path: Path):
+    long = "Mueller Hans has a large effusion on the right side, and a nodule."
+    with pytest.raises(SourceError, match="1 cells of more than 60 characters") as caught:
+        read(
+            tmp_path,
+            f'film,patient,labels\na,p,"{long}"\nb,p,Dragon\n',
+            columns={"labels": "labels"},
+        )
+    assert "'Dragon' (1)" in str(caught.value) and "Mueller" not in str(caught.value)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
@@ -374,6 +412,10 @@ def test_splits_are_known_in_any_case_and_by_the_mapping(tmp_path: Path):
         ("45 years", 45.0), ("45-year-old", 45.0), ("45 y/o", 45.0), ("18 months", 1.5),
         ("45 yrs.", 45.0), ("45 my", None), ("years", None),
         ("058Y", 58.0), ("12M", 1.0), ("411", None), ("411Y", None), ("058y ", 58.0),
+        ("58,5", 58.5), ("58 Jahre", 58.0), ("58 J.", 58.0), ("58 a\u00f1os", 58.0),
+        ("58 ans", 58.0),
+        ("6 Monate", 0.5), ("3 mois", 0.25), ("10 d\u00edas", 10 / 365.25), ("4 Wochen", 4 / 52.18),
+        ("90+", 90.0), (">89", 89.0), ("\u2265 90 Y", 90.0), ("1,2,3", None), ("58 Jungen", None),
     ],
 )  # fmt: skip
 def test_ages_are_years_and_unlikely_ones_unknown(text: str, years: float | None):

@@ -161,6 +161,29 @@ def test_no_identifier_is_in_anything_that_a_build_leaves_or_says(root: Path):
     }
 
 
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"StudyInstanceUID": "1.2.Huber"}, {"PatientAge": "Huber"}, {"PatientSex": "Huberin"},
+        {"AccessionNumber": "Huber, Anna, 4711, 0815"}, {"ViewPosition": "huber"},
+        {"PatientID": "Huber" * 20}, {"BodyPartExamined": "chest of huber"},
+    ],
+    ids=lambda tags: next(iter(tags)),
+)  # fmt: skip
+def test_a_value_that_breaks_dicoms_rules_is_not_quoted(root: Path, caplog, tags: dict):
+    (root / "z").write_bytes(image(9, **tags))
+    caplog.clear()  # of what writing it said
+    caplog.set_level(logging.DEBUG)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = records(root, keep_age_and_sex=True)
+    said = caplog.text + " ".join(str(each.message) for each in warned)
+    assert len(found) == 10  # nine files, and a report without one
+    assert "huber" not in said.lower()
+    hidden = [r for r in found if isinstance(r, Excluded)]
+    assert not any("huber" in f"{r.image_id} {r.detail}".lower() for r in hidden)
+
+
 def test_a_build_that_was_cut_off_goes_on_to_the_same_bytes(root: Path):
     outs = [root.parent / "a", root.parent / "b"]
     for out in outs:

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +27,7 @@ from mmclip.checkpoint import save_checkpoint
 from mmclip.data.image_text_dataset import normalise
 from mmclip.data.text import train_tokenizer
 from mmclip.export.export import ExportError, ExportRequest, export
+from mmclip.models.layout import EncoderError
 from mmclip.run import Run, open_run
 from mmclip.training.pretrain import build_model
 from tests.commands import fork, mmclip, run_command
@@ -120,6 +122,39 @@ def test_an_export_comes_back_by_load_with_the_same_embeddings_and_rule(
     assert back.logit_scale == pytest.approx(run.logit_scale, rel=1e-5)
     assert back.zeroshot_rule == run.zeroshot_rule == "prompt_pair"
     assert np.isfinite(back.explain(pictures[0], "effusion").values).all()
+
+
+@pytest.mark.parametrize("change", ["weights", "tokenizer", "processor", "gone", "added", "facts"])
+def test_an_export_that_was_changed_is_refused(hf: Path, tmp_path: Path, change: str):
+    folder = tmp_path / "export"
+    shutil.copytree(hf, folder)
+    weights = folder / "model.safetensors"
+    if change == "weights":
+        whole = bytearray(weights.read_bytes())
+        whole[-1] ^= 1  # the size stays
+        weights.write_bytes(whole)
+    elif change == "tokenizer":
+        (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n")
+    elif change == "processor":
+        (folder / "preprocessor_config.json").unlink()
+    elif change == "gone":
+        weights.unlink()
+    elif change == "added":
+        (folder / "added_tokens.json").write_text("{}")
+    else:
+        facts = json.loads((folder / "mmclip.json").read_text())
+        (folder / "mmclip.json").write_text(json.dumps({**facts, "form": "vision"}))
+    with pytest.raises(EncoderError, match=r"export the run again|remove it"):
+        package.load(folder, device="cpu")
+
+
+def test_the_card_of_an_export_is_for_its_reader_to_fill_in(hf: Path, tmp_path: Path):
+    folder = tmp_path / "export"
+    shutil.copytree(hf, folder)
+    (folder / "README.md").write_text("# Ours\n")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    assert package.load(folder, device="cpu").logit_scale > 0
+    assert VisionTextDualEncoderModel.from_pretrained(folder)
 
 
 @torch.no_grad()

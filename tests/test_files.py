@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mmclip import files
+from mmclip.cli import error_line
 from mmclip.data.cache import CacheError, ImageCache
 from mmclip.data.folder import ManifestError, read_meta
 from mmclip.data.image_text_dataset import open_dataset
@@ -297,3 +298,30 @@ def test_a_killed_training_leaves_a_lock_that_is_taken_over(
     # The training that was killed asked for more steps: only its checkpoint would tell.
     taken = f"takes over the lock of host {os.uname().nodename}, process {running.process.pid}"
     assert taken in " ".join(ended.err.split())
+
+
+def test_a_lock_is_taken_where_nothing_more_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> int:
+        raise Full
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with locked(tmp_path):
+        assert (tmp_path / LOCK_FILE).is_file()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Full(), "no space left on device; make room"),
+        (OSError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: permission denied; ask"),
+        (OSError(errno.EROFS, "Read-only file system", "/a/b"), "/a/b: read-only file system; cho"),
+        (OSError(errno.EIO, "Input/output error", "/a/b"), "/a/b: input/output error"),
+        (OSError("520192 requested and 53120 written"), "no space left on device; make room"),
+        (OSError("a sentence of ours"), "a sentence of ours"),
+    ],
+)
+def test_an_error_of_the_system_names_path_reason_and_next_step(error: OSError, said: str):
+    assert error_line(error).startswith(said)

@@ -31,8 +31,8 @@ LAYERS = (
     {"mmclip.data", "mmclip.models"},
     {
         "mmclip", "mmclip.batch", "mmclip.config", "mmclip.config_io", "mmclip.escape",
-        "mmclip.files", "mmclip.hub", "mmclip.losses", "mmclip.masking", "mmclip.own_code",
-        "mmclip.patches", "mmclip.progress", "mmclip.prompts", "mmclip.squares",
+        "mmclip.exported", "mmclip.files", "mmclip.hub", "mmclip.losses", "mmclip.masking",
+        "mmclip.own_code", "mmclip.patches", "mmclip.progress", "mmclip.prompts", "mmclip.squares",
     },
 )  # fmt: skip
 """A module may import from its own layer and those behind it. A new one at the top of the package

@@ -63,7 +63,12 @@ def test_a_table_that_is_missing_is_one_line_that_says_where_it_comes_from(tmp_p
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"id\n1\n", "no column 'word'; its columns are id"),
+        ("a.csv", b"Word,id\n1,2\n", "no column 'word'; its columns are Word, id; download"),
+        (
+            "a.csv",
+            b"id\n1\n",
+            "no column 'word'; its first row, with 1 cells, has none of the names",
+        ),
         ("a.csv", b"", "a.csv is empty; name a table"),
         ("a.csv", b"id,word\n1,\xff\n", "line 2: not UTF-8; .*download it again"),
         ("a.csv.gz", gzip.compress(b"id,word\n1,\xff\n"), "line 2: not UTF-8"),
@@ -76,6 +81,7 @@ def test_a_table_that_is_missing_is_one_line_that_says_where_it_comes_from(tmp_p
     ],
     ids=[
         "a column",
+        "no header",
         "empty",
         "not UTF-8",
         "not UTF-8, packed",

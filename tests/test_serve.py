@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -182,6 +183,20 @@ def test_reference_scores_of_another_prompt_set_or_model_are_not_taken(
     with pytest.raises(ValueError, match="another model, run or step"):
         open_service(ServeRequest(str(older), (), made_results, "cpu"))
     assert open_service(ServeRequest(str(made_run), (), None, "cpu")).references == {}
+
+
+@pytest.mark.parametrize("change", [{"format": 1}, {"note": "edited"}])
+def test_results_that_cannot_be_read_beside_a_run_are_told_once(
+    made_run: Path, made_results: Path, tmp_path: Path, change: dict, caplog
+):
+    run = tmp_path / "run"
+    shutil.copytree(made_run, run)
+    shutil.copytree(made_results, run / "test")
+    assert open_service(ServeRequest(str(run), (), None, "cpu")).references and not caplog.text
+    path = run / "test/results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert open_service(ServeRequest(str(run), (), None, "cpu")).references == {}
+    assert caplog.text.count("give no reference scores") == 1 and str(path) in caplog.text
 
 
 def test_words_that_the_model_cannot_read_are_told_each_time(client: TestClient, files: list[Path]):

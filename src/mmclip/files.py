@@ -97,6 +97,17 @@ def is_sealed(values: Mapping[str, Any], key: str = "sha256") -> bool:
     return values.get(key) == json_sha256({k: v for k, v in values.items() if k != key})
 
 
+def unsealed(values: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
+    """The values that `sealed` put under a checksum, without it.
+
+    Raises:
+        ValueError: When they were changed since, or have none.
+    """
+    if not is_sealed(values, key):
+        raise ValueError("its checksum differs from its content, or it has none")
+    return {name: value for name, value in values.items() if name != key}
+
+
 # -- writing --
 
 
@@ -265,8 +276,9 @@ def _acquired(path: Path, what: str, shared: bool) -> int:
     if shared:
         _try(handle, is_exclusive=False)
     here = f"host {socket.gethostname()}, process {os.getpid()}, since {time.strftime('%F %T')}"
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, (here + "\n").encode(), 0)
+    with suppress(OSError):  # a full disk: the lock holds without a word of who has it
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, (here + "\n").encode(), 0)
     return handle
 
 

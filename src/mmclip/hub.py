@@ -1,10 +1,15 @@
-"""Whether a pretrained model can be had, asked once, before libraries ask for a minute."""
+"""Whether a pretrained model can be had, asked once, before libraries ask for a minute.
+
+Of a folder that `mmclip export` wrote, whether it is whole.
+"""
 
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from mmclip.exported import why_not_whole
 
 TIMEOUT_S = 10
 """[chosen: long for an answer, short for a person]"""
@@ -17,7 +22,7 @@ def why_unavailable(name_or_folder: str) -> str | None:
         A reason in a few words, with the next step where there is one; None where it can be had.
     """
     if Path(name_or_folder).is_dir():
-        return None
+        return why_not_whole(Path(name_or_folder))
     try:
         validate_repo_id(name_or_folder)
     except HFValidationError:

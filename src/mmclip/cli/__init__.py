@@ -3,9 +3,11 @@
 Imports of torch and transformers happen inside the commands, so that --help is quick.
 """
 
+import errno
 import io
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -154,12 +156,32 @@ def main() -> None:
         known = isinstance(error, ValueError | OSError | RuntimeError)
         kind = "" if known else f"unexpected {type(error).__name__}: "
         hint = "" if known else " (run again with --debug after `mmclip` for the traceback)"
-        said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        said = " ".join(error_line(error).split())
         console.print(f"error: {kind}{said}{hint}", style="red", markup=False, soft_wrap=True)
         code = 1
     if code == 130:
         console.print("interrupted")
     sys.exit(code)
+
+
+def error_line(error: Exception) -> str:
+    """What an error says; of the system's, the path, the reason and the next step."""
+    if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # so numpy says it
+    if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
+        return str(error)
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    where = "" if error.filename is None else f"{error.filename}: "
+    step = _NEXT_STEPS.get(error.errno, "")
+    return f"{where}{reason}{step}"
+
+
+_NEXT_STEPS = {
+    errno.ENOSPC: "; make room, or write to another disk: what was there before is as it was",
+    errno.EDQUOT: "; make room, or write to another disk: what was there before is as it was",
+    errno.EACCES: "; ask for the right to it, or choose another place",
+    errno.EROFS: "; choose a place that can be written, by --out",
+}
 
 
 def _say_usage_error(error: Any) -> int:

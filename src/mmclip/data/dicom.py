@@ -115,14 +115,13 @@ def is_native(content: bytes) -> bool:
 def silent_pydicom() -> Iterator[None]:
     """Keeps pydicom from warning and logging: both quote values of the header."""
     logger = logging.getLogger("pydicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    was_disabled, logger.disabled = logger.disabled, True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logger.disabled = was_disabled
 
 
 def decode_dicom(content: bytes, max_px: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from mmclip.checkpoint import code_version
 from mmclip.evaluation.protocols import BUILT, Protocol
 from mmclip.evaluation.scores import SCORES_FILE, Predictions, ScoresError, load_scores
 from mmclip.evaluation.thresholds import ThresholdOrigin
-from mmclip.files import file_sha256, is_sealed, sealed, write_text_atomic
+from mmclip.files import file_sha256, sealed, unsealed, write_text_atomic
 from mmclip.models.dual_encoder import UNKNOWN_WEIGHTS, Seen, Weights, ZeroshotRule
 from mmclip.prompts import PromptSet
 
@@ -350,10 +350,7 @@ def read_results(folder: Path) -> RunResults:
     path = folder / RESULTS_FILE
     try:
         stored = dict(json.loads(path.read_text("utf-8")))
-        if stored.get("format") == FORMAT and not is_sealed(stored):
-            raise ValueError("its checksum differs from its content")
-        plain = {key: value for key, value in stored.items() if key != "sha256"}
-        found = checked(plain) if stored.get("format") == FORMAT else None
+        found = checked(unsealed(stored)) if stored.get("format") == FORMAT else None
     except OSError:
         raise ResultsError(
             f"{folder} holds no {RESULTS_FILE}; give the --out of `mmclip zeroshot` or the like"

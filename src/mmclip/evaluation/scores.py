@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from mmclip.data.ingest.csv_rows import what_it_has
 from mmclip.data.leakage.check import patient_key
 from mmclip.evaluation.selection import LabelledImages
 
@@ -181,8 +182,8 @@ def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> N
         )
     if missing := [name for name in needed if name not in header]:
         raise ScoresError(
-            f"{path} lacks the columns {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, header)) or 'none'}"
+            f"{path} lacks the columns {', '.join(map(repr, missing))}; "
+            f"{what_it_has(header, needed)}"
         )
     if twice := [name for name in needed if header.count(name) > 1]:
         raise ScoresError(f"{path} names column {twice[0]!r} twice; leave one of them out")

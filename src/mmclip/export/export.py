@@ -22,7 +22,6 @@ from mmclip.export.card import CARD_FILE, write_card
 from mmclip.export.dual_encoder import dual_encoder
 from mmclip.export.graphs import check_onnx, write_graphs
 from mmclip.export.towers import (
-    FACTS_FILE,
     Plain,
     clean_tokenizer_config,
     encoder_alone,
@@ -30,6 +29,7 @@ from mmclip.export.towers import (
     plain_model,
     processor_config,
 )
+from mmclip.exported import FACTS_FILE, write_facts
 from mmclip.finetuning.saved import is_fine_tuned
 from mmclip.run import Run, open_run
 
@@ -101,8 +101,7 @@ def export(request: ExportRequest) -> str | None:
 
     def fill(folder: Path) -> None:
         write(folder)
-        facts = {"format": 1, "form": request.form, **facts_of(plain)}
-        _write_json(folder / FACTS_FILE, facts)
+        write_facts(folder, {"form": request.form, **facts_of(plain)})
         name = (request.push_to_hub or request.out.resolve().name).rpartition("/")[2]
         card = folder / CARD_FILE
         write_card(card, name, request.form, run, plain, results, request.licence)

@@ -29,9 +29,6 @@ LUMINANCE = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 """The share of red, green and blue in a grey value. Source: Pillow's convert("L"), by which
 `data.images` reads colour; ITU-R 601-2."""
 
-FACTS_FILE = "mmclip.json"
-"""What a folder of transformers cannot say of our model; see `facts_of`."""
-
 PROBES = ("No acute disease.", "Large left pleural effusion with an enlarged heart.")
 """Texts that an export and we both encode, to compare."""
 

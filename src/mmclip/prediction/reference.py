@@ -1,6 +1,8 @@
 """The scores of validation images by the very same model: what a probability is held against."""
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from mmclip.models.dual_encoder import DualEncoder
 from mmclip.prediction.decisions import folder_of, refuse_other
 from mmclip.prompts import PromptSet, plain_name
 from mmclip.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,20 +78,32 @@ def read_reference(
     return found
 
 
+@cache  # each prompt set asks again
+def _tell_of(unreadable: str) -> None:
+    logger.warning("these results give no reference scores: %s", unreadable)
+
+
 def find_reference(model: DualEncoder | FineTuned, prompts: PromptSet) -> Path | None:
     """Results of the model with these prompts in or around its run, if there are any.
 
     `mmclip zeroshot` is often told to write into the run, and `mmclip demo` and `mmclip finetune`
-    write around it.
+    write around it. Results that cannot be read, as those of an older version, are told in a
+    warning; those of another model or other prompts are passed over.
     """
     if not isinstance(model, Run | FineTuned):
         return None  # the folder of a model of others is not looked into
     run = run_folder(model.folder)
     for folder in (run, run.parent, *sorted(path.parent for path in run.glob(f"*/{RESULTS_FILE}"))):
-        if (folder / RESULTS_FILE).is_file():
-            try:
-                read_reference(folder, model, prompts)
-            except (ResultsError, ScoresError):
-                continue
-            return folder
+        if not (folder / RESULTS_FILE).is_file():
+            continue
+        try:
+            read_results(folder)
+        except ResultsError as error:
+            _tell_of(str(error))
+            continue
+        try:
+            read_reference(folder, model, prompts)
+        except (ResultsError, ScoresError):
+            continue
+        return folder
     return None

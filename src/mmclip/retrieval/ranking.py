@@ -35,7 +35,7 @@ from mmclip.evaluation.results import (
     provenance,
 )
 from mmclip.evaluation.selection import FRONTAL, check_sources, split_of, unknown_views
-from mmclip.files import file_sha256, is_sealed, made_beside, sealed
+from mmclip.files import file_sha256, made_beside, sealed, unsealed
 from mmclip.losses import positive_pairs
 from mmclip.model_loading import ModelRequest, open_dual_encoder
 from mmclip.models.dual_encoder import DualEncoder
@@ -408,9 +408,7 @@ def read_retrieval(folder: Path) -> RetrievalResults:
     path = folder / RETRIEVAL_FILE
     try:
         stored = dict(json.loads(path.read_text("utf-8")))
-        if not is_sealed(stored):
-            raise ValueError("its checksum differs from its content, or it has none")
-        return RetrievalResults.model_validate({k: v for k, v in stored.items() if k != "sha256"})
+        return RetrievalResults.model_validate(unsealed(stored))
     except (ValueError, TypeError, OSError) as error:
         said = " ".join(str(error).split())
         raise ValueError(

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -60,8 +61,9 @@ def read_rows(
     """The rows of a table, as they stream by; blank lines are no rows.
 
     A row has a problem when its number of fields is not the header's: a comma too many moves what
-    stands behind it, even where the last field is empty. A first line "sep=;", which Excel writes
-    and obeys, names the delimiter.
+    stands behind it, even where the last field is empty. So has one with an error of Excel, such as
+    "#N/A", in one of `columns`: it would be everybody's patient id. A first line "sep=;", which
+    Excel writes and obeys, names the delimiter.
 
     Args:
         path: The table, plain, as .gz, or alone in a .zip; or an Excel file, whose first sheet is
@@ -84,8 +86,8 @@ def read_rows(
                 said = {name: repr(name) for name in columns}
                 raise SourceError(f"{path}: {lacking(path, header, said, delimiter, encoding)}")
             raise SourceError(
-                f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
-                f"{', '.join(header)}; {remedy}"
+                f"{path} has no column {', '.join(map(repr, missing))}; "
+                f"{what_it_has(header, columns)}; {remedy}"
             )
         if doubled := sorted(name for name in set(columns) if header.count(name) > 1):
             raise SourceError(f"{path} has {', '.join(doubled)} twice; {remedy}")
@@ -96,7 +98,20 @@ def read_rows(
             if len(values) not in (len(first), len(header)):
                 problem = f"the row has {len(values)} fields, the header {len(header)}"
             cells = {k: v.strip() for k, v in zip(header, values, strict=False)}
+            for name in columns:
+                if cells.get(name, "").upper() in _EXCEL_ERRORS:
+                    problem = problem or f"{name} is {cells[name]}, an error of Excel"
             yield Row(cells, problem)
+
+
+_EXCEL_ERRORS = frozenset(
+    (
+        "#N/A", "#NV", "#REF!", "#BEZUG!", "#VALUE!", "#WERT!", "#VALEUR!", "#NAME?", "#NOM?",
+        "#DIV/0!", "#NUM!", "#NULL!", "#ZAHL!", "#N/D", "#\u00a1REF!", "#\u00a1VALOR!",
+        "#\u00bfNOMBRE?", "#\u00a1DIV/0!", "#SPILL!", "#\u00dcBERLAUF!", "#CALC!",
+    )
+)  # fmt: skip
+"""What a cell shows whose formula failed, as a look-up that finds nothing, in some languages."""
 
 
 def _names(first: list[str]) -> list[str]:
@@ -271,8 +286,23 @@ def lacking(
                     f"{cells[0]!r} has; delete the rows above that one"
                 )
     return (
-        f"no column {missing}; its columns are {', '.join(header)}; name them in the mapping as "
-        f"the table does"
+        f"no column {missing}; {what_it_has(header, used)}; name them in the mapping as the table "
+        f"does"
+    )
+
+
+def what_it_has(first: list[str], wanted: Collection[str]) -> str:
+    """The columns of a table, where its first row is a header by one of the names in it.
+
+    The first row of a table without a header is a patient's, and is never printed.
+    """
+    known = {name.casefold() for name in wanted}
+    names = [name.casefold() for name in first]
+    if any(name in known or get_close_matches(name, known, 1, 0.8) for name in names if name):
+        return f"its columns are {', '.join(first)}"
+    return (
+        f"its first row, with {len(first)} cells, has none of the names that are looked for, and "
+        f"is not printed, as it may be a patient's; the first row must name the columns"
     )
 
 

@@ -192,19 +192,31 @@ def _view(word: str, mapping: CsvMapping) -> View:
     return mapping.views.get(word.lower()) or _VIEWS[word.lower()]
 
 
+_UNITS = (
+    (1, "Y|YRS?|YEARS?|A|ANS?|AÑOS?|ANOS?|ANNI|J|JAHRE?N?|JAAR|LAT"),
+    (12, "M|MOS?|MONTHS?|MOIS|MES|MESES|MONATE?N?|MAANDE?N?|MESI"),
+    (52.18, "W|WKS?|WEEKS?|WOCHEN?|SEMAINES?|SEMANAS?|WEKEN"),
+    (365.25, "D|DAYS?|TAGE?N?|JOURS?|DÍAS?|DIAS?|DAGEN"),
+)
+"""How many of a unit are a year, and its words, as DICOM and hospitals in Europe write them."""
+
 _AGE = re.compile(
-    r"(\d+(?:\.\d+)?)[\s-]*(?:(Y(?:RS?|EARS?)?|M(?:OS?|ONTHS?)?|W(?:KS?|EEKS?)?|D(?:AYS?)?)\.?"
-    r"(?:[\s-]*(?:/?O|OLD))?)?"
+    r"[>≥]?\s*(\d+(?:[.,]\d+)?)\s*\+?[\s-]*(?:(?:"
+    + "|".join(f"({words})" for _, words in _UNITS)
+    + r")\.?(?:[\s-]*(?:/?O|OLD|ALT))?)?"
 )
 
 
 def parse_age(text: str) -> float | None:
-    """An age in years from "54", "54.0", DICOM's "063Y", "018M", or "54 years"; see `known_age`."""
+    """An age in years from "54", "54,5", DICOM's "063Y", "018M", or "54 Jahre"; see `known_age`.
+
+    "90+" and ">89", as ages are hidden by, are the number that they give.
+    """
     match = _AGE.fullmatch(text.strip().upper())
     if match is None:
         return None
-    unit = (match[2] or "Y")[0]
-    return known_age(float(match[1]) / {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}[unit])
+    unit = next((i for i, word in enumerate(match.groups()[1:]) if word), 0)
+    return known_age(float(match[1].replace(",", ".")) / _UNITS[unit][0])
 
 
 def known_age(years: float) -> float | None:
@@ -271,15 +283,32 @@ def _value(text: str, column: str, rules: Labels) -> int:
     if text.lower() in words:
         return words[text.lower()]
     try:
-        number = float(text)
+        number = float(_DECIMAL_COMMA.sub(r"\1.\2", text))
     except ValueError:
         number = math.nan
     if number not in (PRESENT, ABSENT, UNCERTAIN):
         raise ValueError(
-            f"{column} is {text!r}, not 1, 0, -1 or blank, nor a word of {', '.join(words)}; "
-            f"add it to yes, no or maybe in [labels]"
+            f"{column} is {text[:_LONGEST_WORD]!r}, not 1, 0, -1 or blank, nor a word of "
+            f"{', '.join(words)}; add it to yes, no or maybe in [labels]"
         )
     return int(number)
+
+
+_DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")  # "1,0" of an Excel in most of Europe
+
+_LONGEST_WORD = 60
+"""Characters of a cell that is still a label. [chosen: the longest of PadChest has 37]"""
+
+
+def _unexplained(section: str, counts: Counter[str]) -> str:
+    """The words of a column that a mapping does not explain; a report among them is not printed."""
+    words = [f"{word!r} ({n})" for word, n in counts.most_common() if len(word) <= _LONGEST_WORD]
+    if n_long := len(counts) - len(words):
+        words.append(
+            f"{n_long} cells of more than {_LONGEST_WORD} characters, which are not printed: is "
+            f"this the right column"
+        )
+    return f"[{section}] does not explain {', '.join(words)}; add the words to the mapping"
 
 
 def _check_table(path: Path, mapping: CsvMapping) -> None:
@@ -322,8 +351,7 @@ def _check_table(path: Path, mapping: CsvMapping) -> None:
             problems.append("a header and no rows below it; give a table with rows")
     for section, counts in unmapped.items():
         if counts:
-            words = ", ".join(f"{word!r} ({n})" for word, n in counts.most_common())
-            problems.append(f"[{section}] does not explain {words}; add the words to the mapping")
+            problems.append(_unexplained(section, counts))
     never: set[str] = set()
     if n_sound and (columns.labels is None or columns.labels in header):
         misspelt, never = _never_said(rules.closed, said)

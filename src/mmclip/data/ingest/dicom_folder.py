@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pydicom
 
-from mmclip.data.dicom import read_header
+from mmclip.data.dicom import read_header, silent_pydicom
 from mmclip.data.ingest.csv_rows import SourceError
 from mmclip.data.ingest.csv_table import find_table, parse_age
 from mmclip.data.ingest.report_table import (
@@ -157,7 +157,8 @@ def _records(
     for path in _files(root):
         if path.resolve() in ours:
             continue
-        record = _record(row, path, root, mapping, reports, key, keeps)
+        with silent_pydicom():  # it converts values, and complains of them, when they are asked for
+            record = _record(row, path, root, mapping, reports, key, keeps)
         if isinstance(record, Sample):
             counts["images"] += 1
             counts["without"] += record.report is None

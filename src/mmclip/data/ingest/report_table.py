@@ -135,7 +135,8 @@ def read_reports(table: Path, mapping: ReportMapping) -> Reports:
         if study:
             found.by_study.setdefault(study, []).append(number)
     for n, what in (
-        (n_broken, "have another number of fields than the header, and are not read"),
+        (n_broken, "have another number of fields than the header, or an error of Excel, and are "
+         "not read"),
         (n_no_id, "name no study, and are not read"),
         (n_empty, "hold no report, and are not read"),
         (len(bad_dates), f"have a date that is not {mapping.date_format!r}, and stand last"

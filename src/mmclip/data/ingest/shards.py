@@ -206,19 +206,22 @@ def _do_chunk(folder: Path, number: int, chunk: Sequence[Any], work: Work) -> tu
         content = work.do(chunk)
     aside = folder / f"{number:06d}.{secrets.token_hex(8)}.tmp"
     array_file = None
-    if content.array is not None:
-        array_file = _array_file(folder, number)
-        with aside.open("wb") as file:
-            np.save(file, content.array)
-        aside.replace(array_file)
-    known = {
-        "fingerprint": fingerprint,
-        "sha256": _checksum(content.facts, array_file),
-        "has_array": array_file is not None,
-        "facts": content.facts,
-    }
-    aside.write_text(json.dumps(known), "utf-8")
-    aside.replace(_facts_file(folder, number))
+    try:
+        if content.array is not None:
+            array_file = _array_file(folder, number)
+            with aside.open("wb") as file:
+                np.save(file, content.array)
+            aside.replace(array_file)
+        known = {
+            "fingerprint": fingerprint,
+            "sha256": _checksum(content.facts, array_file),
+            "has_array": array_file is not None,
+            "facts": content.facts,
+        }
+        aside.write_text(json.dumps(known), "utf-8")
+        aside.replace(_facts_file(folder, number))
+    finally:
+        aside.unlink(missing_ok=True)  # of a full disk
     return number, fingerprint
 
 
