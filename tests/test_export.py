@@ -400,6 +400,17 @@ def test_an_export_that_is_there_is_replaced_by_overwrite_alone(vit_run: Path, t
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {out.name}
 
 
+def test_an_export_into_a_link_goes_where_the_link_leads(vit_run: Path, tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk", target_is_directory=True)
+    for _ in range(2):
+        ended = mmclip(tmp_path, "export", vit_run, "--to", "vision", "--out", link, "--overwrite")
+        assert ended.code == 0, ended.err
+        assert link.is_symlink() and (tmp_path / "disk/config.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["disk", "link"]
+
+
 def test_overwrite_replaces_no_folder_of_something_else(vit_run: Path, tmp_path: Path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.md").write_text("years of work", "utf-8")

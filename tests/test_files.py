@@ -325,3 +325,15 @@ def test_a_lock_is_taken_where_nothing_more_can_be_written(
 )
 def test_an_error_of_the_system_names_path_reason_and_next_step(error: OSError, said: str):
     assert error_line(error).startswith(said)
+
+
+def test_a_link_is_written_through(tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    link, whole = tmp_path / "link.csv", tmp_path / "disk/whole.csv"
+    link.symlink_to(whole)
+    for text in (b"first", b"second"):
+        with write_atomic(link) as file:
+            file.write(text)
+        assert link.is_symlink() and whole.read_bytes() == text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link.csv"]
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["whole.csv"]

@@ -115,8 +115,10 @@ def unsealed(values: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
 def write_atomic(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of `path` once it is whole and on the disk.
 
-    Where writing fails, as on a full disk, what was there stays.
+    Where writing fails, as on a full disk, what was there stays. A link is written through: it
+    stays, and the file that it names is replaced.
     """
+    path = Path(os.path.realpath(path))
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with aside.open("wb") as file:

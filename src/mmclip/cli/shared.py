@@ -298,10 +298,11 @@ def print_results(results: "RunResults", out: Path) -> None:
     spread = interval(results.macro_auroc_ci)
     table.add_row("macro", auroc, spread, auprc, f1, mcc, "", "", style="bold")
     for name, control in results.controls.items():
-        table.add_row(f"control: {name}", number(control.macro_auroc), style="dim")
+        table.add_row(name, number(control.macro_auroc), style="dim")
     console.print(table)
     console.print(
-        f"macro: the mean over findings with at least {results.min_count} images of either kind",
+        f"macro: the mean over findings with at least {results.min_count} images of either kind"
+        + (f"; below it {' and '.join(results.controls)}, as controls" if results.controls else ""),
         style="dim",
     )
     for row in results.undefined:

@@ -68,9 +68,9 @@ _ESCAPED_BREAK = re.compile(
     r"|(?<=[.:;\s])[|~]+(?=\s?(?:[A-Z]|$))"
 )
 _NUMBERED_HEADING = re.compile(
-    r"^[ \t]*\d{1,2}[.)][ \t]*(?=(?:FINDINGS|IMPRESSION|CONCLUSION|INDICATION|TECHNIQUE|COMPARISON"
+    r"^ ?\d{1,2}[.)][ \t]*(?=(?:FINDINGS|IMPRESSION|CONCLUSION|INDICATION|TECHNIQUE|COMPARISON"
     r"|HISTORY)\b)",
-    re.MULTILINE | re.IGNORECASE,
+    re.IGNORECASE,
 )
 # Whole lines that say who the patient is, who asked for the image, and who printed the report.
 _WHO = (
@@ -83,7 +83,7 @@ _WHO = (
     r" (?:number|no\.?|id|#))"
 )
 _IDENTITY = re.compile(
-    rf"^ ?(?:{_WHO} ?[:#] ?+(?-i:(?![a-z]))[^\n:]{{1,60}}(?<!\w:)){{1,6}}$",
+    rf" ?(?:{_WHO} ?[:#] ?+(?-i:(?![a-z]))[^\n:]{{1,60}}(?<!\w:)){{1,6}}$",
     re.IGNORECASE | re.MULTILINE,
 )
 _SPACES = re.compile(r"[^\S\n]{2,}")
@@ -114,13 +114,13 @@ _NAME = r"(?-i:[A-Z])[\w.'-]{0,20}"
 _ROLE = r"(?:radiologist|registrar|consultant|radiographer|m\.?d|frcr)"
 _DEGREE = r"(?-i:M\.?D|D\.?O|FRCR|MBBS|PhD)\b\.?"
 _SIGNATURE_LINE = re.compile(
-    rf"^ ?(?:(?:prof\.? )?(?:drs?|prof)\b\.?(?: {_NAME}){{1,4}}"
+    rf" ?(?:(?:prof\.? )?(?:drs?|prof)\b\.?(?: {_NAME}){{1,4}}"
     rf"|(?:drs?|prof)\b\.?[^\n:.]{{0,60}}\b{_ROLE}\b[^\n:]{{0,60}}"
     rf"|(?:(?:consultant|reporting|attending|chest|specialist|senior|staff|radiology) ){{0,3}}"
     r"(?:radiologist|registrar|radiographer)\.?"
     rf"|{_NAME}, {_NAME}(?: {_NAME})?,? {_DEGREE}"
     rf"|{_NAME}(?: {_NAME}){{1,3}}, ?{_DEGREE}[^\n:]{{0,60}}) ?$",
-    re.IGNORECASE | re.MULTILINE,
+    re.IGNORECASE,
 )
 
 
@@ -130,13 +130,25 @@ def normalise(raw: str) -> str:
     Numbers of characters that do not exist become a space.
     """
     text = _ACCENTS.sub(r"\1", html.unescape(_HUGE_ENTITY.sub(" ", raw)))
-    if "\n" not in text:
+    if "\n" not in text and any(sign in text for sign in "\\|~"):
         text = _ESCAPED_BREAK.sub("\n", text)
-    text = _EMPHASIS.sub(r"\1", _TAG.sub("", _BREAK.sub("\n", text)))
+    if any(sign in text for sign in ("<", "\\", "_x")):
+        text = _TAG.sub("", _BREAK.sub("\n", text))
+    if "**" in text:
+        text = _EMPHASIS.sub(r"\1", text)
     text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
     text = _with_short_space("\n".join(text.splitlines()).replace("\t", " "))
-    text = _NUMBERED_HEADING.sub("", _IDENTITY.sub("", text))
-    return _SIGNATURE_LINE.sub("", _BOILERPLATE.sub("", text))
+    lines = text.split("\n")
+    if len(lines) > 1:
+        text = "\n".join(map(_without_names, lines))
+    return _BOILERPLATE.sub("", text)
+
+
+def _without_names(line: str) -> str:
+    """A line, or nothing where it names a patient, a referrer or who signed, and no more."""
+    if _IDENTITY.match(line) or _SIGNATURE_LINE.match(line):
+        return ""
+    return _NUMBERED_HEADING.sub("", line)
 
 
 def _with_short_space(text: str) -> str:

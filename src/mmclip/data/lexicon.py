@@ -22,7 +22,7 @@ from mmclip.data.sample import Entity, EntityKind, EntityStatus
 
 # A line break is a word where a paragraph, an item of a list or a structured line begins behind it.
 _WORD = re.compile(
-    r"\d+(?:[.,]\d+)+|\w+|\.{3,}|[^\w\s\-\u2010-\u2015]|(?<=\()-(?=\))|-ve\b"
+    r"\d+(?:[.,]\d+)+|\w+|\.{3,}|[^\w\s\-\u2010-\u2015]|-(?:ve\b|(?<=\(-)(?=\)))"
     r"|\n(?=[ \t]*(?:\n|[-*\u2022]|\d+[.)]|[A-Z][\w /()-]{1,40}:))"
 )
 _ALIASES = {
@@ -200,7 +200,7 @@ def _words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     """The words of a text in lower case, with their characters; the last one is always a "."."""
     places = [match.span() for match in _WORD.finditer(text)]
     words = [text[start:end].lower() for start, end in places]
-    if any(sign in text for sign in _ALIASES):
+    if any(sign in text for sign in ("\n", ")", "\u2019", "=", "-ve")):
         words = [_ALIASES.get(word, word) for word in words]
     if _LEADER in text:
         words = [":" if word.startswith(_LEADER) else word for word in words]

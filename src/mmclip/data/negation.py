@@ -138,6 +138,8 @@ def _without_open_resolutions(
     "Resolution of edema is incomplete" and "... is not seen" leave the edema there, and a doubt
     behind it ("is likely") leaves it in doubt.
     """
+    if not any(mark.is_resolution or mark.is_outcome for mark in marks):
+        return list(marks)
     out: list[Mark] = []
     for mark in marks:
         prior = out[-1] if out else None
@@ -292,8 +294,9 @@ def _with_ends_of_lists(
         if last < 0 or out[last].before is None:
             continue
         first = max(begin, finding.start - _CONJUNCTION_WORDS)
-        at = _place(words, first, finding.start)
-        if at is not None and at > out[last].end and out[last].before == "negated":
+        is_denied = out[last].before == "negated"
+        at = _place(words, first, finding.start) if is_denied else None
+        if at is not None and at > out[last].end:
             insort(out, Mark(at, at + 2), key=attrgetter("start"))
             continue
         at = finding.start - 1
@@ -304,7 +307,7 @@ def _with_ends_of_lists(
         is_differential = any(word in _LISTING for word in words[out[last].start : out[last].end])
         if is_differential and not _has_own_verb(words, finding, words[at], lists):
             continue
-        if _begins_anew(words, finding, at, out, out[last].before == "negated", lists):
+        if _begins_anew(words, finding, at, out, is_denied, lists):
             insort(out, Mark(at, at + 1), key=attrgetter("start"))
     return out
 

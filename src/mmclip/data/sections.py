@@ -68,10 +68,11 @@ _HEADER = re.compile(
 )
 
 _BARE = re.compile(  # "IMPRESSION Normal." and "IMPRESSION 1. NORMAL."
-    r"^[ \t]*(?:(?P<findings>FINDINGS?)|(?P<impression>IMPRESSIONS?|CONCLUSIONS?)"
+    r"^[ \t]*(?:(?P<findings>FINDINGS?)|IMPRESSIONS?|CONCLUSIONS?"
     r"|(?P<addendum>ADDENDUM))(?=[ \t]+(?:[A-Z][a-z]|\d{1,2}[.)][ \t]))",
     re.MULTILINE,
 )
+_BARE_WORDS = ("FINDING", "IMPRESSION", "CONCLUSION", "ADDENDUM")
 _DONE_WORD = (
     r"(?:a\.?m|p\.?m|chest|cxr|thorax|two|one|single|three|four|views?|pa|ap|lateral|lat|frontal|portable"
     r"|upright|supine|erect|semi|semi-?(?:upright|erect|supine)|and|of|the|with|for|an?"
@@ -193,8 +194,10 @@ def _headings(text: str) -> Iterator[tuple[Kind, int, int]]:
     for match in _HEADER.finditer(text):
         assert match.lastindex is not None
         found.append((match.start(), match.end(), _KIND_OF_GROUP[match.lastindex - 1]))
-    for match in _BARE.finditer(text):
-        kind = next(k for k in ("findings", "impression", "addendum") if match[k])
+    bare = _BARE.finditer(text) if any(word in text for word in _BARE_WORDS) else ()
+    for match in bare:
+        kind: Kind = "findings" if match["findings"] else "impression"
+        kind = "addendum" if match["addendum"] else kind
         found.append((match.start(), match.end(), kind))
     for match in _EXAM.finditer(text):
         name = match[0]

@@ -232,7 +232,8 @@ def _write_json(path: Path, values: dict) -> None:
 
 
 def _replace(out: Path, fill: Callable[[Path], None], overwrite: bool) -> None:
-    """Fills a folder beside `out` and renames it; what is there stays until then."""
+    """Fills a folder beside `out` and renames it; what is there stays until then, and links do."""
+    out = out.resolve()
     aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     old = out.with_name(f"{out.name}.{os.getpid()}.old.tmp")
     aside.parent.mkdir(parents=True, exist_ok=True)
