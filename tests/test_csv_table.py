@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from mmclip.config_io import ConfigError
+from mmclip.data.ages import parse_age
 from mmclip.data.folder import ManifestError
 from mmclip.data.ingest.build import build_data
 from mmclip.data.ingest.csv_mapping import CsvMapping, load_mapping
 from mmclip.data.ingest.csv_rows import read_rows
-from mmclip.data.ingest.csv_table import SourceError, parse_age, read_csv
+from mmclip.data.ingest.csv_table import SourceError, read_csv
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.sample import Excluded, Reason, Sample
 

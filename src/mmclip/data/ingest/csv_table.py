@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from mmclip.config_io import ConfigError
+from mmclip.data.ages import parse_age
 from mmclip.data.ingest.csv_mapping import (
     Columns,
     CsvMapping,
@@ -44,8 +45,6 @@ LIKENESS = 0.85
 REMEDY = "mend the quotes of the table, the names of its columns, or the mapping"
 """The next step where a user's table cannot be read."""
 
-MAX_AGE_YEARS = 120
-"""[chosen: nobody was older than 122; tables hold 155 and 414]"""
 
 _VIEWS: dict[str, View] = {"": "unknown", "?": "unknown", "unknown": "unknown", "lateral": "L"}
 _VIEWS |= {view.lower(): view for view in get_args(View)}
@@ -190,42 +189,6 @@ def _study_id(image_id: str, patient_id: str, report: Report) -> str:
 
 def _view(word: str, mapping: CsvMapping) -> View:
     return mapping.views.get(word.lower()) or _VIEWS[word.lower()]
-
-
-_UNITS = (
-    (1, "Y|YRS?|YEARS?|A|ANS?|AÑOS?|ANOS?|ANNI|J|JAHRE?N?|JAAR|LAT"),
-    (12, "M|MOS?|MONTHS?|MOIS|MES|MESES|MONATE?N?|MAANDE?N?|MESI"),
-    (52.18, "W|WKS?|WEEKS?|WOCHEN?|SEMAINES?|SEMANAS?|WEKEN"),
-    (365.25, "D|DAYS?|TAGE?N?|JOURS?|DÍAS?|DIAS?|DAGEN"),
-)
-"""How many of a unit are a year, and its words, as DICOM and hospitals in Europe write them."""
-
-_AGE = re.compile(
-    r"[>≥]?\s*(\d+(?:[.,]\d+)?)\s*\+?[\s-]*(?:(?:"
-    + "|".join(f"({words})" for _, words in _UNITS)
-    + r")\.?(?:[\s-]*(?:/?O|OLD|ALT))?)?"
-)
-
-
-def parse_age(text: str) -> float | None:
-    """An age in years from "54", "54,5", DICOM's "063Y", "018M", or "54 Jahre"; see `known_age`.
-
-    "90+" and ">89", as ages are hidden by, are the number that they give.
-    """
-    match = _AGE.fullmatch(text.strip().upper())
-    if match is None:
-        return None
-    unit = next((i for i, word in enumerate(match.groups()[1:]) if word), 0)
-    return known_age(float(match[1].replace(",", ".")) / _UNITS[unit][0])
-
-
-def known_age(years: float) -> float | None:
-    """An age as it was read, or None where it is none: 0, below it, or over 120 years.
-
-    0 stands where nobody gave an age ("000Y" in DICOM headers, 0 in CheXpert); infants have ages in
-    days, weeks or months.
-    """
-    return float(years) if 0 < years <= MAX_AGE_YEARS else None
 
 
 def _labels(

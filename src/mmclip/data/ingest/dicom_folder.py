@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pydicom
 
+from mmclip.data.ages import parse_age
 from mmclip.data.dicom import read_header, silent_pydicom
 from mmclip.data.ingest.csv_rows import SourceError
-from mmclip.data.ingest.csv_table import find_table, parse_age
+from mmclip.data.ingest.csv_table import find_table
 from mmclip.data.ingest.report_table import (
     ReportMapping,
     Reports,

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from mmclip.data.ages import parse_age
 from mmclip.data.ingest.csv_rows import SourceError, read_rows
-from mmclip.data.ingest.csv_table import parse_age
 from mmclip.data.readers.files import (
     SEXES,
     Box,

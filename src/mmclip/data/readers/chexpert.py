@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mmclip.data.ages import parse_age
 from mmclip.data.ingest.csv_rows import SourceError, header_of, read_rows
-from mmclip.data.ingest.csv_table import parse_age
 from mmclip.data.readers.files import (
     SEXES,
     bad_value,

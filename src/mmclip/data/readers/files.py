@@ -12,9 +12,9 @@ from typing import NamedTuple
 import pydicom
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
+from mmclip.data.ages import parse_age
 from mmclip.data.dicom import silent_pydicom
 from mmclip.data.ingest.csv_rows import SourceError, read_rows
-from mmclip.data.ingest.csv_table import parse_age
 from mmclip.data.sample import Excluded, Reason, Sample, Sex, Split, View
 
 SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from mmclip.data.ages import parse_age
 from mmclip.data.ingest.csv_rows import SourceError
-from mmclip.data.ingest.csv_table import parse_age
 from mmclip.data.readers.files import bad_value
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.sample import Record, Sample, Sex

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
+from mmclip.data.ages import known_age
 from mmclip.data.disease_prompts import NO_FINDING
 from mmclip.data.ingest.csv_rows import read_rows
-from mmclip.data.ingest.csv_table import known_age
 from mmclip.data.readers.files import (
     SEXES,
     bad_value,
