@@ -1,5 +1,6 @@
 """The command line: help with examples, errors in one clear line, results alone on stdout."""
 
+import io
 import json
 import re
 import shlex
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import mmclip as package
 from mmclip import doctor
-from mmclip.cli import app
+from mmclip.cli import app, tables
 from mmclip.cli.shared import check_results
 from mmclip.data.ingest.sources import READERS
 from mmclip.data.synthetic import FINDINGS, PRESETS
@@ -716,3 +718,21 @@ def test_long_lists_of_options_are_grouped_by_purpose(
         if o[:2] == "--"
     }
     assert set().union(*of_options.values()) == given | {"--help"}
+
+
+@pytest.mark.parametrize("width", [100, 80, 60, 44, 30])
+def test_a_number_of_a_table_is_whole_or_left_out(width: int, monkeypatch: pytest.MonkeyPatch):
+    written = io.StringIO()
+    narrow = Console(file=written, width=width, markup=False)
+    monkeypatch.setattr(tables, "console", narrow)
+    head = ("finding", "AUROC", "95 %", "present", "absent")
+    row = ("enlarged cardiomediastinum [/x]", "0.507", "0.264\u20130.747", "12,345", "123,456")
+    tables.print_table(head, [row, ("macro", "0.500")], ["", "bold"])
+    said = written.getvalue()
+    assert "\u2026" not in said and all(len(line) <= width for line in said.splitlines())
+    assert all(word in said for word in (*row[0].split(), "macro"))
+    shown = said.splitlines()[0].split("  ")
+    for name, cell in zip(head[1:], row[1:], strict=True):
+        assert (cell in said) == any(name == part.strip() for part in shown), name
+    told = " ".join(said.split())
+    assert ("left out, for a wider terminal" in told) == (row[-1] not in said)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from mmclip.cli.plain import IN_OUT, SELECTION, TRAINING, PlainCommand
 from mmclip.cli.shared import (
@@ -20,6 +19,7 @@ from mmclip.cli.shared import (
     refuse_choice_beside,
     resume_hint,
 )
+from mmclip.cli.tables import print_table
 from mmclip.files import locked
 from mmclip.progress import console
 
@@ -191,32 +191,27 @@ def _print_summary(summary: dict) -> None:
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.3f}"
 
-    table = Table(box=None, pad_edge=False)
-    for column in (
-        "method",
-        "patients",
-        "training images",
-        "macro AUROC",
-        "95 %",
+    head = (
+        "method", "patients", "training images", "macro AUROC", "95 %", "shortcut baseline",
         "each seed",
-        "shortcut_baseline",
-    ):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    )  # fmt: skip
+    rows: list[tuple[str, ...]] = []
     for line in summary["lines"]:
         interval = line["interval"]
         images = sorted(set(line["training_images"].values()))
-        table.add_row(
+        row = (
             line["method"],
             f"{line['fraction']:.0%}",
             f"{images[0]:,}" if len(images) == 1 else f"{images[0]:,}–{images[-1]:,}",
             number(line["mean"]),
             "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}",
-            "  ".join(f"{seed}: {number(v)}" for seed, v in line["macro_auroc"].items()),
             number(line["shortcut_baseline"]),
+            "  ".join(f"{seed}: {number(v)}" for seed, v in line["macro_auroc"].items()),
         )
+        rows.append(row)
     said = f"{summary['protocol']}: {summary['init']}, {summary['n_test']:,} test images"
     console.print(said, markup=False, soft_wrap=True)
-    console.print(table)
+    print_table(head, rows)
     console.print("95 %: over test patients and seeds, drawn together", style="dim")
     if any(line["mean"] is None for line in summary["lines"]):
         console.print(

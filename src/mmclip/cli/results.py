@@ -17,6 +17,7 @@ from mmclip.cli.shared import (
     command_line,
     split_name,
 )
+from mmclip.cli.tables import print_table
 from mmclip.files import locked, write_text_atomic
 from mmclip.progress import console
 
@@ -324,10 +325,7 @@ def _by_finding(
 def _print_tables(parts: "Sequence[Section]", first: "RunResults", drawn: str) -> None:
     for head, rows in parts:
         if rows:
-            table = Table(*head, box=None, pad_edge=False)
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
+            print_table(head, rows, justify="left")
     few = [row.finding for row in first.findings if not row.in_macro]
     if few:
         console.print(

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from mmclip.cli.plain import IN_OUT, INTERVALS, OTHER, SELECTION, TRAINING
+from mmclip.cli.tables import print_table
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -275,12 +275,10 @@ def check_results(out: Path, name: str = "results.json") -> None:
 
 def print_results(results: "RunResults", out: Path) -> None:
     """The table for people on stderr, the page's path on stdout."""
-    table = Table(box=None, pad_edge=False)
     wide = console.width >= 110
     beside = {name: c.auroc for name, c in results.controls.items() if c.auroc and wide}
-    columns = ("finding", "AUROC", "95 %", "AUPRC", "F1", "MCC", "present", "absent", *beside)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "finding" else "right")
+    head = ("finding", "AUROC", "95 %", "AUPRC", "F1", "MCC", "present", "absent", *beside)
+    rows: list[tuple[str, ...]] = []
 
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.3f}"
@@ -292,14 +290,15 @@ def print_results(results: "RunResults", out: Path) -> None:
         values = (number(row.auroc), interval(row.auroc_ci), number(row.auprc), number(row.f1))
         counts = (f"{row.n_positive:,}", f"{row.n_negative:,}")
         others = (number(auroc.get(row.finding)) for auroc in beside.values())
-        table.add_row(row.finding, *values, number(row.mcc), *counts, *others)
+        rows.append((row.finding, *values, number(row.mcc), *counts, *others))
     macro = (results.macro_auroc, results.macro_auprc, results.macro_f1, results.macro_mcc)
     auroc, auprc, f1, mcc = map(number, macro)
     spread = interval(results.macro_auroc_ci)
-    table.add_row("macro", auroc, spread, auprc, f1, mcc, "", "", style="bold")
-    for name, control in results.controls.items():
-        table.add_row(name, number(control.macro_auroc), style="dim")
-    console.print(table)
+    rows.append(("macro", auroc, spread, auprc, f1, mcc))
+    rows += [(name, number(each.macro_auroc)) for name, each in results.controls.items()]
+    print_table(
+        head, rows, [*[""] * len(results.findings), "bold", *["dim"] * len(results.controls)]
+    )
     console.print(
         f"macro: the mean over findings with at least {results.min_count} images of either kind"
         + (f"; below it {' and '.join(results.controls)}, as controls" if results.controls else ""),
