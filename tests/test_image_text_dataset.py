@@ -69,6 +69,19 @@ def test_the_grid_is_that_of_torch():
         torch.testing.assert_close(grid_of(theta, size), theirs, atol=1e-6, rtol=0)
 
 
+@pytest.mark.ledger("augmentation")
+def test_images_are_augmented_alike_alone_and_together(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (5, 24, 24), dtype=torch.uint8, generator=generator)
+    uniforms, config = torch.rand(5, 9, generator=generator), AugmentConfig(crop_scale=0.6)
+    one_by_one = augmented(pixels, uniforms, config, 16)
+    monkeypatch.setattr("mmclip.data.image_text_dataset.IMAGES_AT_ONCE", 3)
+    assert torch.equal(augmented(pixels, uniforms, config, 16), one_by_one)
+    plain = augment(normalise(pixels), uniforms, config, 16)
+    torch.testing.assert_close(one_by_one, plain, atol=1e-5, rtol=0)
+    assert augmented(pixels[:0], uniforms[:0], config, 16).shape == (0, 1, 16, 16)
+
+
 def test_crops_are_cut_from_larger_images_as_far_as_the_folder_holds_them(folder: Path):
     rows = np.arange(2)
     for px, crop_scale, side in ((16, 1.0, 16), (16, 0.5, 23), (16, 0.25, 32), (16, 0.1, 32)):

@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import json
 from dataclasses import asdict, replace
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmclip.data.folder import ManifestError, is_built, read_meta
+from mmclip.data.folder import ManifestError, is_built, read_meta, write_meta
 from mmclip.data.manifest import (
     SCHEMA,
     data_hash,
@@ -77,6 +78,10 @@ def test_records_come_back_from_disk_as_they_were(tmp_path: Path):
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+entities = st.builds(
+    Entity, st.integers(0, 9), st.integers(10, 99), st.sampled_from(["finding", "anatomy"]), texts,
+    st.sampled_from(["present", "negated"]), st.none() | st.tuples(st.just(3), st.integers(4, 9)),
+)  # fmt: skip
 # Values, not images: beartype checks an image by random draws, which no strategy may make.
 samples = st.fixed_dictionaries(
     {
@@ -90,6 +95,7 @@ samples = st.fixed_dictionaries(
         "findings": st.none() | texts,
         "impression": st.none() | texts,
         "report": st.none() | texts,
+        "entities": st.lists(entities, max_size=3).map(tuple),
         "labels": st.dictionaries(texts, st.sampled_from([1, 0, -1]), max_size=4),
         "source_labels": st.lists(texts, max_size=3).map(tuple),
         "label_origin": st.sampled_from([None, "image-reader", "report-program"]),
@@ -110,6 +116,14 @@ def test_any_record_survives_the_table_and_keeps_its_hash(drawn):
     again = list(from_table(table))
     assert again == records
     assert data_hash(again, 64) == data_hash(records, 64)
+    assert list(from_table(table.slice(1, 2))) == records[1:3]
+
+
+def test_entities_beyond_those_at_hand_are_read_as_the_others(monkeypatch):
+    monkeypatch.setattr("mmclip.data.manifest.MAX_ENTITIES", 2)
+    spans = [tuple(Entity(i % 3, 5 + i, "finding", "mass") for i in range(n)) for n in (4, 0, 5)]
+    records = [replace(sample(n), split="train", entities=some) for n, some in enumerate(spans)]
+    assert list(from_table(to_table(records))) == records
 
 
 def test_a_whole_number_of_years_does_not_break_the_hash(tmp_path: Path):
@@ -167,6 +181,41 @@ def test_a_changed_manifest_is_noticed(tmp_path: Path):
     pq.write_table(to_table(samples), path)
     with pytest.raises(ManifestError, match="the data hash differs"):
         read_manifest(tmp_path)
+
+
+def test_equal_records_in_other_bytes_are_read_as_those_of_older_builds_are(tmp_path: Path):
+    meta = write(tmp_path, [FULL, BARE])
+    path = tmp_path / "samples.parquet"
+    assert meta["manifest_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    pq.write_table(pq.read_table(path), path, compression="none")
+    assert meta["manifest_sha256"] != hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_manifest(tmp_path) == [FULL, BARE]
+    write_meta(tmp_path, {k: v for k, v in meta.items() if k != "manifest_sha256"})
+    assert read_manifest(tmp_path) == [FULL, BARE]
+
+
+def test_records_of_equal_bytes_are_not_hashed_again(tmp_path: Path, monkeypatch):
+    write(tmp_path, [FULL, BARE])
+    monkeypatch.delattr("mmclip.data.manifest.data_hash")
+    assert read_manifest(tmp_path) == [FULL, BARE]
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_the_collector_is_as_it_was_after_a_reading_and_after_an_error(
+    tmp_path: Path, was_on: bool
+):
+    write(tmp_path, [FULL])
+    try:
+        if not was_on:
+            gc.disable()
+        read_manifest(tmp_path)
+        assert gc.isenabled() == was_on
+        (tmp_path / "samples.parquet").write_bytes(b"")
+        with pytest.raises(ManifestError, match="damaged"):
+            read_manifest(tmp_path)
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
 
 
 def test_other_columns_are_named(tmp_path: Path):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.batch import Batch, BatchSlice, TextBatch, on_each_tensor
+from mmclip.collector import collector_paused
 from mmclip.config import AugmentConfig, Config
 from mmclip.data.corpus import (
     MAX_SENTENCES,
@@ -114,6 +115,7 @@ class TrainingBatches:
     A step reads the same pairs whatever else it reads; the others come on top.
     """
 
+    @collector_paused()
     def __init__(
         self,
         dataset: ImageTextDataset,

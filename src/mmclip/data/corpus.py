@@ -1,13 +1,16 @@
 """The reports of a data set as tokens: tokenised once, then read whole or in part."""
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.data.entities import is_entity_tokens
+from mmclip.data.pieces import FlatTokens, encode_pieces, keeps_to_pieces, starts_of
 from mmclip.data.sample import Entity
 from mmclip.data.text import split_sentences, tokenise
 from mmclip.data.tokenizer import Frame, frame_of
@@ -155,39 +158,103 @@ def tokenise_corpus(
         entities: Of each report; leave those out that shall never be masked.
         impressions: The character at which the impression of each report begins, if it has one.
     """
-    columns: list[list[np.ndarray]] = [[], [], [], []]
-    n_sentences, first = [], []
-    for i, (report, tokens) in enumerate(zip(reports, _tokens_of(tokenizer, reports), strict=True)):
-        ids, offsets, is_valid = tokens
-        is_text = is_valid & (offsets[:, 1] > offsets[:, 0])
-        ends = np.array([end for _, end in split_sentences(report)])
-        last = max(len(ends) - 1, 0)
-        sentence = np.minimum(np.searchsorted(ends, offsets[is_text, 0], side="right"), last)
-        concepts, cues = mark_concepts(entities[i], offsets[is_text])
-        for column, values in zip(columns, (ids[is_text], sentence, concepts, cues), strict=True):
-            column.append(values)
-        n_sentences.append(last + 1)
-        at = impressions[i]
-        begins = last + 1 if at is None else int(np.searchsorted(ends, at, side="right"))
-        first.append(begins)
+    tokens = encode_flat(tokenizer, reports)
+    of_report = np.repeat(np.arange(len(reports)), np.diff(tokens.start))
+    # Characters of one text that all reports are, a character apart.
+    shift = starts_of(np.fromiter(map(len, reports), np.int64, len(reports)) + 1)[:-1]
+    begin, end = tokens.begin + shift[of_report], tokens.end + shift[of_report]
 
-    def joined(parts: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
-
-    counts = [len(ids) for ids in columns[0]]
+    ends = [[stop for _, stop in split_sentences(report)] for report in reports]
+    n_ends = np.fromiter(map(len, ends), np.int64, len(ends))
+    flat = np.fromiter(chain.from_iterable(ends), np.int64, n_ends.sum())
+    before = np.searchsorted(flat + np.repeat(shift, n_ends), begin, side="right")
+    last = np.maximum(n_ends - 1, 0)
+    sentence = np.minimum(before - starts_of(n_ends)[of_report], last[of_report])
+    impression = [
+        last[i] + 1 if at is None else bisect_right(ends[i], at) for i, at in enumerate(impressions)
+    ]
+    if is_ordered(begin) and is_ordered(end):
+        concept, cue = _marked(entities, shift, begin, end)
+    else:  # a tokenizer that puts characters in another order
+        marked = [
+            mark_concepts(some, np.stack([tokens.begin[here], tokens.end[here]], 1))
+            for some, here in zip(entities, map(slice, tokens.start, tokens.start[1:]), strict=True)
+        ]
+        concept, cue = (
+            np.concatenate([np.zeros(0, np.int32), *c]) for c in zip(*marked, strict=True)
+        )
     return Corpus(
-        *(joined(column) for column in columns),
-        start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        n_sentences=np.array(n_sentences, np.int32),
-        impression=np.array(first, np.int32),
+        ids=tokens.ids,
+        sentence=sentence.astype(np.int32),
+        concept=concept,
+        cue=cue,
+        start=tokens.start,
+        n_sentences=(last + 1).astype(np.int32),
+        impression=np.array(impression, np.int32),
         frame=frame_of(tokenizer),
     )
 
 
-def _tokens_of(
-    tokenizer: PreTrainedTokenizerFast, reports: Sequence[str]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Ids, offsets and validity of the tokens of each report."""
-    for start in range(0, len(reports), CHUNK):
-        tokens = tokenise(tokenizer, reports[start : start + CHUNK], max_tokens=UNCUT)
-        yield from zip(tokens.ids, tokens.offsets, tokens.is_valid, strict=True)
+def is_ordered(values: Int[np.ndarray, " n"]) -> bool:
+    """Whether no value is smaller than the one before it."""
+    return bool((values[1:] >= values[:-1]).all())
+
+
+def _marked(
+    entities: Sequence[Sequence[Entity]],
+    shift: Int[np.ndarray, " reports"],
+    begin: Int[np.ndarray, " total"],
+    end: Int[np.ndarray, " total"],
+) -> tuple[Int[np.ndarray, " total"], Int[np.ndarray, " total"]]:
+    """As `mark_concepts`, of all reports at once.
+
+    Args:
+        entities: Of each report.
+        shift: What is added to the characters of each report.
+        begin: The first character of each token, shifted, in order.
+        end: The character behind its last one, likewise.
+    """
+    of_report, spans, numbers, cues, with_cue = [], [], [], [], []
+    for report, some in enumerate(entities):
+        number: dict[str, int] = {}
+        for entity in some:
+            if entity.cue is not None:
+                with_cue.append(len(numbers))
+                cues.append(entity.cue)
+            numbers.append(number.setdefault(entity.concept, len(number) + 1))
+            spans.append((entity.start, entity.end))
+            of_report.append(report)
+    named = np.array([0, *numbers], np.int32)
+    which, shifted = np.array(with_cue, np.int64), shift[np.array(of_report, np.int64)]
+
+    def touched(pairs: list[tuple[int, int]], at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that each span touches, and the number of the span for each of them."""
+        span = np.array(pairs, np.int64).reshape(-1, 2) + at[:, None]
+        first = np.searchsorted(end, span[:, 0], side="right")
+        counts = np.maximum(np.searchsorted(begin, span[:, 1]) - first, 0)
+        number = np.repeat(np.arange(len(span)), counts)
+        return np.arange(len(number)) + (first - starts_of(counts)[:-1])[number], number
+
+    concept, cue = np.zeros(len(begin), np.int64), np.full(len(begin), len(numbers) + 1)
+    tokens, number = touched(spans, shifted)
+    np.maximum.at(concept, tokens, number + 1)  # of two entities, the later one
+    tokens, number = touched(cues, shifted[which])
+    np.minimum.at(cue, tokens, which[number] + 1)  # of two cues, the earlier one
+    return named[concept], np.append(named, np.int32(0))[cue]
+
+
+def encode_flat(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> FlatTokens:
+    """The tokens of some texts that stand for characters of them, in one array."""
+    backend = tokenizer.backend_tokenizer
+    if keeps_to_pieces(backend):
+        return encode_pieces(backend, texts)
+    ids, offsets = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)]
+    counts = [np.zeros(0, np.int64)]
+    for start in range(0, len(texts), CHUNK):
+        tokens = tokenise(tokenizer, texts[start : start + CHUNK], max_tokens=UNCUT)
+        is_text = tokens.is_valid & (tokens.offsets[:, :, 1] > tokens.offsets[:, :, 0])
+        ids.append(tokens.ids[is_text])
+        offsets.append(tokens.offsets[is_text])
+        counts.append(is_text.sum(1))
+    begin, end = np.concatenate(offsets).T
+    return FlatTokens(np.concatenate(ids), begin, end, starts_of(np.concatenate(counts)))

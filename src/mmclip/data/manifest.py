@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
-from sys import intern
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmclip.collector import collector_paused
 from mmclip.data.folder import (
     EXCLUDED_FILE,
     FORMAT,
@@ -30,7 +31,9 @@ from mmclip.data.sample import (
     Split,
 )
 from mmclip.data.versions import made_with
-from mmclip.files import write_text_atomic
+from mmclip.files import file_sha256, write_text_atomic
+
+T = TypeVar("T")
 
 BATCH_RECORDS = 4096
 """Records that are on their way to or from the disk at a time. [chosen: 30 MB, with entities]"""
@@ -122,18 +125,80 @@ def from_table(table: pa.Table) -> Iterator[Sample]:
             f"the manifest has other columns than this version writes (missing {missing}, "
             f"unknown {unknown}); build the data folder again with `mmclip data build`"
         )
-    names = [f.name for f in fields(Sample)]
+    entity_of, text_of = _Entities(), _Once()
     for batch in table.to_batches(max_chunksize=BATCH_RECORDS):
-        for row in batch.to_pylist():
-            # Interned: the same few words, millions of times, would fill the memory.
-            row["labels"] = {intern(finding): value for finding, value in row["labels"]}
-            for e in row["entities"]:
-                e["cue"] = None if e["cue"] is None else tuple(e["cue"])
-                for name in ("kind", "concept", "status"):
-                    e[name] = intern(e[name])
-            row["entities"] = tuple(Entity(**e) for e in row["entities"])
-            row["source_labels"] = tuple(row["source_labels"])
-            yield Sample(**{name: row[name] for name in names})
+        columns: dict[str, Iterable[object]] = {
+            name: (map(text_of.__getitem__, values) if name in _REPEATED else values)
+            for name in SCHEMA.names
+            if name not in _NESTED
+            for values in [batch.column(name).to_pylist()]
+        }
+        known, ends = _inner(batch.column("labels"))
+        findings = map(text_of.__getitem__, known.field("key").to_pylist())
+        labels = zip(findings, known.field("value").to_pylist(), strict=True)
+        columns["labels"] = map(dict, _runs(labels, ends))
+        said, ends = _inner(batch.column("source_labels"))
+        columns["source_labels"] = map(tuple, _runs(said.to_pylist(), ends))
+        found, ends = _inner(batch.column("entities"))
+        columns["entities"] = map(tuple, _runs(_entities_of(found, text_of, entity_of), ends))
+        for row in zip(*columns.values(), strict=True):
+            yield Sample(**dict(zip(columns, row, strict=True)))
+
+
+_NESTED = ("labels", "source_labels", "entities")
+
+_REPEATED = ("source", "split", "view", "label_origin", "sex")
+"""Columns of few different words."""
+
+
+class _Once(dict[str | None, str | None]):
+    """One object for each text: the same few words, millions of times, would fill the memory."""
+
+    def __missing__(self, text: str | None) -> str | None:
+        self[text] = text
+        return text
+
+
+MAX_ENTITIES = 1 << 18
+"""Different entities that are kept at hand. [chosen: some 50 MB]"""
+
+
+class _Entities(dict[tuple, Entity]):
+    """One object for each different entity, which takes longer to make than to look up."""
+
+    def __missing__(self, values: tuple) -> Entity:
+        if len(self) >= MAX_ENTITIES:
+            self.clear()
+        entity = self[values] = Entity(*values)
+        return entity
+
+
+def _entities_of(found: pa.StructArray, text_of: _Once, entity_of: _Entities) -> Iterator[Entity]:
+    """The entities of an Arrow array."""
+    columns = [
+        map(text_of.__getitem__, values) if pa.types.is_string(field.type) else values
+        for field in _ENTITY
+        if field.name != "cue"
+        for values in [found.field(field.name).to_pylist()]
+    ]
+    cues, ends = _inner(found.field("cue"))
+    spans = (tuple(span) or None for span in _runs(cues.to_pylist(), ends))
+    return map(entity_of.__getitem__, zip(*columns, spans, strict=True))
+
+
+def _inner(lists: pa.ListArray) -> tuple[pa.Array, list[int]]:
+    """What lies in the lists of an Arrow array, one list after the other, and where each ends."""
+    offsets = lists.offsets.to_numpy()
+    first = int(offsets[0])
+    return lists.values.slice(first, int(offsets[-1]) - first), (offsets[1:] - first).tolist()
+
+
+def _runs(values: Iterable[T], ends: Sequence[int]) -> Iterator[list[T]]:
+    """Some values in runs, by the ends of these."""
+    whole, start = list(values), 0
+    for end in ends:
+        yield whole[start:end]
+        start = end
 
 
 def write_manifest(
@@ -177,6 +242,7 @@ def write_manifest(
         "data_hash": data_hash(
             _written(parquet, samples, entities), image_size, metadata.get("resize", "squash")
         ),
+        "manifest_sha256": file_sha256(parquet),
         "n_rows": len(samples) + len(excluded),
         "n_samples": len(samples),
         "n_excluded": len(excluded),
@@ -233,7 +299,7 @@ def replace_images(folder: Path, samples: Sequence[Sample], metadata: Mapping) -
     digest = data_hash(
         _written(parquet, samples, None), meta["image_size"], meta.get("resize", "squash")
     )
-    meta = {**meta, **metadata, "data_hash": digest}
+    meta = {**meta, **metadata, "data_hash": digest, "manifest_sha256": file_sha256(parquet)}
     parquet.replace(folder / MANIFEST_FILE)
     return write_meta(folder, meta)
 
@@ -270,6 +336,7 @@ def read_manifest(folder: Path) -> list[Sample]:
     return samples if split is None else with_split(samples, split)
 
 
+@collector_paused()
 def read_built(folder: Path) -> list[Sample]:
     """All records of a data folder as they were built, checked against the data hash in meta.json.
 
@@ -278,13 +345,17 @@ def read_built(folder: Path) -> list[Sample]:
     """
     meta = read_built_meta(folder)
     try:
-        samples = list(from_table(pq.read_table(folder / MANIFEST_FILE)))
+        content = (folder / MANIFEST_FILE).read_bytes()
+        samples = list(from_table(pq.read_table(pa.BufferReader(content))))
     except (OSError, pa.ArrowException) as error:
         raise ManifestError(
             f"{folder / MANIFEST_FILE} is missing or damaged ({error}); build the folder again "
             f"with `mmclip data build`"
         ) from None
-    if data_hash(samples, meta["image_size"], meta.get("resize", "squash")) != meta["data_hash"]:
+    # Equal bytes hold equal records. Others may do so too: of an older build, or compressed anew.
+    is_same = hashlib.sha256(content).hexdigest() == meta.get("manifest_sha256")
+    how = meta["image_size"], meta.get("resize", "squash")
+    if not is_same and data_hash(samples, *how) != meta["data_hash"]:
         raise ManifestError(
             f"{folder / MANIFEST_FILE} is not the manifest that {META_FILE} describes (the data "
             f"hash differs); build the data folder again with `mmclip data build`"

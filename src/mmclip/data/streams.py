@@ -56,6 +56,8 @@ def reserved_for_evaluation(dataset: ImageTextDataset) -> list[bool]:
         for sample in dataset.samples
         if sample.source in RESERVED_FOR_EVALUATION
     }
+    if not patients:
+        return [False] * len(dataset)
     return [patient_key(sample) in patients for sample in dataset.samples]
 
 
@@ -76,10 +78,11 @@ def training_dataset(dataset: ImageTextDataset, config: Config) -> ImageTextData
         )
         if is_wanted
     ]
+    views = config.data.views
     return dataset.select(
         [
             sample.split == "train"
-            and (sample.view in config.data.views or sample.image is None)
+            and (sample.view in views or sample.image is None)
             and not is_reserved
             and any(is_kind(sample) for is_kind in kinds)
             for sample, is_reserved in zip(
@@ -94,14 +97,14 @@ def _without_labels(dataset: ImageTextDataset, withheld: Sequence[str]) -> Image
 
     A present finding becomes an uncertain one: nothing names it, and the image is not normal.
     """
+    if not withheld:
+        return dataset
     known = {name for sample in dataset.samples for name in sample.labels}
     if unknown := sorted(set(withheld) - known):
         raise ConfigError(
             f"unpaired.withheld names {', '.join(unknown)}, and images are labelled with "
             f"{', '.join(sorted(known)) or 'nothing'}"
         )
-    if not withheld:
-        return dataset
 
     def left(sample: Sample) -> Sample:
         labels = {

@@ -190,13 +190,15 @@ class MMCLIP(nn.Module):
         wanted = None
         if mask is not None and mask.is_guided(mask_noise) and mask.score == "decoder_attention":
             wanted = mask.score_tokens
-        reports = self.forward_text(batch.reports, image.features, wanted)
-        prompts = self.forward_text(batch.prompts, image.features, wanted)
+        # Lone reports have masked words alone.
+        kinds = batch.masked_texts() if self.text_decoder else (batch.reports, batch.prompts)
+        encoded = self._encode_texts(kinds)
+        reports = self._read(batch.reports, encoded[0], image.features, wanted)
+        prompts = self._read(batch.prompts, encoded[1], image.features, wanted)
         both = [(batch.prompts, prompts.embedding), (batch.reports, reports.embedding)]
         text_embedding = self._texts_of_rows(image.embedding, both)
         read = [reports, prompts]
-        if batch.lone_reports is not None and self.text_decoder is not None:
-            read.append(self.forward_text(batch.lone_reports, None))
+        read += [self._read(*lone, None) for lone in zip(kinds[2:], encoded[2:], strict=True)]
         token_features, token_loss = self._masked_token_loss(batch.masked_texts(), read)
         rebuilt = MaskedPatches(None, None, None)
         if self.image_decoder is not None and mask is not None:
@@ -218,11 +220,12 @@ class MMCLIP(nn.Module):
 
     def _embeddings(self, batch: Batch, image: EncoderOutput) -> Outputs:
         """The embeddings of a batch alone."""
+        both = batch.reports, batch.prompts
         texts = [
-            (each, self._encode_distinct(each)[1].index_select(0, each.encoding.as_it_is))
-            for each in (batch.prompts, batch.reports)
+            (each, encoded.embedding.index_select(0, each.encoding.as_it_is))
+            for each, encoded in zip(both, self._encode_texts(both), strict=True)
         ]
-        text = self._texts_of_rows(image.embedding, texts)
+        text = self._texts_of_rows(image.embedding, texts[::-1])
         nothing = dict.fromkeys(Outputs._fields[4:])
         return Outputs(image.embedding, text, self.scale(), self.logit_bias, **nothing)
 
@@ -270,8 +273,18 @@ class MMCLIP(nn.Module):
             attention_of: Also give how these words, masked ones in their places, looked at the
                 patches; it costs the attention once more, as the fused kernel does not show it.
         """
+        return self._read(texts, self._encode_distinct(texts), image_features, attention_of)
+
+    def _read(
+        self,
+        texts: TextBatch,
+        encoded: EncoderOutput,
+        image_features: Float[Tensor, "b i d"] | None,
+        attention_of: ScoreTokens | None = None,
+    ) -> TextOutput:
+        """As `forward_text`, of texts whose distinct ones are encoded."""
         plan = texts.encoding
-        distinct, embeddings = self._encode_distinct(texts)
+        distinct, embeddings = encoded
         # Not distinct[plan.which]: its gradient adds the rows of a text in the order in which
         # threads come, so that the last bits would differ from run to run.
         features = distinct.index_select(0, plan.as_it_is)
@@ -293,13 +306,27 @@ class MMCLIP(nn.Module):
             features, embedding, masked, None if attention is None else attention[..., 1:]
         )
 
-    def _encode_distinct(
-        self, texts: TextBatch
-    ) -> tuple[Float[Tensor, "d t w"], Float[Tensor, "d e"]]:
-        """Features and embeddings of the distinct texts, bucket after bucket."""
+    def _encode_texts(self, kinds: Sequence[TextBatch]) -> list[EncoderOutput]:
+        """The distinct texts of each kind.
+
+        A kind without texts costs no pass of the encoder. Where all are without, there is one over
+        the text that nobody asks for of the first kind: every process must use every parameter.
+        """
+        asked = [each for each in kinds if len(each)] or kinds[:1]
+        found = {id(each): self._encode_distinct(each) for each in asked}
+        like = found[id(asked[0])]
+
+        def nothing(texts: TextBatch) -> EncoderOutput:
+            features = like.features.new_zeros(0, texts.ids.shape[1], like.features.shape[2])
+            return EncoderOutput(features, like.embedding[:0])
+
+        return [found[id(each)] if id(each) in found else nothing(each) for each in kinds]
+
+    def _encode_distinct(self, texts: TextBatch) -> EncoderOutput:
+        """The distinct texts, bucket after bucket."""
         parts = [self.encode_text(each.ids, each.is_valid) for each in texts.encoding.buckets]
         features = [padded(part.features, texts.ids.shape[1]) for part in parts]
-        return joined(features), joined([part.embedding for part in parts])
+        return EncoderOutput(joined(features), joined([part.embedding for part in parts]))
 
     def _texts_of_rows(
         self, like: Float[Tensor, "b e"], texts: Sequence[tuple[TextBatch, Tensor]]

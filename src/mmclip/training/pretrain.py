@@ -29,6 +29,7 @@ from mmclip.checkpoint import (
     run_files,
     save_checkpoint,
 )
+from mmclip.collector import collector_paused
 from mmclip.config import Config
 from mmclip.data.batches import TrainingBatches
 from mmclip.data.folder import ManifestError
@@ -165,14 +166,19 @@ def pretrain(request: PretrainRequest) -> Path:
     trackers = installed_trackers(request.tensorboard, request.wandb)
     accelerator = start_accelerator(request.config.train, request.cpu, trackers, request.run)
     set_seed(request.config.train.seed)
-    dataset = _prepare(request)
-    facts = _facts(request, dataset)
+    with collector_paused():
+        dataset = _prepare(request)
+        chosen = training_dataset(dataset, request.config)
+        facts = _facts(request, dataset, chosen)
     train = request.config.train.in_steps(facts["n_pairs"])
     request = replace(request, config=request.config.model_copy(update={"train": train}))
     with locked(request.run) if accelerator.is_main_process else nullcontext():
         found = resumable(request.run, request.config, facts, request.resume)
-        start = _begin(request, dataset, facts) if found is None else _resume(request, found, facts)
-        _train(request, accelerator, dataset, start)
+        if found is None:
+            start = _begin(request, dataset, chosen, facts)
+        else:
+            start = _resume(request, found, facts)
+        _train(request, accelerator, dataset, chosen, start)
     return newest_checkpoint(request.run)
 
 
@@ -209,9 +215,10 @@ def _prepare(request: PretrainRequest) -> ImageTextDataset:
     return dataset
 
 
-def _facts(request: PretrainRequest, dataset: ImageTextDataset) -> dict[str, Any]:
-    """What checkpoints of a new run say of its data and its command."""
-    chosen = training_dataset(dataset, request.config)
+def _facts(
+    request: PretrainRequest, dataset: ImageTextDataset, chosen: ImageTextDataset
+) -> dict[str, Any]:
+    """What checkpoints of a new run say of its data, and of what of it trains, and its command."""
     counts = rows_by_stream(chosen)
     _check_enough(request, dataset, counts)
     return {
@@ -223,13 +230,16 @@ def _facts(request: PretrainRequest, dataset: ImageTextDataset) -> dict[str, Any
     }
 
 
-def _begin(request: PretrainRequest, dataset: ImageTextDataset, facts: dict[str, Any]) -> _Start:
-    """A new model for the images of the data folders."""
+def _begin(
+    request: PretrainRequest,
+    dataset: ImageTextDataset,
+    chosen: ImageTextDataset,
+    facts: dict[str, Any],
+) -> _Start:
+    """A new model for the images of the data folders, and for those of them that train."""
     check_named_encoders(request.config.model)
     tokenizer = make_tokenizer(request.config, dataset)
-    model = build_model(
-        request.config, tokenizer, len(label_names(training_dataset(dataset, request.config)))
-    )
+    model = build_model(request.config, tokenizer, len(label_names(chosen)))
     return _Start(model, tokenizer, facts, None)
 
 
@@ -245,11 +255,14 @@ def _resume(request: PretrainRequest, found: Path, facts: dict[str, Any]) -> _St
 
 
 def _train(
-    request: PretrainRequest, accelerator: Accelerator, dataset: ImageTextDataset, start: _Start
+    request: PretrainRequest,
+    accelerator: Accelerator,
+    dataset: ImageTextDataset,
+    chosen: ImageTextDataset,
+    start: _Start,
 ) -> None:
     """Trains a model to its last step, and leaves a run in the request's folder."""
     config, model = request.config, start.model
-    chosen = training_dataset(dataset, config)
     # transformers loads weights in evaluation mode, in which batch norm learns nothing.
     set_trainable(model.train(), config.model)
     objective = Objective(config, patch_grid(model.vision_model))

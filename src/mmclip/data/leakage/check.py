@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -62,8 +62,13 @@ class Overlap:
         )
 
 
+_IN_PARTS = {name.partition("/")[0] for name in COLLECTIONS if "/" in name}
+
+
 def collection_of(sample: Sample) -> str:
     """The collection whose patients an image's are; see COLLECTIONS."""
+    if sample.source not in _IN_PARTS:
+        return COLLECTIONS.get(sample.source, sample.source)
     part = f"{sample.source}/{sample.patient_id.partition('/')[0]}"
     return COLLECTIONS.get(part, COLLECTIONS.get(sample.source, sample.source))
 
@@ -73,10 +78,10 @@ def patient_key(sample: Sample) -> str:
 
     Ids of ChestX-ray14 are the same with leading zeros, as its file names have them, and without.
     """
-    collection, patient = collection_of(sample), plain_patient_id(sample)
-    if collection == "chestxray14":
-        patient = patient.rpartition("/")[2]
-    return f"{collection}/{patient}"
+    collection = collection_of(sample)
+    if collection != "chestxray14":
+        return f"{collection}/{sample.patient_id}"
+    return f"{collection}/{plain_patient_id(sample).rpartition('/')[2]}"
 
 
 def plain_patient_id(sample: Sample) -> str:
@@ -124,18 +129,36 @@ def find_overlaps(
     order = list(dict.fromkeys(p for p in (*SPLITS, *places) if p is not None))
     found = []
     for what, given in keys.items():
-        held: dict[str, dict[str, list[str]]] = {place: {} for place in order}
-        named = map(given, samples) if callable(given) else given
-        for sample, place, key in zip(samples, places, named, strict=True):
+        named = list(map(given, samples)) if callable(given) else given
+        keys_of: dict[str, set[str]] = {place: set() for place in order}
+        for place, key in zip(places, named, strict=True):
             if place is not None and key is not None:
-                held[place].setdefault(key, []).append(sample.image_id)
+                keys_of[place].add(key)
         for first, second in combinations(order, 2):
-            one, other = held[first], held[second]
-            shared = sorted(one.keys() & other.keys())
+            shared = sorted(keys_of[first] & keys_of[second])
             if shared:
+                one, other = (
+                    _ids_by_key(samples, places, named, place, set(shared))
+                    for place in (first, second)
+                )
                 examples = tuple((one[key][0], other[key][0]) for key in shared[:N_EXAMPLES])
                 n_images = sum(len(other[key]) for key in shared)
                 found.append(Overlap(what, (first, second), len(shared), n_images, examples))
+    return found
+
+
+def _ids_by_key(
+    samples: Sequence[Sample],
+    places: Sequence[str | None],
+    named: Sequence[str | None],
+    place: str,
+    wanted: Set[str],
+) -> dict[str, list[str]]:
+    """The images of a place that have one of some keys."""
+    found: dict[str, list[str]] = {}
+    for sample, where, key in zip(samples, places, named, strict=True):
+        if where == place and key is not None and key in wanted:
+            found.setdefault(key, []).append(sample.image_id)
     return found
 
 
