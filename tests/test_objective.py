@@ -189,7 +189,29 @@ def test_equal_texts_are_encoded_once():
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     run(model, objective, replace(batch, reports=same, prompts=no_texts()))
-    assert rows == [2, 1]  # as it is and with masked words; and the stand-in for no prompts
+    assert rows == [2]  # as it is and with masked words; no prompts cost no pass
+
+
+@pytest.mark.parametrize(("has_reports", "has_prompts"), [(1, 1), (1, 0), (0, 1), (0, 0)])
+def test_a_kind_without_texts_costs_no_pass_and_every_parameter_has_its_gradient(
+    has_reports: int, has_prompts: int
+):
+    # DistributedDataParallel waits for the gradient of each parameter, in each process.
+    model, objective = made(*WHOLE)
+    batch = MIXED.batch()
+    reports = batch.reports if has_reports else no_texts()
+    prompts = batch.prompts if has_prompts else no_texts()
+    passes = []
+    model.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    batch = replace(batch, reports=reports, prompts=prompts)
+    torch.stack(list(objective.sums(model, batch).values())).sum().backward()
+    assert len(passes) == max(has_reports + has_prompts, 1)
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    embedded = model(batch, embeddings_only=True)
+    torch.testing.assert_close(embedded.text_embedding, run(model, objective, batch).text_embedding)
 
 
 def test_gradients_of_equal_texts_do_not_change_with_the_order_of_threads():

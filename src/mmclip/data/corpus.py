@@ -216,12 +216,12 @@ def _marked(
     """
     of_report, spans, numbers, cues, with_cue = [], [], [], [], []
     for report, some in enumerate(entities):
-        number: dict[str, int] = {}
+        known: dict[str, int] = {}
         for entity in some:
             if entity.cue is not None:
                 with_cue.append(len(numbers))
                 cues.append(entity.cue)
-            numbers.append(number.setdefault(entity.concept, len(number) + 1))
+            numbers.append(known.setdefault(entity.concept, len(known) + 1))
             spans.append((entity.start, entity.end))
             of_report.append(report)
     named = np.array([0, *numbers], np.int32)
@@ -236,10 +236,10 @@ def _marked(
         return np.arange(len(number)) + (first - starts_of(counts)[:-1])[number], number
 
     concept, cue = np.zeros(len(begin), np.int64), np.full(len(begin), len(numbers) + 1)
-    tokens, number = touched(spans, shifted)
-    np.maximum.at(concept, tokens, number + 1)  # of two entities, the later one
-    tokens, number = touched(cues, shifted[which])
-    np.minimum.at(cue, tokens, which[number] + 1)  # of two cues, the earlier one
+    tokens, touching = touched(spans, shifted)
+    np.maximum.at(concept, tokens, touching + 1)  # of two entities, the later one
+    tokens, touching = touched(cues, shifted[which])
+    np.minimum.at(cue, tokens, which[touching] + 1)  # of two cues, the earlier one
     return named[concept], np.append(named, np.int32(0))[cue]
 
 

@@ -77,7 +77,7 @@ def encode_pieces(backend: Tokenizer, texts: Sequence[str]) -> FlatTokens:
     backend.no_truncation()
     backend.no_padding()
     numbers, table = PieceNumbers(), _Table.of(backend, [])
-    parts: list[tuple[np.ndarray, ...]] = []
+    parts = [(np.zeros(0, np.int32),) * 4]
     for first in range(0, len(texts), CHUNK):
         pieces = [text.split(" ") for text in texts[first : first + CHUNK]]
         n_pieces = np.fromiter(map(len, pieces), np.int64, len(pieces))
@@ -85,10 +85,7 @@ def encode_pieces(backend: Tokenizer, texts: Sequence[str]) -> FlatTokens:
         which = np.fromiter(flat, np.int64, n_pieces.sum())
         table = table.joined(_Table.of(backend, list(islice(numbers, len(table.length), None))))
         parts.append(table.tokens_of(which, n_pieces))
-    ids, begin, end, counts = (
-        np.concatenate([np.zeros(0, np.int32), *some])
-        for some in (zip(*parts, strict=True) if parts else [()] * 4)
-    )
+    ids, begin, end, counts = map(np.concatenate, zip(*parts, strict=True))
     return FlatTokens(ids, begin, end, starts_of(counts))
 
 
