@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.batch import Batch, BatchSlice, TextBatch, on_each_tensor
-from mmclip.collector import collector_paused
 from mmclip.config import AugmentConfig, Config
+from mmclip.data.collector import collector_paused
 from mmclip.data.corpus import (
     MAX_SENTENCES,
     TokenRows,

@@ -12,7 +12,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmclip.collector import collector_paused
+from mmclip.data.collector import collector_paused
 from mmclip.data.folder import (
     EXCLUDED_FILE,
     FORMAT,

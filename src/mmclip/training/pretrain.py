@@ -29,9 +29,9 @@ from mmclip.checkpoint import (
     run_files,
     save_checkpoint,
 )
-from mmclip.collector import collector_paused
 from mmclip.config import Config
 from mmclip.data.batches import TrainingBatches
+from mmclip.data.collector import collector_paused
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.leakage.check import patient_key, refuse_leaks
