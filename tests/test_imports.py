@@ -176,7 +176,6 @@ for module in modules:
 """
 
 
-@pytest.mark.slow
 def test_importing_a_module_changes_nothing_but_the_modules():
     statements = {
         ast.unparse(node)
