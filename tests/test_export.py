@@ -6,6 +6,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from mmclip.checkpoint import save_checkpoint
 from mmclip.data.image_text_dataset import normalise
 from mmclip.data.text import train_tokenizer
 from mmclip.export.export import ExportError, ExportRequest, export
+from mmclip.files import LockedError, locked_file
 from mmclip.models.layout import EncoderError
 from mmclip.run import Run, open_run
 from mmclip.training.pretrain import build_model
@@ -398,6 +400,23 @@ def test_an_export_that_is_there_is_replaced_by_overwrite_alone(vit_run: Path, t
     assert ended.code == 0, ended.err
     assert (out / "preprocessor_config.json").is_file() and not (out / "tokenizer.json").exists()
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {out.name}
+
+
+def test_what_a_killed_export_left_is_put_right_by_the_next(
+    vit_run: Path, hf: Path, tmp_path: Path
+):
+    out = tmp_path / "export[1]"
+    shutil.copytree(hf, tmp_path / "export[1].77.old.tmp")  # moved away, and killed
+    (tmp_path / "export[1].77.tmp").mkdir()
+    request = ExportRequest(vit_run, "vision", out)
+    with pytest.raises(ExportError, match="is there; add --overwrite"):
+        export(request)
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+    assert (out / "README.md").read_bytes() == (hf / "README.md").read_bytes()
+    with locked_file(out), pytest.raises(LockedError, match="writes"):
+        export(request)
+    export(replace(request, overwrite=True))
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
 def test_an_export_into_a_link_goes_where_the_link_leads(vit_run: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """Writes a run as others read it: a folder of transformers, one encoder, or ONNX graphs."""
 
+import glob
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from mmclip.export.towers import (
     processor_config,
 )
 from mmclip.exported import FACTS_FILE, write_facts
+from mmclip.files import locked_file
 from mmclip.finetuning.saved import is_fine_tuned
 from mmclip.run import Run, open_run
 
@@ -82,7 +84,8 @@ def form_named(name: str) -> Form:
 def export(request: ExportRequest) -> str | None:
     """Exports a run, and uploads it where that is asked for.
 
-    The folder is written beside `out` and renamed last: a full disk leaves what was there.
+    The folder is written beside `out` and renamed last: a full disk leaves what was there, and what
+    a killed export left beside it goes.
 
     Returns:
         The address of the upload; None without one.
@@ -91,8 +94,15 @@ def export(request: ExportRequest) -> str | None:
         CheckpointError: When there is no run.
         ExportError: When `out` is there, or the hub cannot be used.
         EncoderError: When the form cannot express the run.
+        LockedError: When another export writes there.
         OSError: When the folder cannot be written.
     """
+    with locked_file(request.out.resolve()):
+        _settle(request.out.resolve())
+        return _export(request)
+
+
+def _export(request: ExportRequest) -> str | None:
     _check(request)
     run = open_run(request.run)
     results = None if request.results is None else _results_of(request.results, run)
@@ -229,6 +239,15 @@ def _write_tokenizer(plain: Plain, folder: Path) -> None:
 
 def _write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _settle(out: Path) -> None:
+    """Removes what killed exports left beside `out`, and puts back what one had just moved away."""
+    for left in sorted(out.parent.glob(f"{glob.escape(out.name)}.*.tmp")):
+        if left.name.endswith(".old.tmp") and not out.exists():
+            left.rename(out)
+        elif left.is_dir():
+            shutil.rmtree(left)
 
 
 def _replace(out: Path, fill: Callable[[Path], None], overwrite: bool) -> None:
