@@ -150,9 +150,7 @@ def set_its_split(folder: Path, rules: Protocol, samples: dict[str, Planned]) ->
     return name
 
 
-MANY_FINDINGS = (
-    "chestxray14-benchx", "padchest-rare", "padchest-unseen", "vindr-benchx",
-)  # fmt: skip
+MANY_FINDINGS = ("chestxray14-benchx", "padchest-rare", "padchest-unseen", "vindr-benchx")
 """Protocols that take seconds and whose data set another protocol reads, too."""
 
 
