@@ -191,10 +191,7 @@ def _print_summary(summary: dict) -> None:
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.3f}"
 
-    head = (
-        "method", "patients", "training images", "macro AUROC", "95 %", "shortcut baseline",
-        "each seed",
-    )  # fmt: skip
+    head = ("method", "patients", "images", "macro AUROC", "95 %", "each seed", "shortcut")
     rows: list[tuple[str, ...]] = []
     for line in summary["lines"]:
         interval = line["interval"]
@@ -205,14 +202,18 @@ def _print_summary(summary: dict) -> None:
             f"{images[0]:,}" if len(images) == 1 else f"{images[0]:,}–{images[-1]:,}",
             number(line["mean"]),
             "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}",
-            number(line["shortcut_baseline"]),
             "  ".join(f"{seed}: {number(v)}" for seed, v in line["macro_auroc"].items()),
+            number(line["shortcut_baseline"]),
         )
         rows.append(row)
     said = f"{summary['protocol']}: {summary['init']}, {summary['n_test']:,} test images"
     console.print(said, markup=False, soft_wrap=True)
     print_table(head, rows)
-    console.print("95 %: over test patients and seeds, drawn together", style="dim")
+    console.print(
+        "patients, images: that it learned from; 95 %: over test patients and seeds, drawn "
+        "together; shortcut: the shortcut baseline",
+        style="dim",
+    )
     if any(line["mean"] is None for line in summary["lines"]):
         console.print(
             "no macro AUROC: too few test images with a finding or without; results.json of each "
