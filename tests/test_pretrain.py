@@ -366,12 +366,12 @@ def test_a_signal_ends_all_processes_after_one_step_and_resume_changes_nothing(
     are several times as slow.
     """
     long = [*arguments, "--set", "train.steps=400", "--set", "train.save_every_steps=1000"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def launch(*more: object) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         meet = [
             [
                 f"--nnodes={hosts}",

@@ -536,6 +536,9 @@ No air bronchograms in the consolidation. | consolidation
 No pneumothorax seen and bibasilar atelectasis again noted. | -pneumothorax, atelectasis
 Lungs hyperinflated, no consolidation, effusion small. | -consolidation, effusion
 No evidence of fracture in the region of the nodule. | -fracture, nodule
+No pneumothorax in the setting of pneumonia. | -pneumothorax, pneumonia
+No focal consolidation in setting of edema. | -consolidation, edema
+Opacity may be seen in the context of edema. | opacity, ?edema
 No cavitation or calcification in this nodule. | nodule
 No pleural fluid in the right hemithorax, left effusion. | effusion
 No edema, effusion stable. | -edema, effusion

@@ -21,9 +21,9 @@ _DENIALS = frozenset(("no", "not", "without", "nor"))
 _LISTING = frozenset(("differential", "include", "includes", "including", "either"))
 _IN = frozenset(("in", "within", "inside"))
 _DEFINITE = frozenset(("the", "this", "that", "these", "those", "its"))
-_PLACE_WORDS = (
-    3  # [chosen: "in the known right upper lobe mass" fits, where lobes are no words of it]
-)
+_CIRCUMSTANCE = frozenset(("setting", "context"))
+# [chosen: "in the known right upper lobe mass" fits, where lobes are no words of it]
+_PLACE_WORDS = 3
 _CONJUNCTION_WORDS = 8  # [chosen: "and a small left-sided layering ..." fits]
 _LIST_WORDS = 60  # [chosen: longer than any list of a report; keeps the time linear]
 _ALTERNATIVE_WORDS = 5  # [chosen: "or mild chronic basilar scarring" fits]
@@ -313,10 +313,13 @@ def _with_ends_of_lists(
 
 
 def _place(words: Sequence[str], first: int, start: int) -> int | None:
-    """The word "in" of "in the known right mass", where words from `first` on lead to it."""
+    """The word "in" of "in the known right mass" and "in the setting of", where words from `first`
+    on lead to it."""
     for at in range(start - 2, max(first, start - 2 - _PLACE_WORDS) - 1, -1):
-        if words[at] in _IN and words[at + 1] in _DEFINITE:
+        if words[at] in _IN and (words[at + 1] in _DEFINITE or words[at + 1] in _CIRCUMSTANCE):
             return at
+        if words[at] in _CIRCUMSTANCE and words[at + 1] == "of":
+            continue
         if words[at + 1] in _CLAUSE_ENDS or words[at + 1] in ("to", "of", "for"):
             return None
     return None
