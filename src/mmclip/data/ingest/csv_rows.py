@@ -9,7 +9,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
@@ -291,7 +291,7 @@ def lacking(
     )
 
 
-def what_it_has(first: list[str], wanted: Collection[str]) -> str:
+def what_it_has(first: Sequence[str], wanted: Collection[str]) -> str:
     """The columns of a table, where its first row is a header by one of the names in it.
 
     The first row of a table without a header is a patient's, and is never printed.
