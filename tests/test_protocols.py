@@ -364,10 +364,13 @@ def test_scores_of_another_model_are_judged_and_stand_beside_ours(
     ("content", "message"),
     [
         ("image_id;pneumonia\nf0;0,5\n", "has ';' between its columns; write it with commas"),
-        ("image_id,Pneumonia\nf0,1\n", "lacks the columns 'pneumonia'; it has 'image_id', 'Pneumo"),
+        (
+            "image_id,Pneumonia\nf0,1\n",
+            "lacks the columns 'pneumonia'; its columns are image_id, Pneumonia",
+        ),
         ("image_id,pneumonia,pneumonia\nf0,1,2\n", "names column 'pneumonia' twice"),
         ("image_id,pneumonia\nf0,1\n", r"no score of \d+ of the \d+ images, such as f\d+"),
-        ("", "lacks the columns 'image_id', 'pneumonia'; it has none"),
+        ("", "lacks the columns 'image_id', 'pneumonia'; it is empty"),
         ("image_id,pneumonia\nf0,ü\n".encode("utf-16"), "is no CSV in UTF-8"),
         ("image_id,pneumonia\nf\0,1\n", "is no CSV in UTF-8|no score of"),
     ],

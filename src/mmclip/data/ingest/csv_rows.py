@@ -296,6 +296,8 @@ def what_it_has(first: Sequence[str], wanted: Collection[str]) -> str:
 
     The first row of a table without a header is a patient's, and is never printed.
     """
+    if not first:
+        return "it is empty"
     known = {name.casefold() for name in wanted}
     names = [name.casefold() for name in first]
     if any(name in known or get_close_matches(name, known, 1, 0.8) for name in names if name):
