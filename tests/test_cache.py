@@ -321,6 +321,15 @@ def test_a_build_that_is_killed_ends_with_the_bytes_of_one_never_killed(
         assert not list(folder.glob("*.tmp"))
 
 
+def test_a_build_clears_what_a_killed_one_left_aside(tmp_path: Path):
+    write_images(tmp_path / "root", 3, size_px=40)
+    out = tmp_path / "out"
+    (out / "images.shards").mkdir(parents=True)
+    (out / "images.npy.e12855c0.tmp").write_bytes(b"half of the images")
+    build(tmp_path / "root", out, 1)
+    assert not list(out.glob("*.tmp"))
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

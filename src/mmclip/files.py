@@ -9,6 +9,7 @@ under a SHA-256 (`check_sha256`, `sealed`).
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -128,6 +129,13 @@ def write_atomic(path: Path) -> Iterator[IO[bytes]]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def clear_left_asides(folder: Path) -> None:
+    """Removes what writers that were killed left in a folder; its lock must be held."""
+    for left in folder.glob("*.tmp"):
+        if re.search(r"\.[0-9a-f]{8}\.tmp$", left.name) and left.is_file():
+            left.unlink()
 
 
 def write_text_atomic(path: Path, text: str) -> None:

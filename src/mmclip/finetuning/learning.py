@@ -19,7 +19,7 @@ from mmclip.finetuning.saved import save_probe
 from mmclip.finetuning.supervised import predict, train_classifier
 from mmclip.finetuning.task import Task, multiclass_columns
 from mmclip.models.classifier import Classifier, ImageEncoder
-from mmclip.training.processes import start_accelerator
+from mmclip.training.processes import let_threads_end, start_accelerator
 
 Facts = dict[str, str | int | float]
 
@@ -102,6 +102,7 @@ def trained_fully(common: Common, part: Part, encoder: ImageEncoder, this: str) 
     )
     val, test = (predict(trained.model, of.dataset, device) for of in (task.val, task.test))
     accelerator.wait_for_everyone()
+    let_threads_end(accelerator)
     accelerator.free_memory()
     facts: Facts = {"step": trained.step, "steps": trained.history[-1][0]}
     if start.others is not None:

@@ -71,7 +71,11 @@ from mmclip.training.log import METRICS_FILE
 from mmclip.training.loop import fit
 from mmclip.training.objective import Objective
 from mmclip.training.optimizer import make_optimizer
-from mmclip.training.processes import installed_trackers, start_accelerator
+from mmclip.training.processes import (
+    installed_trackers,
+    let_threads_end,
+    start_accelerator,
+)
 from mmclip.training.resume import flat, resumable
 from mmclip.training.state import TrainState, restore_trainer_state, trainer_state
 from mmclip.training.validation import Histories, Validation, validation_data
@@ -314,8 +318,12 @@ def _train(
                 config.train.keep_checkpoints,
             )  # fmt: skip
 
-    if validate is None or not validate.has_ended:
-        fit(accelerator, state, batches.read, objective, config.train, request.run, save, validate)
+    try:
+        if validate is None or not validate.has_ended:
+            run = request.run
+            fit(accelerator, state, batches.read, objective, config.train, run, save, validate)
+    finally:
+        let_threads_end(accelerator)
     accelerator.end_training()
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,3 +69,19 @@ def start_accelerator(
             f"...`, or unset WORLD_SIZE to train in one"
         )
     return accelerator
+
+
+THREADS_END_S = 0.5
+"""[chosen: a thread needs microseconds, and gets them on a machine with many more processes than
+cores, too]"""
+
+
+def let_threads_end(accelerator: Accelerator) -> None:
+    """Waits, where there are several processes, until the threads that talked to others are idle.
+
+    To be called before the model that was trained is given up. A thread of gloo needs Python to
+    free the tensor that it talked of last, and the end of the model waits for the thread without
+    letting go of Python (torch 2.13): the process would hang, or die with Python.
+    """
+    if accelerator.num_processes > 1:
+        time.sleep(THREADS_END_S)

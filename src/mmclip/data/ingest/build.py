@@ -38,7 +38,7 @@ from mmclip.data.sample import (
     validate,
 )
 from mmclip.data.versions import made_with
-from mmclip.files import locked, move_in
+from mmclip.files import clear_left_asides, locked, move_in
 
 ENTITY_SHARDS_FOLDER = "entities.shards"
 
@@ -117,6 +117,7 @@ def build_data(
         readable = _readable(records, root, options.hides_paths)
         place = out / REBUILD_FOLDER if replaces else out
         place.mkdir(exist_ok=True)
+        clear_left_asides(place)
         meta = _build(readable, root, place, image_size, workers, options)
         if replaces:
             _replace(place, out)
