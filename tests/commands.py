@@ -126,15 +126,19 @@ def mmclip_in_two_processes(folder: Path, *arguments: str | Path) -> tuple[Ended
     return in_two_processes(folder, run_command, [str(a) for a in arguments])
 
 
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def in_two_processes(
     folder: Path, work: Callable[..., None], *arguments: object
 ) -> tuple[Ended, Ended]:
     """Calls a function of a module in two processes that find each other as those of torch do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     shared = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "CUDA_VISIBLE_DEVICES": "",
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
     }  # fmt: skip
     first, second = (

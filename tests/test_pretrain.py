@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from mmclip.data.folder import read_meta
 from mmclip.data.text import train_tokenizer
 from mmclip.training.announce import repeats
 from mmclip.training.pretrain import PretrainRequest, pretrain
-from tests.commands import Running, mmclip, mmclip_in_two_processes, start
+from tests.commands import Running, free_port, mmclip, mmclip_in_two_processes, start
 from tests.conftest import build_made
 from tests.made import write_folder
 
@@ -370,9 +369,7 @@ def test_a_signal_ends_all_processes_after_one_step_and_resume_changes_nothing(
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def launch(*more: object) -> list[subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         meet = [
             [
                 f"--nnodes={hosts}",

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmclip.checkpoint import newest_checkpoint
+from tests.commands import free_port
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,12 +44,6 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
         "LOG": str(folder / "log"), "PIDS": str(folder / "pids"), "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), **more,
     }  # fmt: skip
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 @pytest.mark.parametrize("name", ["build.sh", "torchrun.sh", "accelerate.sh"])

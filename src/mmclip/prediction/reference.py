@@ -9,7 +9,13 @@ import numpy as np
 from jaxtyping import Float
 
 from mmclip.checkpoint import run_folder
-from mmclip.evaluation.results import RESULTS_FILE, ResultsError, read_results, read_scores
+from mmclip.evaluation.results import (
+    RESULTS_FILE,
+    ResultsError,
+    RunResults,
+    read_results,
+    read_scores,
+)
 from mmclip.evaluation.scores import ScoresError
 from mmclip.finetuning.saved import FineTuned
 from mmclip.models.dual_encoder import DualEncoder
@@ -60,8 +66,18 @@ def read_reference(
         ScoresError: When the scores beside them are, or have no validation image.
     """
     folder = folder_of(path)
-    results = read_results(folder)
-    refuse_other(results, path, model, prompts, "reference scores")
+    return _references_of(read_results(folder), folder, path, model, prompts)
+
+
+def _references_of(
+    results: RunResults,
+    folder: Path,
+    named: Path,
+    model: DualEncoder | FineTuned,
+    prompts: PromptSet,
+) -> dict[str, Reference]:
+    """As `read_reference`, of results that are read; `named` is what the user calls them."""
+    refuse_other(results, named, model, prompts, "reference scores")
     thresholds = {row.finding: row.threshold for row in results.findings}
     val = read_scores(folder, results, "val")
     found = {}
@@ -97,12 +113,12 @@ def find_reference(model: DualEncoder | FineTuned, prompts: PromptSet) -> Path |
         if not (folder / RESULTS_FILE).is_file():
             continue
         try:
-            read_results(folder)
+            results = read_results(folder)
         except ResultsError as error:
             _tell_of(str(error))
             continue
         try:
-            read_reference(folder, model, prompts)
+            _references_of(results, folder, folder, model, prompts)
         except (ResultsError, ScoresError):
             continue
         return folder

@@ -99,8 +99,9 @@ def read_rows(
                 problem = f"the row has {len(values)} fields, the header {len(header)}"
             cells = {k: v.strip() for k, v in zip(header, values, strict=False)}
             for name in columns:
-                if cells.get(name, "").upper() in _EXCEL_ERRORS:
-                    problem = problem or f"{name} is {cells[name]}, an error of Excel"
+                cell = cells.get(name, "")
+                if cell.startswith("#") and cell.upper() in _EXCEL_ERRORS:
+                    problem = problem or f"{name} is {cell}, an error of Excel"
             yield Row(cells, problem)
 
 
