@@ -208,7 +208,7 @@ def train(
 def losses_at_end(run: Path) -> dict[str, float]:
     """The loss and its terms, each the mean of the last five lines of the log."""
     lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    terms = lines[-1].keys() & {"loss", "contrastive", "image", "text", "label"}
+    terms = lines[-1].keys() & {"loss", "contrastive", "image", "text", "label", "local"}
     return {t: round(float(np.mean([line[t] for line in lines[-5:]])), 4) for t in sorted(terms)}
 
 

@@ -193,3 +193,17 @@ def masked_token_sum_loop(logits: Tensor, targets: Tensor) -> float:
     for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
         total += math.log(sum(math.exp(v) for v in row)) - row[target]
     return total
+
+
+def local_logit_loop(patches: Tensor, words: Tensor, scale: float) -> float:
+    """`losses.local_logits` of one image and one text, word by word."""
+    if not len(words):
+        return 0.0
+    patches = [p / p.norm() for p in patches]
+    matches = []
+    for word in words:
+        word = word / word.norm()
+        weights = [math.exp(scale * float(word @ p)) for p in patches]
+        seen = sum(w * p for w, p in zip(weights, patches, strict=True)) / sum(weights)
+        matches.append(math.exp(scale * float(seen @ word / seen.norm())))
+    return math.log(sum(matches) / len(matches))

@@ -13,12 +13,15 @@ from mmclip.losses import (
     contrastive_sum_in_blocks,
     label_class_sum,
     label_sum,
+    local_logits,
+    local_sum,
     masked_token_sum,
     masked_token_sum_in_blocks,
     positive_pairs,
     sigmoid_sum,
+    softmax_sum,
 )
-from tests.oracles import contrastive_sum_loop, positive_pairs_loop
+from tests.oracles import contrastive_sum_loop, local_logit_loop, positive_pairs_loop
 from tests.towers import TEXT_ROWS
 
 
@@ -280,3 +283,72 @@ def test_sigmoid_gradients_in_blocks_are_those_of_the_whole():
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
     assert grads[0][2].abs().min() > 0
+
+
+def test_a_word_that_finds_its_patch_by_hand():
+    e = torch.eye(2)
+    # Text 0 names what patch 0 of image 0 shows; image 1 shows it nowhere.
+    patches = torch.stack([e, torch.stack([e[1], e[1]])])
+    words = torch.stack([e[0], e[1]])[:1, None] * 3  # lengths count for nothing
+    found = local_logits(patches, words, torch.ones(1, 1, dtype=torch.bool), torch.tensor(2.0))
+    a = math.exp(2) / (math.exp(2) + 1)  # the word's attention to patch 0: softmax of (2, 0)
+    seen = a / math.hypot(a, 1 - a)  # cosine of a * e0 + (1 - a) * e1 with e0
+    assert found[0, 0].item() == pytest.approx(2 * seen, rel=1e-6)
+    assert found[1, 0].item() == pytest.approx(0, abs=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 3), st.integers(0, 3), st.integers(1, 4))
+def test_local_logits_are_those_of_the_slow_loop(seed: int, b: int, m: int, k: int):
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.randn(b, 5, 4, generator=generator, dtype=torch.float32)
+    words = torch.randn(m, k, 4, generator=generator)
+    is_word = torch.rand(m, k, generator=generator) < 0.6
+    scale = torch.tensor(6.0)
+    found = local_logits(patches, words, is_word, scale)
+    assert found.shape == (b, m)
+    for i in range(b):
+        for j in range(m):
+            slow = local_logit_loop(patches[i], words[j][is_word[j]], 6.0)
+            assert found[i, j].item() == pytest.approx(slow, abs=1e-4)
+
+
+def test_local_logits_in_blocks_are_those_at_once_with_their_gradients():
+    generator = torch.Generator().manual_seed(3)
+    patches = torch.randn(4, 6, 8, generator=generator, requires_grad=True)
+    words = torch.randn(7, 3, 8, generator=generator, requires_grad=True)
+    is_word = torch.rand(7, 3, generator=generator) < 0.7
+    is_word[2] = False  # a text that names nothing
+    keys = torch.arange(4)[:, None]
+
+    def run(block_elements: int) -> tuple[torch.Tensor, ...]:
+        logits = local_logits(patches, words, is_word, torch.tensor(9.0), block_elements)
+        loss = local_sum(logits[:, 3:], keys)
+        return logits, loss, *torch.autograd.grad(loss, (patches, words))
+
+    for found, expected in zip(run(150), run(10**6), strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mean_over_words_does_not_favour_a_text_that_says_it_twice():
+    generator = torch.Generator().manual_seed(0)
+    patches, words = torch.randn(2, 4, 8, generator=generator), torch.randn(1, 2, 8)
+    once = local_logits(patches, words, torch.ones(1, 2, dtype=torch.bool), torch.tensor(5.0))
+    twice = local_logits(
+        patches, words.repeat(1, 2, 1), torch.ones(1, 4, dtype=torch.bool), torch.tensor(5.0)
+    )
+    torch.testing.assert_close(once, twice)
+
+
+def test_the_local_loss_is_clips_loss_of_its_logits_where_each_row_has_one_positive():
+    logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(1))
+    own = torch.arange(5)
+    expected = (
+        F.cross_entropy(logits, own, reduction="sum")
+        + F.cross_entropy(logits.T, own, reduction="sum")
+    ) / 2
+    torch.testing.assert_close(local_sum(logits, own[:, None]), expected)
+    assert softmax_sum(logits, torch.zeros(5, 5, dtype=torch.bool)) == 0
+    nothing = local_sum(logits[:0, :0], own[:0, None])
+    assert nothing == 0

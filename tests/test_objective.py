@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from mmclip.batch import PROMPT, REPORT, Batch, TextBatch
 from mmclip.config import ScoreKind, TrainConfig
 from mmclip.config_io import ConfigError
-from mmclip.losses import contrastive_sum, positive_pairs
+from mmclip.losses import contrastive_sum, local_logits, local_sum, positive_pairs
 from mmclip.masking import attended_score, blend_scores
 from mmclip.models.mmclip import MMCLIP, Outputs
 from mmclip.patches import PatchGrid
@@ -56,6 +56,7 @@ def run(model: MMCLIP, objective: Objective, batch: Batch) -> Outputs:
         ("loss.image=1",), (*WHOLE, "image_mask.score='decoder_attention'"),
         (*WHOLE, "image_mask.policy='oracle'"),
         (*WHOLE, "model.text_decoder.image_context='pooled'"), LABELS, (*WHOLE, *LABELS),
+        ("loss.local=0.5",), (*WHOLE, "loss.local=0.5"),
     ],
 )  # fmt: skip
 def test_every_parameter_gets_a_gradient_in_every_arm(overrides: tuple[str, ...]):
@@ -91,6 +92,42 @@ def test_masked_terms_of_a_mixed_batch_are_the_sums_of_its_parts(overrides: tupl
         together = float(sum(s[term] for s in sums))
         assert float(whole[term]) == pytest.approx(together, rel=1e-4), term
         assert objective.counts(batch)[term] == sum(objective.counts(p)[term] for p in parts)
+
+
+def test_the_local_term_is_that_of_the_rows_whose_text_names_an_entity():
+    model, objective = made("loss.local=1")
+    batch = MIXED.batch(3)
+    reports = replace(batch.reports, is_entity=batch.reports.is_entity.clone())
+    reports.is_entity[1] = False  # row 2's report names nothing
+    batch = replace(batch, reports=reports)
+    assert batch.entity_rows.tolist() == [0, 1, 3, 4, 5, 6]  # row 7 has no text
+    assert objective.counts(batch)["local"] == 6
+    with torch.no_grad():
+        out = objective.outputs(model, batch)
+        image = model.encode_image(batch.image)
+        patches = model.project_patches(image.features[:, 1:])
+        expected = torch.zeros(len(batch), len(batch))
+        for texts in batch.texts():  # one text at a time, all its words
+            for i, row in enumerate(texts.rows.tolist()):
+                read = model.encode_text(texts.ids[i : i + 1], texts.is_valid[i : i + 1])
+                words = model.project_words(read.features)
+                is_word = texts.chosen("entities")[i : i + 1]
+                expected[:, row] = local_logits(patches, words, is_word, model.scale())[:, 0]
+    rows = batch.entity_rows
+    assert out.local_logits is not None
+    torch.testing.assert_close(out.local_logits, expected[rows][:, rows], rtol=1e-4, atol=1e-5)
+    term = float(objective.sums(model, batch)["local"].detach())
+    assert term == pytest.approx(float(local_sum(expected[rows][:, rows], batch.keys[rows])), 1e-4)
+
+
+def test_the_local_term_leaves_the_temperature_to_the_contrastive_term_and_may_have_no_rows():
+    model, objective = made("loss.local=1")
+    objective.sums(model, MIXED.batch())["local"].backward()
+    assert model.logit_scale.grad is None and model.visual_projection.weight.grad is not None
+    nothing = MIXED.batch()
+    nothing = replace(nothing, reports=no_texts(), prompts=no_texts())
+    terms = objective.sums(model, nothing)
+    assert objective.counts(nothing)["local"] == 0 and float(terms["local"].detach()) == 0
 
 
 def test_label_terms_of_a_mixed_batch_are_the_sums_of_its_parts():

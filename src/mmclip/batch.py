@@ -222,9 +222,14 @@ class Batch:
     labels: Float[Tensor, "b k"] | None = None
     lone_reports: TextBatch | None = None  # that have no image; their rows are their own numbers
     text_rows: Int[Tensor, " r"] = field(init=False)  # that have a text, in order
+    entity_rows: Int[Tensor, " s"] = field(init=False)  # whose text names an entity, in order
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text_rows", self.has_text.nonzero()[:, 0])
+        names_one = torch.zeros_like(self.has_text)
+        for texts in (self.prompts, self.reports):  # a row's text is its report, else its prompt
+            names_one = names_one.index_copy(0, texts.rows, texts.chosen("entities").any(1))
+        object.__setattr__(self, "entity_rows", names_one.nonzero()[:, 0])
 
     def __len__(self) -> int:
         return len(self.image)

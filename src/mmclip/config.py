@@ -137,6 +137,7 @@ class LossConfig(Frozen):
     contrastive: str = "softmax"  # or "sigmoid", or module:function of your own
     image: float = Field(default=0.0, ge=0)  # AttMIM
     text: float = Field(default=0.0, ge=0)  # EntMLM
+    local: float = Field(default=0.0, ge=0)  # words of entities against patches, as GLoRIA's
     label: float = Field(
         default=0.0, ge=0
     )  # control: labels of unpaired images, in place of prompts

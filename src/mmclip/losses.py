@@ -58,7 +58,13 @@ def contrastive_sum(
     """
     logits = logit_scale * query @ candidates.T
     logits = logits.masked_fill(~is_candidate, -torch.inf)
-    is_positive = is_positive & is_candidate
+    return softmax_sum(logits, is_positive & is_candidate)
+
+
+def softmax_sum(
+    logits: Float[Tensor, "a b"], is_positive: Bool[Tensor, "a b"]
+) -> Float[Tensor, ""]:
+    """-sum_i 1/|P_i| sum_{p in P_i} log softmax_j(logits_ij)[p]; see `contrastive_sum`."""
     n_positive = is_positive.sum(1)
     log_prob = logits - logits.logsumexp(1, keepdim=True)
     picked = torch.where(is_positive, log_prob, 0.0).sum(1)  # 0 in a row without a positive
@@ -132,6 +138,72 @@ def contrastive_sum_in_blocks(
         for rows, keys in zip(query.split(block_rows), query_keys.split(block_rows), strict=True)
     ]
     return torch.stack(sums).sum()  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+LOCAL_BLOCK_ELEMENTS = 2**24
+"""Cosines of words and patches that stand in memory at once. [chosen: 67 MB of float32, of which a
+step holds a few]"""
+
+
+def local_logits(
+    patches: Float[Tensor, "b n e"],
+    words: Float[Tensor, "m k e"],
+    is_word: Bool[Tensor, "m k"],
+    scale: Float[Tensor, ""],
+    block_elements: int = LOCAL_BLOCK_ELEMENTS,
+) -> Float[Tensor, "b m"]:
+    """How well the words of each text find what they name among the patches of each image.
+
+    a_kn = softmax_n(scale * <w_k, p_n>) is where word k looks, c_k = sum_n a_kn p_n what it sees,
+    and the logit is log mean_k exp(scale * cos(c_k, w_k)).
+
+    Args:
+        patches: In the joint space, of any length.
+        words: Likewise.
+        is_word: False where a text has fewer words than the longest; such places count for
+            nothing. A text without any has a logit of 0.
+        scale: The inverse temperature, of all three: that of the contrastive term.
+        block_elements: Cosines beyond which some texts pass at a time, and the backward pass
+            computes theirs again.
+
+    Source: the local contrastive loss of GLoRIA (Huang et al., ICCV 2021, section 3.3). Ours: one
+        temperature, which is learned, in place of three; and the mean over words in place of the
+        sum, which favours long texts.
+    """
+    patches, words = F.normalize(patches.float(), dim=-1), F.normalize(words.float(), dim=-1)
+    gram = patches @ patches.mT
+
+    def block(words: Tensor, is_word: Tensor) -> Tensor:
+        cosine = torch.einsum("mke,bne->bmkn", words, patches)
+        attention = (scale * cosine).softmax(-1)
+        # <c, w> and |c| by the cosines and those among patches: no [b, m, k, e] is made.
+        along = (attention * cosine).sum(-1)
+        square = torch.einsum("bmkn,bnp,bmkp->bmk", attention, gram, attention)
+        match = scale * along * (square + 1e-12).rsqrt()
+        has_word = is_word.any(-1, keepdim=True)
+        match = match.masked_fill(~(is_word | ~has_word), -torch.inf)
+        n_words = is_word.sum(-1).clamp(min=1)
+        return (match.logsumexp(-1) - n_words.log()).masked_fill(~has_word[:, 0], 0.0)
+
+    n_texts = max(1, block_elements // max(1, len(patches) * patches.shape[1] * words.shape[1]))
+    if len(words) <= n_texts:
+        return block(words, is_word)
+    parts = [
+        checkpoint(block, some, known, use_reentrant=False)
+        for some, known in zip(words.split(n_texts), is_word.split(n_texts), strict=True)
+    ]
+    return torch.cat(parts, 1)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def local_sum(logits: Float[Tensor, "r r"], keys: Int[Tensor, "r m"]) -> Float[Tensor, ""]:
+    """The mean of both directions of `softmax_sum`, over rows that have an image and words.
+
+    Args:
+        logits: Of each image against each text, see `local_logits`.
+        keys: Of the rows, see `positive_pairs`.
+    """
+    is_positive = positive_pairs(keys, keys)
+    return (softmax_sum(logits, is_positive) + softmax_sum(logits.T, is_positive.T)) / 2
 
 
 def masked_patch_sum(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ResNetModel
 
 from mmclip.batch import Batch, TextBatch
 from mmclip.config import Config, ImageMaskConfig, ModelConfig, ScoreTokens
-from mmclip.losses import masked_token_sum_in_blocks
+from mmclip.losses import local_logits, masked_token_sum_in_blocks
 from mmclip.masking import (
     blend_scores,
     choose_masked_patches,
@@ -72,6 +72,7 @@ class Outputs(NamedTuple):
     is_masked: Bool[Tensor, "b n"] | None
     relevance: Float[Tensor, "b n"] | None  # what the choice went by, before policy and noise
     label_logits: Float[Tensor, "b k"] | None  # None without a label loss
+    local_logits: Float[Tensor, "s s"] | None  # of `Batch.entity_rows`; None without a local loss
 
 
 class MaskedPatches(NamedTuple):
@@ -108,6 +109,7 @@ class MMCLIP(nn.Module):
         text_decoder: TextDecoder | None = None,
         n_label_findings: int = 0,
         has_bias: bool = False,
+        has_local: bool = False,
     ) -> None:
         """Puts a new joint space on top of two encoders.
 
@@ -119,6 +121,7 @@ class MMCLIP(nn.Module):
             text_decoder: None where no masked words are recovered.
             n_label_findings: Outputs of the label head; 0 leaves it out.
             has_bias: Learn the bias of the sigmoid loss.
+            has_local: Compare words with patches.
         """
         super().__init__()
         embed_dim = config.embed_dim
@@ -134,6 +137,7 @@ class MMCLIP(nn.Module):
         for layer in (self.visual_projection, self.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # [CLIP, released code]
         self.image_decoder, self.text_decoder = image_decoder, text_decoder
+        self.has_local = has_local
         self.label_head: nn.Linear | None = None
         if n_label_findings:  # last, so that other weights are those of the arm without it
             self.label_head = nn.Linear(embed_dim, n_label_findings)
@@ -207,6 +211,9 @@ class MMCLIP(nn.Module):
         label_logits = None
         if self.label_head is not None:  # of every row: each process uses every parameter
             label_logits = self.label_head(scale.detach() * image.embedding)
+        local = None
+        if self.has_local:
+            local = self._local_logits(batch, image, (reports, prompts), scale.detach())
         return Outputs(
             image.embedding,
             text_embedding,
@@ -216,6 +223,7 @@ class MMCLIP(nn.Module):
             token_loss,
             *rebuilt,
             label_logits,
+            local,
         )
 
     def _embeddings(self, batch: Batch, image: EncoderOutput) -> Outputs:
@@ -228,6 +236,27 @@ class MMCLIP(nn.Module):
         text = self._texts_of_rows(image.embedding, texts[::-1])
         nothing = dict.fromkeys(Outputs._fields[4:])
         return Outputs(image.embedding, text, self.scale(), self.logit_bias, **nothing)
+
+    def _local_logits(
+        self,
+        batch: Batch,
+        image: EncoderOutput,
+        texts: tuple[TextOutput, TextOutput],
+        scale: Float[Tensor, ""],
+    ) -> Float[Tensor, "s s"]:
+        """The images of `Batch.entity_rows` against the words of entities of their texts."""
+        rows = batch.entity_rows
+        patches = self.project_patches(image.features[:, 1:].index_select(0, rows))
+        logits = patches.new_zeros(len(rows), len(batch), dtype=torch.float32)
+        reports, prompts = texts
+        for each, read in ((batch.prompts, prompts), (batch.reports, reports)):
+            is_entity = each.chosen("entities")
+            width = each.encoding.most_entities
+            first = is_entity.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+            words = self.project_words(torch.take_along_dim(read.features, first[..., None], 1))
+            found = local_logits(patches, words, is_entity.gather(1, first), scale)
+            logits = logits.index_copy(1, each.rows, found)
+        return logits.index_select(1, rows)
 
     def _rebuild(
         self,
@@ -493,4 +522,5 @@ def build_mmclip(
         text_decoder,
         n_label_findings if config.loss.label else 0,
         has_bias=config.loss.contrastive == "sigmoid",
+        has_local=config.loss.local > 0,
     )

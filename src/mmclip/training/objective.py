@@ -1,8 +1,10 @@
 """The objective: which terms a configuration trains, their sums over a batch, and their counts.
 
-    L = L_contrastive + loss.image * L_AttMIM + loss.text * L_EntMLM + loss.label * L_label
+    L = L_contrastive + loss.image * L_AttMIM + loss.text * L_EntMLM
+        + loss.label * L_label + loss.local * L_local
 
-L_label is no part of the method: it is the control that asks whether prompts beat plain labels.
+The last two are no part of the method. L_label is the control that asks whether prompts beat plain
+labels; L_local compares words with patches, as GLoRIA does.
 
 Every term is a sum over the elements it applies to, here; the training loop divides it by their
 number over all processes and micro-batches.
@@ -23,6 +25,7 @@ from mmclip.losses import (
     contrastive_sum,
     contrastive_sum_in_blocks,
     label_sum,
+    local_sum,
     masked_patch_sum,
     sigmoid_sum,
 )
@@ -98,6 +101,10 @@ class Objective:
             terms["text"] = out.masked_token_loss
         if out.label_logits is not None and batch.labels is not None:
             terms["label"] = label_sum(out.label_logits, batch.labels)
+        if out.local_logits is not None:
+            terms["local"] = local_sum(
+                out.local_logits, batch.keys.index_select(0, batch.entity_rows)
+            )
         return terms
 
     def embed(self, model: nn.Module, batch: Batch) -> Embeddings:
@@ -135,7 +142,8 @@ class Objective:
     def counts(self, batch: Batch | RawBatch) -> dict[str, int]:
         """The number of elements of each term.
 
-        Rows with a text, masked patches, masked tokens, known labels of rows without a report.
+        Rows with a text, masked patches, masked tokens, known labels of rows without a report,
+        rows whose text names an entity.
         """
         batch = batch.rest if isinstance(batch, RawBatch) else batch
         masked = masked_patch_count(batch.patch_noise.shape[1], self.config.image_mask.mask_ratio)
@@ -145,6 +153,7 @@ class Objective:
             "image": len(batch) * masked,
             "text": n_tokens,
             "label": 0 if batch.labels is None else int((~batch.labels.isnan()).sum()),
+            "local": len(batch.entity_rows),
         }
 
 
