@@ -94,6 +94,7 @@ def test_masked_terms_of_a_mixed_batch_are_the_sums_of_its_parts(overrides: tupl
         assert objective.counts(batch)[term] == sum(objective.counts(p)[term] for p in parts)
 
 
+@pytest.mark.ledger("local loss")
 def test_the_local_term_is_that_of_the_rows_whose_text_names_an_entity():
     model, objective = made("loss.local=1")
     batch = MIXED.batch(3)
