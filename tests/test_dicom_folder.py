@@ -1,6 +1,7 @@
 """A hospital's tree of DICOM files and its table of reports, as one data folder."""
 
 import datetime
+import io
 import json
 import logging
 import shutil
@@ -15,10 +16,11 @@ from pydicom.dataset import Dataset
 from mmclip.config_io import ConfigError
 from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.csv_table import SourceError
-from mmclip.data.ingest.dicom_folder import DicomOptions, view_of
+from mmclip.data.ingest.dicom_folder import DicomOptions
 from mmclip.data.ingest.report_table import ReportMapping, read_reports
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.manifest import read_manifest
+from mmclip.data.radiograph import view_of, why_no_chest
 from mmclip.data.sample import Excluded, Reason, Sample
 from tests.commands import mmclip
 from tests.made_files import dicom
@@ -250,6 +252,14 @@ def test_without_a_table_images_are_read_alone(root: Path):
         ({"PatientOrientation": ["A", "F"]}, "L"),
         ({"PatientOrientation": ["L", "F"]}, "unknown"), ({}, "unknown"),
         ({"ViewPosition": "unbekannt", "SeriesDescription": "Liegend"}, "AP"),
+        ({"ViewPosition": "RLAT"}, "L"), ({"SeriesDescription": "Tórax perfil"}, "L"),
+        ({"SeriesDescription": "Thorax seitl."}, "L"), ({"SeriesDescription": "胸部侧位"}, "L"),
+        ({"SeriesDescription": "Tórax póstero-anterior"}, "PA"),
+        ({"SeriesDescription": "Torace postero-anteriore"}, "PA"),
+        ({"SeriesDescription": "Chest posterior to anterior"}, "PA"),
+        ({"SeriesDescription": "Thorax dorsoventral"}, "PA"),
+        ({"SeriesDescription": "Thorax p. a."}, "PA"), ({"SeriesDescription": "Chest A-P"}, "AP"),
+        ({"SeriesDescription": "Chest anterior-posterior"}, "AP"),
     ],
 )  # fmt: skip
 def test_a_view_is_told_by_position_description_or_orientation(tags, view):
@@ -262,13 +272,56 @@ def test_a_view_is_told_by_position_description_or_orientation(tags, view):
 @pytest.mark.parametrize(
     ("value", "meaning", "view"),
     [("R-10214", "", "PA"), ("R-10206", "", "AP"), ("x", "left lateral", "L"),
-     ("399348003", "antero-posterior", "AP"), ("x", "postero-anterior", "PA")],
+     ("399348003", "antero-posterior", "AP"), ("x", "postero-anterior", "PA"),
+     ("399348003", "", "AP"), ("272479007", "", "PA"), ("399198007", "", "L"),
+     ("R-10208", "antero-posterior oblique", "unknown")],
 )  # fmt: skip
 def test_a_view_is_told_by_dicoms_codes(value, meaning, view):
     item, data = Dataset(), Dataset()
     item.CodeValue, item.CodeMeaning = value, meaning
     data.ViewCodeSequence = [item]
     assert view_of(data, {}) == view
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"ViewPosition": "LLD"}, {"ViewPosition": "AP RLD"}, {"ViewPosition": "LAO"},
+        {"ProtocolName": "Chest left lateral decubitus"}, {"ProtocolName": "PA oblique"},
+        {"ProtocolName": "Thorax schräg ap"},
+    ],
+)  # fmt: skip
+def test_a_turned_patient_has_no_standard_view_whatever_else_is_said(tags: dict):
+    data = Dataset()
+    for keyword, value in ({"PatientOrientation": ["A", "F"]} | tags).items():
+        setattr(data, keyword, value)
+    assert view_of(data, {}) == "unknown"
+
+
+def test_a_view_code_sequence_that_is_no_sequence_is_passed_over():
+    data = pydicom.dcmread(io.BytesIO(image(1, SeriesDescription="Chest PA")))
+    data.add_new("ViewCodeSequence", "LO", "R-10206")
+    assert view_of(data, {}) == "PA"
+
+
+@pytest.mark.parametrize(
+    ("part", "series", "is_chest"),
+    [
+        ("UNKNOWN", "Chest PA", True), ("*", "", True), ("N/A", "Thorax", True),
+        ("UNSPECIFIED", "Knee", False), ("TORACE", "", True), ("胸部", "", True),
+        ("Poumon", "", True), ("грудная клетка", "", True), ("CHEST_TO_ABDOMEN", "", True),
+        ("THORACIC SPINE", "", False), ("", "Brustwirbelsäule seitlich", False),
+        ("", "Columna dorsal AP", False), ("", "Thorax und Brustwirbelsäule", True),
+        ("", "Overhead portable", True), ("", "Rx mano", False), ("腹部", "", False),
+        ("", "Huftgelenk", False), ("", "Hu\u0308ftgelenk", False), ("CLAVICLE", "", False),
+    ],
+)  # fmt: skip
+def test_the_chest_is_told_in_the_words_of_many_hospitals(part: str, series: str, is_chest: bool):
+    data = Dataset()
+    data.Modality = "DX"
+    data.add_new("BodyPartExamined", "LO", part)
+    data.add_new("SeriesDescription", "LT", series)
+    assert (why_no_chest(data) is None) == is_chest
 
 
 def test_a_later_report_that_only_tells_who_was_called_is_counted(root: Path, caplog):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mmclip.data.dicom import is_dicom, read_header
-from mmclip.data.ingest.dicom_folder import VIEW_KEYWORDS, view_of
 from mmclip.data.ingest.shards import process_pool
 from mmclip.data.pixels import ImageError
+from mmclip.data.radiograph import VIEW_KEYWORDS, text_of, view_of
 from mmclip.data.sample import View
 
 IMAGE_SUFFIXES = (
@@ -192,5 +192,4 @@ def _study_of(path: Path) -> tuple[str | None, View]:
         header = read_header(path, ("StudyInstanceUID", *VIEW_KEYWORDS))
     except ImageError:
         return None, "unknown"
-    study = str(header.get("StudyInstanceUID") or "").strip().strip("\0")
-    return study or None, view_of(header, {})
+    return text_of(header, "StudyInstanceUID") or None, view_of(header, {})

@@ -7,14 +7,11 @@ date reaches a record.
 import hmac
 import logging
 import os
-import re
 import secrets
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import pydicom
 
 from mmclip.data.ages import parse_age
 from mmclip.data.dicom import read_header, silent_pydicom
@@ -27,48 +24,18 @@ from mmclip.data.ingest.report_table import (
     read_reports,
 )
 from mmclip.data.pixels import ImageError
-from mmclip.data.sample import Excluded, Reason, Record, Sample, Sex, View
+from mmclip.data.radiograph import CONTENT_KEYWORDS, text_of, view_of, why_no_chest
+from mmclip.data.sample import Excluded, Reason, Record, Sample, Sex
 
 logger = logging.getLogger(__name__)
-
-MODALITIES = ("CR", "DX", "DR", "RG", "XR")
-"""Computed, digital and other radiography. DR and XR are in files, and not in the standard."""
 
 OLDEST_YEARS = 90.0
 """An age above it is told as this one: higher ones are rare enough to name a person. [HIPAA]"""
 
-VIEW_KEYWORDS = (
-    "ViewPosition", "ViewCodeSequence", "SeriesDescription", "ProtocolName", "PatientOrientation",
-)  # fmt: skip
-"""What `view_of` reads."""
-
 _KEYWORDS = (
     "SOPInstanceUID", "StudyInstanceUID", "AccessionNumber", "PatientID", "PatientAge",
-    "PatientSex", "Modality", "BodyPartExamined", "StudyDescription", *VIEW_KEYWORDS,
+    "PatientSex", *CONTENT_KEYWORDS,
 )  # fmt: skip
-
-_CHEST = re.compile(r"chest|thora|tora[xk]|tórax|lung|pulm|brust|\bcxr\b|\brib", re.IGNORECASE)
-_OTHER_PART = re.compile(
-    r"abdom|pelvi|becken|knee|knie|hand|finger|wrist|elbow|hip\b|hüft|foot|fuß|fuss|ankle|spine|"
-    r"wirbel|lws\b|bws\b|hws\b|skull|schädel|head|shoulder|schulter|femur|tibia|humerus|forearm|"
-    r"dental|mamm|breast",
-    re.IGNORECASE,
-)
-_VIEW_WORDS: tuple[tuple[re.Pattern[str], View], ...] = (
-    (re.compile(r"(?<![a-z])(p\.?a\.?|post(ero)?[ -]?ant(erior)?)(?![a-z])", re.IGNORECASE), "PA"),
-    (re.compile(r"(?<![a-z])(a\.?p\.?|ant(ero)?[ -]?post(erior)?)(?![a-z])", re.IGNORECASE), "AP"),
-    (
-        re.compile(
-            r"(?<![a-z])(ll|rl|lat|later\w*|latéral\w*|seitlich\w*|profil\w*)(?![a-z])",
-            re.IGNORECASE,
-        ),
-        "L",
-    ),
-)  # fmt: skip
-_VIEW_CODES: dict[str, View] = {
-    "R-10206": "AP", "R-10214": "PA", "R-10228": "L", "R-10232": "L", "R-10236": "L",
-}  # fmt: skip
-"""SNOMED RT codes of DICOM PS3.16 CID 4010; other codes are read by their meaning."""
 
 _SEXES: dict[str, Sex] = {"M": "M", "F": "F"}
 
@@ -211,14 +178,14 @@ def _record(
     except ImageError as error:
         image_id = _hash(key, "file", image)
         return Excluded(row=row, image_id=image_id, reason=error.reason, detail=error.detail)
-    instance = _text(data, "SOPInstanceUID")
+    instance = text_of(data, "SOPInstanceUID")
     image_id = _hash(key, "image", instance) if instance else _hash(key, "file", image)
-    if (why := _not_ours(data)) is not None:
+    if (why := why_no_chest(data)) is not None:
         return Excluded(row=row, image_id=image_id, reason=why[0], detail=why[1])
-    study, accession = _text(data, "StudyInstanceUID"), _text(data, "AccessionNumber")
-    patient = _text(data, "PatientID")
+    study, accession = text_of(data, "StudyInstanceUID"), text_of(data, "AccessionNumber")
+    patient = text_of(data, "PatientID")
     report = reports.report_of(accession, study)
-    age = parse_age(_text(data, "PatientAge")) if keeps else None
+    age = parse_age(text_of(data, "PatientAge")) if keeps else None
     return Sample(
         image_id=image_id,
         study_id=_hash(key, "study", study or accession) if study or accession else image_id,
@@ -230,78 +197,10 @@ def _record(
         impression=report.impression,
         report=report.text,
         age_years=None if age is None else min(age, OLDEST_YEARS),
-        sex=_SEXES.get(_text(data, "PatientSex").upper()) if keeps else None,
+        sex=_SEXES.get(text_of(data, "PatientSex").upper()) if keeps else None,
     )
 
 
 def _hash(key: bytes, kind: str, value: str) -> str:
     """A keyed hash: without the key, nobody who guesses an id can tell whether it is the one."""
     return hmac.digest(key, f"{kind}\0{value}".encode(), "sha256").hex()[:24]
-
-
-def _text(data: pydicom.Dataset, keyword: str) -> str:
-    try:
-        value = data.get(keyword)
-    except (ValueError, TypeError, LookupError, NotImplementedError):  # a value of a broken file
-        return ""
-    return "" if value is None else str(value).strip().strip("\0")
-
-
-def _not_ours(data: pydicom.Dataset) -> tuple[Reason, str] | None:
-    """Why an image is no radiograph of the chest; the detail holds a code and never free text."""
-    modality = _text(data, "Modality").upper()
-    if modality not in MODALITIES:
-        is_code = re.fullmatch(r"[A-Z]{2,8}", modality) and modality in _KNOWN_MODALITIES
-        return Reason.OTHER_MODALITY, f"modality {modality if is_code else 'missing or unknown'}"
-    part = _text(data, "BodyPartExamined")
-    if part:
-        return None if _CHEST.search(part) else (Reason.OTHER_BODY_PART, _part_of(part))
-    described = " ".join(
-        _text(data, word) for word in ("SeriesDescription", "ProtocolName", "StudyDescription")
-    )
-    if _OTHER_PART.search(described) and not _CHEST.search(described):
-        return Reason.OTHER_BODY_PART, _part_of(described)
-    return None
-
-
-_KNOWN_MODALITIES = {
-    "CT", "MR", "US", "NM", "PT", "XA", "RF", "MG", "OT", "SC", "SR", "PR", "KO", "ES", "IO", "PX",
-    "DOC", "SEG", "RTPLAN", "RTSTRUCT", "RTDOSE", "RTIMAGE", "ECG", "OP", "SM", "XC", "BMD",
-}  # fmt: skip
-
-
-def _part_of(text: str) -> str:
-    found = _OTHER_PART.search(text)
-    return f"{found[0].lower()}" if found else "not the chest"
-
-
-def view_of(data: pydicom.Dataset, words: dict[str, View]) -> View:
-    """The view of an image: by ViewPosition, then DICOM's codes, descriptions, and orientation.
-
-    Args:
-        data: Its header.
-        words: Of the mapping, in lower case; they win.
-
-    Returns:
-        "unknown" where nothing tells it, or a description names two.
-    """
-    position, series = _text(data, "ViewPosition"), _text(data, "SeriesDescription")
-    for text in (position, series, _text(data, "ProtocolName")):
-        if text.lower() in words:
-            return words[text.lower()]
-    if (view := _view_in(position)) != "unknown":
-        return view
-    for item in data.get("ViewCodeSequence") or ():
-        code = _VIEW_CODES.get(_text(item, "CodeValue")) or _view_in(_text(item, "CodeMeaning"))
-        if code != "unknown":
-            return code
-    for text in (series, _text(data, "ProtocolName")):
-        if (view := _view_in(text)) != "unknown":
-            return view
-    orientation = _text(data, "PatientOrientation").strip("[]'\" ").upper()
-    return "L" if orientation[:1] in ("A", "P") else "unknown"
-
-
-def _view_in(text: str) -> View:
-    found: list[View] = [view for pattern, view in _VIEW_WORDS if pattern.search(text)]
-    return found[0] if len(found) == 1 else "unknown"
