@@ -8,6 +8,7 @@ import resource
 import time
 import warnings
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,19 +17,15 @@ import pydicom
 import pytest
 from pydicom import uid
 from pydicom.data.data_manager import DATA_ROOT
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
+from pydicom.tag import Tag
 
 from mmclip.data import decode_worker
 from mmclip.data.decode_worker import DecodeWorker
-from mmclip.data.dicom import (
-    DECODERS,
-    _extended_12_bit,
-    decode_dicom,
-    decoders_installed,
-    is_dicom,
-    transfer_syntax_of,
-)
+from mmclip.data.dicom import decode_dicom, is_dicom, transfer_syntax_of
+from mmclip.data.dicom_pixels import DECODERS, _extended_12_bit, decoders_installed
 from mmclip.data.images import ImageError, decode_image, read_image, stretch
 from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Reason, Sample
@@ -559,3 +556,124 @@ def test_the_process_decodes_raster_files_too():
     with pytest.raises(ImageError, match="not PNG"):
         worker.decode(b"no image", 1_000_000)
     worker.close()
+
+
+# What headers leave out, contradict or garble.
+
+FOUR = (0, 1365, 2730, 4095)
+
+
+def rewritten(change: Callable[[Dataset], object], pixels: np.ndarray | None = None) -> bytes:
+    """A file of 12 bits in 16 whose header was changed as no encoder would let it be."""
+    pixels = levels(*FOUR) if pixels is None else pixels
+    data = pydicom.dcmread(io.BytesIO(dicom(pixels, BitsStored=12, HighBit=11)))
+    change(data)
+    return saved(data)
+
+
+def put(keyword: str, vr: str, value: object) -> Callable[[Dataset], object]:
+    return lambda data: data.add_new(keyword, vr, value)
+
+
+def raw(keyword: str, value: bytes) -> Callable[[Dataset], object]:
+    """An attribute whose bytes are no value of its kind."""
+    tag = Tag(keyword)
+    element = RawDataElement(tag, "DS", len(value), value, 0, False, True)
+    return lambda data: data.__setitem__(tag, element)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda data, k=k: data.__delitem__(k) for k in (
+            "BitsStored", "HighBit", "PixelRepresentation", "PhotometricInterpretation",
+            "SamplesPerPixel")),
+        put("BitsStored", "US", 0),
+        put("PhotometricInterpretation", "CS", "monochrome2"),
+        put("PhotometricInterpretation", "CS", "MONOCHROME"),
+        put("RescaleSlope", "DS", "0"), raw("RescaleSlope", b"n/a "), raw("WindowWidth", b"wide"),
+        put("VOILUTSequence", "SQ", [Dataset()]), put("ModalityLUTSequence", "SQ", [Dataset()]),
+        lambda data: setattr(data, "PixelData", data.PixelData * 2),
+        lambda data: setattr(data, "PixelData", data.PixelData + b"\0\0\0\0"),
+    ],
+)  # fmt: skip
+def test_what_a_header_leaves_out_or_garbles_is_no_hindrance(change):
+    assert decode_image(rewritten(change))[0].tolist() == [0, 85, 170, 255]
+
+
+@pytest.mark.parametrize("keyword", ["Rows", "Columns", "BitsAllocated"])
+@pytest.mark.parametrize("is_zero", [False, True])
+def test_what_a_header_must_say_is_named_where_it_does_not(keyword: str, is_zero: bool):
+    def change(data: Dataset) -> None:
+        if is_zero:
+            data[keyword].value = 0
+        else:
+            del data[keyword]
+
+    said = refusal(rewritten(change))
+    assert (said.reason, said.detail) == (
+        Reason.IMAGE_UNREADABLE, f"the header has no {keyword}, or 0",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("shape", ["INVERSE", "IDENTITY", None])
+def test_an_image_that_says_twice_that_it_is_inverted_is_inverted_once(kind, shape):
+    content = dicom(levels(*FOUR), PhotometricInterpretation=kind, PresentationLUTShape=shape)
+    expected = [0, 85, 170, 255]
+    is_inverted = kind == "MONOCHROME1" or shape == "INVERSE"
+    assert decode_image(content)[0].tolist() == expected[:: -1 if is_inverted else 1]
+
+
+@pytest.mark.parametrize("syntax", [None, uid.RLELossless])
+def test_values_in_the_upper_bits_of_their_words_are_moved_down(syntax):
+    shifted = levels(*FOUR) << 4 | 3  # and what lies below them is no part of them
+    tags = {"BitsStored": 12, "HighBit": 15}
+    window = {"WindowCenter": "2048", "WindowWidth": "4096"}
+    plain = dicom(shifted, **tags, **window)
+    content = plain if syntax is None else in_syntax(shifted, syntax, **tags, **window)
+    assert decode_image(content)[0].tolist() == [0, 85, 170, 255]
+    signed = (levels(-2048, -683, 682, 2047, dtype=np.int16) << 4).astype(np.int16)
+    assert decode_image(dicom(signed, **tags))[0].tolist() == [0, 85, 170, 255]
+
+
+def test_a_high_bit_above_values_that_stand_in_the_lower_bits_is_wrong():
+    window = {"WindowCenter": "2048", "WindowWidth": "4096"}
+    content = dicom(levels(*FOUR), BitsStored=12, HighBit=15, **window)
+    assert decode_image(content)[0].tolist() == [0, 85, 170, 255]
+
+
+@pytest.mark.parametrize(
+    ("centers", "widths", "expected"),
+    [
+        (["40", "2048"], ["80", "4096"], [6, 85, 170, 255]),  # of the first nothing is seen
+        (["99999", "-5"], ["10", "2"], [0, 81, 168, 255]),  # of none: the image's own range
+        (["", "1024"], ["", "2048"], [12, 170, 255, 255]),
+        (["2048,5"], ["4096,0"], [6, 85, 170, 255]),
+        (["1024"], ["2048", "50"], [12, 170, 255, 255]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_the_first_window_holds_that_shows_a_value(centers, widths, expected, kind):
+    def change(data: Dataset) -> None:
+        data.PhotometricInterpretation = kind
+        raw("WindowCenter", "\\".join(centers).encode())(data)
+        raw("WindowWidth", "\\".join(widths).encode())(data)
+
+    image = decode_image(rewritten(change, levels(100, *FOUR[1:])))[0]
+    assert (255 - image if kind == "MONOCHROME1" else image).tolist() == expected
+
+
+def test_a_frame_of_another_codec_than_the_header_says_is_decoded_by_its_own():
+    data = pydicom.dcmread(io.BytesIO(in_syntax(deep().astype(np.uint16), uid.JPEG2000Lossless)))
+    for said in (uid.JPEGLSLossless, uid.JPEGLosslessSV1, uid.JPEGBaseline8Bit):
+        data.file_meta.TransferSyntaxUID = said
+        np.testing.assert_array_equal(decode_image(saved(data)), decode_image(dicom(deep())))
+
+
+def test_compressed_pixels_under_a_header_that_says_otherwise_reach_no_codec():
+    content = in_syntax(deep().astype(np.uint16), uid.JPEG2000Lossless)
+    said = str(uid.JPEG2000Lossless).encode()
+    other = str(uid.ExplicitVRLittleEndian).encode().ljust(len(said), b"\0")
+    refused = refusal(content.replace(said, other, 1))
+    assert refused.detail == "the pixels are compressed, and the header says that they are not"

@@ -25,7 +25,7 @@ from mmclip.checkpoint import (
     run_files,
 )
 from mmclip.data.cache import CacheError, verify_cache
-from mmclip.data.dicom import decoders_installed
+from mmclip.data.dicom_pixels import decoders_installed
 from mmclip.data.folder import MANIFEST_FILE, META_FILE, ManifestError, read_meta
 from mmclip.data.leakage.check import find_overlaps, patient_key
 from mmclip.data.manifest import read_manifest

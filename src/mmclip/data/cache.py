@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib.format import write_array_header_1_0
 
 from mmclip.config import ResizeMode
-from mmclip.data.dicom import decoders_installed
+from mmclip.data.dicom_pixels import decoders_installed
 from mmclip.data.folder import META_FILE, read_built_meta
 from mmclip.data.images import ImageError, decode_image, read_bytes, resize_image
 from mmclip.data.ingest.shards import (

@@ -19,11 +19,17 @@ from pydicom import config, uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.filereader import read_dataset, read_partial
-from pydicom.pixels import get_decoder
 from pydicom.pixels.utils import get_expected_length
 from pydicom.tag import BaseTag, Tag
 
 from mmclip.data.dicom_grey import StoredValues, stored_values, to_grey
+from mmclip.data.dicom_pixels import (
+    NATIVE,
+    complete_header,
+    name_of,
+    stored_pixels,
+    syntax_of_frame,
+)
 from mmclip.data.pixels import FAULTS, ImageError, check_size
 from mmclip.data.sample import Reason
 
@@ -35,35 +41,11 @@ HEADER_BYTES, TRAILER_BYTES = 4 << 20, 16 << 20
 """What a deflated file may hold before and behind its pixels. [chosen: headers take 10 kB inflated,
 with overlays and icons up to a megabyte]"""
 
-NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
-"""Transfer syntaxes whose pixels lie in the file as they are."""
-
-DECODERS: dict[uid.UID, tuple[str, ...]] = {
-    uid.JPEGBaseline8Bit: ("pillow",),
-    uid.JPEGExtended12Bit: ("pillow",),  # of 8 bits; 12 bits are `_extended_12_bit`
-    uid.JPEGLossless: ("gdcm", "pylibjpeg"),
-    uid.JPEGLosslessSV1: ("gdcm", "pylibjpeg"),
-    uid.JPEGLSLossless: ("pyjpegls", "gdcm"),
-    uid.JPEGLSNearLossless: ("pyjpegls", "gdcm"),
-    uid.JPEG2000Lossless: ("pillow", "pylibjpeg", "gdcm"),
-    uid.JPEG2000: ("pillow", "pylibjpeg", "gdcm"),
-    uid.HTJ2KLossless: ("pylibjpeg",),
-    uid.HTJ2KLosslessRPCL: ("pylibjpeg",),
-    uid.HTJ2K: ("pylibjpeg",),
-    uid.RLELossless: ("pydicom",),
-}
-"""The plug-ins of pydicom for each compressed transfer syntax, the strictest first: one that fills
-what a cut frame lacks would mask the cut."""
-
 _Stop = Callable[[Any, Any, int], bool]
 """Of pydicom: whether to stop reading before the element of this tag, VR and length."""
 
 _PIXEL_DATA = 0x7FE00010
 _START_BYTES = 16 << 10  # hold the meta header
-
-_END_MARKER = b"\xff\xd9"  # of JPEG, JPEG-LS and JPEG 2000 alike
-_LENIENT = {"gdcm", "pylibjpeg", "pyjpegls"}
-"""Plug-ins that return an image for a frame that is cut off, or look for its end for seconds."""
 
 _MAGIC = b"DICM"
 _LONG_VRS = (b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UN", b"UR", b"UT")
@@ -168,18 +150,14 @@ def _read_pixels(content: bytes, max_px: int, make: Callable[[Dataset, np.ndarra
             rows, columns = int(data.get("Rows") or 0), int(data.get("Columns") or 0)
             frames = int(data.get("NumberOfFrames") or 1)
             check_size(columns, rows, max_px)
-            if "PixelData" not in data or not rows or not columns:
+            if "PixelData" not in data:
                 detail = "a DICOM file without pixels, or cut off before their end"
                 raise ImageError(Reason.IMAGE_UNREADABLE, detail)
+            complete_header(data)
             if frames > 1:
                 raise ImageError(Reason.IMAGE_UNREADABLE, f"{frames} frames: a loop, not an image")
-            syntax = data.file_meta.TransferSyntaxUID
-            n_bytes, n_found = get_expected_length(data), len(data.PixelData)
-            if syntax in NATIVE and n_found < n_bytes:
-                detail = f"{n_found:,} of {n_bytes:,} pixel bytes"
-                raise ImageError(Reason.IMAGE_TRUNCATED, detail)
-            step = f"pixels in transfer syntax {_name_of(syntax)!r}"
-            return make(data, _pixels(data))
+            step = f"pixels in transfer syntax {name_of(data.file_meta.TransferSyntaxUID)!r}"
+            return make(data, stored_pixels(data))
         except ImageError:
             raise
         except FAULTS as error:  # whose text may quote the header: only its kind is told
@@ -266,28 +244,15 @@ def _parsed(content: bytes, max_px: int) -> Dataset:
 def _syntax_by_content(data: Dataset) -> uid.UID:
     """The transfer syntax of a data set that has no meta header to name it."""
     if "PixelData" in data and data["PixelData"].is_undefined_length:
-        return _syntax_of_frame(next(generate_frames(data.PixelData, number_of_frames=1)))
+        syntax = syntax_of_frame(next(generate_frames(data.PixelData, number_of_frames=1)))
+        if syntax is None:
+            detail = "compressed pixels, and no header that names their transfer syntax"
+            raise ImageError(Reason.IMAGE_UNREADABLE, detail)
+        return syntax
     is_implicit, is_little = data.original_encoding
     if is_implicit:
         return uid.ImplicitVRLittleEndian
     return uid.ExplicitVRLittleEndian if is_little else uid.ExplicitVRBigEndian
-
-
-def _syntax_of_frame(frame: bytes) -> uid.UID:
-    """The transfer syntax of a compressed frame, by its first marker segments."""
-    if frame[:4] == b"\xff\x4f\xff\x51" or frame[4:8] == b"jP  ":
-        return uid.JPEG2000
-    kinds = {
-        0xC0: uid.JPEGBaseline8Bit, 0xC1: uid.JPEGExtended12Bit, 0xC3: uid.JPEGLossless,
-        0xF7: uid.JPEGLSNearLossless,
-    }  # fmt: skip
-    at = 2 if frame[:2] == b"\xff\xd8" else len(frame)
-    while at + 4 <= len(frame) and frame[at] == 0xFF:
-        if frame[at + 1] in kinds:
-            return kinds[frame[at + 1]]
-        at += 2 + struct.unpack_from(">H", frame, at + 2)[0]
-    detail = "compressed pixels, and no header that names their transfer syntax"
-    raise ImageError(Reason.IMAGE_UNREADABLE, detail)
 
 
 def _inflated(packed: bytes, max_px: int) -> bytes:
@@ -310,94 +275,3 @@ def _inflated(packed: bytes, max_px: int) -> bytes:
         detail = f"deflated, and longer than the {n_bytes:,} pixel bytes that its header announces"
         raise ImageError(Reason.IMAGE_UNREADABLE, detail)
     return head + rest
-
-
-# -- from a data set to pixels --
-
-
-def _pixels(data: Dataset) -> np.ndarray:
-    """The stored values, as the first plug-in gives them that can.
-
-    Raises:
-        ImageError: When no decoder of the transfer syntax is installed, or the frame is cut off.
-        RuntimeError: When none can decode it.
-    """
-    syntax = data.file_meta.TransferSyntaxUID
-    if syntax in NATIVE:
-        return data.pixel_array
-    plugins = [name for name in DECODERS.get(syntax, ()) if name in _installed(syntax)]
-    if syntax == uid.JPEGExtended12Bit and int(data.BitsStored) > 8:
-        plugins = ["gdcm"] if "gdcm" in _installed(syntax) else []
-    if not plugins:
-        said = (
-            f"no installed decoder reads transfer syntax {_name_of(syntax)!r}; see `mmclip doctor`"
-        )
-        raise ImageError(Reason.IMAGE_UNREADABLE, said)
-    is_whole = _END_MARKER in next(generate_frames(data.PixelData, number_of_frames=1))[-16:]
-    if not is_whole and _LENIENT.issuperset(plugins):
-        said = f"pixels in transfer syntax {_name_of(syntax)!r} without an end marker: RuntimeError"
-        raise ImageError(Reason.IMAGE_UNREADABLE, said)
-    for name in plugins:
-        if name in _LENIENT and not is_whole:
-            continue
-        try:
-            if syntax == uid.JPEGExtended12Bit and name == "gdcm":
-                return _extended_12_bit(data)
-            data.pixel_array_options(decoding_plugin=name)
-            return data.pixel_array
-        except FAULTS:
-            continue
-    raise RuntimeError("no plug-in can decode the frame")
-
-
-def _name_of(syntax: uid.UID) -> str:
-    """Of the standard alone: a file may put anything in the place of its transfer syntax."""
-    return syntax.name if syntax in uid.UID_dictionary else "unknown"
-
-
-def decoders_installed() -> dict[str, tuple[str, ...]]:
-    """The plug-ins that would decode each compressed transfer syntax; () where there is none."""
-    return {
-        syntax.name: tuple(name for name in names if name in _installed(syntax))
-        for syntax, names in DECODERS.items()
-    }
-
-
-def _installed(syntax: uid.UID) -> tuple[str, ...]:
-    return get_decoder(syntax).available_plugins if syntax in DECODERS else ()
-
-
-def _extended_12_bit(data: Dataset) -> np.ndarray:
-    """JPEG Extended of 12 bits, which GDCM decodes but pydicom does not ask it for.
-
-    Equal to libjpeg-turbo's pixels in the files that there are to compare.
-    """
-    import gdcm
-
-    rows, columns = int(data.Rows), int(data.Columns)
-    if int(data.SamplesPerPixel) != 1 or int(data.BitsAllocated) != 16:
-        raise NotImplementedError("JPEG Extended of 12 bits in colour")
-    fragment = gdcm.Fragment()
-    fragment.SetByteStringValue(next(generate_frames(data.PixelData, number_of_frames=1)))
-    fragments = gdcm.SequenceOfFragments.New()
-    fragments.AddFragment(fragment)
-    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
-    element.SetValue(fragments.__ref__())
-    image = gdcm.Image()
-    image.SetNumberOfDimensions(2)
-    image.SetDimensions((columns, rows, 1))
-    image.SetDataElement(element)
-    kind = gdcm.PhotometricInterpretation.GetPIType("MONOCHROME2")  # of values, not of their sense
-    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(kind))
-    syntax = gdcm.TransferSyntax.GetTSType(str(uid.JPEGExtended12Bit))
-    image.SetTransferSyntax(gdcm.TransferSyntax(syntax))
-    bits = int(data.BitsStored)
-    image.SetPixelFormat(gdcm.PixelFormat(1, 16, bits, bits - 1, 0))
-    buffer = image.GetBuffer()
-    if buffer is None:
-        raise RuntimeError("GDCM cannot decode the frame")
-    raw = buffer.encode("utf-8", "surrogateescape")  # its own way to hand bytes to Python
-    pixels = np.frombuffer(raw, "<u2").reshape(rows, columns)
-    if int(data.PixelRepresentation):
-        return (pixels << (16 - bits)).view(np.int16) >> (16 - bits)
-    return pixels

@@ -16,10 +16,11 @@ MAX_STEPS = 65_535
 
 
 def to_grey(data: Dataset, pixels: np.ndarray) -> np.ndarray:
-    """Modality LUT, then VOI LUT or the first window, then the photometric interpretation.
+    """Modality LUT, then VOI LUT or window, then the photometric interpretation.
 
-    Without either, the image's own extremes are the range: the bits say nothing of a detector's.
-    Padding takes no part in that, and is background.
+    The first window holds of those that show any value of the image. Without either, the image's
+    own extremes are the range: the bits say nothing of a detector's. Padding takes no part in that,
+    and is background. Numbers of a header that cannot be read count as not there.
 
     Source: DICOM PS3.3 C.11.2.1.2 (window functions), C.7.5.1.1.2 (padding) and PS3.4 N.2 (order of
     the steps).
@@ -34,7 +35,7 @@ def to_grey(data: Dataset, pixels: np.ndarray) -> np.ndarray:
     is_padding = None if kind == "PALETTE COLOR" else _padding(data, pixels)
     values = _modality_values(data, pixels)
     image = _windowed(data, values, is_padding)
-    image = 255 - image if kind == "MONOCHROME1" else image
+    image = 255 - image if _is_inverted(data) else image
     if is_padding is not None:
         image = np.where(is_padding, np.uint8(0), image)
     return image
@@ -48,9 +49,9 @@ class StoredValues:
         steps: The value of a pixel is `low + step * steps`; of padding the darkest.
         low: The lowest value, in the unit that the modality LUT gives.
         step: Between two values; 1 where they are whole numbers of 16 bits.
-        window: Centre and width that the header names first; None without one, and beside a VOI
-            LUT, which is no window.
-        is_inverted: Whether low values are bright (MONOCHROME1).
+        window: Centre and width that the header names first of those that show any value; None
+            without one, and beside a VOI LUT, which is no window.
+        is_inverted: Whether low values are bright.
     """
 
     steps: UInt16[np.ndarray, "h w"]
@@ -65,7 +66,7 @@ def stored_values(data: Dataset, pixels: np.ndarray) -> StoredValues | None:
     kind = data.get("PhotometricInterpretation")
     if pixels.ndim == 3 or kind == "PALETTE COLOR" or int(data.BitsStored) <= 8:
         return None
-    is_inverted = kind == "MONOCHROME1"
+    is_inverted = _is_inverted(data)
     is_padding = _padding(data, pixels)
     values = _modality_values(data, pixels)
     shown = values if is_padding is None else values[~is_padding]
@@ -77,22 +78,32 @@ def stored_values(data: Dataset, pixels: np.ndarray) -> StoredValues | None:
     steps = np.clip(np.rint((values - low) / step), 0, MAX_STEPS).astype(np.uint16)
     if is_padding is not None:
         steps[is_padding] = steps.max() if is_inverted else 0
-    window = None if data.get("VOILUTSequence") else _window(data)
+    window = None if _lut_item(data, "VOILUTSequence") else _window(data, low, high)
     return StoredValues(steps, low, step, window, is_inverted)
 
 
+def _is_inverted(data: Dataset) -> bool:
+    """Whether low values are bright. One image may say it twice: it is inverted once.
+
+    Source: DICOM PS3.3 C.8.11.3.1.2 (INVERSE is for MONOCHROME1); a few files say INVERSE beside
+    MONOCHROME2, and mean it.
+    """
+    return data.get("PhotometricInterpretation") == "MONOCHROME1" or (
+        str(data.get("PresentationLUTShape") or "").strip() == "INVERSE"
+    )
+
+
 def _windowed(data: Dataset, values: np.ndarray, is_padding: np.ndarray | None) -> np.ndarray:
-    """Values after the modality LUT, by VOI LUT, first window or their own range, to 0..255."""
-    if data.get("VOILUTSequence"):
-        table, first, bits = _lut(data, data.VOILUTSequence[0], values)
+    """Values after the modality LUT, by VOI LUT, window or their own range, to 0..255."""
+    if (item := _lut_item(data, "VOILUTSequence")) is not None:
+        table, first, bits = _lut(data, item, values)
         index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
         return stretch(table[index], *_range_of(table, bits))
-    window = _window(data)
+    shown = values if is_padding is None else values[~is_padding]
+    low, high = (float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0)
+    window = _window(data, low, high)
     if window is None:
-        shown = values if is_padding is None else values[~is_padding]
-        return stretch(
-            values, *((float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0))
-        )
+        return stretch(values, low, high)
     center, width = window
     function = data.get("VOILUTFunction")
     if function == "SIGMOID":
@@ -102,27 +113,34 @@ def _windowed(data: Dataset, values: np.ndarray, is_padding: np.ndarray | None) 
     return stretch(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
 
 
-def _window(data: Dataset) -> tuple[float, float] | None:
-    """Centre and width of the first window; None without one, or with one that has no width.
+def _window(data: Dataset, low: float, high: float) -> tuple[float, float] | None:
+    """Centre and width of the first window that shows any of the values from low to high.
 
-    A width below 1 is one of the functions LINEAR_EXACT and SIGMOID, for values with decimals.
+    None without one, or with one that has no width. A width below 1 is one of the functions
+    LINEAR_EXACT and SIGMOID, for values with decimals.
     """
-    center, width = _first(data.get("WindowCenter")), _first(data.get("WindowWidth"))
     is_linear = data.get("VOILUTFunction") not in ("LINEAR_EXACT", "SIGMOID")
-    if center is None or width is None or width <= 0 or (is_linear and width < 1):
-        return None
-    return center, width
+    centers, widths = _numbers(data, "WindowCenter"), _numbers(data, "WindowWidth")
+    for center, width in zip(centers, widths, strict=False):
+        if center is None or width is None or width <= 0 or (is_linear and width < 1):
+            continue
+        if center - width / 2 < high and center + width / 2 > low:
+            return center, width
+    return None
 
 
 def _modality_values(data: Dataset, pixels: np.ndarray) -> np.ndarray:
-    """Values after the modality LUT, or after slope and intercept: empty ones are 1 and 0."""
-    if data.get("ModalityLUTSequence"):
-        table, first, _ = _lut(data, data.ModalityLUTSequence[0], pixels)
+    """Values after the modality LUT, or after slope and intercept: empty ones are 1 and 0.
+
+    A slope of 0, which would make all values one, is taken for 1.
+    """
+    if (item := _lut_item(data, "ModalityLUTSequence")) is not None:
+        table, first, _ = _lut(data, item, pixels)
         return table[np.clip(pixels.astype(np.int64) - first, 0, len(table) - 1)]
-    slope, intercept = _first(data.get("RescaleSlope")), _first(data.get("RescaleIntercept"))
+    slope, intercept = _first(data, "RescaleSlope"), _first(data, "RescaleIntercept")
     if slope is None and intercept is None:
         return pixels
-    return pixels * np.float64(1 if slope is None else slope) + (intercept or 0.0)
+    return pixels * np.float64(slope or 1) + (intercept or 0.0)
 
 
 def _padding(data: Dataset, pixels: np.ndarray) -> np.ndarray | None:
@@ -130,10 +148,10 @@ def _padding(data: Dataset, pixels: np.ndarray) -> np.ndarray | None:
 
     A value is read in the type of the pixels, as signed ones are often written as unsigned.
     """
-    value = _first(data.get("PixelPaddingValue"))
+    value = _first(data, "PixelPaddingValue")
     if value is None:
         return None
-    limit = _first(data.get("PixelPaddingRangeLimit"))
+    limit = _first(data, "PixelPaddingRangeLimit")
     ends = [_as_stored(int(v), pixels.dtype) for v in (value, value if limit is None else limit)]
     is_padding = (pixels >= min(ends)) & (pixels <= max(ends))
     return is_padding if is_padding.any() else None
@@ -144,6 +162,13 @@ def _as_stored(value: int, dtype: np.dtype) -> int:
     limits = np.iinfo(dtype)
     span = int(limits.max) - int(limits.min) + 1
     return (value - int(limits.min)) % span + int(limits.min)
+
+
+def _lut_item(data: Dataset, keyword: str) -> Dataset | None:
+    """The first LUT of a sequence; None where there is none, or one without a table."""
+    items = data.get(keyword)
+    item = items[0] if items else None
+    return item if item is not None and {"LUTDescriptor", "LUTData"} <= set(item.dir()) else None
 
 
 def _lut(data: Dataset, item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:
@@ -171,8 +196,27 @@ def _range_of(table: np.ndarray, bits: int) -> tuple[float, float]:
     return float(table.min()), float(table.max())
 
 
-def _first(value: object) -> float | None:
-    """The first of one or several windows, or None where the tag is absent or empty."""
-    if value is None or value == "":
+def _first(data: Dataset, keyword: str) -> float | None:
+    """The first number of an attribute; None where it is not there, or empty."""
+    return next(iter(_numbers(data, keyword)), None)
+
+
+def _numbers(data: Dataset, keyword: str) -> list[float | None]:
+    """The numbers of an attribute, also with a decimal comma; None for what is none."""
+    try:
+        value = data.get(keyword)
+    except ValueError:  # no number, as its VR says that it is: as it stands in the file
+        raw = data.get_item(keyword)
+        value = raw.value if raw is not None else None
+        value = value.decode("ascii", "replace").split("\\") if isinstance(value, bytes) else None
+    if value is None:
+        return []
+    several = value if isinstance(value, MultiValue | list) else [value]
+    return [_number(str(one)) for one in several]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", "."))
+    except ValueError:
         return None
-    return float(str(value[0] if isinstance(value, MultiValue) else value))

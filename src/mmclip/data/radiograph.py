@@ -30,7 +30,7 @@ _CHEST = re.compile(
 )
 _SPINE = re.compile(
     r"(chest|thora[a-z]*|tora[a-z]*|brust|dors[a-z]*)?[ _-]*(spine|wirbel|vertebr)|"
-    r"(column|colonna|rachis|colonne)[a-z]*[ _-]*(vertebral[a-z]*|thora[a-z]*|tora[a-z]*|dors[a-z]*)"
+    r"(column|colonna|rachis|colonne)[a-z]*[ _-]*(vertebra|thora|tora|dors)[a-z]*"
 )
 """The spine, with the word of the chest that says which: no chest X-ray."""
 
@@ -75,7 +75,7 @@ _VIEW_WORDS: tuple[tuple[re.Pattern[str], View], ...] = (
 _NO_STANDARD_VIEW = re.compile(
     r"decub|obli[qck]|schrag|tangential|(?<![a-z])([lr]ld|[lr][ap]o|[lr]lo)(?![a-z])"
 )
-"""Patients who lie on the side, or are turned: neither PA, AP nor lateral, whatever else is said."""
+"""Patients who lie on the side, or are turned: neither PA, AP nor lateral."""
 
 _VIEW_CODES: dict[str, View] = {
     "R-10206": "AP", "399348003": "AP", "R-10214": "PA", "272479007": "PA",
