@@ -228,8 +228,10 @@ def said_or_kind(value: object) -> str:
         (12, "an? int"),
         ("no/such/file.png", "does not exist"),
         ("a\0b", "does not exist"),
-        (b"\x89PNG", "no image that can be read"),
+        (b"\x89PNG", "cannot be read"),
         (b"", "0 bytes"),
+        (io.BytesIO(), r"0 bytes \(nothing is left to read\)"),
+        (np.zeros((0, 5)), r"0 bytes \(an array of shape \[0, 5\]\)"),
         (io.StringIO("a"), "gives str; open it as 'rb'"),
         ({"image": 1}, "a dict"),
         ("https://example.org/a.png", "an address; nothing is fetched: download it"),
@@ -249,6 +251,8 @@ def test_an_unreadable_image_is_named_or_skipped_with_its_reason(
     assert found.image_ids == (files[0], files[1])
     (skipped,) = found.skipped
     assert skipped.image_id == name
+    # Who hands an image over in memory looks for no file.
+    assert "file" not in skipped.reason or isinstance(image, str)
     result = model.classify((each for each in given), FINDINGS, errors="skip")
     assert result.image_ids == (files[0], files[1])
     assert result.skipped == (skipped,)
@@ -285,7 +289,9 @@ def test_a_file_by_path_by_content_or_opened_is_one_image(model: Model, tmp_path
                 np.testing.assert_array_equal(model.encode_images(form)[0], expected)
             for row in model.encode_images([content, io.BytesIO(content), file]):
                 np.testing.assert_array_equal(row, expected)
-            with pytest.raises(ImageInputError, match="image 0: the image file has 0 bytes"):
+            with pytest.raises(
+                ImageInputError, match=r"image 0: the image has 0 bytes \(nothing is left"
+            ):
                 model.encode_images(file)  # it was read to its end
     with pytest.raises(ImageInputError, match=r"image 0: .*reading failed"):
         model.encode_images([file])

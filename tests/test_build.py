@@ -107,7 +107,7 @@ CASES = {
     "sound": Case(kept=(is_ramp,)),
     "truncated jpeg": Case(encoded(NOISE, "JPEG")[:900], excluded=(Reason.IMAGE_TRUNCATED,)),
     "truncated png": Case(encoded(NOISE)[:900], excluded=(Reason.IMAGE_TRUNCATED,)),
-    "0 bytes": Case(b"", excluded=(Reason.IMAGE_EMPTY,)),
+    "0 bytes": Case(b"", excluded=(Reason.IMAGE_EMPTY,), detail="case.png"),
     "text named .png": Case(b"404 Not Found", excluded=(Reason.IMAGE_UNREADABLE,), detail="not"),
     "40,000 x 40,000 px": Case(
         lambda root: (root / "case.png").write_bytes(huge_png(40_000)),
@@ -143,7 +143,7 @@ CASES = {
     "a pipe in place of an image": Case(
         lambda root: os.mkfifo(root / "case.png"), excluded=(Reason.IMAGE_UNREADABLE,)
     ),
-    "a missing file": Case(None, excluded=(Reason.IMAGE_MISSING,)),
+    "a missing file": Case(None, excluded=(Reason.IMAGE_MISSING,), detail="case.png"),
     "an absolute path": Case(
         rows=row(film="/etc/hostname"), excluded=(Reason.IMAGE_OUTSIDE_ROOT,), detail="/etc"
     ),

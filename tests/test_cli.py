@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -723,7 +724,9 @@ def test_long_lists_of_options_are_grouped_by_purpose(
 @pytest.mark.parametrize("width", [100, 80, 60, 44, 30])
 def test_a_number_of_a_table_is_whole_or_left_out(width: int, monkeypatch: pytest.MonkeyPatch):
     written = io.StringIO()
-    narrow = Console(file=written, width=width, markup=False)
+    narrow = Console(
+        file=written, width=width, markup=False, force_terminal=True, color_system=None
+    )
     monkeypatch.setattr(tables, "console", narrow)
     head = ("finding", "AUROC", "95 %", "present", "absent")
     row = ("enlarged cardiomediastinum [/x]", "0.507", "0.264\u20130.747", "12,345", "123,456")
@@ -736,3 +739,54 @@ def test_a_number_of_a_table_is_whole_or_left_out(width: int, monkeypatch: pytes
         assert (cell in said) == any(name == part.strip() for part in shown), name
     told = " ".join(said.split())
     assert ("left out, for a wider terminal" in told) == (row[-1] not in said)
+
+
+def table_of(
+    width: int, is_terminal: bool, monkeypatch: pytest.MonkeyPatch, *args: Any, **settings: Any
+) -> list[str]:
+    """The lines of a table, as a terminal or a pipe gets them."""
+    written = io.StringIO()
+    console = Console(
+        file=written, width=width, markup=False, force_terminal=is_terminal, color_system=None
+    )
+    monkeypatch.setattr(tables, "console", console)
+    tables.print_table(*args, **settings)
+    return [line.rstrip() for line in written.getvalue().splitlines()]
+
+
+def test_a_pipe_takes_the_whole_table(monkeypatch: pytest.MonkeyPatch):
+    head = ("finding", *(f"number {i}" for i in range(20)), "report")
+    row = ("enlarged cardiomediastinum", *(f"{i / 7:.3f}" for i in range(20)), "effusion " * 30)
+    lines = table_of(80, False, monkeypatch, head, [row], has_text=True)
+    assert [re.split(r" {2,}", line) for line in lines] == [[*head], [*row[:-1], row[-1].strip()]]
+
+
+@pytest.mark.parametrize("width", [100, 80, 60, 44, 30, 10])
+def test_a_text_beside_numbers_is_cut_with_a_sign_or_left_out(
+    width: int, monkeypatch: pytest.MonkeyPatch
+):
+    head = ("image", "cosine", "images", "report")
+    rows = [
+        ("1.2.840.113619 x", "0.584", "1,112", "Small effusion. " * 9),
+        ("b", "0.5", "1", "\u2013"),
+    ]
+    lines = table_of(width, True, monkeypatch, head, rows, has_text=True)
+    said = "\n".join(lines)
+    assert "1.2.840.113619" in said and all(len(line) <= max(width, 14) for line in lines)
+    assert ("Small effusion" in said and "\u2026" in said) == (width >= 60)
+    assert ("report" in " ".join(lines).partition("left out")[2]) == (width < 60)
+
+
+def test_a_word_longer_than_the_terminal_stays_whole(monkeypatch: pytest.MonkeyPatch):
+    word = "Lungenemphysemblasenverkleinerung"
+    lines = table_of(20, True, monkeypatch, ("finding", "AUROC"), [(word, "0.507")])
+    assert word in lines and "0.507" not in " ".join(lines) and "AUROC" in lines[-1]
+
+
+def test_every_table_of_the_command_line_is_printed_in_one_way():
+    users = {
+        path.name
+        for path in Path(tables.__file__).parent.glob("*.py")
+        if "rich.table" in path.read_text("utf-8")
+    }
+    assert users == {"tables.py"}

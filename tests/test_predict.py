@@ -89,8 +89,8 @@ def test_files_and_folders_give_a_line_each_and_the_unreadable_a_reason(
     assert all(0 < float(line["mass"]) < 1 for line in lines)
     skipped = read(tmp_path / "p.skipped.csv")
     assert [(Path(s["image_id"]).name, s["reason"]) for s in skipped] == [
-        ("broken.dcm", "the file is no image that can be read"),
-        ("empty.png", "the image file has 0 bytes"),
+        ("broken.dcm", "the image cannot be read"),
+        ("empty.png", "the image has 0 bytes"),
     ]
     assert "WARNING 2 images have no numbers" in ended.err
     assert "files that are no images: 4, ignored" in ended.err

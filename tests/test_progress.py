@@ -1,9 +1,12 @@
-"""What a long task says of itself where there is no terminal."""
+"""What a long task says of itself, in a terminal and where there is none."""
 
+import io
+import re
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from mmclip import progress as module
 from mmclip.progress import progress
@@ -60,3 +63,23 @@ console.print(table)
     message, *rest = ended.stderr.splitlines()
     assert message == "folder/" * 30 + " holds no images" and ended.stdout == ""
     assert len(rest) > 2 and max(map(len, rest)) <= 80
+
+
+@pytest.mark.parametrize("note", ["", "loss 12.345  1234 images/s"])
+@pytest.mark.parametrize("width", [120, 80, 60, 44, 30, 20])
+def test_the_line_of_a_terminal_cuts_nothing(width: int, note: str, monkeypatch):
+    shown = io.StringIO()
+    terminal = Console(file=shown, width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(module, "console", terminal)
+    what = "embedding images [/x]: what is done"
+    with progress(what, 123_456, done=1000) as advance:
+        advance(98_000, note)
+    plain = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "\n", shown.getvalue())
+    line = [line.strip() for line in plain.splitlines() if line.strip()][-1]
+    assert len(line) < width and "\u2026" not in line
+    parts = line.lstrip("\u2501\u2578\u257a ").split("  ")
+    count = f"{what}: 99,000/123,456"
+    assert parts[0] == (count if len(count) < width else "99,000/123,456")
+    said = [*note.split("  "), *re.findall(r"\d+ s(?:, \d+ s left)?", line)]
+    assert set(parts[1:]) <= set(said)
+    assert width < 120 or (set(said) - {""} <= set(parts) and line[0] in "\u2501\u2578")

@@ -16,6 +16,7 @@ from rich.console import Console
 from mmclip import embedding_store
 from mmclip.checkpoint import Checkpoint
 from mmclip.cli import retrieve as cli
+from mmclip.cli import tables
 from mmclip.data.batches import TrainingBatches
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
@@ -385,10 +386,11 @@ def test_an_id_stays_whole_in_a_terminal_of_80_columns(
     shown = io.StringIO()
     terminal = Console(file=shown, width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr(cli, "console", terminal)
+    monkeypatch.setattr(tables, "console", terminal)
     cli.print_found(replace(found, dataset=long), top=3)
     lines = shown.getvalue().splitlines()
     for one in found.found:
-        assert sum(f" {one.row:x>{length}} " in line for line in lines) == 1
+        assert sum(line.split(" ")[0] == f"{one.row:x>{length}}" for line in lines) == 1
     with_report = [line for line in lines if "Small left" in line]
     assert len(with_report) == (0 if length == 64 else 3)
     assert all(len(line) <= 80 for line in with_report)
@@ -447,7 +449,7 @@ def test_what_cannot_be_searched_is_refused_with_the_next_step(made: Made, tmp_p
     with pytest.raises(ValueError, match=r"'nowhere.png' is neither an image id of the data nor a"):
         made.search(image="nowhere.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no more")
-    with pytest.raises(ValueError, match=r"broken.png gives no image: the file is no image"):
+    with pytest.raises(ValueError, match=r"broken.png: the image cannot be read"):
         made.search(image=str(tmp_path / "broken.png"))
     for phrase in ("", "胸水"):
         with pytest.raises(ValueError, match="no word that the model knows"):

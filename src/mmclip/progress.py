@@ -5,15 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, ProgressColumn, Task
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
 """Messages for people go to stderr, so that stdout carries results alone. Into a file or a pipe
@@ -25,6 +22,10 @@ LINE_EVERY_S = 15.0
 SPEED_OVER_S = 300.0
 """The bar's estimate is of the work of so many seconds. [chosen: a chunk of large images takes a
 minute, and over Rich's 30 s there would mostly be no estimate]"""
+
+GAP, BAR_WIDTH, BAR_LEAST = 2, 28, 10
+"""Columns of the terminal between two parts of the line, of the bar, and of the least room that a
+bar with its gap needs. [chosen]"""
 
 Advance = Callable[..., None]
 """advance(n=1, note=""): n more units are done; the note stands behind the bar."""
@@ -43,16 +44,7 @@ def progress(what: str, total: int, done: int = 0, show: bool = True) -> Iterato
     if not show:
         yield lambda n=1, note="": None
     elif console.is_terminal:
-        columns = (
-            TextColumn("{task.description:<24}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", style="cyan"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, speed_estimate_period=SPEED_OVER_S) as bar:
+        with Progress(_Line(), console=console, speed_estimate_period=SPEED_OVER_S) as bar:
             task = bar.add_task(what, total=total, completed=done, note="")
 
             def advance(n: int = 1, note: str | None = None) -> None:
@@ -63,6 +55,37 @@ def progress(what: str, total: int, done: int = 0, show: bool = True) -> Iterato
             yield advance
     else:
         yield _plain(what, total, done)
+
+
+class _Line(ProgressColumn):
+    """A bar, and the line that is printed where there is no terminal."""
+
+    def render(self, task: Task) -> Table:
+        """What fits whole: the count first, then the times, the note and the bar."""
+        room = console.width - 1  # of the cursor
+        count = _count(task.description, int(task.completed), int(task.total or 0))
+        parts = [count if cell_len(count) <= room else count.rpartition(" ")[2]]
+        room -= cell_len(parts[0])
+        for part in (_times(task.elapsed or 0.0, task.time_remaining), task.fields["note"]):
+            if part and GAP + cell_len(part) <= room:
+                parts.insert(1, part)  # the note stands before the times, as in `_plain`
+                room -= GAP + cell_len(part)
+        cells: list[ProgressBar | Text] = [Text("  ".join(parts), no_wrap=True)]
+        if room >= BAR_LEAST:
+            width = min(BAR_WIDTH, room - GAP)
+            cells.insert(0, ProgressBar(task.total, task.completed, width=width))
+        line = Table.grid(padding=(0, GAP))
+        line.add_row(*cells)
+        return line
+
+
+def _count(what: str, completed: int, total: int) -> str:
+    return f"{what}: {completed:,}/{total:,}"
+
+
+def _times(elapsed_s: float, left_s: float | None) -> str:
+    """How long a task has taken, and still takes where that can be said."""
+    return _clock(elapsed_s) + ("" if left_s is None else f", {_clock(left_s)} left")
 
 
 def _plain(what: str, total: int, done: int) -> Advance:
@@ -79,7 +102,7 @@ def _plain(what: str, total: int, done: int) -> Advance:
         last = now
         elapsed = now - start
         left = elapsed / max(completed - done, 1) * (total - completed)
-        said = [f"{what}: {completed:,}/{total:,}", text, f"{_clock(elapsed)}, {_clock(left)} left"]
+        said = (_count(what, completed, total), text, _times(elapsed, left))
         print("  ".join(part for part in said if part), file=sys.stderr, flush=True)
 
     return advance

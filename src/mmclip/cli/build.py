@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from rich.table import Table
 from typer.core import TyperOption
 from typer.main import get_command
 
 from mmclip.cli.plain import IN_OUT, OTHER, PlainCommand, PlainGroup
 from mmclip.cli.shared import command_line, resume_hint
+from mmclip.cli.tables import print_table
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -268,7 +268,6 @@ def _resize_mode(name: str) -> "ResizeMode":
 
 
 def _print_meta(meta: dict, out: Path) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
     rows = [
         ("rows read", meta["n_rows"]),
         ("kept", meta["n_samples"]),
@@ -281,13 +280,10 @@ def _print_meta(meta: dict, out: Path) -> None:
         ("patients", meta["n_patients"]),
         *((f"split {name}", n) for name, n in meta["splits"].items()),
     ]
-    for what, n in rows:
-        table.add_row(what, f"{n:,}", style="yellow" if what == "excluded" and n else "")
-    console.print(table)
+    styles = ["yellow" if what == "excluded" and n else "" for what, n in rows]
+    print_table(("", ""), [(what, f"{n:,}") for what, n in rows], styles)
     if meta["n_excluded"]:
-        said = (
-            f"{meta['n_excluded'] / meta['n_rows']:.0%} of the rows are excluded; which and why: "
-        )
+        said = f"{meta['n_excluded']:,} of {meta['n_rows']:,} rows are excluded; which and why: "
         console.print(
             f"{said}{out / 'excluded.jsonl'}", style="yellow", markup=False, soft_wrap=True
         )

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from mmclip.cli import build
 from mmclip.cli.plain import PlainCommand, PlainGroup
 from mmclip.cli.shared import split_name
+from mmclip.cli.tables import print_table
 from mmclip.files import locked
 from mmclip.progress import console
 
@@ -180,10 +180,11 @@ def data_check(
 
 
 def _print_labels(done: "Derived") -> None:
-    table = Table("finding", "present", "uncertain", "absent", box=None, pad_edge=False)
-    for finding, counts in sorted(done.counts.items()):
-        table.add_row(finding, *(f"{counts[value]:,}" for value in (1, -1, 0)))
-    console.print(table)
+    rows = [
+        (finding, *(f"{counts[value]:,}" for value in (1, -1, 0)))
+        for finding, counts in sorted(done.counts.items())
+    ]
+    print_table(("finding", "present", "uncertain", "absent"), rows)
     console.print(
         f"{done.n_labelled:,} images labelled by their reports; {done.n_kept:,} keep the labels "
         f"they had, {done.n_without_report:,} have no report; data hash {done.data_hash[:16]}",
@@ -199,16 +200,16 @@ def _print_labels(done: "Derived") -> None:
 
 
 def _print_agreement(check: "Check") -> None:
-    table = Table("finding", "task", "gold", "precision", "recall", "F1", box=None, pad_edge=False)
+    rows: list[tuple[str, ...]] = []
     out: dict[str, dict[str, dict[str, float | int | None]]] = {}
     for task, of_finding in check.agreement.items():
         for finding, scores in of_finding.items():
             values = (scores.precision, scores.recall, scores.f1)
-            said = ("-" if value is None else f"{value:.3f}" for value in values)
-            table.add_row(finding, task, f"{scores.n_gold:,}", *said)
+            said = ("–" if value is None else f"{value:.3f}" for value in values)
+            rows.append((finding, task, f"{scores.n_gold:,}", *said))
             numbers = dict(zip(("precision", "recall", "f1"), values, strict=True))
             out.setdefault(task, {})[finding] = {"n_gold": scores.n_gold, **numbers}
-    console.print(table)
+    print_table(("finding", "task", "gold", "precision", "recall", "F1"), rows)
     console.print(
         f"{check.n_rows:,} rows compared; {check.n_not_here:,} rows of images that are "
         f"not here or have no report; columns left out: {', '.join(check.ignored) or 'none'}",

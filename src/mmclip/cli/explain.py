@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from mmclip.cli.plain import EVALUATION, IN_OUT, PlainCommand
 from mmclip.cli.shared import (
@@ -20,6 +19,7 @@ from mmclip.cli.shared import (
     model_request,
     split_name,
 )
+from mmclip.cli.tables import print_table
 from mmclip.files import locked_file
 from mmclip.progress import console
 
@@ -252,26 +252,22 @@ def _print_pointing(results: "dict[str, Any]") -> None:
         "hit": "hit %", "touch": "touch %", "iou_0.5": "IoU % at 0.5", "iou_chosen": "chosen",
         "cnr": "CNR",
     }  # fmt: skip
-    table = Table(box=None, pad_edge=False)
-    for i, column in enumerate(("macro mean", *columns.values())):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    rows: list[tuple[str, ...]] = []
     for name, found in results["saliency_maps"].items():
         macros = {metric: found[metric]["macro"] for metric in columns}
         for metric in list(macros)[1:]:
             macros[metric] = {**macros[metric], "ci": None}  # a terminal is narrow
-        cells = [said(macro, metric != "cnr") for metric, macro in macros.items()]
-        table.add_row(name, *cells, style="bold" if name == "model" else "")
-    console.print(table)
-    table = Table(box=None, pad_edge=False)
+        rows.append((name, *(said(macro, metric != "cnr") for metric, macro in macros.items())))
+    styles = ["bold" if row[0] == "model" else "" for row in rows]
+    print_table(("macro mean", *columns.values()), rows, styles)
     shown = [
         n for n in ("model", "location prior", "random weights") if n in results["saliency_maps"]
     ]
-    for i, column in enumerate(("hit %", "annotations", *shown)):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    rows = []
     for finding, value in results["saliency_maps"]["model"]["hit"]["findings"].items():
         cells = [said(results["saliency_maps"][name]["hit"]["findings"][finding]) for name in shown]
-        table.add_row(finding, f"{value['n']:,}", *cells)
-    console.print(table)
+        rows.append((finding, f"{value['n']:,}", *cells))
+    print_table(("hit %", "annotations", *shown), rows)
     console.print(
         f"{results['n_annotations']:,} annotations on {results['n_images']:,} images of "
         f"{results['n_patients']:,} patients; [95 % over patients]; macro over findings with at "

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.table import Table
 
 from mmclip.cli.plain import PlainCommand
 from mmclip.cli.shared import (
@@ -338,10 +337,13 @@ def _print_tables(parts: "Sequence[Section]", first: "RunResults", drawn: str) -
 
 def _print_published(known: "Sequence[Published]") -> None:
     if known:
-        table = Table(*HEAD_PUBLISHED[:5], box=None, pad_edge=False)
+        rows = [_of_others(row) for row in known]
+        print_table(HEAD_PUBLISHED[:4], [row[:4] for row in rows], ["dim"] * len(rows), "left")
+        whose: dict[str, dict[str, None]] = {}  # a method has a row for each share of the images
         for row in known:
-            table.add_row(*_of_others(row)[:5], style="dim")
-        console.print(table)
+            whose.setdefault(row.differs, {})[row.method] = None
+        for differs, methods in whose.items():
+            console.print(f"not as here, of {', '.join(methods)}: {differs}", style="dim")
         console.print(
             "published numbers were not run here; what is not as here keeps them from comparing",
             style="yellow",

@@ -5,9 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.cells import cell_len
-from rich.table import Table
-from rich.text import Text
 
 from mmclip.cli.plain import EVALUATION, IN_OUT, SELECTION, PlainCommand
 from mmclip.cli.shared import (
@@ -27,6 +24,7 @@ from mmclip.cli.shared import (
     model_request,
     split_name,
 )
+from mmclip.cli.tables import print_table
 from mmclip.files import locked
 from mmclip.progress import console
 
@@ -41,10 +39,6 @@ SEARCH = "Search"
 
 REPORT_CHARS = 120
 """Of a report in the table. [chosen: two sentences; the lines on stdout hold it whole]"""
-
-REPORT_LEAST = 16
-"""Columns of the terminal under which no report is shown. [chosen: two words]"""
-
 
 ImageOption = Annotated[
     str | None,
@@ -179,25 +173,13 @@ def _evaluate(request: "RetrievalRequest", overwrite: bool) -> None:
 
 def print_found(search: "Search", top: int) -> None:
     """The table for people on stderr, a line of JSON a patient on stdout."""
-    records = list(search.records())
-    # Ids stay whole, to be copied: in a narrow terminal reports are cut, or left out.
-    longest = max((cell_len(record["image_id"]) for record in records), default=0)
-    beside = len("rank cosine  unknown images ")
-    room = console.width - longest - beside
-    table = Table(box=None, pad_edge=False)
-    for name in ("rank", "cosine"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("image", no_wrap=True, min_width=longest)
-    table.add_column("view", no_wrap=True)
-    table.add_column("images", justify="right", no_wrap=True)
-    if room >= REPORT_LEAST:
-        table.add_column("report", no_wrap=True, overflow="ellipsis", max_width=room)
-    for record in records:
-        # As Text: a report may hold what looks like markup.
-        report = Text(" ".join((record["report"] or "–").split())[:REPORT_CHARS])
-        cells = [Text(record["image_id"]), record["view"], f"{record['n_images']:,}", report]
-        cosine = f"{record['similarity']:.3f}"
-        table.add_row(str(record["rank"]), cosine, *cells[: len(table.columns) - 2])
+    rows: list[tuple[str, ...]] = []
+    for record in search.records():
+        report = " ".join((record["report"] or "–").split())
+        if len(report) > REPORT_CHARS:
+            report = f"{report[:REPORT_CHARS]}…"
+        counts = (str(record["rank"]), f"{record['similarity']:.3f}", f"{record['n_images']:,}")
+        rows.append((record["image_id"], *counts, record["view"], report))
         print(json.dumps(record, ensure_ascii=False))
     kind = "image with image" if search.query.pixels is not None else "phrase with image"
     said = (
@@ -205,29 +187,29 @@ def print_found(search: "Search", top: int) -> None:
         f"(similarity: cosine, {kind})"
     )
     console.print(said, markup=False, soft_wrap=True)
-    console.print(table, width=max(console.width, longest + beside), soft_wrap=True)
+    print_table(("image", "rank", "cosine", "images", "view", "report"), rows, has_text=True)
     if len(search.found) < top:
         console.print(f"there are no more than {len(search.found)} patients to find", style="dim")
 
 
 def print_retrieval(results: "RetrievalResults") -> None:
     """The table for people on stderr."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "value", "95 %", "chance"):
-        table.add_column(name, justify="right" if name else "left")
+    rows: list[tuple[str, ...]] = []
+    styles: list[str] = []
     for name, direction in (
         ("image → report", results.image_to_report),
         ("report → image", results.report_to_image),
     ):
         for at in direction.at:
             spread = "–" if at.hit_ci is None else f"{at.hit_ci[0]:.3f}–{at.hit_ci[1]:.3f}"
-            said = (f"{name}, R@{at.k}", f"{at.hit:.3f}", spread, f"{at.hit_chance:.3f}")
-            table.add_row(*said)
+            rows.append((f"{name}, R@{at.k}", f"{at.hit:.3f}", spread, f"{at.hit_chance:.3f}"))
+            styles.append("")
         ci = direction.median_rank_ci
         spread = "–" if ci is None else f"{ci[0]:.1f}–{ci[1]:.1f}"
         ranks = (f"{direction.median_rank:.1f}", spread, f"{direction.median_rank_chance:.1f}")
-        table.add_row(f"{name}, median rank", *ranks, style="bold")
-    console.print(table)
+        rows.append((f"{name}, median rank", *ranks))
+        styles.append("bold")
+    print_table(("", "value", "95 %", "chance"), rows, styles)
     console.print(
         f"{results.n_images:,} images with reports of {results.n_patients:,} patients; "
         f"{results.n_reports:,} reports differ, and equal ones are right answers; intervals over "

@@ -275,8 +275,7 @@ def check_results(out: Path, name: str = "results.json") -> None:
 
 def print_results(results: "RunResults", out: Path) -> None:
     """The table for people on stderr, the page's path on stdout."""
-    wide = console.width >= 110
-    beside = {name: c.auroc for name, c in results.controls.items() if c.auroc and wide}
+    beside = {name: c.auroc for name, c in results.controls.items() if c.auroc}
     head = ("finding", "AUROC", "95 %", "AUPRC", "F1", "MCC", "present", "absent", *beside)
     rows: list[tuple[str, ...]] = []
 

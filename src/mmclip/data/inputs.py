@@ -151,7 +151,7 @@ def _content_of(image: object) -> bytes | None:
             Reason.IMAGE_UNREADABLE, f"a file that gives {type(content).__name__}; open it as 'rb'"
         )
     if not content:
-        raise ImageError(Reason.IMAGE_EMPTY)
+        raise ImageError(Reason.IMAGE_EMPTY, "" if content is image else "nothing is left to read")
     return bytes(content)
 
 

@@ -32,7 +32,10 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class Reason(StrEnum):
-    """Why a row was left out. The text is what a user reads in excluded.jsonl."""
+    """Why a row was left out. The text is what a user reads in excluded.jsonl.
+
+    Images of no file have the same reasons: only a path that was given can be "the image file".
+    """
 
     NO_ID = "the row has no image id"
     NO_PATIENT = "the row has no patient id"
@@ -46,8 +49,8 @@ class Reason(StrEnum):
     REPORT_WITHOUT_IMAGE = "no image that is read belongs to the report"
     IMAGE_OUTSIDE_ROOT = "the image lies outside the root folder"
     IMAGE_MISSING = "the image file does not exist"
-    IMAGE_EMPTY = "the image file has 0 bytes"
-    IMAGE_UNREADABLE = "the file is no image that can be read"
+    IMAGE_EMPTY = "the image has 0 bytes"
+    IMAGE_UNREADABLE = "the image cannot be read"
     IMAGE_TRUNCATED = "the image ends before its last row"
     IMAGE_TOO_LARGE = "the image has more pixels than allowed"
     IMAGE_BLANK = "all pixels of the image are (nearly) equal"

@@ -263,7 +263,7 @@ def query_of_file(encoder: DualEncoder, dataset: ImageTextDataset, path: Path) -
         prepared = encoder.prepare(path)
         pixels = resize_image(decode_image(content), SHOWN_PX)
     except ImageError as error:
-        raise ValueError(f"{path} gives no image: {error}; give another file") from None
+        raise ValueError(f"{path}: {error}; give another file") from None
     embedding = encoder.encode_images([prepared])[0]
     sha256 = hashlib.sha256(content).hexdigest()
     own = next((f for f in dataset.samples if f.image_sha256 == sha256), None)

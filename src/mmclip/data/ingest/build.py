@@ -198,7 +198,8 @@ def _with_facts(
         fact = ImageFacts() if sample.image is None else next(known)
         is_kept.append(fact.reason is None)
         if fact.reason is not None:
-            excluded.append(_left_out(row, sample, fact.reason, fact.detail))
+            path = "" if hides_paths else sample.image or ""
+            excluded.append(_left_out(row, sample, fact.reason, fact.detail or path))
         elif sample.image is None:
             kept.append(sample)
         else:
