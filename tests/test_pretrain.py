@@ -19,6 +19,7 @@ from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel
 
 from mmclip.checkpoint import (
     CHECKPOINTS,
+    checkpoint_meta,
     find_checkpoint,
     load_checkpoint,
     load_trainer_state,
@@ -30,7 +31,7 @@ from mmclip.training.announce import repeats
 from mmclip.training.pretrain import PretrainRequest, pretrain
 from tests.commands import Running, free_port, mmclip, mmclip_in_two_processes, start
 from tests.conftest import build_made
-from tests.made import write_folder
+from tests.made import reseal, write_folder
 
 
 @pytest.fixture
@@ -290,6 +291,21 @@ def test_another_configuration_does_not_resume(arguments: list, made_run: Path, 
     other = ("train.steps=8",)
     ended = mmclip(tmp_path, *arguments, "--out", made_run, "--resume", "--set", *other)
     assert "another config: train.steps was 6, is 8; resume" in ended.error()
+
+
+def test_a_run_of_a_version_that_lacked_a_key_goes_on_where_the_key_has_its_default(
+    arguments: list, made_run: Path, tmp_path: Path
+):
+    run = shutil.copytree(made_run, tmp_path / "run")
+    for checkpoint in (run / CHECKPOINTS).iterdir():
+        config = checkpoint_meta(checkpoint)["config"]
+        del config["loss"]["local"], config["contrastive"]
+        reseal(checkpoint, config=config)
+    resume = (*arguments, "--out", run, "--resume")
+    error = mmclip(tmp_path, *resume, "--set", "loss.local=1").error()
+    assert "another config: loss.local was 0.0, is 1.0; resume" in error
+    ended = mmclip(tmp_path, *resume)
+    assert ended.code == 0, ended.err
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from typing import Any
 
 from mmclip.checkpoint import CheckpointError, checkpoint_meta, newest_checkpoint
 from mmclip.config import Config
-from mmclip.config_io import config_hash
 
 
 def resumable(
@@ -33,24 +32,25 @@ def resumable(
             f"choose another --out"
         )
     theirs = checkpoint_meta(found)
-    ours = {**facts, "config_hash": config_hash(config)}
-    if theirs["config_hash"] != ours["config_hash"]:
-        was, now = flat(theirs["config"]), flat(config.model_dump(mode="json"))
-        changed = [
-            f"{key} was {was.get(key, 'not there')}, is {now.get(key, 'not there')}"
-            for key in sorted(was.keys() | now.keys())
-            if was.get(key) != now.get(key)
-        ]
+    # A key that an earlier version did not know means its default.
+    was = flat(Config().model_dump(mode="json")) | flat(theirs["config"])
+    now = flat(config.model_dump(mode="json"))
+    changed = [
+        f"{key} was {was.get(key, 'not there')}, is {now.get(key, 'not there')}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+    if changed:
         raise CheckpointError(
             f"{run} was trained with another config: {'; '.join(changed)}; resume with the "
             f"same one, or choose another --out"
         )
-    if theirs["data_hash"] != ours["data_hash"]:
+    if theirs["data_hash"] != facts["data_hash"]:
         raise CheckpointError(
             f"{run} was trained with other data ({theirs['data_hash'][:12]}, now "
-            f"{ours['data_hash'][:12]}); resume with the same folders, or choose another --out"
+            f"{facts['data_hash'][:12]}); resume with the same folders, or choose another --out"
         )
-    if theirs["shuffle_pairs"] != ours["shuffle_pairs"]:
+    if theirs["shuffle_pairs"] != facts["shuffle_pairs"]:
         how = "with" if theirs["shuffle_pairs"] else "without"
         raise CheckpointError(
             f"{run} was trained {how} --shuffle-pairs; resume {how} it, or choose another --out"
