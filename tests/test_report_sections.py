@@ -199,7 +199,7 @@ CASES: dict[str, list[tuple[str, str | None, str | None]]] = {
         ),
         (
             "FINDINGS: Clear\\.br\\No effusion.\\.br\\IMPRESSION: Normal.",
-            "Clear No effusion.",
+            "Clear. No effusion.",
             "Normal.",
         ),
         ("FINDINGS: Clear._x000D_\nIMPRESSION: Normal._x000D_\n", "Clear.", "Normal."),
@@ -230,6 +230,77 @@ CASES: dict[str, list[tuple[str, str | None, str | None]]] = {
         ),
         ("IMPRESSION: Normal.\nJ. Doe, M.D., Radiology", None, "Normal."),
         ("IMPRESSION: Normal.\nDoe, John MD", None, "Normal."),
+        ("# History\nMass.\n# Findings\nClear.\n### Impression\nOk.", "Clear.", "Ok."),
+        ("FINDINGS: Lead # 2 is displaced.", "Lead # 2 is displaced.", None),
+        ("HX: mass\nCOMP: CT\nFIND: Clear.\nIMP: Ok.", "Clear.", "Ok."),
+        ("Hx: ?mass. Tech: AP. Find: Clear. Impr: Ok.", "Clear.", "Ok."),
+        ("IND: mass\nFINDINGS: Clear.\nCONCL: Ok.", "Clear.", "Ok."),
+        ("IMPRESSION: Ok.\n*** End of report ***", None, "Ok."),
+        ("IMPRESSION: Ok.\n--- END OF DOCUMENT ---\n", None, "Ok."),
+        ("IMPRESSION: At the end of the report. Ok.", None, "At the end of the report. Ok."),
+        (
+            "IMPRESSION: Ok.\nVoice recognition software was used to dictate this report. Please "
+            "excuse errors such as mass.",
+            None,
+            "Ok.",
+        ),
+        (
+            "IMPRESSION: Ok. Parts of this document were prepared by speech-recognition; "
+            "errors may be present.",
+            None,
+            "Ok.",
+        ),
+        ("IMPRESSION: Ok.\nDose: 0.1 mGy", None, "Ok."),
+        ("FINDINGS: Clear.\nFluoroscopy time: 3 s. DAP: 2.\nIMPRESSION: Ok.", "Clear.", "Ok."),
+        ("TOTAL RADIATION DOSE: 3 mSv\nFINDINGS: Clear.", "Clear.", None),
+    ],
+    "lines that are statements of their own end as sentences": [
+        (
+            "FINDINGS:\nNo nodule\nSmall effusion\nETT in place\n",
+            "No nodule. Small effusion. ETT in place",
+            None,
+        ),
+        ("FINDINGS: No fracture\nHeart is large", "No fracture. Heart is large", None),
+        (
+            "IMPRESSION:\nNo mass\n\nLungs clear of\nPneumocystis pneumonia",
+            None,
+            "No mass. Lungs clear of Pneumocystis pneumonia",
+        ),
+        (
+            "FINDINGS:\nThere is no\nKerley line or\nSwan catheter",
+            "There is no Kerley line or Swan catheter",
+            None,
+        ),
+        (
+            "FINDINGS:\nNo focal\nconsolidation\nHeart large",
+            "No focal consolidation Heart large",
+            None,
+        ),
+        (
+            "FINDINGS: The tip of the catheter that enters at the right neck lies within the\nSVC",
+            "The tip of the catheter that enters at the right neck lies within the SVC",
+            None,
+        ),
+        ("IMPRESSION:\nNO FOCAL\nCONSOLIDATION", None, "NO FOCAL CONSOLIDATION"),
+    ],
+    "numbers, bullets and question marks": [
+        ("IMPRESSION: 1) Edema 2) No mass 3) Small nodule", None, "Edema. No mass. Small nodule"),
+        ("IMPRESSION: (1) Edema (2) No mass", None, "Edema. No mass"),
+        ("IMPRESSION: Ribs (1) and (2) are broken.", None, "Ribs (1) and (2) are broken."),
+        (
+            "FINDINGS:\nNegative for:\n* nodule\n* mass\n\nEdema.",
+            "Negative for: nodule, mass. Edema.",
+            None,
+        ),
+        (
+            "FINDINGS:\nThere is no sign of:\n1. mass\n2. effusion\n3. edema",
+            "There is no sign of: mass, effusion, edema",
+            None,
+        ),
+        ("FINDINGS:\nLungs:\n- no nodule\n- edema", "Lungs: no nodule. edema", None),
+        ("FINDINGS:\nNo:\n- mass.\n- effusion.", "No: mass. effusion.", None),
+        ("FINDINGS: ? nodule at the apex.", "? nodule at the apex.", None),
+        ("FINDINGS: ?nodule. No mass.", "?nodule. No mass.", None),
     ],
 }
 

@@ -386,7 +386,7 @@ Pneumonia is felt to be possible. | ?pneumonia
 A small effusion is believed to be present. | ?effusion
 The opacity seems to represent pneumonia. | ?pneumonia
 Doubtful small effusion. | ?effusion
-Pneumonia is doubtful. | -pneumonia
+Pneumonia is doubtful. | ?pneumonia
 Opacity, maybe pneumonia. | ?pneumonia
 DDX: pneumonia, edema. | ?pneumonia, ?edema
 Considerations include pneumonia and edema. | ?pneumonia, ?edema
@@ -561,6 +561,146 @@ W/o effusion. | -effusion
 Neg for pneumothorax. | -pneumothorax
 Ø pneumothorax | -pneumothorax
 Zero evidence of pneumothorax. | -pneumothorax
+""",
+    "doubtful": """
+An effusion on the right is doubtful. | ?effusion
+Edema appears doubtful. | ?edema
+Consolidation in the lingula remains doubtful. | ?consolidation
+Nodule: doubtful | ?nodule
+Doubtfully edema. | ?edema
+Left base density, doubtfully a mass. | density, ?mass
+It remains doubtful if there is consolidation. | ?consolidation
+There is some doubt about a nodule at the apex. | ?nodule
+Doubt pneumonia. | ?pneumonia
+I doubt that there is a pneumothorax. | ?pneumothorax
+Nodule of doubtful importance. | nodule
+Effusion of questionable clinical significance. | effusion
+There is no doubt that the effusion has grown. | effusion
+Beyond doubt there is a mass. | mass
+Without any doubt a fracture. | fracture
+""",
+    "as well as": """
+No mass as well as nodule. | -mass, -nodule
+NO EFFUSION AS WELL AS PNEUMOTHORAX. | -effusion, -pneumothorax
+There is no evidence of edema as well as effusion. | -edema, -effusion
+Mass as well as nodule are not seen. | -mass, -nodule
+No pneumothorax, as well as a moderate effusion. | -pneumothorax, effusion
+No edema as well as small effusion. | -edema, effusion
+Edema as well as effusion is unchanged. | edema, effusion
+""",
+    "free of": """
+Both hemithoraces are pneumothorax-free. | -pneumothorax
+Effusion-free and edema-free lungs. | -effusion, -edema
+Pleural space effusion free. | -effusion
+The patient is tumor-free. | -tumor
+Pneumonia, now symptom-free. | pneumonia
+Edema in a pain-free patient. | edema
+Effusion free of septation. | effusion
+Free layering effusion. | effusion
+Effusion and free air. | effusion, free air
+Lungs have cleared of consolidation. | -consolidation
+""",
+    "typed in short": """
+LLL pna. | pna
+No sig. consolidation. | -consolidation
+Mod. effusion, no sig change. | effusion
+Bibasilar atel., no ptx. | atel, -ptx
+No definite opac or pna. | -opac, -pna
+OGT and ETT in place. | ogt, ett
+Opac, likely pna. | opac, ?pna
+Opacity c/w pna. | opacity, pna
+No edema c/w prior, small effusion. | -edema, effusion
+No edema w/ small effusion. | -edema, effusion
+No ptx s/p thoracotomy. | -ptx, thoracotomy
+Effusion vs. atelectasis. | ?effusion, ?atelectasis
+Eval for nodule. | ?nodule
+Eval. for nodule. | ?nodule
+No bilat. effusions. | -effusion
+Sm. effusion w/o edema. | effusion, -edema
+""",
+    "typing errors": """
+Small pneumthorax. | pneumthorax
+No consolidaton. | -consolidaton
+Emphsyema. | emphsyema
+Bilateral infltrates. | infltrates
+Possible cardiomegly. | ?cardiomegly
+Left effussion. | effussion
+Rib fracutre. | rib fracutre
+""",
+    "colons": """
+Heart: Mildly enlarged. | heart
+Cardiac silhouette: Not enlarged | -cardiac
+Heart size - enlarged. | heart
+Edema: cannot be ruled out. | ?edema
+Effusion: has resolved. | -effusion
+Mass: could not be excluded | ?mass
+Fracture: is not seen | -fracture
+Opacity: not definitely seen. Edema: yes. | -opacity, edema
+No: nodule, mass. | -nodule, -mass
+No evidence of the following: effusion, edema. | -effusion, -edema
+Negative for: pneumothorax | -pneumothorax
+There is no evidence of: fracture or dislocation. | -fracture, -dislocation
+Possible: pneumonia or edema. | ?pneumonia, ?edema
+Effusion: no. Edema: mild. | -effusion, edema
+Pleura: no effusion. Hila: adenopathy. | -effusion, adenopathy
+""",
+    "dashes": """
+No effusion - mild edema. | -effusion, edema
+No fracture -- scoliosis. | -fracture, scoliosis
+No mass \u2013 scarring at the apex. | -mass, scarring
+Edema - none. | -edema
+Effusion - small left. | effusion
+Follow - up of effusion. | effusion
+No non-calcified nodule. | -nodule
+Pneumothorax - not seen. | -pneumothorax
+""",
+    "where a denial ends": """
+No effusion despite edema. | -effusion, edema
+No edema, in spite of cardiomegaly. | -edema, cardiomegaly
+No fracture after sternotomy. | -fracture, sternotomy
+No infiltrate following lobectomy. | -infiltrate, lobectomy
+No mass status post lobectomy. | -mass, lobectomy
+No pneumonia to explain the effusion. | -pneumonia, effusion
+No mass to account for the volume loss. | -mass, volume loss
+No consolidation, only atelectasis. | -consolidation, atelectasis
+No effusion, merely pleural thickening. | -effusion, pleural thickening
+No edema, just emphysema. | -edema, emphysema
+Instead of effusion, this represents scarring. | -effusion, scarring
+No mass, it is a nodule. | -mass, nodule
+No evidence of the following complications, pneumothorax or effusion. | -pneumothorax, -effusion
+""",
+    "gone, missed and confirmed": """
+The mass is gone. | -mass
+Pneumothorax has gone. | -pneumothorax
+Edema now gone. | -edema
+Effusion can now be excluded. | -effusion
+Fracture could be ruled out. | -fracture
+Fracture is to be excluded. | ?fracture
+Pneumothorax is not confirmed. | -pneumothorax
+Mass not recognised on this film. | -mass
+Nodule is not characterised. | nodule
+Sensitivity for nodules is low. | ?nodules
+Radiographs are not sensitive for fracture. | ?fracture
+A small nodule may be missed. | ?nodule
+A nondisplaced fracture can be overlooked. | ?fracture
+Assess for progression of edema. | edema
+Evaluate for change in the effusion. | effusion
+Edema is thought less likely. | ?edema
+Not inconsistent with edema. | ?edema
+Possible but not definite nodule. | ?nodule
+Hilar contour is prominent. | hilar contour
+Cardiothoracic ratio is elevated. | cardiothoracic ratio
+Pleural fluid blunts the right costophrenic angle. | blunts
+""",
+    "denials of other languages before words that English shares": """
+Kein Pneumothorax. | -pneumothorax
+Ohne Pneumothorax. | -pneumothorax
+Keine Emphysema. | -emphysema
+Pas de pneumothorax. | -pneumothorax
+Geen pneumothorax. | -pneumothorax
+Ingen pneumothorax. | -pneumothorax
+Sem edema. | -edema
+Sin edema ni fractura. | -edema
 """,
 }
 

@@ -8,6 +8,7 @@ repeats are bounded.
 import html
 import re
 import unicodedata
+from itertools import pairwise
 
 _MARK = r"(?:\[\*\*[^\[\]]{0,200}\*\*\]|_{2,}|(?<![A-Za-z])(?:X{4,}|(?:XXX|x{4,})(?![A-Za-z])))"
 # One or several marks with only separators between them, such as ___/___ or XXXX, XXXX.
@@ -25,12 +26,22 @@ _MENDS = [
     )
 ]
 _ITEM = re.compile(
-    r"(?:(?<=[.;:?!])[ \t]*|^[ \t]*)\(?(\d{1,2})[.)](?=\s|[A-Z])"  # 1. or (1)
+    r"(?:(?<=[.;:?!])[ \t]*|^[ \t]*|(?P<inner>(?<=\w) (?=\(?\d{1,2}\))))"
+    r"\(?(?P<number>\d{1,2})[.)](?=\s|[A-Z])"  # 1. or (1)
     r"|^[ \t]*[-*•·][ \t]+",
     re.MULTILINE,
 )
+_DENIES_LIST = re.compile(
+    r"\b(?:no|not|without|negative|neg|free|absence)\b[^.:;\n]{0,60}:$", re.IGNORECASE
+)
 _TEMPLATE_MARKS = re.compile(r"\[<|>\]")
 _PARAGRAPH_WITHOUT_STOP = re.compile(r"(?<=[A-Za-z0-9)])[ \t]*\n[ \t]*\n\s*(?=[A-Z])")
+_SHORT_LINE = 60  # [chosen: no system wraps lines at fewer characters]
+_GOES_ON = re.compile(
+    r"(?:[^\w)]|\b(?:an?|the|of|or|and|nor|no|not|with|without|in|on|at|to|for|from|by|is|are|was|were"
+    r"|as|than|that|which|than|versus|vs|right|left|both))$",
+    re.IGNORECASE,
+)
 _DOUBLE_STOP = re.compile(r"(?<![.?!])([.?!])[.?!]*(?:\s*\.)+(?=\s|$)")
 _NOTHING = {"", "none", "n/a", "na", "nan", "null", "nil", "not available", "not applicable"}
 
@@ -62,6 +73,7 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _EMPHASIS = re.compile(r"(?<![\[*])\*\*(?![\]*])([^*\n]{1,80})\*\*(?![\]*])")  # of Markdown
+_MARKDOWN_HEADING = re.compile(r"^ ?#{1,6} (?=[A-Za-z])", re.MULTILINE)
 # Line breaks of JSON and CSV writers, and the signs that HL7 puts between lines.
 _ESCAPED_BREAK = re.compile(
     r"(?:\\r)?\\n(?=[A-Z\s\\\d*-]|$)|(?<=[.;])(?:\\r)?\\n"
@@ -97,6 +109,7 @@ _BOILERPLATE = re.compile(
     r"(?:result|finding|report)s? (?:notification )?(?:(?:was|were|is|are|has|have|been) ){0,2}"
     r"(?:documented|communicated|conveyed|relayed|telephoned|called|discussed|reported to)\b"
     r"(?:\b(?:drs?|mrs?|ms|[ap]\.m)\.|\.(?=\d)|(?<=\d):(?=\d)|[^.:\n]){0,300}+(?:\.|$)"
+    r"|^\W{0,12}end of (?:report|document|dictation)\W{0,12}$"
     r"|this report has been anonymized\.?(?: all dates are offset[^.\n]{0,250}\.?)?"
     r"|(?:\bas the attending[^.,\n]{0,60}, )?\bI,? ?(?:[^.,\n]{0,60}, )?(?:have )?(?:personally )?"
     r"(?:reviewed|viewed|interpreted) (?:the|these|this) "
@@ -107,6 +120,10 @@ _BOILERPLATE = re.compile(
     r"|(?:^|(?<=[.!?] )|(?<=[.!?])) ?(?:report )?(?:electronically |digitally )?"
     r"(?:signed|dictated|approved|verified|transcribed|finali[sz]ed|authenticated)"
     r"(?: electronically| and \w{4,12}){0,2} (?:by|on)\b[^\n]{0,300}",
+    re.IGNORECASE | re.MULTILINE,
+)
+_DICTATED = re.compile(
+    r"(?:^|(?<=[.!?] ))[^.\n]{0,120}\b(?:voice|speech)[- ]recognition\b[^\n]{0,400}",
     re.IGNORECASE | re.MULTILINE,
 )
 # Whole lines of a signature: a name with its title or degree, a profession.
@@ -138,9 +155,13 @@ def normalise(raw: str) -> str:
         text = _EMPHASIS.sub(r"\1", text)
     text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
     text = _with_short_space("\n".join(text.splitlines()).replace("\t", " "))
+    if "#" in text:
+        text = _MARKDOWN_HEADING.sub("", text)
     lines = text.split("\n")
     if len(lines) > 1:
         text = "\n".join(map(_without_names, lines))
+    if "ecognition" in text or "ECOGNITION" in text:
+        text = _DICTATED.sub("", text)
     return _BOILERPLATE.sub("", text)
 
 
@@ -160,19 +181,44 @@ def _remove_numbering(text: str) -> str:
     """Removes "1.", "(2)" and bullets of lists; an item always starts a new sentence.
 
     A number is one of a list only if it is 1 or the last one's successor: "ribs 8 and 9.", broken
-    before the 9, keeps its 9.
+    before the 9, keeps its 9. The items of a list that a denial introduces ("No evidence of:") stay
+    in its sentence, up to an empty line.
     """
-    kept, at, last = [], 0, 0
+    kept, at, last, is_denied = [], 0, 0, False
     for match in _ITEM.finditer(text):
-        before = text[max(0, match.start() - 8) : match.start()].rstrip()
-        if match[1] is not None:
-            if int(match[1]) not in (1, last + 1) or before.endswith(("No.", "no.")):
+        before = text[max(at, match.start() - 80) : match.start()].rstrip()
+        if match["number"] is not None:
+            is_first = match["number"] == "1" and match["inner"] is None
+            if not (is_first or int(match["number"]) == last + 1 > 1):
                 continue
-            last = int(match[1])
+            if before.endswith(("No.", "no.")):
+                continue
+            last = int(match["number"])
+        is_denied = _DENIES_LIST.search(before) is not None or (is_denied and "\n\n" not in before)
         ends_sentence = not before or before[-1] in ".,;:?!"
-        kept += [text[at : match.start()], " " if ends_sentence else ". "]
+        kept += [text[at : match.start()], " " if ends_sentence else ", " if is_denied else ". "]
         at = match.end()
     return "".join([*kept, text[at:]])
+
+
+def _end_lines(paragraph: str) -> str:
+    """A paragraph with a full stop behind each line that is a statement of its own.
+
+    Lines are statements where each begins with a capital, and one is where the next one's first
+    word would have fitted behind it, and it does not end in the middle of a phrase.
+    """
+    lines = paragraph.split("\n")
+    if (
+        len(lines) < 2
+        or paragraph.isupper()
+        or not all(line.lstrip()[:1].isupper() for line in lines)
+    ):
+        return paragraph
+    for i, (line, following) in enumerate(pairwise(lines)):
+        has_room = len(line) + 1 + len(following.split()[0]) <= _SHORT_LINE
+        if has_room and not _GOES_ON.search(line.rstrip()):
+            lines[i] = line.rstrip() + "."
+    return "\n".join(lines)
 
 
 def clean(text: str) -> str | None:
@@ -180,7 +226,8 @@ def clean(text: str) -> str | None:
 
     A structured line ("Effusion: none") before another one ends as a sentence.
     """
-    text = _STRUCTURED_LINE.sub(r"\1.", _with_short_space(text))
+    text = _STRUCTURED_LINE.sub(r"\1.", _with_short_space(text).strip("\n "))
+    text = "\n\n".join(map(_end_lines, text.split("\n\n")))
     text = _MARKED_XRAY.sub(r"\1-ray", text)  # Open-I hides the "ray" of most x-rays
     text = _with_short_space(_remove_numbering(text))
     text = _MARKS.sub(_GAP, text)
@@ -191,7 +238,7 @@ def clean(text: str) -> str | None:
     text = " ".join(text.split())
     text = re.sub(r"\s+(?=[.,;:)](?:\s|$))", "", text)
     text = _DOUBLE_STOP.sub(r"\1", text)
-    text = text.lstrip(" .,;:?!)/").rstrip(" ,;:(/")
+    text = text.lstrip(" .,;:!)/").rstrip(" ,;:(/")
     if text.strip(" .").lower() in _NOTHING or not any(c.isalpha() for c in text):
         return None
     return text

@@ -20,17 +20,34 @@ from mmclip.config_io import read_toml
 from mmclip.data.negation import Heard, ListWords, Mark, Span, statuses
 from mmclip.data.sample import Entity, EntityKind, EntityStatus
 
+_SHORT = {
+    **{"pna": "pneumonia", "opac": "opacity", "opacs": "opacities", "consol": "consolidation"},
+    **{"atel": "atelectasis", "infil": "infiltrate", "eff": "effusion", "effs": "effusions"},
+    **{"sig": "significant", "signif": "significant", "bilat": "bilateral", "eval": "evaluate"},
+    **{"sm": "small", "mod": "moderate", "vs": "versus"},
+}
+"""Words that radiologists type in short, with a full stop or without."""
+
 # A line break is a word where a paragraph, an item of a list or a structured line begins behind it.
 _WORD = re.compile(
-    r"\d+(?:[.,]\d+)+|\w+|\.{3,}|[^\w\s\-\u2010-\u2015]|-(?:ve\b|(?<=\(-)(?=\)))"
+    r"\d+(?:[.,]\d+)+|\w+|\.{3,}|[^\w\s\-\u2010-\u2015]"
+    r"|-(?:ve\b|free\b|(?<=\(-)(?=\)))|(?<=[^\d\s])\ [-\u2013\u2014]{1,2}(?=\s)"
     r"|\n(?=[ \t]*(?:\n|[-*\u2022]|\d+[.)]|[A-Z][\w /()-]{1,40}:))"
 )
 _ALIASES = {
     **{"\n": ".", "(": "[", ")": "]", "\u2019": "'", "=": ":"},
-    **{"-": "negative", "-ve": "negative"},
+    **{"-": "negative", "-ve": "negative", " -": ":", " --": ":", " \u2013": ":", " \u2014": ":"},
+    **_SHORT,
 }
 """Words of a text that stand for another one; forms cannot have a bracket or a line break."""
+_JOINED = frozenset((*_SHORT, "well"))  # may be joined with what stands beside them
 _NO_LETTER = "\0"  # stands for a word that no phrase has
+_LONG_WORD = 8  # [chosen: "effusion" fits; shorter words have neighbours that are words]
+_LONGEST_WORD = 40  # [chosen: no word of a report is longer]
+_MOST_UNKNOWN = 50_000  # [chosen: bounds the memory; a year of reports has fewer]
+# Words, and an ending of Spanish, that are right although they differ from a word by a letter.
+_OTHER_WORDS = frozenset(("atelectasias", "atelectasies"))
+_OTHER_ENDINGS = ("cion", "ciones")
 _SENTENCE_ENDS = ".!?"
 _LEADER = "..."  # of "Pneumothorax ..... none", which stands for a colon
 _OPENERS = ("", ",", ";", ":", "(", "-", ".")  # before a "?" that asks of what follows
@@ -74,6 +91,37 @@ class _Cue(NamedTuple):
 _Found = tuple[int, int, _Concept]
 
 
+class _Letters(dict[str, str]):
+    """The letter of each word; of an unknown one that of the long word that it misspells."""
+
+    def __init__(self):
+        super().__init__()
+        self._long: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self._unknown: list[str] = []
+
+    def learn(self, word: str) -> str:
+        """The letter of a word of the lexicon."""
+        if word not in self:
+            self[word] = chr(len(self) + 1)
+            if len(word) >= _LONG_WORD:
+                self._long[word[0], word[-1]].append(word)
+        return self[word]
+
+    def __missing__(self, word: str) -> str:
+        if len(self._unknown) == _MOST_UNKNOWN:
+            for old in self._unknown:
+                self.pop(old, None)
+            self._unknown.clear()
+        if len(word) > _LONGEST_WORD:
+            return _NO_LETTER
+        self._unknown.append(word)
+        is_right = word in _OTHER_WORDS or word.endswith(_OTHER_ENDINGS)
+        known = () if is_right else self._long.get((word[0], word[-1]), ())
+        right = next((long for long in known if differs_by_one_slip(word, long)), None)
+        self[word] = self[right] if right else _NO_LETTER
+        return self[word]
+
+
 class Lexicon:
     """All forms and cues, compiled into one matcher.
 
@@ -109,19 +157,18 @@ class Lexicon:
             senses[word].roles |= {"stop", "gap stop"}
         self._lists = lists
         self._most_words = max(len(words.split(" ")) for words in senses)
-        self._letters: dict[str, str] = {}
+        self._letters = _Letters()
         self._matcher = ahocorasick.Automaton()
         for phrase, sense in senses.items():
             words = phrase.split(" ")
-            letters = (self._letters.setdefault(w, chr(len(self._letters) + 1)) for w in words)
-            self._matcher.add_word("".join(letters), (len(words), sense))
+            self._matcher.add_word("".join(map(self._letters.learn, words)), (len(words), sense))
         self._matcher.make_automaton()
         self.phrases = frozenset(senses)
         self.senses = tuple(senses.values())
 
     def matches(self, words: Sequence[str]) -> list[tuple[int, int, _Senses]]:
         """Every phrase in some words, as start and end word and senses; in order of start."""
-        letters = "".join([self._letters.get(word, _NO_LETTER) for word in words])
+        letters = "".join(map(self._letters.__getitem__, words))
         found = [
             (last + 1 - length, last + 1, senses)
             for last, (length, senses) in self._matcher.iter(letters)
@@ -134,17 +181,17 @@ class Lexicon:
         found, cues = self._candidates(words)
         taken: set[int] = set()  # "left hilar enlargement" is a hilar enlargement, not a left hilum
         chosen = longest_disjoint((f for f in found if f[2].kind == "finding"), taken)
-        findings = [Span(start, end) for start, end, _ in chosen]
+        findings = [Span(start, end, concept.name) for start, end, concept in chosen]
         marks, in_cue = _marks(words, cues, findings)
         said = statuses(words, findings, marks, self._lists)
         said = _with_headings(words, chosen, said)
-        heard = dict(zip(findings, said, strict=True))
+        heard = {finding.start: one for finding, one in zip(findings, said, strict=True)}
         taken |= in_cue
         chosen += longest_disjoint((f for f in found if f[2].kind != "finding"), taken)
         return [
             _entity(
                 Entity(places[start][0], places[end - 1][1], concept.kind, concept.name),
-                heard.get(Span(start, end)) if concept.kind == "finding" else None,
+                heard.get(start) if concept.kind == "finding" else None,
                 places,
             )
             for start, end, concept in sorted(chosen, key=itemgetter(0))
@@ -159,7 +206,7 @@ class Lexicon:
         words, places = _words(text)
         starts, ends = [a for a, _ in places], [b for _, b in places]
         spans = [
-            Span(first, max(first, bisect_left(starts, e.end)))
+            Span(first, max(first, bisect_left(starts, e.end)), e.concept)
             for e in entities
             for first in [bisect_left(ends, e.start + 1)]
         ]
@@ -200,8 +247,9 @@ def _words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     """The words of a text in lower case, with their characters; the last one is always a "."."""
     places = [match.span() for match in _WORD.finditer(text)]
     words = [text[start:end].lower() for start, end in places]
-    if any(sign in text for sign in ("\n", ")", "\u2019", "=", "-ve")):
-        words = [_ALIASES.get(word, word) for word in words]
+    if not _JOINED.isdisjoint(words):
+        words, places = _joined(text, words, places)
+    words = [_ALIASES.get(word, word) for word in words]
     if _LEADER in text:
         words = [":" if word.startswith(_LEADER) else word for word in words]
     if "?" in text:
@@ -213,6 +261,27 @@ def _words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     words.append(".")
     places.append((len(text), len(text)))
     return words, places
+
+
+def _joined(
+    text: str, words: Sequence[str], places: Sequence[tuple[int, int]]
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """The words with "as well as" as an "and", and without the full stops of words in short."""
+    joined: list[str] = []
+    where: list[tuple[int, int]] = []
+    for word, (start, end) in zip(words, places, strict=True):
+        following = text[end : end + 2].lstrip()[:1]
+        if word == "as" and joined[-2:] == ["as", "well"]:
+            joined[-2:], where[-2:] = ["and"], [(where[-2][0], end)]
+        elif not (
+            word == "."
+            and joined
+            and joined[-1] in _SHORT
+            and (following.islower() or following == ",")
+        ):
+            joined.append(word)
+            where.append((start, end))
+    return joined, where
 
 
 def _with_headings(
@@ -271,7 +340,9 @@ def _meaning(roles: frozenset[str]) -> Mark:
     """A mark of the roles that a phrase has in cues.toml; "stop" alone says nothing of findings."""
     said: dict[str, EntityStatus] = {}
     for status in ("negated", "uncertain"):
-        for place in ("before", "after", "either", "between", "copula", "purpose", "resolution"):
+        for place in (
+            "before", "after", "either", "between", "copula", "suffix", "purpose", "resolution"
+        ):  # fmt: skip
             if f"{status} {place}" in roles:
                 said.setdefault(place, status)
     both = said.get("either") or said.get("between") or said.get("copula")
@@ -280,10 +351,11 @@ def _meaning(roles: frozenset[str]) -> Mark:
         0,
         0,
         before,
-        after=said.get("after") or both,
+        after=said.get("after") or said.get("suffix") or both,
         is_either="either" in said,
         is_between="between" in said and "after" not in said,
         is_copula="copula" in said,
+        is_suffix="suffix" in said,
         is_purpose="purpose" in said,
         is_resolution="resolution" in said,
         is_outcome="outcome" in roles,
@@ -306,6 +378,23 @@ def expand(form: str) -> list[str]:
     head, tail = form[: group.start()], form[group.end() :]
     wordings = (w for choice in group[1].split("|") for w in expand(head + choice + tail))
     return list(dict.fromkeys(wordings))
+
+
+def differs_by_one_slip(a: str, b: str) -> bool:
+    """Whether one letter more or less, two swapped, or a vowel for another make a word of another.
+
+    S and z may stand for each other, too. Of other letters for another, too many are right words:
+    "lobulated" and "loculated", "rejection" and "resection", "injection" and "infection".
+    """
+    if abs(len(a) - len(b)) > 1:
+        return False
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    if len(a) == len(b) == 1:
+        return any(a in alike and b in alike for alike in ("aeiouy", "sz"))
+    return len(a) + len(b) <= 1 or (len(a) == 2 and a == b[::-1])
 
 
 _Span = TypeVar("_Span", bound=tuple)

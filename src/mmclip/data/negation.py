@@ -31,10 +31,11 @@ _VERB_WORDS = 7  # [chosen: "opacity in the left lower lobe base is ..." fits]
 
 
 class Span(NamedTuple):
-    """A finding, from word `start` up to word `end`."""
+    """A finding, from word `start` up to word `end`, and what it is a mention of."""
 
     start: int
     end: int
+    concept: str
 
 
 class Mark(NamedTuple):
@@ -46,6 +47,7 @@ class Mark(NamedTuple):
         is_either: `before` holds only where the clause has no finding before the mark, `after`
             only where it has one.
         is_copula: `after` holds only where no finding follows the mark directly, else `before`.
+        is_suffix: `after` holds only where a finding ends at the mark ("effusion-free").
         is_between: `after` holds for one finding, and those that "or" joins to it.
         is_purpose: What it joins to a denied finding is denied, too ("no opacity to suggest").
         is_resolution: `before` holds unless what follows its findings takes it back.
@@ -59,6 +61,7 @@ class Mark(NamedTuple):
     is_either: bool = False
     is_between: bool = False
     is_copula: bool = False
+    is_suffix: bool = False
     is_purpose: bool = False
     is_resolution: bool = False
     is_outcome: bool = False
@@ -114,6 +117,7 @@ def statuses(
     """
     if not findings:
         return []
+    marks = _without_joining_colons(words, marks)
     marks = _without_open_resolutions(words, findings, marks)
     marks = [_directed(mark, i, marks, findings, words) for i, mark in enumerate(marks)]
     marks = _with_ends_of_lists(words, findings, marks, lists)
@@ -128,6 +132,21 @@ def statuses(
             continue
         said.append(_heard(finding, marks, starts, ends))
     return _with_alternatives(words, findings, said, lists)
+
+
+def _without_joining_colons(words: Sequence[str], marks: Sequence[Mark]) -> list[Mark]:
+    """The marks without the colons over which a cue points ("No: A, B", "A: not excluded")."""
+    if ":" not in words:
+        return list(marks)
+    out: list[Mark] = []
+    for i, mark in enumerate(marks):
+        is_colon = words[mark.start] == ":" and mark.end == mark.start + 1
+        is_led = i > 0 and marks[i - 1].before is not None and marks[i - 1].end == mark.start
+        behind = marks[i + 1] if i + 1 < len(marks) else None
+        is_followed = behind is not None and behind.after and behind.start == mark.end
+        if not (is_colon and (is_led or is_followed)):
+            out.append(mark)
+    return out
 
 
 def _without_open_resolutions(
@@ -252,6 +271,8 @@ def _directed(
         mark = mark._replace(before=None)
     clause = marks[i - 1].end if i else 0
     at = bisect_right(findings, mark.start, key=attrgetter("end"))  # findings before the mark
+    if mark.is_suffix and not (at and findings[at - 1].end == mark.start):
+        return mark._replace(after=None)
     if not at or findings[at - 1].start < clause:
         return mark._replace(after=None) if mark.is_either else mark
     verb = words[mark.start]
@@ -288,9 +309,11 @@ def _with_ends_of_lists(
     """
     out = list(marks)
     previous = 0
+    named: dict[str, int] = {}  # where each concept was named last
     for finding in findings:
         last = bisect_right(out, finding.start, key=attrgetter("end")) - 1
         begin, previous = max(out[last].end if last >= 0 else 0, previous), finding.end
+        named_before, named[finding.concept] = named.get(finding.concept, -1), finding.start
         if last < 0 or out[last].before is None:
             continue
         first = max(begin, finding.start - _CONJUNCTION_WORDS)
@@ -307,7 +330,8 @@ def _with_ends_of_lists(
         is_differential = any(word in _LISTING for word in words[out[last].start : out[last].end])
         if is_differential and not _has_own_verb(words, finding, words[at], lists):
             continue
-        if _begins_anew(words, finding, at, out, is_denied, lists):
+        is_restated = is_denied and named_before >= out[last].end
+        if _begins_anew(words, finding, at, out, is_denied, lists, is_restated):
             insort(out, Mark(at, at + 1), key=attrgetter("start"))
     return out
 
@@ -332,6 +356,7 @@ def _begins_anew(
     marks: Sequence[Mark],
     is_denied: bool,
     lists: ListWords,
+    is_restated: bool,
 ) -> bool:
     """Whether a finding behind the "," or "and" at a word is no longer part of the list."""
     if _has_own_verb(words, finding, words[at], lists):
@@ -339,8 +364,10 @@ def _begins_anew(
     lead = words[at + 1 : max(finding.start, min(at + 5, finding.end))]
     has_article = bool(lead) and lead[0] in ("a", "an")
     rest = words[finding.end : finding.end + 2]  # "effusion small."
-    is_sized = any(word in lists.size or word[0].isdigit() for word in lead) or (
-        len(rest) == 2 and rest[0] in lists.size and rest[1] in _CLAUSE_ENDS
+    is_sized = (
+        is_restated
+        or any(word in lists.size or word[0].isdigit() for word in lead)
+        or (len(rest) == 2 and rest[0] in lists.size and rest[1] in _CLAUSE_ENDS)
     )
     if words[at] in _AND and has_article:
         return is_denied or is_sized

@@ -30,18 +30,21 @@ _HEADERS: dict[Kind, tuple[str, ...]] = {
         r"(?:follow[ -]?up )?recommendations?(?: and notifications?)?",
         r"(?:recommended )?follow[ -]?up(?=[ \t]*:)", r"recommended (?:management|actions?)",
         r"notifications? and recommendations?",
+        r"(?:(?:total|effective|radiation) ){0,2}dose(?=[ \t]*:)",
+        r"(?:dap|dlp|fluoro(?:scopy|scopic)? time)(?=[ \t]*:)",
     ),
     # A section that is both counts as findings, as in MIMIC-CXR's own section files.
     "findings": (
         r"findings? *(?:and|&|/) *impressions?",
         r"impressions? *(?:and|&|/) *findings?",
         r"(?:imaging|radiologic|radiological|radiographic|chest|cxr|x-?ray)? *findings?",
-        r"imaging notes?",
+        r"imaging notes?", r"find(?=[ \t]*:)",
     ),
     "impression": (
         r"(?:(?:diagnostic|radiologic|radiological|radiographic|final|overall) )?impressions?"
         r"(?: *(?:and|&|/) *recommendations?)?",
         r"conclusions?", r"interpretation", r"opinion", r"summary",
+        r"(?:imp|impr|concl)(?=[ \t]*:)",
     ),
     "comment": (r"comments?",),
     "exam": (r"narrative", r"(?:radiology |x-?ray )?(?:report|description|results?)(?=[ \t]*:)"),
@@ -55,7 +58,7 @@ _HEADERS: dict[Kind, tuple[str, ...]] = {
         r"(?:(?:past|clinical|medical|patient|social|family) ){0,4}history",
         r"clinical (?:information|details|data|statement|diagnosis|presentation)",
         r"presentation", r"(?:case )?discussion", r"comparisons?", r"techniques?", r"views?",
-        r"date",
+        r"date", r"(?:hx|ind|comp|tech)(?=[ \t]*:)",
     ),
 }  # fmt: skip
 _KIND_OF_GROUP: list[Kind] = list(_HEADERS)
