@@ -66,11 +66,50 @@ def test_the_surest_mention_makes_the_label(report, labels):
 
 
 @pytest.mark.parametrize(
+    ("report", "labels"),
+    [
+        ("The heart size is normal.", {"cardiomegaly": 0}),
+        ("Heart: Normal.", {"cardiomegaly": 0}),
+        ("Heart size - within normal limits", {"cardiomegaly": 0}),
+        ("NORMAL HEART SIZE. LUNGS CLEAR.", {"cardiomegaly": 0}),
+        ("Cardiac silhouette is unremarkable.", {"cardiomegaly": 0}),
+        ("Heart size is at the upper limits of normal.", {"cardiomegaly": 0}),
+        ("The heart is top normal in size.", {"cardiomegaly": 0}),
+        ("Heart and lungs are normal.", {"cardiomegaly": 0}),
+        ("Normal cardiac silhouette and hila.", {"cardiomegaly": 0}),
+        (
+            "Heart size and mediastinal contours are within normal limits.",
+            {"cardiomegaly": 0, "enlarged cardiomediastinum": 0},
+        ),
+        (
+            "Cardiomediastinal silhouette is normal.",
+            {"cardiomegaly": 0, "enlarged cardiomediastinum": 0},
+        ),
+        ("Normal mediastinum.", {"enlarged cardiomediastinum": 0}),
+        ("Heart/Mediastinum: Normal.", {"cardiomegaly": 0, "enlarged cardiomediastinum": 0}),
+        ("The shadow overlies the heart, in normal position.", {}),
+        ("Hilar and mediastinal contours: normal", {"enlarged cardiomediastinum": 0}),
+        ("The heart is not normal.", {}),
+        ("Heart size is probably normal.", {"cardiomegaly": -1}),
+        ("Heart unchanged. Normal lungs.", {}),
+        ("Heart is stable, lungs are normal.", {}),
+        ("Heart partly obscured. Bones are normal.", {}),
+        ("Heart size is normal, but there was cardiomegaly.", {"cardiomegaly": 1}),
+        ("No cardiomegaly.", {"cardiomegaly": 0}),
+    ],
+)
+def test_what_is_called_normal_is_not_enlarged(report, labels):
+    sample = Sample(image_id="a", study_id="a", patient_id="a", source="x", report=report)
+    (derived,) = derive_labels([sample], RULES)
+    assert derived == {**labels, "no finding": int(set(labels.values()) <= {0})}
+
+
+@pytest.mark.parametrize(
     ("uncertain_as", "label"), [("uncertain", -1), ("present", 1), ("absent", 0), ("unknown", None)]
 )
 def test_uncertain_mentions_count_as_they_are_asked_to(uncertain_as, label):
     (entities,) = find_entities(["Possible pneumonia."])
-    labels = RULES.labels(entities, uncertain_as)
+    labels = RULES.labels(entities, uncertain_as=uncertain_as)
     assert labels.get("pneumonia") == label and labels["no finding"] == 0
 
 

@@ -415,20 +415,31 @@ def longest_disjoint(spans: Iterable[_Span], taken: set[int]) -> list[_Span]:
     return sorted(kept, key=itemgetter(0))
 
 
+def lexicon_of(findings: Mapping[str, Sequence[str]]) -> Lexicon:
+    """A lexicon of a user's own findings, each with its forms, and of the cues of the package.
+
+    Raises:
+        ValueError: When a form has more than one gap.
+    """
+    return _with_cues(
+        [(_Concept("finding", name), form) for name, forms in findings.items() for form in forms]
+    )
+
+
 def read_lexicon(cues_only: bool = False) -> Lexicon:
     """The lexicon of the package."""
-
-    def read(name: str) -> dict:
-        return read_toml("lexicon", "lexicon", name)
-
     forms: list[tuple[_Concept, str]] = []
     kinds: dict[str, EntityKind] = {} if cues_only else _KINDS
     for name, kind in kinds.items():
-        entries = read(name)
+        entries = read_toml("lexicon", "lexicon", name)
         sets = flat_sets(entries.pop("sets", {}))
         for concept, entry in entries.items():
             forms += [(_Concept(kind, concept), insert(sets, form)) for form in entry["forms"]]
-    cues = read("cues")
+    return _with_cues(forms)
+
+
+def _with_cues(forms: Sequence[tuple[_Concept, str]]) -> Lexicon:
+    cues = read_toml("lexicon", "lexicon", "cues")
     sets = flat_sets(cues["sets"])
     phrases = [(role, insert(sets, form)) for role, some in cues["cues"].items() for form in some]
     lists = ListWords(**{name: frozenset(some) for name, some in cues["lists"].items()})

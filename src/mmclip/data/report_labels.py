@@ -1,7 +1,8 @@
 """Labels derived from reports, as CheXpert's labeler makes them, and their check against people's.
 
 A finding that a report mentions is present where one mention says so, else uncertain where one
-does, else absent. A finding that it does not mention is unknown.
+does, else absent. A finding that it does not mention is unknown, unless it is absent because the
+report calls its place normal ("heart size is normal").
 """
 
 from collections import Counter
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmclip.config_io import Frozen, parse, read_toml
 from mmclip.data.entities import find_entities
@@ -21,6 +22,7 @@ from mmclip.data.folder import (
     read_split,
 )
 from mmclip.data.ingest.csv_rows import SourceError, read_rows
+from mmclip.data.lexicon import lexicon_of
 from mmclip.data.manifest import read_built, replace_images
 from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Entity, Sample
 
@@ -32,6 +34,8 @@ UncertainAs = Literal["uncertain", "present", "absent", "unknown"]
 Task = Literal["mention", "negated", "uncertain"]
 
 _LABEL_OF = {"present": PRESENT, "uncertain": UNCERTAIN, "negated": ABSENT}
+_DENIED = {"present": ("negated",), "uncertain": ("uncertain",), "negated": ()}
+"""What a finding is where a report calls its place normal, doubts that, or denies it."""
 
 
 class LabelRules(Frozen):
@@ -40,6 +44,8 @@ class LabelRules(Frozen):
     Attributes:
         no_finding_but: Findings that "no finding" does not speak of, such as support devices.
         findings: Finding of the vocabulary -> concepts of the lexicon.
+        normal: Finding -> forms, as in the lexicon's files, of statements that deny it without
+            naming it ("heart size is normal").
     """
 
     id: str
@@ -47,23 +53,39 @@ class LabelRules(Frozen):
     description: str
     no_finding_but: tuple[str, ...] = ()
     findings: dict[str, tuple[str, ...]] = Field(min_length=1)
+    normal: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _knows_what_is_normal(self) -> "LabelRules":
+        if unknown := self.normal.keys() - self.findings.keys():
+            raise ValueError(f"normal names {sorted(unknown)}, which are not under findings")
+        lexicon_of(self.normal)
+        return self
 
     def labels(
-        self, entities: Iterable[Entity], uncertain_as: UncertainAs = "uncertain"
+        self,
+        entities: Iterable[Entity],
+        normal: Iterable[Entity] = (),
+        uncertain_as: UncertainAs = "uncertain",
     ) -> dict[str, int]:
         """The known findings of one report, in the order of their names.
 
         Args:
             entities: Of the whole report.
+            normal: Statements of `normal` in it, by lexicons of their forms.
             uncertain_as: How a finding counts whose surest mention is uncertain.
         """
         said: dict[str, set[str]] = {}
         for entity in entities:
             if entity.kind == "finding":
                 said.setdefault(entity.concept, set()).add(entity.status)
+        denied: dict[str, set[str]] = {}
+        for entity in normal:
+            denied.setdefault(entity.concept, set()).update(_DENIED[entity.status])
         labels: dict[str, int] = {}
         for finding, concepts in self.findings.items():
             statuses = set[str]().union(*(said.get(concept, ()) for concept in concepts))
+            statuses |= denied.get(finding, set())
             for status, label in _LABEL_OF.items():  # the surest first
                 if status in statuses:
                     labels[finding] = label
@@ -116,8 +138,11 @@ def derive_labels(
 ) -> list[dict[str, int]]:
     """The labels that the reports of some images give, whoever labelled them; none without one."""
     reports = list(dict.fromkeys(sample.report for sample in samples if sample.report is not None))
+    lexicons = [lexicon_of({name: forms}) for name, forms in rules.normal.items()]
     found = {
-        report: rules.labels(entities, uncertain_as)
+        report: rules.labels(
+            entities, (e for lexicon in lexicons for e in lexicon.find(report)), uncertain_as
+        )
         for report, entities in zip(reports, find_entities(reports), strict=True)
     }
     return [{} if sample.report is None else found[sample.report] for sample in samples]
