@@ -639,6 +639,8 @@ Opacity: not definitely seen. Edema: yes. | -opacity, edema
 No: nodule, mass. | -nodule, -mass
 No evidence of the following: effusion, edema. | -effusion, -edema
 Negative for: pneumothorax | -pneumothorax
+Left shoulder: Negative for fracture or dislocation. | -fracture, -dislocation
+Pleura: neg for effusion. | -effusion
 There is no evidence of: fracture or dislocation. | -fracture, -dislocation
 Possible: pneumonia or edema. | ?pneumonia, ?edema
 Effusion: no. Edema: mild. | -effusion, edema
