@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -440,13 +442,39 @@ def test_own_templates_and_own_words(model: Model, files: list[str], tmp_path: P
         (lambda m, f: m.explain(f, ""), "phrase is empty"),
         (lambda m, f: m.explain(f, "mass", score="magic"), "score='magic'"),
         (lambda m, f: m.similarity(np.zeros((1, 3)), np.zeros((1, 4))), "of one model"),
+        (lambda m, f: m.classify(f, ["mass", ""]), "finding '' is no name"),
+        (lambda m, f: m.index([]), "no data folder is named"),
+        (lambda m, f: m.index(f), r"\.png is no finished data folder"),
+        (lambda m, f: mmclip.load("no_such_module:model"), "^model no_such_module:model: no_such"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(
     model: Model, files: list[str], asks: Callable[[Model, str], object], said: str
 ):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said):
         asks(model, files[0])
+
+
+@pytest.mark.parametrize(
+    ("asks", "said"),
+    [
+        (lambda m, f: m.similarity([f], ["mass"]), "give those of encode_images"),
+        (lambda m, f: m.classify(f, [3]), "finding 3 is no name"),
+        (lambda m, f: m.classify(f, "mass", prompts=5), "prompts=5 are no prompts; give the name"),
+        (lambda m, f: m.classify(f, "mass", thresholds=0.5), r"thresholds=0.5 is no path.*compare"),
+        (lambda m, f: m.encode_texts(None), "None is neither a text nor several"),
+        (lambda m, f: mmclip.load(f, batch_size="8"), "batch_size='8' is no number of images"),
+    ],
+)  # fmt: skip
+def test_what_a_type_checker_would_refuse_is_refused_in_words(
+    model: Model, files: list[str], asks: Callable[[Any, Any], object], said: str
+):
+    jaxtyping.config.update("jaxtyping_disable", True)  # as it is outside of tests
+    try:
+        with pytest.raises((ValueError, TypeError), match=said):
+            asks(model, files[0])
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_a_saliency_map_lies_on_the_pixels_of_the_image(model: Model, tmp_path: Path):

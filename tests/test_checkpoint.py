@@ -279,6 +279,8 @@ def test_a_folder_without_checkpoints_is_refused_with_the_next_step(tmp_path: Pa
         ({"data_hash": "0" * 64}, "checksum differs"),
         ({"meta_sha256": "0" * 64}, "checksum differs"),
         ({"format": 2}, "has format 2, and this version reads format 4; train again"),
+        ({"format": 99}, "has format 99, .*; a newer mmclip wrote it"),
+        ({"format": "new"}, "has format new, .*; train again"),
     ],
 )
 def test_a_changed_meta_is_refused(made_run: Path, tmp_path: Path, change: dict, error: str):

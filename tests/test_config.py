@@ -5,14 +5,29 @@ from pathlib import Path
 import pytest
 
 from mmclip.config import config_names, load_config
-from mmclip.config_io import RESOURCES, ConfigError, config_hash
+from mmclip.config_io import RESOURCES, ConfigError, config_hash, parse
 from mmclip.data.disease_prompts import load_disease_prompts
-from mmclip.prompts import load_prompts
+from mmclip.prompts import PromptSet, load_prompts
 
 
 @pytest.mark.parametrize("name", config_names())
 def test_every_configuration_of_the_package_loads(name: str):
     assert load_config(name).train.steps > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"templates": []}, 'templates: give a table of keys and values, in TOML { key = "value"'),
+        ({"findings": {"mass": "a mass"}}, "findings.mass: give a table of keys and values"),
+        ({"templates": {"positive": "yes", "negative": []}}, "templates.positive: give a list"),
+    ],
+)
+def test_an_error_in_toml_uses_the_words_of_toml(values: dict, said: str):
+    head = {"id": "a", "version": 1, "description": "a"}
+    with pytest.raises(ConfigError) as error:
+        parse(PromptSet, head | values, "prompt set a.toml")
+    assert said in str(error.value) and "dictionary" not in str(error.value)
 
 
 def test_an_unknown_key_is_an_error_that_lists_the_known_ones():

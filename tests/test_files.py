@@ -3,8 +3,11 @@
 import errno
 import json
 import os
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from mmclip.files import (
     LockedError,
     is_sealed,
     locked,
+    locked_file,
     made_beside,
     sealed,
     verified_sha256,
@@ -227,6 +231,62 @@ def test_a_second_process_is_refused_and_a_stale_lock_is_taken_over(
     assert not (tmp_path / LOCK_FILE).exists()
 
 
+def killed(what: Callable[[], object]) -> None:
+    """Does something in a process that is killed when it calls `dies`."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            what()
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+def dies(*_: object) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def write_and_die(path: Path) -> None:
+    with write_atomic(path) as file:
+        file.write(b"half of it")
+        dies()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_a_killed_writer_left_in_a_folder_goes_with_its_lock(tmp_path: Path, shared: bool):
+    (tmp_path / "a.0123abcd.tmp").mkdir()  # somebody's folder, and a file that is not ours
+    (tmp_path / "notes.tmp").touch()
+
+    def write() -> None:
+        with locked(tmp_path, shared=shared):
+            write_and_die(tmp_path / "a.json")
+
+    killed(write)
+    assert len(list(tmp_path.glob("a.json.*.tmp"))) == 1
+    with locked(tmp_path, shared=shared):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.0123abcd.tmp", "notes.tmp"]
+
+
+def test_what_a_killed_writer_left_beside_its_file_goes_with_its_lock(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    out, beside, other = tmp_path / "[ä].csv", tmp_path / "[ä].npz", tmp_path / "[ä].csv.b"
+
+    def write(path: Path) -> None:
+        with locked_file(out, beside):
+            write_and_die(path)
+
+    for path in (out, beside):
+        killed(lambda path=path: write(path))
+    killed(lambda: write_and_die(other))
+    with locked_file(out, beside):
+        pass
+    assert [p.name.partition(".")[2][:5] for p in tmp_path.iterdir()] == ["csv.b"]
+    assert f"{out}: takes over the lock of" in " ".join(capfd.readouterr().err.split())
+
+
 def test_shards_share_a_folder_and_keep_others_out(tmp_path: Path):
     pid = hold(tmp_path, shared=True)
     try:
@@ -318,6 +378,13 @@ def test_a_lock_is_taken_where_nothing_more_can_be_written(
         (Full(), "no space left on device; make room"),
         (OSError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: permission denied; ask"),
         (OSError(errno.EROFS, "Read-only file system", "/a/b"), "/a/b: read-only file system; cho"),
+        (FileExistsError(errno.EEXIST, "File exists", "a.png"), "a.png: file exists; choose a pl"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a"), "a: not a directory; choose"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "/p/a"),
+            "/p/a: no such file; check",
+        ),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "a: is a directory; name a file"),
         (OSError(errno.EIO, "Input/output error", "/a/b"), "/a/b: input/output error"),
         (OSError("520192 requested and 53120 written"), "no space left on device; make room"),
         (OSError("a sentence of ours"), "a sentence of ours"),

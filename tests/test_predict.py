@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import textwrap
 import tomllib
 from pathlib import Path
@@ -14,7 +15,7 @@ from mmclip.checkpoint import load_checkpoint
 from mmclip.data.image_files import find_image_files
 from mmclip.data.manifest import read_manifest
 from mmclip.prediction.model import Skipped
-from mmclip.prediction.tables import PredictionTable, safe_cell, write_skipped
+from mmclip.prediction.tables import prediction_table, safe_cell, write_skipped
 from mmclip.prompt_check import PromptError, check_prompts
 from mmclip.prompts import known_prompt_sets, load_prompts, own_prompts
 from tests.commands import Ended, mmclip
@@ -220,7 +221,7 @@ def test_tables_hold_any_name_and_every_digit(tmp_path: Path):
     odd = os.fsdecode(b"/x/\xff\xfe.png")
     names = ["=a", 'q"uo,te', "new\nline", odd, "ä"]
     values = np.random.default_rng(0).random((len(names), 1))
-    with PredictionTable(tmp_path / "t.csv", ["=finding"]) as table:
+    with prediction_table(tmp_path / "t.csv", ["=finding"]) as table:
         for name, row in zip(names, values, strict=True):
             table.write([name], row)
     lines = read(tmp_path / "t.csv")
@@ -234,13 +235,33 @@ def test_tables_hold_any_name_and_every_digit(tmp_path: Path):
 
 def test_a_table_that_is_interrupted_has_not_its_name(tmp_path: Path):
     def interrupted() -> None:
-        with PredictionTable(tmp_path / "t.csv", ["a"]) as table:
+        with prediction_table(tmp_path / "t.csv", ["a"]) as table:
             table.write(["x"], np.array([0.5]))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert not (tmp_path / "t.csv").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_prediction_leaves_the_tables_before_it_and_the_next_clears_up(
+    made_run: Path, made_raw: Path, tmp_path: Path
+):
+    (tmp_path / "in").mkdir()
+    shutil.copy(next(made_raw.rglob("*.png")), tmp_path / "in/a.png")
+    (tmp_path / "in/broken.png").write_bytes(b"no image")
+    given = [
+        "predict", "--model", made_run, tmp_path / "in", "--finding", "edema", "--workers", 1,
+        "--out", tmp_path / "out/p.csv", "--overwrite", "--cpu",
+    ]  # fmt: skip
+    assert mmclip(tmp_path / "first", *given).code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert sorted(before) == ["p.csv", "p.skipped.csv"]
+    for name in before:  # as a kill within either leaves it
+        (tmp_path / "out" / f"{name}.0123abcd.tmp").write_bytes(b"half of i")
+    (tmp_path / "out/.p.csv.mmclip.lock").write_text("host x, process 1")
+    assert mmclip(tmp_path / "again", *given).code == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 # -- prompts --
@@ -345,6 +366,23 @@ def test_a_name_that_is_nearly_a_known_one_is_asked_about(
     asked = [record.message for record in caplog.records if "did you mean" in record.message]
     said = f"prompts of '{finding}': no prompt set names it; did you mean '{meant}'?"
     assert asked == [said]
+
+
+@pytest.mark.parametrize(
+    ("finding", "names"),
+    [
+        ("mass,nodule", "'mass', 'nodule'"), ("Mass ; Nodule;", "'mass', 'nodule'"),
+        ("edema|my finding", "'edema', 'my finding'"), ("mass, lobster", None), ("mass", None),
+    ],
+)  # fmt: skip
+def test_a_list_of_findings_in_one_name_is_warned_of(
+    finding: str, names: str | None, caplog: pytest.LogCaptureFixture
+):
+    own = own_prompts({"my finding": {"positive": "mass", "negative": "no mass"}})
+    check_prompts(None, [load_prompts("default"), own], [finding], 128)
+    said = [record.message for record in caplog.records if "apart" in record.message]
+    one = f"prompts of {finding!r}: one finding to the model; name {names} apart"
+    assert said == ([one] if names else [])
 
 
 @pytest.mark.parametrize("finding", ["scoliosis", "bronchiolitis", "miliary pattern", "lobster"])

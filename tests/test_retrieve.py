@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -232,6 +234,26 @@ def test_embeddings_are_made_once_and_then_read(fresh: Made, monkeypatch: pytest
     np.testing.assert_array_equal(again, made)
     assert isinstance(again, np.memmap)
     np.testing.assert_array_equal(text_embeddings(fresh.opened, texts), of_texts)
+
+
+def test_a_killed_search_leaves_nothing_behind_the_next(tmp_path: Path):
+    facts = (tmp_path, "weights", "images", ["an image"], (2, 3))
+
+    def killed() -> Iterator[torch.Tensor]:
+        yield torch.ones(1, 3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            embedding_store.stored(*facts, killed())
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert not list(tmp_path.glob("*.npy")) and len(list(tmp_path.glob("images-*.tmp"))) == 1
+    made = embedding_store.stored(*facts, iter([torch.ones(2, 3)]))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".npy"]
+    np.testing.assert_array_equal(made, np.ones((2, 3)))
 
 
 def test_other_images_have_embeddings_of_their_own(fresh: Made, monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ saliency = model.explain("a.png", "pneumothorax")
 """
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ from mmclip.prediction.model import (
     scorer_of,
 )
 from mmclip.prediction.reference import Reference, find_reference, read_reference
-from mmclip.prediction.tables import PredictionTable
+from mmclip.prediction.tables import prediction_table
 from mmclip.prompts import PromptSet, plain_name
 from mmclip.run import Seen
 
@@ -116,7 +117,7 @@ class Classification:
 
     def to_csv(self, path: str | Path) -> Path:
         """Writes the table that `mmclip predict` writes, and returns its path."""
-        with PredictionTable(Path(path), self.findings, self.thresholds) as table:
+        with prediction_table(Path(path), self.findings, self.thresholds) as table:
             for image_id, row in zip(self.image_ids, self.probabilities, strict=True):
                 table.write([image_id], row)
         return Path(path)
@@ -258,6 +259,8 @@ class Model:
                 empty.
         """
         encoder = self._dual("encode_texts")
+        if not isinstance(texts, Iterable):
+            raise TypeError(f"{texts!r} is neither a text nor several; give one, or a list of them")
         several: list[str] = []
         for number, text in enumerate([texts] if isinstance(texts, str) else texts):
             if not isinstance(text, str) or not text.strip():
@@ -276,7 +279,12 @@ class Model:
             images: Of `encode_images`.
             texts: Of `encode_texts`.
         """
-        left, right = (np.atleast_2d(np.asarray(each, np.float32)) for each in (images, texts))
+        try:
+            left, right = (np.atleast_2d(np.asarray(each, np.float32)) for each in (images, texts))
+        except (TypeError, ValueError):
+            raise TypeError(
+                "similarity compares embeddings; give those of encode_images and encode_texts"
+            ) from None
         if left.shape[1] != right.shape[1]:
             raise ValueError(
                 f"embeddings of {left.shape[1]} and {right.shape[1]} numbers do not compare; give "
@@ -305,6 +313,7 @@ class Model:
         Raises:
             ImageInputError: With errors="raise".
             ValueError: When no finding is named, or a fine-tuned model has not learnt it.
+            TypeError: When thresholds or prompts are something else.
             PromptError: When the prompts of a finding cannot stand for it.
             ResultsError: When the thresholds are of another model or other prompts.
         """
@@ -313,6 +322,11 @@ class Model:
         scorer = self._scorer(named, prompt_set)
         chosen = None
         if thresholds is not None:
+            if not isinstance(thresholds, str | os.PathLike):
+                raise TypeError(
+                    f"thresholds={thresholds!r} is no path of a results.json; give one whose "
+                    f"validation images chose thresholds, or compare .probabilities with your own"
+                )
             chosen = read_thresholds(Path(thresholds), self._model, prompt_set, scorer.findings)
         found = encode_inputs(scorer.encoder, images, errors)
         _say_skipped(found)
@@ -389,16 +403,19 @@ class Model:
             return {"method": self._model.method, "findings": len(self._model.findings)}
         return self._model.facts()
 
-    def index(self, folders: Sequence[str | Path]) -> "ImageIndex":
-        """The images of data folders, to be searched by `ImageIndex.search`.
+    def index(self, folders: str | Path | Sequence[str | Path]) -> "ImageIndex":
+        """The images of one data folder or several, to be searched by `ImageIndex.search`.
 
         Raises:
             ManifestError: When a folder is unfinished, or holds no image.
-            ValueError: Of a fine-tuned model.
+            ValueError: Of a fine-tuned model, or of no folder.
         """
         from mmclip.retrieval.retrieve import open_index
 
-        return open_index(self._dual("index"), [Path(folder) for folder in folders])
+        several = [folders] if isinstance(folders, str | Path) else folders
+        if not several:
+            raise ValueError("no data folder is named; give one or more of `mmclip data build`")
+        return open_index(self._dual("index"), [Path(folder) for folder in several])
 
     def _scorer(self, findings: Sequence[str], prompts: PromptSet) -> Scorer:
         """See `scorer_of`. The last few are kept: prompts take a large text encoder seconds."""
@@ -449,8 +466,8 @@ def load(
         EncoderError: When a model of others cannot be had, or is no pair of encoders.
         ValueError: When there is no such device or rule.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} encodes nothing; give 1 or more")
+    if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+        raise ValueError(f"batch_size={batch_size!r} is no number of images; give 1 or more")
     named = None if rule is None else rule_named(rule)
     request = ModelRequest(str(path), named, batch_size=batch_size)
     return Model(open_model(request, device_named(device)), batch_size)

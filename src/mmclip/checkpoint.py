@@ -34,7 +34,7 @@ from mmclip import __version__
 from mmclip.config import Config
 from mmclip.config_io import config_hash, parse
 from mmclip.data.leakage.trained import KEY_FILE
-from mmclip.files import file_sha256, is_sealed, json_sha256, sealed
+from mmclip.files import file_sha256, is_sealed, json_sha256, other_format, sealed
 from mmclip.models.encoders import rebuild_encoder
 from mmclip.models.mmclip import MMCLIP, build_mmclip
 
@@ -352,10 +352,8 @@ def checkpoint_meta(folder: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         found = meta.get("format") if isinstance(meta, dict) else None
-        raise CheckpointError(
-            f"{folder} has format {found}, and this version reads format {FORMAT}; train again "
-            f"into a new folder"
-        )
+        again = "train again into a new folder"
+        raise CheckpointError(f"{folder} {other_format(found, FORMAT, again)}")
     if not is_sealed(meta, META_CHECKSUM):
         raise CheckpointError(
             f"{path} was changed since it was written (its checksum differs); take an older "

@@ -32,6 +32,12 @@ class Frozen(BaseModel):
 M = TypeVar("M", bound=BaseModel)
 
 
+_TABLE = 'give a table of keys and values, in TOML { key = "value" }'
+_LIST = 'give a list, such as ["one", "two"]'
+_IN_WORDS = {"dict_type": _TABLE, "model_type": _TABLE, "list_type": _LIST, "tuple_type": _LIST}
+"""What pydantic calls by names of Python, to whoever writes TOML."""
+
+
 def parse(model: type[M], values: dict, origin: str) -> M:
     """Validates values into a model, with errors that a user can act on.
 
@@ -48,7 +54,8 @@ def parse(model: type[M], values: dict, origin: str) -> M:
                 known = ", ".join(_known_keys(model, problem["loc"][:-1]))
                 lines.append(f"unknown key {key!r}; known here: {known}")
             else:
-                lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}")
+                said = _IN_WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+                lines.append(f"{key}: {said}")
         raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
 
 

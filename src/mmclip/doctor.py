@@ -363,7 +363,9 @@ def examine_store(notes: dict[Path, str]) -> Iterator[HealthCheck]:
 def examine(folder: Path) -> Iterator[HealthCheck]:
     """A folder of any kind, or of several, told by what it holds."""
     if not folder.is_dir():
-        yield HealthCheck("folder", f"{folder} is no folder", is_sound=False)
+        yield HealthCheck(
+            "folder", f"{folder} is no folder; give a data folder, a run or results", is_sound=False
+        )
         return
     is_checkpoint = (folder / "model.safetensors").is_file()
     kinds: list[Iterator[HealthCheck]] = []

@@ -27,7 +27,7 @@ from mmclip.checkpoint import Checkpoint, run_folder
 from mmclip.data.folder import read_meta
 from mmclip.data.image_text_dataset import ImageTextDataset
 from mmclip.embed import embed_images
-from mmclip.files import file_sha256, write_text_atomic
+from mmclip.files import file_sha256, locked, write_atomic, write_text_atomic
 from mmclip.models.dual_encoder import DualEncoder
 from mmclip.progress import console, progress
 
@@ -144,8 +144,9 @@ def stored(
             "%s cannot be written: embeddings are not stored, but made each time", folder
         )
         return np.concatenate([finite(part) for part in parts])
-    sha256 = _write(path, parts, shape)
-    write_text_atomic(note, json.dumps({**metadata, "sha256": sha256}) + "\n")
+    with locked(folder, shared=True):  # another command may make them, too
+        sha256 = _write(path, parts, shape)
+        write_text_atomic(note, json.dumps({**metadata, "sha256": sha256}) + "\n")
     return np.load(path, mmap_mode="r")
 
 
@@ -162,7 +163,7 @@ def _fault(path: Path, note: Path, metadata: dict[str, str]) -> str | None:
 
 
 def _write(path: Path, parts: Iterable[Tensor], shape: tuple[int, ...]) -> str:
-    """Writes parts as one array, aside and renamed; returns the SHA-256 of the file.
+    """Writes parts as one array; returns the SHA-256 of the file.
 
     Not through a memory map: on a full disk that ends in a signal, and this in an error.
     """
@@ -171,19 +172,12 @@ def _write(path: Path, parts: Iterable[Tensor], shape: tuple[int, ...]) -> str:
     facts = {"descr": kind, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, facts)
     digest = hashlib.sha256(header.getvalue())
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another command may make them, too
-    try:
-        with aside.open("wb") as file:
-            file.write(header.getvalue())
-            for part in parts:
-                content = finite(part).astype(kind).tobytes()
-                file.write(content)
-                digest.update(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with write_atomic(path) as file:
+        file.write(header.getvalue())
+        for part in parts:
+            content = finite(part).astype(kind).tobytes()
+            file.write(content)
+            digest.update(content)
     return digest.hexdigest()
 
 

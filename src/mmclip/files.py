@@ -6,16 +6,16 @@ belong together are made in a folder inside and moved at the end (`move_in`). Wh
 under a SHA-256 (`check_sha256`, `sealed`).
 """
 
+import glob
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,32 +109,61 @@ def unsealed(values: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != key}
 
 
+def other_format(found: object, ours: int, again: str) -> str:
+    """Says that something is of a format that this version does not read.
+
+    Args:
+        found: Its format.
+        ours: That of this version.
+        again: The next step where an older version wrote it.
+    """
+    is_newer = isinstance(found, int) and found > ours
+    step = "a newer mmclip wrote it: install that" if is_newer else again
+    return f"has format {found}, and this version reads format {ours}; {step}"
+
+
 # -- writing --
 
 
 @contextmanager
-def write_atomic(path: Path) -> Iterator[IO[bytes]]:
+def write_atomic(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of `path` once it is whole and on the disk.
 
     Where writing fails, as on a full disk, what was there stays. A link is written through: it
     stays, and the file that it names is replaced.
+
+    Args:
+        path: Of the file.
+        sync: False for what is checked when it is read, and made anew where it is damaged: it may
+            be half a file after the machine, not the process, was stopped.
     """
     path = Path(os.path.realpath(path))
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    aside = path.with_name(_aside(path.name, secrets.token_hex(4)))
     try:
         with aside.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def clear_left_asides(folder: Path) -> None:
-    """Removes what writers that were killed left in a folder; its lock must be held."""
-    for left in folder.glob("*.tmp"):
-        if re.search(r"\.[0-9a-f]{8}\.tmp$", left.name) and left.is_file():
+def _aside(name: str, token: str) -> str:
+    return f"{name}.{token}.tmp"
+
+
+def clear_left_asides(folder: Path, name: str | None = None) -> None:
+    """Removes what writers that were killed left in a folder; the lock must be held.
+
+    Args:
+        folder: Where they wrote.
+        name: Of the one file that they wrote; None for all.
+    """
+    written = "*" if name is None else glob.escape(name)
+    for left in folder.glob(_aside(written, "[0-9a-f]" * 8)):
+        if left.is_file():
             left.unlink()
 
 
@@ -216,7 +245,8 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Holds the lock of a folder, so that no other command writes into it at the same time.
 
     The lock is the system's, on a file that names host and process. It ends with its process,
-    however that ends; the file of one that was killed is taken over, and this is said.
+    however that ends; the file of one that was killed is taken over, this is said, and what
+    `write_atomic` left aside goes.
 
     Args:
         folder: Made when absent.
@@ -228,7 +258,7 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     was_there = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _lock(folder / LOCK_FILE, f"writes into {folder}", shared):
+        with _lock(folder / LOCK_FILE, folder, lambda: clear_left_asides(folder), shared):
             yield
     finally:
         if not was_there and folder.is_dir() and not any(folder.iterdir()):
@@ -236,22 +266,36 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def locked_file(path: Path) -> Iterator[None]:
-    """As `locked`, for a command that writes one file."""
+def locked_file(path: Path, *beside: Path) -> Iterator[None]:
+    """As `locked`, for a command that writes one file, and perhaps others beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path.with_name(f".{path.name}.mmclip.lock"), f"writes {path}", shared=False):
+
+    def clear() -> None:
+        for each in (path, *beside):
+            real = Path(os.path.realpath(each))  # as `write_atomic` writes it
+            clear_left_asides(real.parent, real.name)
+
+    with _lock(path.with_name(f".{path.name}.mmclip.lock"), path, clear, shared=False):
         yield
 
 
 @contextmanager
-def _lock(path: Path, what: str, shared: bool) -> Iterator[None]:
+def _lock(path: Path, of: Path, clear: Callable[[], None], shared: bool) -> Iterator[None]:
+    """Holds a lock file.
+
+    Args:
+        path: The lock file.
+        of: What it locks, for messages.
+        clear: Called where the holder before was killed, while this is the only one.
+        shared: As of `locked`.
+    """
     name = os.path.realpath(path)
     with _ONE_AT_A_TIME:
         held = _HELD.get(name)
         if held is not None and not (shared and held.is_shared):
-            raise LockedError(f"this process {what} already; wait until it has ended")
+            raise LockedError(f"this process writes into {of} already; wait until it has ended")
         if held is None:
-            held = _HELD[name] = _Held(_acquired(path, what, shared), shared, 0)
+            held = _HELD[name] = _Held(_acquired(path, of, clear, shared), shared, 0)
         held.n_holders += 1
     try:
         yield
@@ -263,7 +307,7 @@ def _lock(path: Path, what: str, shared: bool) -> Iterator[None]:
                 _release(path, held.handle)
 
 
-def _acquired(path: Path, what: str, shared: bool) -> int:
+def _acquired(path: Path, of: Path, clear: Callable[[], None], shared: bool) -> int:
     """The open lock file, locked, with host and process in it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -272,17 +316,18 @@ def _acquired(path: Path, what: str, shared: bool) -> int:
         if not is_alone and not (shared and _try(handle, is_exclusive=False)):
             os.close(handle)
             raise LockedError(
-                f"another command {what} ({holder or 'it is just starting'}); wait until it has "
-                f"ended, or choose another --out"
+                f"another command writes into {of} ({holder or 'it is just starting'}); wait until "
+                f"it has ended, or choose another --out"
             )
         if _is_of(path, handle):
             break
         os.close(handle)  # removed by its holder between opening and locking
     if holder and is_alone:
         console.print(
-            f"{path.parent}: takes over the lock of {holder}, which ended without a word",
+            f"{of}: takes over the lock of {holder}, which ended without a word",
             style="yellow", markup=False, soft_wrap=True,
         )  # fmt: skip
+        clear()
     if shared:
         _try(handle, is_exclusive=False)
     here = f"host {socket.gethostname()}, process {os.getpid()}, since {time.strftime('%F %T')}"

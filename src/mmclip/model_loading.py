@@ -68,7 +68,7 @@ def check_model(source: str) -> None:
         EncoderError: When a model of others cannot be had.
     """
     if is_function(source):
-        load_own(source, "--model")
+        load_own(source, "model")
     elif is_of_transformers(source):
         check_hub_encoder(source)
     else:

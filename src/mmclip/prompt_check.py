@@ -6,6 +6,7 @@ not in the vocabulary, or that it only spells, and a name that is nearly that of
 """
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -64,6 +65,9 @@ def check_prompts(
             logger.warning(
                 "prompts of %r: no prompt set names it; did you mean %r?", finding, meant
             )
+        if names := several_findings(finding, prompt_sets):
+            said = ", ".join(map(repr, names))
+            logger.warning("prompts of %r: one finding to the model; name %s apart", finding, said)
     if tokenizer is None:
         return
     refused: dict[str, None] = {}
@@ -93,10 +97,22 @@ and "noduel" are found; "pneumonia" and "pneumothorax" are 0.67]"""
 def meant_finding(finding: str, prompt_sets: Iterable[PromptSet]) -> str | None:
     """The known finding that a name misspells, if it seems to; None of a known one."""
     name = plain_name(finding)
-    known = _shipped()[1].union(*(each.named for each in prompt_sets))
+    known = _known(prompt_sets)
     if name in known:
         return None
     return next(iter(get_close_matches(name, sorted(known), 1, LIKENESS)), None)
+
+
+def several_findings(finding: str, prompt_sets: Iterable[PromptSet]) -> list[str]:
+    """The known findings that a name lists, as "edema, mass" does; none of another name."""
+    known = _known(prompt_sets)
+    names = [name for name in map(plain_name, re.split(r"[,;|/]", finding)) if name]
+    is_list = len(names) > 1 and plain_name(finding) not in known and known.issuperset(names)
+    return names if is_list else []
+
+
+def _known(prompt_sets: Iterable[PromptSet]) -> frozenset[str]:
+    return _shipped()[1].union(*(each.named for each in prompt_sets))
 
 
 def prompt_faults(

@@ -177,6 +177,10 @@ def error_line(error: Exception) -> str:
 
 
 _NEXT_STEPS = {
+    errno.ENOENT: "; check the path",
+    errno.EEXIST: "; choose a place that is not below a file",
+    errno.ENOTDIR: "; choose a place that is not below a file",
+    errno.EISDIR: "; name a file",
     errno.ENOSPC: "; make room, or write to another disk: what was there before is as it was",
     errno.EDQUOT: "; make room, or write to another disk: what was there before is as it was",
     errno.EACCES: "; ask for the right to it, or choose another place",

@@ -182,7 +182,7 @@ def explain(
         overwrite=overwrite,
         device=device_of(cpu),
     )
-    with locked_file(out):
+    with locked_file(out, out.with_suffix(".npz")):
         print(json.dumps(write_map(request), indent=2, ensure_ascii=False))
 
 

@@ -1,5 +1,6 @@
 """`mmclip predict`: probabilities of findings for images without labels."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from mmclip.cli.plain import IN_OUT, SELECTION, PlainCommand
 from mmclip.cli.shared import CpuOption, RuleOption, check_inputs, device_of, model_request
-from mmclip.files import check_free, locked_file
+from mmclip.files import check_free, locked, locked_file
 from mmclip.progress import console
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def predict(
     """
     from mmclip.data.ingest.shards import n_cores
     from mmclip.prediction.model import find_model
-    from mmclip.prediction.predict import PredictRequest
+    from mmclip.prediction.predict import PredictRequest, skipped_file
     from mmclip.prediction.predict import predict as score
 
     if by not in ("image", "study"):
@@ -120,7 +121,8 @@ def predict(
         raise ValueError(f"--out {out} does not end in .csv; name the table to write")
     has_maps = explain is not None and (explain.is_file() or any(explain.glob("*")))
     check_free([out, explain] if explain is not None and has_maps else [out], overwrite)
-    with locked_file(out):
+    maps = nullcontext() if explain is None else locked(explain)
+    with locked_file(out, skipped_file(out)), maps:
         done = score(
             PredictRequest(
                 model=asked,

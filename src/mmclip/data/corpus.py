@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerFast
 
 from mmclip.data.entities import is_entity_tokens
-from mmclip.data.pieces import FlatTokens, encode_pieces, keeps_to_pieces, starts_of
+from mmclip.data.flat import starts_of
+from mmclip.data.pieces import FlatTokens, encode_pieces, keeps_to_pieces
 from mmclip.data.sample import Entity
 from mmclip.data.text import split_sentences, tokenise
 from mmclip.data.tokenizer import Frame, frame_of

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmclip.data.sample import SPLITS, Sample, Split
-from mmclip.files import OWN_PREFIX, is_sealed, sealed, write_text_atomic
+from mmclip.files import OWN_PREFIX, is_sealed, other_format, sealed, write_text_atomic
 
 MANIFEST_FILE, EXCLUDED_FILE, META_FILE = "samples.parquet", "excluded.jsonl", "meta.json"
 SPLIT_FILE = "split.json"
@@ -68,10 +68,8 @@ def read_built_meta(folder: Path) -> dict:
             f"{_next_step(folder)}"
         )
     if meta.get("format") != FORMAT:
-        raise ManifestError(
-            f"{folder} has format {meta.get('format')}, and this version reads format {FORMAT}; "
-            f"build the folder again with `mmclip data build ... --overwrite`"
-        )
+        again = "build the folder again with `mmclip data build ... --overwrite`"
+        raise ManifestError(f"{folder} {other_format(meta.get('format'), FORMAT, again)}")
     if not is_sealed(meta):
         raise ManifestError(
             f"{path} was changed since it was written (its checksum differs); build the folder "

@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def grid_of(theta: Float[Tensor, "b 2 3"], size: int) -> Float[Tensor, "b s s 2"
 class ImageTextDataset:
     """The rows of one or more data folders that a task reads, with their images at hand."""
 
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample, ...] = field(repr=False)  # reports of patients
     caches: tuple[ImageCache | None, ...]  # one a folder
     where: np.ndarray  # int64 [n, 2]: folder, and row of its image cache (-1 without an image)
     data_hash: str  # over the hashes of the folders

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Int, Int32
 from tokenizers import Tokenizer
 
+from mmclip.data.flat import starts_of
+
 CHUNK = 8192
 """Texts that are put together at once: what bounds the memory. [chosen: some megabytes]"""
 
@@ -87,11 +89,6 @@ def encode_pieces(backend: Tokenizer, texts: Sequence[str]) -> FlatTokens:
         parts.append(table.tokens_of(which, n_pieces))
     ids, begin, end, counts = map(np.concatenate, zip(*parts, strict=True))
     return FlatTokens(ids, begin, end, starts_of(counts))
-
-
-def starts_of(counts: Int[np.ndarray, " n"]) -> Int[np.ndarray, " starts"]:
-    """Where each of some runs starts that stand one after the other, and where the last ends."""
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 @dataclass(frozen=True)

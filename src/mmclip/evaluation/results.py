@@ -13,7 +13,7 @@ from mmclip.checkpoint import code_version
 from mmclip.evaluation.protocols import BUILT, Protocol
 from mmclip.evaluation.scores import SCORES_FILE, Predictions, ScoresError, load_scores
 from mmclip.evaluation.thresholds import ThresholdOrigin
-from mmclip.files import file_sha256, sealed, unsealed, write_text_atomic
+from mmclip.files import file_sha256, other_format, sealed, unsealed, write_text_atomic
 from mmclip.models.dual_encoder import UNKNOWN_WEIGHTS, Seen, Weights, ZeroshotRule
 from mmclip.prompts import PromptSet
 
@@ -361,10 +361,8 @@ def read_results(folder: Path) -> RunResults:
             f"made it again"
         ) from None
     if found is None:
-        raise ResultsError(
-            f"{path} has format {stored.get('format')}, and this version reads format {FORMAT}; "
-            f"run the command that made it again"
-        )
+        again = "run the command that made it again"
+        raise ResultsError(f"{path} {other_format(stored.get('format'), FORMAT, again)}")
     return found
 
 

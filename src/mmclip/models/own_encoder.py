@@ -168,7 +168,7 @@ def open_own_encoder(
     Raises:
         EncoderError: When it cannot be imported, or gives no pair of encoders of one space.
     """
-    function = load_own(source, "--model")
+    function = load_own(source, "model")
     made = _called(f"{source}()", function)
     for method in ("encode_images", "encode_texts"):
         if not callable(getattr(made, method, None)):

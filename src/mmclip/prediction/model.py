@@ -211,6 +211,11 @@ def prompt_set_of(prompts: str | Path | PromptSet | Mapping[str, Any]) -> Prompt
         return prompts
     if isinstance(prompts, Mapping):
         return own_prompts(prompts)
+    if not isinstance(prompts, str | Path):
+        raise TypeError(
+            f"prompts={prompts!r} are no prompts; give the name of a prompt set, the path of its "
+            f"file, or templates: {{'positive': [...], 'negative': [...]}}"
+        )
     return load_prompts(prompts)
 
 
@@ -235,7 +240,7 @@ def scorer_of(
         PromptError: When the prompts of a finding cannot stand for it.
     """
     encoder = encoder_of(model, batch_size)
-    _refuse_twice(findings)
+    _check_names(findings)
     if isinstance(model, FineTuned):
         return _fine_tuned_scorer(model, findings, encoder)
     if not findings:
@@ -264,7 +269,10 @@ def _fine_tuned_scorer(model: FineTuned, findings: Sequence[str], encoder: Encod
     )
 
 
-def _refuse_twice(findings: Sequence[str]) -> None:
+def _check_names(findings: Sequence[str]) -> None:
+    for name in findings:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"finding {name!r} is no name; give words, such as 'pleural effusion'")
     names = [plain_name(name) for name in findings]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ValueError(f"finding {twice[0]!r} is named twice; name each once")

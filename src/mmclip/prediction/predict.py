@@ -23,7 +23,7 @@ from mmclip.model_loading import ModelRequest
 from mmclip.models.dual_encoder import DualEncoder
 from mmclip.prediction.decisions import read_thresholds
 from mmclip.prediction.model import Scorer, Skipped, open_model, prompt_set_of, scorer_of
-from mmclip.prediction.tables import PredictionTable, write_skipped
+from mmclip.prediction.tables import prediction_table, write_skipped
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet
 
@@ -232,7 +232,7 @@ def _write(
     n_images = n_laterals = n_alone = 0
     keys = ("image_id",) if request.by == "image" else ("study_id", "n_images")
     with (
-        PredictionTable(request.out, scorer.findings, thresholds, keys) as table,
+        prediction_table(request.out, scorer.findings, thresholds, keys) as table,
         progress("scoring images", total) as advance,
     ):
         for batch in batches:

@@ -239,8 +239,8 @@ def _searched(dataset: ImageTextDataset, split: Split | None, sources: Sequence[
     if not is_searched.any():
         of = f"split {split!r}" if split else "any split"
         raise ManifestError(
-            f"no image with an image in {of} of source {', '.join(sources) or 'any'}: "
-            f"there is nothing to search"
+            f"no image is in {of} of source {', '.join(sources) or 'any'}; choose another split or "
+            f"source"
         )
     return is_searched
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from mmclip.files import write_text_atomic
 from mmclip.training.state import TrainState
 
 METRICS_FILE = "metrics.jsonl"
@@ -73,6 +74,4 @@ def _cut_log(path: Path, step: int) -> None:
                 kept.append(line.rstrip("\n") + "\n")
         except json.JSONDecodeError:
             break  # half a line, written as the process was killed
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(kept), "utf-8")
-    aside.replace(path)
+    write_text_atomic(path, "".join(kept))

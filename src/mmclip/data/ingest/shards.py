@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mmclip.files import write_atomic
 from mmclip.progress import console, progress
 
 if TYPE_CHECKING:
@@ -197,31 +197,28 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def _do_chunk(folder: Path, number: int, chunk: Sequence[Any], work: Work) -> tuple[int, str]:
-    """Writes the shard of a chunk, the array first, each aside and renamed.
+    """Writes the shard of a chunk, the array first.
 
-    Two who do the same chunk do no harm: they write the same bytes under names of their own.
+    Two who do the same chunk do no harm: they write the same bytes aside and rename them. Nothing
+    is synced, as a checksum tells half a shard: for 256 images of 224 px that takes 44 ms, where
+    decoding files of 320 px takes 1 s, and the disk is one for all workers.
     """
     with _ONE_AT_A_TIME:
         fingerprint = work.fingerprint(chunk)  # before, so that a change while it runs is noticed
         content = work.do(chunk)
-    aside = folder / f"{number:06d}.{secrets.token_hex(8)}.tmp"
     array_file = None
-    try:
-        if content.array is not None:
-            array_file = _array_file(folder, number)
-            with aside.open("wb") as file:
-                np.save(file, content.array)
-            aside.replace(array_file)
-        known = {
-            "fingerprint": fingerprint,
-            "sha256": _checksum(content.facts, array_file),
-            "has_array": array_file is not None,
-            "facts": content.facts,
-        }
-        aside.write_text(json.dumps(known), "utf-8")
-        aside.replace(_facts_file(folder, number))
-    finally:
-        aside.unlink(missing_ok=True)  # of a full disk
+    if content.array is not None:
+        array_file = _array_file(folder, number)
+        with write_atomic(array_file, sync=False) as file:
+            np.save(file, content.array)
+    known = {
+        "fingerprint": fingerprint,
+        "sha256": _checksum(content.facts, array_file),
+        "has_array": array_file is not None,
+        "facts": content.facts,
+    }
+    with write_atomic(_facts_file(folder, number), sync=False) as file:
+        file.write(json.dumps(known).encode())
     return number, fingerprint
 
 

@@ -185,7 +185,7 @@ def read_own(name: str, root: Path) -> Iterator[Record]:
     Raises:
         SourceError: When it gives anything but records.
     """
-    records = load_own(name, "--reader")(root)
+    records = load_own(name, "reader")(root)
     if not isinstance(records, Iterable):
         raise SourceError(
             f"--reader {name} gave a {type(records).__name__} for {root}; return or yield a record "

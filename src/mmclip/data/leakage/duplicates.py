@@ -20,6 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from mmclip.data.cache import ImageCache
+from mmclip.data.flat import starts_of
 from mmclip.data.folder import ManifestError, read_built_meta
 from mmclip.files import write_atomic
 
@@ -152,7 +153,9 @@ def near_pairs(
     words = np.ascontiguousarray(hashes).view(np.uint64)  # [n, 4]
     found = [np.zeros((0, 2), np.int64)]
     for chunk in range(CHUNKS):
-        for first, second in _candidates(hashes[:, chunk]):
+        for first, second in _candidates(hashes[:, chunk], hashes[:, chunk]):
+            ahead = first < second
+            first, second = first[ahead], second[ahead]
             distance = np.zeros(len(first), np.uint8)
             for word in range(words.shape[1]):
                 distance += np.bitwise_count(words[first, word] ^ words[second, word])
@@ -163,21 +166,19 @@ def near_pairs(
 
 
 def _candidates(
-    keys: UInt16[np.ndarray, " n"],
+    queries: UInt16[np.ndarray, " q"], stored: UInt16[np.ndarray, " n"]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of pairs (i, j), i < j, whose keys differ in at most one bit."""
-    order = np.argsort(keys, kind="stable")
-    count = np.bincount(keys, minlength=1 << 16)
-    start = np.concatenate([[0], np.cumsum(count)[:-1]])
+    """Blocks of pairs (i, j) where query i and stored key j differ in at most one bit."""
+    order = np.argsort(stored, kind="stable")
+    count = np.bincount(stored, minlength=1 << 16)
+    start = starts_of(count)
     for changed in (0, *(1 << bit for bit in range(16))):
-        bucket = keys ^ np.uint16(changed)
+        bucket = queries ^ np.uint16(changed)
         for part in _blocks(count[bucket]):
             n_each = count[bucket[part]]
-            first = np.repeat(np.arange(len(keys))[part], n_each)
-            within = np.arange(len(first)) - np.repeat(np.cumsum(n_each) - n_each, n_each)
-            second = order[np.repeat(start[bucket[part]], n_each) + within]
-            ahead = first < second
-            yield first[ahead], second[ahead]
+            first = np.repeat(np.arange(len(queries))[part], n_each)
+            within = np.arange(len(first)) - np.repeat(starts_of(n_each)[:-1], n_each)
+            yield first, order[np.repeat(start[bucket[part]], n_each) + within]
 
 
 def near_any(
@@ -193,20 +194,11 @@ def near_any(
     out = np.zeros(len(queries), bool)
     ours, theirs = (np.ascontiguousarray(h).view(np.uint64) for h in (queries, stored))
     for chunk in range(CHUNKS):
-        order = np.argsort(stored[:, chunk], kind="stable")
-        count = np.bincount(stored[:, chunk], minlength=1 << 16)
-        start = np.concatenate([[0], np.cumsum(count)[:-1]])
-        for changed in (0, *(1 << bit for bit in range(16))):
-            rows = np.flatnonzero(~out)
-            for part in _blocks(count[queries[rows, chunk] ^ np.uint16(changed)]):
-                some = rows[part]
-                bucket = queries[some, chunk] ^ np.uint16(changed)
-                n_each = count[bucket]
-                first = np.repeat(some, n_each)
-                within = np.arange(len(first)) - np.repeat(np.cumsum(n_each) - n_each, n_each)
-                second = order[np.repeat(start[bucket], n_each) + within]
-                distance = np.bitwise_count(ours[first] ^ theirs[second]).sum(1)
-                out[first[distance <= max_distance]] = True
+        rows = np.flatnonzero(~out)
+        for some, second in _candidates(queries[rows, chunk], stored[:, chunk]):
+            first = rows[some]
+            distance = np.bitwise_count(ours[first] ^ theirs[second]).sum(1)
+            out[first[distance <= max_distance]] = True
     return out
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
+from mmclip.data.flat import starts_of
 from mmclip.data.readers.files import (
     bad_value,
     find_table,
@@ -108,7 +109,7 @@ def decode_mask(code: str, side_px: int = SIDE_PX) -> Bool[np.ndarray, "h h"]:
         ValueError: When it is no such code, or runs over the image's end.
     """
     skip, length = _runs(code, side_px)
-    begin = np.cumsum(skip) + np.concatenate([[0], np.cumsum(length)[:-1]])
+    begin = np.cumsum(skip) + starts_of(length)[:-1]
     flat = np.zeros(side_px * side_px, bool)
     for start, n in zip(begin, length, strict=True):
         flat[start : start + n] = True
