@@ -1,5 +1,10 @@
+import bz2
 import datetime
+import gzip
+import lzma
 import sys
+import unicodedata
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -796,3 +801,157 @@ def test_a_mapping_says_who_made_the_labels_of_the_rows_that_have_some(tmp_path:
     assert [sample.label_origin for sample in found] == ["report-reader", "report-reader", None]
     with pytest.raises(ValueError, match=r"labels.origin"):
         read(tmp_path, text, columns=columns, labels={**labels, "origin": "me"})
+
+
+# What a table is packed in, and what is no table.
+
+ROW = "film,patient\na.png,p\n"
+
+
+def zipped(path: Path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, ROW if name.lower().endswith((".csv", ".tsv", ".txt")) else "x")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.CSV.GZ", "t.csv.gz", "t.csv.bz2"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_a_packed_table_is_read_whatever_its_name_says(tmp_path: Path, name: str, pack):
+    (tmp_path / name).write_bytes(pack(ROW.encode()))
+    (one,) = read_csv(tmp_path, CsvMapping.model_validate({"table": name, "columns": IDS}))
+    assert one.patient_id == "p"
+
+
+@pytest.mark.parametrize("name", ["t.csv.zip", "t.csv", "t.ZIP"])
+@pytest.mark.parametrize(
+    "inside", [["T.CSV"], ["a/t.csv", "__MACOSX/a/._t.csv"], ["t.txt", "x.md"]]
+)
+def test_the_one_table_of_an_archive_is_read_beside_what_systems_put_there(tmp_path, name, inside):
+    zipped(tmp_path / name, *inside)
+    mapping = CsvMapping.model_validate({"table": name, "columns": IDS})
+    assert [one.patient_id for one in read_csv(tmp_path, mapping)] == ["p"]
+    zipped(tmp_path / name, *inside, "second.csv")
+    with pytest.raises(SourceError, match="holds 2 tables, not one"):
+        read_csv(tmp_path, mapping)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"PAR1" + bytes(90), "a Parquet file"), (b"%PDF-1.7", "a PDF"),
+        (b'{"film": "a", "patient": "p", "report": "secret"}\n', "JSON"),
+        (b'\xef\xbb\xbf [\n {"film": "secret"}]', "JSON"),
+        (b"\n<!DOCTYPE html><title>secret</title>", "a web page"),
+        (b"<?xml version='1.0'?>", "XML"),
+    ],
+)  # fmt: skip
+def test_what_is_no_table_is_named_and_not_quoted(tmp_path: Path, content: bytes, kind: str):
+    (tmp_path / "t.csv").write_bytes(content)
+    mapping = CsvMapping.model_validate({"table": "t.csv", "columns": IDS | WITH_REPORT})
+    with pytest.raises(SourceError, match=rf"is {kind}.* by its content; save it as CSV") as error:
+        read_csv(tmp_path, mapping)
+    assert "secret" not in str(error.value)
+    assert list(read(tmp_path, "[film],patient\na.png,p\n", columns={"image": "[film]"}))
+
+
+def workbook(path: Path, *rows: list, title: str | None = None, hidden: bool = False):
+    """An Excel file; with a title that stands alone in a first sheet."""
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    if title is not None:
+        book.active.append([title])
+        book.active.sheet_state = "hidden" if hidden else "visible"
+    sheet = book.active if title is None else book.create_sheet("data")
+    for row in rows:
+        sheet.append(row)
+    book.active = sheet
+    book.save(path)
+    return CsvMapping.model_validate({"table": path.name, "columns": IDS})
+
+
+def test_the_first_sheet_that_is_shown_is_read_and_a_later_one_is_proposed(tmp_path: Path):
+    rows = ["film", "patient"], ["a.png", "p"]
+    mapping = workbook(tmp_path / "t.xlsx", *rows, title="notes", hidden=True)
+    assert [one.patient_id for one in read_csv(tmp_path, mapping)] == ["p"]
+    mapping = workbook(tmp_path / "t.xlsx", *rows, title="notes")
+    with pytest.raises(SourceError, match="and the sheet 'data' has; move that one to the front"):
+        read_csv(tmp_path, mapping)
+
+
+def test_what_an_excel_file_says_of_its_size_does_not_cut_it(tmp_path: Path):
+    mapping = workbook(tmp_path / "t.xlsx", ["film", "patient"], ["a.png", "p"])
+    with zipfile.ZipFile(tmp_path / "t.xlsx") as book:
+        parts = {name: book.read(name) for name in book.namelist()}
+    sheet = "xl/worksheets/sheet1.xml"
+    assert b'<dimension ref="A1:B2"' in parts[sheet]
+    parts[sheet] = parts[sheet].replace(b'<dimension ref="A1:B2"', b'<dimension ref="A1"')
+    with zipfile.ZipFile(tmp_path / "t.xlsx", "w") as book:
+        for name, content in parts.items():
+            book.writestr(name, content)
+    assert [one.patient_id for one in read_csv(tmp_path, mapping)] == ["p"]
+
+
+def test_a_formula_without_its_value_excludes_its_row_where_it_matters(tmp_path: Path):
+    rows = ["a.png", '="p"&1', 1], ["b.png", "p2", "=1+1"]
+    mapping = workbook(tmp_path / "t.xlsx", ["film", "patient", "unused"], *rows)
+    one, two = read_csv(tmp_path, mapping)
+    assert (one.reason, one.detail) == (
+        Reason.BAD_VALUE,
+        "patient is a formula without a value; open the table in Excel and save it",
+    )
+    assert two.patient_id == "p2"
+    with zipfile.ZipFile(tmp_path / "t.xlsx") as book:
+        parts = {name: book.read(name) for name in book.namelist()}
+    with zipfile.ZipFile(tmp_path / "t.xlsx", "w") as book:  # as Excel saves it, one text empty
+        for name, content in parts.items():
+            content = content.replace(
+                b'<c r="B2"><f>"p"&amp;1</f><v', b'<c r="B2" t="str"><f>""</f><v'
+            )
+            content = content.replace(b'<c r="C3"><f>1+1</f><v/>', b'<c r="C3"><f>1+1</f><v>2</v>')
+            book.writestr(name, content)
+    assert [one.patient_id for one in read_csv(tmp_path, mapping)] == ["", "p2"]
+
+
+def test_what_a_number_format_puts_beside_zeros_is_part_of_an_id(tmp_path: Path):
+    openpyxl = pytest.importorskip("openpyxl")
+    forms = {"000000": "000042", '"P"0000': "P0042", r"0000\-\A": "0042-A", "0.00": "42", "0": "42"}
+    book = openpyxl.Workbook()
+    book.active.append(["film", "patient"])
+    for row, form in enumerate(forms, 2):
+        book.active.append([f"{row}.png", 42])
+        book.active.cell(row, 2).number_format = form
+    book.save(tmp_path / "t.xlsx")
+    mapping = CsvMapping.model_validate({"table": "t.xlsx", "columns": IDS})
+    assert [one.patient_id for one in read_csv(tmp_path, mapping)] == list(forms.values())
+
+
+@pytest.mark.parametrize(
+    ("word", "label"),
+    [
+        ("Positive", 1), ("neg", 0), ("present", 1), ("Absent", 0), ("uncertain", -1),
+        ("\u22121", -1), ("positivo", 1), ("Négatif", 0), ("+1", 1), ("-1.00", -1),
+    ],
+)  # fmt: skip
+def test_usual_words_and_signs_of_labels_need_no_entry(tmp_path: Path, word: str, label: int):
+    labels = {"columns": {"Mass": "mass"}}
+    (one,) = read(tmp_path, f"film,patient,Mass\na.png,p,{word}\n", labels=labels)
+    assert one.labels == {"mass": label}
+
+
+@pytest.mark.parametrize(("said", "sex"), [("w", "F"), ("Weiblich", "F"), ("männlich", "M"),
+                                           ("FEMALE", "F"), ("O", None), ("", None)])  # fmt: skip
+def test_a_sex_is_read_in_some_languages(tmp_path: Path, said: str, sex: str | None):
+    text = f"film,patient,sex\na.png,p,{said}\n"
+    assert read(tmp_path, text, columns={"sex": "sex"})[0].sex == sex
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_table", ["NFC", "NFD"])
+def test_a_path_with_accents_is_found_however_they_are_written(tmp_path, on_disk, in_table):
+    name = "Müller Änne/é.png"
+    path = tmp_path / unicodedata.normalize(on_disk, name)
+    path.parent.mkdir()
+    path.write_bytes(b"x")
+    said = unicodedata.normalize(in_table, name)
+    (one,) = read(tmp_path, f"film,patient\n{said},p\n")
+    assert (tmp_path / one.image).is_file() and one.image_id == said

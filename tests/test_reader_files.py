@@ -75,7 +75,7 @@ def test_a_table_that_is_missing_is_one_line_that_says_where_it_comes_from(tmp_p
         ("a.csv", b'id,word\n1,"x\n', "line 2: unexpected end of data; download it again"),
         ("a.csv", b"word,id,word\n", "has word twice; download it again"),
         ("a.csv.gz", gzip.compress(TABLE.encode() * 99)[:-9], "cannot be read"),
-        ("a.csv.gz", b"<html>", "cannot be read"),
+        ("a.csv.gz", b"<html>", r"is a web page \(HTML\) by its content; download it again"),
         ("a.csv.zip", b"<html>", "cannot be read"),
         ("a.csv.zip", zipped("a.csv", "b.csv"), "2 tables, not one; unpack it"),
     ],

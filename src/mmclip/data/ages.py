@@ -1,6 +1,8 @@
-"""Ages as tables and DICOM headers write them, in years."""
+"""Ages and sexes as tables and DICOM headers write them."""
 
 import re
+
+from mmclip.data.sample import Sex
 
 MAX_AGE_YEARS = 120
 """[chosen: nobody was older than 122; tables hold 155 and 414]"""
@@ -39,3 +41,15 @@ def known_age(years: float) -> float | None:
     days, weeks or months.
     """
     return float(years) if 0 < years <= MAX_AGE_YEARS else None
+
+
+_SEXES: dict[Sex, tuple[str, ...]] = {
+    "M": ("m", "male", "man", "männlich", "maennlich", "masculin", "masculino", "maschio", "homme"),
+    "F": ("f", "female", "woman", "w", "weiblich", "féminin", "femenino", "femmina", "femme"),
+}
+_SEX_OF_WORD = {word: sex for sex, words in _SEXES.items() for word in words}
+
+
+def parse_sex(text: str) -> Sex | None:
+    """The sex that a word names, in some languages and any case; None of every other word."""
+    return _SEX_OF_WORD.get(text.strip().lower())

@@ -30,6 +30,7 @@ from mmclip.data.dicom_pixels import (
     stored_pixels,
     syntax_of_frame,
 )
+from mmclip.data.file_kinds import but_it_is
 from mmclip.data.pixels import FAULTS, ImageError, check_size
 from mmclip.data.sample import Reason
 
@@ -182,7 +183,8 @@ def read_header(path: Path, keywords: Sequence[str]) -> Dataset:
             with path.open("rb") as file:
                 start = file.read(_START_BYTES)
                 if not is_dicom(start):
-                    raise ImageError(Reason.IMAGE_UNREADABLE, "no DICOM file")
+                    detail = f"no DICOM file{but_it_is(start)}"
+                    raise ImageError(Reason.IMAGE_UNREADABLE, detail)
                 syntax, at = transfer_syntax_of(start)
                 if start[at : at + 2] == b"\0\0":
                     raise ImageError(Reason.IMAGE_UNREADABLE, "header: elements of group 0")

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from mmclip.config import ResizeMode
 from mmclip.data.decode_worker import decode_apart
 from mmclip.data.dicom import decode_dicom, is_dicom, is_native
+from mmclip.data.file_kinds import but_it_is
 from mmclip.data.pixels import FAULTS, MAX_PX, ImageError, check_size, stretch
 from mmclip.data.sample import Reason
 from mmclip.squares import square_spans
@@ -119,7 +120,8 @@ def _opened(content: bytes, max_px: int) -> Iterator[Image.Image]:
         except Image.DecompressionBombError:
             raise ImageError(Reason.IMAGE_TOO_LARGE, f"at most {max_px:,} pixels") from None
         except FAULTS:
-            raise ImageError(Reason.IMAGE_UNREADABLE, "not PNG, JPEG, DICOM or the like") from None
+            detail = f"not PNG, JPEG, DICOM or the like{but_it_is(content)}"
+            raise ImageError(Reason.IMAGE_UNREADABLE, detail) from None
         with image:
             yield image
 

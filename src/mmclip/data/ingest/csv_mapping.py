@@ -18,9 +18,17 @@ KEY_LIKENESS = 0.75
 [chosen: "imgae" and "reprot" are]"""
 
 
-YES_WORDS = ("true", "yes", "y", "wahr", "ja", "j", "vrai", "oui", "si", "sí", "verdadero")
-NO_WORDS = ("false", "no", "n", "falsch", "nein", "faux", "non", "falso")
-"""Words of spreadsheets for yes and no, in lower case: Excel writes TRUE in the user's language."""
+YES_WORDS = (
+    "true", "yes", "y", "wahr", "ja", "j", "vrai", "oui", "si", "sí", "verdadero", "present",
+    "positive", "pos", "positiv", "positif", "positivo",
+)  # fmt: skip
+NO_WORDS = (
+    "false", "no", "n", "falsch", "nein", "faux", "non", "falso", "absent", "negative", "neg",
+    "negativ", "négatif", "negativo",
+)  # fmt: skip
+MAYBE_WORDS = ("uncertain", "equivocal")
+"""Words of spreadsheets for present, absent and uncertain, in lower case: Excel writes TRUE in the
+user's language."""
 
 
 def known_encoding(name: str) -> str:
@@ -111,7 +119,7 @@ class Labels(Frozen):
             0 (absent) or -1 (uncertain), as in CheXpert, or a word for yes or no.
         yes: Further words for present in those columns, in any case; YES_WORDS are known.
         no: The same of absent; NO_WORDS are known.
-        maybe: Words for uncertain.
+        maybe: The same of uncertain; MAYBE_WORDS are known.
         origin: Who made the labels; results say it.
     """
 
@@ -129,6 +137,7 @@ class Labels(Frozen):
     def label_of_word(self) -> dict[str, int]:
         """What each word of a cell of `columns` says, in lower case."""
         known = dict.fromkeys(YES_WORDS, PRESENT) | dict.fromkeys(NO_WORDS, ABSENT)
+        known |= dict.fromkeys(MAYBE_WORDS, UNCERTAIN)
         for words, label in ((self.yes, PRESENT), (self.no, ABSENT), (self.maybe, UNCERTAIN)):
             known |= dict.fromkeys((word.strip().lower() for word in words), label)
         return known

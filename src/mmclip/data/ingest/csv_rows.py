@@ -1,11 +1,12 @@
 """Tables of values, CSV or Excel, plain or packed, as rows that say what is wrong with them."""
 
+import bz2
 import codecs
 import csv
-import datetime
 import gzip
 import io
 import json
+import lzma
 import re
 import zipfile
 import zlib
@@ -14,18 +15,16 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, NamedTuple, cast
+
+from mmclip.data.file_kinds import kind_of
+from mmclip.data.ingest.excel_rows import EXCEL_SUFFIXES, NO_VALUE, excel_lines, other_sheet
+from mmclip.data.ingest.source_error import SourceError
 
 DOWNLOAD_AGAIN = "download it again"
 
-EXCEL_SUFFIXES = (".xlsx", ".xlsm")
-
 _PEEK_BYTES = 1 << 16
 """Looked at to tell what a table that cannot be read was written in."""
-
-
-class SourceError(ValueError):
-    """A data set or its mapping cannot be read; the message names the place and the next step."""
 
 
 class Row(NamedTuple):
@@ -62,12 +61,12 @@ def read_rows(
 
     A row has a problem when its number of fields is not the header's: a comma too many moves what
     stands behind it, even where the last field is empty. So has one with an error of Excel, such as
-    "#N/A", in one of `columns`: it would be everybody's patient id. A first line "sep=;", which
-    Excel writes and obeys, names the delimiter.
+    "#N/A", or a formula without its value in one of `columns`: it would be everybody's patient id.
+    A first line "sep=;", which Excel writes and obeys, names the delimiter.
 
     Args:
-        path: The table, plain, as .gz, or alone in a .zip; or an Excel file, whose first sheet is
-            read.
+        path: The table, plain, packed by gzip, bzip2 or xz, or alone in a zip archive, whatever
+            the name says; or an Excel file, whose first sheet is read.
         columns: Must be there, once each; the others are read as well.
         delimiter: Between the fields.
         encoding: As Python names it.
@@ -100,7 +99,11 @@ def read_rows(
             cells = {k: v.strip() for k, v in zip(header, values, strict=False)}
             for name in columns:
                 cell = cells.get(name, "")
-                if cell.startswith("#") and cell.upper() in _EXCEL_ERRORS:
+                if cell == NO_VALUE:
+                    problem = problem or (
+                        f"{name} is a formula without a value; open the table in Excel and save it"
+                    )
+                elif cell.startswith("#") and cell.upper() in _EXCEL_ERRORS:
                     problem = problem or f"{name} is {cell}, an error of Excel"
             yield Row(cells, problem)
 
@@ -129,7 +132,7 @@ def _lines(
 ) -> Iterator[Iterator[list[str]]]:
     """The lines of a table as lists of cells; what a damaged one raises becomes one line."""
     if path.suffix.lower() in EXCEL_SUFFIXES:
-        with _excel_lines(path) as lines:
+        with excel_lines(path) as lines:
             yield lines
         return
     reader = None
@@ -152,7 +155,7 @@ def _lines(
     except csv.Error as error:
         line = f", line {reader.line_num}" if reader is not None else ""
         raise SourceError(f"{path}{line}: {error}; {remedy}") from None
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         why = getattr(error, "strerror", None) or error
         raise SourceError(f"{path} cannot be read: {why}; {remedy}") from None
 
@@ -165,38 +168,67 @@ def _chained(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
 
 @contextmanager
 def _unpacked(path: Path) -> Iterator[IO[bytes]]:
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".csv")]
-            if len(names) != 1:
-                raise SourceError(f"{path} holds {len(names)} tables, not one; unpack it")
-            with archive.open(names[0]) as file:
-                yield file
+    """The bytes of a table, unpacked where they are packed: downloads are renamed, or unpacked."""
+    with path.open("rb") as file:
+        start = file.read(_MAGIC_BYTES)
+    for magic, opened in _PACKERS.items():
+        if start.startswith(magic):
+            with opened(path) as file:
+                yield cast(IO[bytes], file)
+            return
+    name = _table_in(path) if start == _ZIP_START or path.suffix.lower() == ".zip" else None
+    if name is None:
+        with path.open("rb") as file:
+            yield file
     else:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield cast(IO[bytes], file)
+        with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+            yield file
+
+
+_PACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7z": lzma.open}
+_ZIP_START = b"PK\x03\x04"
+_MAGIC_BYTES = 4
+
+
+def _table_in(path: Path) -> str | None:
+    """The table of a zip archive; None of one that is a document of its own, such as Excel's.
+
+    Raises:
+        SourceError: When it does not hold one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
+    except zipfile.BadZipFile:
+        if path.suffix.lower() == ".zip":
+            raise
+        return None
+    if {"[Content_Types].xml", "mimetype"} & set(names):
+        return None
+    tables = [name for name in names if name.lower().endswith(".csv")]
+    tables = tables or [name for name in names if name.lower().endswith((".tsv", ".txt"))]
+    if len(tables) != 1:
+        raise SourceError(f"{path} holds {len(tables)} tables, not one; unpack it")
+    return tables[0]
 
 
 # -- what a table was written in --
 
 
-_EXCEL_STARTS = {
-    b"PK\x03\x04": "an Excel file",
-    b"\xd0\xcf\x11\xe0": "an Excel file of before 2007",
-}
-"""What the bytes say at the start of a file whose name says that it is no Excel file."""
-
-
 def _refuse_other(path: Path, encoding: str, remedy: str) -> None:
-    """Refuses what its encoding would read without an error and wrongly, and Excel's own files.
+    """Refuses what its encoding would read without an error and wrongly, and what is no table.
 
     UTF-16 without a mark is valid UTF-8 with a zero beside each letter; encodings of one byte read
     everything, UTF-8 as well, and Latin-1 has no letter where cp1252 has quotes and the euro.
     """
     with _unpacked(path) as file:
         start = file.read(_PEEK_BYTES)
-    if (kind := _EXCEL_STARTS.get(start[:4])) is not None:
-        raise SourceError(f"{path} is {kind} by its content; save it as .xlsx, or as CSV UTF-8")
+    if (kind := kind_of(start)) is not None:
+        is_archive = start.startswith(_ZIP_START)  # an archive with a table was unpacked
+        kind = "an Excel file, or one like it," if is_archive else kind
+        how = "save it as .xlsx, or as CSV UTF-8" if "Excel" in kind else "save it as CSV UTF-8"
+        is_ours = remedy != DOWNLOAD_AGAIN
+        raise SourceError(f"{path} is {kind} by its content; {how if is_ours else remedy}")
     name = codecs.lookup(encoding).name
     if name.startswith(("utf-16", "utf-32")):
         return
@@ -279,6 +311,11 @@ def lacking(
             f"{json.dumps(other)} in the mapping"
         )
     missing = ", ".join(said for name, said in used.items() if name not in header)
+    if path.suffix.lower() in EXCEL_SUFFIXES and (sheet := other_sheet(path, used, _TITLE_ROWS)):
+        return (
+            f"the first sheet has no column {missing}, and the sheet {sheet!r} has; move that one "
+            f"to the front"
+        )
     with _lines(path, delimiter, encoding, "", strict=False) as lines:
         for cells in islice(lines, _TITLE_ROWS):
             if used.keys() <= set(_names(cells)):
@@ -323,60 +360,3 @@ def parted_by(header: list[str], delimiter: str, used: Collection[str]) -> str |
     }
     best = max(found, key=lambda other: found[other])
     return best if found[best] > len(set(used) & set(header)) else None
-
-
-# -- Excel --
-
-
-@contextmanager
-def _excel_lines(path: Path) -> Iterator[Iterator[list[str]]]:
-    try:
-        import openpyxl
-        from openpyxl.utils.exceptions import InvalidFileException
-    except ModuleNotFoundError:
-        raise SourceError(
-            f"{path} is an Excel file, and the package that reads one is not installed: "
-            f"pip install 'mmclip[xlsx]', or save the table as CSV UTF-8"
-        ) from None
-    try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, InvalidFileException) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise SourceError(
-            f"{path} cannot be read as an Excel file: {why}; save it as .xlsx, or as CSV UTF-8"
-        ) from None
-    try:
-        yield _excel_rows(book.worksheets[0])
-    finally:
-        book.close()
-
-
-def _excel_rows(sheet: Any) -> Iterator[list[str]]:
-    """Rows of the header's length: a sheet may hold empty cells behind or below its table."""
-    n_columns = 0
-    for cells in sheet.iter_rows():
-        values = [_excel_text(cell) for cell in cells]
-        while values and not values[-1]:
-            values.pop()
-        n_columns = n_columns or len(values)
-        if values:
-            yield values + [""] * (n_columns - len(values))
-
-
-def _excel_text(cell: Any) -> str:
-    """A cell as text: dates by ISO 8601, whole numbers without a point, booleans as TRUE and FALSE.
-
-    A number that Excel shows with leading zeros (format 00000000) keeps them.
-    """
-    value = cell.value
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).upper()
-    if isinstance(value, datetime.datetime):
-        return value.date().isoformat() if value.time() == datetime.time() else value.isoformat()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and re.fullmatch("0+", str(cell.number_format)):
-        return str(value).zfill(len(cell.number_format))
-    return str(value)

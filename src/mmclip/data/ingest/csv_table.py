@@ -6,13 +6,14 @@ import hashlib
 import logging
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import cast, get_args
 
 from mmclip.config_io import ConfigError
-from mmclip.data.ages import parse_age
+from mmclip.data.ages import parse_age, parse_sex
 from mmclip.data.ingest.csv_mapping import (
     Columns,
     CsvMapping,
@@ -30,7 +31,6 @@ from mmclip.data.sample import (
     Reason,
     Record,
     Sample,
-    Sex,
     Split,
     View,
 )
@@ -48,7 +48,6 @@ REMEDY = "mend the quotes of the table, the names of its columns, or the mapping
 
 _VIEWS: dict[str, View] = {"": "unknown", "?": "unknown", "unknown": "unknown", "lateral": "L"}
 _VIEWS |= {view.lower(): view for view in get_args(View)}
-_SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}
 _BLANKS = {"", "nan", "n/a", "na", "none", "null"}
 
 
@@ -98,7 +97,7 @@ def read_csv(root: Path, mapping: CsvMapping, table: Path | None = None) -> Iter
     """
     path = find_table(root, mapping.table, table)
     _check_table(path, mapping)
-    return _csv_records(path, mapping)
+    return _csv_records(root, path, mapping)
 
 
 def _is_encoding(name: object) -> bool:
@@ -126,7 +125,7 @@ def find_table(root: Path, name: str, table: Path | None) -> Path:
     raise SourceError(f"there is no table {root / given}; {where}")
 
 
-def _csv_records(path: Path, mapping: CsvMapping) -> Iterator[Record]:
+def _csv_records(root: Path, path: Path, mapping: CsvMapping) -> Iterator[Record]:
     for row, (cells, problem) in enumerate(_rows(path, mapping)):
         if problem:
             yield Excluded(
@@ -136,10 +135,10 @@ def _csv_records(path: Path, mapping: CsvMapping) -> Iterator[Record]:
                 detail=problem,
             )
         else:
-            yield _image(row, cells, mapping)
+            yield _image(row, root, cells, mapping)
 
 
-def _image(row: int, cells: Mapping[str, str], mapping: CsvMapping) -> Record:
+def _image(row: int, root: Path, cells: Mapping[str, str], mapping: CsvMapping) -> Record:
     columns = mapping.columns
     image_id, patient_id = _image_id(cells, columns), _cell(cells, columns.patient_id)
     source = _cell(cells, columns.source) or mapping.source
@@ -158,7 +157,7 @@ def _image(row: int, cells: Mapping[str, str], mapping: CsvMapping) -> Record:
         patient_id=patient_id,
         source=source,
         split=mapping.splits.get(split) or (cast(Split, split) if split else None),
-        image=_cell(cells, columns.image).replace("\\", "/") or None,
+        image=_on_disk(root, _cell(cells, columns.image).replace("\\", "/")) or None,
         view=_view(_cell(cells, columns.view), mapping),
         findings=report.findings,
         impression=report.impression,
@@ -167,8 +166,17 @@ def _image(row: int, cells: Mapping[str, str], mapping: CsvMapping) -> Record:
         source_labels=words,
         label_origin=mapping.labels.origin if labels or words else None,
         age_years=parse_age(_cell(cells, columns.age)),
-        sex=_SEXES.get(_cell(cells, columns.sex).lower()),
+        sex=parse_sex(_cell(cells, columns.sex)),
     )
+
+
+def _on_disk(root: Path, image: str) -> str:
+    """A path as the disk has it: letters with accents are written in two ways, and macOS changes
+    one into the other when it packs files."""
+    if image.isascii() or (root / image).exists():
+        return image
+    forms = (unicodedata.normalize(form, image) for form in ("NFC", "NFD"))
+    return next((form for form in forms if (root / form).exists()), image)
 
 
 def _cell(cells: Mapping[str, str], column: str | None) -> str:
@@ -246,7 +254,7 @@ def _value(text: str, column: str, rules: Labels) -> int:
     if text.lower() in words:
         return words[text.lower()]
     try:
-        number = float(_DECIMAL_COMMA.sub(r"\1.\2", text))
+        number = float(_DECIMAL_COMMA.sub(r"\1.\2", text.replace("\u2212", "-")))
     except ValueError:
         number = math.nan
     if number not in (PRESENT, ABSENT, UNCERTAIN):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmclip.data.ages import parse_age
+from mmclip.data.ages import parse_age, parse_sex
 from mmclip.data.dicom import read_header, silent_pydicom
 from mmclip.data.ingest.csv_rows import SourceError
 from mmclip.data.ingest.csv_table import find_table
@@ -25,7 +25,7 @@ from mmclip.data.ingest.report_table import (
 )
 from mmclip.data.pixels import ImageError
 from mmclip.data.radiograph import CONTENT_KEYWORDS, text_of, view_of, why_no_chest
-from mmclip.data.sample import Excluded, Reason, Record, Sample, Sex
+from mmclip.data.sample import Excluded, Reason, Record, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,6 @@ _KEYWORDS = (
     "SOPInstanceUID", "StudyInstanceUID", "AccessionNumber", "PatientID", "PatientAge",
     "PatientSex", *CONTENT_KEYWORDS,
 )  # fmt: skip
-
-_SEXES: dict[str, Sex] = {"M": "M", "F": "F"}
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,7 @@ def _record(
         impression=report.impression,
         report=report.text,
         age_years=None if age is None else min(age, OLDEST_YEARS),
-        sex=_SEXES.get(text_of(data, "PatientSex").upper()) if keeps else None,
+        sex=parse_sex(text_of(data, "PatientSex")) if keeps else None,
     )
 
 

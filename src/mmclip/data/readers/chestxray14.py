@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from mmclip.data.ages import parse_age
+from mmclip.data.ages import parse_age, parse_sex
 from mmclip.data.ingest.csv_rows import SourceError, read_rows
 from mmclip.data.readers.files import (
-    SEXES,
     Box,
     bad_value,
     find_table,
@@ -80,7 +79,7 @@ def _records(table: Path, splits: dict[str, Split], images: dict[str, str]) -> I
             source_labels=words,
             label_origin="report-program",
             age_years=parse_age(cells["Patient Age"]),
-            sex=SEXES.get(cells["Patient Gender"].lower()),
+            sex=parse_sex(cells["Patient Gender"]),
         )
 
 

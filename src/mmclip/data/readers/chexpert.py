@@ -5,10 +5,9 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmclip.data.ages import parse_age
+from mmclip.data.ages import parse_age, parse_sex
 from mmclip.data.ingest.csv_rows import SourceError, header_of, read_rows
 from mmclip.data.readers.files import (
-    SEXES,
     bad_value,
     find_table,
     look_for_table,
@@ -177,7 +176,7 @@ def _image(
         source_labels=tuple(f"{column}={value}" for column, value in values.items()),
         label_origin="report-program" if split == "train" else "image-reader",
         age_years=parse_age(cells.get("Age", "")),
-        sex=SEXES.get(cells.get("Sex", "").lower()),
+        sex=parse_sex(cells.get("Sex", "")),
     )
 
 
@@ -264,7 +263,7 @@ def _plus_records(
             source_labels=tuple(f"{column}={value}" for column, value in values.items()),
             label_origin="report-program" if image_id in labels else None,
             age_years=parse_age(cells.get("age", "")),
-            sex=SEXES.get(cells.get("sex", "").lower()),
+            sex=parse_sex(cells.get("sex", "")),
         )
 
 

@@ -12,12 +12,10 @@ from typing import NamedTuple
 import pydicom
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
-from mmclip.data.ages import parse_age
+from mmclip.data.ages import parse_age, parse_sex
 from mmclip.data.dicom import silent_pydicom
 from mmclip.data.ingest.csv_rows import SourceError, read_rows
 from mmclip.data.sample import Excluded, Reason, Sample, Sex, Split, View
-
-SEXES: dict[str, Sex] = {"m": "M", "male": "M", "f": "F", "female": "F"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +141,7 @@ def dicom_facts(path: Path) -> DicomFacts:
             view, age, sex = (str(data.get(tag, "") or "").strip() for tag in tags)
     except _DICOM_FAULTS:
         return DicomFacts()
-    return DicomFacts(
-        _DICOM_VIEWS.get(view.upper(), "unknown"), parse_age(age), SEXES.get(sex.lower())
-    )
+    return DicomFacts(_DICOM_VIEWS.get(view.upper(), "unknown"), parse_age(age), parse_sex(sex))
 
 
 def image_of_unknown_patient(

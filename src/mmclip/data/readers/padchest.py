@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-from mmclip.data.ages import known_age
+from mmclip.data.ages import known_age, parse_sex
 from mmclip.data.disease_prompts import NO_FINDING
 from mmclip.data.ingest.csv_rows import read_rows
 from mmclip.data.readers.files import (
-    SEXES,
     bad_value,
     find_table,
     index_images,
@@ -114,7 +113,7 @@ def _records(table: Path, images: Mapping[str, str]) -> Iterator[Record]:
             source_labels=words,
             label_origin=origin,
             age_years=_age_years(cells["PatientBirth"], cells["StudyDate_DICOM"]),
-            sex=SEXES.get(cells["PatientSex_DICOM"].lower()),
+            sex=parse_sex(cells["PatientSex_DICOM"]),
         )
 
 
