@@ -1,9 +1,11 @@
 """A hospital's tree of DICOM files and its table of reports, as one data folder."""
 
 import datetime
+import gzip
 import io
 import json
 import logging
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from pydicom.dataset import Dataset
 
 from mmclip.config_io import ConfigError
+from mmclip.data.image_files import find_image_files
 from mmclip.data.ingest.build import BuildOptions, build_data
 from mmclip.data.ingest.csv_table import SourceError
 from mmclip.data.ingest.dicom_folder import DicomOptions
@@ -21,6 +24,7 @@ from mmclip.data.ingest.report_table import ReportMapping, read_reports
 from mmclip.data.ingest.sources import open_reader
 from mmclip.data.manifest import read_manifest
 from mmclip.data.radiograph import view_of, why_no_chest
+from mmclip.data.readers.files import index_images
 from mmclip.data.sample import Excluded, Reason, Sample
 from tests.commands import mmclip
 from tests.made_files import dicom
@@ -408,3 +412,59 @@ def test_a_table_of_reports_with_another_delimiter_is_told_with_the_right_one(tm
     mapping = ReportMapping.model_validate({"columns": {"accession": "a", "report": "r"}})
     with pytest.raises(SourceError, match=r'parted by semicolons.*say delimiter = ";"'):
         read_reports(table, mapping)
+
+
+# What a disk holds beside files.
+
+
+def test_a_link_to_a_folder_is_followed_and_a_folder_is_read_once(root: Path):
+    kept, aside = root / "x", root.parent / "elsewhere"
+    (root / "link to y").symlink_to(root / "y", target_is_directory=True)
+    (kept / "loop").symlink_to(root, target_is_directory=True)
+    aside.mkdir()
+    (aside / "IM").write_bytes(image(9))
+    (root / "z").symlink_to(aside, target_is_directory=True)
+    found = {f.image for f in records(root) if isinstance(f, Sample)}
+    assert {"z/IM", "link to y/none"} <= found and "y/none" not in found
+    assert len(found) == 6
+    out = root.parent / "out"
+    build_data(records(root), root, out, image_size=16, options=BuildOptions(hides_paths=True))
+    said = [json.loads(line) for line in (out / "excluded.jsonl").read_text("utf-8").splitlines()]
+    assert sum(one["reason"] == Reason.IMAGE_OUTSIDE_ROOT for one in said) == 1  # told, not lost
+
+
+def test_a_folder_that_cannot_be_read_is_counted(root: Path, monkeypatch, caplog):
+    scandir = os.scandir
+
+    def barred(path):
+        if str(path).endswith("2"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", barred)
+    said = [(f.reason, f.detail) for f in records(root) if isinstance(f, Excluded)]
+    assert (Reason.IMAGE_UNREADABLE, "a folder that cannot be read: Permission denied") in said
+    assert "1 folders cannot be read, and what they hold is left out" in caplog.text
+    assert "Müller" not in caplog.text
+    with pytest.raises(ValueError, match=r"folder .*2 cannot be read: Permission denied; change"):
+        find_image_files([root])
+    with pytest.raises(ValueError, match=r"folder .*2 cannot be read: Permission denied; change"):
+        index_images(root, {".dcm"}, "the shop")
+
+
+def test_pipes_dead_links_and_names_that_are_no_text_are_reasons(root: Path):
+    folder = root / "odd"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "dead").symlink_to(folder / "nowhere")
+    (folder / os.fsdecode(b"caf\xe9.dcm")).write_bytes(image(7))
+    (folder / "study.zip").write_bytes(b"PK\x03\x04" + bytes(99))
+    (folder / "IM.dcm.gz").write_bytes(gzip.compress(image(8)))
+    found = [(f.reason, f.detail) for f in records(root) if isinstance(f, Excluded)]
+    assert found[:5] == [
+        (Reason.IMAGE_UNREADABLE, "no DICOM file, but a gzip archive; unpack it"),
+        (Reason.IMAGE_UNREADABLE, "its path is not UTF-8; rename it"),
+        (Reason.IMAGE_MISSING, ""),
+        (Reason.IMAGE_UNREADABLE, "a folder or device, not a file"),
+        (Reason.IMAGE_UNREADABLE, "no DICOM file, but a zip archive; unpack it"),
+    ]

@@ -31,7 +31,7 @@ from mmclip.data.dicom_pixels import (
     syntax_of_frame,
 )
 from mmclip.data.file_kinds import but_it_is
-from mmclip.data.pixels import FAULTS, ImageError, check_size
+from mmclip.data.pixels import FAULTS, ImageError, check_file, check_size
 from mmclip.data.sample import Reason
 
 MAX_ELEMENTS = 20_000
@@ -178,6 +178,7 @@ def read_header(path: Path, keywords: Sequence[str]) -> Dataset:
     """
     tags: list[BaseTag | int] = [Tag(keyword) for keyword in keywords]
     stop = _until_pixels(_bounded())
+    check_file(path)
     with silent_pydicom():
         try:
             with path.open("rb") as file:
@@ -198,6 +199,8 @@ def read_header(path: Path, keywords: Sequence[str]) -> Dataset:
                 return read_partial(file, stop_when=stop, force=True, specific_tags=tags)
         except ImageError:
             raise
+        except OSError as error:
+            raise ImageError(Reason.IMAGE_UNREADABLE, error.strerror or "") from None
         except FAULTS as error:  # whose text may quote the header: only its kind is told
             detail = f"header: {type(error).__name__}"
             raise ImageError(Reason.IMAGE_UNREADABLE, detail) from None

@@ -15,6 +15,7 @@ from mmclip.data.ingest.shards import process_pool
 from mmclip.data.pixels import ImageError
 from mmclip.data.radiograph import VIEW_KEYWORDS, text_of, view_of
 from mmclip.data.sample import View
+from mmclip.data.walk import walk
 
 IMAGE_SUFFIXES = (
     ".bmp", ".dcm", ".dic", ".dicom", ".gif", ".ima", ".j2k", ".jp2", ".jpeg", ".jpg", ".pgm",
@@ -51,7 +52,7 @@ def find_image_files(paths: Sequence[Path]) -> FoundFiles:
     begin with a dot are passed over.
 
     Raises:
-        ValueError: When a path is not there.
+        ValueError: When a path is not there, or a folder cannot be read.
     """
     images: dict[str, None] = {}  # no Path before the end: making and hashing it costs the most
     n_others = n_again = 0
@@ -62,30 +63,15 @@ def find_image_files(paths: Sequence[Path]) -> FoundFiles:
             n_again += str(path) in images
             images[str(path)] = None
             continue
-        for folder, name in _files(path):
-            file = os.path.join(folder, name)
-            if not _is_image(file, name):
-                n_others += 1
-            else:
-                n_again += file in images
-                images[file] = None
+        for folder, _, names in walk(path):
+            for name in names:
+                file = os.path.join(folder, name)
+                is_image = _is_image(file, name)
+                n_others += not is_image
+                n_again += is_image and file in images
+                if is_image:
+                    images[file] = None
     return FoundFiles(tuple(map(Path, images)), n_others, n_again)
-
-
-def _files(root: Path) -> Iterator[tuple[str, str]]:
-    """Folder and name of all files below a folder.
-
-    A link to a folder is followed, a folder is read once.
-    """
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(str(root), followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from ((folder, name) for name in sorted(names))
 
 
 def _is_image(path: str, name: str) -> bool:

@@ -6,7 +6,6 @@ anything of a DICOM header but technical facts: names and dates stay where they 
 """
 
 import io
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from mmclip.config import ResizeMode
 from mmclip.data.decode_worker import decode_apart
 from mmclip.data.dicom import decode_dicom, is_dicom, is_native
 from mmclip.data.file_kinds import but_it_is
-from mmclip.data.pixels import FAULTS, MAX_PX, ImageError, check_size, stretch
+from mmclip.data.pixels import FAULTS, MAX_PX, ImageError, check_file, check_size, stretch
 from mmclip.data.sample import Reason
 from mmclip.squares import square_spans
 
@@ -57,16 +56,11 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         ImageError: When there is no such file, it cannot be read, or it is empty.
     """
+    check_file(path)
     try:
-        # Asked first: reading a pipe would wait for ever.
-        is_file = stat.S_ISREG(path.stat().st_mode)
-        content = path.read_bytes() if is_file else b""
-    except (FileNotFoundError, NotADirectoryError):
-        raise ImageError(Reason.IMAGE_MISSING) from None
+        content = path.read_bytes()
     except OSError as error:
         raise ImageError(Reason.IMAGE_UNREADABLE, error.strerror or "") from None
-    if not is_file:
-        raise ImageError(Reason.IMAGE_UNREADABLE, "a folder or device, not a file")
     if not content:
         raise ImageError(Reason.IMAGE_EMPTY)
     return content

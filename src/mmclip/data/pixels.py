@@ -1,7 +1,9 @@
 """What every decoder of images shares: its errors, the limit of size, and the step to 8 bits."""
 
+import stat
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -37,6 +39,22 @@ class ImageError(ValueError):
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
         self.reason, self.detail = reason, detail
+
+
+def check_file(path: Path) -> None:
+    """Refuses what cannot be opened, or must not be: reading a pipe would wait for ever.
+
+    Raises:
+        ImageError: When there is no such file, or it is a folder or a device.
+    """
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageError(Reason.IMAGE_MISSING) from None
+    except OSError as error:
+        raise ImageError(Reason.IMAGE_UNREADABLE, error.strerror or "") from None
+    if not is_file:
+        raise ImageError(Reason.IMAGE_UNREADABLE, "a folder or device, not a file")
 
 
 def check_size(width: int, height: int, max_px: int) -> None:

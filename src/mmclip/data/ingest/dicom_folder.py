@@ -26,6 +26,7 @@ from mmclip.data.ingest.report_table import (
 from mmclip.data.pixels import ImageError
 from mmclip.data.radiograph import CONTENT_KEYWORDS, text_of, view_of, why_no_chest
 from mmclip.data.sample import Excluded, Reason, Record, Sample
+from mmclip.data.walk import is_utf_8, walk
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,9 @@ def read_dicom_folder(root: Path, mapping: Path | None, options: DicomOptions) -
     """The radiographs of the chest below a folder, one record a file, in the order of their paths.
 
     A file that is no DICOM, another modality or another part of the body is excluded by reason.
-    Then follow the reports that belong to no image that is read, each excluded. Row i is the i-th
-    file in the order of paths, so whoever has the folder finds it.
+    Then follow the folders that cannot be read, and the reports that belong to no image that is
+    read, each excluded. Row i is the i-th file in the order of paths, so whoever has the folder
+    finds it.
 
     Args:
         root: The folder.
@@ -120,7 +122,8 @@ def _records(
 ) -> Iterator[Record]:  # fmt: skip
     counts: Counter[str] = Counter()
     row = 0
-    for path in _files(root):
+    barred: list[OSError] = []
+    for path in _files(root, barred):
         if path.resolve() in ours:
             continue
         with silent_pydicom():  # it converts values, and complains of them, when they are asked for
@@ -130,6 +133,16 @@ def _records(
             counts["without"] += record.report is None
         yield record
         row += 1
+    for error in barred:
+        image_id = _hash(key, "file", str(error.filename))
+        detail = f"a folder that cannot be read: {error.strerror}"
+        yield Excluded(row=row, image_id=image_id, reason=Reason.IMAGE_UNREADABLE, detail=detail)
+        row += 1
+    if barred:
+        logger.warning(
+            "%d folders cannot be read, and what they hold is left out; `find %s -type d ! "
+            "-readable` lists them", len(barred), root,
+        )  # fmt: skip
     for number, said in enumerate(reports.ids):
         if number not in reports.found:
             counts["reports"] += 1
@@ -160,10 +173,9 @@ def _warn_of_zeros(reports: Reports) -> None:
         )  # fmt: skip
 
 
-def _files(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders.sort()
-        yield from (Path(folder) / name for name in sorted(names))
+def _files(root: Path, barred: list[OSError]) -> Iterator[Path]:
+    for folder, _, names in walk(root, barred.append):
+        yield from (Path(folder) / name for name in names)
 
 
 def _record(
@@ -172,6 +184,8 @@ def _record(
 ) -> Record:  # fmt: skip
     image = path.relative_to(root).as_posix()
     try:
+        if not is_utf_8(image):
+            raise ImageError(Reason.IMAGE_UNREADABLE, "its path is not UTF-8; rename it")
         data = read_header(path, _KEYWORDS)
     except ImageError as error:
         image_id = _hash(key, "file", image)
@@ -201,4 +215,4 @@ def _record(
 
 def _hash(key: bytes, kind: str, value: str) -> str:
     """A keyed hash: without the key, nobody who guesses an id can tell whether it is the one."""
-    return hmac.digest(key, f"{kind}\0{value}".encode(), "sha256").hex()[:24]
+    return hmac.digest(key, os.fsencode(f"{kind}\0{value}"), "sha256").hex()[:24]

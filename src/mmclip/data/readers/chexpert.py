@@ -15,6 +15,7 @@ from mmclip.data.readers.files import (
 from mmclip.data.readers.vocabulary import SourceWords, load_words
 from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Record, Sample, Split, View
 from mmclip.data.text import make_report, parse_report
+from mmclip.data.walk import walk
 
 WHERE = "https://aimi.stanford.edu/datasets/chexpert-chest-x-rays"
 WHERE_PLUS = "https://aimi.stanford.edu/datasets/chexpert-plus"
@@ -103,12 +104,12 @@ def _index_patients(root: Path, where: str) -> dict[str, str]:
         SourceError: When there is none.
     """
     found: dict[str, str] = {}
-    for folder, folders, _ in os.walk(root):
+    for folder, folders, _ in walk(root):
         inside = Path(folder).relative_to(root).as_posix()
         for name in folders:
             if name.startswith("patient"):
                 found.setdefault(name, "" if inside == "." else f"{inside}/")
-        folders[:] = sorted(name for name in folders if not name.startswith("patient"))
+        folders[:] = [name for name in folders if not name.startswith("patient")]
     if not found:
         raise SourceError(
             f"{root} and its folders hold no image (patient00001/study1/...); images come from "

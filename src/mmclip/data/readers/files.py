@@ -16,6 +16,7 @@ from mmclip.data.ages import parse_age, parse_sex
 from mmclip.data.dicom import silent_pydicom
 from mmclip.data.ingest.csv_rows import SourceError, read_rows
 from mmclip.data.sample import Excluded, Reason, Sample, Sex, Split, View
+from mmclip.data.walk import walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +98,9 @@ def index_images(root: Path, suffixes: Collection[str], where: str) -> dict[str,
         SourceError: When there is no image.
     """
     found: dict[str, str] = {}
-    for folder, folders, names in os.walk(root):
-        folders.sort()
+    for folder, _, names in walk(root):
         inside = Path(folder).relative_to(root).as_posix()
-        for name in sorted(names):
+        for name in names:
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in suffixes:
                 found.setdefault(stem, name if inside == "." else f"{inside}/{name}")

@@ -1,7 +1,6 @@
 """MIMIC-CXR and MIMIC-CXR-JPG: 377,110 images of 65,379 patients in Boston, with their reports."""
 
 import logging
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from mmclip.data.readers.files import (
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.sample import LabelOrigin, Record, Sample, Split, View
 from mmclip.data.text import Report, make_report, parse_report
+from mmclip.data.walk import walk
 
 WHERE = "https://physionet.org/content/mimic-cxr/"
 WHERE_JPG = "https://physionet.org/content/mimic-cxr-jpg/"
@@ -158,14 +158,14 @@ def read_mimic_cxr(root: Path) -> Iterator[Record]:
 def _walk(root: Path) -> _Tree:
     groups: dict[str, list[str]] = {}
     files: dict[str, Path] = {}
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in walk(root):
         inside = Path(folder).relative_to(root).as_posix()
-        for name in sorted(names):
+        for name in names:
             files.setdefault(name, Path(folder) / name)
-        for name in sorted(folders):
+        for name in folders:
             if _GROUP.fullmatch(name):
                 groups.setdefault(name, []).append("" if inside == "." else f"{inside}/")
-        folders[:] = sorted(name for name in folders if not _GROUP.fullmatch(name))
+        folders[:] = [name for name in folders if not _GROUP.fullmatch(name)]
     return _Tree(groups, files)
 
 
