@@ -13,6 +13,7 @@ from mmclip.data.readers.files import (
     dicom_facts,
     find_table,
     index_images,
+    look_for_table,
 )
 from tests.made_files import NAME, NUMBER, dicom, encoded, ramp
 from tests.published import lay_out
@@ -127,3 +128,11 @@ def test_view_age_and_sex_are_read_from_a_header_and_nothing_is_said_of_the_rest
     assert facts.pop("b") == DicomFacts("L", None, None)
     assert set(facts.values()) == {DicomFacts()}
     assert not any(secret in caplog.text for secret in (NAME, NUMBER, "155"))
+
+
+def test_a_table_is_looked_for_in_the_folders_of_the_root_too(tmp_path: Path):
+    lay_out(tmp_path, {"b/t.csv": "", "a/t.csv.gz": b"", "c/d/u.csv": "", "t.csv/t.csv": ""})
+    assert look_for_table(tmp_path, ("t.csv",)) == tmp_path / "a" / "t.csv.gz"
+    assert look_for_table(tmp_path, ("u.csv",)) is None
+    lay_out(tmp_path, {"u.csv": ""})
+    assert look_for_table(tmp_path, ("u.csv", "t.csv")) == tmp_path / "u.csv"

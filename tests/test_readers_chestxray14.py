@@ -154,3 +154,15 @@ def test_every_real_box_is_read(tmp_path: Path):
     }  # fmt: skip
     assert all(box.left_px + box.width_px <= 1024.01 for box in boxes)
     assert all(box.top_px + box.height_px <= 1024.01 for box in boxes)
+
+
+def test_table_and_lists_in_a_folder_of_the_root_are_found(tmp_path: Path):
+    lists = {"meta/train_val_list.txt": "00000001_000.png\n00000002_000.png\n",
+             "lists/test_list.txt": "00000001_001.png\n"}  # fmt: skip
+    samples, _ = parted(
+        read_chestxray14(lay_out(tmp_path, {f"meta/{TABLE}": NEW, **lists, **IMAGES}))
+    )
+    assert [sample.split for sample in samples] == ["train", "test", "train"]
+    (tmp_path / "lists" / "test_list.txt").unlink()
+    with pytest.raises(SourceError, match=r"holds train_val_list.txt but no test_list.txt"):
+        read_chestxray14(tmp_path)

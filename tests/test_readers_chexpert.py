@@ -256,3 +256,24 @@ def test_every_row_of_the_real_table_is_kept_and_the_four_values_stay_apart(tmp_
     assert sum(sample.age_years is None for sample in samples) == 3
     assert samples[0].image == f"train/{VIEWS[0]}"
     assert len({sample.image_id for sample in samples}) == len(samples)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".dcm"])
+def test_a_copy_in_another_format_is_found(tmp_path: Path, suffix: str):
+    files = {f"train/{view.replace('.jpg', suffix)}": IMAGE for view in VIEWS}
+    root = lay_out(tmp_path, {"train.csv": train("CheXpert-v1.0/train/"), **files})
+    samples, _ = parted(read_chexpert(root))
+    assert [sample.image for sample in samples] == list(files)
+
+
+def test_a_table_that_pandas_saved_again_on_windows_is_the_same_table(tmp_path: Path):
+    files = {f"train/{view}": IMAGE for view in VIEWS}
+    published = lay_out(tmp_path / "a", {"train.csv": train("CheXpert-v1.0/train/"), **files})
+    lines = train("CheXpert-v1.0\\train\\").replace("/", "\\").splitlines()
+    lines = [line.replace("Frontal\\Lateral", "Frontal/Lateral").replace("AP\\PA", "AP/PA")
+             for line in lines]  # fmt: skip
+    for name in ("", "Unnamed: 0"):
+        again = "\n".join(f"{n},{line}" for n, line in zip((name, 0, 1, 2, 3), lines, strict=True))
+        again = again.replace(",,,", ",nan,,").replace("Frontal,AP,1.0,,", "Frontal,AP,1.0,NaN,")
+        root = lay_out(tmp_path / f"b{len(name)}", {"train.csv": again, **files})
+        assert parted(read_chexpert(root))[0] == parted(read_chexpert(published))[0]

@@ -359,3 +359,23 @@ def test_a_missing_or_damaged_piece_is_one_line(tmp_path: Path, files: dict, mes
     with pytest.raises(SourceError, match=message) as caught:
         read_mimic_cxr_jpg(lay_out(tmp_path, files))
     assert "\n" not in str(caught.value)
+
+
+def test_tables_that_pandas_saved_again_keep_their_labels(tmp_path: Path):
+    files = LAYOUTS["reports as a zip"]
+    rows = LABELS.splitlines()
+    again = [f",{rows[0]}", *(f"{n},{row}" for n, row in enumerate(rows[1:]))]
+    text = "\n".join(again).replace("10000032,50414267", "10000032.0,50414267.0") + "\n"
+    packed = {"mimic-cxr-2.0.0-chexpert.csv.gz": gzip.compress(text.encode())}
+    one, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path / "a", files)))
+    two, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path / "b", files | packed)))
+    assert one == two and two[0].labels
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg"])
+def test_copies_in_another_format_are_found(tmp_path: Path, suffix: str):
+    files = LAYOUTS["reports as a zip"]
+    copies = {name.replace(".jpg", suffix): content for name, content in files.items()}
+    samples, _ = parted(read_mimic_cxr_jpg(lay_out(tmp_path, copies)))
+    assert all((tmp_path / sample.image).is_file() for sample in samples)
+    assert samples[0].image.endswith(suffix)

@@ -329,3 +329,10 @@ def test_every_row_of_the_real_table_is_accounted_for(tmp_path: Path):
     assert n_partly_open > 0
     assert sum(sample.findings is None for sample in samples) == 133
     assert samples[0].image == f"0/{name}"
+
+
+@pytest.mark.parametrize(
+    "cell", ["['pneumonia', nan]", "[nan, ' pneumonia']", "[nan,'pneumonia',nan]"]
+)
+def test_a_missing_word_in_a_list_is_passed_over(tmp_path: Path, cell: str):
+    assert read_one(tmp_path, Labels=cell).source_labels == ("pneumonia",)

@@ -134,3 +134,12 @@ def test_every_row_of_the_real_table_is_in_an_image(tmp_path: Path):
         box.left_px + box.width_px <= 1024 and box.top_px + box.height_px <= 1024 for box in boxes
     )
     assert samples[0].view == "AP" and samples[1].view == "unknown"
+
+
+def test_a_table_that_was_saved_again_as_numbers_says_the_same(tmp_path: Path):
+    again = {name: text.replace(",1\n", ",1.0\n").replace(",0\n", ",0.0\n")
+             if isinstance(text, str) and "Target" in text else text
+             for name, text in FILES.items()}  # fmt: skip
+    assert again != FILES
+    one, two = (list(read_rsna(lay_out(tmp_path / n, f))) for n, f in (("a", FILES), ("b", again)))
+    assert one == two

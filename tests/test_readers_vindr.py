@@ -116,7 +116,7 @@ def test_an_image_that_cannot_be_read_is_left_out(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (IMAGES, r"no train\.csv or annotations/image_labels_train\.csv .*; it comes from https"),
+        (IMAGES, r"no train\.csv or image_labels_train\.csv; it comes from https"),
         ({"train.csv": KAGGLE}, r"no image .*; images come from https"),
         ({"image_labels_train.csv": "image_id,Gout\na,1\n", **IMAGES}, "the columns 'Gout'"),
     ],

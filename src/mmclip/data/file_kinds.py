@@ -14,6 +14,11 @@ _STARTS = (
 _TEXTS = (
     (re.compile(rb"<(!doctype html|html|head|table)", re.IGNORECASE), "a web page (HTML)"),
     (re.compile(rb"<\?xml"), "XML"),
+    (
+        re.compile(rb"version https://git-lfs"),
+        "a pointer of Git LFS (see `git lfs pull`)",
+    ),
+    (re.compile(rb"[./]*(git/)?annex/objects/"), "a pointer of git-annex"),
     (re.compile(rb"[\[{]\s*[\[{\"]"), "JSON"),
 )
 

@@ -11,6 +11,7 @@ from mmclip.data.readers.files import (
     bad_value,
     find_table,
     index_images,
+    look_for_table,
 )
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.sample import Record, Sample, Split, View
@@ -85,18 +86,18 @@ def _records(table: Path, splits: dict[str, Split], images: dict[str, str]) -> I
 
 def _official_splits(root: Path) -> dict[str, Split]:
     """The split of each image by the published lists; empty without them."""
-    there = [name for name in _LISTS if (root / name).is_file()]
+    there = {name: path for name in _LISTS if (path := look_for_table(root, (name,)))}
     if not there:
         return {}
     if len(there) < len(_LISTS):
         (missing,) = set(_LISTS) - set(there)
         raise SourceError(
-            f"{root} holds {there[0]} but no {missing}; add it (from {WHERE}), or take both away "
-            f"for splits of our own"
+            f"{root} holds {next(iter(there))} but no {missing}; add it (from {WHERE}), or take "
+            f"both away for splits of our own"
         )
     splits: dict[str, Split] = {}
     for name, split in _LISTS.items():
-        for image_id in (root / name).read_text("utf-8-sig").split():
+        for image_id in there[name].read_text("utf-8-sig").split():
             if splits.setdefault(image_id, split) != split:
                 raise SourceError(f"{root}: {image_id} is in both lists; download them again")
     return splits

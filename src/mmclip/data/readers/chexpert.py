@@ -10,7 +10,9 @@ from mmclip.data.ingest.csv_rows import SourceError, header_of, read_rows
 from mmclip.data.readers.files import (
     bad_value,
     find_table,
+    is_row_number,
     look_for_table,
+    with_its_suffix,
 )
 from mmclip.data.readers.vocabulary import SourceWords, load_words
 from mmclip.data.sample import ABSENT, PRESENT, UNCERTAIN, Record, Sample, Split, View
@@ -46,7 +48,7 @@ def read_chexpert(root: Path) -> Iterator[Record]:
         from the authors of Rajpurkar et al. Images in any folders, as
         patient00001/study1/view1_frontal.jpg: train/ and valid/ of CheXpert-v1.0-small/ and
         CheXpert-v1.0/, or the folders of the four "CheXpert-v1.0 batch" archives. What stands
-        before the patient in the column Path makes no difference.
+        before the patient in the column Path makes no difference, nor does the suffix.
     Quirks: 1, 0, -1 and blank are present, absent, uncertain and unknown, as they stand; what to
         make of -1 is for who trains. Train labels are mined from reports, the others are read by
         radiologists. Age 0 (3 images) stands for unknown, 90 for 90 and more. 17 frontal images
@@ -59,7 +61,7 @@ def read_chexpert(root: Path) -> Iterator[Record]:
         SourceError: When no table or no image is there, or a table has a column that is unknown.
     """
     tables: dict[Split, Path] = {
-        split: path for split, names in _TABLES.items() if (path := _look(root, names))
+        split: path for split, names in _TABLES.items() if (path := look_for_table(root, names))
     }
     if not tables:
         raise SourceError(
@@ -73,20 +75,13 @@ def read_chexpert(root: Path) -> Iterator[Record]:
     return _records(root, tables, columns, patients)
 
 
-def _look(root: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of some tables in the root, or in a folder of it."""
-    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
-    found = (look_for_table(folder, (name,)) for name in names for folder in folders)
-    return next((path for path in found if path), None)
-
-
 def _label_columns(table: Path, words: SourceWords) -> dict[str, str]:
     """Label column -> finding.
 
     Raises:
         SourceError: When the table has a column that is neither, or no label column.
     """
-    columns = [name for name in header_of(table) if name not in _FACTS]
+    columns = [n for n in header_of(table) if n not in _FACTS and not is_row_number(n)]
     if unknown := [name for name in columns if name not in words.words]:
         raise SourceError(
             f"{table} has the columns {', '.join(map(repr, unknown))}, which CheXpert has not; "
@@ -130,13 +125,13 @@ def _records(
         for cells, problem in read_rows(table, (place, *columns[table])):
             path = _tail(cells.get(place, ""), 2 if place == "Study" else 3)
             for image in [path] if place == "Path" else _images_of(root, path, patients):
-                yield _image(row, image, cells, problem, split, columns[table], patients)
+                yield _image(root, row, image, cells, problem, split, columns[table], patients)
                 row += 1
 
 
 def _tail(path: str, parts: int) -> str:
     """What is the same in every release, such as patient00001/study1/view1_frontal.jpg."""
-    return "/".join(path.strip("/").split("/")[-parts:])
+    return "/".join(path.replace("\\", "/").strip("/").split("/")[-parts:])
 
 
 def _images_of(root: Path, study: str, patients: Mapping[str, str]) -> list[str]:
@@ -147,6 +142,7 @@ def _images_of(root: Path, study: str, patients: Mapping[str, str]) -> list[str]
 
 
 def _image(
+    root: Path,
     row: int,
     path: str,
     cells: Mapping[str, str],
@@ -171,7 +167,7 @@ def _image(
         patient_id=patient,
         source="chexpert",
         split=split,
-        image=patients.get(patient, "") + path,
+        image=with_its_suffix(root, patients.get(patient, "") + path, _SUFFIXES),
         view=_view(cells.get("Frontal/Lateral", ""), cells.get("AP/PA", ""), name),
         labels={columns[column]: value for column, value in values.items()},
         source_labels=tuple(f"{column}={value}" for column, value in values.items()),
@@ -189,7 +185,7 @@ def label_values(cells: Mapping[str, str], columns: Mapping[str, str]) -> dict[s
     """
     values = {}
     for column in columns:
-        if text := cells[column]:
+        if (text := cells[column]) and text.lower() != "nan":
             value = _VALUES.get(text.removesuffix(".0"))
             if value is None:
                 raise ValueError(f"{column} is {text!r}, not 1, 0, -1 or blank")
@@ -255,7 +251,7 @@ def _plus_records(
             patient_id=patient,
             source="chexpert-plus",
             split=_PLUS_SPLITS[cells["split"]],
-            image=_plus_image(root, patients.get(patient, "") + image_id, path),
+            image=with_its_suffix(root, patients.get(patient, "") + path, _SUFFIXES),
             view=_view(cells["frontal_lateral"], cells["ap_pa"], name),
             findings=report.findings,
             impression=report.impression,
@@ -266,12 +262,6 @@ def _plus_records(
             age_years=parse_age(cells.get("age", "")),
             sex=parse_sex(cells.get("sex", "")),
         )
-
-
-def _plus_image(root: Path, stem: str, path: str) -> str:
-    """The image's path with the suffix that it has; the table's where there is none."""
-    found = (stem + suffix for suffix in _SUFFIXES if (root / (stem + suffix)).is_file())
-    return next(found, stem + os.path.splitext(path)[1])
 
 
 def _plus_labels(root: Path) -> dict[str, dict[str, int]]:

@@ -18,6 +18,8 @@ from mmclip.data.ingest.csv_rows import SourceError, read_rows
 from mmclip.data.sample import Excluded, Reason, Sample, Sex, Split, View
 from mmclip.data.walk import walk
 
+RASTER_SUFFIXES = (".jpg", ".png", ".jpeg")
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -41,11 +43,13 @@ def bad_value(row: int, image_id: str, detail: str) -> Excluded:
 
 
 def look_for_table(root: Path, names: Sequence[str]) -> Path | None:
-    """The first of some files that a folder holds, as it is, as .gz, or as .zip; else None."""
+    """The first of some files, as it is, as .gz, or as .zip, in a folder or in a folder of it."""
+    inside = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     for name in names:
-        for path in (root / name, root / f"{name}.gz", root / f"{name}.zip"):
-            if path.is_file():
-                return path
+        for folder in (root, *inside):
+            for path in (folder / name, folder / f"{name}.gz", folder / f"{name}.zip"):
+                if path.is_file():
+                    return path
     return None
 
 
@@ -110,6 +114,26 @@ def index_images(root: Path, suffixes: Collection[str], where: str) -> dict[str,
             f"{root} and its folders hold no image ({kinds}); images come from {where}"
         )
     return found
+
+
+def with_its_suffix(root: Path, image: str, others: Sequence[str] = RASTER_SUFFIXES) -> str:
+    """The path of an image with the suffix that it has: many keep smaller copies as PNG.
+
+    Args:
+        root: The data set's folder.
+        image: As the table names it; it is given back where there is none.
+        others: Suffixes that are looked for, in lower case and in capitals.
+    """
+    if (root / image).is_file():
+        return image
+    stem = os.path.splitext(image)[0]
+    found = (stem + form for suffix in others for form in (suffix, suffix.upper()))
+    return next((path for path in found if (root / path).is_file()), image)
+
+
+def is_row_number(column: str) -> bool:
+    """Whether a column is the one without a name that pandas writes in front of a table."""
+    return not column or column.startswith("Unnamed:")
 
 
 class DicomFacts(NamedTuple):

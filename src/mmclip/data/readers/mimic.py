@@ -14,7 +14,9 @@ from mmclip.data.readers.files import (
     DicomFacts,
     bad_value,
     dicom_facts,
+    is_row_number,
     read_sound_rows,
+    with_its_suffix,
 )
 from mmclip.data.readers.vocabulary import load_words
 from mmclip.data.sample import LabelOrigin, Record, Sample, Split, View
@@ -215,7 +217,10 @@ def _images(
             yield bad_value(row, sample.image_id, str(error))
             continue
         path = f"{sample.folder}/{sample.image_id}"
-        image = _first_there(root, tree.places(path + suffix)) or f"files/{path}{suffix}"
+        places = tree.places(path + suffix)
+        if suffix == ".jpg":
+            places = [with_its_suffix(root, place) for place in places]
+        image = _first_there(root, places) or f"files/{path}{suffix}"
         facts = dicom_facts(root / image) if suffix == ".dcm" else DicomFacts()
         view = views.get(sample.image_id) if sample.view is None else sample.view
         report = report_of(sample.folder) if report_of else Report(None, None, None)
@@ -241,11 +246,16 @@ def _images(
 def _rows(table: Path) -> Iterator[_Row]:
     """The images that a table names, with the view where it has that column."""
     for cells, problem in read_rows(table, ("dicom_id", "subject_id", "study_id")):
-        patient, study = cells.get("subject_id", ""), cells.get("study_id", "")
+        patient, study = (_number(cells.get(name, "")) for name in ("subject_id", "study_id"))
         if not problem and not (patient.isdigit() and study.isdigit()):
             problem = f"subject_id is {patient!r} and study_id {study!r}; both must be numbers"
         view = cells.get("ViewPosition")
         yield _Row(cells.get("dicom_id", ""), patient, study, problem, view)
+
+
+def _number(text: str) -> str:
+    """An id as a whole number: a table that was saved again may say 50414267.0."""
+    return text.removesuffix(".0")
 
 
 def _read_views(tree: _Tree) -> dict[str, str | None]:
@@ -295,7 +305,8 @@ def _read_labels_of_radiologist(tree: _Tree) -> dict[str, _Labels]:
 def _label_table(table: Path, names: Mapping[str, str], origin: LabelOrigin) -> dict[str, _Labels]:
     known = {finding: name for name, finding in names.items()}
     columns = tuple(known.get(name, name) for name in load_words("mimic-cxr").words)
-    unknown = set(header_of(table)) - {"subject_id", "study_id", *columns}
+    header = {name for name in header_of(table) if not is_row_number(name)}
+    unknown = header - {"subject_id", "study_id", *columns}
     if unknown:
         raise SourceError(
             f"{table} has the columns {', '.join(sorted(unknown))}; download it again"
@@ -303,7 +314,7 @@ def _label_table(table: Path, names: Mapping[str, str], origin: LabelOrigin) -> 
     found: dict[str, _Labels] = {}
     for cells in read_sound_rows(table, ("study_id", *columns)):
         said = {name: cells[name] for name in columns if cells[name]}
-        found[cells["study_id"]] = _Labels(said, names, origin)
+        found[_number(cells["study_id"])] = _Labels(said, names, origin)
     return found
 
 

@@ -1,6 +1,7 @@
 """PadChest, 160,861 images of 67,625 patients of the Hospital San Juan in Alicante."""
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -117,6 +118,10 @@ def _records(table: Path, images: Mapping[str, str]) -> Iterator[Record]:
         )
 
 
+_NAN = re.compile(r"(?<=[\[,])\s*nan\s*(?=[,\]])")
+"""A word that is missing in a list; Python knows no nan."""
+
+
 def _words(cell: str) -> tuple[str, ...]:
     """The words of a cell such as "['pneumonia', ' pleural effusion', '']", each once.
 
@@ -126,7 +131,7 @@ def _words(cell: str) -> tuple[str, ...]:
     if cell in ("", "nan"):
         return ()
     try:
-        listed = ast.literal_eval(cell)
+        listed = ast.literal_eval(_NAN.sub("''", cell))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         listed = None
     if not isinstance(listed, list) or not all(isinstance(word, str) for word in listed):

@@ -96,10 +96,11 @@ def _marks(root: Path) -> dict[str, _Marks]:
         if problem:
             said.problem = problem
             continue
-        if cells["Target"] not in ("0", "1"):
+        target = cells["Target"].removesuffix(".0")
+        if target not in ("0", "1"):
             said.problem = f"Target is {cells['Target']!r}, not 0 or 1"
             continue
-        target = f"Target={cells['Target']}"
+        target = f"Target={target}"
         said.classes |= classes.get(image_id, {target})
         if (target in _POSITIVE) != bool(said.classes & _POSITIVE):
             said.problem = f"{target}, but its class is {', '.join(sorted(said.classes))}"

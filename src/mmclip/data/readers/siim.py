@@ -22,8 +22,8 @@ WHERE = "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation"
 SIDE_PX = 1024
 """Of the images, and so of the masks. Source: the challenge's data page."""
 
-_TABLES = ("stage_2_train.csv", "train-rle.csv", "siim/train-rle.csv")
-_NO_MASK = {"-1", ""}
+_TABLES = ("stage_2_train.csv", "train-rle.csv")
+_NO_MASK = {"-1", "-1.0", ""}
 
 
 def read_siim(root: Path) -> Iterator[Record]:
@@ -32,9 +32,9 @@ def read_siim(root: Path) -> Iterator[Record]:
     Citation: Filice et al., Journal of Digital Imaging 2020; images: ChestX-ray14.
     Licence: the challenge's rules: no commercial use.
     Layout: stage_2_train.csv (12,954 rows, 12,047 images) or train-rle.csv (stage 1; the first
-        where both are there), in the root or, as in Kaggle's re-uploads, in siim/; the images in
-        dicom-images-train/STUDY/SERIES/IMAGE.dcm, stage_2_images/IMAGE.dcm, or any other folders,
-        as DICOM, or as PNG of that name.
+        where both are there), in the root or, as in Kaggle's re-uploads, in a folder of it; the
+        images in dicom-images-train/STUDY/SERIES/IMAGE.dcm, stage_2_images/IMAGE.dcm, or any other
+        folders, as DICOM, or as PNG of that name.
     Quirks: An image with several masks has several rows: split by image, never by row. The column
         is called " EncodedPixels", with a space, or without. -1 means no pneumothorax. Some images
         of stage 1 are in no row, and not read. Patients are unknown: each image counts as one, and

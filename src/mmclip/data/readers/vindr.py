@@ -24,13 +24,10 @@ WHERE = (
 
 _KAGGLE = "train.csv"
 _PHYSIONET: dict[Split, tuple[str, ...]] = {
-    "train": ("annotations/image_labels_train.csv", "image_labels_train.csv"),
-    "test": ("annotations/image_labels_test.csv", "image_labels_test.csv"),
+    "train": ("image_labels_train.csv",),
+    "test": ("image_labels_test.csv",),
 }
-_BOX_TABLES = (
-    "annotations/annotations_train.csv", "annotations_train.csv",
-    "annotations/annotations_test.csv", "annotations_test.csv",
-)  # fmt: skip
+_BOX_TABLES = ("annotations_train.csv", "annotations_test.csv")
 _FACTS = ("image_id", "rad_id")
 _CONSENSUS = "consensus"
 
