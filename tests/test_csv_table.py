@@ -955,3 +955,25 @@ def test_a_path_with_accents_is_found_however_they_are_written(tmp_path, on_disk
     said = unicodedata.normalize(in_table, name)
     (one,) = read(tmp_path, f"film,patient\n{said},p\n")
     assert (tmp_path / one.image).is_file() and one.image_id == said
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [
+        ("cp1251", "Петров"),
+        ("gb18030", "两肺清晰"),
+        ("shift_jis", "胸部正面"),
+        ("cp1253", "πνεύμων"),
+    ],
+)
+def test_letters_that_are_not_western_are_not_proposed_to_be(tmp_path: Path, encoding, name):
+    (tmp_path / "t.csv").write_bytes(f"film,patient\na.png,{name}\n".encode(encoding))
+    rules = {"table": "t.csv", "columns": IDS}
+    with pytest.raises(SourceError, match="say its encoding in the mapping, such as") as error:
+        read_csv(tmp_path, CsvMapping.model_validate(rules))
+    assert "cp1252" not in str(error.value)
+    for wrong in ("cp1252", "latin-1"):
+        with pytest.raises(SourceError, match="say its encoding in the mapping"):
+            read_csv(tmp_path, CsvMapping.model_validate({**rules, "encoding": wrong}))
+    (one,) = read_csv(tmp_path, CsvMapping.model_validate({**rules, "encoding": encoding}))
+    assert one.patient_id == name

@@ -256,14 +256,19 @@ def _not_in(path: Path, encoding: str, remedy: str) -> str:
     if guess == "utf-8":
         return f'{path}, line {line}: not {name}; say encoding = "utf-8" in the mapping'
     said = f"{path}, line {line}: not {name}; save the table as UTF-8 (in Excel: Save As, CSV UTF-8"
-    said += f"; or iconv -f {guess} -t utf-8)"
+    said += f"; or iconv -f {guess} -t utf-8)" if guess else ")"
     if remedy == DOWNLOAD_AGAIN:
         return f"{said}, or {remedy}"
+    if not guess:
+        return f"{said}, or say its encoding in the mapping, such as gb18030, shift_jis or cp1251"
     return f'{said}, or say encoding = "{guess}" in the mapping, as it looks like that'
 
 
 def _guess(path: Path) -> str:
-    """The encoding that a table's first bytes look like."""
+    """The encoding that a table's first bytes look like; "" of letters that are not western.
+
+    Western words have one letter of their own, or two; others have nothing else.
+    """
     with _unpacked(path) as file:
         start = file.read(_PEEK_BYTES)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -274,7 +279,9 @@ def _guess(path: Path) -> str:
         start.decode()
     except UnicodeDecodeError as error:
         if error.start < len(start) - 4:  # not a letter that the peek has cut
-            return "cp1252"  # Excel's on Windows, and all of Latin-1 that is a letter
+            n_other = sum(map(len, re.findall(rb"[\x80-\xff]{3,}", start)))
+            is_western = 2 * n_other <= sum(byte >= 0x80 for byte in start)
+            return "cp1252" if is_western else ""  # Excel's on Windows, with Latin-1's letters
     else:
         return "utf-8"
     return "cp1252"
