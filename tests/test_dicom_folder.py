@@ -458,13 +458,15 @@ def test_pipes_dead_links_and_names_that_are_no_text_are_reasons(root: Path):
     os.mkfifo(folder / "pipe")
     (folder / "dead").symlink_to(folder / "nowhere")
     (folder / os.fsdecode(b"caf\xe9.dcm")).write_bytes(image(7))
+    (folder / "empty").write_bytes(b"")
     (folder / "study.zip").write_bytes(b"PK\x03\x04" + bytes(99))
     (folder / "IM.dcm.gz").write_bytes(gzip.compress(image(8)))
     found = [(f.reason, f.detail) for f in records(root) if isinstance(f, Excluded)]
-    assert found[:5] == [
+    assert found[:6] == [
         (Reason.IMAGE_UNREADABLE, "no DICOM file, but a gzip archive; unpack it"),
         (Reason.IMAGE_UNREADABLE, "its path is not UTF-8; rename it"),
         (Reason.IMAGE_MISSING, ""),
+        (Reason.IMAGE_EMPTY, ""),
         (Reason.IMAGE_UNREADABLE, "a folder or device, not a file"),
         (Reason.IMAGE_UNREADABLE, "no DICOM file, but a zip archive; unpack it"),
     ]

@@ -183,6 +183,8 @@ def read_header(path: Path, keywords: Sequence[str]) -> Dataset:
         try:
             with path.open("rb") as file:
                 start = file.read(_START_BYTES)
+                if not start:
+                    raise ImageError(Reason.IMAGE_EMPTY)
                 if not is_dicom(start):
                     detail = f"no DICOM file{but_it_is(start)}"
                     raise ImageError(Reason.IMAGE_UNREADABLE, detail)

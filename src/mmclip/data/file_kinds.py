@@ -9,7 +9,7 @@ _STARTS = (
     (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"%PDF", "a PDF"),
     (b"\x89HDF", "an HDF5 file"), (b"SQLite format 3", "an SQLite database"),
     (b"\x93NUMPY", "a NumPy array"), (b"{\\rtf", "an RTF document"),
-    (b"\xd0\xcf\x11\xe0", "an Excel file of before 2007"),
+    (b"\xd0\xcf\x11\xe0", "a document of an old Office, or of Windows"),
 )  # fmt: skip
 _TEXTS = (
     (re.compile(rb"<(!doctype html|html|head|table)", re.IGNORECASE), "a web page (HTML)"),

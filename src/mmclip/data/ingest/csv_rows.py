@@ -224,8 +224,7 @@ def _refuse_other(path: Path, encoding: str, remedy: str) -> None:
     with _unpacked(path) as file:
         start = file.read(_PEEK_BYTES)
     if (kind := kind_of(start)) is not None:
-        is_archive = start.startswith(_ZIP_START)  # an archive with a table was unpacked
-        kind = "an Excel file, or one like it," if is_archive else kind
+        kind = _EXCEL_STARTS.get(start[:4], kind)
         how = "save it as .xlsx, or as CSV UTF-8" if "Excel" in kind else "save it as CSV UTF-8"
         is_ours = remedy != DOWNLOAD_AGAIN
         raise SourceError(f"{path} is {kind} by its content; {how if is_ours else remedy}")
@@ -239,6 +238,12 @@ def _refuse_other(path: Path, encoding: str, remedy: str) -> None:
     if is_other:
         raise SourceError(_not_in(path, encoding, remedy))
 
+
+_EXCEL_STARTS = {
+    _ZIP_START: "an Excel file, or one like it,",  # an archive with a table was unpacked
+    b"\xd0\xcf\x11\xe0": "an Excel file of before 2007",
+}
+"""What a table is that begins as other documents do, too."""
 
 _ONE_BYTE = ("iso8859-1", "iso8859-15", "cp1252")
 """Encodings of western Europe that read any file, as Python names them."""
