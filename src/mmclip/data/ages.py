@@ -47,7 +47,7 @@ _SEXES: dict[Sex, tuple[str, ...]] = {
     "M": ("m", "male", "man", "männlich", "maennlich", "masculin", "masculino", "maschio", "homme"),
     "F": ("f", "female", "woman", "w", "weiblich", "féminin", "femenino", "femmina", "femme"),
 }
-_SEX_OF_WORD = {word: sex for sex, words in _SEXES.items() for word in words}
+_SEX_OF_WORD: dict[str, Sex] = {word: sex for sex, words in _SEXES.items() for word in words}
 
 
 def parse_sex(text: str) -> Sex | None:
