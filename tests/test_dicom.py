@@ -593,7 +593,6 @@ def raw(keyword: str, value: bytes) -> Callable[[Dataset], object]:
         put("PhotometricInterpretation", "CS", "MONOCHROME"),
         put("RescaleSlope", "DS", "0"), raw("RescaleSlope", b"n/a "), raw("WindowWidth", b"wide"),
         put("VOILUTSequence", "SQ", [Dataset()]), put("ModalityLUTSequence", "SQ", [Dataset()]),
-        lambda data: setattr(data, "PixelData", data.PixelData * 2),
         lambda data: setattr(data, "PixelData", data.PixelData + b"\0\0\0\0"),
     ],
 )  # fmt: skip
@@ -614,6 +613,19 @@ def test_what_a_header_must_say_is_named_where_it_does_not(keyword: str, is_zero
     assert (said.reason, said.detail) == (
         Reason.IMAGE_UNREADABLE, f"the header has no {keyword}, or 0",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        (lambda data: setattr(data, "PixelData", data.PixelData * 2),
+         "64 pixel bytes, and the header says 32"),
+        (put("BitsAllocated", "US", 8), "32 pixel bytes, and the header says 16"),
+        (put("BitsAllocated", "US", 12), "BitsAllocated is 12, and no multiple of 8"),
+    ],
+)  # fmt: skip
+def test_pixels_that_are_others_than_the_header_says_are_refused_by_what_differs(change, detail):
+    assert refusal(rewritten(change)).detail == detail
 
 
 @pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])

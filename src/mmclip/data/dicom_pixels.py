@@ -58,6 +58,9 @@ def complete_header(data: Dataset) -> None:
         kind = "MONOCHROME2" if data.SamplesPerPixel == 1 else "RGB"
     data.PhotometricInterpretation = kind
     allocated, stored = int(data.BitsAllocated), int(data.get("BitsStored") or 0)
+    if allocated > 1 and allocated % 8:
+        detail = f"BitsAllocated is {allocated}, and no multiple of 8"
+        raise ImageError(Reason.IMAGE_UNREADABLE, detail)
     data.BitsStored = stored if 0 < stored <= allocated else allocated
     data.PixelRepresentation = int(data.get("PixelRepresentation") or 0)
 
@@ -89,15 +92,20 @@ def stored_pixels(data: Dataset) -> np.ndarray:
 
 
 def _check_native(data: Dataset) -> None:
-    """Refuses pixels that are shorter than they should be, and cuts longer ones off."""
+    """Refuses pixels of another length than they should have, and cuts off what pads them.
+
+    Twice as many are two frames, or have more bits than the header says: nothing tells which.
+    """
     n_bytes, n_found = get_expected_length(data), len(data.PixelData)
     if data["PixelData"].is_undefined_length:
         detail = "the pixels are compressed, and the header says that they are not"
         raise ImageError(Reason.IMAGE_UNREADABLE, detail)
     if n_found < n_bytes:
         raise ImageError(Reason.IMAGE_TRUNCATED, f"{n_found:,} of {n_bytes:,} pixel bytes")
-    if n_found > n_bytes + n_bytes % 2:  # else pydicom takes them for frames
-        data.PixelData = data.PixelData[:n_bytes]
+    if n_found >= 2 * n_bytes > 2:
+        detail = f"{n_found:,} pixel bytes, and the header says {n_bytes:,}"
+        raise ImageError(Reason.IMAGE_UNREADABLE, detail)
+    data.PixelData = data.PixelData[: n_bytes + n_bytes % 2]  # an even number: words are swapped
 
 
 def _decoded(data: Dataset) -> np.ndarray:
