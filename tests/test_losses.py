@@ -331,6 +331,17 @@ def test_local_logits_in_blocks_are_those_at_once_with_their_gradients():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_local_logits_are_in_full_precision_under_autocast():
+    generator = torch.Generator().manual_seed(4)
+    patches, words = (torch.randn(3, 5, 16, generator=generator) for _ in range(2))
+    is_word, scale = torch.ones(3, 5, dtype=torch.bool), torch.tensor(90.0)
+    expected = local_logits(patches, words, is_word, scale)
+    for block_elements in (1, 10**6):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = local_logits(patches, words, is_word, scale, block_elements)
+        torch.testing.assert_close(found, expected)
+
+
 def test_the_mean_over_words_does_not_favour_a_text_that_says_it_twice():
     generator = torch.Generator().manual_seed(0)
     patches, words = torch.randn(2, 4, 8, generator=generator), torch.randn(1, 2, 8)

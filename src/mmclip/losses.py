@@ -170,29 +170,31 @@ def local_logits(
         temperature, which is learned, in place of three; and the mean over words in place of the
         sum, which favours long texts.
     """
-    patches, words = F.normalize(patches.float(), dim=-1), F.normalize(words.float(), dim=-1)
-    gram = patches @ patches.mT
+    with torch.autocast(patches.device.type, enabled=False):  # logits of half precision are coarse
+        patches, words = F.normalize(patches.float(), dim=-1), F.normalize(words.float(), dim=-1)
+        gram = patches @ patches.mT
 
-    def block(words: Tensor, is_word: Tensor) -> Tensor:
-        cosine = torch.einsum("mke,bne->bmkn", words, patches)
-        attention = (scale * cosine).softmax(-1)
-        # <c, w> and |c| by the cosines and those among patches: no [b, m, k, e] is made.
-        along = (attention * cosine).sum(-1)
-        square = torch.einsum("bmkn,bnp,bmkp->bmk", attention, gram, attention)
-        match = scale * along * (square + 1e-12).rsqrt()
-        has_word = is_word.any(-1, keepdim=True)
-        match = match.masked_fill(~(is_word | ~has_word), -torch.inf)
-        n_words = is_word.sum(-1).clamp(min=1)
-        return (match.logsumexp(-1) - n_words.log()).masked_fill(~has_word[:, 0], 0.0)
+        def block(words: Tensor, is_word: Tensor) -> Tensor:
+            cosine = torch.einsum("mke,bne->bmkn", words, patches)
+            attention = (scale * cosine).softmax(-1)
+            # <c, w> and |c| by the cosines and those among patches: no [b, m, k, e] is made.
+            along = (attention * cosine).sum(-1)
+            square = torch.einsum("bmkn,bnp,bmkp->bmk", attention, gram, attention)
+            match = scale * along * (square + 1e-12).rsqrt()
+            has_word = is_word.any(-1, keepdim=True)
+            match = match.masked_fill(~(is_word | ~has_word), -torch.inf)
+            n_words = is_word.sum(-1).clamp(min=1)
+            return (match.logsumexp(-1) - n_words.log()).masked_fill(~has_word[:, 0], 0.0)
 
-    n_texts = max(1, block_elements // max(1, len(patches) * patches.shape[1] * words.shape[1]))
-    if len(words) <= n_texts:
-        return block(words, is_word)
-    parts = [
-        checkpoint(block, some, known, use_reentrant=False)
-        for some, known in zip(words.split(n_texts), is_word.split(n_texts), strict=True)
-    ]
-    return torch.cat(parts, 1)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        per_text = max(1, len(patches) * patches.shape[1] * words.shape[1])
+        n_texts = max(1, block_elements // per_text)
+        if len(words) <= n_texts:
+            return block(words, is_word)
+        parts = [
+            checkpoint(block, some, known, use_reentrant=False)
+            for some, known in zip(words.split(n_texts), is_word.split(n_texts), strict=True)
+        ]
+        return torch.cat(parts, 1)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def local_sum(logits: Float[Tensor, "r r"], keys: Int[Tensor, "r m"]) -> Float[Tensor, ""]:
