@@ -198,6 +198,27 @@ def test_case_does_not_matter(text):
     assert lower == upper
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("vs. effusion", "uncertain"), ("No pna. Small effusion.", "negated present"),
+        ("No pna. Heart enlarged.", "negated present"), ("sm. effusion, no ptx.", "present negated"),
+        ("No sig. effusion.", "negated"),
+    ],
+)  # fmt: skip
+def test_words_in_short_mean_the_same_in_small_letters_and_capitals(text: str, said: str):
+    for written in (text, text.lower(), text.upper()):
+        (found,) = find_entities([written])
+        statuses = [e.status for e in found if e.kind == "finding"]
+        assert " ".join(map(str, statuses)) == said, written
+
+
+def test_a_small_letter_tells_that_the_full_stop_of_a_short_noun_ends_no_sentence():
+    said = [[e.status for e in some if e.kind == "finding"] for some in find_entities(
+        ["Small eff. or atelectasis.", "Small eff. Or atelectasis."])]  # fmt: skip
+    assert said == [["uncertain"] * 2, ["present"] * 2]
+
+
 def test_texts_do_not_disturb_each_other(finder):
     texts = ["No effusion", "Effusion", "", "No effusion"] * 40
     assert list(finder.find(texts)) == [next(finder.find([text])) for text in texts]

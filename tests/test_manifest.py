@@ -165,11 +165,11 @@ def test_the_hash_is_over_every_field_by_its_name():
 
 def test_a_folder_of_another_format_is_refused_with_the_next_step(tmp_path: Path):
     meta = write(tmp_path, [BARE])
-    for old in ({"format": 3}, {"format": 5}, {}):
+    for old, step in (({"format": 3}, "--overwrite"), ({"format": 5}, "install"), ({}, "--over")):
         rest = {key: value for key, value in meta.items() if key != "format"}
         (tmp_path / "meta.json").write_text(json.dumps({**rest, **old}))
         for read in (read_manifest, read_meta):
-            with pytest.raises(ManifestError, match=f"format {old.get('format')}, .*--overwrite"):
+            with pytest.raises(ManifestError, match=f"format {old.get('format')}, .*{step}"):
                 read(tmp_path)
         assert not is_built(tmp_path)
 

@@ -20,13 +20,16 @@ from mmclip.config_io import read_toml
 from mmclip.data.negation import Heard, ListWords, Mark, Span, statuses
 from mmclip.data.sample import Entity, EntityKind, EntityStatus
 
-_SHORT = {
-    **{"pna": "pneumonia", "opac": "opacity", "opacs": "opacities", "consol": "consolidation"},
-    **{"atel": "atelectasis", "infil": "infiltrate", "eff": "effusion", "effs": "effusions"},
-    **{"sig": "significant", "signif": "significant", "bilat": "bilateral", "eval": "evaluate"},
-    **{"sm": "small", "mod": "moderate", "vs": "versus"},
-}
-"""Words that radiologists type in short, with a full stop or without."""
+_SHORT_AND_MORE = {
+    "sig": "significant", "signif": "significant", "bilat": "bilateral", "eval": "evaluate",
+    "sm": "small", "mod": "moderate", "vs": "versus",
+}  # fmt: skip
+_SHORT = _SHORT_AND_MORE | {
+    "pna": "pneumonia", "opac": "opacity", "opacs": "opacities", "consol": "consolidation",
+    "atel": "atelectasis", "infil": "infiltrate", "eff": "effusion", "effs": "effusions",
+}  # fmt: skip
+"""Words that radiologists type in short, with a full stop or without; the former end no sentence,
+as they speak of what follows."""
 
 # A line break is a word where a paragraph, an item of a list or a structured line begins behind it.
 _WORD = re.compile(
@@ -249,7 +252,8 @@ def _words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     words = [text[start:end].lower() for start, end in places]
     if not _JOINED.isdisjoint(words):
         words, places = _joined(text, words, places)
-    words = [_ALIASES.get(word, word) for word in words]
+    if not _ALIASES.keys().isdisjoint(words):
+        words = [_ALIASES.get(word, word) for word in words]
     if _LEADER in text:
         words = [":" if word.startswith(_LEADER) else word for word in words]
     if "?" in text:
@@ -266,21 +270,25 @@ def _words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
 def _joined(
     text: str, words: Sequence[str], places: Sequence[tuple[int, int]]
 ) -> tuple[list[str], list[tuple[int, int]]]:
-    """The words with "as well as" as an "and", and without the full stops of words in short."""
+    """The words with "as well as" as an "and", and without the full stops of words in short.
+
+    A full stop behind a short noun may end a sentence: a small letter that follows tells, but not
+    where all letters are small or all are capitals.
+    """
+    has_both_cases = not (text.islower() or text.isupper())
     joined: list[str] = []
     where: list[tuple[int, int]] = []
     for word, (start, end) in zip(words, places, strict=True):
-        following = text[end : end + 2].lstrip()[:1]
         if word == "as" and joined[-2:] == ["as", "well"]:
             joined[-2:], where[-2:] = ["and"], [(where[-2][0], end)]
-        elif not (
-            word == "."
-            and joined
-            and joined[-1] in _SHORT
-            and (following.islower() or following == ",")
-        ):
-            joined.append(word)
-            where.append((start, end))
+            continue
+        if word == "." and joined and joined[-1] in _SHORT:
+            following = text[end : end + 2].lstrip()[:1]
+            says_more = following.isalnum() and joined[-1] in _SHORT_AND_MORE
+            if following == "," or says_more or (has_both_cases and following.islower()):
+                continue
+        joined.append(word)
+        where.append((start, end))
     return joined, where
 
 
