@@ -202,7 +202,8 @@ def test_case_does_not_matter(text):
     ("text", "said"),
     [
         ("vs. effusion", "uncertain"), ("No pna. Small effusion.", "negated present"),
-        ("No pna. Heart enlarged.", "negated present"), ("sm. effusion, no ptx.", "present negated"),
+        ("No pna. Heart enlarged.", "negated present"),
+        ("sm. effusion, no ptx.", "present negated"),
         ("No sig. effusion.", "negated"),
     ],
 )  # fmt: skip
