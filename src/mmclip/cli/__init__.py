@@ -109,7 +109,7 @@ def doctor(
         typer.Argument(help="Data folders, runs and results to examine.", metavar="PATH"),
     ] = None,
 ) -> None:
-    """Says what is installed, which device is used, and what of the given folders is sound.
+    """Checks the installation, names the device, and checks data folders, runs and results.
 
     Example: `mmclip doctor data/images runs/first runs/first/test`
     """

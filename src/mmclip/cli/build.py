@@ -52,16 +52,17 @@ def _option(panel: str, *names: str, **settings: Any) -> Any:
 Root = Annotated[
     Path, _option(IN_OUT, "--root", help="The data set, as downloaded.", metavar="PATH")
 ]
-Out = Annotated[Path, _option(IN_OUT, help="The data folder to make.", metavar="PATH")]
+Out = Annotated[Path, _option(IN_OUT, help="Data folder to write.", metavar="PATH")]
 Mapping = Annotated[
     Path | None,
     _option(IN_OUT, help="TOML file that says what the columns of the table mean.", metavar="PATH"),
 ]
 TablePath = Annotated[
-    Path | None, _option(IN_OUT, help="The table, if it is not the mapping's.", metavar="PATH")
+    Path | None, _option(IN_OUT, help="Table to read in place of the mapping's.", metavar="PATH")
 ]
 Reports = Annotated[
-    Path | None, _option(IN_OUT, help="Table of reports, if not the mapping's.", metavar="PATH")
+    Path | None,
+    _option(IN_OUT, help="Table of reports, in place of the mapping's.", metavar="PATH"),
 ]
 Reader = Annotated[
     str | None,
@@ -92,17 +93,21 @@ IdKey = Annotated[
 KeepAgeSex = Annotated[
     bool, _option(PRIVACY, "--keep-age-sex", help="Keep age and sex of patients.")
 ]
-Seed = Annotated[int, _option(SPLITS, help="Of the random split.", metavar="N")]
-ValRatio = Annotated[float, _option(SPLITS, help="Of the patients, for val.", metavar="RATIO")]
-TestRatio = Annotated[float, _option(SPLITS, help="Of the patients, for test.", metavar="RATIO")]
-Workers = Annotated[int, _option(WORK, help="Processes; 0 takes all cores.", min=0, metavar="N")]
+Seed = Annotated[int, _option(SPLITS, help="Seed of the random split.", metavar="N")]
+ValRatio = Annotated[float, _option(SPLITS, help="Share of the patients for val.", metavar="RATIO")]
+TestRatio = Annotated[
+    float, _option(SPLITS, help="Share of the patients for test.", metavar="RATIO")
+]
+Workers = Annotated[
+    int, _option(WORK, help="Number of processes; 0 takes all cores.", min=0, metavar="N")
+]
 Scheduler = Annotated[
     str | None,
-    _option(WORK, help="Dask scheduler whose workers do it: tcp://host:port.", metavar="ADDRESS"),
+    _option(WORK, help="Dask scheduler whose workers build: tcp://host:port.", metavar="ADDRESS"),
 ]
 ShardOf = Annotated[
     str | None,
-    _option(WORK, help="Do this share only, 1/8 to 8/8; then run it without.", metavar="I/N"),
+    _option(WORK, help="Build one share, such as 3/8; run without it to join.", metavar="I/N"),
 ]
 Overwrite = Annotated[bool, _option(OTHER, "--overwrite", help="Replace a finished build.")]
 
@@ -212,7 +217,7 @@ class ReaderGroup(PlainGroup):
 
 app = typer.Typer(
     cls=ReaderGroup,
-    help="Reads a data set and leaves a checked, hashed folder with images resized once.",
+    help="Reads a data set and writes a checked, hashed data folder with images resized once.",
     no_args_is_help=True,
 )
 
@@ -222,7 +227,7 @@ def _command_of(name: str) -> Any:
 
     example = EXAMPLES.get(name, f"--root downloads/{name}/ --out data/{name}")
     said = (
-        f"{READERS[name]}\n\nLeaves a checked, hashed data folder with images resized once.\n\n"
+        f"{READERS[name]}\n\nWrites a checked, hashed data folder with images resized once.\n\n"
         f"Example: `mmclip data build {name} {example}`"
     )
     one = typer.Typer(add_completion=False, rich_markup_mode="markdown")

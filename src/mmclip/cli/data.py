@@ -36,12 +36,12 @@ def data_split(
             help="clean, official, physician, benchx, legacy-mavl or legacy-mrm.", metavar="NAME"
         ),
     ] = "clean",
-    seed: Annotated[int, typer.Option(help="Of what is drawn.", metavar="N")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random choices.", metavar="N")] = 0,
     val_ratio: Annotated[
-        float, typer.Option(help="Of the patients, where they are drawn.", metavar="RATIO")
+        float, typer.Option(help="Share of patients, if drawn at random.", metavar="RATIO")
     ] = 0.1,
     test_ratio: Annotated[
-        float, typer.Option(help="Of the patients, where they are drawn.", metavar="RATIO")
+        float, typer.Option(help="Share of patients, if drawn at random.", metavar="RATIO")
     ] = 0.1,
     list_: Annotated[
         list[str] | None,
@@ -52,16 +52,16 @@ def data_split(
         typer.Option(help="CSV image_id,patient_id for data without patient ids.", metavar="PATH"),
     ] = None,
     near_duplicates: Annotated[
-        bool, typer.Option("--near-duplicates", help="For clean: keep these together, too.")
+        bool, typer.Option("--near-duplicates", help="For clean: keep them in one split, too.")
     ] = False,
     subset_seed: Annotated[
         list[int] | None,
         typer.Option(
-            help="Of the saved 1, 10 and 100 % of patients; may be repeated. [0, 1, 2]", metavar="N"
+            help="Seed of the saved 1, 10 and 100 %; may be repeated. [0, 1, 2]", metavar="N"
         ),
     ] = None,
 ) -> None:
-    """Sets a named split of a data folder, and saves 1 %, 10 % and 100 % of its training patients.
+    """Gives a data folder a named split, and saves 1 %, 10 % and 100 % of its training patients.
 
     Example: `mmclip data split data/images --name clean --seed 0`
     """
@@ -95,7 +95,8 @@ def data_labels(
     uncertain_as: Annotated[
         str,
         typer.Option(
-            help="How uncertain ones count: uncertain, present, absent or unknown.", metavar="NAME"
+            help="What uncertain mentions become: uncertain, present, absent, unknown.",
+            metavar="NAME",
         ),
     ] = "uncertain",
     check: Annotated[
@@ -106,7 +107,7 @@ def data_labels(
         ),
     ] = None,
 ) -> None:
-    """Labels images without labels by what their reports say, or checks how good such labels are.
+    """Labels images by what their reports say, or checks such labels against a table.
 
     The result goes to stdout as JSON.
 
@@ -138,14 +139,12 @@ def data_labels(
 
 @app.command("check", cls=PlainCommand)
 def data_check(
-    folders: Annotated[
-        list[Path], typer.Argument(help="Data folders, examined together.", metavar="PATH")
-    ],
+    folders: Annotated[list[Path], typer.Argument(help="Data folders to compare.", metavar="PATH")],
     exact: Annotated[
-        bool, typer.Option("--exact", help="Patients and equal files alone, no near-duplicates.")
+        bool, typer.Option("--exact", help="Compare patients and equal files, not near-duplicates.")
     ] = False,
 ) -> None:
-    """Says what splits and data sets share; exit code 1 when something is in two splits.
+    """Finds patients and images that splits and data sets share; exit code 1 for a leak.
 
     The whole report goes to stdout as JSON.
 

@@ -62,7 +62,7 @@ def zeroshot(
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
-    """Scores images by what a report would say of them; AUROC with 95 % intervals.
+    """Scores labelled images by text prompts: AUROC with 95 % intervals, and controls.
 
     Example: `mmclip zeroshot --model runs/a --data data/images --source kermany --out runs/a/test`
 

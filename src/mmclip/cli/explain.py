@@ -64,7 +64,7 @@ ImageIdOption = Annotated[
 PhraseOption = Annotated[
     str | None,
     typer.Option(
-        rich_help_panel=ONE_IMAGE, help="What to look for, as a report says.", metavar="TEXT"
+        rich_help_panel=ONE_IMAGE, help="Phrase to look for, as in a report.", metavar="TEXT"
     ),
 ]
 ScoreOption = Annotated[
@@ -106,7 +106,9 @@ SplitOption = Annotated[
 SeedOption = Annotated[
     int,
     typer.Option(
-        rich_help_panel=EVALUATION, help="Of the bootstrap and the random weights.", metavar="N"
+        rich_help_panel=EVALUATION,
+        help="Seed of the bootstrap and the random weights.",
+        metavar="N",
     ),
 ]
 
@@ -130,7 +132,7 @@ def explain(
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
-    """Maps which parts of an image match a phrase; or, with --evaluate, how well such maps point.
+    """Draws a saliency map of a phrase; --evaluate measures how well maps point.
 
     Example: `mmclip explain --model runs/a --image a.png --phrase cardiomegaly --out a.png`
 

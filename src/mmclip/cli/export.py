@@ -41,7 +41,7 @@ LicenceOption = Annotated[
     typer.Option(
         "--license",
         rich_help_panel=HUB,
-        help="Of the weights, by the hub's name; ask who owns the training data.",
+        help="Licence of the weights, by the hub's name; ask the owner of the training data.",
         metavar="NAME",
     ),
 ]

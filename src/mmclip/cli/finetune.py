@@ -39,7 +39,7 @@ OutOption = Annotated[
     Path,
     typer.Option(
         rich_help_panel=IN_OUT,
-        help="Folder of the results, one folder a run in it.",
+        help="Folder of the results, with one folder per run.",
         metavar="PATH",
     ),
 ]
@@ -73,7 +73,7 @@ FindingOption = Annotated[
     list[str] | None,
     typer.Option(
         rich_help_panel=SELECTION,
-        help="Without a protocol: learn these; may be repeated.",
+        help="Without a protocol: finding to learn; may be repeated.",
         metavar="NAME",
     ),
 ]
@@ -81,7 +81,7 @@ SourceOption = Annotated[
     list[str] | None,
     typer.Option(
         rich_help_panel=SELECTION,
-        help="Without a protocol: only these; may be repeated.",
+        help="Without a protocol: source to take; may be repeated.",
         metavar="NAME",
     ),
 ]
@@ -97,7 +97,7 @@ FractionOption = Annotated[
     list[float] | None,
     typer.Option(
         rich_help_panel=TRAINING,
-        help="Of the training patients: 0.01, 0.1 or 1; may be repeated.",
+        help="Share of the training patients: 0.01, 0.1 or 1; may be repeated.",
         metavar="RATIO",
     ),
 ]
@@ -105,7 +105,7 @@ SeedOption = Annotated[
     list[int] | None,
     typer.Option(
         rich_help_panel=TRAINING,
-        help="Of subset, weights and order; may be repeated. [the protocol's]",
+        help="Seed of subset, weights and order; may be repeated. [the protocol's]",
         metavar="N",
     ),
 ]
@@ -113,7 +113,7 @@ ConfigOption = Annotated[
     str,
     typer.Option(
         rich_help_panel=TRAINING,
-        help="Of full fine-tuning: tiny, vit_b, or a path to a TOML.",
+        help="Configuration of full fine-tuning: tiny, vit_b, or a TOML file.",
         metavar="NAME",
     ),
 ]

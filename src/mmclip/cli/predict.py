@@ -40,7 +40,7 @@ FindingOption = Annotated[
     list[str] | None,
     typer.Option(
         rich_help_panel=SELECTION,
-        help="What to look for; may be repeated. [a fine-tuned model: all it has learnt]",
+        help="Finding to score; may be repeated. [a fine-tuned model: all it has learnt]",
         metavar="NAME",
     ),
 ]
@@ -56,7 +56,7 @@ ByOption = Annotated[
     str,
     typer.Option(
         rich_help_panel=SELECTION,
-        help="A line for each image, or for each study: the mean of its frontal images.",
+        help="A row per image, or per study: the mean of its frontal images.",
         metavar="NAME",
     ),
 ]
@@ -77,7 +77,7 @@ ExplainOption = Annotated[
     ),
 ]
 WorkersOption = Annotated[
-    int, typer.Option(help="Processes that decode. [all cores]", min=0, metavar="N")
+    int, typer.Option(help="Processes that decode images. [all cores]", min=0, metavar="N")
 ]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the table and maps that are there.")
@@ -99,7 +99,7 @@ def predict(
     overwrite: OverwriteOption = False,
     cpu: CpuOption = False,
 ) -> None:
-    """Scores images by what a report would say of them, without labels, into a CSV.
+    """Scores images without labels by text prompts, and writes a CSV.
 
     Images that cannot be read are listed in a second CSV beside it, with the reason.
 

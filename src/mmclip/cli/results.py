@@ -53,7 +53,9 @@ DataOption = Annotated[
 ProtocolOption = Annotated[
     str | None,
     typer.Option(
-        rich_help_panel=OF_SCORES, help="By whose rules; a name or a path.", metavar="NAME"
+        rich_help_panel=OF_SCORES,
+        help="Protocol whose rules apply: a name or a path.",
+        metavar="NAME",
     ),
 ]
 OutOption = Annotated[
@@ -102,7 +104,7 @@ def results(
     overwrite: OverwriteOption = False,
     verify: VerifyOption = False,
 ) -> None:
-    """Compares results on the same images, pair by pair; refuses what does not compare.
+    """Compares results on the same images, with paired intervals; refuses what does not compare.
 
     Published numbers of the same protocol stand below, with what keeps them from comparing. A CSV
     has a column image_id and one for each finding; it is evaluated first, and leaves its page in

@@ -50,16 +50,14 @@ ImageOption = Annotated[
 ]
 PhraseOption = Annotated[
     str | None,
-    typer.Option(
-        rich_help_panel=SEARCH, help="What a report would say, in quotes.", metavar="TEXT"
-    ),
+    typer.Option(rich_help_panel=SEARCH, help="Phrase as in a report, in quotes.", metavar="TEXT"),
 ]
 EvaluateOption = Annotated[
     bool,
     typer.Option(
         "--evaluate",
         rich_help_panel=EVALUATION,
-        help="Score how images and reports find one another.",
+        help="Measure image-report retrieval.",
     ),
 ]
 OutOption = Annotated[
@@ -71,7 +69,8 @@ OutOption = Annotated[
     ),
 ]
 TopOption = Annotated[
-    int, typer.Option(rich_help_panel=SEARCH, help="How many patients.", min=1, metavar="N")
+    int,
+    typer.Option(rich_help_panel=SEARCH, help="Number of patients to show.", min=1, metavar="N"),
 ]
 SplitOption = Annotated[
     str | None,

@@ -65,7 +65,7 @@ TokenOption = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=NETWORK,
-        help="What clients must send; better set MMCLIP_TOKEN, which no process list shows.",
+        help="Secret that clients must send; better set MMCLIP_TOKEN, which no process list shows.",
         envvar="MMCLIP_TOKEN",
         show_envvar=False,
         metavar="TEXT",
@@ -86,7 +86,7 @@ MaxMbOption = Annotated[
 PerMinuteOption = Annotated[
     int,
     typer.Option(
-        rich_help_panel=NETWORK, help="Requests a minute from one address.", min=1, metavar="N"
+        rich_help_panel=NETWORK, help="Requests per minute from one address.", min=1, metavar="N"
     ),
 ]
 TimeoutSOption = Annotated[

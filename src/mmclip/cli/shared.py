@@ -86,7 +86,7 @@ SourceOption = Annotated[
     typer.Option(
         "--source",
         rich_help_panel=SELECTION,
-        help="Only these; may be repeated.",
+        help="Source to take; may be repeated.",
         metavar="NAME",
     ),
 ]
@@ -95,7 +95,7 @@ FindingOption = Annotated[
     typer.Option(
         "--finding",
         rich_help_panel=SELECTION,
-        help="Only these, in order; may be repeated.",
+        help="Finding to score, in order; may be repeated.",
         metavar="NAME",
     ),
 ]
@@ -121,7 +121,7 @@ ResamplesOption = Annotated[
 ]
 SeedOption = Annotated[
     int,
-    typer.Option("--seed", rich_help_panel=INTERVALS, help="Of the bootstrap.", metavar="N"),
+    typer.Option("--seed", rich_help_panel=INTERVALS, help="Seed of the bootstrap.", metavar="N"),
 ]
 ResultsOption = Annotated[
     Path,
@@ -137,7 +137,7 @@ SetOption = Annotated[
     typer.Option(
         "--set",
         rich_help_panel=TRAINING,
-        help="Override, e.g. train.steps=200; may be repeated.",
+        help="Override a key, such as train.steps=200; may be repeated.",
         metavar="KEY=V",
     ),
 ]

@@ -39,7 +39,7 @@ def demo(
         int,
         typer.Option(
             rich_help_panel=TRAINING,
-            help="Of the synthetic images, the weights and the order.",
+            help="Seed of the synthetic images, the weights and the order.",
             metavar="N",
         ),
     ] = 0,
@@ -54,7 +54,7 @@ def demo(
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Synthetic images and reports, a tiny model, a result by text prompts and a page to look at.
+    """Draws synthetic images and reports, trains a tiny model, scores it, and writes a page.
 
     Rerun an interrupted demo to resume it; a finished one is made anew.
 
@@ -78,7 +78,7 @@ ConfigOption = Annotated[
     str,
     typer.Option(
         rich_help_panel=TRAINING,
-        help="Name (tiny, arms/whole, paper, ...) or path to a TOML.",
+        help="Configuration: a name (tiny, arms/whole, paper, ...) or a TOML file.",
         metavar="NAME",
     ),
 ]
@@ -93,7 +93,7 @@ InitOption = Annotated[
 ]
 ResumeOption = Annotated[
     bool,
-    typer.Option("--resume", rich_help_panel=TRAINING, help="Go on with the run in --out."),
+    typer.Option("--resume", rich_help_panel=TRAINING, help="Resume the run in --out."),
 ]
 ShufflePairsOption = Annotated[
     bool,
@@ -134,7 +134,7 @@ def pretrain(
     wandb: WandbOption = False,
     cpu: CpuOption = False,
 ) -> None:
-    """Pre-trains image and text encoder on images with reports.
+    """Pre-trains an image and a text encoder on images with reports.
 
     Example: `mmclip pretrain --data data/images --config tiny --set train.steps=2000 --out runs/a`
 

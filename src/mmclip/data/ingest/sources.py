@@ -56,9 +56,9 @@ _PUBLISHED: dict[str, Callable[[Path], Iterator[Record]]] = {
 }
 
 READERS = {
-    "csv": "A table of your own, by a mapping of its columns.",
-    "dicom": "A folder of DICOM files, with a table of reports or without.",
-    "own": "By a reader of your own, in Python.",
+    "csv": "A table of your own, read by a mapping of its columns.",
+    "dicom": "A folder of DICOM files, with or without a table of reports.",
+    "own": "A reader of your own, in Python.",
     "chestxray14": "ChestX-ray14 of the NIH: 14 findings, text-mined.",
     "chexpert": "CheXpert: 14 observations, text-mined; valid by radiologists.",
     "chexpert-plus": "CheXpert Plus: the images of CheXpert with reports.",
