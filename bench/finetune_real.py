@@ -148,7 +148,7 @@ def fit_full(
         Classifier(encoder, 1),
         task.train,
         task.val,
-        config.model_copy(update={"lr_decay": 1.0}) if start.is_random else config,
+        config.of_random_weights() if start.is_random else config,
         seed,
         run,
         {"run": json.dumps(key)},

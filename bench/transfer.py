@@ -38,7 +38,7 @@ from mmclip.data.folder import read_meta
 from mmclip.data.synthetic import FINDINGS, PRESETS
 from mmclip.evaluation.intervals import interval_over_seeds, share_over_seeds
 from mmclip.explanation.saliency import random_weights
-from mmclip.run import Run, open_run
+from mmclip.run import open_run
 from transfer_tasks import (
     QUICK,
     RANDOM,
@@ -47,6 +47,7 @@ from transfer_tasks import (
     Found,
     Measured,
     Size,
+    Weights,
     fresh_preset,
     measure,
 )
@@ -129,16 +130,16 @@ def arm_argument(text: str) -> tuple[str, list[Path]]:
     return name, [Path(run) for run in runs.split(",")]
 
 
-def models(arms: Sequence[tuple[str, list[Path]]]) -> Iterator[tuple[str, int, Run, str]]:
-    """Arm, seed, model and hash of each run; then random weights, by the first arm's seeds."""
+def models(arms: Sequence[tuple[str, list[Path]]]) -> Iterator[Weights]:
+    """The weights of each run; then random weights, by the first arm's seeds."""
     for name, paths in arms:
         for path in paths:
             run = open_run(path)
-            yield name, run.config.train.seed, run, f"{run.config_hash}-{run.step}"
+            yield Weights(name, run, f"{run.config_hash}-{run.step}")
     for path in arms[0][1]:
         run = open_run(path)
-        seed = run.config.train.seed
-        yield RANDOM, seed, random_weights(run, seed), f"random-{run.config_hash}"
+        drawn = random_weights(run, run.config.train.seed)
+        yield Weights(RANDOM, drawn, f"random-{run.config_hash}")
 
 
 def main() -> None:
@@ -157,7 +158,7 @@ def main() -> None:
     size = QUICK if args.quick else Size()
     make_data(fresh_preset(PRESETS[args.preset], size), args.out / "fresh")
     every = list(models(args.runs))
-    withheld = {f for _, _, run, _ in every for f in run.config.unpaired.withheld}
+    withheld = {f for weights in every for f in weights.run.config.unpaired.withheld}
     groups = {"all": FINDINGS}
     if withheld:
         groups = {
@@ -167,13 +168,15 @@ def main() -> None:
     bench = Bench(args.out, args.split, size, groups)
     meta = read_meta(bench.data)
     arms: Arms = {}
-    for arm, seed, run, weights in every:
-        said = [weights, meta["data_hash"], args.split, repr(size), repr(groups), not args.no_full]
+    for weights in every:
+        said = [
+            weights.name, meta["data_hash"], args.split, repr(size), repr(groups), not args.no_full
+        ]  # fmt: skip
         name = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:24]
-        make = lambda run=run, seed=seed: measure(bench, run, seed, not args.no_full)  # noqa: E731
+        make = lambda weights=weights: measure(bench, weights, not args.no_full)  # noqa: E731
         found = kept(args.out / "measured" / f"{name}.npz", make)
-        print(f"{arm} seed {seed}: {len(found)} numbers", flush=True)
-        arms.setdefault(arm, {})[seed] = found
+        print(f"{weights.arm} seed {weights.seed}: {len(found)} numbers", flush=True)
+        arms.setdefault(weights.arm, {})[weights.seed] = found
     ceiling = {
         seed: {
             name.replace("full", "probe"): measured

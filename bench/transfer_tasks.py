@@ -62,19 +62,20 @@ class Size:
     Attributes:
         patients: Fresh ones: to learn from, to choose by, and to score.
         fractions: Of those to learn from.
-        steps: Of full fine-tuning, at most.
+        steps: Of full fine-tuning, at most, on each of the fractions. [chosen: on validation images
+            of `prompts`, seed 0; docs/log.md]
         patch_images: Images of the lesion probe, to learn from and to score, and of pointing.
         n_resamples: Of the bootstrap.
     """
 
     patients: tuple[int, int, int] = (4000, 500, 1000)
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
-    steps: int = 200
+    steps: tuple[int, ...] = (200, 400, 1000)
     patch_images: int = 400
     n_resamples: int = 500
 
 
-QUICK = Size((160, 60, 60), (0.1, 1.0), 4, 40, 50)
+QUICK = Size((160, 60, 60), (0.1, 1.0), (4, 4), 40, 50)
 """For a test of the script: its numbers mean nothing."""
 
 
@@ -83,6 +84,19 @@ class Measured(NamedTuple):
 
     value: float
     drawn: np.ndarray
+
+
+class Weights(NamedTuple):
+    """A model that is measured: a run, or random weights of its architecture."""
+
+    arm: str
+    run: Run
+    name: str  # of these weights alone
+
+    @property
+    def seed(self) -> int:
+        """Of the run; it also chooses the subset of the patients."""
+        return self.run.config.train.seed
 
 
 Found = dict[str, Measured]
@@ -204,8 +218,9 @@ def by_label_head(bench: Bench, run: Run, dataset: ImageTextDataset) -> Found:
     return aurocs(bench, "label head", make_predictions(images, sigmoid(logits)))
 
 
-def by_labels(bench: Bench, run: Run, seed: int, with_full: bool) -> Found:
+def by_labels(bench: Bench, weights: Weights, with_full: bool) -> Found:
     """Linear probes and full fine-tuning on shares of the fresh patients."""
+    run = weights.run
     whole, found = bench.task(run), dict[str, Measured]()
     encoder = ImageEncoder(run.model.vision_model, "pooled").eval()
     pixels, device = whole.dataset, run.device
@@ -214,23 +229,29 @@ def by_labels(bench: Bench, run: Run, seed: int, with_full: bool) -> Found:
     with torch.inference_mode():
         vectors = [encode_batch(encoder, pixels.pixels(p.numpy()), device, size) for p in parts]
     features = torch.cat(vectors).numpy()
-    for fraction in bench.size.fractions:
-        task = whole.with_train(training_ids(bench.data, fraction, seed))
+    for fraction, steps in zip(bench.size.fractions, bench.size.steps, strict=True):
+        task = whole.with_train(training_ids(bench.data, fraction, weights.seed))
         _, val, test = fit_probe(task, features, whole.dataset)
         found |= aurocs(bench, f"probe {fraction:.0%}", bench.scored(task, val, test))
         if with_full:
-            scored = full_fine_tuned(bench, run, task, seed)
+            scored = full_fine_tuned(bench, weights, task, steps)
             found |= aurocs(bench, f"full {fraction:.0%}", scored)
     return found
 
 
-def full_fine_tuned(bench: Bench, run: Run, task: Task, seed: int) -> Predictions:
-    """The scores of encoder and head after learning together; val chooses the step."""
-    every = -(-bench.size.steps // 10)  # ten validations
-    settings = [f"train.steps={bench.size.steps}", f"train.save_every_steps={every}"]
+def full_fine_tuned(bench: Bench, weights: Weights, task: Task, steps: int) -> Predictions:
+    """The scores of encoder and head after learning together; val chooses the step.
+
+    Random weights train as in `mmclip finetune --init random`.
+    """
+    every = -(-steps // 10)  # ten validations
+    settings = [f"train.steps={steps}", f"train.save_every_steps={every}"]
     config = load_config_as(FineTuneConfig, "configs_finetune", "tiny", settings)
+    if weights.arm == RANDOM:
+        config = config.of_random_weights()
+    seed = weights.seed
     set_seed(seed)
-    encoder = ImageEncoder(copy.deepcopy(run.model.vision_model), "pooled")
+    encoder = ImageEncoder(copy.deepcopy(weights.run.model.vision_model), "pooled")
     with TemporaryDirectory() as folder:
         trained = train_classifier(
             Accelerator(cpu=True), Classifier(encoder, len(FINDINGS)), task.train, task.val, config,
@@ -311,14 +332,15 @@ def by_reports(bench: Bench, run: Run, dataset: ImageTextDataset) -> Found:
     return {"retrieval R@10 | all": mean_of(found.hit[:, 0], patients, bench.size.n_resamples)}
 
 
-def measure(bench: Bench, run: Run, seed: int, with_full: bool) -> Found:
+def measure(bench: Bench, weights: Weights, with_full: bool) -> Found:
     """All that is measured of one model."""
+    run = weights.run
     dataset = run.open_data([bench.data])
     run.check_unseen(dataset.select([f.split == bench.split for f in dataset.samples]), bench.split)
     tasks: Sequence[Callable[[], Found]] = (
         lambda: by_prompts(bench, run, dataset),
         lambda: by_label_head(bench, run, dataset),
-        lambda: by_labels(bench, run, seed, with_full),
+        lambda: by_labels(bench, weights, with_full),
         lambda: by_patches(bench, run, dataset),
         lambda: by_maps(bench, run, dataset),
         lambda: by_reports(bench, run, dataset),

@@ -1,5 +1,6 @@
 """Fine-tuning: what validation alone may choose, what resumes exactly, and what is refused."""
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -420,14 +421,15 @@ def full(task: Task, run: Path, *overrides: str, metadata: str = "a"):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("n_written", [1, 2])  # the probe alone, or a step of training too
 def test_a_killed_run_goes_on_to_the_same_weights_and_validations(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    n_written: int, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     whole = full(task, tmp_path / "whole")
     write, written = supervised.write_checkpoint, []
 
     def dies(*args, **kwargs):
-        if len(written) == 2:
+        if len(written) == n_written:
             raise Killed
         written.append(write(*args, **kwargs))
         return written[-1]
@@ -439,7 +441,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_validations(
     with pytest.raises(ValueError, match="unfinished run of other weights"):
         full(task, tmp_path / "cut", metadata="b")
     resumed = full(task, tmp_path / "cut")
-    assert resumed.history == whole.history and [s for s, _ in whole.history] == [2, 4, 6]
+    assert resumed.history == whole.history and [s for s, _ in whole.history] == [0, 2, 4, 6]
     assert resumed.step == whole.step
     ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -449,12 +451,54 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_validations(
     assert len(lines) == len((tmp_path / "whole/metrics.jsonl").read_text().splitlines())
 
 
+def test_the_head_starts_from_the_linear_probe_of_the_same_images(task: Task, tmp_path: Path):
+    labels = task.train.labels.copy()
+    labels[::5, 0], labels[1::5, 1] = np.nan, -1.0  # unknown, and uncertain as a class of its own
+    train, encoder = replace(task.train, labels=labels), small_encoder("vit")
+    still = ("train.base_lr=1e-30", "train.steps=1", "train.save_every_steps=1")
+
+    def scores(folder: str, *overrides: str) -> np.ndarray:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trained = train_classifier(
+            Accelerator(cpu=True), Classifier(copy.deepcopy(encoder), len(ASKED), [1]), train,
+            task.val, short(*still, *overrides), 0, tmp_path / folder, {"run": folder},
+        )  # fmt: skip
+        return predict(trained.model, task.val.dataset, CPU)
+
+    with torch.no_grad():
+        known, asked = (
+            encoder.eval()(normalise(part.dataset.pixels(np.arange(len(part))))).double().numpy()
+            for part in (train, task.val)
+        )
+    probe = fit_logistic(known, labels, asked, task.val.labels).scores(asked)
+    odds = probe / (1 - probe) * positive_weights(labels, 10.0)  # as the loss weighs the present
+    np.testing.assert_allclose(scores("probe"), odds / (1 + odds), atol=1e-4)
+    assert np.abs(probe - 0.5).max() > 0.05
+    assert (scores("zeros", "head=zeros") == 0.5).all()
+
+
 def test_patience_ends_training_and_the_best_step_is_what_scores(task: Task, tmp_path: Path):
-    trained = full(task, tmp_path, "train.base_lr=1e-30", "patience=1", "train.steps=100")
+    trained = full(
+        task, tmp_path, "head=zeros", "train.base_lr=1e-30", "patience=1", "train.steps=100"
+    )
     assert [step for step, _ in trained.history] == [2, 4]
     assert trained.step == 2
     reached = macro_auroc(task.val.labels, predict(trained.model, task.val.dataset, CPU))
     assert reached == trained.val_auroc
+
+
+def test_training_that_harms_leaves_the_probe(task: Task, tmp_path: Path):
+    trained = full(
+        task, tmp_path, "train.base_lr=1e4", "train.warmup_ratio=0", "train.clip_norm=1e9"
+    )
+    assert trained.step == 0 and [step for step, _ in trained.history] == [0, 2, 4, 6]
+    assert trained.val_auroc == max(value for _, value in trained.history)
+
+
+def test_random_weights_start_from_zeros_at_one_rate():
+    random = short("lr_decay=0.5").of_random_weights()
+    assert (random.head, random.lr_decay) == ("zeros", 1.0)
+    assert (short().head, short().of_random_weights().train) == ("probe", short().train)
 
 
 def test_few_images_are_learnt_by_heart(task: Task, tmp_path: Path):

@@ -5,9 +5,11 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from mmclip.data.ingest.build import build_data
 from mmclip.data.ingest.sources import open_reader
@@ -56,6 +58,32 @@ def test_fresh_patients_are_none_of_pretraining():
     fresh = tasks.fresh_preset(preset, tasks.QUICK)
     assert fresh.seed != preset.seed and fresh.name != preset.name  # ids carry the name
     assert (fresh.n_train, fresh.n_unpaired) == (160, 0)
+
+
+def test_fine_tuning_takes_the_steps_of_its_share_and_random_weights_an_even_rate(monkeypatch):
+    configs = []
+
+    class _Stop(Exception):
+        pass
+
+    def train(*args):
+        configs.append(args[4])
+        raise _Stop
+
+    monkeypatch.setattr(tasks, "train_classifier", train)
+    run = SimpleNamespace(
+        config=small_config("train.seed=3"), model=SimpleNamespace(vision_model=torch.nn.Identity())
+    )
+    monkeypatch.setattr(tasks, "ImageEncoder", lambda encoder, features: encoder)
+    monkeypatch.setattr(tasks, "Classifier", lambda encoder, n: encoder)
+    task = SimpleNamespace(train=None, val=None)
+    for arm in ("prompts", tasks.RANDOM):
+        with pytest.raises(_Stop):
+            tasks.full_fine_tuned(None, tasks.Weights(arm, run, "w"), task, 40)
+    assert [config.lr_decay for config in configs] == [0.75, 1.0]
+    assert {(config.train.steps, config.train.save_every_steps) for config in configs} == {(40, 4)}
+    for size in (tasks.Size(), tasks.QUICK):
+        assert len(size.steps) == len(size.fractions)
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def trained_fully(common: Common, part: Part, encoder: ImageEncoder, this: str) 
         Classifier(encoder, len(task.protocol.findings), multiclass_columns(task.protocol)),
         task.train,
         task.val,
-        config.model_copy(update={"lr_decay": 1.0}) if start.is_random else config,
+        config.of_random_weights() if start.is_random else config,
         part.seed,
         part.folder,
         described(common, encoder, this),

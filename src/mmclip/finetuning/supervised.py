@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import AUGMENT_UNIFORMS, ImageTextDataset, augmented
 from mmclip.data.sampling import Purpose, Schedule, image_key, keyed_uniform
 from mmclip.embed import batch_size_of, encode_batch
+from mmclip.evaluation.baselines import fit_logistic
 from mmclip.evaluation.metrics import macro_auroc
 from mmclip.evaluation.selection import LabelledImages
 from mmclip.losses import label_class_sum, label_sum
@@ -52,8 +53,10 @@ class FineTuneConfig(Frozen):
     Attributes:
         features: The vector that probe or head read; None takes "pooled", and "class" of an encoder
             from the hub, whose pooler may never have been trained.
-        lr_decay: Of the learning rate, a layer down. Not of random weights: it protects what was
-            learnt. Source: MAE, appendix A.1.
+        head: What the head starts from: the linear probe of the same images, so that the encoder
+            learns from a head that already reads it, or zeros. Source: Kumar et al. 2022
+            (arXiv:2202.10054), linear probing, then fine-tuning.
+        lr_decay: Of the learning rate, a layer down. Source: MAE, appendix A.1.
         patience: Validations without a better one, after which training ends.
         max_positive_weight: Limit of absent / present images, the weight of a present label.
             [chosen: a finding of 1 in 1,000 must not rule the gradient]
@@ -62,11 +65,17 @@ class FineTuneConfig(Frozen):
     """
 
     features: Features | None = None
+    head: Literal["probe", "zeros"] = "probe"
     lr_decay: float = Field(default=0.75, gt=0, le=1)
     patience: int = Field(default=5, gt=0)
     max_positive_weight: float = Field(default=10.0, ge=1)
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
+
+    def of_random_weights(self) -> "FineTuneConfig":
+        """The same for an encoder that has learnt nothing yet: there is nothing to read from it,
+        and nothing that a lower rate protects."""
+        return self.model_copy(update={"head": "zeros", "lr_decay": 1.0})
 
     @model_validator(mode="after")
     def _seed_is_of_the_run(self) -> "FineTuneConfig":
@@ -196,7 +205,6 @@ def positive_weights(labels: Float[np.ndarray, "n k"], most: float) -> Float[np.
     return np.where((n_positive > 0) & (n_negative > 0), ratio, 1.0)
 
 
-@torch.no_grad()
 def predict(
     model: Classifier,
     dataset: ImageTextDataset,
@@ -211,20 +219,30 @@ def predict(
         device: Where the model is.
         batch_slice: What this process scores, where all processes score together.
     """
+    logits = _encoded(model, model.head.out_features, dataset, device, batch_slice)
+    return sigmoid(logits[:, : model.n_findings])
+
+
+@torch.no_grad()
+def _encoded(
+    model: nn.Module,
+    width: int,
+    dataset: ImageTextDataset,
+    device: torch.device,
+    batch_slice: BatchSlice | None,
+) -> Float[Tensor, "n d"]:
+    """A row of a model's output for each image; see `predict`."""
     was_training = model.training
     model.eval()
     cut = (batch_slice or BatchSlice()).of_rows(len(dataset))
-    parts = [torch.zeros(0, model.n_findings)]
+    parts = [torch.zeros(0, width)]
     size = batch_size_of(dataset, device) if len(dataset) else 1
     for start in range(cut.start, cut.stop, size):
         part = np.arange(start, min(start + size, cut.stop))
-        logits = encode_batch(model, dataset.pixels(part), device, size)
-        parts.append(logits[:, : model.n_findings])
+        parts.append(encode_batch(model, dataset.pixels(part), device, size))
     model.train(was_training)
-    logits = torch.cat(parts).to(device)
-    if batch_slice is not None:
-        logits = all_gather_rows(logits)
-    return sigmoid(logits)
+    rows = torch.cat(parts).to(device)
+    return rows if batch_slice is None else all_gather_rows(rows)
 
 
 @dataclass(frozen=True)
@@ -272,13 +290,15 @@ def train_classifier(
     _check_can_choose(val)
     freeze_unused(model, image_of(train.dataset.pixels(np.zeros(1, np.int64)).shape[-1]))
     found = _checkpoint_of(run, metadata)
+    weight = torch.from_numpy(positive_weights(train.labels, config.max_positive_weight)).float()
+    if found is None and config.head == "probe":
+        _start_from_probe(accelerator, model, train, val, weight)
     history = [] if found is None else _restored(model, found)
     state = _state_of(accelerator, model, config, found)
     validations = _Validations(
         accelerator, val, history, config.patience, config.train.save_every_steps
     )
-    weight = torch.from_numpy(positive_weights(train.labels, config.max_positive_weight))
-    term = LabelTerm(weight.float().to(accelerator.device), model.multiclass)
+    term = LabelTerm(weight.to(accelerator.device), model.multiclass)
     batches = LabelledBatches(train, config, seed)
 
     def save(state: TrainState) -> None:
@@ -291,11 +311,44 @@ def train_classifier(
 
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
+    if not history and config.head == "probe":  # what is no better than the probe is not taken
+        validations(state)
+        if accelerator.is_main_process:
+            save(state)
+        accelerator.wait_for_everyone()
     if not has_ended(history, config.patience):
         fit(accelerator, state, batches.read, term, config.train, run, save, validations)
     best, chosen = checkpoint_at(run, best_of(history)), accelerator.unwrap_model(state.model)
     put_weights(chosen, read_weights(best, checkpoint_meta(best)), best)
     return Trained(chosen, best_of(history), history)
+
+
+@torch.no_grad()
+def _start_from_probe(
+    accelerator: Accelerator,
+    model: Classifier,
+    train: LabelledImages,
+    val: LabelledImages,
+    positive_weight: Float[Tensor, " k"],
+) -> None:
+    """Gives the head the linear probe of the training images, which all processes encode together.
+
+    The probe learns without the weights of the loss, so its logits move by their logarithm. Logits
+    of "uncertain" stay at 0.
+    """
+    device = accelerator.device
+    encoder = model.image_encoder.to(device)
+    batch_slice = BatchSlice(accelerator.process_index, accelerator.num_processes)
+    vectors = [
+        _encoded(encoder, encoder.width, part.dataset, device, batch_slice).cpu().double().numpy()
+        for part in (train, val)
+    ]
+    fit = fit_logistic(vectors[0], train.labels, vectors[1], val.labels)
+    weight = fit.weight / fit.std
+    bias = fit.bias - (fit.mean * weight).sum(1)
+    n = model.n_findings
+    model.head.weight[:n] = torch.from_numpy(weight)
+    model.head.bias[:n] = torch.from_numpy(bias) + positive_weight.log()
 
 
 def _restored(model: Classifier, found: Path) -> list[tuple[int, float]]:
