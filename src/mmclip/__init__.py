@@ -12,12 +12,12 @@ _LAZY = ("Model", "load")
 
 
 def __getattr__(name: str) -> object:
-    """The names of `mmclip.api`, when they are asked for. Types: __init__.pyi."""
+    """Imports `mmclip.api` at the first use of one of its names. Types: __init__.pyi."""
     if name in _LAZY:
         return vars(import_module("mmclip.api"))[name]
     raise AttributeError(f"module 'mmclip' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """With the names that are not imported yet."""
+    """All public names, also those that are not imported yet."""
     return sorted({*globals(), *_LAZY})

@@ -1,6 +1,6 @@
-"""A run: what a training leaves, and what follows from it for whatever uses its weights.
+"""A run: the folder that a training leaves, opened for every command that uses its weights.
 
-run/config.json, trained_on.npy, trained_looks.npy, private.key, seen.json, metrics.jsonl,
+Its files: config.json, trained_on.npy, trained_looks.npy, private.key, seen.json, metrics.jsonl,
 checkpoints/step_000500/
 """
 
@@ -65,9 +65,10 @@ class Run:
     Attributes:
         folder_name: The last part of the path that it was opened by.
         checkpoint: Model, tokenizer, configuration and meta.json of the step that is used.
-        rule: Of zero-shot scores, see `dual_encoder.Scoring`. By either loss, the prompt pair: the
-            sigmoid loss gives the odds that a text is the image's own, and the softmax over two is
-            the probability of the positive prompt, given that one of both is. [docs/log.md]
+        rule: Rule of zero-shot scores, see `dual_encoder.Scoring`. The prompt pair serves either
+            loss: the sigmoid loss gives the odds that a text is the image's own, and the softmax
+            over two is the probability of the positive prompt, given that one of both is.
+            [docs/log.md]
         most_images: Images that are encoded together; None takes what fits.
     """
 
@@ -88,22 +89,22 @@ class Run:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Of the text encoder."""
+        """The tokenizer of the text encoder."""
         return self.checkpoint.tokenizer
 
     @property
     def config(self) -> Config:
-        """The configuration that it was trained by."""
+        """The configuration of its training."""
         return self.checkpoint.config
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.logit_scale.device
 
     @property
     def folder(self) -> Path:
-        """The run's folder; of a checkpoint that lies in none, the checkpoint's own."""
+        """The run's folder; for a checkpoint outside any run, the checkpoint's own folder."""
         return run_folder(self.checkpoint.folder)
 
     @property
@@ -113,23 +114,23 @@ class Run:
 
     @property
     def config_hash(self) -> str:
-        """SHA-256 of the configuration, the seed with it."""
+        """SHA-256 of the configuration, including the seed."""
         return self.checkpoint.meta["config_hash"]
 
     @property
     def recipe_hash(self) -> str:
-        """SHA-256 of all that the weights follow from but the seed."""
+        """SHA-256 of all that determines the weights but the seed."""
         given = {k: self.checkpoint.meta[k] for k in ("data_hash", "shuffle_pairs", "step")}
         return recipe_hash(self.config, given)
 
     @property
     def weights(self) -> Weights:
-        """What the weights follow from."""
+        """What determines the weights: configuration hash, seed, recipe hash."""
         return Weights(self.config_hash, self.config.train.seed, self.recipe_hash)
 
     @property
     def scoring(self) -> Scoring:
-        """By its rule and the learnt scale and bias."""
+        """How prompts score: its rule, and the learnt scale and bias."""
         bias = self.model.logit_bias
         return Scoring(
             self.rule,
@@ -149,12 +150,12 @@ class Run:
 
     @property
     def batch_size(self) -> int:
-        """Images that are encoded together."""
+        """Number of images that are encoded together."""
         return self.most_images or images_at_once(self.device, self.image_size)
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that are read of a text."""
+        """Number of tokens of a text that are read."""
         return self.config.data.max_tokens
 
     @property
@@ -172,18 +173,18 @@ class Run:
 
     @property
     def weights_hash(self) -> str:
-        """Of the file of the weights."""
+        """SHA-256 of the file of the weights."""
         return self.checkpoint.meta["sha256"]["model.safetensors"]
 
     @property
     def store(self) -> Path:
-        """In the run's folder."""
+        """Folder of stored embeddings, in the run's folder."""
         return store_folder(self.checkpoint)
 
     def open_data(
         self, folders: Sequence[Path], roots: Sequence[Path] | None = None
     ) -> ImageTextDataset:
-        """Data folders, with images at the size and by the resizing that the model reads.
+        """Opens data folders, with images at the size and resizing that the model reads.
 
         Raises:
             ManifestError: When a folder is unfinished, or holds images of another size.
@@ -197,7 +198,7 @@ class Run:
         return open_dataset(folders, self.config.data.image_size, resize=self.config.data.resize)
 
     def used(self, rule: ZeroshotRule | None, most_images: int | None) -> "Run":
-        """The same, by another rule of zero-shot scores or in other batches, where they are given.
+        """The same run with another rule of zero-shot scores or another batch size, where given.
 
         Raises:
             ValueError: When the rule is that of another loss.
@@ -210,11 +211,11 @@ class Run:
         return replace(self, rule=rule or self.rule, most_images=most_images)
 
     def check_unseen(self, dataset: ImageTextDataset, split: Split) -> str:
-        """Stops before images are scored that trained; of split train it says so alone.
+        """Refuses to score images that the run trained on; for split train it only warns.
 
         Args:
-            dataset: To be scored.
-            split: That it is of.
+            dataset: The images to score.
+            split: Their split.
 
         Returns:
             What was found, for results.
@@ -253,7 +254,7 @@ class Run:
         name. What prompts or labels named outweighs reports. Empty where the run does not say.
 
         Args:
-            findings: That are scored.
+            findings: The findings to score.
 
         Raises:
             CheckpointError: When the run's file of it was changed or is missing.
@@ -293,7 +294,7 @@ def _way(concepts: Sequence[str], stored: Mapping[str, Sequence[str]]) -> Seen:
 
 
 def _concepts(names: Sequence[str]) -> list[list[str]]:
-    """Each name, with the concepts that the lexicon finds in it."""
+    """Each name with the concepts that the lexicon finds in it."""
     return [
         [name, *(entity.concept for entity in entities)]
         for name, entities in zip(names, find_entities(names), strict=True)
@@ -312,7 +313,7 @@ def square_of(image: object, image_size: int, resize: ResizeMode) -> UInt8[np.nd
 
 
 def open_run(path: Path, device: torch.device | None = None) -> Run:
-    """Opens a run at its newest checkpoint, or at the one that is named.
+    """Opens a run at its best checkpoint by validation (else the newest), or at the one named.
 
     Args:
         path: The run's folder, or one of its checkpoints/step_... folders.
