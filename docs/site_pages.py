@@ -86,6 +86,7 @@ def _parameter_row(parameter: Any, context: Any) -> str:
     # The record holds the names as --help writes them, and the help with "[default: 3]" behind it.
     names, text = parameter.get_help_record(context) or (parameter.name, parameter.help or "")
     names = re.sub(r" <list\[\w+\]>$", " ...", names)
+    names = re.sub(r" <\w+>$", "", names)
     given = ", ".join(f"`{name.strip()}`" for name in names.split(","))
     notes = re.findall(r"\[((?:default: |required)[^\]]*)\]\s*$", text)
     default = "; ".join(notes).removeprefix("default: ")

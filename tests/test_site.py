@@ -32,6 +32,7 @@ def test_the_reference_of_commands_holds_every_command_and_option(site_pages: Mo
     parts = re.split(r"^## mmclip ", text, flags=re.MULTILINE)[1:]
     pages = {part.partition("\n")[0]: part for part in parts}
     assert pages.keys() == {" ".join(path) for path in COMMANDS}
+    assert not re.search(r"`[A-Z]+ <\w", text), "an argument is shown with its type in Python"
     for path, command in COMMANDS.items():
         for parameter in command.params:
             is_shown = parameter.name != "help" and not getattr(parameter, "hidden", False)
