@@ -41,8 +41,9 @@ from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.streams import training_dataset
 from mmclip.data.text import train_tokenizer
 from mmclip.embed import encode_squares
+from mmclip.models.build import build_mmclip, compile_layers
 from mmclip.models.encoders import build_image_encoder, build_text_encoder, patch_grid
-from mmclip.models.mmclip import MMCLIP, build_mmclip, compile_layers
+from mmclip.models.mmclip import MMCLIP
 from mmclip.training.objective import Objective
 from mmclip.training.optimizer import make_optimizer
 from mmclip.training.state import TrainState

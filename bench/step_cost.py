@@ -50,8 +50,9 @@ from mmclip.data.ingest.build import build_data
 from mmclip.data.sample import Sample
 from mmclip.data.streams import training_dataset
 from mmclip.data.text import train_tokenizer
+from mmclip.models.build import build_mmclip
 from mmclip.models.encoders import build_image_encoder, build_text_encoder, patch_grid
-from mmclip.models.mmclip import MMCLIP, build_mmclip
+from mmclip.models.mmclip import MMCLIP
 from mmclip.training.objective import Objective
 from mmclip.training.optimizer import make_optimizer
 from mmclip.training.state import TrainState

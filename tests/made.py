@@ -18,8 +18,9 @@ from mmclip.data.ingest.build import build_data
 from mmclip.data.leakage.trained import KEY_FILE, TRAINED_FILE, trained_keys
 from mmclip.data.sample import Sample
 from mmclip.files import file_sha256, json_sha256, sealed
+from mmclip.models.build import build_mmclip
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
-from mmclip.models.mmclip import MMCLIP, build_mmclip
+from mmclip.models.mmclip import MMCLIP
 
 VOCAB, MASK_ID, IMAGE_SIZE, PATCH_SIZE, N_PATCHES = 50, 4, 32, 8, 16
 N_LABELS = 3

@@ -25,7 +25,7 @@ from mmclip.config import Config
 from mmclip.config_io import config_hash, parse
 from mmclip.data.folder import read_meta
 from mmclip.files import file_sha256, sealed
-from mmclip.models.mmclip import build_mmclip
+from mmclip.models.build import build_mmclip
 from tests.made import reseal
 
 FACTS = {"data_hash": "d" * 64, "n_pairs": 2}

@@ -46,8 +46,8 @@ from mmclip.explanation.pointing_game import (
     other_phrases,
 )
 from mmclip.explanation.saliency import saliency_maps
+from mmclip.models.build import build_mmclip
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
-from mmclip.models.mmclip import build_mmclip
 from mmclip.patches import Grid
 from mmclip.prompts import load_prompts
 from mmclip.run import Run, open_run

@@ -23,7 +23,7 @@ from mmclip.explanation.mechanism import (
 )
 from mmclip.explanation.saliency import saliency_by_score, score_names
 from mmclip.masking import blend_scores
-from mmclip.models.mmclip import EncoderOutput, TextOutput
+from mmclip.models.outputs import EncoderOutput, TextOutput
 from mmclip.training.pretrain import PretrainRequest, pretrain
 
 from . import made

@@ -13,7 +13,8 @@ from mmclip.config import ScoreKind, TrainConfig
 from mmclip.config_io import ConfigError
 from mmclip.losses import contrastive_sum, local_logits, local_sum, positive_pairs
 from mmclip.masking import attended_score, blend_scores
-from mmclip.models.mmclip import MMCLIP, Outputs
+from mmclip.models.mmclip import MMCLIP
+from mmclip.models.outputs import Outputs
 from mmclip.patches import PatchGrid
 from mmclip.training.loop import fit
 from mmclip.training.objective import Objective, contrastive_sums

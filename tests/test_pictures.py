@@ -27,8 +27,9 @@ from mmclip.evaluation.pictures import (
 )
 from mmclip.evaluation.scores import make_predictions
 from mmclip.evaluation.selection import LabelledImages
+from mmclip.models.build import build_mmclip
 from mmclip.models.encoders import build_image_encoder, build_text_encoder
-from mmclip.models.mmclip import MMCLIP, build_mmclip
+from mmclip.models.mmclip import MMCLIP
 from mmclip.patches import PatchGrid
 
 from . import made

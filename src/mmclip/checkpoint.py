@@ -35,8 +35,9 @@ from mmclip.config import Config
 from mmclip.config_io import config_hash, parse
 from mmclip.data.leakage.trained import KEY_FILE
 from mmclip.files import file_sha256, is_sealed, json_sha256, other_format, sealed
+from mmclip.models.build import build_mmclip
 from mmclip.models.encoders import rebuild_encoder
-from mmclip.models.mmclip import MMCLIP, build_mmclip
+from mmclip.models.mmclip import MMCLIP
 
 CHECKPOINTS = "checkpoints"
 

@@ -28,7 +28,8 @@ from mmclip.data.sample import Entity
 from mmclip.data.streams import deterministic_config, is_pair, is_unpaired
 from mmclip.data.tokenizer import frame_of
 from mmclip.models.encoders import patch_grid
-from mmclip.models.mmclip import MMCLIP, Outputs
+from mmclip.models.mmclip import MMCLIP
+from mmclip.models.outputs import Outputs
 from mmclip.patches import Grid, PatchGrid, rescale_patches, unpatchify
 
 HEAT, HEAT_RATIO = (255, 176, 0), 0.75

@@ -19,9 +19,10 @@ from mmclip.data.text import tokenise
 from mmclip.data.tokenizer import frame_of
 from mmclip.embed import embed_prompts
 from mmclip.masking import contribution_score, relevance_score
+from mmclip.models.build import build_mmclip
 from mmclip.models.dual_encoder import DualEncoder
 from mmclip.models.encoders import image_layout, patch_grid, rebuild_encoder
-from mmclip.models.mmclip import MMCLIP, build_mmclip
+from mmclip.models.mmclip import MMCLIP
 from mmclip.patches import Grid
 from mmclip.prompts import PromptSet
 from mmclip.run import Run

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel, ResNetModel
+from transformers import PreTrainedModel
 
 from mmclip.batch import Batch, TextBatch
-from mmclip.config import Config, ImageMaskConfig, ModelConfig, ScoreTokens
+from mmclip.config import ImageMaskConfig, ModelConfig, ScoreTokens
 from mmclip.losses import local_logits, masked_token_sum_in_blocks
 from mmclip.masking import (
     blend_scores,
@@ -32,6 +31,7 @@ from mmclip.models.encoders import (
     text_layout,
     token_features,
 )
+from mmclip.models.outputs import EncoderOutput, MaskedPatches, Outputs, TextOutput
 from mmclip.patches import scatter_visible
 
 KERNELS_OF_TEXTS = [
@@ -41,46 +41,6 @@ KERNELS_OF_TEXTS = [
 ]
 """Attention kernels for texts, whose shape changes with every batch. cuDNN's is not among them: it
 plans anew for each shape, on the host. [docs/performance.md]"""
-
-
-class EncoderOutput(NamedTuple):
-    """What one modality gives: features per token, and one embedding a row."""
-
-    features: Float[Tensor, "b n d"]  # the encoder's, class token (a ResNet's pooled feature) first
-    embedding: Float[Tensor, "b e"]  # projected and L2-normalised, float32
-
-
-class TextOutput(NamedTuple):
-    """What the model makes of some texts. m texts, t tokens, h masked tokens."""
-
-    features: Float[Tensor, "m t d"]
-    embedding: Float[Tensor, "m e"]
-    masked_features: Float[Tensor, "h w"] | None  # of the decoder; None without one
-    attention: Float[Tensor, "m heads t n"] | None  # to the patches; where it was asked for
-
-
-class Outputs(NamedTuple):
-    """What the losses read. Rows without a text have a text embedding of 0."""
-
-    image_embedding: Float[Tensor, "b e"]
-    text_embedding: Float[Tensor, "b e"]
-    scale: Float[Tensor, ""]
-    bias: Float[Tensor, ""] | None  # of the sigmoid loss
-    masked_token_features: Float[Tensor, "h w"] | None  # in the order of `Batch.masked_texts`
-    masked_token_loss: Float[Tensor, ""] | None  # its sum over them, see `losses`
-    patches: Float[Tensor, "b n p"] | None  # predicted pixels, see `ImageDecoder`
-    is_masked: Bool[Tensor, "b n"] | None
-    relevance: Float[Tensor, "b n"] | None  # what the choice went by, before policy and noise
-    label_logits: Float[Tensor, "b k"] | None  # None without a label loss
-    local_logits: Float[Tensor, "s s"] | None  # of `Batch.entity_rows`; None without a local loss
-
-
-class MaskedPatches(NamedTuple):
-    """What masked image modelling gives; see `Outputs`."""
-
-    patches: Float[Tensor, "b n p"] | None
-    is_masked: Bool[Tensor, "b n"] | None
-    relevance: Float[Tensor, "b n"] | None
 
 
 class MMCLIP(nn.Module):
@@ -424,29 +384,6 @@ class MMCLIP(nn.Module):
         return no_decay_names(self)
 
 
-def compile_layers(model: MMCLIP) -> None:
-    """Lets torch.compile make kernels for the layers of the transformers; weights keep their names.
-
-    Layer by layer, as equal layers share one compilation, which takes seconds where the whole model
-    takes minutes. Texts come in many shapes, images in one. A ResNet is left as it is: its batch
-    norm talks to other processes.
-    """
-    # Image and text decoder share the code of a block, with and without masks and places.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    is_vit = not isinstance(model.vision_model, ResNetModel)
-    parts: list[tuple[nn.Module | None, bool]] = [
-        (model.vision_model if is_vit else None, False),
-        (model.text_model, True),
-        (model.image_decoder, True),
-        (model.text_decoder, True),
-    ]
-    for part, is_dynamic in parts:
-        for stack in [] if part is None else part.modules():
-            if isinstance(stack, nn.ModuleList):
-                for layer in stack:
-                    layer.compile(dynamic=is_dynamic)
-
-
 def padded(features: Float[Tensor, "m t d"], width: int) -> Float[Tensor, "m u d"]:
     """Features with zeros behind them, up to `width` tokens."""
     missing = width - features.shape[1]
@@ -470,57 +407,3 @@ def _side_by_side(
         missing = width - features.shape[1]
         is_valid = is_valid.index_copy(0, texts.rows, F.pad(texts.is_valid, (0, missing)))
     return context, is_valid
-
-
-def build_mmclip(
-    config: Config,
-    image_encoder: PreTrainedModel,
-    text_encoder: PreTrainedModel,
-    n_label_findings: int = 0,
-) -> MMCLIP:
-    """A model around two encoders, with the decoders that the losses of the configuration need.
-
-    Args:
-        config: Of the run.
-        image_encoder: Keeps its weights.
-        text_encoder: Keeps its weights.
-        n_label_findings: Columns of the label loss; without that loss there is no head.
-    """
-    vision, text = image_layout(image_encoder), text_layout(text_encoder)
-    words = text_encoder.get_input_embeddings().weight
-    assert isinstance(words, Tensor)
-    side = vision.image_size // vision.patch_size
-    image_decoder = text_decoder = None
-    if config.loss.image:
-        sizes = config.model.image_decoder
-        image_decoder = ImageDecoder(
-            vision.width,
-            text.width,
-            sizes.width,
-            sizes.depth,
-            sizes.heads,
-            (side, side),
-            vision.patch_size,
-        )
-    if config.loss.text:
-        sizes = config.model.text_decoder
-        text_decoder = TextDecoder(
-            text.width,
-            vision.width,
-            sizes.width,
-            sizes.depth,
-            sizes.heads,
-            *words.shape,
-            grid=(side, side),
-            image_context=sizes.image_context,
-        )
-    return MMCLIP(
-        image_encoder,
-        text_encoder,
-        config.model,
-        image_decoder,
-        text_decoder,
-        n_label_findings if config.loss.label else 0,
-        has_bias=config.loss.contrastive == "sigmoid",
-        has_local=config.loss.local > 0,
-    )

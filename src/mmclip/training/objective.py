@@ -30,7 +30,7 @@ from mmclip.losses import (
     sigmoid_sum,
 )
 from mmclip.masking import mask_noise_at, masked_patch_count
-from mmclip.models.mmclip import Outputs
+from mmclip.models.outputs import Outputs
 from mmclip.own_code import load_own
 from mmclip.patches import PatchGrid, normalise_patches
 from mmclip.training.gather import all_gather_rows

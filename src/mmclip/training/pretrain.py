@@ -54,6 +54,7 @@ from mmclip.data.synthetic import read_masks
 from mmclip.data.text import train_tokenizer, words_of_several
 from mmclip.data.tokenizer import frame_of, load_tokenizer
 from mmclip.files import file_sha256, locked, write_text_atomic
+from mmclip.models.build import build_mmclip, compile_layers
 from mmclip.models.encoders import (
     build_image_encoder,
     build_text_encoder,
@@ -62,7 +63,7 @@ from mmclip.models.encoders import (
     patch_grid,
 )
 from mmclip.models.joint_space import read_joint_space, start_from
-from mmclip.models.mmclip import MMCLIP, build_mmclip, compile_layers
+from mmclip.models.mmclip import MMCLIP
 from mmclip.models.trainable import lr_ratios, set_trainable
 from mmclip.progress import console
 from mmclip.training.announce import say_what_runs
