@@ -34,7 +34,7 @@ from ceiling import with_knobs
 from compare import Runs, Scores, table
 from contrastive import make_data
 from mmclip.checkpoint import Checkpoint, code_version
-from mmclip.config import Config, config_names, load_config
+from mmclip.config import Config, LossConfig, config_names, load_config
 from mmclip.config_io import config_hash
 from mmclip.data.cache import ImageCache
 from mmclip.data.folder import read_meta
@@ -208,7 +208,7 @@ def train(
 def losses_at_end(run: Path) -> dict[str, float]:
     """The loss and its terms, each the mean of the last five lines of the log."""
     lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    terms = lines[-1].keys() & {"loss", "contrastive", "image", "text", "label", "local"}
+    terms = lines[-1].keys() & {"loss", *LossConfig.model_fields}
     return {t: round(float(np.mean([line[t] for line in lines[-5:]])), 4) for t in sorted(terms)}
 
 

@@ -340,6 +340,8 @@ def test_thresholds_are_those_of_validation_images_of_the_same_model(
     assert result.decisions is not None
     for decided, row in zip(result.decisions, result.probabilities, strict=True):
         assert decided == [row[0] >= value[FINDINGS[0]], row[1] >= value[FINDINGS[1]], None]
+    with pytest.raises(ValueError, match=r" is a folder; name a file, such as one in it"):
+        result.to_csv(tmp_path)
     with (result.to_csv(tmp_path / "t.csv")).open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert {line["scoliosis present"] for line in lines} == {""}
@@ -393,6 +395,12 @@ def test_a_fine_tuned_result_scores_as_its_own_results_and_reads_no_text(
         "--explain", tmp_path / "maps",
     )  # fmt: skip
     assert "has no text encoder" in explained.error()
+
+
+def test_a_data_folder_in_the_place_of_a_model_is_told_with_the_command(made_data: Path):
+    for give in (mmclip.load, lambda path: mmclip.load(str(path))):
+        with pytest.raises(CheckpointError, match="is a data folder, not a model; train one by"):
+            give(made_data)
 
 
 def test_a_folder_without_weights_says_what_to_give(tuned: Path, tmp_path: Path, made_run: Path):

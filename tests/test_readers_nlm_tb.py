@@ -110,6 +110,18 @@ def test_a_reading_without_facts_is_kept_whole(tmp_path: Path):
     assert (sample.source_labels, sample.age_years, sample.sex) == (("normal lungs",), None, None)
 
 
+def test_files_are_found_behind_links_and_with_suffixes_in_capitals(tmp_path: Path):
+    """As the other readers find theirs: a link to a folder of another disk is followed."""
+    disk = lay_out(
+        tmp_path / "disk", {"CHNCXR_0001_0.PNG": IMAGE, "CHNCXR_0001_0.TXT": "male 4yrs"}
+    )
+    root = tmp_path / "raw"
+    root.mkdir()
+    (root / "CXR_png").symlink_to(disk)
+    (sample,), _ = parted(read_shenzhen(root))
+    assert (sample.image, sample.sex) == ("CXR_png/CHNCXR_0001_0.PNG", "M")
+
+
 def test_no_image_is_one_line(tmp_path: Path):
     with pytest.raises(
         SourceError, match=r"hold no image \(MCUCXR_0001_0\.png\); images come from"

@@ -136,8 +136,13 @@ def write_atomic(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
         path: Of the file.
         sync: False for what is checked when it is read, and made anew where it is damaged: it may
             be half a file after the machine, not the process, was stopped.
+
+    Raises:
+        ValueError: When the path is that of a folder.
     """
     path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file, such as one in it")
     aside = path.with_name(_aside(path.name, secrets.token_hex(4)))
     try:
         with aside.open("wb") as file:

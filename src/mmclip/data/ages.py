@@ -44,12 +44,20 @@ def known_age(years: float) -> float | None:
 
 
 _SEXES: dict[Sex, tuple[str, ...]] = {
-    "M": ("m", "male", "man", "männlich", "maennlich", "masculin", "masculino", "maschio", "homme"),
-    "F": ("f", "female", "woman", "w", "weiblich", "féminin", "femenino", "femmina", "femme"),
-}
+    "M": (
+        "m", "male", "man", "masc", "masculine", "männlich", "maennlich", "mann", "masculin",
+        "homme", "masculino", "hombre", "maschio", "uomo", "homem",
+    ),
+    "F": (
+        "f", "female", "femal", "woman", "fem", "feminine", "w", "weiblich", "frau", "féminin",
+        "femme", "femenino", "feminino", "mujer", "femmina", "donna", "mulher",
+    ),
+}  # fmt: skip
+"""As hospitals write them; "femal" is in the readings of Shenzhen."""
+
 _SEX_OF_WORD: dict[str, Sex] = {word: sex for sex, words in _SEXES.items() for word in words}
 
 
 def parse_sex(text: str) -> Sex | None:
     """The sex that a word names, in some languages and any case; None of every other word."""
-    return _SEX_OF_WORD.get(text.strip().lower())
+    return _SEX_OF_WORD.get(text.strip().rstrip(".").lower())

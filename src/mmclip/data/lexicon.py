@@ -378,14 +378,15 @@ def _entity(entity: Entity, heard: Heard | None, places: Sequence[tuple[int, int
     return replace(entity, status=heard.status, cue=cue)
 
 
-def expand(form: str) -> list[str]:
+@cache  # the cues of the package are in every lexicon
+def expand(form: str) -> tuple[str, ...]:
     """All wordings of a form without gaps, as words with single spaces: "rib(|s)" gives two."""
     group = _GROUP.search(form)
     if group is None:
-        return [" ".join(m.group().lower() for m in _WORD.finditer(form))]
+        return (" ".join(m.group().lower() for m in _WORD.finditer(form)),)
     head, tail = form[: group.start()], form[group.end() :]
     wordings = (w for choice in group[1].split("|") for w in expand(head + choice + tail))
-    return list(dict.fromkeys(wordings))
+    return tuple(dict.fromkeys(wordings))
 
 
 def differs_by_one_slip(a: str, b: str) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mmclip.checkpoint import CHECKPOINTS, CheckpointError, checkpoint_meta, find_checkpoint
+from mmclip.data.folder import MANIFEST_FILE
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.inputs import each_input, name_of
 from mmclip.data.original_images import open_originals
@@ -154,9 +155,14 @@ def open_model(request: ModelRequest, device: torch.device) -> DualEncoder | Fin
 
 
 def _why_no_model(path: Path) -> str | None:
-    """Why a folder that is no run holds no model, where it is one of fine-tuning."""
+    """Why a folder that is no run holds no model, where it is one of ours."""
     if not path.is_dir():
         return None
+    if (path / MANIFEST_FILE).is_file():
+        return (
+            f"{path} is a data folder, not a model; train one by `mmclip pretrain --data {path} "
+            f"--out RUN`, or give the folder of one that is trained"
+        )
     within = sorted(p.parent.name for p in path.glob(f"*/{RESULTS_FILE}"))
     if (path / "summary.json").is_file() and within:
         return (

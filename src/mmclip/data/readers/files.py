@@ -2,19 +2,16 @@
 not."""
 
 import os
-import struct
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import pydicom
-from pydicom.errors import BytesLengthException, InvalidDicomError
-
 from mmclip.data.ages import parse_age, parse_sex
-from mmclip.data.dicom import silent_pydicom
+from mmclip.data.dicom import read_header, silent_pydicom
 from mmclip.data.ingest.csv_rows import SourceError, read_rows
+from mmclip.data.pixels import ImageError
+from mmclip.data.radiograph import text_of
 from mmclip.data.sample import Excluded, Reason, Sample, Sex, Split, View
 from mmclip.data.walk import walk
 
@@ -84,6 +81,20 @@ def read_sound_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, st
         yield cells
 
 
+def paths_below(root: Path, suffixes: Collection[str]) -> Iterator[str]:
+    """The files of some kinds under a folder, relative to it, with "/" between parts; see `walk`.
+
+    Args:
+        root: The folder.
+        suffixes: In lower case, with the dot; those of the files may be in capitals.
+    """
+    for folder, _, names in walk(root):
+        inside = Path(folder).relative_to(root)
+        for name in names:
+            if os.path.splitext(name)[1].lower() in suffixes:
+                yield (inside / name).as_posix()
+
+
 def index_images(root: Path, suffixes: Collection[str], where: str) -> dict[str, str]:
     """Where each image lies under a folder, by its name without the suffix.
 
@@ -102,12 +113,8 @@ def index_images(root: Path, suffixes: Collection[str], where: str) -> dict[str,
         SourceError: When there is no image.
     """
     found: dict[str, str] = {}
-    for folder, _, names in walk(root):
-        inside = Path(folder).relative_to(root).as_posix()
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in suffixes:
-                found.setdefault(stem, name if inside == "." else f"{inside}/{name}")
+    for path in paths_below(root, suffixes):
+        found.setdefault(Path(path).stem, path)
     if not found:
         kinds = ", ".join(f"*{suffix}" for suffix in sorted(suffixes))
         raise SourceError(
@@ -144,12 +151,6 @@ class DicomFacts(NamedTuple):
     sex: Sex | None = None
 
 
-_DICOM_FAULTS = (
-    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError,
-    RecursionError, struct.error, zlib.error, InvalidDicomError, BytesLengthException,
-)  # fmt: skip
-"""What pydicom raises on files that are no DICOM, or break its rules."""
-
 _DICOM_VIEWS: dict[str, View] = {"PA": "PA", "AP": "AP", "LL": "L", "RL": "L", "LATERAL": "L"}
 
 
@@ -158,13 +159,13 @@ def dicom_facts(path: Path) -> DicomFacts:
 
     Decoding says later what is wrong with a file. No other tag of the header is looked at.
     """
-    tags = ["ViewPosition", "PatientAge", "PatientSex"]
+    keywords = ("ViewPosition", "PatientAge", "PatientSex")
     try:
-        with silent_pydicom():
-            data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-            view, age, sex = (str(data.get(tag, "") or "").strip() for tag in tags)
-    except _DICOM_FAULTS:
+        data = read_header(path, keywords)
+    except ImageError:
         return DicomFacts()
+    with silent_pydicom():  # it converts values, and complains of them, when they are asked for
+        view, age, sex = (text_of(data, keyword) for keyword in keywords)
     return DicomFacts(_DICOM_VIEWS.get(view.upper(), "unknown"), parse_age(age), parse_sex(sex))
 
 

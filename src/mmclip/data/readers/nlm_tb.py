@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from mmclip.data.ages import parse_age
+from mmclip.data.ages import parse_age, parse_sex
 from mmclip.data.ingest.csv_rows import SourceError
-from mmclip.data.readers.files import bad_value
+from mmclip.data.readers.files import bad_value, paths_below
 from mmclip.data.readers.vocabulary import load_words
-from mmclip.data.sample import Record, Sample, Sex
+from mmclip.data.sample import Record, Sample
 
 WHERE = "https://data.lhncbc.nlm.nih.gov/public/Tuberculosis-Chest-X-ray-Datasets/"
 
@@ -21,7 +21,6 @@ _SHENZHEN_FACTS = re.compile(r"\W*([A-Za-z]+)\W*(\d+)\s*([A-Za-z]*)\W*")
 _MONTGOMERY_FACTS = re.compile(
     r"\W*Patient's Sex:\s*([A-Za-z]*)\s*Patient's Age:\s*(\d*)\s*([A-Za-z]*)\W*", re.IGNORECASE
 )
-_SEXES: dict[str, Sex] = {"m": "M", "f": "F"}
 
 
 def read_shenzhen(root: Path) -> Iterator[Record]:
@@ -79,11 +78,11 @@ def _open(root: Path, prefix: str, source: str, facts: re.Pattern[str]) -> Itera
 
 def _by_name(root: Path, prefix: str, suffix: str) -> dict[str, str]:
     """Where each file lies, relative to the root, by its name without the suffix."""
-    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob(f"{prefix}_*{suffix}"))
     found: dict[str, str] = {}
-    for path in paths:
-        if "mask" not in path.lower():
-            found.setdefault(Path(path).stem, path)
+    for path in paths_below(root, {suffix}):
+        name = Path(path).stem
+        if name.startswith(f"{prefix}_") and "mask" not in path.lower():
+            found.setdefault(name, path)
     return found
 
 
@@ -116,5 +115,5 @@ def _records(
             label_origin="image-reader",
             source_labels=(reading,) if reading else (),
             age_years=parse_age(age + unit[:1]),
-            sex=_SEXES.get(sex[:1].lower()),
+            sex=parse_sex(sex),
         )

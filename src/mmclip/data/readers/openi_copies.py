@@ -9,6 +9,7 @@ from mmclip.data.readers.files import (
     bad_value,
     find_table,
     index_images,
+    paths_below,
     read_sound_rows,
 )
 from mmclip.data.sample import Excluded, Reason, Record, Sample, Split, View
@@ -52,7 +53,7 @@ def read_openi_kaggle(root: Path) -> Iterator[Record]:
 
 def _images_or_none(root: Path) -> dict[str, str]:
     """Where the images lie, by name without the suffix; empty where there is none."""
-    if not any(root.rglob("*.png")):
+    if not any(paths_below(root, {".png"})):
         return {}
     return index_images(root, {".png"}, WHERE_KAGGLE)
 
@@ -156,7 +157,7 @@ def read_openi_r2gen(root: Path) -> Iterator[Record]:
         studies = [study for dealt in annotations.values() for study in dealt]
     except (ValueError, TypeError, AttributeError) as error:
         raise SourceError(f"{path} is no annotation file ({error}); download it again") from None
-    has_images = any(root.rglob("*.png"))
+    has_images = any(paths_below(root, {".png"}))
     return _r2gen_records(studies, has_images)
 
 
