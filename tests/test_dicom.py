@@ -24,7 +24,7 @@ from pydicom.tag import Tag
 
 from mmclip.data import decode_worker
 from mmclip.data.decode_worker import DecodeWorker
-from mmclip.data.dicom import decode_dicom, is_dicom, transfer_syntax_of
+from mmclip.data.dicom import decode_dicom, decode_values, is_dicom, transfer_syntax_of
 from mmclip.data.dicom_pixels import DECODERS, _extended_12_bit, decoders_installed
 from mmclip.data.images import ImageError, decode_image, read_image, stretch
 from mmclip.data.ingest.build import build_data
@@ -265,6 +265,29 @@ def test_a_voi_lut_that_overstates_its_bits_is_scaled_by_its_own_range(n, top, b
     assert decode_image(with_lut(pixels, table, bits))[0].tolist() == expected.tolist()
     inverted = with_lut(pixels, table, bits, PhotometricInterpretation="MONOCHROME1")
     assert decode_image(inverted)[0].tolist() == (255 - expected).tolist()
+
+
+def test_a_lut_may_lack_entries_that_no_value_of_the_image_asks_for():
+    table = np.linspace(0, 65_535, 4096).round()
+    whole = decode_image(with_lut(levels(0, 1000, 2000, 2999), table, 16))
+    for said in (4096, 65_536):  # and the file holds 3,000
+        data = pydicom.dcmread(io.BytesIO(with_lut(levels(0, 1000, 2000, 2999), table[:3000], 16)))
+        data.VOILUTSequence[0].LUTDescriptor = [said % 65_536, 0, 16]
+        np.testing.assert_array_equal(decode_image(saved(data)), whole)
+    data = pydicom.dcmread(io.BytesIO(with_lut(levels(0, 1000, 2000, 3000), table[:3000], 16)))
+    data.VOILUTSequence[0].LUTDescriptor = [4096, 0, 16]
+    assert (
+        refusal(saved(data)).detail == "a LUT with 3,000 of 4,096 entries, and values beyond them"
+    )
+
+
+def test_a_lut_without_a_table_is_none():
+    plain = decode_image(dicom(levels(0, 1, 2, 3)))
+    for change in ({"LUTData": b""}, {"LUTDescriptor": None}):
+        data = pydicom.dcmread(io.BytesIO(with_lut(levels(0, 1, 2, 3), np.arange(4)[::-1], 16)))
+        for keyword, value in change.items():
+            setattr(data.VOILUTSequence[0], keyword, value)
+        np.testing.assert_array_equal(decode_image(saved(data)), plain)
 
 
 def test_a_voi_lut_of_true_16_bits_keeps_their_range():
@@ -653,6 +676,97 @@ def test_a_high_bit_above_values_that_stand_in_the_lower_bits_is_wrong():
     window = {"WindowCenter": "2048", "WindowWidth": "4096"}
     content = dicom(levels(*FOUR), BitsStored=12, HighBit=15, **window)
     assert decode_image(content)[0].tolist() == [0, 85, 170, 255]
+
+
+def smooth(top: int, height: int = 40, width: int = 50) -> np.ndarray:
+    """int64 [h, w]: a slope and a bright round, as soft as an X-ray, from 0 to `top`."""
+    y, x = np.mgrid[:height, :width]
+    image = x + 2 * y + 60 * np.exp(-((x - 30) ** 2 + (y - 20) ** 2) / 60)
+    return ((image - image.min()) * (top / (image.max() - image.min()))).astype(np.int64)
+
+
+@pytest.mark.parametrize("syntax", [None, uid.RLELossless])
+@pytest.mark.parametrize(
+    ("top", "said"), [(4000, 10), (4000, 8), (65_000, 12), (1100, 10), (16_000, 12)]
+)
+def test_bits_above_those_that_the_header_says_are_read_where_they_go_on(syntax, top, said):
+    """A wrong BitsStored would cut an X-ray into stripes."""
+    pixels = smooth(top).astype(np.uint16)
+    content = dicom(pixels) if syntax is None else in_syntax(pixels, syntax)
+    data = pydicom.dcmread(io.BytesIO(content))
+    data.BitsStored, data.HighBit = said, said - 1
+    np.testing.assert_array_equal(decode_image(saved(data)), decode_image(dicom(pixels)))
+
+
+def test_bits_above_those_that_the_header_says_are_read_with_their_sign():
+    pixels = (smooth(8000) - 4000).astype(np.int16)
+    content = dicom(pixels, BitsStored=12, HighBit=11)
+    np.testing.assert_array_equal(decode_image(content), decode_image(dicom(pixels)))
+    few = (smooth(4000) - 2000).astype(np.int16)  # whose sign does not go on in the upper bits
+    cut = (few & 0xFFF).view(np.uint16).astype(np.int16)
+    content = dicom(cut, BitsStored=12, HighBit=11)
+    np.testing.assert_array_equal(decode_image(content), decode_image(dicom(few)))
+
+
+@pytest.mark.parametrize("bit", [12, 13, 15])
+def test_an_overlay_in_the_upper_bits_is_no_part_of_the_image(bit: int):
+    pixels = smooth(4000).astype(np.uint16)
+    marked = pixels.copy()
+    marked[5:30:4, 10:40] |= 1 << bit
+    content = dicom(marked, BitsStored=12, HighBit=11)
+    np.testing.assert_array_equal(decode_image(content), decode_image(dicom(pixels)))
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize(
+    ("low", "odd"), [(0, 65_535), (30_000, 0), (400, 60_000), (20_000, 65_535)]
+)
+def test_a_few_pixels_far_from_all_others_set_no_range(kind: str, low: int, odd: int):
+    pixels = (smooth(3000) + low).astype(np.uint16)
+    marked = pixels.copy()
+    marked[2:5, 3:8] = odd  # 15 of 2,000
+    plain, found = (
+        decode_image(dicom(p, PhotometricInterpretation=kind)) for p in (pixels, marked)
+    )
+    is_odd = marked != pixels
+    np.testing.assert_array_equal(found[~is_odd], plain[~is_odd])
+    is_bright = (odd > low) == (kind == "MONOCHROME2")
+    assert set(found[is_odd]) == {255 if is_bright else 0}
+    shown = decode_values(dicom(marked, PhotometricInterpretation=kind), 10_000)
+    assert shown is not None and int(shown.steps.max()) == 3000 and shown.low == low
+
+
+@pytest.mark.parametrize(
+    ("n_odd", "odd"), [(15, 4400), (40, 65_535)], ids=["near the others", "more than a few"]
+)
+def test_other_bright_pixels_belong_to_the_range(n_odd: int, odd: int):
+    pixels = smooth(3000).astype(np.uint16)
+    pixels.flat[900 : 900 + n_odd] = odd
+    image = decode_image(dicom(pixels))
+    np.testing.assert_array_equal(image, stretch(pixels, 0.0, float(odd)))
+
+
+def test_a_window_holds_whatever_pixels_lie_far_from_all_others():
+    pixels = smooth(3000).astype(np.uint16)
+    window = {"WindowCenter": "1500.5", "WindowWidth": "3001"}
+    plain = decode_image(dicom(pixels, **window))
+    pixels[0, :5] = 65_535
+    np.testing.assert_array_equal(decode_image(dicom(pixels, **window))[1:], plain[1:])
+
+
+def test_a_slope_that_is_no_number_is_none():
+    pixels = smooth(3000).astype(np.uint16)
+    content = rewritten(raw("RescaleSlope", b"NaN "), pixels)
+    np.testing.assert_array_equal(decode_image(content), decode_image(dicom(pixels)))
+
+
+def test_numbers_of_another_kind_and_pixels_of_no_length_are_told():
+    pixels = smooth(3000).astype(np.uint16)
+    data = pydicom.dcmread(io.BytesIO(dicom(pixels)))
+    data.add_new("BitsAllocated", "DS", "16")
+    data.add_new("Rows", "DS", "40.0")
+    np.testing.assert_array_equal(decode_image(saved(data)), decode_image(dicom(pixels)))
+    assert "without pixels" in refusal(dicom(pixels, PixelData=b"")).detail
 
 
 @pytest.mark.parametrize(

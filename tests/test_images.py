@@ -52,6 +52,16 @@ def test_grey_of_16_bits_spans_its_own_range():
     np.testing.assert_array_equal(image, np.rint((deep - 3000.0) * 255 / 2320))
 
 
+def test_a_few_pixels_far_from_all_others_leave_the_range_to_them():
+    deep = ramp().astype(np.uint16) * 10 + 3000
+    marked = deep.copy()
+    marked[5, :4], marked[9, -3:] = 65_535, 0  # 7 of 768: a marker, and dead pixels
+    image = decode_image(encoded(marked))
+    is_odd = marked != deep
+    np.testing.assert_array_equal(image[~is_odd], decode_image(encoded(deep))[~is_odd])
+    assert (image[5, 0], image[9, -1]) == (255, 0)
+
+
 def test_grey_stored_as_colour_is_the_grey():
     colour = np.repeat(ramp()[..., None], 3, axis=2)
     np.testing.assert_array_equal(decode_image(encoded(colour)), ramp())

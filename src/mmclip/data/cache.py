@@ -36,7 +36,7 @@ IMAGES_FILE, SHARDS_FOLDER = "images.npy", "images.shards"
 CHUNK_IMAGES = 256
 """Images a chunk: what a kill can lose, a process. [chosen: seconds of work, 13 MB at 224 px]"""
 
-DECODER_VERSION = 5
+DECODER_VERSION = 6
 """Raised with every change of what a file becomes, so that old chunks are not taken up."""
 
 

@@ -151,7 +151,7 @@ def _read_pixels(content: bytes, max_px: int, make: Callable[[Dataset, np.ndarra
             rows, columns = int(data.get("Rows") or 0), int(data.get("Columns") or 0)
             frames = int(data.get("NumberOfFrames") or 1)
             check_size(columns, rows, max_px)
-            if "PixelData" not in data:
+            if not data.get("PixelData"):
                 detail = "a DICOM file without pixels, or cut off before their end"
                 raise ImageError(Reason.IMAGE_UNREADABLE, detail)
             complete_header(data)

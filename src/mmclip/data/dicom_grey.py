@@ -9,7 +9,8 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut
 
-from mmclip.data.pixels import stretch
+from mmclip.data.pixels import ImageError, own_range, stretch
+from mmclip.data.sample import Reason
 
 MAX_STEPS = 65_535
 """The highest value of 16 bits."""
@@ -50,7 +51,8 @@ class StoredValues:
         low: The lowest value, in the unit that the modality LUT gives.
         step: Between two values; 1 where they are whole numbers of 16 bits.
         window: Centre and width that the header names first of those that show any value; None
-            without one, and beside a VOI LUT, which is no window.
+            without one, as then `own_range` is the window and values stop at its ends, and beside a
+            VOI LUT, which is no window.
         is_inverted: Whether low values are bright.
     """
 
@@ -73,12 +75,16 @@ def stored_values(data: Dataset, pixels: np.ndarray) -> StoredValues | None:
     if not shown.size or not np.isfinite(values).all():
         return None
     low, high = float(shown.min()), float(shown.max())
+    has_lut = _lut_item(data, "VOILUTSequence") is not None
+    window = None if has_lut else _window(data, low, high)
+    if window is None and not has_lut:
+        low, high = own_range(shown)
+        values, shown = np.clip(values, low, high), np.clip(shown, low, high)
     is_whole = values.dtype.kind in "ui" or bool((shown == np.rint(shown)).all())
     step = 1.0 if is_whole and high - low <= MAX_STEPS else max(high - low, 1e-6) / MAX_STEPS
     steps = np.clip(np.rint((values - low) / step), 0, MAX_STEPS).astype(np.uint16)
     if is_padding is not None:
         steps[is_padding] = steps.max() if is_inverted else 0
-    window = None if _lut_item(data, "VOILUTSequence") else _window(data, low, high)
     return StoredValues(steps, low, step, window, is_inverted)
 
 
@@ -103,7 +109,7 @@ def _windowed(data: Dataset, values: np.ndarray, is_padding: np.ndarray | None) 
     low, high = (float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0)
     window = _window(data, low, high)
     if window is None:
-        return stretch(values, low, high)
+        return stretch(values, *(own_range(shown) if shown.size else (low, high)))
     center, width = window
     function = data.get("VOILUTFunction")
     if function == "SIGMOID":
@@ -168,7 +174,8 @@ def _lut_item(data: Dataset, keyword: str) -> Dataset | None:
     """The first LUT of a sequence; None where there is none, or one without a table."""
     items = data.get(keyword)
     item = items[0] if items else None
-    return item if item is not None and {"LUTDescriptor", "LUTData"} <= set(item.dir()) else None
+    has_table = item is not None and bool(item.get("LUTDescriptor")) and bool(item.get("LUTData"))
+    return item if has_table else None
 
 
 def _lut(data: Dataset, item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:
@@ -178,12 +185,16 @@ def _lut(data: Dataset, item: Dataset, values: np.ndarray) -> tuple[np.ndarray, 
     entries = item.LUTData
     if isinstance(entries, bytes):
         order = "<" if data.original_encoding[1] is not False else ">"
-        entries = np.frombuffer(entries, np.uint8 if len(entries) < 2 * n else f"{order}u2")
+        is_packed = bits <= 8 and len(entries) < 2 * n
+        kind = np.dtype(np.uint8 if is_packed else f"{order}u2")
+        entries = np.frombuffer(entries, kind, len(entries) // kind.itemsize)
     table = np.atleast_1d(np.asarray(entries)).astype(np.int64)[:n]
-    if len(table) < n:
-        raise ValueError("a LUT with fewer entries than it says")
     is_signed = int(data.get("PixelRepresentation") or 0) or values.min() < 0
-    return table, first - (1 << 16) if is_signed and first > 0x7FFF else first, bits
+    first = first - (1 << 16) if is_signed and first > 0x7FFF else first
+    if len(table) < n and values.max() >= first + len(table):
+        detail = f"a LUT with {len(table):,} of {n:,} entries, and values beyond them"
+        raise ImageError(Reason.IMAGE_UNREADABLE, detail)
+    return table, first, bits
 
 
 def _range_of(table: np.ndarray, bits: int) -> tuple[float, float]:
@@ -217,6 +228,7 @@ def _numbers(data: Dataset, keyword: str) -> list[float | None]:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text.replace(",", "."))
+        number = float(text.replace(",", "."))
     except ValueError:
         return None
+    return number if np.isfinite(number) else None

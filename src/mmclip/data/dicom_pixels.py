@@ -11,6 +11,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder
 from pydicom.pixels.utils import get_expected_length
+from pydicom.tag import Tag
 
 from mmclip.data.pixels import FAULTS, ImageError
 from mmclip.data.sample import Reason
@@ -51,13 +52,14 @@ def complete_header(data: Dataset) -> None:
     for keyword in ("Rows", "Columns", "BitsAllocated"):
         if not int(data.get(keyword) or 0):
             raise ImageError(Reason.IMAGE_UNREADABLE, f"the header has no {keyword}, or 0")
+        data.add_new(Tag(keyword), "US", int(data[keyword].value))  # a decimal string in some files
     kind = str(data.get("PhotometricInterpretation") or "").strip().upper()
     is_colour = kind.startswith(("RGB", "YBR"))
     data.SamplesPerPixel = int(data.get("SamplesPerPixel") or (3 if is_colour else 1))
     if kind in ("", "MONOCHROME"):
         kind = "MONOCHROME2" if data.SamplesPerPixel == 1 else "RGB"
     data.PhotometricInterpretation = kind
-    allocated, stored = int(data.BitsAllocated), int(data.get("BitsStored") or 0)
+    allocated, stored = data.BitsAllocated, int(data.get("BitsStored") or 0)
     if allocated > 1 and allocated % 8:
         detail = f"BitsAllocated is {allocated}, and no multiple of 8"
         raise ImageError(Reason.IMAGE_UNREADABLE, detail)
@@ -69,7 +71,9 @@ def stored_pixels(data: Dataset) -> np.ndarray:
     """The stored values of an image whose header is complete.
 
     Values that stand in the upper bits of their words (HighBit), as DICOM allowed before 2014, are
-    moved down; where none uses the bits above BitsStored, HighBit is wrong.
+    moved down; where none uses the bits above BitsStored, HighBit is wrong. Bits above those that
+    are stored belong to the values where the image is smoother with them: then BitsStored is wrong,
+    and is put right. Else they are an overlay or the like, and left out.
 
     Raises:
         ImageError: When the frame is cut off, or no decoder of its transfer syntax is installed.
@@ -79,16 +83,33 @@ def stored_pixels(data: Dataset) -> np.ndarray:
     if syntax in NATIVE:
         _check_native(data)
     allocated, stored = int(data.BitsAllocated), int(data.BitsStored)
-    n_below = int(data.get("HighBit") or 0) + 1 - stored
-    if syntax not in (*NATIVE, uid.RLELossless) or not 0 < n_below <= allocated - stored:
+    if syntax not in (*NATIVE, uid.RLELossless) or stored == allocated or data.SamplesPerPixel != 1:
         return _decoded(data)
-    data.BitsStored = stored + n_below
-    pixels = _decoded(data)
+    data.BitsStored = allocated
+    words = _decoded(data)
     data.BitsStored = stored
-    n_bits = stored - int(data.PixelRepresentation)
-    low, high = int(pixels.min()), int(pixels.max())
-    is_above = high >= 1 << n_bits or low < -(1 << n_bits)
-    return pixels >> n_below if is_above else pixels
+    values = _lower_bits(words, stored)
+    n_below = int(data.get("HighBit") or 0) + 1 - stored
+    if 0 < n_below <= allocated - stored:
+        high = _lower_bits(words, stored + n_below)
+        if not np.array_equal(high, values):
+            return high >> n_below
+    if not np.array_equal(words, values) and _variation(words) < _variation(values):
+        data.BitsStored = allocated
+        return words
+    return values
+
+
+def _lower_bits(words: np.ndarray, n_bits: int) -> np.ndarray:
+    """The values of the lowest bits, with their sign where the type has one."""
+    n_above = words.dtype.itemsize * 8 - n_bits
+    return words << n_above >> n_above
+
+
+def _variation(values: np.ndarray) -> float:
+    """How much neighbours in a row and in a column differ: more, where values wrap around."""
+    wide = values.astype(np.float32)
+    return float(np.abs(np.diff(wide, axis=0)).sum() + np.abs(np.diff(wide, axis=1)).sum())
 
 
 def _check_native(data: Dataset) -> None:
