@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from mmclip.config_io import ConfigError
 from mmclip.data.ages import parse_age
@@ -939,10 +940,47 @@ def test_usual_words_and_signs_of_labels_need_no_entry(tmp_path: Path, word: str
 
 
 @pytest.mark.parametrize(("said", "sex"), [("w", "F"), ("Weiblich", "F"), ("männlich", "M"),
-                                           ("FEMALE", "F"), ("O", None), ("", None)])  # fmt: skip
+                                           ("FEMALE", "F"), ("Frau", "F"), ("Mujer", "F"),
+                                           ("hombre", "M"), ("masc.", "M"), ("O", None),
+                                           ("", None)])  # fmt: skip
 def test_a_sex_is_read_in_some_languages(tmp_path: Path, said: str, sex: str | None):
     text = f"film,patient,sex\na.png,p,{said}\n"
     assert read(tmp_path, text, columns={"sex": "sex"})[0].sex == sex
+
+
+@pytest.mark.parametrize("said", ["-", "?", "--", "nan", "...", "''"])
+def test_a_sign_is_nobodys_id(tmp_path: Path, said: str):
+    (one,) = read(tmp_path, f"film,patient\na.png,{said}\n")
+    assert one.patient_id == ""  # which excludes the row by its reason
+    studies = f"film,patient,s\na.png,p,{said}\nb.png,p,{said}\n"
+    assert {r.study_id for r in read(tmp_path, studies, columns={"study_id": "s"})} == {
+        "a.png", "b.png",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("said", ['"=""00123"""', "'00123", " 00123\u00a0"])
+def test_what_keeps_the_zeros_of_an_id_in_excel_is_no_part_of_it(tmp_path: Path, said: str):
+    assert read(tmp_path, f"film,patient\na.png,{said}\n")[0].patient_id == "00123"
+
+
+def test_a_report_longer_than_pythons_limit_of_a_cell_is_read(tmp_path: Path):
+    text = f'film,patient,report\na.png,p,"FINDINGS: {"Small effusion. " * 10_000}"\n'
+    (one,) = read(tmp_path, text, columns={"report": "report"})
+    assert one.findings.startswith("Small effusion. Small")
+
+
+def test_a_second_byte_order_mark_hides_no_column(tmp_path: Path):
+    (tmp_path / "studies.csv").write_text("\ufeff\ufefffilm,patient\na.png,p\n", "utf-8")
+    mapping = CsvMapping.model_validate({"columns": IDS})
+    assert [r.image_id for r in read_csv(tmp_path, mapping)] == ["a.png"]
+
+
+@pytest.mark.parametrize("said", ["tab", "TAB", "\\t", "\t"])
+def test_a_tab_may_be_named(tmp_path: Path, said: str):
+    assert read(tmp_path, "film\tpatient\na.png\tp\n", delimiter=said)[0].patient_id == "p"
+    for wrong in ("", "||", "semi"):
+        with pytest.raises(ValidationError, match=r'is no single character; say ","'):
+            CsvMapping.model_validate({"columns": IDS, "delimiter": wrong})
 
 
 @pytest.mark.parametrize("on_disk", ["NFC", "NFD"])

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from pydicom import uid
 from pydicom.dataset import Dataset
 
 from mmclip.config_io import ConfigError
@@ -205,7 +206,44 @@ def test_accession_numbers_keep_their_zeros_and_lost_ones_are_told(root: Path, c
     (root.parent / "reports.csv").write_text(only, "cp1252")
     with caplog.at_level(logging.WARNING):
         records(root)
-    assert "if theirs have leading zeros, save the column as text" in caplog.text
+    assert "none of 1 accession numbers is in the files; compare one" in caplog.text
+
+
+@pytest.mark.parametrize("written", ["81507", "00081507.0", "81507.0", "000-815-07"])
+def test_accession_numbers_that_differ_in_how_they_are_written_are_told(root, caplog, written):
+    found = REPORTS.replace('00081507;;"FINDINGS: Small', f'{written};;"FINDINGS: Small')
+    (root.parent / "reports.csv").write_text(found, "cp1252")
+    with caplog.at_level(logging.WARNING):
+        records(root)
+    assert "of 3 accession numbers of the table would be those of files" not in caplog.text
+    (root.parent / "reports.csv").write_text(REPORTS.replace("00081507", written), "cp1252")
+    with caplog.at_level(logging.WARNING):
+        records(root)
+    assert "1 of 2 accession numbers of the table would be those of files but for" in caplog.text
+    assert written not in caplog.text
+
+
+def test_accession_numbers_that_excel_cut_are_told(root: Path, caplog):
+    (root.parent / "reports.csv").write_text(REPORTS.replace("0009", "2,024E+13"), "cp1252")
+    with caplog.at_level(logging.WARNING):
+        records(root)
+    assert "1 rows have an accession number that Excel cut" in caplog.text
+    assert "024E" not in caplog.text
+
+
+def test_dates_of_any_iso_form_order_reports(tmp_path: Path, caplog):
+    dates = (
+        "2024-01-02T09:00:00Z",
+        "2024-01-02 08:30",
+        "2024-01-02T11:15:00.5+02:00",
+        "2024-01-01",
+    )
+    rows = "".join(f"7,Text {i}.,{date}\n" for i, date in enumerate(dates))
+    (tmp_path / "r.csv").write_text("a,r,d\n" + rows)
+    columns = {"accession": "a", "report": "r", "date": "d"}
+    found = read_reports(tmp_path / "r.csv", ReportMapping.model_validate({"columns": columns}))
+    assert found.of("7", "") == [3, 1, 0, 2]
+    assert not caplog.text
 
 
 def test_what_a_table_of_reports_lacks_is_counted(root: Path, caplog):
@@ -264,6 +302,11 @@ def test_without_a_table_images_are_read_alone(root: Path):
         ({"SeriesDescription": "Thorax dorsoventral"}, "PA"),
         ({"SeriesDescription": "Thorax p. a."}, "PA"), ({"SeriesDescription": "Chest A-P"}, "AP"),
         ({"SeriesDescription": "Chest anterior-posterior"}, "AP"),
+        ({"ViewPosition": "POSTERO_ANTERIOR"}, "PA"), ({"ViewPosition": "ANTERO_POSTERIOR"}, "AP"),
+        ({"SeriesDescription": "Thorax links anliegend"}, "L"),
+        ({"SeriesDescription": "Tórax AP en decúbito supino"}, "AP"),
+        ({"SeriesDescription": "Thorax AP, décubitus dorsal"}, "AP"),
+        ({"SeriesDescription": "Torace AP decubito supino"}, "AP"),
     ],
 )  # fmt: skip
 def test_a_view_is_told_by_position_description_or_orientation(tags, view):
@@ -292,7 +335,8 @@ def test_a_view_is_told_by_dicoms_codes(value, meaning, view):
     [
         {"ViewPosition": "LLD"}, {"ViewPosition": "AP RLD"}, {"ViewPosition": "LAO"},
         {"ProtocolName": "Chest left lateral decubitus"}, {"ProtocolName": "PA oblique"},
-        {"ProtocolName": "Thorax schräg ap"},
+        {"ProtocolName": "Thorax schräg ap"}, {"ProtocolName": "Chest PA obl"},
+        {"ProtocolName": "Tórax AP decúbito lateral"}, {"ProtocolName": "Thorax, decubitus"},
     ],
 )  # fmt: skip
 def test_a_turned_patient_has_no_standard_view_whatever_else_is_said(tags: dict):
@@ -318,6 +362,11 @@ def test_a_view_code_sequence_that_is_no_sequence_is_passed_over():
         ("", "Columna dorsal AP", False), ("", "Thorax und Brustwirbelsäule", True),
         ("", "Overhead portable", True), ("", "Rx mano", False), ("腹部", "", False),
         ("", "Huftgelenk", False), ("", "Hu\u0308ftgelenk", False), ("CLAVICLE", "", False),
+        ("PECHO", "", True), ("", "Hombro AP", False), ("", "Genou face", False),
+        ("", "Bacino AP", False), ("", "Main droite", False), ("", "Main building, PA", True),
+        ("", "Crâne profil", False), ("", "Cadera", False), ("", "Pied gauche", False),
+        ("", "PA de pie", True), ("", "Rachis cervical", False), ("", "Épaule gauche", False),
+        ("", "Joelho esquerdo", False), ("", "Tórax y hombro", True), ("", "Coluna lombar", False),
     ],
 )  # fmt: skip
 def test_the_chest_is_told_in_the_words_of_many_hospitals(part: str, series: str, is_chest: bool):
@@ -326,6 +375,27 @@ def test_the_chest_is_told_in_the_words_of_many_hospitals(part: str, series: str
     data.add_new("BodyPartExamined", "LO", part)
     data.add_new("SeriesDescription", "LT", series)
     assert (why_no_chest(data) is None) == is_chest
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({"SOPClassUID": uid.DigitalXRayImageStorageForPresentation}, None),
+        ({"SOPClassUID": uid.ComputedRadiographyImageStorage, "Modality": ""}, None),
+        ({"SOPClassUID": uid.CTImageStorage}, Reason.OTHER_MODALITY),
+        ({"SOPClassUID": uid.SecondaryCaptureImageStorage}, Reason.OTHER_MODALITY),
+        ({}, Reason.OTHER_MODALITY),
+        ({"Modality": "DX", "PresentationIntentType": "FOR PRESENTATION"}, None),
+        ({"Modality": "DX", "PresentationIntentType": "FOR PROCESSING"}, Reason.NOT_FOR_USE),
+        ({"SOPClassUID": uid.DigitalXRayImageStorageForProcessing}, Reason.NOT_FOR_USE),
+    ],
+)  # fmt: skip
+def test_the_class_tells_the_modality_and_raw_values_are_no_image(tags: dict, reason):
+    data = Dataset()
+    for keyword, value in tags.items():
+        setattr(data, keyword, value)
+    why = why_no_chest(data)
+    assert (why[0] if why else None) == reason
 
 
 def test_a_later_report_that_only_tells_who_was_called_is_counted(root: Path, caplog):

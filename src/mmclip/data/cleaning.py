@@ -10,6 +10,8 @@ import re
 import unicodedata
 from itertools import pairwise
 
+from mmclip.data.rtf import is_rtf, text_of_rtf
+
 _MARK = r"(?:\[\*\*[^\[\]]{0,200}\*\*\]|_{2,}|(?<![A-Za-z])(?:X{4,}|(?:XXX|x{4,})(?![A-Za-z])))"
 # One or several marks with only separators between them, such as ___/___ or XXXX, XXXX.
 _MARKS = re.compile(rf"{_MARK}(?:[ \t]*[-/:,]?[ \t]*{_MARK})*", re.DOTALL)
@@ -43,7 +45,11 @@ _GOES_ON = re.compile(
     re.IGNORECASE,
 )
 _DOUBLE_STOP = re.compile(r"(?<![.?!])([.?!])[.?!]*(?:\s*\.)+(?=\s|$)")
-_NOTHING = {"", "none", "n/a", "na", "nan", "null", "nil", "not available", "not applicable"}
+_NOTHING = {
+    "", "none", "n/a", "na", "nan", "null", "nil", "not available", "not applicable", "no report",
+    "no report available", "report not available", "not reported", "unreported", "report pending",
+    "pending",
+}  # fmt: skip
 
 _CHARACTERS = str.maketrans(
     {
@@ -144,8 +150,9 @@ _SIGNATURE_LINE = re.compile(
 def normalise(raw: str) -> str:
     """A text with one sign for each of those that mean the same, short white space, no boilerplate.
 
-    Numbers of characters that do not exist become a space.
+    Numbers of characters that do not exist become a space. Rich Text Format becomes its text.
     """
+    raw = text_of_rtf(raw) if is_rtf(raw) else raw
     text = _ACCENTS.sub(r"\1", html.unescape(_HUGE_ENTITY.sub(" ", raw)))
     if "\n" not in text and any(sign in text for sign in "\\|~"):
         text = _ESCAPED_BREAK.sub("\n", text)

@@ -2,7 +2,9 @@
 
 import re
 import unicodedata
+from typing import Any
 
+from pydicom import uid
 from pydicom.dataset import Dataset
 
 from mmclip.data.sample import Reason, View
@@ -15,8 +17,18 @@ VIEW_KEYWORDS = (
 )  # fmt: skip
 """What `view_of` reads."""
 
-CONTENT_KEYWORDS = ("Modality", "BodyPartExamined", "StudyDescription", *VIEW_KEYWORDS)
+CONTENT_KEYWORDS = (
+    "SOPClassUID", "PresentationIntentType", "Modality", "BodyPartExamined", "StudyDescription",
+    *VIEW_KEYWORDS,
+)  # fmt: skip
 """What `view_of` and `why_no_chest` read."""
+
+_CLASSES = {
+    uid.ComputedRadiographyImageStorage: "CR",
+    uid.DigitalXRayImageStorageForPresentation: "DX",
+    uid.DigitalXRayImageStorageForProcessing: "DX",
+}
+"""What tells the modality of an image that does not name it."""
 
 _KNOWN_MODALITIES = {
     "CT", "MR", "US", "NM", "PT", "XA", "RF", "MG", "OT", "SC", "SR", "PR", "KO", "ES", "IO", "PX",
@@ -25,7 +37,7 @@ _KNOWN_MODALITIES = {
 
 # The patterns read `_plain` text: lower case without accents, so "Tórax" and "Hüfte" are covered.
 _CHEST = re.compile(
-    r"chest|thora|thx|tora[xkc]|lung|pulm|polmon|poumon|brust|borst|klatk|hrudn|груд|легк|"
+    r"chest|thora|thx|tora[xkc]|lung|pulm|polmon|poumon|pecho|brust|borst|klatk|hrudn|груд|легк|"
     r"mellkas|gogus|keuhko|heart|\bcxr|\brib|胸|肺|흉부"
 )
 _SPINE = re.compile(
@@ -38,7 +50,10 @@ _OTHER_PART = re.compile(
     r"abdom|pelvi|becken|knee|knie|(?<![a-z])hand|finger|wrist|elbow|(?<![a-z])hip(?![a-z])|huft|"
     r"foot|fuss|ankle|spine|wirbel|vertebr|column|colonna|rachis|lws|bws|hws|skull|schadel|"
     r"(?<![a-z])head|shoulder|schulter|femur|tibia|humerus|forearm|dental|mamm|breast|sinus|"
-    r"(?<![a-z])mano(?![a-z])|腹"
+    r"(?<![a-z])(mano(?![a-z])|mains?(?= (?:dr|ga))|codo|coude|gomit|cotovel|munec|poignet|polso|"
+    r"punho|hombro|epaule|spall|ombro|rodill|genou|ginocch|joelh|cader|hanche|anca(?![a-z])|quadril|"
+    r"bacino|bassin|tobill|chevill|cavigli|tornozel|pied|pie (?:der|izq)|cran(?:e|eo|io)(?![a-z-])|"
+    r"cabeza|lumba|lomb[ao]|cervic|sacr|hals)|腹"
 )
 _SAYS_NO_PART = re.compile(
     r"[\W\d_]*|unk(nown)?|unspecified|undefined|not specified|other|none|n/?a|null|default|any|"
@@ -48,7 +63,7 @@ _SAYS_NO_PART = re.compile(
 
 _BEFORE, _BEHIND = r"(?<![a-z])", r"(?![a-z])"
 _POST, _ANT = r"post(?:ero|erior|erieur)?", r"ant(?:ero|erior|erieur)?"
-_TO = r"(?: to |[ -])?"
+_TO = r"(?: to |[ _-])?"
 _VIEW_WORDS: tuple[tuple[re.Pattern[str], View], ...] = (
     (
         re.compile(
@@ -66,14 +81,15 @@ _VIEW_WORDS: tuple[tuple[re.Pattern[str], View], ...] = (
     ),
     (
         re.compile(
-            rf"{_BEFORE}(ll|rl|[lr]?lat|later[a-z]*|seitl[a-z]*|(?:pro|per)fil[a-z]*|boczn[a-z]*)"
-            rf"{_BEHIND}|[侧側][位面]|боков"
+            rf"{_BEFORE}(ll|rl|[lr]?lat|later[a-z]*|seitl[a-z]*|(?:pro|per)fil[a-z]*|"
+            rf"(?:links|rechts) anliegend|boczn[a-z]*){_BEHIND}|[侧側][位面]|боков"
         ),
         "L",
     ),
 )
 _NO_STANDARD_VIEW = re.compile(
-    r"decub|obli[qck]|schrag|tangential|(?<![a-z])([lr]ld|[lr][ap]o|[lr]lo)(?![a-z])"
+    r"decub(?![a-z]* (?:supin|dors|pron|ventr))|(?<![a-z])obl(?![a-z])|obli[qck]|schrag|"
+    r"tangential|(?<![a-z])([lr]ld|[lr][ap]o|[lr]lo)(?![a-z])"
 )
 """Patients who lie on the side, or are turned: neither PA, AP nor lateral."""
 
@@ -87,19 +103,27 @@ _VIEW_CODES: dict[str, View] = {
 
 def text_of(data: Dataset, keyword: str) -> str:
     """A value of a header as text; "" where it is not there, or is none of its kind."""
-    try:
-        value = data.get(keyword)
-    except (ValueError, TypeError, LookupError, NotImplementedError):  # a value of a broken file
-        return ""
+    value = _value(data, keyword)
     return "" if value is None else str(value).strip().strip("\0")
+
+
+def _value(data: Dataset, keyword: str) -> Any:
+    try:
+        return data.get(keyword)
+    except (ValueError, TypeError, LookupError, NotImplementedError):  # a value of a broken file
+        return None
 
 
 def why_no_chest(data: Dataset) -> tuple[Reason, str] | None:
     """Why an image is no radiograph of the chest; the detail holds a code and never free text."""
-    modality = text_of(data, "Modality").upper()
+    kind = text_of(data, "SOPClassUID")
+    modality = text_of(data, "Modality").upper() or _CLASSES.get(kind, "")
     if modality not in MODALITIES:
         is_code = modality in _KNOWN_MODALITIES
         return Reason.OTHER_MODALITY, f"modality {modality if is_code else 'missing or unknown'}"
+    is_raw = text_of(data, "PresentationIntentType").upper() == "FOR PROCESSING"
+    if is_raw or kind == uid.DigitalXRayImageStorageForProcessing:
+        return Reason.NOT_FOR_USE, "FOR PROCESSING: raw values of a detector"
     part = _plain(text_of(data, "BodyPartExamined"))
     if not _SAYS_NO_PART.fullmatch(part):
         return None if _shows_chest(part) else (Reason.OTHER_BODY_PART, _part_of(part))
@@ -141,10 +165,7 @@ def view_of(data: Dataset, words: dict[str, View]) -> View:
 
 
 def _codes(data: Dataset) -> list[Dataset]:
-    try:
-        items = data.get("ViewCodeSequence") or ()
-    except (ValueError, TypeError, LookupError, NotImplementedError):
-        return []
+    items = _value(data, "ViewCodeSequence") or ()
     return [item for item in items if isinstance(item, Dataset)]  # else no sequence at all
 
 

@@ -31,6 +31,18 @@ MAYBE_WORDS = ("uncertain", "equivocal")
 user's language."""
 
 
+def one_delimiter(said: str) -> str:
+    """A delimiter as one character; "tab" is one.
+
+    Raises:
+        ValueError: When it is none.
+    """
+    delimiter = "\t" if said.lower() in ("tab", "\\t") else said
+    if len(delimiter) != 1:
+        raise ValueError(f'delimiter {said!r} is no single character; say ",", ";", "|" or "tab"')
+    return delimiter
+
+
 def known_encoding(name: str) -> str:
     """The name of an encoding, as it is.
 
@@ -165,7 +177,7 @@ class CsvMapping(Frozen):
     """What the columns and words of a CSV table mean."""
 
     table: str = "studies.csv"  # below the root folder, or else from where the command is run
-    delimiter: str = Field(default=",", min_length=1, max_length=1)
+    delimiter: str = ","
     encoding: str = "utf-8"  # as Python names it: utf-8, utf-16, cp1252 (Excel's), latin-1
     source: str = "csv"  # of every row, where no column names it
     columns: Columns
@@ -179,6 +191,11 @@ class CsvMapping(Frozen):
     @classmethod
     def _is_known(cls, name: str) -> str:
         return known_encoding(name)
+
+    @field_validator("delimiter")
+    @classmethod
+    def _is_one(cls, said: str) -> str:
+        return one_delimiter(said)
 
     @field_validator("views", "splits")
     @classmethod

@@ -27,6 +27,17 @@ _PEEK_BYTES = 1 << 16
 """Looked at to tell what a table that cannot be read was written in."""
 
 
+BLANKS = frozenset(("", "nan", "n/a", "na", "none", "null"))
+"""Cells, in lower case, in which nothing stands."""
+
+LONGEST_CELL = 1 << 24
+"""Characters of a cell. [chosen: 16 million; Python's own limit, 131,072, stops at a report that
+`text` would cut with a warning; an open quote is found by its own error]"""
+
+_AS_TEXT = re.compile(r"=\"(.*)\"|'(?=\d)(.*)")
+"""What makes Excel take a number for a text, and keep its zeros: ="00123", and '00123."""
+
+
 class Row(NamedTuple):
     """The cells of a table's row by column, and what is wrong with it ("" when nothing is)."""
 
@@ -118,9 +129,21 @@ _EXCEL_ERRORS = frozenset(
 """What a cell shows whose formula failed, as a look-up that finds nothing, in some languages."""
 
 
+def id_of(cell: str) -> str:
+    """The id in a cell, without Excel's signs of a text; "" where no letter or number stands in it.
+
+    "-" and "?" would be everybody's patient id.
+    """
+    text = cell.strip()
+    if (kept := _AS_TEXT.fullmatch(text)) is not None:
+        text = (kept[1] or kept[2] or "").strip()
+    is_id = text.lower() not in BLANKS and any(map(str.isalnum, text))
+    return text if is_id else ""
+
+
 def _names(first: list[str]) -> list[str]:
     """The names in a table's first line, without those that commas behind the last one make."""
-    names = [name.strip() for name in first]
+    names = [name.strip("\ufeff \t\r\n\xa0").strip() for name in first]
     while names and not names[-1]:  # as in BBox_List_2017.csv
         names.pop()
     return names
@@ -147,6 +170,7 @@ def _lines(
             first = text.readline()
             if said := re.fullmatch(r'"?sep=(.)"?[,;\t]*\s*', first.removeprefix("\ufeff")):
                 delimiter, first = said[1], ""
+            csv.field_size_limit(LONGEST_CELL)
             # strict: else an unclosed quote swallows all rows behind it in silence.
             reader = csv.reader(_chained(first, text), delimiter=delimiter, strict=strict)
             yield reader

@@ -22,7 +22,15 @@ from mmclip.data.ingest.csv_mapping import (
     mapping_values,
     several,
 )
-from mmclip.data.ingest.csv_rows import Row, SourceError, header_of, lacking, read_rows
+from mmclip.data.ingest.csv_rows import (
+    BLANKS,
+    Row,
+    SourceError,
+    header_of,
+    id_of,
+    lacking,
+    read_rows,
+)
 from mmclip.data.sample import (
     ABSENT,
     PRESENT,
@@ -48,7 +56,6 @@ REMEDY = "mend the quotes of the table, the names of its columns, or the mapping
 
 _VIEWS: dict[str, View] = {"": "unknown", "?": "unknown", "unknown": "unknown", "lateral": "L"}
 _VIEWS |= {view.lower(): view for view in get_args(View)}
-_BLANKS = {"", "nan", "n/a", "na", "none", "null"}
 
 
 def read_mapped(root: Path, mapping: Path, table: Path | None = None) -> Iterator[Record]:
@@ -140,7 +147,7 @@ def _csv_records(root: Path, path: Path, mapping: CsvMapping) -> Iterator[Record
 
 def _image(row: int, root: Path, cells: Mapping[str, str], mapping: CsvMapping) -> Record:
     columns = mapping.columns
-    image_id, patient_id = _image_id(cells, columns), _cell(cells, columns.patient_id)
+    image_id, patient_id = _image_id(cells, columns), id_of(_cell(cells, columns.patient_id))
     source = _cell(cells, columns.source) or mapping.source
     try:
         labels, words = _labels(cells, mapping, source)
@@ -153,7 +160,7 @@ def _image(row: int, root: Path, cells: Mapping[str, str], mapping: CsvMapping) 
     split = _cell(cells, columns.split).lower()
     return Sample(
         image_id=image_id,
-        study_id=_cell(cells, columns.study_id) or _study_id(image_id, patient_id, report),
+        study_id=id_of(_cell(cells, columns.study_id)) or _study_id(image_id, patient_id, report),
         patient_id=patient_id,
         source=source,
         split=mapping.splits.get(split) or (cast(Split, split) if split else None),
@@ -182,11 +189,11 @@ def _on_disk(root: Path, image: str) -> str:
 def _cell(cells: Mapping[str, str], column: str | None) -> str:
     """A cell without the white space around it; "" where it, or its column, is not there."""
     value = "" if column is None else cells.get(column, "").strip()
-    return "" if value.lower() in _BLANKS else value
+    return "" if value.lower() in BLANKS else value
 
 
 def _image_id(cells: Mapping[str, str], columns: Columns) -> str:
-    return _cell(cells, columns.image_id or columns.image)
+    return id_of(_cell(cells, columns.image_id or columns.image))
 
 
 def _study_id(image_id: str, patient_id: str, report: Report) -> str:

@@ -160,16 +160,23 @@ def _records(
                 "%d reports add nothing to others of their study: they tell who was called, or "
                 "have no words", len(reports.empty),
             )  # fmt: skip
-        _warn_of_zeros(reports)
+        _warn_of_numbers(reports)
 
 
-def _warn_of_zeros(reports: Reports) -> None:
-    """Excel takes leading zeros away: then no accession number has one, and few are found."""
+def _warn_of_numbers(reports: Reports) -> None:
+    """Says where accession numbers of table and files are one but for how they are written."""
     n = len(reports.by_accession)
-    if n and not reports.found and not any(name.startswith("0") for name in reports.by_accession):
+    n_missed = sum(not reports.found.issuperset(reports.by_accession[a]) for a in reports.missed)
+    if n_missed:
         logger.warning(
-            "none of %d accession numbers is in the files; if theirs have leading zeros, save the "
-            "column as text", n,
+            "%d of %d accession numbers of the table would be those of files but for leading "
+            "zeros, a \".0\", signs or capitals; export the column as text, or write it as the "
+            "files do", n_missed, n,
+        )  # fmt: skip
+    elif n and not reports.found:
+        logger.warning(
+            "none of %d accession numbers is in the files; compare one with AccessionNumber of a "
+            "file, or join by study_id, the column of StudyInstanceUID", n,
         )  # fmt: skip
 
 

@@ -1,16 +1,17 @@
 """A table of reports by the studies that they belong to."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
 from mmclip.config_io import Frozen, parse
-from mmclip.data.ingest.csv_mapping import known_encoding, mapping_values
-from mmclip.data.ingest.csv_rows import read_rows
+from mmclip.data.ingest.csv_mapping import known_encoding, mapping_values, one_delimiter
+from mmclip.data.ingest.csv_rows import id_of, read_rows
 from mmclip.data.ingest.csv_table import REMEDY
 from mmclip.data.sample import View
 from mmclip.data.text import Report, parse_reports
@@ -41,7 +42,7 @@ class ReportMapping(Frozen):
     """What the columns of a table of reports mean, and the words by which files name views."""
 
     table: str = "reports.csv"  # below the root folder, or else from where the command is run
-    delimiter: str = Field(default=",", min_length=1, max_length=1)
+    delimiter: str = ","
     encoding: str = "utf-8"
     date_format: str = "%Y-%m-%d"  # of columns.date, as Python's strptime reads it
     source: str = "dicom"
@@ -52,6 +53,11 @@ class ReportMapping(Frozen):
     @classmethod
     def _is_known(cls, name: str) -> str:
         return known_encoding(name)
+
+    @field_validator("delimiter")
+    @classmethod
+    def _is_one(cls, said: str) -> str:
+        return one_delimiter(said)
 
     @field_validator("views")
     @classmethod
@@ -68,6 +74,8 @@ class Reports:
     by_accession: dict[str, list[int]] = field(default_factory=dict)
     by_study: dict[str, list[int]] = field(default_factory=dict)
     found: set[int] = field(default_factory=set)
+    alike: dict[str, str] = field(default_factory=dict)  # a number by what is left of it bare
+    missed: set[str] = field(default_factory=set)  # numbers that files write in another way
     empty: set[int] = field(default_factory=set)  # found, and adding nothing to others of the study
     _parsed: dict[tuple[int, ...], Report] = field(default_factory=dict)
 
@@ -75,6 +83,8 @@ class Reports:
         """The report of a study, made of all of its reports by `text.parse_reports`."""
         numbers = tuple(self.of(accession, study))
         if not numbers:
+            if accession and (other := self.alike.get(_bare(accession))) is not None:
+                self.missed.add(other)
             return Report(None, None, None)
         if numbers not in self._parsed:  # the images of a study ask for it one after another
             self.found.update(numbers)
@@ -88,6 +98,12 @@ class Reports:
         numbers = {*self.by_accession.get(accession, ()), *self.by_study.get(study, ())}
         last = datetime.max
         return sorted(numbers, key=lambda n: (self.texts[n][0] or last, n))
+
+
+def _bare(accession: str) -> str:
+    """A number without what tables lose or add: leading zeros, ".0", signs, and letters' case."""
+    text = re.sub(r"\.0+$", "", accession)
+    return re.sub(r"[\W_]", "", text).casefold().lstrip("0")
 
 
 def load_report_mapping(path: Path) -> ReportMapping:
@@ -104,7 +120,7 @@ def read_reports(table: Path, mapping: ReportMapping) -> Reports:
     """All reports of a table; a row without an id or without a text is told in a warning."""
     columns, found = mapping.columns, Reports()
     used = [name for name in dict(columns).values() if name is not None]
-    n_no_id = n_empty = n_broken = 0
+    n_no_id = n_empty = n_broken = n_cut = 0
     bad_dates: list[str] = []
     for cells, problem in read_rows(
         table, used, delimiter=mapping.delimiter, encoding=mapping.encoding, remedy=REMEDY
@@ -113,7 +129,8 @@ def read_reports(table: Path, mapping: ReportMapping) -> Reports:
         def cell(name: str | None, cells: dict[str, str] = cells) -> str:
             return "" if name is None else cells.get(name, "").strip()
 
-        accession, study = cell(columns.accession), cell(columns.study_id)
+        accession, study = id_of(cell(columns.accession)), id_of(cell(columns.study_id))
+        n_cut += _CUT.fullmatch(accession) is not None
         whole = cell(columns.report)
         parts = [
             f"{k}: {t}" for k in ("FINDINGS", "IMPRESSION") if (t := cell(dict(columns)[k.lower()]))
@@ -132,12 +149,15 @@ def read_reports(table: Path, mapping: ReportMapping) -> Reports:
         found.ids.append(accession or study)
         if accession:
             found.by_accession.setdefault(accession, []).append(number)
+            found.alike.setdefault(_bare(accession), accession)
         if study:
             found.by_study.setdefault(study, []).append(number)
     for n, what in (
         (n_broken, "have another number of fields than the header, or an error of Excel, and are "
          "not read"),
         (n_no_id, "name no study, and are not read"),
+        (n_cut, "have an accession number that Excel cut (1.2E+13), and find no image; export the "
+         "column as text"),
         (n_empty, "hold no report, and are not read"),
         (len(bad_dates), f"have a date that is not {mapping.date_format!r}, and stand last"
          + _proposed(bad_dates)),
@@ -146,6 +166,8 @@ def read_reports(table: Path, mapping: ReportMapping) -> Reports:
             logger.warning("%s: %d rows %s", table, n, what)
     return found
 
+
+_CUT = re.compile(r"\d([.,]\d+)?[eE]\+\d+")
 
 _DATES = (
     "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%Y-%m-%d", "%Y/%m/%d", "%Y%m%d", "%d.%m.%y",
@@ -163,9 +185,12 @@ def _proposed(dates: Sequence[str]) -> str:
 
 
 def _date(text: str, form: str) -> datetime | None:
-    for known in (form, "%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"):
-        try:
-            return datetime.strptime(text, known)
-        except ValueError:
-            continue
-    return None
+    try:
+        return datetime.strptime(text, form)
+    except ValueError:
+        pass
+    try:
+        date = datetime.fromisoformat(text if "-" in text else "")
+    except ValueError:
+        return None
+    return date if date.tzinfo is None else date.astimezone(UTC).replace(tzinfo=None)
