@@ -958,6 +958,16 @@ def test_a_sign_is_nobodys_id(tmp_path: Path, said: str):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("ids", "n"), [("1 1.0 01 2", 2), ("1 10 100", 0), ("007 7 7 007", 1), ("a1 A1 a10", 0)]
+)
+def test_patients_who_differ_in_zeros_alone_are_counted(tmp_path: Path, caplog, ids: str, n: int):
+    rows = "".join(f"{i}.png,{name}\n" for i, name in enumerate(ids.split()))
+    read(tmp_path, f"film,patient\n{rows}")
+    assert (f"{n} patient ids are those of others but for" in caplog.text) == bool(n)
+    assert bool(caplog.text) == bool(n)
+
+
 @pytest.mark.parametrize("said", ['"=""00123"""', "'00123", " 00123\u00a0"])
 def test_what_keeps_the_zeros_of_an_id_in_excel_is_no_part_of_it(tmp_path: Path, said: str):
     assert read(tmp_path, f"film,patient\na.png,{said}\n")[0].patient_id == "00123"

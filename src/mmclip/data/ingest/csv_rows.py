@@ -141,6 +141,15 @@ def id_of(cell: str) -> str:
     return text if is_id else ""
 
 
+def n_alike(ids: Collection[str]) -> int:
+    """How many ids are another one's but for leading zeros or ".0", as of tables saved as numbers.
+
+    Args:
+        ids: Each once.
+    """
+    return len(ids) - len({re.sub(r"\.0+$", "", text).lstrip("0") for text in ids})
+
+
 def _names(first: list[str]) -> list[str]:
     """The names in a table's first line, without those that commas behind the last one make."""
     names = [name.strip("\ufeff \t\r\n\xa0").strip() for name in first]

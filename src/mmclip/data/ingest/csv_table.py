@@ -29,6 +29,7 @@ from mmclip.data.ingest.csv_rows import (
     header_of,
     id_of,
     lacking,
+    n_alike,
     read_rows,
 )
 from mmclip.data.sample import (
@@ -133,6 +134,7 @@ def find_table(root: Path, name: str, table: Path | None) -> Path:
 
 
 def _csv_records(root: Path, path: Path, mapping: CsvMapping) -> Iterator[Record]:
+    patients: set[str] = set()
     for row, (cells, problem) in enumerate(_rows(path, mapping)):
         if problem:
             yield Excluded(
@@ -142,7 +144,13 @@ def _csv_records(root: Path, path: Path, mapping: CsvMapping) -> Iterator[Record
                 detail=problem,
             )
         else:
+            patients.add(id_of(_cell(cells, mapping.columns.patient_id)))
             yield _image(row, root, cells, mapping)
+    if n := n_alike(patients):
+        logger.warning(
+            "%s: %d patient ids are those of others but for leading zeros or \".0\"; they count as "
+            "patients of their own, who may be in two splits; write each in one way", path, n,
+        )  # fmt: skip
 
 
 def _image(row: int, root: Path, cells: Mapping[str, str], mapping: CsvMapping) -> Record:
