@@ -23,7 +23,7 @@ CONTENT_KEYWORDS = (
 )  # fmt: skip
 """What `view_of` and `why_no_chest` read."""
 
-_CLASSES = {
+_CLASSES: dict[str, str] = {
     uid.ComputedRadiographyImageStorage: "CR",
     uid.DigitalXRayImageStorageForPresentation: "DX",
     uid.DigitalXRayImageStorageForProcessing: "DX",

@@ -51,7 +51,7 @@ def text_of_rtf(source: str) -> str:
         elif word in _BREAKS or sign in ("\r", "\n"):
             parts.append("\n")
         elif word in _SIGNS or sign:
-            parts.append(_SIGNS.get(word) or {"~": " ", "_": "-", "-": ""}.get(sign, sign))
+            parts.append(_SIGNS.get(word, "") or {"~": " ", "_": "-", "-": ""}.get(sign, sign))
         elif code:
             to_skip, is_new = max(0, to_skip - 1), not to_skip
             parts.append(_decoded(int(code, 16), page) if is_new else "")
