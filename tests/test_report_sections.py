@@ -205,7 +205,7 @@ CASES: dict[str, list[tuple[str, str | None, str | None]]] = {
         ("FINDINGS: Clear._x000D_\nIMPRESSION: Normal._x000D_\n", "Clear.", "Normal."),
         (
             "{\\rtf1\\ansi\\ansicpg1252{\\fonttbl{\\f0 Arial;}}{\\header Doe, Jane\\par}\\f0\\fs20 "
-            "{\\b FINDINGS:} Clear\\u8209?ish.\\par\r\nIMPRESSION:\\tab Normal \\{'e4\\}.\\par}",
+            "{\\b FINDINGS:} Clear\\u8209?ish.\\par\r\nIMPRESSION:\\tab Normal \\{\\'e4\\}.\\par}",
             "Clear-ish.",
             "Normal {\u00e4}.",
         ),

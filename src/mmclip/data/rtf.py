@@ -11,6 +11,7 @@ _SIGNS = {
     "lquote": "'", "rquote": "'", "ldblquote": '"', "rdblquote": '"', "emspace": " ",
     "enspace": " ",
 }  # fmt: skip
+_SYMBOLS = {"~": " ", "_": "-", "-": ""}
 _NO_TEXT = {
     "fonttbl", "colortbl", "stylesheet", "info", "pict", "object", "header", "headerl", "headerr",
     "headerf", "footer", "footerl", "footerr", "footerf", "themedata", "listtable", "generator",
@@ -50,8 +51,10 @@ def text_of_rtf(source: str) -> str:
             to_skip = n_skipped
         elif word in _BREAKS or sign in ("\r", "\n"):
             parts.append("\n")
-        elif word in _SIGNS or sign:
-            parts.append(_SIGNS.get(word, "") or {"~": " ", "_": "-", "-": ""}.get(sign, sign))
+        elif word in _SIGNS:
+            parts.append(_SIGNS[word])
+        elif sign:
+            parts.append(_SYMBOLS.get(str(sign), sign))
         elif code:
             to_skip, is_new = max(0, to_skip - 1), not to_skip
             parts.append(_decoded(int(code, 16), page) if is_new else "")
