@@ -176,6 +176,18 @@ def test_a_transfer_syntax_without_a_decoder_is_named_and_its_text_is_not_quoted
         assert said in error.detail and "4711" not in error.detail
 
 
+def test_a_frame_that_no_decoder_reads_and_pixels_of_floats_are_named():
+    data = pydicom.dcmread(io.BytesIO(dicom(ramp().astype(np.uint16))))
+    data.file_meta.TransferSyntaxUID = uid.JPEGBaseline8Bit  # of 8 bits, under a header of 16
+    data.PixelData = encapsulate([encoded(ramp(), "JPEG")])
+    data["PixelData"].is_undefined_length = True
+    assert refusal(saved(data)).detail.endswith("which none of its decoders can read")
+    floats = pydicom.dcmread(io.BytesIO(dicom(ramp())))
+    del floats.PixelData
+    floats.FloatPixelData = ramp().astype("<f4").tobytes()
+    assert refusal(saved(floats)).detail == "pixels that are stored as floats"
+
+
 def test_49_of_the_79_test_files_of_pydicom_are_read_as_the_documents_say():
     names = sorted(path for path in DICOM_FILES.rglob("*.dcm"))
     found = [image_or_reason(path) for path in names]

@@ -25,6 +25,7 @@ from pydicom.tag import BaseTag, Tag
 from mmclip.data.dicom_grey import StoredValues, stored_values, to_grey
 from mmclip.data.dicom_pixels import (
     NATIVE,
+    NoDecoder,
     complete_header,
     name_of,
     stored_pixels,
@@ -152,7 +153,9 @@ def _read_pixels(content: bytes, max_px: int, make: Callable[[Dataset, np.ndarra
             frames = int(data.get("NumberOfFrames") or 1)
             check_size(columns, rows, max_px)
             if not data.get("PixelData"):
+                is_float = "FloatPixelData" in data or "DoubleFloatPixelData" in data
                 detail = "a DICOM file without pixels, or cut off before their end"
+                detail = "pixels that are stored as floats" if is_float else detail
                 raise ImageError(Reason.IMAGE_UNREADABLE, detail)
             complete_header(data)
             if frames > 1:
@@ -161,6 +164,9 @@ def _read_pixels(content: bytes, max_px: int, make: Callable[[Dataset, np.ndarra
             return make(data, stored_pixels(data))
         except ImageError:
             raise
+        except NoDecoder:
+            detail = f"{step}, which none of its decoders can read"
+            raise ImageError(Reason.IMAGE_UNREADABLE, detail) from None
         except FAULTS as error:  # whose text may quote the header: only its kind is told
             detail = f"{step}: {type(error).__name__}"
             raise ImageError(Reason.IMAGE_UNREADABLE, detail) from None

@@ -41,6 +41,10 @@ _LENIENT = {"gdcm", "pylibjpeg", "pyjpegls"}
 """Plug-ins that return an image for a frame that is cut off, or look for its end for seconds."""
 
 
+class NoDecoder(RuntimeError):
+    """None of the decoders of a transfer syntax reads a frame: it is damaged, or another's."""
+
+
 def complete_header(data: Dataset) -> None:
     """Adds to a header what it leaves out of its pixels and can only be one thing.
 
@@ -77,7 +81,7 @@ def stored_pixels(data: Dataset) -> np.ndarray:
 
     Raises:
         ImageError: When the frame is cut off, or no decoder of its transfer syntax is installed.
-        RuntimeError: When none can decode it.
+        NoDecoder: When none can decode it.
     """
     syntax = data.file_meta.TransferSyntaxUID
     if syntax in NATIVE:
@@ -141,7 +145,7 @@ def _decoded(data: Dataset) -> np.ndarray:
     is_whole = _END_MARKER in frame[-16:]
     try:
         return _by_plugins(data, is_whole)
-    except RuntimeError:
+    except NoDecoder:
         other = syntax_of_frame(frame)
         if other is None or DECODERS[other] == DECODERS.get(syntax):
             raise
@@ -160,7 +164,7 @@ def _by_plugins(data: Dataset, is_whole: bool) -> np.ndarray:
         )
         raise ImageError(Reason.IMAGE_UNREADABLE, said)
     if not is_whole and _LENIENT.issuperset(plugins):
-        said = f"pixels in transfer syntax {name_of(syntax)!r} without an end marker: RuntimeError"
+        said = f"pixels in transfer syntax {name_of(syntax)!r} without an end marker"
         raise ImageError(Reason.IMAGE_UNREADABLE, said)
     for name in plugins:
         if name in _LENIENT and not is_whole:
@@ -172,7 +176,7 @@ def _by_plugins(data: Dataset, is_whole: bool) -> np.ndarray:
             return data.pixel_array
         except FAULTS:
             continue
-    raise RuntimeError("no plug-in can decode the frame")
+    raise NoDecoder
 
 
 def syntax_of_frame(frame: bytes) -> uid.UID | None:
