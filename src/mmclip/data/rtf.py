@@ -9,9 +9,8 @@ _BREAKS = {"par", "line", "sect", "page", "row"}
 _SIGNS = {
     "tab": " ", "cell": " ", "nestcell": " ", "emdash": "-", "endash": "-", "bullet": "-",
     "lquote": "'", "rquote": "'", "ldblquote": '"', "rdblquote": '"', "emspace": " ",
-    "enspace": " ",
+    "enspace": " ", "~": " ", "_": "-", "-": "",
 }  # fmt: skip
-_SYMBOLS = {"~": " ", "_": "-", "-": ""}
 _NO_TEXT = {
     "fonttbl", "colortbl", "stylesheet", "info", "pict", "object", "header", "headerl", "headerr",
     "headerf", "footer", "footerl", "footerr", "footerf", "themedata", "listtable", "generator",
@@ -51,10 +50,10 @@ def text_of_rtf(source: str) -> str:
             to_skip = n_skipped
         elif word in _BREAKS or sign in ("\r", "\n"):
             parts.append("\n")
-        elif word in _SIGNS:
-            parts.append(_SIGNS[word])
+        elif (word or sign) in _SIGNS:
+            parts.append(_SIGNS[word or sign])
         elif sign:
-            parts.append(_SYMBOLS.get(str(sign), sign))
+            parts.append(sign)
         elif code:
             to_skip, is_new = max(0, to_skip - 1), not to_skip
             parts.append(_decoded(int(code, 16), page) if is_new else "")
