@@ -2,14 +2,14 @@
 
 The pass is pyahocorasick's: one C extension without dependencies (0.1 MB, wheels for Linux, macOS
 and Windows, BSD-3, kept since 2011), whose time is linear in the text whatever the text says. It
-matches characters, so each word of the lexicon becomes one character of an alphabet of words.
+matches characters, so each word of the lexicon becomes two characters of an alphabet of words.
 """
 
 import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from operator import itemgetter
 from typing import NamedTuple, TypeVar
@@ -19,46 +19,13 @@ import ahocorasick
 from mmclip.config_io import read_toml
 from mmclip.data.negation import Heard, ListWords, Mark, Span, statuses
 from mmclip.data.sample import Entity, EntityKind, EntityStatus
+from mmclip.data.spelling import Letters
+from mmclip.data.words import WORD, words_of
 
-_SHORT_AND_MORE = {
-    "sig": "significant", "signif": "significant", "bilat": "bilateral", "eval": "evaluate",
-    "sm": "small", "mod": "moderate", "vs": "versus",
-}  # fmt: skip
-_SHORT = _SHORT_AND_MORE | {
-    "pna": "pneumonia", "opac": "opacity", "opacs": "opacities", "consol": "consolidation",
-    "atel": "atelectasis", "infil": "infiltrate", "eff": "effusion", "effs": "effusions",
-}  # fmt: skip
-"""Words that radiologists type in short, with a full stop or without; the former end no sentence,
-as they speak of what follows."""
-
-# A line break is a word where a paragraph, an item of a list or a structured line begins behind it.
-_WORD = re.compile(
-    r"\d+(?:[.,]\d+)+|\w+|\.{3,}|[^\w\s\-\u2010-\u2015]"
-    r"|-(?:ve\b|free\b|(?<=\(-)(?=\)))|(?<=[^\d\s])\ [-\u2013\u2014]{1,2}(?=\s)"
-    r"|\n(?=[ \t]*(?:\n|[-*\u2022]|\d+[.)]|[A-Z][\w /()-]{1,40}:))"
-)
-_ALIASES = {
-    **{"\n": ".", "(": "[", ")": "]", "\u2019": "'", "=": ":"},
-    **{"-": "negative", "-ve": "negative", " -": ":", " --": ":", " \u2013": ":", " \u2014": ":"},
-    **_SHORT,
-}
-"""Words of a text that stand for another one; forms cannot have a bracket or a line break."""
-_JOINED = frozenset((*_SHORT, "well"))  # may be joined with what stands beside them
-_NO_LETTER = "\0"  # stands for a word that no phrase has
-_LONG_WORD = 8  # [chosen: "effusion" fits; shorter words have neighbours that are words]
-_LONGEST_WORD = 40  # [chosen: no word of a report is longer]
-_MOST_UNKNOWN = 50_000  # [chosen: bounds the memory; a year of reports has fewer]
-# Words, and an ending of Spanish, that are right although they differ from a word by a letter.
-_OTHER_WORDS = frozenset(("atelectasias", "atelectasies"))
-_OTHER_ENDINGS = ("cion", "ciones")
 _SENTENCE_ENDS = ".!?"
-_LEADER = "..."  # of "Pneumothorax ..... none", which stands for a colon
-_OPENERS = ("", ",", ";", ":", "(", "-", ".")  # before a "?" that asks of what follows
 _GAP = re.compile(r"\s*<(\d+)>\s*")
 _SET = re.compile(r"\{(\w+)\}")
 _GROUP = re.compile(r"\(([^()]*)\)")
-_WALL, _OUTCOME = frozenset(("gap stop",)), frozenset(("outcome",))
-_VOID = frozenset(("void", "degree"))
 _KINDS: dict[str, EntityKind] = {
     "findings": "finding",
     "anatomy": "anatomy",
@@ -71,14 +38,36 @@ class _Concept(NamedTuple):
     name: str
 
 
+class _Use(NamedTuple):
+    """What a phrase with some roles does, worked out once for all reports.
+
+    Attributes:
+        is_wall: No gap reaches over it.
+        is_only_wall: It does nothing else.
+        is_void: It switches off every cue that it touches, a denied change among them.
+        is_degree: It denies a change, which it may not do everywhere.
+        is_only_outcome: It takes back a resolution, and says nothing where there is none.
+        is_pseudo: It switches off the cues inside it.
+        mark: What it says of findings, at no place yet.
+    """
+
+    is_wall: bool
+    is_only_wall: bool
+    is_void: bool
+    is_degree: bool
+    is_only_outcome: bool
+    is_pseudo: bool
+    mark: Mark
+
+
 @dataclass(slots=True)
 class _Senses:
     """What a phrase may stand for; most phrases have one sense."""
 
     concepts: list[_Concept] = field(default_factory=list)
     roles: frozenset[str] = frozenset()  # "negated before", "stop", "gap stop", ...
-    left_of: list[int] = field(default_factory=list)  # numbers of forms
-    right_of: list[tuple[int, int, _Concept | str]] = field(default_factory=list)  # form, gap, ...
+    left_of: dict[str, None] = field(default_factory=dict)  # what stands before a gap, in order
+    right_of: list[tuple[str, int, _Concept | _Use]] = field(default_factory=list)  # left, gap, ...
 
 
 class _Cue(NamedTuple):
@@ -86,43 +75,12 @@ class _Cue(NamedTuple):
 
     start: int
     end: int
-    roles: frozenset[str]
+    use: _Use
     left_end: int
     right_start: int
 
 
 _Found = tuple[int, int, _Concept]
-
-
-class _Letters(dict[str, str]):
-    """The letter of each word; of an unknown one that of the long word that it misspells."""
-
-    def __init__(self):
-        super().__init__()
-        self._long: dict[tuple[str, str], list[str]] = defaultdict(list)
-        self._unknown: list[str] = []
-
-    def learn(self, word: str) -> str:
-        """The letter of a word of the lexicon."""
-        if word not in self:
-            self[word] = chr(len(self) + 1)
-            if len(word) >= _LONG_WORD:
-                self._long[word[0], word[-1]].append(word)
-        return self[word]
-
-    def __missing__(self, word: str) -> str:
-        if len(self._unknown) == _MOST_UNKNOWN:
-            for old in self._unknown:
-                self.pop(old, None)
-            self._unknown.clear()
-        if len(word) > _LONGEST_WORD:
-            return _NO_LETTER
-        self._unknown.append(word)
-        is_right = word in _OTHER_WORDS or word.endswith(_OTHER_ENDINGS)
-        known = () if is_right else self._long.get((word[0], word[-1]), ())
-        right = next((long for long in known if differs_by_one_slip(word, long)), None)
-        self[word] = self[right] if right else _NO_LETTER
-        return self[word]
 
 
 class Lexicon:
@@ -141,7 +99,7 @@ class Lexicon:
         lists: ListWords,
     ):
         senses: dict[str, _Senses] = defaultdict(_Senses)
-        for number, (meaning, form) in enumerate((*forms, *cues)):
+        for meaning, form in (*forms, *cues):
             match _GAP.split(form):
                 case [phrase]:
                     for words in expand(phrase):
@@ -151,16 +109,17 @@ class Lexicon:
                             senses[words].concepts.append(meaning)
                 case [left, gap, right]:
                     for words in expand(left):
-                        senses[words].left_of.append(number)
+                        senses[words].left_of[left] = None
+                    use = _use(frozenset((meaning,))) if isinstance(meaning, str) else meaning
                     for words in expand(right):
-                        senses[words].right_of.append((number, int(gap), meaning))
+                        senses[words].right_of.append((left, int(gap), use))
                 case _:
                     raise ValueError(f"form {form!r} of {meaning!r} has more than one gap <n>")
         for word in _SENTENCE_ENDS:
             senses[word].roles |= {"stop", "gap stop"}
         self._lists = lists
         self._most_words = max(len(words.split(" ")) for words in senses)
-        self._letters = _Letters()
+        self._letters = Letters()
         self._matcher = ahocorasick.Automaton()
         for phrase, sense in senses.items():
             words = phrase.split(" ")
@@ -173,14 +132,15 @@ class Lexicon:
         """Every phrase in some words, as start and end word and senses; in order of start."""
         letters = "".join(map(self._letters.__getitem__, words))
         found = [
-            (last + 1 - length, last + 1, senses)
+            ((end := (last + 1) // 2) - length, end, senses)
             for last, (length, senses) in self._matcher.iter(letters)
         ]
-        return sorted(found, key=itemgetter(0))
+        found.sort(key=itemgetter(0))
+        return found
 
     def find(self, text: str) -> list[Entity]:
         """The entities of a text, with the status of each finding: in order and disjoint."""
-        words, places = _words(text)
+        words, places = words_of(text)
         found, cues = self._candidates(words)
         taken: set[int] = set()  # "left hilar enlargement" is a hilar enlargement, not a left hilum
         chosen = longest_disjoint((f for f in found if f[2].kind == "finding"), taken)
@@ -191,14 +151,13 @@ class Lexicon:
         heard = {finding.start: one for finding, one in zip(findings, said, strict=True)}
         taken |= in_cue
         chosen += longest_disjoint((f for f in found if f[2].kind != "finding"), taken)
-        return [
-            _entity(
-                Entity(places[start][0], places[end - 1][1], concept.kind, concept.name),
-                heard.get(start) if concept.kind == "finding" else None,
-                places,
-            )
-            for start, end, concept in sorted(chosen, key=itemgetter(0))
-        ]
+        chosen.sort(key=itemgetter(0))
+        entities: list[Entity] = []
+        for start, end, (kind, name) in chosen:
+            status, cue = _said(heard[start], places) if kind == "finding" else ("present", None)
+            place = places[start][0], places[end - 1][1]
+            entities.append(Entity(*place, kind, name, status, cue))
+        return entities
 
     def assess(self, text: str, entities: Sequence[Entity]) -> list[Entity]:
         """Entities that another program found, with the status of each finding.
@@ -206,7 +165,7 @@ class Lexicon:
         Args:
             entities: In order, disjoint and inside the text. A cue inside one belongs to it.
         """
-        words, places = _words(text)
+        words, places = words_of(text)
         starts, ends = [a for a, _ in places], [b for _, b in places]
         spans = [
             Span(first, max(first, bisect_left(starts, e.end)), e.concept)
@@ -216,80 +175,45 @@ class Lexicon:
         findings = [s for s, e in zip(spans, entities, strict=True) if e.kind == "finding"]
         marks, _ = _marks(words, self._candidates(words)[1], findings)
         heard = iter(statuses(words, findings, marks, self._lists, is_own_cue_heard=False))
-        return [_entity(e, next(heard) if e.kind == "finding" else None, places) for e in entities]
+        out: list[Entity] = []
+        for entity in entities:
+            if entity.kind == "finding":
+                status, cue = _said(next(heard), places)
+                entity = entity._replace(status=status, cue=cue)
+            out.append(entity)
+        return out
 
     def _candidates(self, words: Sequence[str]) -> tuple[list[_Found], list[_Cue]]:
         """Whatever the words may mean: concepts and cues, overlaps and all."""
         found: list[_Found] = []
         cues: list[_Cue] = []
-        lefts: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        lefts: dict[str, list[tuple[int, int]]] = defaultdict(list)
         walls: list[int] = []  # where no gap may reach over
         for start, end, senses in self.matches(words):
-            found += [(start, end, concept) for concept in senses.concepts]
-            for number in senses.left_of:
-                lefts[number].append((start, end))
-            for number, gap, meaning in senses.right_of:
-                for left_start, left_end in reversed(lefts.get(number, ())):
+            for concept in senses.concepts:
+                found.append((start, end, concept))
+            for left in senses.left_of:
+                lefts[left].append((start, end))
+            for left, gap, meaning in senses.right_of:
+                if left not in lefts:
+                    continue
+                for left_start, left_end in reversed(lefts[left]):
                     if left_start < start - gap - self._most_words:
                         break
                     is_open = bisect_left(walls, left_end) == bisect_left(walls, start)
                     if not (0 <= start - left_end <= gap and is_open):
                         continue
-                    if isinstance(meaning, str):
-                        cues.append(_Cue(left_start, end, frozenset((meaning,)), left_end, start))
+                    if isinstance(meaning, _Use):
+                        cues.append(_Cue(left_start, end, meaning, left_end, start))
                     else:
                         found.append((left_start, end, meaning))
             if senses.roles:
-                if "gap stop" in senses.roles:
+                use = _use(senses.roles)
+                if use.is_wall:
                     walls.append(start)
-                cues.append(_Cue(start, end, senses.roles, end, end))
+                if not use.is_only_wall:
+                    cues.append(_Cue(start, end, use, end, end))
         return found, cues
-
-
-def _words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The words of a text in lower case, with their characters; the last one is always a "."."""
-    places = [match.span() for match in _WORD.finditer(text)]
-    words = [text[start:end].lower() for start, end in places]
-    if not _JOINED.isdisjoint(words):
-        words, places = _joined(text, words, places)
-    if not _ALIASES.keys().isdisjoint(words):
-        words = [_ALIASES.get(word, word) for word in words]
-    if _LEADER in text:
-        words = [":" if word.startswith(_LEADER) else word for word in words]
-    if "?" in text:
-        for i, (_, end) in enumerate(places):
-            behind = text[max(0, end - 3) : end - 1].strip()[-1:]
-            is_loose = behind in _OPENERS and text[end : end + 2].lstrip()[:1].isalpha()
-            if words[i] == "?" and (is_loose or text[end : end + 1].isalpha()):
-                words[i] = "\u00bf"  # of "?pneumonia" and "opacity, ? pneumonia"
-    words.append(".")
-    places.append((len(text), len(text)))
-    return words, places
-
-
-def _joined(
-    text: str, words: Sequence[str], places: Sequence[tuple[int, int]]
-) -> tuple[list[str], list[tuple[int, int]]]:
-    """The words with "as well as" as an "and", and without the full stops of words in short.
-
-    A full stop behind a short noun may end a sentence: a small letter that follows tells, but not
-    where all letters are small or all are capitals.
-    """
-    has_both_cases = not (text.islower() or text.isupper())
-    joined: list[str] = []
-    where: list[tuple[int, int]] = []
-    for word, (start, end) in zip(words, places, strict=True):
-        if word == "as" and joined[-2:] == ["as", "well"]:
-            joined[-2:], where[-2:] = ["and"], [(where[-2][0], end)]
-            continue
-        if word == "." and joined and joined[-1] in _SHORT:
-            following = text[end : end + 2].lstrip()[:1]
-            says_more = following.isalnum() and joined[-1] in _SHORT_AND_MORE
-            if following == "," or says_more or (has_both_cases and following.islower()):
-                continue
-        joined.append(word)
-        where.append((start, end))
-    return joined, where
 
 
 def _with_headings(
@@ -315,22 +239,23 @@ def _marks(
     starts = [finding.start for finding in findings]
     in_cue: set[int] = set()
     rest: list[_Cue] = []
-    has_resolution = any("negated resolution" in cue.roles for cue in cues)
+    has_resolution = any(cue.use.mark.is_resolution for cue in cues)
     for cue in cues:
-        if bisect_left(starts, cue.left_end) < bisect_left(starts, cue.right_start):
+        start, end, use, left_end, right_start = cue
+        if left_end < right_start and bisect_left(starts, left_end) < bisect_left(
+            starts, right_start
+        ):
             continue  # a finding stands in the gap
-        if "degree" in cue.roles and not _denies_change(words, cue, findings, starts):
+        if use.is_degree and not _denies_change(words, cue, findings, starts):
             continue
-        if cue.roles == _WALL or (cue.roles == _OUTCOME and not has_resolution):
-            continue
-        if not _VOID.isdisjoint(cue.roles):
-            in_cue.update(range(cue.start, cue.end))
-        else:
+        if use.is_void:
+            in_cue.update(range(start, end))
+        elif has_resolution or not use.is_only_outcome:
             rest.append(cue)
     return [
-        _meaning(cue.roles)._replace(start=cue.start, end=cue.end)
+        Mark(cue.start, cue.end, *cue.use.mark[2:])
         for cue in longest_disjoint(rest, in_cue)
-        if "pseudo" not in cue.roles
+        if not cue.use.is_pseudo
     ], in_cue
 
 
@@ -344,6 +269,19 @@ def _denies_change(
 
 
 @cache
+def _use(roles: frozenset[str]) -> _Use:
+    """What a phrase does that has some roles in cues.toml."""
+    return _Use(
+        is_wall="gap stop" in roles,
+        is_only_wall=roles == {"gap stop"},
+        is_void=not roles.isdisjoint(("void", "degree")),
+        is_degree="degree" in roles,
+        is_only_outcome=roles == {"outcome"},
+        is_pseudo="pseudo" in roles,
+        mark=_meaning(roles),
+    )
+
+
 def _meaning(roles: frozenset[str]) -> Mark:
     """A mark of the roles that a phrase has in cues.toml; "stop" alone says nothing of findings."""
     said: dict[str, EntityStatus] = {}
@@ -370,12 +308,13 @@ def _meaning(roles: frozenset[str]) -> Mark:
     )
 
 
-def _entity(entity: Entity, heard: Heard | None, places: Sequence[tuple[int, int]]) -> Entity:
-    """An entity with what was heard of it."""
-    if heard is None or heard.mark is None:
-        return entity
-    cue = places[heard.mark.start][0], places[heard.mark.end - 1][1]
-    return replace(entity, status=heard.status, cue=cue)
+def _said(
+    heard: Heard, places: Sequence[tuple[int, int]]
+) -> tuple[EntityStatus, tuple[int, int] | None]:
+    """The status of a finding, and the characters that say so."""
+    if heard.mark is None:
+        return "present", None
+    return heard.status, (places[heard.mark.start][0], places[heard.mark.end - 1][1])
 
 
 @cache  # the cues of the package are in every lexicon
@@ -383,27 +322,10 @@ def expand(form: str) -> tuple[str, ...]:
     """All wordings of a form without gaps, as words with single spaces: "rib(|s)" gives two."""
     group = _GROUP.search(form)
     if group is None:
-        return (" ".join(m.group().lower() for m in _WORD.finditer(form)),)
+        return (" ".join(m.group().lower() for m in WORD.finditer(form)),)
     head, tail = form[: group.start()], form[group.end() :]
     wordings = (w for choice in group[1].split("|") for w in expand(head + choice + tail))
     return tuple(dict.fromkeys(wordings))
-
-
-def differs_by_one_slip(a: str, b: str) -> bool:
-    """Whether one letter more or less, two swapped, or a vowel for another make a word of another.
-
-    S and z may stand for each other, too. Of other letters for another, too many are right words:
-    "lobulated" and "loculated", "rejection" and "resection", "injection" and "infection".
-    """
-    if abs(len(a) - len(b)) > 1:
-        return False
-    while a and b and a[0] == b[0]:
-        a, b = a[1:], b[1:]
-    while a and b and a[-1] == b[-1]:
-        a, b = a[:-1], b[:-1]
-    if len(a) == len(b) == 1:
-        return any(a in alike and b in alike for alike in ("aeiouy", "sz"))
-    return len(a) + len(b) <= 1 or (len(a) == 2 and a == b[::-1])
 
 
 _Span = TypeVar("_Span", bound=tuple)
@@ -416,12 +338,15 @@ def longest_disjoint(spans: Iterable[_Span], taken: set[int]) -> list[_Span]:
         taken: Places that no span may touch; those of the spans that are kept are added to it.
     """
     kept: list[_Span] = []
-    for span in sorted(spans, key=lambda s: (s[0] - s[1], s[0])):
+    longest_first = sorted(spans, key=itemgetter(0))
+    longest_first.sort(key=lambda span: span[0] - span[1])
+    for span in longest_first:
         places = range(span[0], span[1])
         if taken.isdisjoint(places):
             taken.update(places)
             kept.append(span)
-    return sorted(kept, key=itemgetter(0))
+    kept.sort(key=itemgetter(0))
+    return kept
 
 
 def lexicon_of(findings: Mapping[str, Sequence[str]]) -> Lexicon:

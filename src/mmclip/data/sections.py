@@ -1,9 +1,11 @@
 """Where a report's sections begin: headings, misspelt ones too, and the rules between reports."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal, NamedTuple
+
+from mmclip.data.spelling import edit_distance
 
 Kind = Literal["findings", "impression", "exam", "comment", "addendum", "admin", "other"]
 
@@ -264,21 +266,3 @@ def _spelt_right(word: str) -> str | None:
         if abs(len(word) - len(right)) <= most and edit_distance(word, right) <= most:
             return right
     return None
-
-
-def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many letters to add, drop, change or swap with their neighbour to come from a to b.
-
-    Source: optimal string alignment; each pair of letters is swapped at most once.
-    """
-    rows = [list(range(len(b) + 1))]
-    for i in range(1, len(a) + 1):
-        row = [i]
-        for j in range(1, len(b) + 1):
-            cost = a[i - 1] != b[j - 1]
-            best = min(row[j - 1] + 1, rows[i - 1][j] + 1, rows[i - 1][j - 1] + cost)
-            if i > 1 and j > 1 and a[i - 1] == b[j - 2] and a[i - 2] == b[j - 1]:
-                best = min(best, rows[i - 2][j - 2] + 1)
-            row.append(best)
-        rows.append(row)
-    return rows[-1][-1]
