@@ -704,6 +704,93 @@ Ingen pneumothorax. | -pneumothorax
 Sem edema. | -edema
 Sin edema ni fractura. | -edema
 """,
+    "boxes of forms": """
+[x] effusion [ ] pneumothorax | effusion, -pneumothorax
+[ ] Nodule [X] Cardiomegaly [ ] Fracture | -nodule, cardiomegaly, -fracture
+[x] Edema\\n[ ] Consolidation\\n[ ] Effusion | edema, -consolidation, -effusion
+( ) effusion (x) atelectasis | -effusion, atelectasis
+☐ Nodule ☒ Pneumonia ☐ Mass | -nodule, pneumonia, -mass
+Effusion: [x] Yes [ ] No. Nodule: [ ] Yes [x] No | effusion, -nodule
+Pneumothorax: ( ) present (x) absent | -pneumothorax
+Effusion [ ] none [ ] small [x] moderate [ ] large. No mass. | effusion, -mass
+Effusion? [x] None [ ] Small [ ] Large | -effusion
+Effusion [x] Pneumothorax [ ] Nodule [ ] | effusion, -pneumothorax, -nodule
+[ ] Small effusion [x] Small nodule | -effusion, nodule
+Effusion [ ] is seen. | effusion
+""",
+    "words that run together": """
+Noeffusion. | -effusion
+Nopneumothorax or mass. | -pneumothorax, -mass
+There is nopleural effusion. Small nodule. | -effusion, nodule
+No acuteconsolidation. | -consolidation
+Withouteffusion | -effusion
+Noevidence of nodule. | -nodule
+No effusionor mass. | -effusion, -mass
+Smalleffusion and no nodule | effusion, -nodule
+No pleuraleffusion. | -effusion
+""",
+    "words in short, and CM": """
+Mild CM, no edema. | cm, -edema
+CM stable. Effusion. | cm, effusion
+Nodule of 3 CM in the right apex. | nodule
+LLL atx, no effus | atx, -effus
+Poss. nodule. | ?nodule
+Prob. small effusion | ?effusion
+Cardiomeg. with pulm. edema | cardiomeg, edema
+""",
+    "two letters swapped in a short word": """
+No edmea. | -edmea
+wihtout nodule | -nodule
+Nodlue in the right apex | nodlue
+""",
+    "denied actions, numbers and ranks": """
+No treatment is needed for this nodule. | nodule
+No further imaging of the nodule is needed. | nodule
+No biopsy of the mass was done. | mass
+No fewer than two nodules. | nodules
+Not previously reported mass. | mass
+Not enough effusion to tap. | effusion
+Series no 3 shows a nodule. | nodule
+Two nodules, none over 6 mm. | nodules
+Nodules, none calcified. | nodules
+No displacement of the fracture. | fracture
+No layering of the effusion. | effusion
+""",
+    "one side and the other": """
+Effusion on the right, none on the left. | effusion
+Right-sided, but no left-sided, effusion. | effusion
+Atelectasis at the left base and none at the right. | atelectasis
+Pneumothorax, none. | -pneumothorax
+""",
+    "the ends of denials": """
+No effusion next to the mass. | -effusion, mass
+No consolidation around the nodule. | -consolidation, nodule
+No fracture of the pacemaker lead. | -fracture, pacemaker
+No sign of the effusion. | -effusion
+No edema, no mass, no effusion, scoliosis. | -edema, -mass, -effusion, scoliosis
+No edema, no mass, effusion or nodule. | -edema, -mass, -effusion, -nodule
+No edema, no mass, effusion, or nodule. | -edema, -mass, -effusion, -nodule
+NO EDEMA HEART ENLARGED | -edema, enlarged
+NO EDEMA EFFUSION OR MASS | -edema, -effusion, -mass
+No effusion new paragraph small nodule | -effusion, nodule
+No effusion period nodule period | -effusion, nodule
+""",
+    "more verbs that deny or doubt": """
+This film excludes pneumothorax. | -pneumothorax
+Effusion cannot be seen. | -effusion
+A nodule could not be clearly identified. | ?nodule
+Nowhere is a nodule seen. | -nodule
+Edema is not a feature. | -edema
+It is not appreciated pneumothorax. | -pneumothorax
+Nodule is not evidenced. | -nodule
+Skin fold mimics a pneumothorax. | -pneumothorax
+Edema is thought to be unlikely. | -edema
+The pneumothorax has been evacuated. | -pneumothorax
+I cannot say whether there is a nodule. | ?nodule
+Nodule not seen with certainty. | ?nodule
+Rotation limits evaluation for effusion. | ?effusion
+One wonders about a nodule. | ?nodule
+""",
 }
 
 

@@ -17,10 +17,10 @@ from typing import NamedTuple, TypeVar
 import ahocorasick
 
 from mmclip.config_io import read_toml
-from mmclip.data.negation import Heard, ListWords, Mark, Span, statuses
+from mmclip.data.negation import Heard, Mark, Span, statuses
 from mmclip.data.sample import Entity, EntityKind, EntityStatus
 from mmclip.data.spelling import Letters
-from mmclip.data.words import WORD, words_of
+from mmclip.data.words import WORD, ListWords, words_of
 
 _SENTENCE_ENDS = ".!?"
 _GAP = re.compile(r"\s*<(\d+)>\s*")
@@ -94,7 +94,7 @@ class Lexicon:
 
     def __init__(
         self,
-        forms: Iterable[tuple[_Concept, str]],
+        forms: Sequence[tuple[_Concept, str]],
         cues: Iterable[tuple[str, str]],
         lists: ListWords,
     ):
@@ -126,7 +126,7 @@ class Lexicon:
             self._matcher.add_word("".join(map(self._letters.learn, words)), (len(words), sense))
         self._matcher.make_automaton()
         self.phrases = frozenset(senses)
-        self.senses = tuple(senses.values())
+        self.concepts = frozenset(concept.name for concept, _ in forms)
 
     def matches(self, words: Sequence[str]) -> list[tuple[int, int, _Senses]]:
         """Every phrase in some words, as start and end word and senses; in order of start."""
@@ -140,7 +140,7 @@ class Lexicon:
 
     def find(self, text: str) -> list[Entity]:
         """The entities of a text, with the status of each finding: in order and disjoint."""
-        words, places = words_of(text)
+        words, places = self._letters.part(*words_of(text))
         found, cues = self._candidates(words)
         taken: set[int] = set()  # "left hilar enlargement" is a hilar enlargement, not a left hilum
         chosen = longest_disjoint((f for f in found if f[2].kind == "finding"), taken)
@@ -165,7 +165,7 @@ class Lexicon:
         Args:
             entities: In order, disjoint and inside the text. A cue inside one belongs to it.
         """
-        words, places = words_of(text)
+        words, places = self._letters.part(*words_of(text))
         starts, ends = [a for a, _ in places], [b for _, b in places]
         spans = [
             Span(first, max(first, bisect_left(starts, e.end)), e.concept)

@@ -7,11 +7,11 @@ fixed window, and the ends of lists, are ours.
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
 from mmclip.data.sample import EntityStatus
+from mmclip.data.words import ListWords
 
 _OR = frozenset(("or", "nor", "/"))
 _AND = frozenset(("and", "&"))
@@ -73,25 +73,6 @@ class Heard(NamedTuple):
 
     status: EntityStatus
     mark: Mark | None
-
-
-@dataclass(frozen=True)
-class ListWords:
-    """The words by which the end of a list is seen; cues.toml has them.
-
-    Attributes:
-        size: Words with which a statement of its own begins ("mild", "stable", "two").
-        side: Words that do so behind a comma, but not behind "and" ("left").
-        verb: Verbs that a finding may have for itself.
-        residue: Names of what is left of an old disease.
-        seen: Participles that a list shares ("no effusion or pneumothorax is seen").
-    """
-
-    size: frozenset[str]
-    side: frozenset[str]
-    verb: frozenset[str]
-    residue: frozenset[str]
-    seen: frozenset[str]
 
 
 def statuses(
@@ -302,23 +283,30 @@ def _with_ends_of_lists(
 ) -> list[Mark]:
     """The marks, and a bare one wherever a list that is denied or doubted ends.
 
-    It ends at "and a/an"; at a finding with its own verb ("no effusion, the heart is enlarged");
-    and at a comma or "and" before a size, a side or a number ("no effusion, mild cardiomegaly")
-    unless an "or" goes on with the list. What a denied thing would be in is there ("no cavity in
-    the mass"). A doubt goes on over "and a" without a size: "includes pneumonia and a neoplasm".
+    It ends at "and a/an"; at a finding with its own verb ("no effusion, the heart is enlarged"); at
+    the heart, where no word joins it ("NO EFFUSION HEART ENLARGED"); at a comma or "and" before a
+    size, a side or a number ("no effusion, mild cardiomegaly"), or behind items with a "no" each
+    ("no edema, no mass, scoliosis"), unless an "or" goes on with the list. What a denied thing
+    would be in or of is there ("no cavity in the mass", "no fracture of the lead"). A doubt goes on
+    over "and a" without a size: "includes pneumonia and a neoplasm".
     """
     out = list(marks)
     previous = 0
     named: dict[str, int] = {}  # where each concept was named last
     for finding in findings:
         last = bisect_right(out, finding.start, key=attrgetter("end")) - 1
-        begin, previous = max(out[last].end if last >= 0 else 0, previous), finding.end
+        begin = out[last].end if last >= 0 else 0
+        is_second, touches = previous > begin, previous == finding.start
+        begin, previous = max(begin, previous), finding.end
         named_before, named[finding.concept] = named.get(finding.concept, -1), finding.start
         if last < 0 or out[last].before is None:
             continue
         first = max(begin, finding.start - _CONJUNCTION_WORDS)
         is_denied = out[last].before == "negated"
-        at = _place(words, first, finding.start) if is_denied else None
+        if is_denied and is_second and touches and words[finding.start] in lists.subject:
+            insort(out, Mark(finding.start, finding.start), key=attrgetter("start"))
+            continue
+        at = _place(words, first, finding.start, is_second) if is_denied else None
         if at is not None and at > out[last].end:
             insort(out, Mark(at, at + 2), key=attrgetter("start"))
             continue
@@ -331,16 +319,30 @@ def _with_ends_of_lists(
         if is_differential and not _has_own_verb(words, finding, words[at], lists):
             continue
         is_restated = is_denied and named_before >= out[last].end
+        is_restated |= is_denied and words[at] == "," and _is_each_denied(words, out, last)
         if _begins_anew(words, finding, at, out, is_denied, lists, is_restated):
             insort(out, Mark(at, at + 1), key=attrgetter("start"))
     return out
 
 
-def _place(words: Sequence[str], first: int, start: int) -> int | None:
+def _is_each_denied(words: Sequence[str], marks: Sequence[Mark], last: int) -> bool:
+    """Whether a "no" follows another one of its list: "no edema, no mass"."""
+    mark, prior = marks[last], marks[last - 1] if last else None
+    return (
+        prior is not None
+        and words[mark.start] == words[prior.start] == "no"
+        and words[mark.start - 1] == ","
+        and mark.start - prior.end <= _CONJUNCTION_WORDS
+    )
+
+
+def _place(words: Sequence[str], first: int, start: int, is_second: bool) -> int | None:
     """The word "in" of "in the known right mass" and "in the setting of", where words from `first`
-    on lead to it."""
+    on lead to it; behind a finding that is denied the "of" of "fracture of the lead", too."""
     for at in range(start - 2, max(first, start - 2 - _PLACE_WORDS) - 1, -1):
         if words[at] in _IN and (words[at + 1] in _DEFINITE or words[at + 1] in _CIRCUMSTANCE):
+            return at
+        if is_second and words[at] == "of" and words[at + 1] in _DEFINITE:
             return at
         if words[at] in _CIRCUMSTANCE and words[at + 1] == "of":
             continue

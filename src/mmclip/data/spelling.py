@@ -6,7 +6,15 @@ from collections.abc import Sequence
 _UNKNOWN = "\0\0"  # stands for a word that no phrase has
 _BASE = 64  # [chosen: 1,600 words fit in two letters of 64; 32 and 128 are as fast]
 _LONG_WORD = 8  # [chosen: "effusion" fits; shorter words have neighbours that are words]
+_SHORTER_WORD = 5  # [chosen: two neighbours swapped make no other word of so many letters]
 _LONGEST_WORD = 40  # [chosen: no word of a report is longer]
+_PART = 7  # [chosen: "pleural" fits; no word of English is "no" and one of so many letters]
+_JOINED = "\0\1"  # stands for a word that is two
+_LEADS = (
+    "no", "without", "and", "or", "nor", "with", "of", "the", "pleural", "focal", "acute", "small",
+    "mild", "moderate", "large", "left", "right",
+)  # fmt: skip
+_TAILS = ("or", "and", "nor", "is", "are", "with", "seen")
 _MOST_UNKNOWN = 50_000  # [chosen: bounds the memory; a year of reports has fewer]
 # Words, and an ending of Spanish, that are right although they differ from a word by a letter.
 _OTHER_WORDS = frozenset(("atelectasias", "atelectasies"))
@@ -24,6 +32,7 @@ class Letters(dict[str, str]):
     def __init__(self):
         super().__init__()
         self._long: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self._parts: set[str] = set()
         self._unknown: list[str] = []
 
     def learn(self, word: str) -> str:
@@ -31,8 +40,10 @@ class Letters(dict[str, str]):
         if word not in self:
             first, second = divmod(len(self), _BASE)
             self[word] = chr(1 + _BASE + first) + chr(1 + second)
-            if len(word) >= _LONG_WORD:
+            if len(word) >= _SHORTER_WORD:
                 self._long[word[0], word[-1]].append(word)
+            if len(word) >= _PART:
+                self._parts.add(word)
         return self[word]
 
     def __missing__(self, word: str) -> str:
@@ -45,9 +56,43 @@ class Letters(dict[str, str]):
         self._unknown.append(word)
         is_right = word in _OTHER_WORDS or word.endswith(_OTHER_ENDINGS)
         known = () if is_right else self._long.get((word[0], word[-1]), ())
-        right = next((long for long in known if differs_by_one_slip(word, long)), None)
-        self[word] = self[right] if right else _UNKNOWN
+        right = next((long for long in known if _is_slip(word, long)), None)
+        unknown = _UNKNOWN if self._joint(word) is None else _JOINED
+        self[word] = self[right] if right else unknown
         return self[word]
+
+    def part(
+        self, words: list[str], places: list[tuple[int, int]]
+    ) -> tuple[list[str], list[tuple[int, int]]]:
+        """The words and their places, where those that run together ("noeffusion") are two."""
+        if _JOINED not in "".join(map(self.__getitem__, words)):
+            return words, places
+        parted: list[tuple[str, tuple[int, int]]] = []
+        for word, (start, end) in zip(words, places, strict=True):
+            at = self._joint(word) if self[word] == _JOINED else None
+            if at is None:
+                parted.append((word, (start, end)))
+            else:
+                parted.append((word[:at], (start, start + at)))
+                parted.append((word[at:], (start + at, end)))
+        return [word for word, _ in parted], [place for _, place in parted]
+
+    def _joint(self, word: str) -> int | None:
+        """Where a word is two that run together ("noeffusion"), or None."""
+        for lead in _LEADS:
+            if word.startswith(lead) and word[len(lead) :] in self._parts:
+                return len(lead)
+        for tail in _TAILS:
+            if word.endswith(tail) and word[: -len(tail)] in self._parts:
+                return len(word) - len(tail)
+        return None
+
+
+def _is_slip(word: str, right: str) -> bool:
+    """Whether a word may misspell a right one; a shorter one by two swapped letters only."""
+    if min(len(word), len(right)) < _LONG_WORD and sorted(word) != sorted(right):
+        return False
+    return differs_by_one_slip(word, right)
 
 
 def differs_by_one_slip(a: str, b: str) -> bool:
