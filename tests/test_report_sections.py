@@ -296,6 +296,60 @@ CASES: dict[str, list[tuple[str, str | None, str | None]]] = {
         ),
         ("IMPRESSION:\nNO FOCAL\nCONSOLIDATION", None, "NO FOCAL CONSOLIDATION"),
     ],
+    "a diagnosis": [
+        ("INDICATION: Cough.\nDIAGNOSIS: No nodule.", None, "No nodule."),
+        ("FINDINGS: Edema.\nDIAGNOSIS: Failure.\nSigned by: X", "Edema.", "Failure."),
+        ("DIAGNOSIS: Cough.\nFINDINGS: Edema.", "Edema.", None),
+        ("DIAGNOSIS: Cough.\nFINDINGS: Edema.\nIMPRESSION: Mass.", "Edema.", "Mass."),
+        ("Admitting diagnosis: Sepsis.\nIMPRESSION: Mass.", None, "Mass."),
+        ("FINDINGS: Edema.\nWORKING DIAGNOSIS: Mass.", "Edema.", None),
+        ("RADIOLOGICAL DIAGNOSIS: Mass.\nPLAN: CT.", None, "Mass."),
+    ],
+    "forms by organ without full stops": [
+        (
+            "Lungs/airways: clear\nPleura: no effusion\nBones: intact\nConclusion: normal",
+            "Lungs/airways: clear. Pleura: no effusion. Bones: intact",
+            "normal",
+        ),
+        ("Exam: chest\nWard: 3\nImpression: normal", None, "normal"),
+    ],
+    "headings in other dress": [
+        ("--- FINDINGS ---\nEdema.\n=== IMPRESSION ===\nMass.", "Edema.", "Mass."),
+        ("**** Findings ****\nEdema.\n**** Plan: ****\nCT.", "Edema.", None),
+        ("IMPRESSION (FINAL): Mass.\nFINDINGS (prelim): Edema.", "Edema.", "Mass."),
+        ("[FINDINGS] Edema.\n[Impression]: Mass.", "Edema.", "Mass."),
+        ("F I N D I N G S:\nEdema.\nI M P R E S S I O N\nMass.", "Edema.", "Mass."),
+        ("HISTORY\nCough.\nREPORT\nSmall nodule.", "Small nodule.", None),
+        ("FINDINGS:\n1- Edema\n2- No mass\n3- Small nodule", "Edema. No mass. Small nodule", None),
+    ],
+    "questions, plans and who typed": [
+        ("QUESTION: Is there a mass?\nANSWER: No mass.", "No mass.", None),
+        ("Signs and symptoms: cough\nResult: No mass.", "No mass.", None),
+        ("LIMITATIONS: Rotated.\nFINDINGS: Edema.", "Edema.", None),
+        ("IMPRESSION: Mass.\nRecommend: CT to exclude edema.", None, "Mass."),
+        ("IMPRESSION: Mass.\nFleischner guidelines: a nodule needs CT.", None, "Mass."),
+        ("IMPRESSION: Mass.\nD: 03/04/2001 T: 03/05/2001 Job #: 123456", None, "Mass."),
+        ("IMPRESSION: Mass.\nSigner name: Smith\nWorkstation ID: R1", None, "Mass."),
+        ("IMPRESSION: Mass.\nTHIS EXAM HAS BEEN ELECTRONICALLY SIGNED BY A. B.", None, "Mass."),
+        ("IMPRESSION: Mass.\nICD-10: J18.9 Pneumonia", None, "Mass."),
+    ],
+    "addenda that say where they end": [
+        (
+            "ADDENDUM BEGINS\nTold Dr. X.\nADDENDUM ENDS\nFINDINGS: Edema.\nIMPRESSION: Mass.",
+            "Edema.",
+            "Mass.",
+        ),
+        (
+            "ADDENDUM: The nodule is old.\n\nORIGINAL REPORT:\nFINDINGS: Edema.",
+            "Edema.",
+            "The nodule is old.",
+        ),
+        (
+            "IMPRESSION: No mass.\n*** Addendum #1 by Dr. Lee 3/3/2011 ***\nTiny effusion.",
+            None,
+            "No mass. Tiny effusion.",
+        ),
+    ],
     "numbers, bullets and question marks": [
         ("IMPRESSION: 1) Edema 2) No mass 3) Small nodule", None, "Edema. No mass. Small nodule"),
         ("IMPRESSION: (1) Edema (2) No mass", None, "Edema. No mass"),
@@ -366,6 +420,11 @@ ADVERSARIAL = {
     "tags that never close": "<td " * 60_000,
     "names on lines": "Name: A " * 30_000,
     "capitals without end": "A " * 60_000 + "\n",
+    "boxes": "[x] effusion [ ] " * 30_000,
+    "words that run together": "noeffusion " * 40_000,
+    "spaced letters": "A B " * 60_000,
+    "decorations": "-- a " * 60_000 + "\n",
+    "denials with their own no": "no edema, no mass, " * 20_000,
     "resolutions": "resolution of edema is incomplete " * 8_000,
 }
 

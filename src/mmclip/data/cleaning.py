@@ -29,7 +29,7 @@ _MENDS = [
 ]
 _ITEM = re.compile(
     r"(?:(?<=[.;:?!])[ \t]*|^[ \t]*|(?P<inner>(?<=\w) (?=\(?\d{1,2}\))))"
-    r"\(?(?P<number>\d{1,2})[.)](?=\s|[A-Z])"  # 1. or (1)
+    r"\(?(?P<number>\d{1,2})(?:[.)](?=\s|[A-Z])|-(?= ?[A-Z]))"  # 1. or (1) or 1-
     r"|^[ \t]*[-*•·][ \t]+",
     re.MULTILINE,
 )
@@ -85,6 +85,13 @@ _ESCAPED_BREAK = re.compile(
     r"(?:\\r)?\\n(?=[A-Z\s\\\d*-]|$)|(?<=[.;])(?:\\r)?\\n"
     r"|(?<=[.:;\s])[|~]+(?=\s?(?:[A-Z]|$))"
 )
+_DECORATED = re.compile(r"^ ?[-=*~+#]{2,} ?([A-Za-z][^\n]{0,60}?) ?[-=*~+#]{2,} ?$", re.MULTILINE)
+_DECORATIONS = ("--", "==", "**", "~~", "++", "##")
+_BRACKETED = re.compile(
+    r"^ ?\[(findings?|impressions?|conclusions?|indications?|history|techniques?|comparisons?)\]:?",
+    re.IGNORECASE | re.MULTILINE,
+)
+_SPACED_HEADING = re.compile(r"^ ?(?:[A-Z] ){4,20}[A-Z](?= ?(?::|$))", re.MULTILINE)
 _NUMBERED_HEADING = re.compile(
     r"^ ?\d{1,2}[.)][ \t]*(?=(?:FINDINGS|IMPRESSION|CONCLUSION|INDICATION|TECHNIQUE|COMPARISON"
     r"|HISTORY)\b)",
@@ -122,8 +129,10 @@ _BOILERPLATE = re.compile(
     r"(?:images?|images?|stud(?:y|ies)|radiographs?)[^.\n]{0,250}(?:agree|report|findings|interpret)"
     r"(?:[^.\n]|\n(?=[a-z])){0,150}\.?"
     r"|\bthank you for (?:referring|(?:the|your|this) (?:kind )?referral)[^\n]{0,120}"
+    r"|^ ?(?:[dt]: ?\d{1,2}/\d{1,2}/\d{2,4}[^\n]{0,20} ){1,2}[^\n]{0,40}$"  # dictated, typed
     r"|^ ?(?:yours sincerely|(?:kind |best )?regards)[^\n]{0,60}$"
-    r"|(?:^|(?<=[.!?] )|(?<=[.!?])) ?(?:report )?(?:electronically |digitally )?"
+    r"|(?:^|(?<=[.!?] )|(?<=[.!?])) ?(?:(?:this )?(?:report|document|exam(?:ination)?|study) )?"
+    r"(?:(?:has been|have been|was|is) )?(?:electronically |digitally )?"
     r"(?:signed|dictated|approved|verified|transcribed|finali[sz]ed|authenticated)"
     r"(?: electronically| and \w{4,12}){0,2} (?:by|on)\b[^\n]{0,300}",
     re.IGNORECASE | re.MULTILINE,
@@ -164,6 +173,11 @@ def normalise(raw: str) -> str:
     text = _with_short_space("\n".join(text.splitlines()).replace("\t", " "))
     if "#" in text:
         text = _MARKDOWN_HEADING.sub("", text)
+    if any(sign in text for sign in _DECORATIONS):
+        text = _DECORATED.sub(r"\1", text)
+    if "]" in text:
+        text = _BRACKETED.sub(r"\1:", text)
+    text = _SPACED_HEADING.sub(lambda match: match[0].replace(" ", ""), text)
     lines = text.split("\n")
     if len(lines) > 1:
         text = "\n".join(map(_without_names, lines))

@@ -19,11 +19,13 @@ _CLAUSE_ENDS = frozenset((*_OR, *_AND, ",", ".", ";", ":", "but", "which", "that
 _SINGULAR, _PLURAL = frozenset(("is", "was", "has")), frozenset(("are", "were", "have", ":"))
 _DENIALS = frozenset(("no", "not", "without", "nor"))
 _LISTING = frozenset(("differential", "include", "includes", "including", "either"))
-_IN = frozenset(("in", "within", "inside"))
+_IN, _CIRCUMSTANCE = (
+    frozenset(("in", "within", "inside", "from")),
+    frozenset(("setting", "context")),
+)
 _DEFINITE = frozenset(("the", "this", "that", "these", "those", "its"))
-_CIRCUMSTANCE = frozenset(("setting", "context"))
-# [chosen: "in the known right upper lobe mass" fits, where lobes are no words of it]
-_PLACE_WORDS = 3
+_DENIED_SIZE = frozenset(("large", "massive", "huge"))  # "no mass [or] large effusion"
+_PLACE_WORDS = 3  # [chosen: "in the known right upper lobe mass" fits; lobes are no words of it]
 _CONJUNCTION_WORDS = 8  # [chosen: "and a small left-sided layering ..." fits]
 _LIST_WORDS = 60  # [chosen: longer than any list of a report; keeps the time linear]
 _ALTERNATIVE_WORDS = 5  # [chosen: "or mild chronic basilar scarring" fits]
@@ -296,15 +298,15 @@ def _with_ends_of_lists(
     for finding in findings:
         last = bisect_right(out, finding.start, key=attrgetter("end")) - 1
         begin = out[last].end if last >= 0 else 0
-        is_second, touches = previous > begin, previous == finding.start
+        is_second = previous > begin
         begin, previous = max(begin, previous), finding.end
         named_before, named[finding.concept] = named.get(finding.concept, -1), finding.start
         if last < 0 or out[last].before is None:
             continue
         first = max(begin, finding.start - _CONJUNCTION_WORDS)
         is_denied = out[last].before == "negated"
-        if is_denied and is_second and touches and words[finding.start] in lists.subject:
-            insort(out, Mark(finding.start, finding.start), key=attrgetter("start"))
+        if is_denied and is_second and _stands_apart(words, finding, begin, lists):
+            insort(out, Mark(begin, begin), key=attrgetter("start"))
             continue
         at = _place(words, first, finding.start, is_second) if is_denied else None
         if at is not None and at > out[last].end:
@@ -318,22 +320,29 @@ def _with_ends_of_lists(
         is_differential = any(word in _LISTING for word in words[out[last].start : out[last].end])
         if is_differential and not _has_own_verb(words, finding, words[at], lists):
             continue
-        is_restated = is_denied and named_before >= out[last].end
-        is_restated |= is_denied and words[at] == "," and _is_each_denied(words, out, last)
+        is_restated = is_denied and (
+            named_before >= out[last].end
+            or (is_second and words[at] == "," and _is_each_denied(words, out, last))
+        )
         if _begins_anew(words, finding, at, out, is_denied, lists, is_restated):
             insort(out, Mark(at, at + 1), key=attrgetter("start"))
     return out
 
 
+def _stands_apart(words: Sequence[str], finding: Span, begin: int, lists: ListWords) -> bool:
+    """Whether a finding begins a statement, with no word that joins it to what ends at `begin`."""
+    if finding.start == begin:
+        return words[begin] in lists.subject
+    following = words[finding.end : finding.end + _CONJUNCTION_WORDS]
+    is_joined = not _CLAUSE_ENDS.isdisjoint(words[begin : finding.start])
+    return words[begin] in lists.size - _DENIED_SIZE and not is_joined and _OR.isdisjoint(following)
+
+
 def _is_each_denied(words: Sequence[str], marks: Sequence[Mark], last: int) -> bool:
     """Whether a "no" follows another one of its list: "no edema, no mass"."""
-    mark, prior = marks[last], marks[last - 1] if last else None
-    return (
-        prior is not None
-        and words[mark.start] == words[prior.start] == "no"
-        and words[mark.start - 1] == ","
-        and mark.start - prior.end <= _CONJUNCTION_WORDS
-    )
+    start, prior = marks[last].start, marks[last - 1]
+    is_near = last > 0 and start - prior.end <= _CONJUNCTION_WORDS
+    return is_near and words[start] == words[prior.start] == "no" and words[start - 1] == ","
 
 
 def _place(words: Sequence[str], first: int, start: int, is_second: bool) -> int | None:
@@ -369,6 +378,7 @@ def _begins_anew(
     is_sized = (
         is_restated
         or any(word in lists.size or word[0].isdigit() for word in lead)
+        or words[at + 1] in lists.subject
         or (len(rest) == 2 and rest[0] in lists.size and rest[1] in _CLAUSE_ENDS)
     )
     if words[at] in _AND and has_article:

@@ -7,7 +7,9 @@ from typing import Literal, NamedTuple
 
 from mmclip.data.spelling import edit_distance
 
-Kind = Literal["findings", "impression", "exam", "comment", "addendum", "admin", "other"]
+Kind = Literal[
+    "findings", "impression", "diagnosis", "exam", "comment", "addendum", "admin", "other"
+]
 
 _HEADERS: dict[Kind, tuple[str, ...]] = {
     # Who signed, was called or is to do what, and codes: never part of a report's text.
@@ -29,9 +31,13 @@ _HEADERS: dict[Kind, tuple[str, ...]] = {
         r"wet[ -]?read(?:ing)?s?", r"preliminary read(?:ing)?",
         r"(?:critical |significant )?(?:notifications?|communications?)(?: of results?)?",
         r"critical (?:results?|findings?|values?)",
-        r"(?:follow[ -]?up )?recommendations?(?: and notifications?)?",
+        r"(?:follow[ -]?up )?recommendations?(?: and notifications?)?", r"recommend(?=[ \t]*:)",
+        r"fleischner[^:\n]{0,40}(?=:)",
         r"(?:recommended )?follow[ -]?up(?=[ \t]*:)", r"recommended (?:management|actions?)",
-        r"notifications? and recommendations?",
+        r"notifications? and recommendations?", r"(?:treatment |management )?plan(?=[ \t]*:)",
+        r"typed by", r"transcriptionist", r"signer(?: name)?(?=[ \t]*:)",
+        r"job(?: number| ?#)(?=[ \t]*:)",
+        r"workstation(?: id)?(?=[ \t]*:)", r"(?:icd|cpt)(?:-?\d{1,2})?(?: codes?)?(?=[ \t]*:)",
         r"(?:(?:total|effective|radiation) ){0,2}dose(?=[ \t]*:)",
         r"(?:dap|dlp|fluoro(?:scopy|scopic)? time)(?=[ \t]*:)",
     ),
@@ -47,10 +53,19 @@ _HEADERS: dict[Kind, tuple[str, ...]] = {
         r"(?: *(?:and|&|/) *recommendations?)?",
         r"conclusions?", r"interpretation", r"opinion", r"summary",
         r"(?:imp|impr|concl)(?=[ \t]*:)",
+        r"(?:final |imaging |x-?ray |radiographic |radiologic(?:al)? )diagnos[ie]s",
     ),
+    # Of the image where it ends a report without an impression; else the clinical one.
+    "diagnosis": (r"diagnos[ie]s(?=[ \t]*:)",),
     "comment": (r"comments?",),
-    "exam": (r"narrative", r"(?:radiology |x-?ray )?(?:report|description|results?)(?=[ \t]*:)"),
-    "addendum": (r"addend(?:um|a)(?: ?#? ?\d{1,2}| begins?| starts?)?", r"final addendum"),
+    "exam": (
+        r"narrative",
+        r"(?:radiology |x-?ray )?(?:report|description|results?|answer)(?=[ \t]*(?::|\n))",
+    ),
+    "addendum": (
+        r"addend(?:um|a)(?: ?#? ?\d{1,2}| begins?| starts?)?(?: by [^:\n]{0,60}(?=\n|$))?",
+        r"final addendum",
+    ),
     # What was asked, done and discussed: nothing that is seen on this image.
     "other": (
         r"exam(?:ination)?", r"type of exam(?:ination)?", r"study",
@@ -58,7 +73,12 @@ _HEADERS: dict[Kind, tuple[str, ...]] = {
         r"(?:clinical )?indications?(?: for (?:exam(?:ination)?|study))?",
         r"reasons? for (?:the )?(?:exam(?:ination)?|study|test|request|visit)",
         r"(?:(?:past|clinical|medical|patient|social|family) ){0,4}history",
-        r"clinical (?:information|details|data|statement|diagnosis|presentation)",
+        r"clinical (?:information|details|data|statement|presentation)",
+        r"(?:clinical|admitting|admission|discharge|referring|working|provisional"
+        r"|pre-?op(?:erative)?) diagnos[ie]s",
+        r"(?:clinical )?questions?(?: to be answered)?(?=[ \t]*:)", r"motives?(?=[ \t]*:)",
+        r"signs?(?: and |/)symptoms?(?=[ \t]*:)", r"(?:image quality|limitations?)(?=[ \t]*:)",
+        r"(?:prior|previous) (?:stud(?:y|ies)|exams?|examinations?|films?|imaging)(?=[ \t]*:)",
         r"presentation", r"(?:case )?discussion", r"comparisons?", r"techniques?", r"views?",
         r"date", r"(?:hx|ind|comp|tech)(?=[ \t]*:)",
     ),
@@ -67,7 +87,7 @@ _KIND_OF_GROUP: list[Kind] = list(_HEADERS)
 _HEADER = re.compile(
     r"(?<![\w-])(?:"
     + "|".join("(" + "|".join(names) + ")" for names in _HEADERS.values())
-    + r")(?:\(s\))?(?: (?:and|&|/) \w{4,16}(?:\(s\))?)?"
+    + r")(?:\(s\))?(?: (?:and|&|/) \w{4,16}(?:\(s\))?)?(?: \([A-Za-z ]{3,20}\)(?= ?:))?"
     + r"[ \t]*(?::|(?=\n|$)|;(?=[ \t]*\S)|-{1,2}(?=[ \t]))",
     re.IGNORECASE,
 )
@@ -103,6 +123,10 @@ _DONE = re.compile(
 _WORD = re.compile(r"[A-Za-z][\w.-]*\w|\w")
 
 _RULE = re.compile(r"^[ \t]*(?:_{10,}|-{10,}|={10,}|\*{10,})[ \t]*$", re.MULTILINE)
+_ADDENDUM_END = re.compile(
+    r"^[ \t]*(?:end of addend(?:um|a)|addend(?:um|a) ends?|original report)[ \t]*:?[ \t]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
 _OPENING = re.compile(
     r"\s*(?:(?P<addendum>(?:final |preliminary )?addend(?:um|a))"
     r"|(?P<wet>wet[ -]?read|preliminary (?:report|read))|(?P<final>final report))\b",
@@ -145,7 +169,11 @@ def split_blocks(text: str) -> Blocks:
     blocks = [block for block in _RULE.split(text) if any(c.isalpha() for c in block)]
     for block in blocks:
         opening = _OPENING.match(block)
-        if opening and opening["addendum"]:
+        end = _ADDENDUM_END.search(block) if opening and opening["addendum"] else None
+        if opening and end and any(c.isalpha() for c in block[end.end() :]):
+            addenda.append(block[: end.start()])
+            kept.append(block[end.end() :])
+        elif opening and opening["addendum"]:
             addenda.append(block)
         elif opening and opening["final"]:
             kept = [block]  # what stood above the final report was preliminary

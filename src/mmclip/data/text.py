@@ -47,6 +47,13 @@ class Report:
 _BANNER = re.compile(
     r"^[ \t*]*(?:final|preliminary)(?: (?:report|addendum|result))?[ \t*]*:?[ \t*]*$", re.I | re.M
 )
+_ORGAN_LINE = re.compile(
+    r"^[ \t]*(?:lungs?|airways?|trachea|pleura\w*|heart|cardi\w+|mediastin\w+|hil(?:a|um)|bones?"
+    r"|osseous|skelet\w+|soft tissues?|chest wall|diaphragms?|(?:support |medical )?devices?"
+    r"|lines?|tubes?"
+    r"|(?:pulmonary )?vasculature|upper abdomen)\b[^:\n]{0,40}:[ \t]*\w",
+    re.IGNORECASE | re.MULTILINE,
+)
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 _TELLS_WHO_WAS_CALLED = re.compile(
@@ -62,20 +69,23 @@ def _body(text: str, prefix: str, sections: Sequence[Section]) -> str:
 
     Such a header owns its paragraph; in a note of one paragraph without findings or impression,
     where nothing shows the end of "Presentation: ...", its sentence. Titles ("PORTABLE CHEST,
-    5:21 A.M.") are no prose.
+    5:21 A.M.") are no prose; lines that name an organ ("Pleura: no effusion") are.
     """
-    is_note = not _PARAGRAPH.search(text.strip()) and all(s.kind == "other" for s in sections)
+    is_note = not _PARAGRAPH.search(text.strip()) and all(
+        s.kind in ("other", "diagnosis") for s in sections
+    )
     is_shouted = text.isupper()
     loose = _PARAGRAPH.split(prefix)
     for kind, section in sections:
         if is_note:
             loose += [section[start:end] for start, end in split_sentences(section)[1:]]
-        elif kind == "other":
+        elif kind in ("other", "diagnosis"):
             loose += _PARAGRAPH.split(section.lstrip())[1:]
     return "\n\n".join(
         paragraph
         for paragraph in loose
-        if _SENTENCE_END.search(paragraph) and (is_shouted or any(c.islower() for c in paragraph))
+        if (_SENTENCE_END.search(paragraph) and (is_shouted or any(c.islower() for c in paragraph)))
+        or _ORGAN_LINE.search(paragraph)
     )
 
 
@@ -175,6 +185,7 @@ def _parse_sections(text: str, prefix: str, sections: Sequence[Section]) -> Repo
     """The report that the sections of a text make, addenda aside."""
     if not sections:
         return Report(None, None, clean(text))
+    sections = _with_last_diagnosis(sections)
     findings = _join(clean(s.text) for s in sections if s.kind == "findings")
     impression = _join(clean(s.text) for s in sections if s.kind == "impression")
     if findings is None:
@@ -186,6 +197,17 @@ def _parse_sections(text: str, prefix: str, sections: Sequence[Section]) -> Repo
             return Report(None, None, _join((body, *comments)))
         findings = body
     return Report(findings, impression, _join((findings, impression)))
+
+
+def _with_last_diagnosis(sections: Sequence[Section]) -> Sequence[Section]:
+    """The sections, with the diagnosis that ends a report as the impression that it lacks."""
+    kinds = [s.kind for s in sections]
+    if "diagnosis" not in kinds or "impression" in kinds:
+        return sections
+    said = [i for i, kind in enumerate(kinds) if kind not in ("admin", "addendum")]
+    if kinds[said[-1]] != "diagnosis":
+        return sections
+    return [s._replace(kind="impression") if i == said[-1] else s for i, s in enumerate(sections)]
 
 
 def _without_calls(text: str | None) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 _SHORT_AND_MORE = {
     "sig": "significant", "signif": "significant", "bilat": "bilateral", "eval": "evaluate",
     "sm": "small", "mod": "moderate", "vs": "versus", "poss": "possible", "prob": "probable",
-    "pulm": "pulmonary",
+    "pulm": "pulmonary", "susp": "suspicious",
 }  # fmt: skip
 _SHORT = _SHORT_AND_MORE | {
     "pna": "pneumonia", "opac": "opacity", "opacs": "opacities", "consol": "consolidation",
@@ -20,7 +20,8 @@ as they speak of what follows."""
 # A line break is a word where a paragraph, an item of a list or a structured line begins behind it.
 WORD = re.compile(
     r"\d+(?:[.,]\d+)+|\w+|\.{3,}|[^\w\s\-\u2010-\u2015]"
-    r"|-(?:ve\b|free\b|(?<=\(-)(?=\)))|(?<=[^\d\s])\ [-\u2013\u2014]{1,2}(?=\s)"
+    r"|-(?:ve\b|free\b|(?<=\(-)(?=\))|(?<=: -)(?=[\s,;.]|$))"
+    r"|(?<=[^\d\s])\ [-\u2013\u2014]{1,2}(?=\s)"
     r"|\n(?=[ \t]*(?:\n|[-*\u2022]|\d+[.)]|[A-Z][\w /()-]{1,40}:))"
 )
 _ALIASES = {
