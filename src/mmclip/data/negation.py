@@ -13,16 +13,13 @@ from typing import NamedTuple
 from mmclip.data.sample import EntityStatus
 from mmclip.data.words import ListWords
 
-_OR = frozenset(("or", "nor", "/"))
-_AND = frozenset(("and", "&"))
+_OR, _AND = frozenset(("or", "nor", "/")), frozenset(("and", "&"))
 _CLAUSE_ENDS = frozenset((*_OR, *_AND, ",", ".", ";", ":", "but", "which", "that", "with"))
 _SINGULAR, _PLURAL = frozenset(("is", "was", "has")), frozenset(("are", "were", "have", ":"))
 _DENIALS = frozenset(("no", "not", "without", "nor"))
 _LISTING = frozenset(("differential", "include", "includes", "including", "either"))
-_IN, _CIRCUMSTANCE = (
-    frozenset(("in", "within", "inside", "from")),
-    frozenset(("setting", "context")),
-)
+_IN = frozenset(("in", "within", "inside", "from"))
+_CIRCUMSTANCE = frozenset(("setting", "context"))
 _DEFINITE = frozenset(("the", "this", "that", "these", "those", "its"))
 _DENIED_SIZE = frozenset(("large", "massive", "huge"))  # "no mass [or] large effusion"
 _PLACE_WORDS = 3  # [chosen: "in the known right upper lobe mass" fits; lobes are no words of it]
@@ -320,10 +317,8 @@ def _with_ends_of_lists(
         is_differential = any(word in _LISTING for word in words[out[last].start : out[last].end])
         if is_differential and not _has_own_verb(words, finding, words[at], lists):
             continue
-        is_restated = is_denied and (
-            named_before >= out[last].end
-            or (is_second and words[at] == "," and _is_each_denied(words, out, last))
-        )
+        is_restated = is_denied and named_before >= out[last].end
+        is_restated |= is_second and words[at] == "," and _is_each_denied(words, out, last)
         if _begins_anew(words, finding, at, out, is_denied, lists, is_restated):
             insort(out, Mark(at, at + 1), key=attrgetter("start"))
     return out
@@ -339,7 +334,7 @@ def _stands_apart(words: Sequence[str], finding: Span, begin: int, lists: ListWo
 
 
 def _is_each_denied(words: Sequence[str], marks: Sequence[Mark], last: int) -> bool:
-    """Whether a "no" follows another one of its list: "no edema, no mass"."""
+    """Whether the last "no" follows another one: "no edema, no mass"."""
     start, prior = marks[last].start, marks[last - 1]
     is_near = last > 0 and start - prior.end <= _CONJUNCTION_WORDS
     return is_near and words[start] == words[prior.start] == "no" and words[start - 1] == ","
