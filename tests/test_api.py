@@ -1,18 +1,22 @@
 """The Python API: any image in, the numbers of the commands out, and every snippet of its page."""
 
+import copy
 import csv
 import io
 import json
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jaxtyping
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image
@@ -216,6 +220,41 @@ def said_or_kind(value: object) -> str:
     return value if isinstance(value, str) else type(value).__name__
 
 
+def test_a_data_set_of_pydicom_is_the_file_that_it_was_read_from(model: Model, tmp_path: Path):
+    (tmp_path / "a.dcm").write_bytes(dicom(ramp()))
+    (expected,) = model.encode_images(tmp_path / "a.dcm")
+    read = pydicom.dcmread(tmp_path / "a.dcm")
+    kept = copy.deepcopy(read)
+    received = pydicom.Dataset()  # as a network hands it over
+    received.update(dict(read.items()))
+    packed = copy.deepcopy(read)
+    packed.compress(pydicom.uid.RLELossless)
+    implicit = copy.deepcopy(read)
+    implicit.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    for form in (read, received, packed, implicit):
+        np.testing.assert_array_equal(model.encode_images(form)[0], expected)
+    assert read == kept
+    assert model.encode_images([read, received]).image_ids == ("image 0", "image 1")
+    without = pydicom.dcmread(tmp_path / "a.dcm", stop_before_pixels=True)
+    for form in (without, pydicom.Dataset()):
+        with pytest.raises(ImageInputError, match="a DICOM file without pixels"):
+            model.encode_images(form)
+
+
+def test_forms_that_hold_the_same_pixels_are_one_image(model: Model):
+    grey = ramp()
+    image = Image.fromarray(grey)
+    (expected,) = model.encode_images(image)
+    for form in (image.convert("LA").convert("La"), np.asmatrix(grey), np.ma.array(grey)):
+        np.testing.assert_array_equal(model.encode_images(form)[0], expected)
+    unit = torch.from_numpy(grey / 255.0).float()
+    near = model.encode_images(unit.to(torch.float8_e4m3fn))[0]
+    assert near @ expected > 0.9
+    for path in ("", " "):
+        with pytest.raises(ImageInputError, match=r"^image 0: .*its path is empty"):
+            model.encode_images(path)
+
+
 @pytest.mark.parametrize(
     ("image", "said"),
     [
@@ -223,6 +262,10 @@ def said_or_kind(value: object) -> str:
         (np.linspace(0, 255, 400).reshape(20, 20), "floats must lie in 0..1"),
         (np.linspace(-1, 1, 400).reshape(20, 20), "from -1 to 1"),
         (np.full((20, 20), np.nan), "not finite"),
+        (np.ma.masked_less(np.eye(20, dtype=np.uint8), 1), r"masked pixels.*\.filled"),
+        (Image.new("L", (0, 5)), r"has 0 bytes \(0 x 5 pixels"),
+        (torch.eye(20).to_sparse(), "torch.sparse_coo.*make it a dense one"),
+        (torch.zeros(20, 20, device="meta"), "on meta, which numpy cannot hold"),
         (np.zeros((0, 5), np.uint8), "0 bytes|shape"),
         (np.zeros((7, 20, 20), np.uint8), r"shape \[7, 20, 20\]"),
         (np.zeros((20, 20), complex), "complex128"),
@@ -232,9 +275,9 @@ def said_or_kind(value: object) -> str:
         ("a\0b", "does not exist"),
         (b"\x89PNG", "cannot be read"),
         (b"", "0 bytes"),
-        (io.BytesIO(), r"0 bytes \(nothing is left to read\)"),
+        (io.BytesIO(), r"0 bytes \(nothing is left to read: rewind"),
         (np.zeros((0, 5)), r"0 bytes \(an array of shape \[0, 5\]\)"),
-        (io.StringIO("a"), "gives str; open it as 'rb'"),
+        (io.StringIO("a"), "gives str; open it by mode 'rb'"),
         ({"image": 1}, "a dict"),
         ("https://example.org/a.png", "an address; nothing is fetched: download it"),
     ],
@@ -286,17 +329,27 @@ def test_a_file_by_path_by_content_or_opened_is_one_image(model: Model, tmp_path
         (tmp_path / name).write_bytes(content)
         (expected,) = model.encode_images(tmp_path / name)
         with (tmp_path / name).open("rb") as file:
-            forms = [content, bytearray(content), io.BytesIO(content), file]
-            for form in forms[:3]:
+            forms = [content, bytearray(content), memoryview(content), io.BytesIO(content), file]
+            for form in forms[:4]:
                 np.testing.assert_array_equal(model.encode_images(form)[0], expected)
             for row in model.encode_images([content, io.BytesIO(content), file]):
                 np.testing.assert_array_equal(row, expected)
             with pytest.raises(
-                ImageInputError, match=r"image 0: the image has 0 bytes \(nothing is left"
+                ImageInputError, match=r"image 0: the image has 0 bytes \(nothing is left.*seek"
             ):
                 model.encode_images(file)  # it was read to its end
     with pytest.raises(ImageInputError, match=r"image 0: .*reading failed"):
         model.encode_images([file])
+    with tempfile.NamedTemporaryFile() as kept:  # hands `read` on, and is iterated by lines
+        kept.write(content)
+        kept.seek(0)
+        np.testing.assert_array_equal(model.encode_images(kept)[0], expected)
+    for encoding in ("utf-8", "latin-1"):
+        with (
+            (tmp_path / name).open(encoding=encoding) as text,
+            pytest.raises(ImageInputError, match="a file that gives str; open it by mode 'rb'"),
+        ):
+            model.encode_images(text)
     # Models of others read the same.
     other = mmclip.load("tests.own_models:Pair")
     np.testing.assert_array_equal(
@@ -415,6 +468,15 @@ def test_a_folder_without_weights_says_what_to_give(tuned: Path, tmp_path: Path,
     (demo / "results.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"holds results, and a run in .*run; give that"):
         mmclip.load(demo)
+    (tmp_path / "model.pt").write_bytes(b"x")
+    weights = made_run / "checkpoints" / "step_000004" / "model.safetensors"
+    for path, said in {
+        tmp_path / "model.pt": "it is a file of weights, .*transformers, or module:function",
+        weights: f"it is a file of one; give {re.escape(str(weights.parent))}$",
+        "hf-hub:microsoft/BiomedCLIP-x": r"it is a name of open_clip.*docs/models\.md",
+    }.items():
+        with pytest.raises(CheckpointError, match=f"holds no finished checkpoint: {said}"):
+            mmclip.load(path)
     with pytest.raises(ValueError, match="'cuda:99' cannot be used"):
         mmclip.load(made_run, device="cuda:99")
     with pytest.raises(ValueError, match="batch_size=0"):
@@ -447,7 +509,17 @@ def test_own_templates_and_own_words(model: Model, files: list[str], tmp_path: P
         (lambda m, f: m.classify(f, ["mass", "Mass"]), "named twice"),
         (lambda m, f: m.classify(f, "mass", prompts="no-such-set"), "no-such-set"),
         (lambda m, f: m.encode_texts(["a", " "]), "text 1 is ' '"),
-        (lambda m, f: m.explain(f, ""), "phrase is empty"),
+        (lambda m, f: m.encode_texts(["mass", "气胸"]), "^text 1 has no word that the model knows"),
+        (lambda m, f: m.encode_texts("mass \ud800"), "^text 0 has half a character at place 5"),
+        (lambda m, f: m.explain(f, ""), "the phrase is ''"),
+        (lambda m, f: m.explain(f, "mass \udfff"), "^the phrase has half a character"),
+        (lambda m, f: m.similarity(np.zeros((1, 3)), np.ones((1, 3))), "row 0 of the images is ze"),
+        (lambda m, f: m.similarity(np.ones((1, 3)), np.full((1, 3), np.nan)), "of the texts is"),
+        (lambda m, f: m.classify(f, "mass", prompts={"positive": "{finding}"}), "negative: is "),
+        (lambda m, f: m.classify(f, "mass", prompts={"positive": [], "negative": "no {finding}"}),
+         "templates.positive: is empty; give at least one"),
+        (lambda m, f: m.classify(f, "mass", prompts={"positive": "a {}", "negative": "{finding}"}),
+         r"has the placeholder \{\}; known are \{finding\}, "),
         (lambda m, f: m.explain(f, "mass", score="magic"), "score='magic'"),
         (lambda m, f: m.similarity(np.zeros((1, 3)), np.zeros((1, 4))), "of one model"),
         (lambda m, f: m.classify(f, ["mass", ""]), "finding '' is no name"),
@@ -471,6 +543,18 @@ def test_what_cannot_be_asked_is_refused(
         (lambda m, f: m.classify(f, "mass", prompts=5), "prompts=5 are no prompts; give the name"),
         (lambda m, f: m.classify(f, "mass", thresholds=0.5), r"thresholds=0.5 is no path.*compare"),
         (lambda m, f: m.encode_texts(None), "None is neither a text nor several"),
+        (lambda m, f: m.encode_texts(b"mass"), "b'mass' is neither a text nor several"),
+        (lambda m, f: m.encode_texts({"a": "mass"}), "neither a text nor several"),
+        (lambda m, f: m.encode_texts([None]), "text 0 is None"),
+        (lambda m, f: m.classify(f, {"mass": ["A mass."]}), "neither a finding nor several"),
+        (lambda m, f: m.classify(f, 3), "3 is neither a finding nor several"),
+        (lambda m, f: m.explain(f, ["mass"]), r"the phrase is \['mass'\]; give words"),
+        (lambda m, f: m.explain(f, None), "the phrase is None; give words"),
+        (lambda m, f: mmclip.load(f, device=None), "^device 'None' cannot be used"),
+        (lambda m, f: mmclip.load(f, device=2.5), "^device '2.5' cannot be used"),
+        (lambda m, f: mmclip.load(None), "None is no path of a model"),
+        (lambda m, f: mmclip.load(torch.nn.Identity()), r"Identity\(\) is no path of a model"),
+        (lambda m, f: mmclip.load(""), "'' is no path of a model"),
         (lambda m, f: mmclip.load(f, batch_size="8"), "batch_size='8' is no number of images"),
     ],
 )  # fmt: skip
@@ -483,6 +567,39 @@ def test_what_a_type_checker_would_refuse_is_refused_in_words(
             asks(model, files[0])
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("device", ["mps", "gpu", "CPU", "meta", "cuda:77"])
+def test_a_device_that_is_not_there_is_refused_in_a_line(made_run: Path, device: str):
+    with pytest.raises(ValueError, match=f"^device '{device}' cannot be used .*take 'auto'") as e:
+        mmclip.load(made_run, device=device)
+    assert len(str(e.value)) < 200
+
+
+def test_similarity_is_the_cosine_of_embeddings_of_any_length(model: Model, files: list[str]):
+    images = model.encode_images(files[:3])
+    texts = model.encode_texts(["Pleural effusion.", "No pleural effusion."])
+    cosines = model.similarity(images, texts)
+    np.testing.assert_allclose(model.similarity(images * 5, texts / 7), cosines, atol=1e-6)
+    mean = texts.mean(0)
+    np.testing.assert_allclose(
+        model.similarity(images, mean)[:, 0], images @ mean / np.linalg.norm(mean), atol=1e-6
+    )
+
+
+def test_texts_that_are_cut_are_told_of(model: Model, caplog: pytest.LogCaptureFixture):
+    model.encode_texts(["Mass."] * 5)
+    assert not caplog.messages
+    model.encode_texts(["Mass.", "pleural effusion " * 500, "No mass."])
+    (said,) = caplog.messages
+    assert said.startswith("1 of 3 texts are longer than the ")
+
+
+def test_a_model_goes_to_another_process(model: Model, tuned: Path, files: list[str]):
+    for one in (model, mmclip.load(tuned / "probe-100-0")):
+        expected = one.classify(files[:3], FINDINGS).probabilities
+        sent = pickle.loads(pickle.dumps(one))  # noqa: S301 of this test
+        np.testing.assert_array_equal(sent.classify(files[:3], FINDINGS).probabilities, expected)
 
 
 def test_a_saliency_map_lies_on_the_pixels_of_the_image(model: Model, tmp_path: Path):

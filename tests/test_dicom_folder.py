@@ -537,6 +537,6 @@ def test_pipes_dead_links_and_names_that_are_no_text_are_reasons(root: Path):
         (Reason.IMAGE_UNREADABLE, "its path is not UTF-8; rename it"),
         (Reason.IMAGE_MISSING, ""),
         (Reason.IMAGE_EMPTY, ""),
-        (Reason.IMAGE_UNREADABLE, "a folder or device, not a file"),
+        (Reason.IMAGE_UNREADABLE, "a pipe or device, not a file"),
         (Reason.IMAGE_UNREADABLE, "no DICOM file, but a zip archive; unpack it"),
     ]

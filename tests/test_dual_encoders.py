@@ -254,6 +254,27 @@ def of_other_size(folder: Path) -> None:
     save_clip(folder, size=40, crop=40)
 
 
+def of_other_shapes(folder: Path) -> None:
+    save_clip(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "projection_dim": 77}))
+
+
+def of_no_numbers(folder: Path) -> None:
+    save_clip(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["visual_projection.weight"].fill_(torch.nan)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def of_weights(content: bytes) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        save_clip(folder)
+        (folder / "model.safetensors").write_bytes(content)
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -264,8 +285,31 @@ def of_other_size(folder: Path) -> None:
         (without("model.safetensors"), "cannot load the weights of"),
         (of_half_weights, "of the parameters of CLIPModel"),
         (of_other_size, "cannot read an image or a text as its own image processor"),
+        (of_other_shapes, "(its weights have other shapes than its config.json says)"),
+        (of_no_numbers, "gives embeddings that are not finite: its weights hold NaN"),
+        (
+            of_weights(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
+            "(model.safetensors is a pointer of Git LFS (see `git lfs pull`))",
+        ),
+        (of_weights(b"<!doctype html><p>404"), "(model.safetensors is a web page (HTML))"),
+        (of_weights(b""), "(model.safetensors is empty)"),
+        (of_weights(b"\x08\0\0\0\0\0\0\0{}"), "(damaged or cut off: "),
     ],
-    ids=["text alone", "image alone", "no tokenizer", "no processor", "no weights", "half", "size"],
+    ids=[
+        "text alone",
+        "image alone",
+        "no tokenizer",
+        "no processor",
+        "no weights",
+        "half",
+        "size",
+        "shapes",
+        "NaN",
+        "LFS",
+        "HTML",
+        "empty",
+        "cut",
+    ],
 )
 def test_a_folder_that_is_no_whole_dual_encoder_is_told_in_a_line(
     make: Callable[[Path], None], message: str, tmp_path: Path
@@ -274,6 +318,43 @@ def test_a_folder_that_is_no_whole_dual_encoder_is_told_in_a_line(
     with pytest.raises(EncoderError, match=re.escape(message)) as caught:
         mmclip.load(tmp_path / "model", device="cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"config.json": "{"}, "its config.json cannot be read"),
+        ({"config.json": '{"architecture": "resnet50"}'}, "names no model_type"),
+        ({"config.json": "[]"}, "names no model_type"),
+        ({"open_clip_config.json": "{}"}, r"it is of open_clip.*docs/models\.md"),
+        ({"adapter_config.json": "{}"}, "an adapter of PEFT; merge it"),
+        ({"snapshots/abc/config.json": "{}"}, "the hub's cache of a model; give the model's id"),
+    ],
+)
+def test_a_folder_of_other_tools_is_told_as_what_it_is(
+    names: dict[str, str], said: str, tmp_path: Path
+):
+    for name, content in names.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=f"holds no finished checkpoint: .*{said}"):
+        mmclip.load(tmp_path)
+
+
+def test_a_function_of_a_file_is_told_how_modules_are_named():
+    with pytest.raises(CheckpointError, match=r"a\.b:function for a/b\.py"):
+        mmclip.load("tests/own_models.py:Pair")
+
+
+def test_a_tokenizer_of_another_model_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    save_clip(tmp_path / "model")
+    mmclip.load(tmp_path / "model", device="cpu")
+    assert not caplog.messages
+    save_dual_encoder(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "other" / name, tmp_path / "model" / name)
+    mmclip.load(tmp_path / "model", device="cpu")
+    assert "if it is of another model, texts are read as other words" in caplog.text
 
 
 @pytest.mark.parametrize(

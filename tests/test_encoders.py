@@ -18,8 +18,12 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BartModel,
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2Model,
+    LlamaConfig,
+    LlamaModel,
     SegformerConfig,
     SegformerModel,
     Siglip2VisionConfig,
@@ -399,6 +403,33 @@ def test_pooling_is_as_configured_or_refused_by_name(
         mean = patches.mean((2, 3)) if patches.ndim == 4 else patches[:, n:].mean(1)
         want = {"mean": mean, "cls": patches[:, 0]}.get(pooling, vector)
         torch.testing.assert_close(vector, want)
+
+
+CAUSAL = {
+    "gpt2": lambda n: GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=n)),
+    "llama": lambda n: LlamaModel(LlamaConfig(**SIZES, vocab_size=n)),
+    "bert": lambda n: BertModel(BertConfig(**SIZES, vocab_size=n, is_decoder=True)),
+}
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_a_causal_text_encoder_is_not_pooled_at_a_token_that_sees_no_other(
+    kind: str, dataset: ImageTextDataset, tmp_path: Path
+):
+    tokenizer = TOKENIZERS["wordpiece"]()
+    tokenizer.save_pretrained(tmp_path)
+    save(CAUSAL[kind](len(tokenizer)), tmp_path)
+    made = make(dataset, tmp_path, "text")
+    assert text_layout(made.model.text_model).pooling == "mean"
+    tokens = tokenise(made.tokenizer, ["no pleural effusion", "pleural effusion"], max_tokens=9)
+    with torch.no_grad():
+        one, other = made.model.encode_text(
+            torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.is_valid)
+        ).embedding
+    assert (one - other).abs().max() > 1e-3
+    for pooling, said in (("cls", "is causal: its first token"), ("pooler", "has no pooler")):
+        with pytest.raises(EncoderError, match=f"model.text.pooling='{pooling}'.*{said}.*'mean'"):
+            make(dataset, tmp_path, "text", f"model.text.pooling={pooling}")
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

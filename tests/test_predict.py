@@ -385,6 +385,22 @@ def test_a_list_of_findings_in_one_name_is_warned_of(
     assert said == ([one] if names else [])
 
 
+@pytest.mark.parametrize(
+    ("finding", "is_one"),
+    [
+        ("There is a pneumothorax.", True), ("no pneumothorax", True), ("The heart is large", True),
+        ("Pneumothorax!", True), ("no finding", False), ("No Finding", False), ("nodule", False),
+        ("non-union", False), ("not my finding", False), ("notch", False),
+    ],
+)  # fmt: skip
+def test_a_sentence_in_the_place_of_a_name_is_warned_of(
+    finding: str, is_one: bool, caplog: pytest.LogCaptureFixture
+):
+    own = own_prompts({"not my finding": {"positive": "mass", "negative": "no mass"}})
+    check_prompts(None, [load_prompts("default"), own], [finding], 128)
+    assert [finding in m and "a sentence" in m for m in caplog.messages] == ([True] * is_one)
+
+
 @pytest.mark.parametrize("finding", ["scoliosis", "bronchiolitis", "miliary pattern", "lobster"])
 def test_a_name_of_its_own_is_not_asked_about(finding: str, caplog: pytest.LogCaptureFixture):
     check_prompts(None, [load_prompts("default")], [finding], 128)

@@ -12,13 +12,14 @@ import torch
 
 from mmclip import doctor
 from mmclip.checkpoint import CheckpointError
+from mmclip.config_io import recipe_hash
 from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import open_dataset
 from mmclip.data.leakage.trained import KEY_FILE, LOOKS_FILE, TRAINED_FILE
 from mmclip.data.streams import SEEN_FILE
 from mmclip.models.dual_encoder import PromptEmbeddings
 from mmclip.run import Run, open_run
-from tests.made import put_run_file, small_config, small_model, trained_on
+from tests.made import put_run_file, reseal, small_config, small_model, trained_on
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,22 @@ def test_a_run_is_opened_by_its_folder_or_by_a_checkpoint(made_run: Path):
     assert (by_step.name, by_step.step) == ("step_000004 at step 4", 4)
     assert by_run.folder == by_step.folder == made_run.resolve()
     assert by_run.config_hash == by_run.checkpoint.meta["config_hash"]
+
+
+def test_a_run_keeps_the_recipe_that_it_had_before_a_version_added_a_key(
+    made_run: Path, tmp_path: Path
+):
+    """So that thresholds and references of its results hold."""
+    checkpoint = made_run / "checkpoints" / "step_000006"
+    earlier = shutil.copytree(checkpoint, tmp_path / "earlier")
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    loss = {key: value for key, value in meta["config"]["loss"].items() if key != "local"}
+    config = {**meta["config"], "loss": loss}
+    reseal(earlier, config=config)
+    run = open_run(earlier)
+    assert run.config.loss.local == 0
+    given = {key: meta[key] for key in ("data_hash", "shuffle_pairs", "step")}
+    assert run.recipe_hash == recipe_hash(config, given) != open_run(checkpoint).recipe_hash
 
 
 def test_a_checkpoint_that_lies_in_no_run_is_its_own_folder(
@@ -146,7 +163,8 @@ def test_the_recipe_of_weights_is_all_but_the_seed(made_run: Path):
     def under(**train: int) -> Run:
         changed = last.config.train.model_copy(update=train)
         config = last.config.model_copy(update={"train": changed})
-        return replace(last, checkpoint=replace(last.checkpoint, config=config))
+        meta = last.checkpoint.meta | {"config": config.model_dump(mode="json")}
+        return replace(last, checkpoint=replace(last.checkpoint, config=config, meta=meta))
 
     assert under(seed=5).recipe_hash == last.recipe_hash
     meta = last.checkpoint.meta | {"shuffle_pairs": True}

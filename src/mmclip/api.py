@@ -25,6 +25,8 @@ from torch import Tensor
 
 from mmclip.data.inputs import ImageInput, ImageInputs, name_of, read_input
 from mmclip.data.pixels import ImageError
+from mmclip.data.text import check_text
+from mmclip.embed import check_texts
 from mmclip.files import write_atomic
 from mmclip.finetuning.saved import FineTuned
 from mmclip.model_loading import ModelRequest
@@ -44,6 +46,7 @@ from mmclip.prediction.model import (
 )
 from mmclip.prediction.reference import Reference, find_reference, read_reference
 from mmclip.prediction.tables import prediction_table
+from mmclip.progress import counted
 from mmclip.prompts import PromptSet, plain_name
 from mmclip.run import Seen
 
@@ -193,6 +196,10 @@ class Model:
         self._encoder = encoder_of(model, batch_size)
         self._scorers: dict[tuple[tuple[str, ...], str], Scorer] = {}
 
+    def __reduce__(self) -> "tuple[type[Model], tuple[DualEncoder | FineTuned, int | None]]":
+        """For another process; prompts are embedded anew there."""
+        return Model, (self._model, self._batch_size)
+
     def __repr__(self) -> str:
         """Name, kind and device."""
         return f"Model({self.name!r}, {self.device})"
@@ -256,16 +263,15 @@ class Model:
 
         Raises:
             ValueError: Of a fine-tuned model, which has no text encoder, and of a text that is
-                empty.
+                empty, or of which the model knows no word.
+            TypeError: When it is neither a text nor several.
         """
         encoder = self._dual("encode_texts")
-        if not isinstance(texts, Iterable):
-            raise TypeError(f"{texts!r} is neither a text nor several; give one, or a list of them")
-        several: list[str] = []
-        for number, text in enumerate([texts] if isinstance(texts, str) else texts):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"text {number} is {text!r}; give texts with words in them")
-            several.append(text)
+        several = [
+            check_text(text, f"text {number}")
+            for number, text in enumerate(_several(texts, "a text"))
+        ]
+        check_texts(encoder, several)
         if not several:
             return np.zeros((0, encoder.embed_dim), np.float32)
         return encoder.encode_texts(several).numpy()
@@ -276,8 +282,12 @@ class Model:
         """The cosine of each image with each text, -1..1; times `logit_scale` it is a logit.
 
         Args:
-            images: Of `encode_images`.
-            texts: Of `encode_texts`.
+            images: Of `encode_images`, or means of them; so is the width. Of any length.
+            texts: Of `encode_texts`, likewise.
+
+        Raises:
+            TypeError: When they are no embeddings.
+            ValueError: When they are of other widths, not finite, or zero.
         """
         try:
             left, right = (np.atleast_2d(np.asarray(each, np.float32)) for each in (images, texts))
@@ -290,6 +300,9 @@ class Model:
                 f"embeddings of {left.shape[1]} and {right.shape[1]} numbers do not compare; give "
                 f"those of one model"
             )
+        left, right = (
+            each / _lengths(each, what) for each, what in ((left, "images"), (right, "texts"))
+        )
         return left @ right.T
 
     def classify(
@@ -317,7 +330,7 @@ class Model:
             PromptError: When the prompts of a finding cannot stand for it.
             ResultsError: When the thresholds are of another model or other prompts.
         """
-        named = [findings] if isinstance(findings, str) else list(findings or ())
+        named = [] if findings is None else _several(findings, "a finding")
         prompt_set = prompt_set_of(prompts)
         scorer = self._scorer(named, prompt_set)
         chosen = None
@@ -466,11 +479,41 @@ def load(
         EncoderError: When a model of others cannot be had, or is no pair of encoders.
         ValueError: When there is no such device or rule.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path).strip():
+        raise TypeError(
+            f"{path!r} is no path of a model; give the folder of a run, the id of a model of "
+            f"transformers on the hub, or module:function"
+        )
     if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
         raise ValueError(f"batch_size={batch_size!r} is no number of images; give 1 or more")
     named = None if rule is None else rule_named(rule)
     request = ModelRequest(str(path), named, batch_size=batch_size)
     return Model(open_model(request, device_named(device)), batch_size)
+
+
+def _several(given: object, what: str) -> list[Any]:
+    """One name or text, or several, as a list.
+
+    Raises:
+        TypeError: When it is neither; the keys of a mapping are not meant.
+    """
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, Iterable) and not isinstance(given, bytes | bytearray | Mapping):
+        return list(given)
+    raise TypeError(f"{given!r} is neither {what} nor several; give one, or a list of them")
+
+
+def _lengths(rows: Float32[np.ndarray, "n e"], what: str) -> Float32[np.ndarray, "n 1"]:
+    """The length of each embedding.
+
+    Raises:
+        ValueError: When one has no direction.
+    """
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    if bad := np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0))).tolist():
+        raise ValueError(f"row {bad[0]} of the {what} is zero or not finite; embed it anew")
+    return lengths
 
 
 def _say_skipped(found: EncodedImages) -> None:
@@ -479,4 +522,5 @@ def _say_skipped(found: EncodedImages) -> None:
         some = "; ".join(map(str, found.skipped[:3]))
         more = len(found.skipped) - 3
         rest = f"; and {more} more" if more > 0 else ""
-        logger.warning("%d images are skipped: %s%s", len(found.skipped), some, rest)
+        n = counted(len(found.skipped), "image", ("is", "are"))
+        logger.warning("%s skipped: %s%s", n, some, rest)

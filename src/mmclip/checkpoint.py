@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mmclip import __version__
 from mmclip.config import Config
 from mmclip.config_io import config_hash, parse
+from mmclip.data.folder import MANIFEST_FILE
 from mmclip.data.leakage.trained import KEY_FILE
 from mmclip.files import file_sha256, is_sealed, json_sha256, other_format, sealed
 from mmclip.models.build import build_mmclip
@@ -40,6 +41,9 @@ from mmclip.models.encoders import rebuild_encoder
 from mmclip.models.mmclip import MMCLIP
 
 CHECKPOINTS = "checkpoints"
+
+WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".pkl")
+"""Of files in which others keep weights."""
 
 FORMAT = 4
 """Of a checkpoint, in meta.json: 2 has the configuration keys image_size and patch_size; from 3 on
@@ -244,20 +248,64 @@ def newest_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: When there is none.
     """
-    if (path / "meta.json").is_file() and (path / "model.safetensors").is_file():
+    if _is_checkpoint(path):
         return path
-    finished = _finished(path)
-    if not finished:
-        runs = path.parent, *(sorted(path.iterdir()) if path.is_dir() else ())
-        meant = [run for run in runs if any((s / "tokenizer").is_dir() for s in _finished(run))]
-        raise CheckpointError(
-            f"{path} holds no finished checkpoint"
-            + ("; " if path.exists() else ", as there is no such folder; check the path, ")
-            + (f"did you mean {meant[0]}, which does? Else give" if meant else "give")
-            + " the folder of a run that `mmclip pretrain` wrote, or one of its "
-            "checkpoints/step_... folders"
+    if finished := _finished(path):
+        return finished[-1]
+    if known := _what_it_is(path):
+        raise CheckpointError(f"{path} holds no finished checkpoint: {known}")
+    runs = path.parent, *(sorted(path.iterdir()) if path.is_dir() else ())
+    meant = [run for run in runs if any((s / "tokenizer").is_dir() for s in _finished(run))]
+    raise CheckpointError(
+        f"{path} holds no finished checkpoint"
+        + ("; " if path.exists() else ", as there is no such folder; check the path, ")
+        + (f"did you mean {meant[0]}, which does? Else give" if meant else "give")
+        + " the folder of a run that `mmclip pretrain` wrote, or one of its "
+        "checkpoints/step_... folders"
+    )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "meta.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def _what_it_is(path: Path) -> str | None:
+    """What a path is that is given for a run, and what to give, where that is known."""
+    if path.is_file() and _is_checkpoint(path.parent):
+        return f"it is a file of one; give {path.parent}"
+    if path.is_file() and path.suffix in WEIGHTS_SUFFIXES:
+        return (
+            "it is a file of weights, which does not say of what model; give a folder of "
+            "transformers, or module:function that builds the model (docs/models.md)"
         )
-    return finished[-1]
+    if (path / MANIFEST_FILE).is_file():
+        return (
+            f"it is a data folder, not a model; train one by `mmclip pretrain --data {path} --out "
+            f"RUN`, or give the folder of one that is trained"
+        )
+    if path.parts[:1] and path.parts[0].startswith(("hf-hub:", "local-dir:")):
+        return "it is a name of open_clip, which comes in by module:function (docs/models.md)"
+    if re.fullmatch(r".+\.py:\w+", path.name):
+        return "module:function names the module as Python imports it: a.b:function for a/b.py"
+    return None if path.is_file() else _what_folder_it_is(path)
+
+
+def _what_folder_it_is(folder: Path) -> str | None:
+    """What a folder of other tools is, and what to give, where that is known."""
+    if (folder / "snapshots").is_dir():
+        return "it is the hub's cache of a model; give the model's id, or a folder in snapshots/"
+    if (folder / "open_clip_config.json").is_file():
+        return "it is of open_clip, whose models come in by module:function (docs/models.md)"
+    if (folder / "adapter_config.json").is_file():
+        return "it holds an adapter of PEFT; merge it into its model, and give that"
+    config = folder / "config.json"
+    if not config.is_file() or (folder / CHECKPOINTS).is_dir():
+        return None
+    try:
+        json.loads(config.read_text("utf-8"))
+    except (OSError, ValueError):
+        return "its config.json cannot be read; fetch the folder anew"
+    return "its config.json names no model_type, as transformers' do; take a folder that it saved"
 
 
 def run_folder(checkpoint: Path) -> Path:

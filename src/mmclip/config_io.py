@@ -34,7 +34,15 @@ M = TypeVar("M", bound=BaseModel)
 
 _TABLE = 'give a table of keys and values, in TOML { key = "value" }'
 _LIST = 'give a list, such as ["one", "two"]'
-_IN_WORDS = {"dict_type": _TABLE, "model_type": _TABLE, "list_type": _LIST, "tuple_type": _LIST}
+_IN_WORDS = {
+    "dict_type": _TABLE,
+    "model_type": _TABLE,
+    "list_type": _LIST,
+    "tuple_type": _LIST,
+    "too_short": "is empty; give at least one",
+    "string_too_short": "is an empty text",
+    "missing": "is missing",
+}
 """What pydantic calls by names of Python, to whoever writes TOML."""
 
 
@@ -193,13 +201,13 @@ def config_hash(config: BaseModel) -> str:
     return json_sha256(config.model_dump(mode="json"))
 
 
-def recipe_hash(config: BaseModel, given: Mapping[str, Any]) -> str:
+def recipe_hash(config: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """SHA-256 of all that weights follow from but the seed: equal of runs that repeat one another.
 
     Args:
-        config: With the seed in its section `train`.
+        config: As JSON holds it, with the seed in its section `train`; of a run the one that it
+            saved, without the keys that a later version added.
         given: What training had beside it, such as the hash of its data.
     """
-    values = config.model_dump(mode="json")
-    del values["train"]["seed"]
-    return json_sha256({"config": values, "given": dict(given)})
+    train = {key: value for key, value in config["train"].items() if key != "seed"}
+    return json_sha256({"config": {**config, "train": train}, "given": dict(given)})

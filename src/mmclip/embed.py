@@ -18,13 +18,16 @@ from mmclip.data.folder import ManifestError
 from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.ingest.shards import n_cores
 from mmclip.data.pixels import ImageError
-from mmclip.data.text import tokenise
+from mmclip.data.text import check_text, tokenise
 from mmclip.models.dual_encoder import DualEncoder, PromptEmbeddings, images_at_once
 from mmclip.models.mmclip import MMCLIP
 from mmclip.progress import progress
 from mmclip.prompts import PromptSet
 
 logger = logging.getLogger(__name__)
+
+TEXTS_AT_ONCE = 4096
+"""Texts that are looked through at a time. [chosen: some megabytes of tokens]"""
 
 
 def batch_size_of(dataset: ImageTextDataset, device: torch.device) -> int:
@@ -154,12 +157,42 @@ def words_hardly_known(tokenizer: PreTrainedTokenizerFast, text: str) -> list[st
     return out
 
 
+def check_texts(encoder: DualEncoder, texts: Sequence[str]) -> None:
+    """Warns of texts that a model reads in part, where it tells what it reads.
+
+    Raises:
+        ValueError: When it can read no word of one.
+    """
+    tokenizer, max_tokens = encoder.tokenizer, encoder.max_tokens
+    if tokenizer is None:
+        return
+    n_cut = 0
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        tokens = tokenise(tokenizer, texts[start : start + TEXTS_AT_ONCE], max_tokens=max_tokens)
+        is_word = tokens.offsets[..., 1] > tokens.offsets[..., 0]
+        is_read = (is_word & (tokens.ids != tokenizer.unk_token_id)).any(axis=1)
+        if not is_read.all():
+            raise ValueError(
+                f"text {start + int(is_read.argmin())} has no word that the model knows; say it as "
+                f"a report of the training data would"
+            )
+        n_cut += tokens.n_truncated
+    if n_cut:
+        logger.warning(
+            "%d of %d texts are longer than the %d tokens that the model reads, and are cut there",
+            n_cut,
+            len(texts),
+            max_tokens,
+        )
+
+
 def warn_of_unread(encoder: DualEncoder, phrase: str) -> None:
     """Says what of a phrase a model cannot read, or has hardly read in training, where it tells.
 
     Raises:
-        ValueError: When it can read no word of it.
+        ValueError: When it is no text, or the model can read no word of it.
     """
+    check_text(phrase, "the phrase")
     tokenizer, max_tokens = encoder.tokenizer, encoder.max_tokens
     if tokenizer is None:
         return

@@ -31,6 +31,19 @@ Advance = Callable[..., None]
 """advance(n=1, note=""): n more units are done; the note stands behind the bar."""
 
 
+def counted(n: int, noun: str, verb: tuple[str, str] | None = None) -> str:
+    """A number of things in words, such as "1 image is" or "2,000 images are".
+
+    Args:
+        n: How many.
+        noun: Of one, whose plural takes an s, or ies for y.
+        verb: Of one and of several.
+    """
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    said = f"{n:,} {noun if n == 1 else plural}"
+    return said if verb is None else f"{said} {verb[n != 1]}"
+
+
 @contextmanager
 def progress(what: str, total: int, done: int = 0, show: bool = True) -> Iterator[Advance]:
     """Shows how far a task is, how fast it goes and how long it still takes.

@@ -68,6 +68,12 @@ def check_prompts(
         if names := several_findings(finding, prompt_sets):
             said = ", ".join(map(repr, names))
             logger.warning("prompts of %r: one finding to the model; name %s apart", finding, said)
+        if is_sentence(finding, prompt_sets):
+            logger.warning(
+                "prompts of %r: a sentence in the place of a name; name what it may show, such as "
+                "'pleural effusion'",
+                finding,
+            )
     if tokenizer is None:
         return
     refused: dict[str, None] = {}
@@ -89,6 +95,10 @@ def check_prompts(
         )
 
 
+_SAYS = re.compile(
+    r"^(no|not|without|there (is|are)|this is)\b|\b(is|are) \w+$|[.!?]$", re.IGNORECASE
+)
+
 LIKENESS = 0.8
 """Names so alike, by difflib's ratio, are taken for one that is misspelt. [chosen: "plural efusion"
 and "noduel" are found; "pneumonia" and "pneumothorax" are 0.67]"""
@@ -109,6 +119,11 @@ def several_findings(finding: str, prompt_sets: Iterable[PromptSet]) -> list[str
     names = [name for name in map(plain_name, re.split(r"[,;|/]", finding)) if name]
     is_list = len(names) > 1 and plain_name(finding) not in known and known.issuperset(names)
     return names if is_list else []
+
+
+def is_sentence(finding: str, prompt_sets: Iterable[PromptSet]) -> bool:
+    """Whether a name says that something is or is not there, as prompts do with a name in them."""
+    return plain_name(finding) not in _known(prompt_sets) and bool(_SAYS.search(finding.strip()))
 
 
 def _known(prompt_sets: Iterable[PromptSet]) -> frozenset[str]:

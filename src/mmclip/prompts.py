@@ -70,9 +70,9 @@ class Templates(PromptTemplate):
         for text in texts:
             names = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
             if unknown := names - set(PLACEHOLDERS):
+                known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
                 raise ValueError(
-                    f"{text!r} has the placeholder {sorted(unknown)[0]!r}; known are "
-                    f"{', '.join(PLACEHOLDERS)}"
+                    f"{text!r} has the placeholder {{{sorted(unknown)[0]}}}; known are {known}"
                 )
             if not names & {"finding", "a_finding"}:
                 raise ValueError(f"{text!r} does not name the finding")
@@ -159,7 +159,7 @@ def own_prompts(content: Mapping[str, Any]) -> PromptSet:
     default = load_prompts("default").model_dump(by_alias=True, exclude_none=True)
     if content.keys() & {"templates", "findings", "phrases"}:
         known = {"templates": default["templates"], **head, **content}
-    elif content.keys() == {"positive", "negative"}:
+    elif content.keys() and content.keys() <= {"positive", "negative"}:
         known = {**head, "templates": _sides(content)}
     else:
         own = {plain_name(name): _sides(sides) for name, sides in content.items()}

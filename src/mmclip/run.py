@@ -121,7 +121,7 @@ class Run:
     def recipe_hash(self) -> str:
         """SHA-256 of all that determines the weights but the seed."""
         given = {k: self.checkpoint.meta[k] for k in ("data_hash", "shuffle_pairs", "step")}
-        return recipe_hash(self.config, given)
+        return recipe_hash(self.checkpoint.meta["config"], given)
 
     @property
     def weights(self) -> Weights:

@@ -9,7 +9,7 @@ import typer
 from mmclip.cli.plain import IN_OUT, SELECTION, PlainCommand
 from mmclip.cli.shared import CpuOption, RuleOption, check_inputs, device_of, model_request
 from mmclip.files import check_free, locked, locked_file
-from mmclip.progress import console
+from mmclip.progress import console, counted
 
 if TYPE_CHECKING:
     from mmclip.prediction.predict import Predicted
@@ -143,26 +143,27 @@ def predict(
 
 def _say(done: "Predicted", by: str) -> None:
     """What was scored, for people, and what of it they must know."""
-    said = f"{done.n_images:,} images scored"
+    said = f"{counted(done.n_images, 'image')} scored"
     if by == "study":
-        said += f", {done.n_lines:,} studies"
+        said += f", {counted(done.n_lines, 'study')}"
     if done.n_others:
         said += f"; files that are no images: {done.n_others:,}, ignored"
     console.print(said, markup=False, soft_wrap=True)
     if done.n_alone:
         _warn(
-            f"{done.n_alone:,} images tell no study (only DICOM and data folders do), and each "
-            f"counts as one"
+            f"{counted(done.n_alone, 'image', ('tells', 'tell'))} no study (only DICOM and data "
+            f"folders do), and each counts as one"
         )
     if done.n_laterals and by == "image":
         _warn(
-            f"{done.n_laterals:,} images are laterals, which `mmclip zeroshot` leaves out: they "
-            f"show other things under the same name"
+            f"{counted(done.n_laterals, 'image', ('is lateral', 'are laterals'))}, which `mmclip "
+            f"zeroshot` leaves out: they show other things under the same name"
         )
     if done.skipped is not None:
         is_of_them = done.n_laterals and by == "study"
         laterals = f", {done.n_laterals:,} of them laterals" if is_of_them else ""
-        _warn(f"{done.n_skipped:,} images have no numbers{laterals}; {done.skipped} says why")
+        without = counted(done.n_skipped, "image", ("has", "have"))
+        _warn(f"{without} no numbers{laterals}; {done.skipped} says why")
 
 
 def _warn(text: str) -> None:

@@ -19,6 +19,7 @@ from pydicom import config, uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.filereader import read_dataset, read_partial
+from pydicom.filewriter import dcmwrite
 from pydicom.pixels.utils import get_expected_length
 from pydicom.tag import BaseTag, Tag
 
@@ -122,6 +123,28 @@ def decode_dicom(content: bytes, max_px: int) -> np.ndarray:
         ImageError: When it holds no image, or one that cannot be read.
     """
     return _read_pixels(content, max_px, to_grey)
+
+
+def written(data: Dataset) -> bytes:
+    """The file of a data set that a user has read, received or made; it stays as it is.
+
+    One without a transfer syntax, as a network hands it over, is written plain: compressed pixels
+    are then told by their content.
+
+    Raises:
+        ImageError: When pydicom cannot write it.
+    """
+    meta = data.get("file_meta") or FileMetaDataset()
+    how = {} if "TransferSyntaxUID" in meta else {"implicit_vr": False, "little_endian": True}
+    file = io.BytesIO()
+    with silent_pydicom():
+        try:
+            dcmwrite(file, data, **how)
+        except FAULTS as error:  # whose text may quote the header: only its kind is told
+            detail = f"a data set that pydicom cannot write: {type(error).__name__}"
+            raise ImageError(Reason.IMAGE_UNREADABLE, detail) from None
+    content = file.getvalue()
+    return content if is_dicom(content) else bytes(128) + _MAGIC + content
 
 
 def decode_values(content: bytes, max_px: int) -> StoredValues | None:

@@ -161,6 +161,8 @@ def _upright(image: Image.Image, max_px: int) -> Image.Image:
         frames = getattr(image, "n_frames", 1)
         image.load()
         upright = ImageOps.exif_transpose(image)
+        # Pillow converts grey with its alpha multiplied in to nothing else.
+        upright = upright.convert("LA") if upright.mode == "La" else upright
     except FAULTS as error:
         detail = str(error).split("(")[0].strip()
         is_cut = isinstance(error, EOFError) or "truncated" in detail

@@ -8,14 +8,15 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from PIL import Image
+from pydicom import Dataset
 from torch import Tensor
 
+from mmclip.data.dicom import written
 from mmclip.data.images import (
     decode_image,
     decode_rgb,
@@ -37,11 +38,14 @@ class Readable(Protocol):
         ...
 
 
+Content = bytes | bytearray | memoryview
+"""What a file holds."""
+
 ImageInput = (
-    str | os.PathLike[str] | bytes | bytearray | Readable | Image.Image | np.ndarray | Tensor
+    str | os.PathLike[str] | Content | Readable | Image.Image | Dataset | np.ndarray | Tensor
 )
 """One image: the path of a PNG, JPEG, TIFF, DICOM or the like, the bytes of such a file, or the
-file opened by mode "rb"; a Pillow image; or pixels.
+file opened by mode "rb"; a Pillow image; a data set of pydicom; or pixels.
 
 Pixels are [h, w], [h, w, c] or [c, h, w] with c 1, 3 or 4, air dark:
 
@@ -56,7 +60,10 @@ ImageInputs = ImageInput | Iterable[object]
 """One image, or several: a list or generator of `ImageInput`, or an array [n, c, h, w] or
 [n, h, w, c]. What is none of these is told of by name as it is read."""
 
-KINDS = "the path of a file, its bytes, a Pillow image, a numpy array or a torch tensor"
+KINDS = (
+    "the path of a file, its bytes, a Pillow image, a data set of pydicom, a numpy array or a "
+    "torch tensor"
+)
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -70,7 +77,7 @@ def each_input(images: object) -> Iterator[object]:
     Raises:
         TypeError: When it is neither an image nor several.
     """
-    if isinstance(images, str | os.PathLike | bytes | bytearray | Readable | Image.Image):
+    if isinstance(images, str | os.PathLike | Content | Image.Image | Dataset) or _is_file(images):
         yield images
     elif isinstance(images, Tensor):
         yield from ([images] if images.ndim < 4 else images)
@@ -88,7 +95,7 @@ def each_input(images: object) -> Iterator[object]:
 
 def name_of(image: object, number: int) -> str:
     """What an image is called in results and errors: its path, else its number, from 0."""
-    if isinstance(image, str | os.PathLike):
+    if isinstance(image, str | os.PathLike) and str(image).strip():
         return str(image)
     return f"image {number}"
 
@@ -129,6 +136,8 @@ def read_rgb(image: object, max_px: int = MAX_PX) -> Image.Image:
 def _content_of(image: object) -> bytes | None:
     """The bytes of a file, by its path or as they are; None of what is no file."""
     if isinstance(image, str | os.PathLike):
+        if isinstance(image, str) and not image.strip():
+            raise ImageError(Reason.IMAGE_MISSING, "its path is empty")
         if isinstance(image, str) and _URL.match(image):
             raise ImageError(Reason.IMAGE_MISSING, "an address; nothing is fetched: download it")
         try:
@@ -137,39 +146,65 @@ def _content_of(image: object) -> bytes | None:
             raise
         except ValueError as error:  # such as a null byte in a path
             raise ImageError(Reason.IMAGE_MISSING, str(error)) from None
-    if isinstance(image, Readable):
+    if isinstance(image, Dataset):
+        return written(image)
+    if _is_file(image):
         try:
             content: object = image.read()
-        except (OSError, ValueError) as error:  # closed, or bytes that are no text
+        except UnicodeDecodeError:
+            content = ""
+        except (OSError, ValueError) as error:  # such as a closed file
             raise ImageError(Reason.IMAGE_UNREADABLE, f"reading failed: {error}") from None
     else:
         content = image
-    if not isinstance(content, bytes | bytearray):
+    if not isinstance(content, Content):
         if content is image:
             return None
-        raise ImageError(
-            Reason.IMAGE_UNREADABLE, f"a file that gives {type(content).__name__}; open it as 'rb'"
-        )
+        detail = f"a file that gives {type(content).__name__}; open it by mode 'rb'"
+        raise ImageError(Reason.IMAGE_UNREADABLE, detail)
     if not content:
-        raise ImageError(Reason.IMAGE_EMPTY, "" if content is image else "nothing is left to read")
+        rest = "nothing is left to read: rewind the file by .seek(0)"
+        raise ImageError(Reason.IMAGE_EMPTY, "" if content is image else rest)
     return bytes(content)
+
+
+def _is_file(image: object) -> TypeGuard[Readable]:
+    """Whether it is read as a file, temporary ones among them, which hand `read` on."""
+    return callable(getattr(image, "read", None))
 
 
 def _pillow_of(image: object, max_px: int) -> Image.Image:
     """An input that is no file, as Pillow has it."""
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ImageError(Reason.IMAGE_EMPTY, f"{image.width} x {image.height} pixels")
         return image
     if isinstance(image, Tensor):
-        plain = image.detach().cpu()
-        plain = plain.float() if plain.dtype in (torch.bfloat16, torch.float16) else plain
-        return _of_array(plain.resolve_conj().resolve_neg().numpy(), max_px, False)
+        return _of_array(_numpy_of(image), max_px, False)
+    if isinstance(image, np.ma.MaskedArray) and np.ma.is_masked(image):
+        detail = "an array with masked pixels; say what they are by .filled()"
+        raise ImageError(Reason.IMAGE_UNREADABLE, detail)
     if isinstance(image, np.ndarray):
         return _of_array(image, max_px, True)
     raise ImageError(Reason.IMAGE_UNREADABLE, f"a {type(image).__name__}; give {KINDS}")
 
 
+def _numpy_of(pixels: Tensor) -> np.ndarray:
+    """A tensor as numpy has it, floats of fewer than 32 bits as float32."""
+    try:
+        plain = pixels.detach().cpu().resolve_conj().resolve_neg()
+        is_short = plain.is_floating_point() and plain.element_size() < 4
+        return (plain.float() if is_short else plain).numpy()
+    except (TypeError, RuntimeError):  # no plain numbers: sparse, quantized, without data
+        detail = (
+            f"a tensor of {pixels.dtype}, {pixels.layout}, on {pixels.device}, which numpy cannot "
+            f"hold; make it a dense one of uint8 or float32"
+        )
+        raise ImageError(Reason.IMAGE_UNREADABLE, detail) from None
+
+
 def _of_array(pixels: np.ndarray, max_px: int, channels_last: bool) -> Image.Image:
-    pixels = _with_channels_last(pixels, channels_last)
+    pixels = _with_channels_last(np.asarray(pixels), channels_last)
     if pixels.size == 0:
         raise ImageError(Reason.IMAGE_EMPTY, f"an array of shape {_shape(pixels)}")
     check_size(pixels.shape[1], pixels.shape[0], max_px)

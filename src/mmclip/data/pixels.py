@@ -48,13 +48,18 @@ def check_file(path: Path) -> None:
         ImageError: When there is no such file, or it is a folder or a device.
     """
     try:
-        is_file = stat.S_ISREG(path.stat().st_mode)
+        mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise ImageError(Reason.IMAGE_MISSING) from None
     except OSError as error:
         raise ImageError(Reason.IMAGE_UNREADABLE, error.strerror or "") from None
-    if not is_file:
-        raise ImageError(Reason.IMAGE_UNREADABLE, "a folder or device, not a file")
+    if not stat.S_ISREG(mode):
+        what = (
+            "a folder; give the files in it"
+            if stat.S_ISDIR(mode)
+            else "a pipe or device, not a file"
+        )
+        raise ImageError(Reason.IMAGE_UNREADABLE, what)
 
 
 def check_size(width: int, height: int, max_px: int) -> None:

@@ -464,6 +464,28 @@ class Tokens:
     n_truncated: int
 
 
+def check_text(text: object, what: str) -> str:
+    """A text as it was given, once it is sure that it has words and is text.
+
+    Args:
+        text: Of a user.
+        what: It is called in the error.
+
+    Raises:
+        ValueError: Of anything but a text, of a blank one, and of one that no file could hold.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{what} is {text!r}; give words, such as 'Small left pleural effusion.'")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} has half a character at place {error.start} ({text[error.start]!r}); decode "
+            f"it anew"
+        ) from None
+    return text
+
+
 def tokenise(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_tokens: int
 ) -> Tokens:

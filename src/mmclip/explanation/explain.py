@@ -163,8 +163,6 @@ def explain_image(
         ValueError: When the phrase is empty, the model can read no word of it, or the score needs a
             decoder that is not there.
     """
-    if not phrase.strip():
-        raise ValueError("the phrase is empty; say what to look for, such as 'pleural effusion'")
     warn_of_unread(encoder, phrase)
     prepared = encoder.prepare(pixels)
     patches = maps_of(encoder, [prepared], [phrase], [0], score, prompts)[0]

@@ -138,4 +138,4 @@ def recipe_of(
         "data": task.dataset.data_hash,
         "split": task.split,
     }
-    return recipe_hash(request.config, given)
+    return recipe_hash(request.config.model_dump(mode="json"), given)

@@ -1,5 +1,6 @@
 """A dual encoder of transformers out of a folder or the hub, refused by name where it is none."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,19 @@ from mmclip.models.dual_encoder import (
 )
 from mmclip.models.hub_encoder import FAMILIES, HubEncoder, Processed
 from mmclip.models.layout import EncoderError
-from mmclip.models.pretrained import FORWARD_FAULTS, LOAD_FAULTS, first_line, quiet_loading
+from mmclip.models.pretrained import (
+    FORWARD_FAULTS,
+    LOAD_FAULTS,
+    first_line,
+    quiet_loading,
+    why_unread,
+)
+
+logger = logging.getLogger(__name__)
+
+MOST_PADDED = 0.9
+"""A tokenizer of less than this part of its encoder's words is told of. [chosen: tables of words
+are padded to a multiple of 64 or so; BERT's 30,522 tokens are 0.62 of CLIP's 49,408]"""
 
 TAKE_INSTEAD = (
     "give a CLIPModel, SiglipModel, Siglip2Model or VisionTextDualEncoderModel, or name a function "
@@ -102,6 +115,13 @@ def open_hub_encoder(
     # Where its files are missing, transformers makes one of special tokens alone.
     if len({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens}) < 2:
         raise EncoderError(_lacks(source, "tokenizer", "tokenizer.json or the like"))
+    words = config.get_text_config().vocab_size
+    if len(tokenizer) < MOST_PADDED * words:
+        logger.warning(
+            "the tokenizer of %s has %d tokens, and its text encoder knows %d: if it is of another "
+            "model, texts are read as other words",
+            source, len(tokenizer), words,
+        )  # fmt: skip
     model: Any = _load_weights(source).to(device)  # pyright: ignore[reportArgumentType]
     model.eval()
     prepare = Processed(processor)
@@ -134,6 +154,11 @@ def _tried(opened: HubEncoder) -> HubEncoder:
             f"{opened.source} cannot read an image or a text as its own image processor and "
             f"tokenizer give them ({first_line(error)}); save those of this model beside it"
         ) from error
+    if not (image.isfinite().all() and text.isfinite().all()):
+        raise EncoderError(
+            f"{opened.source} gives embeddings that are not finite: its weights hold NaN or "
+            f"infinity, or overflow; take other weights"
+        )
     if image.shape != text.shape:
         raise EncoderError(
             f"{opened.source} gives images of {image.shape[1]} numbers and texts of "
@@ -174,7 +199,7 @@ def _load_weights(source: str) -> PreTrainedModel:
                 source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
     except LOAD_FAULTS as error:
-        said = first_line(error)
+        said = why_unread(source, error)
         raise EncoderError(f"cannot load the weights of {source!r} ({said})") from error
     missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
     if missing:

@@ -43,6 +43,7 @@ from transformers.utils.logging import (
 )
 
 from mmclip.config import ModelConfig
+from mmclip.data.file_kinds import kind_of
 from mmclip.hub import why_unavailable
 from mmclip.models.layout import EncoderError
 
@@ -124,7 +125,27 @@ def first_line(error: BaseException) -> str:
             "it holds more than tensors and plain values, and nothing of it was run; take its "
             "model.safetensors"
         )
-    return text.splitlines()[0] if text else type(error).__name__
+    if "ignore_mismatched_sizes" in text:  # transformers' table of them is not shown
+        return "its weights have other shapes than its config.json says"
+    return text.splitlines()[0].rstrip(":") if text else type(error).__name__
+
+
+def why_unread(name: str, error: BaseException) -> str:
+    """Why weights cannot be read: that a file of them holds none, else what the error says.
+
+    Args:
+        name: Folder or hub id.
+        error: Of reading them.
+    """
+    folder = Path(name)
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
+        with path.open("rb") as file:
+            start = file.read(256)
+        kind = kind_of(start) if start else "empty"
+        if kind is not None and not kind.endswith("archive"):  # torch's own are such
+            return f"{path.name} is {kind}"
+    cut = "damaged or cut off: " if isinstance(error, SafetensorError) else ""
+    return f"{cut}{first_line(error)}"
 
 
 def check_named_encoders(config: ModelConfig) -> None:
@@ -271,7 +292,7 @@ def load_tower(name: str, modality: Modality, config: PreTrainedConfig) -> PreTr
                 name, config=config, output_loading_info=True, trust_remote_code=False
             )
     except LOAD_FAULTS as error:
-        raise cannot_load(name, first_line(error)) from error
+        raise cannot_load(name, why_unread(name, error)) from error
     report = LoadReport(
         name=name,
         missing=tuple(sorted(info["missing_keys"])),

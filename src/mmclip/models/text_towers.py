@@ -100,7 +100,7 @@ def build_text_encoder(
     encoder = load_tower(name, "text", read)
     _fit_vocabulary(encoder, name, vocab_size, mask_token_id)
     _check_length(encoder, name, max_tokens, pad_token_id)
-    find_layout(encoder, max_tokens, pad_token_id, config.pooling, has_class_token)
+    find_layout(encoder, max_tokens, pad_token_id, config.pooling, has_class_token, end_token_id)
     return encoder
 
 
@@ -155,8 +155,12 @@ def find_layout(
     pad_token_id: int,
     pooling: Pooling,
     has_class_token: bool,
+    end_token_id: int | None = None,
 ) -> TextLayout:
     """Looks at what an encoder makes of one text, and keeps what it finds; see `keep_layout`.
+
+    The first token of a causal model, and a pooler that reads it, are the same for every text:
+    they do not count as a class token and as a pooler.
 
     Raises:
         EncoderError: When it gives no feature per token, or cannot pool so.
@@ -167,6 +171,8 @@ def find_layout(
     keep_layout(encoder, layout)
     device = next(encoder.parameters()).device
     ids = torch.full((1, max_tokens), int(pad_token_id == 0), device=device)
+    if end_token_id is not None:
+        ids[0, -1] = end_token_id
     is_valid = torch.ones_like(ids, dtype=torch.bool)
     encoder.eval()
     try:
@@ -180,7 +186,16 @@ def find_layout(
     if features is None or features.shape[:2] != (1, max_tokens):
         raise EncoderError(f"{kind!r} gives no feature per token; {TAKE_INSTEAD['text']}")
     width = features.shape[2]
-    chosen = _choose(pooling, output, width, has_class_token, kind)
+    other = ids.clone()
+    other[0, 1] = next(i for i in range(3) if i not in (pad_token_id, int(ids[0, 1])))
+    with torch.no_grad():
+        of_other = forward_text(encoder, other, is_valid)
+    is_told = not torch.equal(features[:, 0], of_other.last_hidden_state[:, 0])
+    before, behind = output.get("pooler_output"), of_other.get("pooler_output")
+    has_pooler = (
+        before is not None and before.shape[1:] == (width,) and not torch.equal(before, behind)
+    )
+    chosen = _choose(pooling, has_pooler, has_class_token, is_told, kind)
     layout = replace(layout, width=width, pooling=chosen)
     keep_layout(encoder, layout)
     vector = pooled(output, encoder, is_valid)
@@ -190,24 +205,34 @@ def find_layout(
     return layout
 
 
-def _choose(pooling: Pooling, output: Any, width: int, has_class_token: bool, kind: str) -> Pooled:
-    """How to pool: as it is asked for, or by the pooler, the first token or the mean."""
-    vector = output.get("pooler_output")
-    has_pooler = vector is not None and vector.shape[1:] == (width,)
+def _choose(
+    pooling: Pooling, has_pooler: bool, has_class_token: bool, is_told: bool, kind: str
+) -> Pooled:
+    """How to pool: as it is asked for, or by the pooler, the first token or the mean.
+
+    Args:
+        pooling: What is asked for.
+        has_pooler: Whether there is one of the width of the features that the text changes.
+        has_class_token: Whether the tokenizer sets a token in front of a text.
+        is_told: Whether the first token sees those behind it.
+        kind: Of the model.
+    """
     if pooling == "auto":
-        return "pooler" if has_pooler else "cls" if has_class_token else "mean"
+        return "pooler" if has_pooler else "cls" if has_class_token and is_told else "mean"
     if pooling == "pooler" and not has_pooler:
-        instead = "'cls' or 'mean'" if has_class_token else "'mean'"
+        instead = "'cls' or 'mean'" if has_class_token and is_told else "'mean'"
+        what = "of the width of its features" if is_told else "that sees a text"
         raise EncoderError(
-            f"model.text.pooling='pooler', and {kind!r} has no pooler of the width of its "
-            f"features; set it to {instead}"
+            f"model.text.pooling='pooler', and {kind!r} has no pooler {what}; set it to {instead}"
         )
-    if pooling == "cls" and not has_class_token:
+    if pooling == "cls" and not (has_class_token and is_told):
         instead = "'pooler' or 'mean'" if has_pooler else "'mean'"
-        raise EncoderError(
-            f"model.text.pooling='cls', and the tokenizer of {kind!r} sets no class token in front "
-            f"of a text; set it to {instead}"
+        why = (
+            f"{kind!r} is causal: its first token sees no other"
+            if has_class_token
+            else f"the tokenizer of {kind!r} sets no class token in front of a text"
         )
+        raise EncoderError(f"model.text.pooling='cls', and {why}; set it to {instead}")
     return pooling
 
 

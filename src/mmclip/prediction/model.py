@@ -1,5 +1,6 @@
 """Any model, fine-tuned ones among them, and what turns images into scores by it."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mmclip.checkpoint import CHECKPOINTS, CheckpointError, checkpoint_meta, find_checkpoint
-from mmclip.data.folder import MANIFEST_FILE
 from mmclip.data.image_text_dataset import ImageTextDataset, open_dataset
 from mmclip.data.inputs import each_input, name_of
 from mmclip.data.original_images import open_originals
@@ -106,14 +106,18 @@ def device_named(name: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {str(name)!r} cannot be used ({why}); take 'auto', 'cpu', or 'cuda' where "
-            f"torch sees a GPU"
-        ) from None
-    return device
+    except (RuntimeError, TypeError):
+        why = "torch knows no such device"
+    else:
+        try:
+            torch.zeros(1, device=device).tolist()  # of a device without numbers, too
+            return device
+        except (RuntimeError, AssertionError) as error:
+            why = re.split(r"[.;] ", str(error).splitlines()[0])[0]  # torch goes on for a page
+    raise ValueError(
+        f"device {str(name)!r} cannot be used ({why}); take 'auto', 'cpu', or 'cuda' where torch "
+        f"sees a GPU"
+    )
 
 
 def find_model(source: str) -> None:
@@ -158,11 +162,6 @@ def _why_no_model(path: Path) -> str | None:
     """Why a folder that is no run holds no model, where it is one of ours."""
     if not path.is_dir():
         return None
-    if (path / MANIFEST_FILE).is_file():
-        return (
-            f"{path} is a data folder, not a model; train one by `mmclip pretrain --data {path} "
-            f"--out RUN`, or give the folder of one that is trained"
-        )
     within = sorted(p.parent.name for p in path.glob(f"*/{RESULTS_FILE}"))
     if (path / "summary.json").is_file() and within:
         return (
@@ -235,8 +234,7 @@ def scorer_of(
 
     Args:
         model: See `open_model`.
-        findings: In order; none takes those that a fine-tuned model has learnt, or that the prompt
-            set words by itself.
+        findings: In order; none takes those that a fine-tuned model has learnt.
         prompts: What stands for a finding; of no use to a fine-tuned model.
         batch_size: See `encoder_of`.
 

@@ -24,7 +24,7 @@ from mmclip.models.dual_encoder import DualEncoder
 from mmclip.prediction.decisions import read_thresholds
 from mmclip.prediction.model import Scorer, Skipped, open_model, prompt_set_of, scorer_of
 from mmclip.prediction.tables import prediction_table, write_skipped
-from mmclip.progress import progress
+from mmclip.progress import counted, progress
 from mmclip.prompts import PromptSet
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,8 @@ def predict(request: PredictRequest) -> Predicted:
             f"{found.n_others:,}); give image files, folders that hold some, or a data folder"
         )
     if found.n_again:
-        logger.info("%d files were named more than once, and are scored once", found.n_again)
+        again = counted(found.n_again, "file", ("was", "were"))
+        logger.info("%s named more than once, and scored once", again)
     batches = _batches(found.images, datasets, scorer, request)
     explainer = None
     if request.explain is not None:
