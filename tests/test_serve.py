@@ -30,6 +30,7 @@ from mmclip.serving import decoding
 from mmclip.serving.app import create_app
 from mmclip.serving.batching import Batcher, BusyError
 from mmclip.serving.limits import Access, Limits, RateLimit, name_in
+from mmclip.serving.server import unlogged
 from mmclip.serving.service import ServeRequest, Service, open_service
 from tests.commands import mmclip as command
 from tests.dual_encoders import save_clip, save_siglip
@@ -330,6 +331,28 @@ def test_nothing_of_an_image_is_stored_or_logged(
 
 
 # Who may ask, and how much.
+
+
+@pytest.mark.parametrize("phrase", ["pnemothorax of Smith", "xyzzy, Smith", "There is a Smith."])
+def test_no_word_of_a_request_reaches_the_log(
+    client: TestClient, files: list[Path], phrase: str, capfd: pytest.CaptureFixture[str]
+):
+    shown = logging.StreamHandler()
+    logging.getLogger().addHandler(shown)
+    try:
+        with unlogged():
+            asked = {"finding": phrase, "phrase": phrase, "text": phrase}
+            for route in ("classify", "explain", "similarity", "search"):
+                image = {} if route == "search" else {"files": {"image": files[0].read_bytes()}}
+                answer = client.post(f"/api/{route}", data=asked, **image)
+                assert answer.status_code == 200, answer.json()
+                if route == "classify":
+                    assert phrase in " ".join(answer.json()["warnings"])
+        assert "Smith" not in "".join(capfd.readouterr())
+        logging.getLogger("mmclip.embed").warning("behind it")
+        assert "behind it" in capfd.readouterr().err
+    finally:
+        logging.getLogger().removeHandler(shown)
 
 
 def test_the_host_header_must_name_this_machine(service: Service):

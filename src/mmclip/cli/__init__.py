@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -137,6 +138,9 @@ UsageError = cast("type[Exception]", typer.BadParameter.__base__)
 def main() -> None:
     """Runs the command line; an error is one line, a traceback needs --debug."""
     debug = "--debug" in sys.argv[1:]
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(each, _end)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without a sign shows its escape
             stream.reconfigure(errors="backslashreplace")
@@ -162,6 +166,15 @@ def main() -> None:
     if code == 130:
         console.print("interrupted")
     sys.exit(code)
+
+
+def _end(number: int, _: object) -> None:
+    """Ends the command as Ctrl-C does, so that what it wrote aside goes; the second signal kills.
+
+    `pretrain` and full fine-tuning end between two steps instead, and the server by itself.
+    """
+    signal.signal(number, signal.SIG_DFL)
+    sys.exit(128 + number)
 
 
 def error_line(error: Exception) -> str:

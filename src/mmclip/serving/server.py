@@ -1,7 +1,9 @@
 """Runs the application until Ctrl-C, without a line of log on any request."""
 
+import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
@@ -37,4 +39,22 @@ def run_server(app: FastAPI, bound: socket.socket, on_start: Callable[[], None])
         timeout_graceful_shutdown=2,
         ws="none",
     )
-    _Server(config, on_start).run([bound])
+    with unlogged():
+        _Server(config, on_start).run([bound])
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Keeps what this package says of requests out of every log: it quotes findings and phrases.
+
+    Answers carry its warnings (`service.Answer`).
+    """
+    logger, nowhere = logging.getLogger("mmclip"), logging.NullHandler()
+    was = logger.propagate
+    logger.addHandler(nowhere)  # without any, logging has one of its own
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = was
+        logger.removeHandler(nowhere)
