@@ -69,6 +69,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+IMPORTED_BY = os.getpid()
+
 KEPT_SCORERS = 16
 """Embedded prompts that a model keeps. [chosen: a few lists of findings by a few prompt sets]"""
 
@@ -432,6 +434,7 @@ class Model:
 
     def _scorer(self, findings: Sequence[str], prompts: PromptSet) -> Scorer:
         """See `scorer_of`. The last few are kept: prompts take a large text encoder seconds."""
+        _fit_to_process()
         key = (tuple(findings), prompts.hash)
         scorer = self._scorers.pop(key, None)
         if scorer is None:
@@ -447,6 +450,7 @@ class Model:
         Raises:
             ValueError: When the model is fine-tuned.
         """
+        _fit_to_process()
         if not isinstance(self._model, FineTuned):
             return self._model
         raise ValueError(
@@ -489,6 +493,13 @@ def load(
     named = None if rule is None else rule_named(rule)
     request = ModelRequest(str(path), named, batch_size=batch_size)
     return Model(open_model(request, device_named(device)), batch_size)
+
+
+def _fit_to_process() -> None:
+    """One thread in a process that was forked: those of the process before it are not there, and
+    OpenMP waits for them for ever."""
+    if os.getpid() != IMPORTED_BY and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
 
 
 def _several(given: object, what: str) -> list[Any]:
