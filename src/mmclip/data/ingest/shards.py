@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -247,6 +248,9 @@ def _in_processes(jobs: Iterator[_Job], workers: int) -> Iterator[tuple[int, str
 def process_pool(workers: int, next_step: str) -> Iterator[ProcessPoolExecutor]:
     """New processes, which end with this one; what was not begun is dropped at the end.
 
+    Ctrl-C reaches this process alone. Where it or another signal ends the work, the processes are
+    ended, too: none is waited for.
+
     Args:
         workers: How many.
         next_step: What helps when one is killed, for the message.
@@ -254,12 +258,24 @@ def process_pool(workers: int, next_step: str) -> Iterator[ProcessPoolExecutor]:
     Raises:
         WorkersError: When a process was killed.
     """
+    others = set(active_children())
     # Not fork: the caller may already run threads, which a forked child would lack.
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_end_with_parent
     )
     try:
+        # A worker starts with the first task that finds none idle, and keeps what is blocked here.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(workers):
+                pool.submit(int)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         yield pool
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        for worker in set(active_children()) - others:
+            worker.terminate()
+        raise
     except BrokenProcessPool:
         raise WorkersError(
             f"a worker process was killed, usually for want of memory; {next_step}"
