@@ -112,6 +112,19 @@ def zeroshot_of(shared: dict[str, Path], tmp_path: Path, *more: str | Path) -> E
     return mmclip(tmp_path, "zeroshot", "--out", tmp_path / "out", *given, *more)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_the_caller_closed_is_no_error(closed: str):
+    said = ["--version", "--help", "predict -h", "no-such-command"]
+    code = "import sys; from mmclip.cli import main; sys.argv = ['mmclip', *sys.argv[1:]]; main()"
+    for arguments, expected in zip(said, (0, 0, 0, 2), strict=True):
+        line = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {arguments} {closed}"
+        ran = subprocess.run(
+            ["/bin/sh", "-c", line], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert ran.returncode == expected, ran.stderr
+        assert "AttributeError" not in ran.stderr
+
+
 def test_zeroshot_prints_the_page_on_stdout_and_the_table_on_stderr(
     shared: dict[str, Path], tmp_path: Path
 ):

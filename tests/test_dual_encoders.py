@@ -327,6 +327,7 @@ def test_a_folder_that_is_no_whole_dual_encoder_is_told_in_a_line(
         ({"config.json": '{"architecture": "resnet50"}'}, "names no model_type"),
         ({"config.json": "[]"}, "names no model_type"),
         ({"open_clip_config.json": "{}"}, r"it is of open_clip.*docs/models\.md"),
+        ({"image_encoder.onnx": "x", "config.json": "{}"}, "an export for onnxruntime; give its"),
         ({"adapter_config.json": "{}"}, "an adapter of PEFT; merge it"),
         ({"snapshots/abc/config.json": "{}"}, "the hub's cache of a model; give the model's id"),
     ],

@@ -132,6 +132,16 @@ def test_where_nothing_is_to_be_scored_it_is_an_error(made_run: Path, tmp_path: 
     )
 
 
+@pytest.mark.parametrize("name", ["pneumonia", "Pleural_Effusion"])
+def test_a_second_finding_without_its_option_is_told_of(made_run: Path, tmp_path: Path, name: str):
+    (tmp_path / "a.png").write_bytes(encoded(ramp(), "PNG"))
+    ended = mmclip(
+        tmp_path, "predict", "--model", made_run, tmp_path / "a.png", "--finding", "edema", name,
+        "--out", tmp_path / "p.csv",
+    )  # fmt: skip
+    assert f"no file or folder {name}; if it is a finding, write --finding before" in ended.error()
+
+
 def test_a_study_is_the_mean_of_its_frontal_images(made_run: Path, made_data: Path, tmp_path: Path):
     assert predict(tmp_path, made_run, made_data).code == 0
     by_image = {line["image_id"]: float(line["pneumothorax"]) for line in read(tmp_path / "p.csv")}

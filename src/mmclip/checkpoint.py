@@ -298,6 +298,8 @@ def _what_folder_it_is(folder: Path) -> str | None:
         return "it is of open_clip, whose models come in by module:function (docs/models.md)"
     if (folder / "adapter_config.json").is_file():
         return "it holds an adapter of PEFT; merge it into its model, and give that"
+    if (folder / "image_encoder.onnx").is_file():
+        return "it is an export for onnxruntime; give its run, or an export by --to hf"
     config = folder / "config.json"
     if not config.is_file() or (folder / CHECKPOINTS).is_dir():
         return None

@@ -12,7 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
+_IS_TERMINAL = bool(sys.stderr) and sys.stderr.isatty()  # None where who starts Python closed it
+
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=not _IS_TERMINAL)
 """Messages for people go to stderr, so that stdout carries results alone. Into a file or a pipe
 they are never wrapped: logs are searched by the paths in them. No text is markup: it may hold the
 name of somebody's finding."""

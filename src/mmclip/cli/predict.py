@@ -1,5 +1,6 @@
 """`mmclip predict`: probabilities of findings for images without labels."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -117,6 +118,7 @@ def predict(
     asked = model_request(model, rule)
     find_model(model)
     check_inputs(prompts=[prompts])
+    _refuse_findings_as_paths(inputs, prompts)
     if out.suffix != ".csv":
         raise ValueError(f"--out {out} does not end in .csv; name the table to write")
     has_maps = explain is not None and (explain.is_file() or any(explain.glob("*")))
@@ -139,6 +141,19 @@ def predict(
         )
     _say(done, by)
     print(out)
+
+
+def _refuse_findings_as_paths(inputs: Sequence[Path], prompts: str) -> None:
+    """Tells those who name a second finding without a --finding of its own."""
+    from mmclip.prompts import load_prompts, plain_name
+
+    named = load_prompts(prompts).named
+    for path in inputs:
+        if plain_name(str(path)) in named and not path.exists():
+            raise ValueError(
+                f"there is no file or folder {path}; if it is a finding, write --finding before "
+                f"it, as before each of them"
+            )
 
 
 def _say(done: "Predicted", by: str) -> None:
