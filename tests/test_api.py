@@ -627,7 +627,10 @@ def test_a_saliency_map_lies_on_the_pixels_of_the_image(model: Model, tmp_path: 
     assert found.values.shape == (50, 70)
     assert found.values.dtype == np.float32
     assert found.save(tmp_path / "new" / "map.png").stat().st_size > 1000
-    np.testing.assert_array_equal(np.load(found.save(tmp_path / "map.npy")), found.values)
+    for name in ("map.npy", "MAP.NPY"):
+        np.testing.assert_array_equal(np.load(found.save(tmp_path / name)), found.values)
+    with Image.open(found.save(tmp_path / "MAP.PNG")) as picture:
+        assert picture.format == "PNG"
     with pytest.raises(ValueError, match=r"neither \.png nor .npy"):
         found.save(tmp_path / "map.jpg")
 

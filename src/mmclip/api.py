@@ -171,10 +171,10 @@ class Saliency:
         from mmclip.explanation.explain import draw_explanation
 
         out = Path(path)
-        if out.suffix not in (".png", ".npy"):
+        if out.suffix.lower() not in (".png", ".npy"):
             raise ValueError(f"{out} ends in neither .png nor .npy; name a picture or an array")
         out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".npy":
+        if out.suffix.lower() == ".npy":
             with write_atomic(out) as file:
                 np.save(file, self.values)
             return out

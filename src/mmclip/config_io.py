@@ -117,7 +117,7 @@ def read_toml(what: str, folder: str, name_or_path: str | Path) -> dict[str, Any
     Raises:
         ConfigError: When there is no such file, it cannot be read, or it is no TOML.
     """
-    if isinstance(name_or_path, Path) or name_or_path.endswith(".toml"):
+    if isinstance(name_or_path, Path) or name_or_path.lower().endswith(".toml"):
         path = Path(name_or_path)
     elif name_or_path in (names := packaged_names(folder)):
         path = RESOURCES / folder / f"{name_or_path}.toml"

@@ -197,7 +197,7 @@ def _score_name(name: str) -> "ExplainScore":
 
 
 def _check_suffix(out: Path, suffix: str) -> None:
-    if out.suffix != suffix:
+    if out.suffix.lower() != suffix:
         raise ValueError(f"--out {out} does not end in {suffix}; name the file to write")
 
 

@@ -119,7 +119,7 @@ def predict(
     find_model(model)
     check_inputs(prompts=[prompts])
     _refuse_findings_as_paths(inputs, prompts)
-    if out.suffix != ".csv":
+    if out.suffix.lower() != ".csv":
         raise ValueError(f"--out {out} does not end in .csv; name the table to write")
     has_maps = explain is not None and (explain.is_file() or any(explain.glob("*")))
     check_free([out, explain] if explain is not None and has_maps else [out], overwrite)
