@@ -130,7 +130,9 @@ class Lexicon:
 
     def matches(self, words: Sequence[str]) -> list[tuple[int, int, _Senses]]:
         """Every phrase in some words, as start and end word and senses; in order of start."""
-        letters = "".join(map(self._letters.__getitem__, words))
+        return self._matches("".join(map(self._letters.__getitem__, words)))
+
+    def _matches(self, letters: str) -> list[tuple[int, int, _Senses]]:
         found = [
             ((end := (last + 1) // 2) - length, end, senses)
             for last, (length, senses) in self._matcher.iter(letters)
@@ -140,8 +142,8 @@ class Lexicon:
 
     def find(self, text: str) -> list[Entity]:
         """The entities of a text, with the status of each finding: in order and disjoint."""
-        words, places = self._letters.part(*words_of(text))
-        found, cues = self._candidates(words)
+        words, places, letters = self._letters.spell(*words_of(text))
+        found, cues = self._candidates(letters)
         taken: set[int] = set()  # "left hilar enlargement" is a hilar enlargement, not a left hilum
         chosen = longest_disjoint((f for f in found if f[2].kind == "finding"), taken)
         findings = [Span(start, end, concept.name) for start, end, concept in chosen]
@@ -165,7 +167,7 @@ class Lexicon:
         Args:
             entities: In order, disjoint and inside the text. A cue inside one belongs to it.
         """
-        words, places = self._letters.part(*words_of(text))
+        words, places, letters = self._letters.spell(*words_of(text))
         starts, ends = [a for a, _ in places], [b for _, b in places]
         spans = [
             Span(first, max(first, bisect_left(starts, e.end)), e.concept)
@@ -173,7 +175,7 @@ class Lexicon:
             for first in [bisect_left(ends, e.start + 1)]
         ]
         findings = [s for s, e in zip(spans, entities, strict=True) if e.kind == "finding"]
-        marks, _ = _marks(words, self._candidates(words)[1], findings)
+        marks, _ = _marks(words, self._candidates(letters)[1], findings)
         heard = iter(statuses(words, findings, marks, self._lists, is_own_cue_heard=False))
         out: list[Entity] = []
         for entity in entities:
@@ -183,13 +185,13 @@ class Lexicon:
             out.append(entity)
         return out
 
-    def _candidates(self, words: Sequence[str]) -> tuple[list[_Found], list[_Cue]]:
-        """Whatever the words may mean: concepts and cues, overlaps and all."""
+    def _candidates(self, letters: str) -> tuple[list[_Found], list[_Cue]]:
+        """Whatever some words may mean: concepts and cues, overlaps and all."""
         found: list[_Found] = []
         cues: list[_Cue] = []
         lefts: dict[str, list[tuple[int, int]]] = defaultdict(list)
         walls: list[int] = []  # where no gap may reach over
-        for start, end, senses in self.matches(words):
+        for start, end, senses in self._matches(letters):
             for concept in senses.concepts:
                 found.append((start, end, concept))
             for left in senses.left_of:

@@ -84,8 +84,11 @@ _HEADERS: dict[Kind, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _KIND_OF_GROUP: list[Kind] = list(_HEADERS)
+# Tried first at each word: whether its clause ends as headings do, so that most words of prose cost
+# little. No heading has a full stop inside, but for an addendum's ("Addendum by Dr. Lee").
+_MAY_BE_HEADER = r"(?:(?=addend)|(?=(?:[^:;\n.-]|-(?![ \t])){0,110}+(?:[:;\n-]|\.[ \t]*:|\Z)))"
 _HEADER = re.compile(
-    r"(?<![\w-])(?:"
+    rf"(?<![\w-])(?=[a-z]){_MAY_BE_HEADER}(?:"
     + "|".join("(" + "|".join(names) + ")" for names in _HEADERS.values())
     + r")(?:\(s\))?(?: (?:and|&|/) \w{4,16}(?:\(s\))?)?(?: \([A-Za-z ]{3,20}\)(?= ?:))?"
     + r"[ \t]*(?::|(?=\n|$)|;(?=[ \t]*\S)|-{1,2}(?=[ \t]))",

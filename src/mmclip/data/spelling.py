@@ -61,12 +61,13 @@ class Letters(dict[str, str]):
         self[word] = self[right] if right else unknown
         return self[word]
 
-    def part(
+    def spell(
         self, words: list[str], places: list[tuple[int, int]]
-    ) -> tuple[list[str], list[tuple[int, int]]]:
-        """The words and their places, where those that run together ("noeffusion") are two."""
-        if _JOINED not in "".join(map(self.__getitem__, words)):
-            return words, places
+    ) -> tuple[list[str], list[tuple[int, int]], str]:
+        """The words, those that run together ("noeffusion") as two, their places and letters."""
+        letters = "".join(map(self.__getitem__, words))
+        if _JOINED not in letters:
+            return words, places, letters
         parted: list[tuple[str, tuple[int, int]]] = []
         for word, (start, end) in zip(words, places, strict=True):
             at = self._joint(word) if self[word] == _JOINED else None
@@ -75,7 +76,8 @@ class Letters(dict[str, str]):
             else:
                 parted.append((word[:at], (start, start + at)))
                 parted.append((word[at:], (start + at, end)))
-        return [word for word, _ in parted], [place for _, place in parted]
+        words = [word for word, _ in parted]
+        return words, [place for _, place in parted], "".join(map(self.__getitem__, words))
 
     def _joint(self, word: str) -> int | None:
         """Where a word is two that run together ("noeffusion"), or None."""
