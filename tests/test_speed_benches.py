@@ -72,3 +72,13 @@ def test_scaling(monkeypatch, capsys, tmp_path: Path):
     assert found["images"] == [20, 80, 320]
     for stage in ("build", "pretrain", "zeroshot"):
         assert len(found[stage]["cpu_s"]) == 3 and min(found[stage]["mb"]) > 0
+
+
+@pytest.mark.slow
+def test_large_batch(monkeypatch, capsys, tmp_path: Path):
+    arguments = ["--pairs", "32", "--micro-batch", "8"]
+    rows = line_of("large_batch", arguments, monkeypatch, capsys, tmp_path)["rows"]
+    caching = {"caching, 32", "caching, 32, two processes"}
+    assert set(rows) == {"start", "plain", "checkpointing", *caching}
+    assert rows["plain"]["memory"] == rows["plain"]["time"] == 1
+    assert all(row["mib"] > 0 and row["cpu_s"] > 0 for row in rows.values())
