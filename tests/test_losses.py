@@ -190,7 +190,7 @@ def test_losses_in_blocks_are_those_at_once_with_their_gradients():
     for rows in (2, 4, 9, 100):
         leaves = [x.clone().requires_grad_() for x in (query, others, torch.tensor(5.0))]
         loss = contrastive_sum_in_blocks(
-            leaves[0], leaves[1], keys, keys, is_candidate, leaves[2], block_rows=rows
+            leaves[0], leaves[1], keys, keys, is_candidate, leaves[2], block_elements=9 * rows
         )
         found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     expected = contrastive_sum(
@@ -263,9 +263,9 @@ def test_the_sigmoid_loss_is_its_slow_loop_whole_and_in_blocks(seed: int, a: int
                     logit = 9.0 * float(query[i] @ candidates[j]) - 2.0
                     z = 1.0 if positive[j] else -1.0
                     wanted += math.log1p(math.exp(-z * logit))
-    for block_rows in (1, 2, 100):
+    for n_rows in (1, 2, 100):
         found = contrastive_sum_in_blocks(
-            query, candidates, keys, others, is_candidate, both, block_rows, sigmoid_sum
+            query, candidates, keys, others, is_candidate, both, n_rows * b, sigmoid_sum
         )
         assert found.item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
@@ -275,14 +275,33 @@ def test_sigmoid_gradients_in_blocks_are_those_of_the_whole():
     query, candidates = (unit(7, 4, seed).requires_grad_() for seed in (0, 1))
     keys = torch.arange(7)[:, None]
     grads = []
-    for block_rows in (3, 7):
+    for n_rows in (3, 7):
         loss = contrastive_sum_in_blocks(
-            query, candidates, keys, keys, all_candidates(7), both, block_rows, sigmoid_sum
+            query, candidates, keys, keys, all_candidates(7), both, 7 * n_rows, sigmoid_sum
         )
         grads.append(torch.autograd.grad(loss, [query, candidates, both]))
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
     assert grads[0][2].abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("n", "elements", "rows"), [(6, 36, 6), (6, 35, 5), (12, 36, 3), (9, 4, 1)]
+)
+def test_a_block_of_logits_is_no_larger_however_many_rows_there_are(
+    n: int, elements: int, rows: int
+):
+    seen = []
+
+    def counted(query, *others):
+        seen.append(len(query))
+        return contrastive_sum(query, *others)
+
+    both, keys = unit(n, 4, 0), torch.arange(n)[:, None]
+    contrastive_sum_in_blocks(
+        both, both, keys, keys, all_candidates(n), torch.tensor(5.0), elements, counted
+    )
+    assert max(seen) == rows and sum(seen) == n
 
 
 def test_a_word_that_finds_its_patch_by_hand():

@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CONTRASTIVE_BLOCK_ROWS = 2048
-"""Rows whose logits stand in memory at once. [chosen: 134 MB of float32 against 16,384 others]"""
+CONTRASTIVE_BLOCK_ELEMENTS = 2**22
+"""Logits that stand in memory at once: those of 2,048 rows and as many others, of 256 rows and
+16,384. [chosen: 17 MB of float32, of which a step holds a few]"""
 
 TOKENS_PER_BLOCK = 4096
 """Masked tokens whose logits over the vocabulary stand in memory at once. [chosen: 475 MB of
@@ -116,13 +117,13 @@ def contrastive_sum_in_blocks(
     candidate_keys: Int[Tensor, "b m"],
     is_candidate: Bool[Tensor, " b"],
     logit_scale: Float[Tensor, "..."],
-    block_rows: int = CONTRASTIVE_BLOCK_ROWS,
+    block_elements: int = CONTRASTIVE_BLOCK_ELEMENTS,
     sum_of: ContrastiveSum = contrastive_sum,
 ) -> Float[Tensor, ""]:
     """A contrastive loss with the positives of `positive_pairs`, some rows of `query` at a time.
 
-    Nothing of size a x b is kept for the backward pass, which computes each block's logits again:
-    memory grows with block_rows * b. Up to block_rows rows it is `sum_of` itself.
+    Nothing of size a x b is kept for the backward pass, which computes each block's logits again,
+    so memory does not grow with a * b. Up to block_elements logits it is `sum_of` itself.
 
     Source: ours; as memory-efficient attention does it (arXiv:2112.05682).
     """
@@ -131,11 +132,12 @@ def contrastive_sum_in_blocks(
         is_positive = positive_pairs(keys, candidate_keys)
         return sum_of(query, candidates, is_positive, is_candidate, scale)
 
-    if len(query) <= block_rows:
+    n_rows = max(1, block_elements // max(1, len(candidates)))
+    if len(query) <= n_rows:
         return block(query, candidates, query_keys, logit_scale)
     sums = [
         checkpoint(block, rows, candidates, keys, logit_scale, use_reentrant=False)
-        for rows, keys in zip(query.split(block_rows), query_keys.split(block_rows), strict=True)
+        for rows, keys in zip(query.split(n_rows), query_keys.split(n_rows), strict=True)
     ]
     return torch.stack(sums).sum()  # pyright: ignore[reportArgumentType, reportCallIssue]
 
