@@ -1,6 +1,7 @@
 """Whoever does the work of a build, processes, Dask workers or shards: the same comes of it."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -300,3 +301,14 @@ def test_two_dask_workers_of_which_one_dies_build_the_same(samples, tmp_path: Pa
         for worker in workers:
             worker.kill()
             worker.wait()
+
+
+def test_the_version_of_the_finder_is_of_all_code_that_finds():
+    folder, asked, found = Path(build.__file__).parents[1], ["entities"], set[str]()
+    while asked:
+        name = asked.pop()
+        found.add(name)
+        code = (folder / f"{name}.py").read_text("utf-8")
+        imported = set(re.findall(r"^from mmclip\.data\.(\w+) import", code, re.MULTILINE))
+        asked += imported - found - {"sample"}  # the types alone
+    assert found == set(build.FINDER_MODULES)

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib import resources
 from itertools import compress
@@ -385,18 +385,21 @@ def _fingerprint(reports: Sequence[str | None], backend: str) -> str:
     return digest.hexdigest()
 
 
+FINDER_MODULES = ("entities", "lexicon", "negation", "spelling", "words")
+"""Of mmclip.data: the code that finds entities, which is part of what a shard is made with."""
+
+
 @cache
 def _finder_version(backend: str) -> str:
     words = json.dumps(made_with(None, backend)["words"])
     folder = resources.files("mmclip") / "data"
-    modules = ("entities.py", "lexicon.py", "negation.py")
-    code = "\n".join((folder / name).read_text("utf-8") for name in modules)
+    code = "\n".join((folder / f"{name}.py").read_text("utf-8") for name in FINDER_MODULES)
     return hashlib.sha256(f"{words}\n{code}".encode()).hexdigest()
 
 
 def _find(reports: Sequence[str | None], backend: str) -> ShardContent:
     found = find_entities(_distinct(reports), backend)
-    return ShardContent([[astuple(entity) for entity in entities] for entities in found])
+    return ShardContent([[list(entity) for entity in entities] for entities in found])
 
 
 def _entities_of(reports: Sequence[str | None], out: Path) -> Iterator[tuple[Entity, ...]]:
