@@ -1,6 +1,6 @@
 """Memory and time of a contrastive batch as gradient caching makes it larger, and of checkpointing.
 
-    python bench/large_batch.py --pairs 4096 --micro-batch 64 --out bench/results/large_batch.jsonl
+    python bench/large_batch.py --out bench/results/large_batch.jsonl
 
 Each row is `pretrain` itself, on a CPU, in a process of its own (or two), over the same folder of
 pairs for as many images: a ViT and a BERT, images of noise, reports of common sentences. A row's
