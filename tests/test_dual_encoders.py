@@ -691,8 +691,9 @@ def test_a_probe_on_a_model_of_others_reads_its_embeddings(
 PLAINLY = (
     "train.steps=3", "train.batch_size=16", "train.save_every_steps=3", "train.base_lr=0.02",
     "train.weight_decay=0", "train.warmup_ratio=0", "train.final_lr_ratio=1", "train.clip_norm=1e9",
-    "lr_decay=1", "max_positive_weight=1", "augment.rotation_deg=0", "augment.translate_ratio=0",
-    "augment.scale_ratio=0", "augment.brightness=0", "augment.contrast=0",
+    "head=zeros", "lr_decay=1", "max_positive_weight=1", "augment.rotation_deg=0",
+    "augment.translate_ratio=0", "augment.scale_ratio=0", "augment.brightness=0",
+    "augment.contrast=0",
 )  # fmt: skip
 """Fine-tuning without what a loop in ten lines does not have."""
 

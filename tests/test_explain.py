@@ -331,7 +331,7 @@ def grey_run(*overrides: str) -> Run:
         model.text_projection.weight[0] = torch.linalg.lstsq(pooled, signs).solution
     meta = {
         "step": 1, "config_hash": "", "data_hash": "", "shuffle_pairs": False,
-        "sha256": {"model.safetensors": ""},
+        "sha256": {"model.safetensors": ""}, "config": config.model_dump(mode="json"),
     }  # fmt: skip
     return Run("made", Checkpoint(Path("run"), model, TOKENIZER, config, meta))
 
@@ -420,7 +420,7 @@ def test_attention_is_the_decoders_and_needs_one(grey: Run):
     for none in (grey_run(), pooled):
         with pytest.raises(ValueError, match="has none that sees patches; choose contribution"):
             explain_image(none, image_with(0, 0), BRIGHT, "decoder_attention", PROMPTS)
-    with pytest.raises(ValueError, match="the phrase is empty"):
+    with pytest.raises(ValueError, match="give words, such as"):
         explain_image(grey, image_with(0, 0), "  ", "contribution", PROMPTS)
 
 

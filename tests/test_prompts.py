@@ -163,7 +163,7 @@ def test_the_hash_follows_the_content_not_the_layout(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (MINIMAL.replace("{a_finding}", "{disease}"), "placeholder 'disease'; known are finding"),
+        (MINIMAL.replace("{a_finding}", "{disease}"), "placeholder {disease}; known are {"),
         (MINIMAL.replace("{a_finding}", "something"), "does not name the finding"),
         (MINIMAL.replace('["There {is} {a_finding}."]', "[]"), "templates.positive"),
         (

@@ -473,8 +473,8 @@ def test_what_cannot_be_searched_is_refused_with_the_next_step(made: Made, tmp_p
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no more")
     with pytest.raises(ValueError, match=r"broken.png: the image cannot be read"):
         made.search(image=str(tmp_path / "broken.png"))
-    for phrase in ("", "胸水"):
-        with pytest.raises(ValueError, match="no word that the model knows"):
+    for phrase, message in (("", "give words"), ("胸水", "no word that the model knows")):
+        with pytest.raises(ValueError, match=message):
             made.search(phrase=phrase)
     with pytest.raises(ManifestError, match="no source chexpert in this data; there are synthetic"):
         made.search(phrase="Edema.", sources=("chexpert",))
