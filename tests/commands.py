@@ -6,6 +6,7 @@ its own memory, its own exit code, and SIGKILL ends it wherever it is.
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -167,6 +168,7 @@ def _run(
     torch.set_num_threads(1)
     os.environ.pop("COLUMNS", None)  # 80 columns, whatever the terminal of the tests
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it behind "&"
     work(*arguments)
 
 
