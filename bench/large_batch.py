@@ -21,6 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mmclip.config import load_config
+from mmclip.training.pretrain import PretrainRequest, pretrain
+from side_by_side import print_line
+from step_cost import made_rows
+
 BASE = (
     "loss.image=0", "loss.text=0", "unpaired.rows_per_pair=0", "model.image.kind=vit",
     "model.image.width=128", "model.image.depth=6", "model.image.heads=4",
@@ -62,9 +67,6 @@ def held_mib() -> float:
 
 def train(data: Path, run: Path, keys: Sequence[str]) -> None:
     """One row, in a process of its own; leaves what it took beside the run."""
-    from mmclip.config import load_config
-    from mmclip.training.pretrain import PretrainRequest, pretrain
-
     config = load_config("tiny", [*BASE, *keys])
     before = held_mib()
     pretrain(PretrainRequest((data,), run, config, "bench", cpu=True))
@@ -78,35 +80,7 @@ def train(data: Path, run: Path, keys: Sequence[str]) -> None:
     Path(f"{run}-{rank}.json").write_text(json.dumps(found), "utf-8")
 
 
-def made(folder: Path, pairs: int) -> Path:
-    """A folder of pairs of noise and common sentences."""
-    import numpy as np
-    from PIL import Image
-
-    from mmclip.data.ingest.build import build_data
-    from mmclip.data.sample import Sample
-    from step_cost import report_lengths, write_report
-
-    rng = np.random.default_rng(0)
-    tokens = report_lengths("openi", pairs, 128, rng)
-    raw = folder / "raw"
-    raw.mkdir()
-    samples = []
-    for i in range(pairs):
-        pixels = rng.integers(0, 256, (64, 64), dtype=np.uint8)
-        Image.fromarray(pixels).save(raw / f"{i}.png", compress_level=0)
-        samples.append(
-            Sample(
-                image_id=f"i{i}", study_id=f"s{i}", patient_id=f"p{i}", source="made",
-                split="train", image=f"{i}.png", view="PA",
-                report=write_report(int(tokens[i]), rng),
-            )
-        )  # fmt: skip
-    build_data(samples, raw, folder / "data", image_size=64)
-    return folder / "data"
-
-
-def measured(row: Row, folder: Path, data: Path) -> dict[str, float]:
+def measured(row: Row, folder: Path) -> dict[str, float]:
     """Memory and CPU seconds for an image of one row."""
     run = folder / row.name.replace(" ", "_").replace(",", "")
     keys = [f"train.batch_size={row.pairs}", f"train.steps={row.steps}", *row.keys]
@@ -114,7 +88,7 @@ def measured(row: Row, folder: Path, data: Path) -> dict[str, float]:
     if row.processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone"]
         start += [f"--nproc-per-node={row.processes}"]
-    command = [*start, __file__, "--child", str(data), str(run), *keys]
+    command = [*start, __file__, "--child", str(folder / "data"), str(run), *keys]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{row.name} failed:\n{done.stderr}")
@@ -137,14 +111,12 @@ def main() -> None:
         data, run, *keys = args.child
         train(Path(data), Path(run), keys)
         return
-    from side_by_side import print_line
-
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = made(folder, args.pairs)
+        made_rows(folder, load_config("tiny", BASE), args.pairs, "openi", has_unpaired=False)
         for row in rows_of(args.pairs, args.micro_batch):
-            found[row.name] = measured(row, folder, data)
+            found[row.name] = measured(row, folder)
             if row.name != START:
                 plain, start = found["plain"], found[START]["cpu_s"]
                 training = found[row.name]["cpu_s"] - row.processes * start

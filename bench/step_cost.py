@@ -150,14 +150,16 @@ def write_report(n_tokens: int, rng: np.random.Generator) -> str:
     return " ".join(words[: n_tokens - 2]).replace(" .", ".")
 
 
-def made_rows(folder: Path, config: Config, n: int, lengths: str) -> ImageTextDataset:
-    """n pairs and n unpaired images of noise, built as any data set is."""
+def made_rows(
+    folder: Path, config: Config, n: int, lengths: str, has_unpaired: bool = True
+) -> ImageTextDataset:
+    """n pairs of noise and as many unpaired images, or none, built as any data set is."""
     rng = np.random.default_rng(0)
     px = config.data.image_size
     tokens = report_lengths(lengths, n, config.data.max_tokens, rng)
     findings = ("cardiomegaly", "edema", "nodule", "pleural effusion", "pneumothorax")
     samples = []
-    for i in range(2 * n):
+    for i in range(2 * n if has_unpaired else n):
         Image.fromarray(rng.integers(0, 256, (px, px), dtype=np.uint8)).save(folder / f"{i}.png")
         report = write_report(int(tokens[i]), rng) if i < n else None
         sample = Sample(

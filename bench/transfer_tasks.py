@@ -18,7 +18,7 @@ from mmclip.data.image_text_dataset import ImageTextDataset, normalise
 from mmclip.data.sample import Split
 from mmclip.data.streams import SEEN_FILE
 from mmclip.data.synthetic import FINDINGS, Preset, read_masks
-from mmclip.embed import batch_size_of, embed_images, encode_batch
+from mmclip.embed import embed_images
 from mmclip.evaluation.baselines import fit_logistic
 from mmclip.evaluation.bootstrap import (
     bootstrap_metrics,
@@ -34,7 +34,7 @@ from mmclip.explanation.marked import PointingRequest, find_marked
 from mmclip.explanation.pointing_game import point_metrics
 from mmclip.explanation.saliency import saliency_maps
 from mmclip.finetuning.finetune import fit_probe
-from mmclip.finetuning.supervised import FineTuneConfig, predict, train_classifier
+from mmclip.finetuning.supervised import FineTuneConfig, encoded, predict, train_classifier
 from mmclip.finetuning.task import Task, open_task, own_protocol, training_ids
 from mmclip.losses import positive_pairs
 from mmclip.models.classifier import Classifier, ImageEncoder
@@ -223,12 +223,7 @@ def by_labels(bench: Bench, weights: Weights, with_full: bool) -> Found:
     run = weights.run
     whole, found = bench.task(run), dict[str, Measured]()
     encoder = ImageEncoder(run.model.vision_model, "pooled").eval()
-    pixels, device = whole.dataset, run.device
-    size = batch_size_of(pixels, device)
-    parts = torch.arange(len(pixels)).split(size)
-    with torch.inference_mode():
-        vectors = [encode_batch(encoder, pixels.pixels(p.numpy()), device, size) for p in parts]
-    features = torch.cat(vectors).numpy()
+    features = encoded(encoder, encoder.width, whole.dataset, run.device).cpu().numpy()
     for fraction, steps in zip(bench.size.fractions, bench.size.steps, strict=True):
         task = whole.with_train(training_ids(bench.data, fraction, weights.seed))
         _, val, test = fit_probe(task, features, whole.dataset)

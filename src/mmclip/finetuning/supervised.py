@@ -219,19 +219,27 @@ def predict(
         device: Where the model is.
         batch_slice: What this process scores, where all processes score together.
     """
-    logits = _encoded(model, model.head.out_features, dataset, device, batch_slice)
+    logits = encoded(model, model.head.out_features, dataset, device, batch_slice)
     return sigmoid(logits[:, : model.n_findings])
 
 
 @torch.no_grad()
-def _encoded(
+def encoded(
     model: nn.Module,
     width: int,
     dataset: ImageTextDataset,
     device: torch.device,
-    batch_slice: BatchSlice | None,
+    batch_slice: BatchSlice | None = None,
 ) -> Float[Tensor, "n d"]:
-    """A row of a model's output for each image; see `predict`."""
+    """A row of a model's output for each image, in evaluation mode.
+
+    Args:
+        model: Such as a classifier or its image encoder; see `predict`.
+        width: Of a row.
+        dataset: As of `predict`.
+        device: As of `predict`.
+        batch_slice: As of `predict`.
+    """
     was_training = model.training
     model.eval()
     cut = (batch_slice or BatchSlice()).of_rows(len(dataset))
@@ -340,7 +348,7 @@ def _start_from_probe(
     encoder = model.image_encoder.to(device)
     batch_slice = BatchSlice(accelerator.process_index, accelerator.num_processes)
     vectors = [
-        _encoded(encoder, encoder.width, part.dataset, device, batch_slice).cpu().double().numpy()
+        encoded(encoder, encoder.width, part.dataset, device, batch_slice).cpu().double().numpy()
         for part in (train, val)
     ]
     fit = fit_logistic(vectors[0], train.labels, vectors[1], val.labels)
